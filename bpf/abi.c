@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/*
+ * abi.c - never loaded. It only makes clang put every type of mfsd.h into BTF, from which scripts/build.py writes
+ * mfsd/_abi.py. What the classifier itself uses is compared with that file again by the tests.
+ */
+#include "mfsd.h"
+
+struct mfsd_slot abi_slot;
+struct mfsd_tuple abi_tuple;
+struct mfsd_host abi_host;
+struct mfsd_dev abi_dev;
+struct mfsd_counter abi_counter;
+
+enum mfsd_consts abi_consts;
+enum mfsd_host_flags abi_host_flags;
+enum mfsd_dev_flags abi_dev_flags;
+enum mfsd_stat abi_stat;

@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * mfsd.h - everything that the kernel half and the user half of mfsd share.
+ *
+ * This header is the only truth of the layouts and constants below. The Python side (mfsd/_abi.py) is generated
+ * from the BTF of the compiled object by scripts/build.py, so nobody mirrors a struct by hand.
+ *
+ * Who writes what: fields marked [user] are written by the daemon and only read by the classifier; fields marked
+ * [kernel] are written by the classifier and only read by the daemon. Neither side ever waits for the other.
+ *
+ * All times are CLOCK_MONOTONIC nanoseconds, the clock of bpf_ktime_get_coarse_ns().
+ */
+#ifndef MFSD_H
+#define MFSD_H
+
+#ifndef __VMLINUX_H__
+#include <linux/types.h>
+#endif
+
+enum mfsd_consts {
+	MFSD_ABI_VERSION = 1,
+	MFSD_MAX_BANDS = 16,	  /* what a prio qdisc can have (TCQ_PRIO_BANDS) */
+	MFSD_DSCP_KEEP = 0xff,	  /* band_map.dscp: leave the packet's DSCP alone */
+	MFSD_BAND_KEEP = 0xff,	  /* slot.band: count, but leave skb->priority alone */
+	MFSD_DEFAULT_SLOTS = 16384, /* rows of the slot table unless the loader resizes it */
+};
+
+/* mfsd_host.flags [user] */
+enum mfsd_host_flags {
+	MFSD_HOST_ENFORCE = 1,	/* write skb->priority; without it: observe (look up and count only) */
+};
+
+/* mfsd_dev.flags [user] */
+enum mfsd_dev_flags {
+	MFSD_DEV_OVERWRITE_FOREIGN = 1, /* also replace a priority whose major number is somebody else's */
+	MFSD_DEV_MARK_DSCP = 2,		/* at least one band has a DSCP to write */
+	MFSD_DEV_CONTROL_UNHINTED = 4,	/* pure ACKs of unhinted TCP go to the control band, too */
+};
+
+/*
+ * One row per hinted connection. A slot is free when expires_ns is 0. The daemon takes a slot by writing the user
+ * half first and inserting the key (cookie or tuple) last; it frees one by deleting the keys first.
+ */
+struct mfsd_slot {
+	__u64 expires_ns;  /* [user] past it the packet goes on as if there were no slot */
+	__u64 cookie;	   /* [user] socket cookie, 0 if matched by tuple only (information, not used) */
+	__u32 generation;  /* [user] counts the reuses of this row */
+	__u16 lane;	   /* [user] leaf within the band, modulo the lanes that the device has there */
+	__u8 band;	   /* [user] index into mfsd_dev.bands, or MFSD_BAND_KEEP */
+	__u8 flags;	   /* [user] reserved, 0 */
+	__u64 bytes;	   /* [kernel] wire bytes: every segment's headers counted, retransmissions included */
+	__u64 segments;	   /* [kernel] wire segments (a GSO packet counts gso_segs) */
+	__u64 packets;	   /* [kernel] packets as the qdisc sees them (a GSO packet counts once) */
+	__u64 last_ns;	   /* [kernel] when the last of them passed (coarse clock, a few ms of grain) */
+	__u64 control;	   /* [kernel] of the packets: pure ACKs and other tiny ones, sent to the control band */
+};
+
+/* Key of the tuple map. Addresses are 16 bytes for both families: IPv4 is ::ffff:a.b.c.d (RFC 4291 2.5.5.2). */
+struct mfsd_tuple {
+	__u8 saddr[16];
+	__u8 daddr[16];
+	__u16 sport; /* network order */
+	__u16 dport; /* network order */
+	__u8 proto;  /* IPPROTO_TCP or IPPROTO_UDP */
+	__u8 pad[3]; /* 0 */
+};
+
+/* The daemon as a whole; one element, shared by the classifiers of all devices. */
+struct mfsd_host {
+	__u64 heartbeat_ns; /* [user] last sign of life */
+	__u64 timeout_ns;   /* [user] older than this: the classifier lets everything through untouched */
+	__u32 abi_version;  /* [user] MFSD_ABI_VERSION */
+	__u32 flags;	    /* [user] enum mfsd_host_flags */
+};
+
+/* Where a band lives on one device's qdisc tree. */
+struct mfsd_band_map {
+	__u32 classid; /* [user] full classid of lane 0; lane i is classid + i; 0: leave skb->priority alone */
+	__u16 lanes;   /* [user] leaves in this band, at least 1 */
+	__u8 dscp;     /* [user] DSCP 0..63 to write, or MFSD_DSCP_KEEP */
+	__u8 pad;
+};
+
+/* One device; one element per attached classifier. */
+struct mfsd_dev {
+	__u32 major;	   /* [user] handle of our root qdisc, shifted: 0xMMMM0000 */
+	__u32 flags;	   /* [user] enum mfsd_dev_flags */
+	__u32 tiny_len;	   /* [user] UDP/other hinted packets of at most this many bytes count as control; 0: none */
+	__u8 n_bands;	   /* [user] */
+	__u8 control_band; /* [user] index of the control band */
+	__u8 pad[2];
+	struct mfsd_band_map bands[MFSD_MAX_BANDS]; /* [user] */
+};
+
+/* Per-CPU counters, one element per enum value. Every packet is in exactly one of the *first eight*. */
+enum mfsd_stat {
+	MFSD_STAT_COOKIE,    /* matched by socket cookie and obeyed */
+	MFSD_STAT_TUPLE,     /* matched by 5-tuple and obeyed */
+	MFSD_STAT_MISS,	     /* IP, no slot */
+	MFSD_STAT_EXPIRED,   /* a slot, but past its expiry */
+	MFSD_STAT_STALE,     /* heartbeat lost: untouched, nothing looked up */
+	MFSD_STAT_OBSERVED,  /* a slot, counted, left alone because the mode is observe (or band is KEEP) */
+	MFSD_STAT_FOREIGN,   /* a slot, counted, left alone because the priority names somebody else's qdisc */
+	MFSD_STAT_NOT_IP,    /* not IPv4/IPv6, or headers cut short: untouched */
+	MFSD_STAT_CONTROL,   /* of the above: sent to the control band */
+	MFSD_STAT_MARKED,    /* of the above: DSCP rewritten */
+	MFSD_STAT_FRAGMENT,  /* of the misses: a later IP fragment, which carries no ports */
+	MFSD_STAT_MAX,
+};
+
+/* Per-CPU, one element per band: what the classifier sent there. */
+struct mfsd_counter {
+	__u64 packets;
+	__u64 bytes; /* wire bytes */
+};
+
+#endif /* MFSD_H */
