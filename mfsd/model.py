@@ -69,7 +69,9 @@ class Rate:
         """Read a tc-style rate. Raises ValueError naming what is allowed."""
         m = _RATE_RE.fullmatch(text.lower())
         if m is None or m["unit"] not in _RATE_UNITS:
-            raise ValueError(f"{text!r} is not a rate; write a number and one of {', '.join(_RATE_UNITS)}, e.g. '10gbit'")
+            raise ValueError(
+                f"{text!r} is not a rate; write a number and one of {', '.join(_RATE_UNITS)}, e.g. '10gbit'"
+            )
         value = float(m["value"]) * _RATE_UNITS[m["unit"]]
         if value <= 0:
             raise ValueError(f"{text!r}: a rate must be above zero")

@@ -68,7 +68,8 @@ def build_proto() -> None:
     run(
         sys.executable, "-m", "grpc_tools.protoc",
         f"-I{ROOT / 'proto'}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}", f"-I{googleapis}",
-        f"--python_out={ROOT}", f"--grpc_python_out={ROOT}", f"--mypy_out=quiet:{ROOT}", f"--mypy_grpc_out=quiet:{ROOT}",
+        f"--python_out={ROOT}", f"--grpc_python_out={ROOT}",
+        f"--mypy_out=quiet:{ROOT}", f"--mypy_grpc_out=quiet:{ROOT}",
         *PROTOS,
     )  # fmt: skip
     print("build: protobuf -> mfsd/v1")
@@ -154,8 +155,8 @@ def build_abi() -> None:
         "",
     ]
     for enum in ABI_ENUMS:
-        for value in btf.named["ENUM", enum]["values"]:
-            lines.append(f"{value['name'].removeprefix('MFSD_')}: Final = {value['val']}")
+        values = btf.named["ENUM", enum]["values"]
+        lines += [f"{v['name'].removeprefix('MFSD_')}: Final = {v['val']}" for v in values]
         lines.append("")
     ordered = sorted(ABI_STRUCTS, key=lambda s: s == "mfsd_dev")  # the one that contains another comes last
     for struct in ordered:
