@@ -42,6 +42,8 @@ SELECTORS_CACHED: Final = 65_536
 """Distinct selectors to remember; the cache starts over when it is full, which costs a few microseconds each."""
 PID_MAX: Final = 1 << 22
 """Largest pid_max of 64-bit kernels (proc_sys_kernel(5))."""
+NO_COOKIE: Final = (1 << 64) - 1
+"""INET_DIAG_NOCOOKIE twice, include/uapi/linux/inet_diag.h: "any socket" to the kernel."""
 STAGES: Final = {int(s): s for s in Stage if s is not Stage.NONE}
 STAGES_TEXT: Final = "use STAGE_KV_REUSE (1), STAGE_COLLECTIVE (2) or STAGE_P2D (3)"
 
@@ -232,8 +234,10 @@ def decode_selector(field: str, m: hints_pb2.Selector) -> Selector:
     """Decode a selector found at ``field`` of its hint. Raises HintError."""
     kind = m.WhichOneof("kind")
     if kind == "cookie":
-        if not m.cookie:
-            raise HintError(f"{field}.cookie", "is 0", "give what getsockopt(SO_COOKIE) says")
+        if not 0 < m.cookie < NO_COOKIE:
+            raise HintError(
+                f"{field}.cookie", f"{m.cookie} is no socket cookie", "give what getsockopt(SO_COOKIE) says"
+            )
         return CookieSelector(m.cookie)
     if kind == "tuple":
         return _tuple(f"{field}.tuple", m.tuple)
@@ -255,9 +259,13 @@ def _tuple(field: str, m: hints_pb2.Tuple) -> TupleSelector:
     if protocol not in (6, 17):
         raise HintError(f"{field}.protocol", f"unknown protocol {protocol}", "use 6 (TCP, also 0) or 17 (UDP)")
     sport, dport = _ports(f"{field}.src_port", m.src_port), _ports(f"{field}.dst_port", m.dst_port)
-    if protocol == 17 and not (sport.exact and dport.exact):
-        name = "dst_port" if sport.exact else "src_port"
-        raise HintError(f"{field}.{name}", "is a range", "UDP needs exact ports: its sockets may have many peers")
+    if protocol == 17 and (src is None or not (sport.exact and dport.exact)):
+        name = "src_addr" if src is None else "dst_port" if sport.exact else "src_port"
+        raise HintError(
+            f"{field}.{name}",
+            "is not exact",
+            "UDP needs both addresses and exact ports: its sockets may have many peers",
+        )
     return TupleSelector(src, dst, sport, dport, protocol)
 
 
