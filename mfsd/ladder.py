@@ -29,6 +29,8 @@ LEVEL_NONE: Final = -1
 """A policy has no opinion: the connection stays in the default band."""
 LEVEL_SCAVENGER: Final = 0x7FFF
 """Below everything. Chosen as the largest int16 so that "most urgent of a set" stays a minimum."""
+LEVEL_NEW: Final = 0x7FFE
+"""A transfer that no policy has looked at yet (sorts below every level, above SCAVENGER)."""
 
 HTB_PRIOS: Final = 8
 """TC_HTB_NUMPRIO, net/sched/sch_htb.c."""

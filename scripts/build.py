@@ -165,7 +165,9 @@ def build_abi() -> None:
         lines += [
             f"{btf.name(struct)}: Final[np.dtype[Any]] = np.dtype(",
             "    {",
-            f'        "names": {json.dumps([m["name"] for m in members])},',
+            '        "names": [',
+            *[f'            "{m["name"]}",' for m in members],
+            "        ],",
             f'        "formats": [{", ".join(btf.dtype(m["type_id"]) for m in members)}],',
             f'        "offsets": {[m["bits_offset"] // 8 for m in members]},',
             f'        "itemsize": {t["size"]},',

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one estimator of what a link gives.
+
+Bytes over *busy* time: an interval counts when the qdisc had a backlog at both of its ends, so idle gaps never pull
+the estimate down, and time spent queueing in front of a transfer never counts as slowness of the link. Everything
+that needs a rate (MLU, give-up, RED's feasibility) asks here; two estimators would contradict each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+MIN_BUSY_S: Final = 0.010
+"""Busy time to gather before it counts as one sample: shorter ones measure the granularity of GSO packets."""
+GAIN: Final = 0.25
+"""Weight of a new sample in the exponential average."""
+LOAD_TAU_S: Final = 0.100
+"""Time constant of the load average (rho)."""
+
+
+@dataclass(slots=True)
+class LinkEstimator:
+    """Rate and load of one port. Feed it ``observe`` every 20-50 ms.
+
+    ``configured`` is the rate to assume until the link has been busy (bytes/s); a measurement never exceeds it by more
+    than the counters' grain, but may lie below (pause frames, a slower lower device, a shared wire).
+    """
+
+    configured: float
+    bands: int
+    measured: float = 0.0
+    """Bytes/s while busy; 0: never busy yet."""
+    utilisation: float = 0.0
+    """Share of the last interval's capacity that was used, 0..1."""
+    band_load: npt.NDArray[np.float64] = field(init=False)
+    """Shape (bands,): share of the rate that each band offered lately."""
+    _last: tuple[float, int, bool] | None = None
+    _band_bytes: npt.NDArray[np.float64] | None = None
+    _busy_s: float = 0.0
+    _busy_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.band_load = np.zeros(self.bands)
+
+    @property
+    def rate(self) -> float:
+        """Best knowledge of the rate, bytes/s."""
+        return self.measured or self.configured
+
+    def observe(self, now: float, sent: int, backlog: int, band_bytes: npt.NDArray[np.float64]) -> None:
+        """Take a reading: bytes the qdisc has sent, bytes queued in it, bytes offered per band, all cumulative."""
+        busy = backlog > 0
+        if self._last is not None and self._band_bytes is not None:
+            then, sent_then, busy_then = self._last
+            dt, done = now - then, sent - sent_then
+            if dt <= 0 or done < 0:  # counters were reset: start over from here
+                self._last, self._band_bytes = (now, sent, busy), band_bytes.copy()
+                return
+            if busy and busy_then:
+                self._busy_s += dt
+                self._busy_bytes += done
+                if self._busy_s >= MIN_BUSY_S:
+                    sample = self._busy_bytes / self._busy_s
+                    self.measured = sample if not self.measured else self.measured + GAIN * (sample - self.measured)
+                    self._busy_s = self._busy_bytes = 0.0
+            if self.rate > 0:
+                self.utilisation = min(done / (dt * self.rate), 1.0)
+                share = np.maximum(band_bytes - self._band_bytes, 0.0) / (dt * self.rate)
+                weight = 1.0 - np.exp(-dt / LOAD_TAU_S)
+                self.band_load += weight * (np.minimum(share, 1.0) - self.band_load)
+        self._last, self._band_bytes = (now, sent, busy), band_bytes.copy()
+
+    @property
+    def load(self) -> float:
+        """Rho over all bands, 0..1."""
+        return float(min(self.band_load.sum(), 1.0))
