@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.ladder import LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.ladder import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 
 F8 = npt.NDArray[np.float64]
 I4 = npt.NDArray[np.int32]
@@ -35,14 +35,13 @@ __all__ = [
     "U1",
     "Arrangement",
     "BatchView",
+    "Explanation",
     "LinkView",
     "Policy",
+    "PolicyParameters",
     "RequestView",
     "TransferView",
 ]
-
-LEVEL_NEW: Final = 0x7FFE
-"""``TransferView.level`` of a row that has never been evaluated (sorts below every level, above SCAVENGER)."""
 
 
 @dataclass(slots=True)
@@ -158,11 +157,20 @@ class Explanation:
 class Policy(Protocol):
     """One scheduling policy. Instances hold parameters only; all state is in the views."""
 
-    name: str
-    levels: int
-    """Number of levels it uses, 0 .. levels-1, besides NONE and SCAVENGER."""
-    default_after: int
-    """How many of its levels stand above the default band (unhinted traffic)."""
+    @property
+    def name(self) -> str:
+        """As in the config."""
+        ...
+
+    @property
+    def levels(self) -> int:
+        """Number of levels it uses, 0 .. levels-1, besides NONE and SCAVENGER."""
+        ...
+
+    @property
+    def default_after(self) -> int:
+        """How many of its levels stand above the default band (unhinted traffic)."""
+        ...
 
     def evaluate(
         self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float

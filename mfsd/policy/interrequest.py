@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inter-request algorithm over the views: RED ranks, then feasibility and pruning (MFS paper, algorithm 1)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mfsd.policy import pruning, red
+from mfsd.policy.base import F8, Arrangement, BatchView, LinkView, RequestView, TransferView
+
+
+def arrange(
+    transfers: TransferView,
+    requests: RequestView,
+    batches: BatchView,
+    link: LinkView,
+    now: float,
+    *,
+    robust: bool,
+    budget: int,
+) -> Arrangement:
+    """Rank the batches, by RED if ``robust`` else by earliest deadline, and prune at most ``budget`` requests."""
+    effective = red.effective(requests.deadline, requests.batch, len(batches))
+    rank = red.ranks(effective.red if robust else effective.tight, batches.arrival)
+    pruned = np.zeros(len(requests), dtype=np.bool_)
+    if budget > 0 and len(batches):
+        pruned, _ = pruning.prune(
+            np.argsort(rank).astype(np.int32),
+            effective.loose - now,
+            compute_left(requests, batches),
+            port_loads(transfers, len(requests), len(batches), link),
+            requests.batch,
+            np.isfinite(requests.deadline),
+            budget,
+        )
+    return Arrangement(rank=rank, pruned=pruned)
+
+
+def compute_left(requests: RequestView, batches: BatchView) -> F8:
+    """Seconds of compute until each batch's last first token, shape (b,): the requests' word, else the layers'."""
+    layers = np.maximum(batches.layers - batches.current_layer, 0) * batches.layer_compute
+    out = np.where(batches.compute_done, 0.0, layers)
+    owned = requests.batch >= 0
+    np.maximum.at(out, requests.batch[owned], requests.compute_left[owned])
+    return out
+
+
+def port_loads(transfers: TransferView, requests: int, batches: int, link: LinkView) -> pruning.Loads:
+    """Port time per request and batch: this host's egress ports first, then the ingress ports of known peers.
+
+    The rate of a peer's port isn't known here and is taken to be that of the port that leads to it.
+    """
+    egress = len(link.rate)
+    peers = int(transfers.peer.max(initial=-1)) + 1
+    rate = np.where(link.rate > 0, link.rate, np.inf)
+    seconds = transfers.left / rate[transfers.port]
+    ports = egress + peers
+    # Rows that belong to a request, to a batch only, or to nobody; each charges its egress and its peer's port.
+    owner = np.where(transfers.request >= 0, transfers.request, requests + transfers.batch)
+    known = (transfers.request >= 0) | (transfers.batch >= 0)
+    far = known & (transfers.peer >= 0)
+    cells = (requests + batches) * ports
+    flat = np.bincount(owner[known] * ports + transfers.port[known], weights=seconds[known], minlength=cells)
+    flat += np.bincount(owner[far] * ports + egress + transfers.peer[far], weights=seconds[far], minlength=cells)
+    matrix: F8 = flat.astype(np.float64).reshape(requests + batches, ports)
+    return pruning.Loads(request=matrix[:requests], batch=matrix[requests:])
