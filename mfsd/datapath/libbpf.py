@@ -55,6 +55,7 @@ class _OpenOpts(ctypes.Structure):
         ("object_name", ctypes.c_char_p),
         ("relaxed_maps", ctypes.c_bool),
         ("pin_root_path", ctypes.c_char_p),
+        ("was_attach_prog_fd", ctypes.c_uint32),  # removed from the struct, its place is kept
         ("kconfig", ctypes.c_char_p),
         ("btf_custom_path", ctypes.c_char_p),
         ("kernel_log_buf", ctypes.c_void_p),
@@ -75,7 +76,7 @@ class _LinkCreateOpts(ctypes.Structure):
     )
 
 
-class TestRunOpts(ctypes.Structure):
+class RunOpts(ctypes.Structure):
     """struct bpf_test_run_opts."""
 
     _fields_ = (
@@ -225,9 +226,9 @@ class LibbpfCalls:
         """Id of a loaded program."""
         return int.from_bytes(self._info(prog_fd)[4:8], "little")
 
-    def test_run(self, prog_fd: int, opts: TestRunOpts) -> None:
+    def test_run(self, prog_fd: int, opts: RunOpts) -> None:
         """BPF_PROG_TEST_RUN; results come back in ``opts``."""
-        opts.sz = ctypes.sizeof(TestRunOpts)
+        opts.sz = ctypes.sizeof(RunOpts)
         _checked(self._lib.bpf_prog_test_run_opts(prog_fd, ctypes.byref(opts)))
 
     def _info(self, prog_fd: int) -> bytes:
@@ -298,7 +299,8 @@ class BpfObject:
             return LoaderError(what, cause, "choose fewer slots, or give the service a higher memory limit")
         if code in (errno.ENOSYS, errno.EOPNOTSUPP):
             return LoaderError(what, cause, "the kernel lacks CONFIG_BPF_SYSCALL or CONFIG_NET_CLS_ACT")
-        last = tail.splitlines()[-1] if tail else "the verifier left no log"
+        reasons = [line for line in tail.splitlines() if not line.startswith("processed ")]  # that one is statistics
+        last = reasons[-1] if reasons else "the verifier left no log"
         fix = f"kernel {platform.release()} rejects the program; report this with the log"
         return LoaderError(what, f"{cause} ({last})", fix, tail)
 

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from mfsd.datapath.libbpf import LibbpfCalls, TestRunOpts
+from mfsd.datapath.libbpf import LibbpfCalls, RunOpts
 
 SK_BUFF: Final = np.dtype(
     {
@@ -47,7 +47,7 @@ def run_packet(
     data = ctypes.create_string_buffer(packet, len(packet))
     out = ctypes.create_string_buffer(len(packet) + 256)
     ctx_out = np.zeros(1, dtype=SK_BUFF)
-    opts = TestRunOpts(
+    opts = RunOpts(
         data_in=ctypes.addressof(data),
         data_size_in=len(packet),
         data_out=ctypes.addressof(out),
