@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the bytes of real TCP sockets have come."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import pytest
+from realnet import Net, cookie_of
+
+from mfsd import inetdiag
+from mfsd.model import CookieSelector, Endpoints, PortRange, TupleSelector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mfsd.sockets import SocketResolver, TcpProgress
+
+T = TypeVar("T")
+pytestmark = pytest.mark.netns
+
+HOSTS = [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6), ("::ffff:127.0.0.1", socket.AF_INET6)]
+
+
+def endpoints(sock: socket.socket) -> Endpoints:
+    def address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        a = ipaddress.ip_address(text)
+        return (a.ipv4_mapped or a) if isinstance(a, ipaddress.IPv6Address) else a
+
+    src, dst = sock.getsockname(), sock.getpeername()
+    return Endpoints(address(src[0]), src[1], address(dst[0]), dst[1])
+
+
+def progress(resolver: SocketResolver, sock: socket.socket) -> TcpProgress:
+    return resolver.tcp_progress([(cookie_of(sock), endpoints(sock))])[cookie_of(sock)]
+
+
+def wait_for(get: Callable[[], T], good: Callable[[T], bool]) -> T:
+    end = time.monotonic() + 20
+    while not good(value := get()):
+        assert time.monotonic() < end, value
+        time.sleep(0.01)
+    return value
+
+
+@pytest.mark.parametrize(("host", "family"), HOSTS)
+def test_acked_bytes_are_exact(net: Net, resolver: SocketResolver, host: str, family: int) -> None:
+    server = net.listen("::" if family == socket.AF_INET6 else host, family=family)
+    client, accepted = net.connect(server, host, family=family)
+    # The side that opens counts its SYN, the other one doesn't.
+    assert progress(resolver, client).bytes_acked == 1
+    assert progress(resolver, accepted).bytes_acked == 0
+    total = 0
+    for size in (1, 1447, 100_000):
+        client.sendall(b"x" * size)
+        total += size
+        left = size
+        while left:
+            left -= len(accepted.recv(left))
+        assert (
+            wait_for(lambda: progress(resolver, client), lambda p: not p.unsent_plus_unacked).bytes_acked == 1 + total
+        )
+    assert progress(resolver, accepted).bytes_acked == 0
+    state = progress(resolver, client)
+    assert state.state == inetdiag.ESTABLISHED
+    assert state.notsent == 0
+    assert state.total_retrans == 0
+    assert state.cwnd >= 1
+    assert 1000 <= state.rto_us <= 120_000_000
+
+
+def test_what_the_peer_does_not_read_stays_queued(net: Net, resolver: SocketResolver) -> None:
+    server = net.listen("127.0.0.1")
+    client, accepted = net.connect(server, "127.0.0.1")
+    client.setblocking(False)
+    written = 0
+    while True:
+        try:
+            written += client.send(b"x" * 65536)
+        except BlockingIOError:
+            state = wait_for(lambda: progress(resolver, client), lambda p: p.notsent > 0)
+            break
+    assert state.bytes_acked - 1 + state.unsent_plus_unacked == written
+    assert 0 < state.notsent <= state.unsent_plus_unacked
+    left = written
+    while left:
+        left -= len(accepted.recv(1 << 20))
+    done = wait_for(lambda: progress(resolver, client), lambda p: not p.unsent_plus_unacked)
+    assert done.bytes_acked == 1 + written
+
+
+def test_sockets_that_are_gone_are_absent(net: Net, resolver: SocketResolver) -> None:
+    server = net.listen("127.0.0.1")
+    pairs = [net.connect(server, "127.0.0.1") for _ in range(6)]
+    asked = [(cookie_of(c), endpoints(c)) for c, _ in pairs]
+    assert set(resolver.tcp_progress(asked)) == {c for c, _ in asked}
+    reset, closed, shut = pairs[0], pairs[1], pairs[2]
+    reset[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    reset[0].close()
+    closed[0].close()  # TIME_WAIT
+    closed[1].close()
+    shut[0].shutdown(socket.SHUT_WR)  # FIN_WAIT2 once the FIN is acknowledged: bytes acked can still be asked for
+    alive = wait_for(lambda: resolver.tcp_progress(asked), lambda found: found[asked[2][0]].state == inetdiag.FIN_WAIT2)
+    assert set(alive) == {c for c, _ in asked[2:]}
+    assert alive[asked[2][0]].bytes_acked == 2  # SYN and FIN
+
+
+def test_a_reused_tuple_is_another_socket(net: Net, resolver: SocketResolver) -> None:
+    server = net.listen("127.0.0.1")
+    client, accepted = net.connect(server, "127.0.0.1")
+    old, where = cookie_of(client), endpoints(client)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.close()
+    accepted.close()
+    again = socket.socket()
+    net.open.append(again)
+    again.bind((str(where.src), where.sport))
+    again.connect((str(where.dst), where.dport))
+    assert endpoints(again) == where
+    assert resolver.tcp_progress([(old, where)]) == {}
+    assert set(resolver.tcp_progress([(old, where), (cookie_of(again), where)])) == {cookie_of(again)}
+
+
+def test_more_lookups_than_fit_into_a_batch(net: Net, resolver: SocketResolver) -> None:
+    server = net.listen("127.0.0.1")
+    pairs = [net.connect(server, "127.0.0.1") for _ in range(150)]
+    sizes = {cookie_of(c): n for n, (c, _) in enumerate(pairs)}
+    for n, (client, _) in enumerate(pairs):
+        client.sendall(b"y" * n)
+    asked = [(cookie_of(c), endpoints(c)) for c, _ in pairs]
+    gone = [(c ^ 1 << 40, e) for c, e in asked]
+    found = wait_for(
+        lambda: resolver.tcp_progress([x for both in zip(asked, gone, strict=True) for x in both]),
+        lambda got: not any(p.unsent_plus_unacked for p in got.values()),
+    )
+    assert {c: p.bytes_acked - 1 for c, p in found.items()} == sizes
+    assert resolver.tcp_progress([]) == {}
+
+
+def test_sockets_bound_to_a_device(net: Net, resolver: SocketResolver) -> None:
+    """Their lookup key holds the interface, which is learned when they are found."""
+    server = net.listen("127.0.0.1")
+    client, _ = net.connect(server, "127.0.0.1", device="lo")
+    port = int(server.getsockname()[1])
+    for selector in (
+        TupleSelector(None, ipaddress.ip_address("127.0.0.1"), PortRange(), PortRange(port, port)),
+        CookieSelector(cookie_of(client)),
+    ):
+        (found,) = resolver.resolve(selector)
+        assert found.cookie == cookie_of(client)
+        assert progress(resolver, client).bytes_acked == 1
+
+
+def test_a_listing_that_was_given_up_does_not_disturb(net: Net, resolver: SocketResolver) -> None:
+    """Replies to an earlier request that nobody has read are told apart by their sequence numbers."""
+    server = net.listen("127.0.0.1")
+    client, _ = net.connect(server, "127.0.0.1")
+    where = endpoints(client)
+    diag = resolver._diag
+    diag._sock.send(
+        inetdiag.lookup_request(6, where.src.packed, where.sport, where.dst.packed, where.dport, ext=inetdiag.EXT_INFO)
+    )
+    assert progress(resolver, client).bytes_acked == 1
+    diag._sock.send(inetdiag.lookup_request(6, b"\1\1\1\1", 1, b"\1\1\1\1", 1))
+    assert len(resolver.resolve(CookieSelector(cookie_of(client)))) == 1
+    diag._seq = 0xFFFFFFF0
+    assert len(resolver.tcp_progress([(cookie_of(client), where)] * 40)) == 1
