@@ -327,6 +327,27 @@ def _limit_problems(limits: LimitsConfig) -> list[str]:
     return out
 
 
+def _policy_problems(c: Config) -> list[str]:
+    # Not in the model: only who runs a policy needs its modules (and numpy).
+    from mfsd.policy.registry import make_policy  # noqa: PLC0415 - see the line above
+
+    # One by one first, so that each faulty parameter is found, then together.
+    attempts = [{}, *({k: v} for k, v in c.policy.params.items()), c.policy.params]
+    out: list[str] = []
+    for params in attempts:
+        try:
+            make_policy(c.policy.name, c.bands.levels, params)
+        except ValueError as e:
+            text = str(e)
+            if text.startswith("policy = "):
+                return [text.replace("policy = ", "policy.name = ", 1)]
+            if text.startswith("levels = "):
+                return [f"bands.{text}"]
+            if f"policy.{text}" not in out:
+                out.append(f"policy.{text}")
+    return out
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -350,11 +371,7 @@ def parse(data: dict[str, Any]) -> Config:
         config = Config.model_validate(data)
     except ValidationError as e:
         raise ConfigError(explain(e, Config)) from None
-    # Not in the model: a policy is only made where one is used, and its module needs numpy and the registry.
-    from mfsd.policy.registry import make_policy  # noqa: PLC0415 - see the line above
-
-    try:
-        make_policy(config.policy.name, config.bands.levels, config.policy.params)
-    except ValueError as e:
-        raise ConfigError([f"policy: {line}" for line in str(e).splitlines()]) from e
+    problems = _policy_problems(config)
+    if problems:
+        raise ConfigError(problems)
     return config

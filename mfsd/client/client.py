@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's side of the Hints service: typed calls that return at once.
+
+Every call appends to a queue; a background thread (link.py) does the rest. Without a daemon nothing is sent and nothing
+fails; the thread keeps trying, and tells a daemon that appears what is alive then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import socket
+import time
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from mfsd.client.link import Link, Rejected, Stats
+from mfsd.client.selectors import Connection, selector_of
+from mfsd.model import (
+    INF,
+    BatchHint,
+    EndHint,
+    Event,
+    Hint,
+    MarkHint,
+    ProgressHint,
+    RequestHint,
+    Stage,
+    TransferHint,
+    What,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+    from typing import Self
+
+__all__ = ["Client", "Rejected", "Stats"]
+
+DEFAULT_TARGET: Final = "unix:/run/mfsd/mfsd.sock"
+TARGET_VARIABLE: Final = "MFSD_TARGET"
+"""Environment variable that replaces the default target; empty: send no hints at all."""
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+class Client:
+    """Sends this process's hints to the daemon of its host. Thread-safe; never blocks; never raises for lack of one.
+
+    ``session`` names the process to the daemon, unique among its sessions (default: host, pid and a random part).
+    ``target`` is a gRPC address; "" sends nothing; None: the environment's MFSD_TARGET, else the default socket.
+    ``queue`` bounds the hints that wait for the background thread: when it is full the oldest goes (``stats.dropped``).
+    ``batch`` is how many hints a message takes at most. ``on_event`` and ``on_rejected`` are called from the background
+    thread and must return soon.
+
+    After a fork the child's client is closed, since neither the thread nor gRPC survives it: make one in the child.
+    """
+
+    def __init__(
+        self,
+        session: str | None = None,
+        target: str | None = None,
+        *,
+        queue: int = 65_536,
+        batch: int = 256,
+        on_event: Callable[[Event], None] | None = None,
+        on_rejected: Callable[[Rejected], None] | None = None,
+    ) -> None:
+        pid = os.getpid()
+        if target is None:
+            target = os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
+        self.session = session or f"{socket.gethostname()}:{pid}:{secrets.token_hex(6)}"
+        self._link: Link | None = None
+        if target:
+            self._link = Link(self.session, pid, target, queue, batch, on_event, on_rejected)
+        _clients.add(self)
+
+    # --- hints --------------------------------------------------------------------------------------------------------
+
+    def request(
+        self, request_id: str, *, ttft_left_s: float, batch: str = "", compute_left_s: float = 0.0, ttl_s: float = 0.0
+    ) -> None:
+        """Announce a request whose first token is due in ``ttft_left_s`` seconds (negative: late). Call again to renew.
+
+        ``compute_left_s`` is the compute still ahead of the first token, 0 if unknown. ``ttl_s`` is how long after the
+        deadline the daemon may forget the request, 0 for its default.
+        """
+        self._say(RequestHint(request_id, time.monotonic() + ttft_left_s, batch, compute_left_s, ttl_s))
+
+    def batch(
+        self,
+        batch_id: str,
+        requests: Iterable[str] = (),
+        *,
+        layers: int = 0,
+        current_layer: int = 0,
+        layer_compute_s: float = 0.0,
+    ) -> None:
+        """Announce which requests execute together, and what is known of the forward pass (0: unknown)."""
+        self._say(BatchHint(batch_id, list(requests), layers, current_layer, layer_compute_s))
+
+    def layer(self, batch_id: str, current_layer: int, *, compute_done: bool = False) -> None:
+        """Say that a batch starts a layer (0-based), or that its forward pass has ended."""
+        self._say(ProgressHint(batch_id, current_layer, compute_done))
+
+    def transfer(
+        self,
+        transfer_id: str,
+        connection: Connection,
+        size: int,
+        *,
+        stage: Stage,
+        request: str = "",
+        batch: str = "",
+        layer: int = 0,
+        deadline_s: float | None = None,
+        ttl_s: float = 0.0,
+    ) -> None:
+        """Announce ``size`` payload bytes about to be written to a connection, in the order of writing.
+
+        ``request`` or ``batch`` (or both) own it. ``layer`` consumes (stage 1), executes (2) or produced (3) the data.
+        ``deadline_s`` is from now; None: its request's. Raises OSError for a closed socket.
+        """
+        deadline = INF if deadline_s is None else time.monotonic() + deadline_s
+        selector = selector_of(connection)
+        self._say(TransferHint(transfer_id, request, batch, stage, layer, size, selector, deadline, ttl_s))
+
+    def done(self, *, transfer: str = "", request: str = "", batch: str = "") -> None:
+        """Say that all bytes of a transfer, or of all that a request or batch owns, have been handed to the socket."""
+        self._end(transfer, request, batch, cancelled=False)
+
+    def cancel(self, *, transfer: str = "", request: str = "", batch: str = "") -> None:
+        """Say that the bytes will not come."""
+        self._end(transfer, request, batch, cancelled=True)
+
+    def mark(self, connection: Connection, stage: Stage) -> None:
+        """Give a connection a static stage, for bytes that no transfer announces (a collective group's sockets)."""
+        self._say(MarkHint(selector_of(connection), stage))
+
+    def unmark(self, connection: Connection) -> None:
+        """Take a mark back."""
+        self._say(MarkHint(selector_of(connection), Stage.NONE))
+
+    def _end(self, transfer: str, request: str, batch: str, *, cancelled: bool) -> None:
+        named = [(What.TRANSFER, transfer), (What.REQUEST, request), (What.BATCH, batch)]
+        for what, name in named:
+            if name:
+                self._say(EndHint(what, name, cancelled))
+
+    def _say(self, hint: Hint) -> None:
+        if self._link is not None:
+            self._link.put(hint)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> Stats:
+        """What has become of the hints so far (a copy)."""
+        return self._link.stats() if self._link is not None else Stats()
+
+    def flush(self, timeout: float = 1.0) -> bool:
+        """Wait until the daemon has answered everything said so far. False when it has not within ``timeout`` s."""
+        return self._link is None or self._link.flush(timeout)
+
+    def close(self, timeout: float = 0.2) -> None:
+        """Send what is queued, for at most ``timeout`` seconds, and end the background thread. Idempotent."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _forked(self) -> None:
+        self._link = None
+
+
+def _close_all() -> None:
+    for client in list(_clients):
+        client.close()
+
+
+def _forget_all() -> None:
+    for client in list(_clients):
+        client._forked()  # noqa: SLF001 - our own class
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forget_all)
