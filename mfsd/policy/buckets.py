@@ -37,3 +37,10 @@ def dense_rank(keys: F8, limit: int) -> I2:
     """Position of each key in ascending order, equal keys sharing one, at most ``limit - 1``. Shape as ``keys``."""
     _, inverse = np.unique(keys, return_inverse=True)
     return np.minimum(inverse, limit - 1).astype(np.int16)
+
+
+def span(count: int, first: float, last: float) -> tuple[float, ...]:
+    """``count - 1`` upper edges at equal ratios from ``first`` to ``last``; ``first`` alone if there is but one."""
+    if count <= 2:
+        return (first,) * (count - 1)
+    return edges(count, first, (last / first) ** (1 / (count - 2)))

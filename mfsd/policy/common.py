@@ -6,6 +6,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from mfsd.policy.base import (
     RequestView,
     TransferView,
 )
+
+P2D: Final = 3
+"""model.Stage.P2D, as the plain integer that numpy compares fastest."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,8 @@ from mfsd.policy.base import (
     RequestView,
     TransferView,
 )
-from mfsd.policy.common import PolicyBase, place
+from mfsd.policy.common import P2D, PolicyBase, place
 from mfsd.policy.params import option
-
-P2D = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 
@@ -22,11 +21,9 @@ from mfsd.policy.base import (
     RequestView,
     TransferView,
 )
-from mfsd.policy.common import PolicyBase, place
+from mfsd.policy.common import P2D, PolicyBase, place
 from mfsd.policy.layout import ARBITRATION, Layout
 from mfsd.policy.params import option
-
-P2D: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)

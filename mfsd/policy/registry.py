@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.policy import params as parameters
 from mfsd.policy.deadline import DeadlineLadder
+from mfsd.policy.edf import Edf, Karuna
+from mfsd.policy.llf import Llf
 from mfsd.policy.mfs import Mfs
+from mfsd.policy.sincronia import Sincronia
+from mfsd.policy.size import BySize
 from mfsd.policy.static import Fair, TwoClass
 
 if TYPE_CHECKING:
@@ -38,6 +42,14 @@ _ENTRIES: Final[dict[str, Entry]] = {
     "mfs-giveup": Entry(Mfs, {"p1": False, "late_infeasible": "scavenger"}),
     "fair": Entry(Fair),
     "two-class": Entry(TwoClass),
+    "sjf": Entry(BySize),
+    "srpt": Entry(BySize),
+    "pias": Entry(BySize),
+    "edf": Entry(Edf),
+    "edf-all": Entry(Edf, {"everything": True}),
+    "karuna": Entry(Karuna),
+    "sincronia": Entry(Sincronia),
+    "llf": Entry(Llf),
 }
 
 
