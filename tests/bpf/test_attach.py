@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On and off the egress hook of a real device: TCX and clsact, beside others, leaving nothing behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import pytest
+from pyroute2 import IPRoute, netns
+
+from mfsd import _abi
+from mfsd.datapath.attach import _F_BEFORE, TCX_EGRESS, AttachError, attach, hook_users, remove_leftover
+from mfsd.datapath.keys import cookie_key
+from mfsd.datapath.libbpf import BpfObject, LibbpfLoader, object_path
+from mfsd.datapath.loader import PROGRAM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mfsd.datapath.loader import Classifier
+
+pytestmark = [pytest.mark.bpf, pytest.mark.netns]
+
+T = TypeVar("T")
+Method = Literal["auto", "tcx", "clsact"]
+SO_COOKIE = 57
+
+
+class Namespace:
+    """A throw-away network namespace with a veth pair d0 - d1, and a thread that lives in it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call something in the namespace."""
+        return self._thread.submit(function).result()
+
+    def sh(self, command: str) -> str:
+        """Run tc or ip there; returns what it prints."""
+        done = subprocess.run(["ip", "netns", "exec", self.name, *command.split()], check=True, capture_output=True)
+        return done.stdout.decode()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+@pytest.fixture
+def ns() -> Iterator[Namespace]:
+    name = f"mfsd-test-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    space = Namespace(name)
+    try:
+        space.run(lambda: netns.setns(name))
+        space.sh("ip link add d0 type veth peer name d1")
+        space.sh("ip addr add 10.9.0.1/24 dev d0")
+        space.sh("ip link set d0 up")
+        space.sh("ip link set d1 up")
+        space.sh("ip neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev d0")
+        yield space
+    finally:
+        space.close()
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.fixture
+def classifier() -> Iterator[Classifier]:
+    """A live one in observe mode: it counts, which is how a test sees that it runs."""
+    with LibbpfLoader().open_classifier(64) as c:
+        c.host["abi_version"], c.host["heartbeat_ns"] = _abi.ABI_VERSION, time.monotonic_ns()
+        c.host["timeout_ns"] = 3600 * 10**9
+        yield c
+
+
+@pytest.fixture
+def foreign() -> Iterator[int]:
+    """Descriptor of somebody else's program."""
+    with BpfObject(object_path("empty")) as obj:
+        obj.load()
+        fd = obj.program_fd("mfsd_empty")
+    yield fd
+    os.close(fd)
+
+
+def index(ns: Namespace, name: str = "d0") -> int:
+    return ns.run(lambda: socket.if_nametoindex(name))
+
+
+def traces(ns: Namespace) -> str:
+    """Everything that could be left behind on the device."""
+    return ns.sh("tc qdisc show dev d0") + ns.sh("tc filter show dev d0 egress")
+
+
+def send(ns: Namespace) -> None:
+    """One UDP datagram out of d0."""
+
+    def go() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.sendto(b"x" * 100, ("10.9.0.2", 9))
+
+    ns.run(go)
+
+
+def runs(ns: Namespace, c: Classifier) -> bool:
+    """True if traffic of the device passes the classifier."""
+    before = int(c.stats().sum())
+    send(ns)
+    return int(c.stats().sum()) > before
+
+
+METHODS = pytest.mark.parametrize("method", ["auto", "tcx", "clsact"])
+
+
+@METHODS
+def test_attach_and_detach_leave_nothing_behind(ns: Namespace, classifier: Classifier, method: Method) -> None:
+    before, i = traces(ns), index(ns)
+    a = ns.run(lambda: attach(classifier, i, method))
+    assert runs(ns, classifier)
+    (user,) = ns.run(lambda: hook_users(classifier.calls, i))
+    assert user.ours
+    assert user.hook == a.method
+    ns.run(a.detach)
+    ns.run(a.detach)
+    assert not runs(ns, classifier)
+    assert traces(ns) == before
+    assert ns.run(lambda: hook_users(classifier.calls, i)) == []
+
+
+def test_auto_prefers_tcx(ns: Namespace, classifier: Classifier) -> None:
+    i = index(ns)
+    with ns.run(lambda: attach(classifier, i)) as a:
+        assert a.method == "tcx"
+
+
+def test_auto_falls_back_where_the_kernel_has_no_tcx(
+    ns: Namespace, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_tcx(*_: int) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(classifier.calls, "link_create", no_tcx)
+    i = index(ns)
+    with pytest.raises(AttachError, match="use clsact"):
+        ns.run(lambda: attach(classifier, i, "tcx"))
+    a = ns.run(lambda: attach(classifier, i))
+    assert a.method == "clsact"
+    assert runs(ns, classifier)
+    ns.run(a.detach)
+
+
+@METHODS
+def test_cookie_of_a_real_socket_is_matched(ns: Namespace, classifier: Classifier, method: Method) -> None:
+    i = index(ns)
+    a = ns.run(lambda: attach(classifier, i, method))
+
+    def go() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            cookie = struct.unpack("Q", s.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]
+            classifier.slots["expires_ns"][5] = 2**63
+            classifier.cookies.add(cookie_key(cookie), 5)
+            s.sendto(b"x" * 100, ("10.9.0.2", 9))
+
+    ns.run(go)
+    assert classifier.slots["packets"][5] == 1
+    assert classifier.slots["bytes"][5] == 142
+    ns.run(a.detach)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_tcx_coexists_with_a_foreign_program(ns: Namespace, classifier: Classifier, foreign: int, when: str) -> None:
+    i = index(ns)
+    calls = classifier.calls
+    links = []
+    if when == "before":
+        links.append(ns.run(lambda: calls.link_create(foreign, i, TCX_EGRESS, 0)))
+    a = ns.run(lambda: attach(classifier, i))
+    if when == "after":
+        links.append(ns.run(lambda: calls.link_create(foreign, i, TCX_EGRESS, 0)))
+    names = [u.name for u in ns.run(lambda: hook_users(calls, i))]
+    assert names == [PROGRAM, "mfsd_empty"], "ours is at the head"
+    assert runs(ns, classifier)
+    ns.run(a.detach)
+    assert [u.name for u in ns.run(lambda: hook_users(calls, i))] == ["mfsd_empty"]
+    for fd in links:
+        os.close(fd)
+
+
+def test_a_foreign_program_put_before_ours_runs_first_and_ours_still_runs(
+    ns: Namespace, classifier: Classifier, foreign: int
+) -> None:
+    i = index(ns)
+    a = ns.run(lambda: attach(classifier, i))
+    link = ns.run(lambda: classifier.calls.link_create(foreign, i, TCX_EGRESS, _F_BEFORE))
+    assert [u.name for u in ns.run(lambda: hook_users(classifier.calls, i))] == ["mfsd_empty", PROGRAM]
+    assert runs(ns, classifier)
+    ns.run(a.detach)
+    os.close(link)
+
+
+@pytest.mark.parametrize("prio", [1, 7])
+@pytest.mark.parametrize("when", ["before", "after"])
+@METHODS
+def test_foreign_clsact_filter_stays_and_sees_traffic(
+    ns: Namespace, classifier: Classifier, method: Method, when: str, prio: int
+) -> None:
+    """The foreign filter is a second classifier under another name, because that one can count."""
+    i = index(ns)
+
+    def add(fd: int) -> None:
+        with IPRoute() as ip:
+            if "clsact" not in traces(ns):
+                ip.tc("add", "clsact", i)
+            where = {"parent": 0xFFFFFFF3, "prio": prio, "protocol": 3}
+            ip.tc("add-filter", "bpf", i, fd=fd, name="foreign", direct_action=True, **where)
+
+    with LibbpfLoader().open_classifier(64, classifier) as other:
+        if when == "before":
+            ns.run(lambda: add(other.prog_fd))
+        a = ns.run(lambda: attach(classifier, i, method))
+        if when == "after":
+            ns.run(lambda: add(other.prog_fd))
+        users = ns.run(lambda: hook_users(classifier.calls, i))
+        assert {(u.name, u.ours) for u in users} == {(PROGRAM, True), ("foreign", False)}
+        if prio > 1 or when == "before":  # a bpf filter added later at our own priority goes in front of ours
+            assert users[0].ours
+        assert runs(ns, classifier)
+        assert runs(ns, other)
+        ns.run(a.detach)
+        assert not runs(ns, classifier)
+        assert runs(ns, other)
+        (left,) = ns.run(lambda: hook_users(classifier.calls, i))
+        assert (left.name, left.prio, left.hook) == ("foreign", prio, "clsact")
+
+
+def test_empty_clsact_of_somebody_else_stays(ns: Namespace, classifier: Classifier) -> None:
+    ns.sh("tc qdisc add dev d0 clsact")
+    before, i = traces(ns), index(ns)
+    a = ns.run(lambda: attach(classifier, i, "clsact"))
+    ns.run(a.detach)
+    assert traces(ns) == before
+
+
+def test_clsact_of_ours_with_a_foreign_ingress_filter_stays(ns: Namespace, classifier: Classifier) -> None:
+    i = index(ns)
+    a = ns.run(lambda: attach(classifier, i, "clsact"))
+    ns.sh("tc filter add dev d0 ingress pref 7 protocol ip u32 match u32 0 0 flowid 1:1")
+    ns.run(a.detach)
+    assert "u32" in ns.sh("tc filter show dev d0 ingress")
+
+
+def test_clsact_priority_taken_by_another_kind(ns: Namespace, classifier: Classifier) -> None:
+    ns.sh("tc qdisc add dev d0 clsact")
+    ns.sh("tc filter add dev d0 egress pref 1 protocol ip u32 match u32 0 0 flowid 1:1")
+    before, i = traces(ns), index(ns)
+    with pytest.raises(AttachError, match="u32 filter holds priority 1"):
+        ns.run(lambda: attach(classifier, i, "clsact"))
+    assert traces(ns) == before
+
+
+def test_ingress_qdisc_in_the_place_of_clsact(ns: Namespace, classifier: Classifier) -> None:
+    ns.sh("tc qdisc add dev d0 ingress")
+    i = index(ns)
+    with pytest.raises(AttachError, match="ingress holds the handle"):
+        ns.run(lambda: attach(classifier, i, "clsact"))
+    a = ns.run(lambda: attach(classifier, i, "tcx"))
+    assert runs(ns, classifier)
+    ns.run(a.detach)
+
+
+@pytest.mark.parametrize("method", ["tcx", "clsact"])
+def test_update_replaces_the_program(ns: Namespace, classifier: Classifier, method: Method) -> None:
+    i = index(ns)
+    a = ns.run(lambda: attach(classifier, i, method))
+    with LibbpfLoader().open_classifier(64, classifier) as successor:
+        ns.run(lambda: a.update(successor))
+        assert runs(ns, successor)
+        assert not runs(ns, classifier)
+        assert len(ns.run(lambda: hook_users(classifier.calls, i))) == 1
+    ns.run(a.detach)
+
+
+def test_leftover_of_a_crash_is_replaced_or_removed(ns: Namespace, classifier: Classifier) -> None:
+    i = index(ns)
+    ns.run(lambda: attach(classifier, i, "clsact"))  # dropped on the floor: clsact has no link that would go with us
+    with LibbpfLoader().open_classifier(64, classifier) as successor:
+        a = ns.run(lambda: attach(successor, i, "clsact"))
+        assert len(ns.run(lambda: hook_users(classifier.calls, i))) == 1
+        assert runs(ns, successor)
+        assert not a.made_qdisc
+        assert ns.run(lambda: remove_leftover(i, delete_empty_qdisc=True))
+    assert not ns.run(lambda: remove_leftover(i))
+    assert "clsact" not in traces(ns)
+    ns.run(a.detach)
+
+
+CRASHER = """
+import os, signal, socket, sys
+from mfsd.datapath.attach import attach
+from mfsd.datapath.libbpf import LibbpfLoader
+a = attach(LibbpfLoader().open_classifier(16), socket.if_nametoindex("d0"), "tcx")
+print("attached", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_tcx_link_goes_with_the_process(ns: Namespace, classifier: Classifier) -> None:
+    argv = ["ip", "netns", "exec", ns.name, sys.executable, "-c", CRASHER]
+    done = subprocess.run(
+        argv,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stdout == "attached\n", done.stderr
+    i = index(ns)
+    deadline = time.monotonic() + 30
+    while ns.run(lambda: hook_users(classifier.calls, i)):  # the kernel may free the link a moment later
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@METHODS
+def test_device_that_goes_away(ns: Namespace, classifier: Classifier, method: Method) -> None:
+    i = index(ns)
+    a = ns.run(lambda: attach(classifier, i, method))
+    ns.sh("ip link del d0")
+    ns.run(a.detach)
+
+
+@METHODS
+def test_unknown_device(ns: Namespace, classifier: Classifier, method: Method) -> None:
+    with pytest.raises(AttachError, match="no such device"):
+        ns.run(lambda: attach(classifier, 99999, method))
+
+
+def test_device_without_an_ethernet_header_is_refused(ns: Namespace, classifier: Classifier) -> None:
+    ns.sh("ip tuntap add t0 mode tun")
+    i = index(ns, "t0")
+    with pytest.raises(AttachError, match="no Ethernet header"):
+        ns.run(lambda: attach(classifier, i))
+
+
+def test_loopback_is_accepted(ns: Namespace, classifier: Classifier) -> None:
+    a = ns.run(lambda: attach(classifier, socket.if_nametoindex("lo")))
+    a.detach()
+
+
+def test_attaching_twice_is_an_error(ns: Namespace, classifier: Classifier) -> None:
+    i = index(ns)
+    with ns.run(lambda: attach(classifier, i)), pytest.raises(AttachError, match="already"):
+        ns.run(lambda: attach(classifier, i))
