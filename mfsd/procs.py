@@ -22,7 +22,7 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _DEAD_STATES: Final = "ZXx"
 _POLL_S: Final = 1.0
 _NO_PIDFD: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EINVAL, errno.ENOENT})
-"""Reasons to poll instead: kernel < 5.3, a seccomp filter, no descriptors left, the id is a thread's (EINVAL, ENOENT)."""
+"""Reasons to poll instead: kernel < 5.3, a seccomp filter, no descriptors left; EINVAL, ENOENT: a thread's id."""
 
 
 class ProcessGoneError(LookupError):
