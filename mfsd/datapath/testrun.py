@@ -8,6 +8,8 @@ a fresh socket for it; converts the fields below into the skb; runs the program;
 from __future__ import annotations
 
 import ctypes
+import socket
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,3 +63,30 @@ def run_packet(
     LibbpfCalls().test_run(prog_fd, opts)
     verdict = ctypes.c_int32(opts.retval).value
     return Ran(verdict, int(ctx_out["priority"][0]), out.raw[: opts.data_size_out], opts.duration)
+
+
+SO_COOKIE: Final = 57
+"""include/uapi/asm-generic/socket.h."""
+_COOKIE_BATCH: Final = 4096
+"""COOKIE_LOCAL_BATCH, include/linux/cookie.h."""
+
+
+def socket_cookie(sock: socket.socket) -> int:
+    """Cookie of a socket; the kernel makes one up when first asked. Raises OSError."""
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+
+
+def upcoming_cookies(count: int) -> range:
+    """Cookies that the next ``count`` sockets on this CPU will get, those of test runs included.
+
+    Cookies are handed out per CPU, in batches of 4096, so the caller must be pinned to one CPU; other processes there
+    may take a few, so ask for more than you need. Raises ValueError for more than half a batch.
+    """
+    if not 0 < count <= _COOKIE_BATCH // 2:
+        raise ValueError(f"count = {count}: must be 1 to {_COOKIE_BATCH // 2}")
+    for _ in range(_COOKIE_BATCH):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            last = socket_cookie(s)
+        if -last % _COOKIE_BATCH >= count:  # a batch ends with a multiple of its size
+            break
+    return range(last + 1, last + 1 + count)

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +14,7 @@ import pytest
 from mfsd import _abi
 from mfsd.datapath.keys import cookie_key
 from mfsd.datapath.libbpf import LibbpfLoader
-from mfsd.datapath.testrun import Ran, run_packet
+from mfsd.datapath.testrun import Ran, run_packet, upcoming_cookies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +28,6 @@ MAJOR: Final = 0x10000
 BANDS: Final = 8
 LANES: Final = 4
 FOREVER: Final = 2**63
-SO_COOKIE: Final = 57
 EXCLUSIVE: Final = _abi.STAT_NOT_IP + 1
 """Every packet is in exactly one of the first so many counters."""
 
@@ -104,9 +101,7 @@ class Rig:
         c = self.classifier.cookies
         for key in self.cookies:
             c.delete(key)
-        while (now := next_cookie()) % 4096 > 4096 - 200:
-            pass
-        self.cookies = [cookie_key(now + i) for i in range(1, 101)]
+        self.cookies = [cookie_key(cookie) for cookie in upcoming_cookies(100)]
         for key in self.cookies:
             c.add(key, row)
 
@@ -122,13 +117,6 @@ class Rig:
         return Result(
             ran, stats, grown | {"last_ns": int(c.slots["last_ns"][row])}, c.bands()["packets"] - bands["packets"]
         )
-
-
-def next_cookie() -> int:
-    """Cookie of a new socket."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        cookie: int = struct.unpack("Q", s.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]
-        return cookie
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import concurrent.futures
 import errno
 import os
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from mfsd.datapath.attach import _F_BEFORE, TCX_EGRESS, AttachError, attach, hoo
 from mfsd.datapath.keys import cookie_key
 from mfsd.datapath.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.loader import PROGRAM
+from mfsd.datapath.testrun import socket_cookie
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +32,6 @@ pytestmark = [pytest.mark.bpf, pytest.mark.netns]
 
 T = TypeVar("T")
 Method = Literal["auto", "tcx", "clsact"]
-SO_COOKIE = 57
 
 
 class Namespace:
@@ -165,9 +164,8 @@ def test_cookie_of_a_real_socket_is_matched(ns: Namespace, classifier: Classifie
 
     def go() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            cookie = struct.unpack("Q", s.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]
             classifier.slots["expires_ns"][5] = 2**63
-            classifier.cookies.add(cookie_key(cookie), 5)
+            classifier.cookies.add(cookie_key(socket_cookie(s)), 5)
             s.sendto(b"x" * 100, ("10.9.0.2", 9))
 
     ns.run(go)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the classifier costs: nanoseconds per packet, and throughput of one TCP stream over a veth pair.
+
+*Per packet*: BPF_PROG_TEST_RUN in the kernel, the classifier and an empty program in turn within each round, pinned to
+one CPU; the median over the rounds of the difference. The packet is a full-size TCP segment, as data is. Packets run
+back to back with warm caches, which is the case at high rates.
+
+*Throughput*: one connection between two namespaces; each round sends the same amount with and without the classifier
+on the device, in changing order, and gives a ratio; the median of the ratios. The connection is hinted, so that every
+packet is looked up, counted and steered.
+
+Run as root: ``python -m bench.classifier``.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import ipaddress
+import os
+import socket
+import statistics
+import struct
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from pyroute2 import netns
+
+from bench.common import Figure, write
+from mfsd import _abi
+from mfsd.datapath.attach import attach
+from mfsd.datapath.keys import cookie_key, tuple_key
+from mfsd.datapath.libbpf import BpfObject, LibbpfLoader, object_path
+from mfsd.datapath.testrun import run_packet, socket_cookie, upcoming_cookies
+from mfsd.model import Endpoints
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mfsd.datapath.loader import Classifier
+
+ROUNDS: Final = 41
+REPEAT: Final = 100_000
+SLOTS: Final = _abi.DEFAULT_SLOTS
+FILLED: Final = 10_000
+"""Connections in the table, so that the hash maps are as full as on a busy host."""
+
+STREAM_ROUNDS: Final = 60
+STREAM_BYTES: Final = 192 << 20
+CHUNK: Final = 1 << 20
+
+SRC, DST = ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("10.0.0.2")
+SPORT, DPORT = 40000, 5001
+FOREVER: Final = 2**63
+
+
+def full_segment() -> bytes:
+    """Ethernet, IPv4, TCP and data: 1514 bytes."""
+    data = bytes(1514 - 14 - 20 - 20)
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 40 + len(data), 1, 0, 64, 6, 0, SRC.packed, DST.packed)
+    tcp = struct.pack("!HHIIBBHHH", SPORT, DPORT, 1, 1, 0x50, 0x10, 64, 0, 0)
+    return bytes(12) + b"\x08\x00" + ip + tcp + data
+
+
+def set_up(c: Classifier) -> None:
+    """Describe a live daemon, a device with eight bands of four lanes, and many connections."""
+    c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
+    c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
+    c.dev["major"], c.dev["n_bands"] = 0x10000, 8
+    c.dev["bands"]["classid"][0, :8] = [0x10010 + 0x10 * b for b in range(8)]
+    c.dev["bands"]["lanes"], c.dev["bands"]["dscp"] = 4, _abi.DSCP_KEEP
+    c.slots["expires_ns"][:FILLED], c.slots["band"], c.slots["lane"] = FOREVER, 3, 2
+    for i in range(FILLED):
+        c.cookies.add(cookie_key(FOREVER + i), i)
+        c.tuples.add(tuple_key(Endpoints(DST, i + 1, SRC, DPORT)), i)
+
+
+class PacketCost:
+    """The per-packet figures."""
+
+    def __init__(self, c: Classifier, empty_fd: int) -> None:
+        self.c, self.empty_fd, self.frame = c, empty_fd, full_segment()
+        self.over: dict[str, list[int]] = {}
+        self.empty: list[int] = []
+
+    def measure(self, name: str, stat: int) -> None:
+        """One round of one case; the counters must say that it was this case."""
+        size = len(self.frame)
+        before = int(self.c.stats()[stat])
+        empty = run_packet(self.empty_fd, self.frame, wire_len=size, gso_segs=1, repeat=REPEAT).ns
+        ours = run_packet(self.c.prog_fd, self.frame, wire_len=size, gso_segs=1, repeat=REPEAT).ns
+        grown = int(self.c.stats()[stat]) - before
+        if grown != REPEAT:
+            raise RuntimeError(f"{name}: {grown} of {REPEAT} packets took the path that is measured")
+        self.empty.append(empty)
+        self.over.setdefault(name, []).append(ours - empty)
+
+    def rounds(self) -> None:
+        """All cases in turn, round by round."""
+        key = tuple_key(Endpoints(SRC, SPORT, DST, DPORT))
+        for _ in range(ROUNDS):
+            self.measure("miss", _abi.STAT_MISS)
+            self.c.tuples.add(key, 7)
+            self.measure("tuple_hit", _abi.STAT_TUPLE)
+            cookies = [cookie_key(cookie) for cookie in upcoming_cookies(50)]
+            for cookie in cookies:
+                self.c.cookies.add(cookie, 7)
+            self.measure("cookie_hit", _abi.STAT_COOKIE)
+            for cookie in cookies:
+                self.c.cookies.delete(cookie)
+            self.c.tuples.delete(key)
+            timeout = int(self.c.host["timeout_ns"][0])
+            self.c.host["timeout_ns"], self.c.host["heartbeat_ns"] = 1, 1
+            self.measure("stale", _abi.STAT_STALE)
+            self.c.host["timeout_ns"], self.c.host["heartbeat_ns"] = timeout, time.monotonic_ns()
+
+    def figures(self) -> list[Figure]:
+        """Medians over the rounds."""
+        base = statistics.median(self.empty)
+        cost = {name: float(statistics.median(ns)) for name, ns in self.over.items()}
+        return [
+            Figure.against(
+                "cookie_hit_ns_over_empty", cost["cookie_hit"], "ns", target=60, want="at most", baseline=base
+            ),
+            Figure("tuple_hit_ns_over_empty", cost["tuple_hit"], "ns", baseline=base),
+            Figure("miss_ns_over_empty", cost["miss"], "ns", baseline=base),
+            Figure("stale_ns_over_empty", cost["stale"], "ns", baseline=base),
+        ]
+
+
+def ip(*args: str) -> None:
+    """Run the ip command."""
+    subprocess.run(["ip", *args], check=True)
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[tuple[str, str]]:
+    """Two namespaces, a veth pair between them, 10.0.0.1 and 10.0.0.2."""
+    names = (f"mfsd-bench-a-{os.getpid()}", f"mfsd-bench-b-{os.getpid()}")
+    made = []
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            made.append(name)
+        ip("-n", names[0], "link", "add", "d0", "type", "veth", "peer", "name", "d0", "netns", names[1])
+        for name, address in zip(names, (SRC, DST), strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "d0")
+            ip("-n", name, "link", "set", "d0", "up")
+        yield names
+    finally:
+        for name in made:
+            ip("netns", "del", name)
+
+
+def connect(hosts: tuple[str, str]) -> tuple[socket.socket, socket.socket]:
+    """TCP connection from the first host to the second; (sender, receiver)."""
+
+    def listen() -> socket.socket:
+        netns.setns(hosts[1])
+        return socket.create_server((str(DST), DPORT))
+
+    def dial() -> socket.socket:
+        netns.setns(hosts[0])
+        return socket.create_connection((str(DST), DPORT), timeout=10)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as there, concurrent.futures.ThreadPoolExecutor(1) as here:
+        server = there.submit(listen).result()
+        sender = here.submit(dial).result()
+    receiver, _ = server.accept()
+    server.close()
+    sender.settimeout(None)
+    return sender, receiver
+
+
+def drain(receiver: socket.socket) -> None:
+    """Read until the end."""
+    buffer = bytearray(CHUNK)
+    while receiver.recv_into(buffer):
+        pass
+
+
+def stream(sender: socket.socket) -> float:
+    """Send STREAM_BYTES; bytes per second."""
+    chunk = bytes(CHUNK)
+    start = time.perf_counter()
+    for _ in range(STREAM_BYTES // CHUNK):
+        sender.sendall(chunk)
+    return STREAM_BYTES / (time.perf_counter() - start)
+
+
+def throughput(c: Classifier) -> list[Figure]:
+    """Throughput with the classifier to that without, round by round."""
+    with two_hosts() as hosts:
+        sender, receiver = connect(hosts)
+        reader = threading.Thread(target=drain, args=(receiver,))
+        reader.start()
+        c.cookies.add(cookie_key(socket_cookie(sender)), 7)
+        with concurrent.futures.ThreadPoolExecutor(1) as here:
+
+            def in_first_host() -> tuple[list[float], list[float]]:
+                netns.setns(hosts[0])
+                device = socket.if_nametoindex("d0")
+                rates: dict[bool, list[float]] = {True: [], False: []}
+                for i in range(-3, STREAM_ROUNDS):
+                    for on in (i % 2 == 0, i % 2 == 1):
+                        with attach(c, device) if on else contextlib.nullcontext():
+                            rate = stream(sender)
+                        if i >= 0:  # the first rounds warm up
+                            rates[on].append(rate)
+                return rates[True], rates[False]
+
+            before = int(c.slots["bytes"][7])
+            on, off = here.submit(in_first_host).result()
+            seen = int(c.slots["bytes"][7]) - before
+        sender.close()
+        reader.join()
+        receiver.close()
+    if seen < STREAM_ROUNDS * STREAM_BYTES * 0.9:
+        raise RuntimeError(f"the classifier saw {seen} bytes of the stream, {STREAM_ROUNDS * STREAM_BYTES} were sent")
+    ratio = statistics.median(a / b for a, b in zip(on, off, strict=True))
+    return [
+        Figure.against("throughput_ratio", ratio, "1", target=0.98, want="at least", baseline=1.0, ratio=ratio),
+        Figure("throughput_without_gbit", statistics.median(off) * 8e-9, "Gbit/s"),
+    ]
+
+
+def main() -> None:
+    """Measure and report."""
+    with BpfObject(object_path("empty")) as obj:
+        obj.load()
+        empty_fd = obj.program_fd("mfsd_empty")
+    cpus = os.sched_getaffinity(0)
+    with LibbpfLoader().open_classifier(SLOTS) as c:
+        set_up(c)
+        os.sched_setaffinity(0, {max(cpus)})
+        packets = PacketCost(c, empty_fd)
+        packets.rounds()
+        os.sched_setaffinity(0, cpus)
+        c.host["heartbeat_ns"] = time.monotonic_ns()
+        write("classifier", [*packets.figures(), *throughput(c)])
+    os.close(empty_fd)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every benchmark reports, and where.
+
+A figure that has a target says whether it met it; nothing here fails the run, because a slow machine isn't a defect.
+Compare figures of one run with each other: that is what ``baseline`` and ``ratio`` are for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number. ``baseline`` is what it is compared with (same unit, same run), ``ratio`` is value / baseline."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: float | None = None
+    ratio: float | None = None
+    target: float | None = None
+    met: bool | None = None
+
+    @classmethod
+    def against(
+        cls, name: str, value: float, unit: str, *, target: float, want: Literal["at most", "at least"], **kwargs: Any
+    ) -> Self:
+        """Make a figure with a target; decides ``met``."""
+        met = value <= target if want == "at most" else value >= target
+        return cls(name, value, unit, target=target, met=met, **kwargs)
+
+
+def commit() -> str:
+    """Commit of the tree, with "-dirty" if tracked files were changed; "unknown" outside of git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {"cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
+
+
+def write(name: str, figures: Sequence[Figure]) -> Path:
+    """Write build/bench/NAME.json and print the figures as a table."""
+    path = ROOT / "build" / "bench" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"name": name, "commit": commit(), "machine": machine(), "figures": [asdict(f) for f in figures]}
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+    table = Table("figure", "value", "unit", "baseline", "ratio", "target", "met", title=f"bench {name}")
+    for f in figures:
+        numbers = ["" if x is None else f"{x:,.4g}" for x in (f.baseline, f.ratio, f.target)]
+        table.add_row(f.name, f"{f.value:,.4g}", f.unit, *numbers, {None: "", True: "yes", False: "NO"}[f.met])
+    console = Console()
+    console.print(table)
+    console.print(f"{path.relative_to(ROOT)}  on  {report['machine']}")
+    return path
