@@ -11,6 +11,7 @@ from frames import (
     CWR,
     ECE,
     FIN,
+    FRAGMENT,
     HOPOPTS,
     PSH,
     RST,
@@ -23,6 +24,7 @@ from frames import (
     UDP,
     URG,
     eth,
+    fragment6,
     ip4,
     ip6,
     key4,
@@ -138,6 +140,18 @@ def test_tiny_does_not_apply_to_tcp_data_nor_to_fragments(rig: Rig) -> None:
     for frag, more in ((0, True), (9, False)):
         hint(rig, "cookie")
         assert rig.run(eth(TYPE_IP4, ip4(UDP, udp(b"x"), frag=frag, more=more))).priority == leaf(3, 2)
+
+
+@pytest.mark.parametrize("how", ["cookie", "tuple"])
+def test_first_ipv6_fragment_is_no_control_packet(rig: Rig, how: str) -> None:
+    rig.classifier.dev["tiny_len"] = 400
+    for proto, inner in ((TCP, tcp()), (UDP, udp(b"x"))):
+        hint(rig, how)
+        first = eth(TYPE_IP6, ip6(FRAGMENT, fragment6(proto, 0, more=True) + inner))
+        assert rig.run(first).priority == leaf(3, 2)
+        hint(rig, how)
+        whole = eth(TYPE_IP6, ip6(FRAGMENT, fragment6(proto, 0) + inner))
+        assert rig.run(whole).priority == leaf(0)
 
 
 def test_observe_keep_and_foreign_do_not_reach_the_control_band(rig: Rig) -> None:

@@ -114,6 +114,12 @@ def test_ipv6_fragments(rig: Rig) -> None:
     assert (later.stat, later.stats[_abi.STAT_FRAGMENT], later.priority) == (_abi.STAT_MISS, 1, 5)
 
 
+def test_data_of_a_later_ipv6_fragment_is_not_read_as_headers(rig: Rig) -> None:
+    """Its "next header" names what the first fragment starts with; here too little follows to be one."""
+    r = rig.run(eth(TYPE_IP6, ip6(FRAGMENT, fragment6(DSTOPTS, 13) + b"abc")))
+    assert (r.stat, r.stats[_abi.STAT_FRAGMENT]) == (_abi.STAT_MISS, 1)
+
+
 def test_fragments_with_a_cookie_are_of_their_socket(rig: Rig) -> None:
     rig.expect_cookie(band=5)
     assert rig.run(eth(TYPE_IP4, ip4(UDP, udp(DATA), frag=13))).stat == _abi.STAT_COOKIE
@@ -212,8 +218,8 @@ def frames(draw: st.DrawFn) -> bytes:
     edited = bytearray(frame)
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3])) if frame else 0):
         edited[draw(st.integers(0, len(frame) - 1))] = draw(st.integers(0, 255))
-    out = bytes(edited)
-    return out + bytes(max(0, shortest(out) - len(out)))
+    out = bytes(edited).ljust(15, b"\0")
+    return out.ljust(shortest(out), b"\0")
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
