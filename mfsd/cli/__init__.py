@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mfsctl, the operator's command line: a client of the Control service.
+
+Start-up is kept short (shell completion runs mfsctl on each Tab): this module and app.py import click only, and every
+command's module is imported when it is used.
+"""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point of ``mfsctl``; exits with one of `mfsd.cli.errors.Exit`."""
+    from mfsd.cli.app import mfsctl  # noqa: PLC0415 - importing mfsd.cli must not cost more than its name
+
+    mfsctl(prog_name="mfsctl")

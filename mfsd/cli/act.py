@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that plan, steer and undo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.text import Text
+
+from mfsd.cli import output
+from mfsd.cli.app import Globals, command
+from mfsd.cli.connect import TIMEOUT_S, control
+from mfsd.cli.errors import CliError, Exit, UnreachableError
+from mfsd.cli.show import mode_text
+from mfsd.v1 import control_pb2 as pb
+
+SLOW_S = 60.0
+"""For calls that change qdiscs, which may have hundreds of classes."""
+CONFIG = click.option("--config", metavar="FILE", help="The configuration, for use without a daemon.")
+DEVICE = click.argument("device", default="", required=False)
+
+
+def _told(g: Globals, answer: pb.Status) -> None:
+    if g.json:
+        output.print_json(answer)
+        return
+    click.echo(f"mode: {mode_text(answer)}")
+    for notice in answer.notices:
+        click.echo(f"! {notice}")
+
+
+@command("observe")
+def observe(g: Globals) -> None:
+    """Classify, count and predict, but leave packets alone.
+
+    The qdiscs stay; `mfsctl restore` takes them away.
+    """
+    _set_mode(g, pb.MODE_OBSERVE)
+
+
+@command("enforce")
+def enforce(g: Globals) -> None:
+    """Steer packets.
+
+    Installs the qdiscs where they are not yet: see `mfsctl plan` first.
+    """
+    _set_mode(g, pb.MODE_ENFORCE)
+
+
+def _set_mode(g: Globals, mode: pb.Mode.ValueType) -> None:
+    with control(g.socket) as daemon:
+        _told(g, daemon.SetMode(pb.SetModeRequest(mode=mode), timeout=SLOW_S))
+
+
+@command("pause")
+def pause(g: Globals) -> None:
+    """Stop steering at once; hints and qdiscs stay.
+
+    All traffic goes to the default band until `mfsctl resume`. Pausing twice does no harm.
+    """
+    with control(g.socket) as daemon:
+        _told(g, daemon.Pause(pb.PauseRequest(), timeout=TIMEOUT_S))
+
+
+@command("resume")
+def resume(g: Globals) -> None:
+    """Steer again after a pause."""
+    with control(g.socket) as daemon:
+        _told(g, daemon.Resume(pb.ResumeRequest(), timeout=TIMEOUT_S))
+
+
+@command("plan")
+@DEVICE
+@CONFIG
+@click.option("--offline", is_flag=True, help="Plan from the configuration even if a daemon runs.")
+def plan(g: Globals, device: str, config: str | None, *, offline: bool) -> None:
+    """What mfsd would change on the devices, or has changed.
+
+    Changes nothing. Asks the daemon; without one, plans from the configuration. DEVICE: only this one.
+    """
+    made = _plan(g, device, config, offline=offline or config is not None)
+    if g.json:
+        output.print_json(made)
+    else:
+        for n, d in enumerate(made.devices):
+            if n:
+                click.echo()
+            _print_plan(d)
+    if any(d.refusals for d in made.devices):
+        raise click.exceptions.Exit(Exit.BAD_NEWS)
+
+
+def _plan(g: Globals, device: str, config: str | None, *, offline: bool) -> pb.Plan:
+    if not offline:
+        try:
+            with control(g.socket) as daemon:
+                return daemon.GetPlan(pb.GetPlanRequest(device=device), timeout=SLOW_S)
+        except UnreachableError as e:
+            click.echo(f"{e.format_message()}\nplanning from the configuration instead", err=True)
+    from mfsd.cli import offline as without_daemon  # noqa: PLC0415 - brings numpy and pyroute2, needed here only
+
+    return without_daemon.plan(without_daemon.read_config(config, needed=True), device)
+
+
+def _print_plan(d: pb.DevicePlan) -> None:
+    console = output.console()
+
+    def section(title: str, lines: list[str], style: str = "") -> None:
+        if lines:
+            console.print(Text(title, style="bold"))
+            for line in lines:
+                console.print(Text(f"  {line}", style=style))
+
+    console.print(Text(f"{d.device}{f': {d.backend}' if d.backend else ''}", style="bold"))
+    section("found", list(d.found))
+    section("mfsd will not touch it", list(d.refusals), "red")
+    section("why so", list(d.reasons))
+    if d.steps:
+        section("steps", [f"{'[done] ' if s.done else ''}{s.what}\n    {s.command}" for s in d.steps])
+    elif not d.refusals:
+        section("steps", ["nothing to do: all of it is in place"])
+    section("undo", list(d.undo))
+
+
+@command("restore")
+@DEVICE
+@CONFIG
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Where the daemon's notes are, instead of --config.")
+def restore(g: Globals, device: str, config: str | None, state_dir: Path | None) -> None:
+    """Put the devices' qdiscs back as they were found.
+
+    A running daemon does it itself and goes on in observe mode. Without one, mfsctl works from the notes that the
+    daemon left in its state directory. DEVICE: only this one.
+    """
+    answer = _restore(g, device, config, state_dir)
+    if g.json:
+        output.print_json(answer)
+    else:
+        for name in answer.restored:
+            click.echo(f"{name}: as it was found")
+        if not answer.restored and not answer.problems:
+            click.echo("nothing to restore")
+        for problem in answer.problems:
+            click.echo(f"mfsctl: {problem}", err=True)
+    if answer.problems:
+        raise click.exceptions.Exit(Exit.BAD_NEWS)
+
+
+def _restore(g: Globals, device: str, config: str | None, state_dir: Path | None) -> pb.RestoreReply:
+    if state_dir is None:
+        try:
+            with control(g.socket) as daemon:
+                return daemon.Restore(pb.RestoreRequest(device=device), timeout=SLOW_S)
+        except UnreachableError as e:
+            if not g.json:
+                click.echo(f"{e.format_message()}\nrestoring from its notes instead", err=True)
+    from mfsd.cli import offline as without_daemon  # noqa: PLC0415 - brings numpy and pyroute2, needed here only
+
+    try:
+        where = state_dir or without_daemon.read_config(config, needed=False).daemon.state_dir
+    except CliError as e:
+        raise CliError(f"{e.format_message()}; or say where the notes are with --state-dir") from None
+    return without_daemon.restore(where, device)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command tree of mfsctl, with nothing imported that the command at hand doesn't need."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DEFAULT_SOCKET: Final = "/run/mfsd/mfsd.sock"
+"""As ``daemon.socket`` of the configuration (mfsd.config, which is too heavy to import here)."""
+DEFAULT_CONFIG: Final = "/etc/mfsd/mfsd.toml"
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "status": ("show", "Devices, bands, link and counts on one screen."),
+    "connections": ("show", "Connections that mfsd knows, most urgent first."),
+    "transfers": ("show", "Transfers that are not finished, most urgent first."),
+    "watch": ("show", "Status again and again."),
+    "explain": ("show", "Why a connection or transfer is at its level."),
+    "plan": ("act", "What mfsd would change on the devices, or has changed."),
+    "observe": ("act", "Classify, count and predict, but leave packets alone."),
+    "enforce": ("act", "Steer packets."),
+    "pause": ("act", "Stop steering at once; hints and qdiscs stay."),
+    "resume": ("act", "Steer again after a pause."),
+    "restore": ("act", "Put the devices' qdiscs back as they were found."),
+    "doctor": ("doctor", "Check this machine and say what each finding means."),
+    "hint": ("hint", "Send one hint by hand."),
+    "version": ("meta", "Versions of mfsctl and of the daemon."),
+    "completion": ("meta", "Print a shell's completion script."),
+}
+"""Module of mfsd.cli and help line per command, in the order of --help."""
+
+
+@dataclass(slots=True)
+class Globals:
+    """What every command is told."""
+
+    socket: str
+    json: bool
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command runs or shows its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of COMMANDS."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import what is asked for."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"mfsd.cli.{COMMANDS[cmd_name][0]}")
+        command = getattr(module, cmd_name)
+        assert isinstance(command, click.Command)  # noqa: S101 - COMMANDS names commands only
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete command names without importing them."""
+        items = [CompletionItem(n, help=text) for n, (_, text) in COMMANDS.items() if n.startswith(incomplete)]
+        return items + click.Command.shell_complete(self, ctx, incomplete)
+
+
+def _json_option() -> Callable[[Any], Any]:
+    return click.option("--json", "json_", is_flag=True, help="Print JSON instead of tables.")
+
+
+def _socket_option() -> Callable[[Any], Any]:
+    return click.option(
+        "--socket",
+        "socket_",
+        metavar="PATH|HOST:PORT",
+        help=f"Where the daemon listens. Default: $MFSD_SOCKET, else {DEFAULT_SOCKET}.",
+    )
+
+
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Declare a command of mfsctl: it gets ``g: Globals`` and takes --socket and --json, too.
+
+    Its help is the docstring.
+    """
+
+    def wrap(f: Callable[..., None]) -> click.Command:
+        made: click.Command = click.command(name)(with_globals(f))
+        return made
+
+    return wrap
+
+
+def with_globals(f: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that all commands have; those given last win."""
+
+    @functools.wraps(f)
+    def run(ctx: click.Context, /, socket_: str | None, *, json_: bool, **kwargs: Any) -> None:
+        outer = ctx.find_root().params
+        socket = socket_ or outer.get("socket_") or os.environ.get("MFSD_SOCKET") or DEFAULT_SOCKET
+        f(Globals(socket, json_ or bool(outer.get("json_"))), **kwargs)
+
+    options: Callable[..., None] = _json_option()(_socket_option()(click.pass_context(run)))
+    return options
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96},
+    epilog="Exit codes: 0 fine; 1 bad news (not found, refused, rejected, a failure found); 2 wrong usage; "
+    "3 the daemon can't be reached; 4 not permitted.",
+)
+@_json_option()
+@_socket_option()
+def mfsctl(socket_: str | None, *, json_: bool) -> None:
+    """Operate mfsd: see what it does, plan, steer, undo."""
+    del socket_, json_  # read by with_globals

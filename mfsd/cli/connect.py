@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A connection to the daemon, whose failures are words with a fix."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import os
+import pwd
+import socket
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+
+from mfsd.cli.errors import CliError, NotPermittedError, UnreachableError
+from mfsd.v1 import control_pb2_grpc, hints_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TIMEOUT_S: Final = 10.0
+_PROBE_S: Final = 3.0
+
+
+def _unix_path(target: str) -> str | None:
+    """Path of a unix socket; None when the target is HOST:PORT."""
+    if target.startswith("unix:"):
+        return target.removeprefix("unix:").removeprefix("//")
+    host, colon, port = target.rpartition(":")
+    if "/" not in target and colon and host and port.isdecimal():
+        return None
+    return target
+
+
+@contextlib.contextmanager
+def _channel(target: str) -> Iterator[grpc.Channel]:
+    """Open, after a look at the socket: gRPC would report a missing file and a forbidden one alike, and late."""
+    path = _unix_path(target)
+    if path is not None:
+        _probe(path)
+    address = target if path is None else f"unix:{Path(path).absolute()}"
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        yield channel
+
+
+def _probe(path: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+        s.settimeout(_PROBE_S)
+        try:
+            s.connect(path)
+        except FileNotFoundError:
+            raise UnreachableError(
+                f"mfsd is not running: there is no socket {path}; start it (systemctl start mfsd) or give --socket"
+            ) from None
+        except ConnectionRefusedError:
+            raise UnreachableError(
+                f"mfsd is not running: nobody listens on {path}; start it (systemctl start mfsd). If it was killed, "
+                "`mfsctl restore` puts the qdiscs back"
+            ) from None
+        except PermissionError:
+            raise NotPermittedError(f"you may not use {path}{_owner(path)}") from None
+        except OSError as e:
+            fix = "give --socket the path of mfsd's socket" if e.errno in (errno.ENOTSOCK, errno.ENOTDIR) else ""
+            why = "it is too long for a unix socket" if e.errno is None else e.strerror or str(e)
+            raise UnreachableError(f"can't connect to {path}: {why}" + (f"; {fix}" if fix else "")) from None
+
+
+def _owner(path: str) -> str:
+    """Who may use a socket, in words, as far as one can see from here."""
+    try:
+        info = Path(path).stat()
+    except OSError:
+        return ": its folder is closed to you; run mfsctl as root"
+    try:
+        group = grp.getgrgid(info.st_gid).gr_name
+        owner = pwd.getpwuid(info.st_uid).pw_name
+    except KeyError:
+        group, owner = str(info.st_gid), str(info.st_uid)
+    text = f" (owner {owner}, group {group}, mode {stat.S_IMODE(info.st_mode):04o}); run mfsctl as {owner}"
+    if info.st_mode & stat.S_IWGRP and info.st_gid not in os.getgroups():
+        text += f", or join the group: usermod -aG {group} <user>"
+    return text
+
+
+@contextlib.contextmanager
+def control(target: str) -> Iterator[control_pb2_grpc.ControlStub]:
+    """Stub of the Control service; errors of its calls become CliErrors."""
+    with _channel(target) as channel, translated(target):
+        yield control_pb2_grpc.ControlStub(channel)
+
+
+@contextlib.contextmanager
+def hints(target: str) -> Iterator[hints_pb2_grpc.HintsStub]:
+    """Stub of the Hints service; errors of its calls become CliErrors."""
+    with _channel(target) as channel, translated(target):
+        yield hints_pb2_grpc.HintsStub(channel)
+
+
+@contextlib.contextmanager
+def translated(target: str) -> Iterator[None]:
+    """Turn gRPC's errors into CliErrors."""
+    try:
+        yield
+    except grpc.RpcError as e:
+        # The stubs give RpcError none of the methods that every error of a call has.
+        call: Any = e
+        raise _explain(call.code(), str(call.details() or ""), target) from None
+
+
+def _explain(code: grpc.StatusCode, details: str, target: str) -> CliError:
+    words: dict[grpc.StatusCode, Callable[[], CliError]] = {
+        grpc.StatusCode.UNAVAILABLE: lambda: UnreachableError(f"no answer from mfsd at {target}: {details}"),
+        grpc.StatusCode.DEADLINE_EXCEEDED: lambda: UnreachableError(
+            f"mfsd at {target} has not answered in {TIMEOUT_S:g} s; see its log (journalctl -u mfsd)"
+        ),
+        grpc.StatusCode.PERMISSION_DENIED: lambda: NotPermittedError(f"mfsd refuses: {details}"),
+        grpc.StatusCode.UNAUTHENTICATED: lambda: NotPermittedError(f"mfsd does not know you: {details}"),
+        grpc.StatusCode.UNIMPLEMENTED: lambda: CliError(
+            f"mfsd at {target} does not know this call ({details}); it is older than this mfsctl: restart it"
+        ),
+        grpc.StatusCode.INTERNAL: lambda: CliError(f"mfsd failed: {details}; see its log (journalctl -u mfsd)"),
+        grpc.StatusCode.UNKNOWN: lambda: CliError(f"mfsd failed: {details}; see its log (journalctl -u mfsd)"),
+    }
+    return words.get(code, lambda: CliError(details or code.name.lower().replace("_", " ")))()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every number of ``mfsctl status`` means. The one place for these texts.
+
+Keys are the fields of the messages in proto/mfsd/v1/control.proto, and the classifier's counters (enum mfsd_stat of
+bpf/mfsd.h, in lower case); a test holds both complete.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+STATUS: Final = {
+    "version": "version of the daemon",
+    "uptime_s": "seconds since the daemon started",
+    "epoch": "changes with every start of the daemon; clients that see a new one announce again what is alive",
+    "mode": "observe: packets are classified and counted, but left alone; enforce: they are steered",
+    "paused": "true after `mfsctl pause`: everything goes to the default band",
+    "policy": "name of the scheduling policy in force",
+    "sessions": "client processes with hints that are not forgotten",
+    "requests": "requests with a TTFT deadline",
+    "batches": "batches of requests that compute together",
+    "transfers": "announced transfers that are not finished",
+    "connections": "connections that carry announced transfers, or are marked",
+    "slots": "rows of the table that the kernel shares; one per connection, so the most connections there can be",
+    "pending_selectors": "selectors that match no socket yet and wait for one",
+    "rss_bytes": "resident memory of the daemon",
+    "tick_p50_ms": "median duration of the engine's ticks in the last minute",
+    "tick_p99_ms": "99th percentile of the same",
+    "notices": "what an operator should know, in words",
+}
+
+COUNTERS: Final = {
+    "hints_accepted": "hints that took effect",
+    "hints_rejected": "hints that were refused; the client was told why",
+    "transfers_completed": "transfers whose bytes were all sent, or that were reported complete",
+    "transfers_expired": "transfers forgotten without completion",
+    "promotions": "times a connection was lifted to a more urgent level",
+    "rescues": "promotions whose packets sat in a starved queue and were purged, to be sent anew at once",
+    "deadlines_met": "requests that were complete before their deadline",
+    "deadlines_missed": "requests that were not",
+}
+
+DEVICE: Final = {
+    "name": "network device",
+    "ifindex": "its number",
+    "backend": "qdisc that enforces the bands; empty when the device is only observed",
+    "attach": "hook of the classifier: tcx or clsact",
+    "loader": "how it was loaded: libbpf or bcc",
+    "rate_bytes_per_s": "configured rate, else link speed; 0: unknown",
+    "measured_bytes_per_s": "what the link gave while it was busy; 0: never busy yet",
+    "utilisation": "share of the last interval in which the link was busy, 0 to 1",
+}
+
+BAND: Final = {
+    "index": "place in the strict order, 0 is served first",
+    "name": "control: pure ACKs and other tiny packets; level n: hinted traffic, 0 most urgent; default: everything "
+    "without a hint; scavenger: requests that are given up",
+    "classid": "its class (of lane 0) in tc's notation",
+    "lanes": "leaf queues; connections are spread over them so that a rescue purges nobody else's packets",
+    "floor_bytes_per_s": "rate that the band gets even when bands above it are busy; 0: none",
+    "bytes": "bytes sent through it since the qdisc was installed",
+    "packets": "packets, the same",
+    "drops": "packets dropped at a full queue, purged ones included",
+    "backlog_bytes": "bytes queued now",
+    "dscp": "code point written into its packets; -1: left alone",
+    "connections": "connections in it now",
+}
+
+STATS: Final = {
+    "cookie": "packets of hinted connections matched by socket cookie, and steered",
+    "tuple": "packets of hinted connections matched by addresses and ports, and steered",
+    "miss": "IP packets of no hinted connection: left alone",
+    "expired": "packets of a connection whose hint has run out: left alone",
+    "stale": "packets that passed while the daemon gave no sign of life: left alone, nothing looked up",
+    "observed": "packets of hinted connections, counted but left alone (observe mode, or the connection is in no band)",
+    "foreign": "packets of hinted connections left alone because their priority names another program's qdisc",
+    "not_ip": "packets that are neither IPv4 nor IPv6, or cut short: left alone",
+    "control": "of all these: tiny packets sent to the control band",
+    "marked": "of all these: packets whose DSCP was rewritten",
+    "fragment": "of the misses: later IP fragments, which carry no ports",
+}
+
+SECTIONS: Final = (
+    ("status", "", STATUS),
+    ("counters (since the daemon started)", "counters.", COUNTERS),
+    ("device", "devices[].", DEVICE),
+    ("band", "devices[].bands[].", BAND),
+    ("classifier (packets on this device)", "devices[].stats.", STATS),
+)

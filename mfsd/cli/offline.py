@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works without a daemon: planning from the configuration, and restoring after one that was killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mfsd.cli.app import DEFAULT_CONFIG
+from mfsd.cli.errors import CliError, NotPermittedError
+from mfsd.compose import bands_of, policy_of
+from mfsd.config import Config, ConfigError, load
+from mfsd.datapath import statefile
+from mfsd.datapath.enforcer import DeviceEnforcer, restore_all
+from mfsd.datapath.loader import DatapathError
+from mfsd.v1 import control_pb2 as pb
+
+if TYPE_CHECKING:
+    from mfsd.config import DeviceConfig
+    from mfsd.ladder import BandPlan
+
+
+def read_config(path: str | None, *, needed: bool) -> Config:
+    """The configuration; without a file at the default place and not ``needed``, the defaults. Raises CliError."""
+    chosen = Path(path or DEFAULT_CONFIG)
+    if path is None and not needed and not chosen.exists():
+        return Config()
+    try:
+        return load(chosen)
+    except ConfigError as e:
+        hint = "" if chosen.exists() else "; give the configuration with --config"
+        raise CliError(f"{e}{hint}") from None
+
+
+def plan(config: Config, device: str) -> pb.Plan:
+    """Dry run on the devices of the configuration (or one of them). Raises CliError."""
+    chosen = [d for d in config.device if device in ("", d.name)]
+    if not chosen:
+        known = ", ".join(d.name for d in config.device) or "none"
+        raise CliError(
+            f"no device {device!r} is configured; configured: {known}" if device else "no [[device]] is configured"
+        )
+    bands = bands_of(config, policy_of(config))
+    return pb.Plan(devices=[_device_plan(d, bands, config.daemon.state_dir) for d in chosen])
+
+
+def _device_plan(device: DeviceConfig, bands: BandPlan, state_dir: Path) -> pb.DevicePlan:
+    try:
+        with DeviceEnforcer(device.name, bands, device.backend, device.rate, state_dir) as enforcer:
+            made = enforcer.plan()
+    except PermissionError:
+        raise NotPermittedError("planning asks the kernel for qdiscs; run mfsctl as root") from None
+    except (DatapathError, OSError) as e:
+        return pb.DevicePlan(device=device.name, refusals=[str(e)])
+    return pb.DevicePlan(
+        device=made.ifname,
+        backend=made.backend,
+        found=made.found,
+        steps=[pb.PlanStep(what=s.text, command=s.command) for s in made.steps],
+        refusals=made.refusals,
+        undo=[f"{s.text}: {s.command}" for s in made.undo],
+        reasons=made.reasons,
+    )
+
+
+def restore(state_dir: Path, device: str) -> pb.RestoreReply:
+    """Put back what a killed daemon has left. Raises CliError."""
+    try:
+        noted = statefile.recorded(state_dir)
+        results = restore_all(state_dir, device or None) if noted or device else {}
+    except PermissionError as e:
+        raise NotPermittedError(f"can't read {e.filename or state_dir}; run mfsctl as root") from None
+    problems = [p for found in results.values() for p in found]
+    if any("Operation not permitted" in p for p in problems):
+        raise NotPermittedError("putting qdiscs back needs CAP_NET_ADMIN; run mfsctl as root")
+    return pb.RestoreReply(restored=[name for name, found in results.items() if not found], problems=problems)

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that show: status, connections, transfers, watch, explain."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from mfsd.cli import output
+from mfsd.cli.app import Globals, command
+from mfsd.cli.connect import TIMEOUT_S, control
+from mfsd.cli.errors import CliError
+from mfsd.cli.glossary import SECTIONS
+from mfsd.cli.values import DURATION
+from mfsd.v1 import control_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from rich.console import RenderableType
+
+LIMIT = click.option("--limit", type=click.IntRange(0), default=0, help="Show so many only; 0: all.")
+
+
+def mode_text(status: pb.Status) -> str:
+    """observe, enforce, or what a pause makes of it."""
+    name = pb.Mode.Name(status.mode).removeprefix("MODE_").lower()
+    return f"{name}, paused" if status.paused else name
+
+
+def _summary(s: pb.Status) -> Iterator[str]:
+    c = s.counters
+    yield f"mfsd {s.version}  {mode_text(s)}  policy {s.policy}  up {output.duration(s.uptime_s)}"
+    yield (
+        f"sessions {s.sessions}  requests {s.requests}  batches {s.batches}  transfers {s.transfers}  "
+        f"connections {s.connections} of {s.slots}  waiting selectors {s.pending_selectors}"
+    )
+    yield (
+        f"deadlines met {output.count(c.deadlines_met)}, missed {output.count(c.deadlines_missed)}  "
+        f"transfers completed {output.count(c.transfers_completed)}, expired {output.count(c.transfers_expired)}"
+    )
+    yield (
+        f"hints accepted {output.count(c.hints_accepted)}, rejected {output.count(c.hints_rejected)}  "
+        f"promotions {output.count(c.promotions)}, of them rescued {output.count(c.rescues)}"
+    )
+    yield f"tick {s.tick_p50_ms:.2f} ms, p99 {s.tick_p99_ms:.2f} ms  memory {output.size(s.rss_bytes)}"
+
+
+def _device(d: pb.Device) -> Iterator[RenderableType]:
+    how = f"{d.backend} " if d.backend else "observed only, "
+    yield Text(
+        f"\n{d.name}: {how}via {d.attach or 'nothing'}{f' ({d.loader})' if d.loader else ''}  "
+        f"rate {output.rate(d.rate_bytes_per_s)}  measured {output.rate(d.measured_bytes_per_s)}  "
+        f"busy {d.utilisation:.0%}",
+        style="bold",
+    )
+    seen = "  ".join(f"{name} {output.count(n)}" for name, n in sorted(d.stats.items()) if n)
+    yield Text(f"packets: {seen or 'none yet'}")
+    if d.bands:
+        yield output.table(
+            [
+                ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"), ("conns", "right"),
+                ("sent", "right"), ("packets", "right"), ("drops", "right"), ("queued", "right"), ("dscp", "right"),
+            ],
+            (
+                [
+                    b.name, b.classid or "-", str(b.lanes), output.rate(b.floor_bytes_per_s), str(b.connections),
+                    output.size(b.bytes), output.count(b.packets), output.count(b.drops),
+                    output.size(b.backlog_bytes), "-" if b.dscp < 0 else str(b.dscp),
+                ]
+                for b in d.bands
+            ),
+        )  # fmt: skip
+
+
+def render_status(s: pb.Status) -> Group:
+    """One screen."""
+    lines = list(_summary(s))
+    parts: list[RenderableType] = [Text(lines[0], style="bold"), *(Text(line) for line in lines[1:])]
+    for device in s.devices:
+        parts += _device(device)
+    if not s.devices:
+        parts.append(Text("\nno devices: name one in a [[device]] section of the configuration"))
+    parts += [Text(f"{'' if n else chr(10)}! {notice}", style="yellow") for n, notice in enumerate(s.notices)]
+    return Group(*parts)
+
+
+def render_connections(connections: Iterable[pb.Connection]) -> RenderableType:
+    """A table, or a line that says there are none."""
+    rows = [
+        [
+            str(c.slot), c.endpoints or f"cookie {c.cookie}", output.STAGES.get(c.stage, "?"), c.band or "-",
+            str(c.lane), str(c.transfers), output.size(c.bytes_left), output.size(c.bytes_sent),
+            f"{c.promotions}/{c.rescues}", output.duration(c.expires_us / 1e6),
+        ]
+        for c in connections
+    ]  # fmt: skip
+    if not rows:
+        return Text("no connections")
+    return output.table(
+        [
+            ("slot", "right"), ("connection", "fold"), ("stage", "left"), ("band", "left"), ("lane", "right"),
+            ("xfers", "right"), ("left", "right"), ("sent", "right"), ("pro/resc", "right"), ("expires", "right"),
+        ],
+        rows,
+    )  # fmt: skip
+
+
+def render_transfers(transfers: Iterable[pb.TransferState]) -> RenderableType:
+    """A table, or a line that says there are none."""
+    rows = [
+        [
+            t.id, t.request_id or t.batch_id, output.STAGES.get(t.stage, "?"), str(t.target_layer),
+            f"{output.size(t.bytes_left)} of {output.size(t.bytes)}",
+            output.duration(t.deadline_us / 1e6) if t.HasField("deadline_us") else "-",
+            f"{t.mlu:.2f}" if t.HasField("mlu") else "-", str(t.rli) if t.HasField("rli") else "-",
+            output.level(t.level), str(t.slot) if t.slot >= 0 else "-",
+        ]
+        for t in transfers
+    ]  # fmt: skip
+    if not rows:
+        return Text("no transfers")
+    return output.table(
+        [
+            ("transfer", "fold"), ("owner", "fold"), ("stage", "left"), ("layer", "right"), ("left", "right"),
+            ("due", "right"), ("mlu", "right"), ("rli", "right"), ("level", "right"), ("slot", "right"),
+        ],
+        rows,
+    )  # fmt: skip
+
+
+def _help_stats(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
+    if not value or ctx.resilient_parsing:
+        return
+    if ctx.params.get("json_") or ctx.find_root().params.get("json_"):
+        output.print_json({f"{path}{name}": text for _, path, texts in SECTIONS for name, text in texts.items()})
+        ctx.exit()
+    for n, (title, _, texts) in enumerate(SECTIONS):
+        click.echo(f"{chr(10) if n else ''}{title}")
+        formatter = click.HelpFormatter(width=output.WIDTH, indent_increment=2)
+        with formatter.indentation():
+            formatter.write_dl(list(texts.items()))
+        click.echo(formatter.getvalue(), nl=False)
+    ctx.exit()
+
+
+@command("status")
+@click.option("--help-stats", is_flag=True, expose_value=False, callback=_help_stats, help="Describe every number.")
+def status(g: Globals) -> None:
+    """Devices, bands, link and counts on one screen."""
+    with control(g.socket) as daemon:
+        answer = daemon.GetStatus(pb.GetStatusRequest(), timeout=TIMEOUT_S)
+    print_status(g, answer)
+
+
+def print_status(g: Globals, answer: pb.Status) -> None:
+    """In full, as tables or JSON."""
+    if g.json:
+        output.print_json(answer)
+    else:
+        output.console().print(render_status(answer))
+
+
+@command("connections")
+@LIMIT
+def connections(g: Globals, limit: int) -> None:
+    """Connections that mfsd knows, most urgent first."""
+    with control(g.socket) as daemon:
+        answer = daemon.ListConnections(pb.ListConnectionsRequest(limit=limit), timeout=TIMEOUT_S)
+    if g.json:
+        output.print_json(answer)
+    else:
+        output.console().print(render_connections(answer.connections))
+
+
+@command("transfers")
+@LIMIT
+def transfers(g: Globals, limit: int) -> None:
+    """Transfers that are not finished, most urgent first."""
+    with control(g.socket) as daemon:
+        answer = daemon.ListTransfers(pb.ListTransfersRequest(limit=limit), timeout=TIMEOUT_S)
+    if g.json:
+        output.print_json(answer)
+    else:
+        output.console().print(render_transfers(answer.transfers))
+
+
+@command("watch")
+@click.option("--interval", type=DURATION, default="1s", show_default=True, help="Between updates, at least 100ms.")
+@click.option("--connections", "with_connections", is_flag=True, help="List the connections, too.")
+@click.option("--count", type=click.IntRange(0), default=0, help="Stop after so many updates; 0: at Ctrl-C.")
+def watch(g: Globals, interval: float, *, with_connections: bool, count: int) -> None:
+    """Status again and again.
+
+    On a terminal in place, elsewhere one after the other; with --json one object per line.
+    """
+    request = pb.WatchRequest(interval_us=round(interval * 1e6), connections=with_connections)
+    with control(g.socket) as daemon, contextlib.suppress(KeyboardInterrupt):
+        # No timeout: it would be one for the whole stream.
+        answers = daemon.Watch(request)
+        console = output.console()
+        in_place = console.is_terminal and not g.json
+        with Live(console=console, auto_refresh=False) if in_place else contextlib.nullcontext() as live:
+            for n, answer in enumerate(answers, 1):
+                if g.json:
+                    output.print_json(answer, lines=True)
+                    sys.stdout.flush()
+                elif live is not None:
+                    live.update(_frame(answer, with_connections), refresh=True)
+                else:
+                    console.print(_frame(answer, with_connections), "")
+                if n == count:
+                    answers.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs leave it untyped
+                    return
+    if count:
+        raise CliError("the daemon ended the stream")
+
+
+def _frame(answer: pb.WatchReply, with_connections: bool) -> Group:  # noqa: FBT001 - an option handed on
+    parts: list[RenderableType] = [render_status(answer.status)]
+    if with_connections:
+        parts += [Text(""), render_connections(answer.connections)]
+    return Group(*parts)
+
+
+@command("explain")
+@click.argument("transfer_id", required=False)
+@click.option("--slot", type=click.IntRange(0), help="The connection in this row of the table.")
+@click.option("--cookie", type=click.IntRange(1), help="The connection of this socket (SO_COOKIE).")
+def explain(g: Globals, transfer_id: str | None, slot: int | None, cookie: int | None) -> None:
+    """Why a connection or transfer is at its level.
+
+    Name a TRANSFER_ID, or a connection by --slot or --cookie.
+    """
+    target: dict[str, Any] = {
+        name: value
+        for name, value in (("transfer_id", transfer_id), ("slot", slot), ("cookie", cookie))
+        if value is not None
+    }
+    if len(target) != 1:
+        raise click.UsageError("name exactly one: TRANSFER_ID, --slot or --cookie")
+    with control(g.socket) as daemon:
+        answer = daemon.Explain(pb.ExplainRequest(**target), timeout=TIMEOUT_S)
+    if g.json:
+        output.print_json(answer)
+        return
+    console = output.console()
+    for reason in answer.reasons:
+        console.print(Text(f"- {reason}"))
+    if answer.HasField("connection"):
+        console.print("", render_connections([answer.connection]))
+    if answer.transfers:
+        console.print("", render_transfers(answer.transfers))
+    if answer.figures:
+        figures = ([name, f"{value:.6g}"] for name, value in sorted(answer.figures.items()))
+        console.print("", output.table([("figure", "left"), ("value", "right")], figures))
