@@ -25,9 +25,10 @@
  *
  * It runs at the egress hook of a device with an Ethernet header (attach.py refuses others), where skb->data is at
  * that header. A full-size packet that hits by cookie reads no header unless it is to be marked; others are read in
- * place or, where the skb isn't linear, by bpf_skb_load_bytes(), which fails cleanly at the end of the packet. A VLAN tag in skb->vlan_tci is outside the payload and needs nothing; up to two tags inside it are
- * stepped over. SYN-ACKs carry a request socket, whose cookie the accepted socket inherits; the last ACKs of a
- * connection in TIME_WAIT carry no socket of their own and may only match by tuple.
+ * place or, where the skb isn't linear, by bpf_skb_load_bytes(), which fails cleanly at the end of the packet. A VLAN
+ * tag in skb->vlan_tci is outside the payload and needs nothing; up to two tags inside it are stepped over. SYN-ACKs
+ * carry a request socket, whose cookie the accepted socket inherits; the last ACKs of a connection in TIME_WAIT carry
+ * no socket of their own and may only match by tuple.
  *
  * Needs Linux 5.11 (bpf_ktime_get_coarse_ns). Uses UAPI only, so one object serves all later kernels.
  */
@@ -150,7 +151,8 @@ static __always_inline __u64 wire_bytes(struct __sk_buff *skb)
 	return skb->wire_len ? skb->wire_len : skb->len;
 }
 
-/* Steps over the extension headers between h->l4 and the transport header. */
+/* Steps over the extension headers between h->l4 and the transport header. They are rare, so reading them in place would
+ * gain little, and it would double what the verifier has to go through. */
 static __always_inline int parse_extensions(struct __sk_buff *skb, struct headers *h)
 {
 	__u8 ext[8] __attribute__((aligned(4)));
@@ -160,7 +162,7 @@ static __always_inline int parse_extensions(struct __sk_buff *skb, struct header
 	for (i = 0; i < MAX_EXTENSIONS; i++) {
 		if (h->proto != IPPROTO_HOPOPTS && h->proto != IPPROTO_DSTOPTS && h->proto != IPPROTO_FRAGMENT)
 			return PARSED;
-		if (load(skb, h->l4, ext, sizeof(ext)))
+		if (bpf_skb_load_bytes(skb, h->l4, ext, sizeof(ext)))
 			return CUT_SHORT;
 		size = sizeof(ext);
 		if (h->proto == IPPROTO_FRAGMENT) {
@@ -308,13 +310,12 @@ static __always_inline void send_to(struct __sk_buff *skb, struct mfsd_band_map 
 	}
 }
 
-/* IP without a slot. Its pure ACKs may have the control band where the operator wants that. */
+/* IP without a slot, counted by the caller. Its pure ACKs may have the control band where the operator wants that. */
 static __always_inline void unhinted(struct __sk_buff *skb, struct mfsd_host *host, struct mfsd_dev *dev,
 				     const struct headers *h)
 {
 	__u32 b;
 
-	count(MFSD_STAT_MISS);
 	if (h->no_ports) {
 		count(MFSD_STAT_FRAGMENT);
 		return;
@@ -339,10 +340,10 @@ int mfsd_classify(struct __sk_buff *skb)
 	struct mfsd_host *host;
 	struct mfsd_slot *slot;
 	struct mfsd_dev *dev;
-	__u32 zero = 0, stat = MFSD_STAT_COOKIE, b, control, lane;
+	__u32 zero = 0, hit = MFSD_STAT_COOKIE, stat, b, control, lane;
 	__u32 *index = 0;
 	__u64 now, cookie, bytes;
-	int parsed = 0, marks; /* parsed: 0 not yet, 1 yes, -1 tried in vain */
+	int parsed = 0, marks;
 
 	host = MFSD_LOOKUP(mfsd_host, &zero);
 	dev = MFSD_LOOKUP(mfsd_dev, &zero);
@@ -351,41 +352,41 @@ int mfsd_classify(struct __sk_buff *skb)
 
 	/* Our clock lags by a tick or two, so a fresh heartbeat may be ahead of it. */
 	now = coarse_now();
+	stat = MFSD_STAT_STALE;
 	if (host->abi_version != MFSD_ABI_VERSION ||
-	    (now > host->heartbeat_ns && now - host->heartbeat_ns > host->timeout_ns)) {
-		count(MFSD_STAT_STALE);
-		return MFSD_NEXT;
-	}
+	    (now > host->heartbeat_ns && now - host->heartbeat_ns > host->timeout_ns))
+		goto out;
 
 	cookie = bpf_get_socket_cookie(skb); /* 0 without a socket */
 	if (cookie)
 		index = MFSD_LOOKUP(mfsd_cookies, &cookie);
+	/* The only place that reads headers, so that there is one copy of the parser for the verifier to go through. */
+	marks = dev->flags & MFSD_DEV_MARK_DSCP;
+	if (!index || marks || skb->len <= MAX_CONTROL_LEN || skb->len <= dev->tiny_len)
+		parsed = parse(skb, &h, &key) == PARSED;
+
 	if (!index) {
-		stat = MFSD_STAT_TUPLE;
-		if (parse(skb, &h, &key) != PARSED) {
-			count(MFSD_STAT_NOT_IP);
-			return MFSD_NEXT;
-		}
-		parsed = 1;
+		stat = MFSD_STAT_NOT_IP;
+		if (!parsed)
+			goto out;
 		if (!h.no_ports && (h.proto == IPPROTO_TCP || h.proto == IPPROTO_UDP)) {
-			if (load(skb, h.l4, &key.sport, sizeof(key.sport) + sizeof(key.dport))) {
-				count(MFSD_STAT_NOT_IP);
-				return MFSD_NEXT;
-			}
+			if (load(skb, h.l4, &key.sport, sizeof(key.sport) + sizeof(key.dport)))
+				goto out;
 			key.proto = h.proto;
 			index = MFSD_LOOKUP(mfsd_tuples, &key);
 		}
+		stat = MFSD_STAT_MISS;
 		if (!index) {
 			unhinted(skb, host, dev, &h);
-			return MFSD_NEXT;
+			goto out;
 		}
+		hit = MFSD_STAT_TUPLE;
 	}
 
 	slot = MFSD_LOOKUP(mfsd_slots, index);
-	if (!slot || now > slot->expires_ns) {
-		count(MFSD_STAT_EXPIRED);
-		return MFSD_NEXT;
-	}
+	stat = MFSD_STAT_EXPIRED;
+	if (!slot || now > slot->expires_ns)
+		goto out;
 
 	/* Atomic: UDP sockets send from several CPUs at once, and so does a tuple that names a forwarded connection. */
 	bytes = wire_bytes(skb);
@@ -395,21 +396,17 @@ int mfsd_classify(struct __sk_buff *skb)
 	slot->last_ns = now;
 
 	b = slot->band;
-	if (!(host->flags & MFSD_HOST_ENFORCE) || b >= MFSD_MAX_BANDS || b >= dev->n_bands) { /* KEEP is one of these */
-		count(MFSD_STAT_OBSERVED);
-		return MFSD_NEXT;
-	}
-	if (!may_write(skb, dev)) {
-		count(MFSD_STAT_FOREIGN);
-		return MFSD_NEXT;
-	}
+	stat = MFSD_STAT_OBSERVED;
+	if (!(host->flags & MFSD_HOST_ENFORCE) || b >= MFSD_MAX_BANDS || b >= dev->n_bands) /* KEEP is one of these */
+		goto out;
+	stat = MFSD_STAT_FOREIGN;
+	if (!may_write(skb, dev))
+		goto out;
 
+	stat = hit;
 	lane = slot->lane;
-	marks = dev->flags & MFSD_DEV_MARK_DSCP;
-	if (!parsed && (marks || skb->len <= MAX_CONTROL_LEN || skb->len <= dev->tiny_len))
-		parsed = parse(skb, &h, &key) == PARSED ? 1 : -1;
 	control = dev->control_band;
-	if (parsed > 0 && control < MFSD_MAX_BANDS && control < dev->n_bands && is_control(skb, &h, dev)) {
+	if (parsed && control < MFSD_MAX_BANDS && control < dev->n_bands && is_control(skb, &h, dev)) {
 		b = control;
 		lane = 0;
 		__sync_fetch_and_add(&slot->control, 1);
@@ -417,8 +414,9 @@ int mfsd_classify(struct __sk_buff *skb)
 	}
 	map = &dev->bands[b & (MFSD_MAX_BANDS - 1)]; /* the mask changes nothing; older verifiers want to see it */
 	send_to(skb, map, b, lane, bytes);
-	if (marks && parsed > 0 && map->dscp != MFSD_DSCP_KEEP && mark(skb, &h, map->dscp & 0x3f))
+	if (marks && parsed && map->dscp != MFSD_DSCP_KEEP && mark(skb, &h, map->dscp & 0x3f))
 		count(MFSD_STAT_MARKED);
+out:
 	count(stat);
 	return MFSD_NEXT;
 }
