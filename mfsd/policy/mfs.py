@@ -101,12 +101,18 @@ class Mfs(PolicyBase):
         return np.where(stage == 0, np.int16(LEVEL_NONE), level)
 
     def _class(self, transfers: TransferView, batches: BatchView) -> I2:
-        """RED class of each transfer's batch, 0 the most urgent; the last without a batch. Shape (n,)."""
-        last = self._layout.classes - 1
-        if last == 0 or not len(batches):
-            return np.full(len(transfers), last, dtype=np.int16)
-        rank = np.where(transfers.batch >= 0, batches.rank[transfers.batch], last)
-        return np.minimum(rank, last).astype(np.int16)
+        """RED class of each transfer's batch, 0 the most urgent; the last without a batch. Shape (n,).
+
+        The batches that still compute, the only ones with early transfers, are spread evenly over the classes.
+        """
+        classes = self._layout.classes
+        if classes == 1 or not len(batches):
+            return np.full(len(transfers), classes - 1, dtype=np.int16)
+        rivals = np.flatnonzero(~batches.compute_done)
+        of_batch = np.full(len(batches) + 1, classes - 1, dtype=np.int16)
+        order = rivals[np.argsort(batches.rank[rivals], kind="stable")]
+        of_batch[order] = np.arange(len(order)) * classes // max(len(order), 1)
+        return of_batch[transfers.batch]
 
     def _early_level(self, transfers: TransferView, batches: BatchView) -> I2:
         layers = rli.rli(transfers)
