@@ -113,8 +113,8 @@ class Transfer:
     """Bytes of one hint on one connection; numbers in TRANSFER_COLUMNS.
 
     A selector may name several connections (Mooncake's lanes, UCX's workers), and the hint can't say how the bytes
-    are spread over them: then there is one Transfer per connection, each with an equal share, and they are done when
-    each has moved its share or all together have moved the whole.
+    are spread over them: then there is one Transfer per connection, each sized an equal share, and they are done when all
+    together have moved the whole.
     """
 
     id: str

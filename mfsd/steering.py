@@ -134,8 +134,8 @@ class Steering:
                     done += self._drained(conn, transfers, sent, now)
                 continue
             for transfer in conn.queue:
-                end = transfers.end[transfer.row]
-                if position.delivered + 0.5 >= end or (
+                alone = transfer.total <= transfers.size[transfer.row]
+                if (alone and position.delivered + 0.5 >= transfers.end[transfer.row]) or (
                     transfer.handed_over and position.delivered + 0.5 >= position.written
                 ):
                     done.append(transfer)
@@ -148,16 +148,20 @@ class Steering:
     def _whole(
         suspects: list[Transfer], transfers: Dense[Transfer], positions: Mapping[Connection, Position | None]
     ) -> list[Transfer]:
-        """Parts of transfers that have moved all their bytes together, however these were spread."""
+        """Parts of transfers that have moved all their bytes together, however these were spread.
+
+        With several transfers at once on several lanes nobody can tell whose bytes went where; completion hints can.
+        """
         out: list[Transfer] = []
         for transfer in suspects:
-            if len(transfer.parts) == 1 and transfer.total <= transfers.size[transfer.row]:
+            if transfer.total <= transfers.size[transfer.row]:
                 continue
             moved = 0.0
             for part in transfer.parts:
                 position = positions.get(part.conn) if part.conn is not None else None
                 if position is not None:
                     moved += max(position.delivered - transfers.start[part.row], 0.0)
+            # Parts that are gone with their connections count as moved.
             shares_done = transfer.total - sum(float(transfers.size[p.row]) for p in transfer.parts)
             if moved + shares_done + 0.5 >= transfer.total:
                 out += transfer.parts

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From hints to bands: deferral, promotion, sharing of connections, inheritance, marks."""
+
+from __future__ import annotations
+
+import pytest
+from harness import Host
+
+from mfsd.model import BatchHint, CookieSelector, EndHint, MarkHint, ProgressHint, Stage, What
+
+
+def test_a_loose_p2d_transfer_is_deferred_and_promoted_as_its_deadline_nears() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 1.0)
+    h.transfer("t", s, 100_000)
+    h.tick()
+    assert h.band(s) == "level 4"
+    seen = [h.band(s)]
+    for _ in range(199):
+        h.tick(0.005)
+        seen.append(h.band(s))
+    order = list(dict.fromkeys(seen))
+    assert order[:3] == ["level 4", "level 3", "level 2"]
+    assert h.engine.counters.promotions >= 2
+
+
+def test_a_collective_goes_to_the_top_at_once() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.transfer("c", s, 1000, Stage.COLLECTIVE, request="")
+    h.tick()
+    assert h.band(s) == "level 0"
+
+
+def test_the_most_urgent_transfer_of_a_shared_connection_decides() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("loose", 100.0)
+    h.request("tight", 0.02)
+    h.transfer("a", s, 1_000_000, request="loose")
+    h.tick()
+    assert h.band(s) == "level 4"
+    h.transfer("b", s, 1000, request="tight")
+    h.tick()
+    assert h.band(s) == "level 2"
+
+
+def test_bytes_without_a_hint_inherit_the_last_stage() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.transfer("c", s, 1448, Stage.COLLECTIVE, request="")
+    h.tick()
+    h.send(s, 1448)
+    h.tick(0.01)
+    assert h.engine.transfers.n == 0
+    assert h.band(s) == "level 0"
+
+
+def test_a_mark_holds_without_transfers_until_it_is_taken_back() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.COLLECTIVE), h.now)
+    h.tick()
+    assert h.band(s) == "level 0"
+    for _ in range(100):
+        h.tick(1.0)
+    assert h.band(s) == "level 0"
+    h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.NONE), h.now)
+    h.tick()
+    assert h.band(s) == "default"
+
+
+def test_a_mark_is_a_floor_under_what_transfers_say() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.COLLECTIVE), h.now)
+    h.request("r", 100.0)
+    h.transfer("t", s, 1_000_000)
+    h.tick()
+    assert h.band(s) == "level 0"
+
+
+def test_fair_leaves_everything_in_the_default_band() -> None:
+    h = Host("fair")
+    s = h.socket(1)
+    h.transfer("c", s, 1000, Stage.COLLECTIVE, request="")
+    h.tick()
+    assert h.band(s) == "default"
+
+
+def test_two_class_puts_kv_below_collectives() -> None:
+    h = Host("two-class")
+    kv, coll = h.socket(1), h.socket(2)
+    h.request("r", 0.5)
+    h.transfer("k", kv, 1000, Stage.KV_REUSE)
+    h.transfer("c", coll, 1000, Stage.COLLECTIVE)
+    h.tick()
+    assert h.table.band[h.keys.cookies[2]] < h.table.band[h.keys.cookies[1]]
+
+
+def test_doomed_transfers_go_to_the_scavenger_and_the_worker_hears_of_it() -> None:
+    h = Host(rate=1e6)
+    s = h.socket(1)
+    h.request("r", 0.5)
+    h.transfer("t", s, 10_000_000)  # 10 s at full rate
+    h.tick()
+    assert h.band(s) == "scavenger"
+    events = [(e.kind.name, e.request_id, e.transfer_id) for e in h.session.events]
+    assert ("INFEASIBLE", "r", "t") in events
+
+
+def test_layers_of_a_batch_reach_the_policy() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 50.0)
+    h.engine.apply(h.session, BatchHint("b", ["r"], layers=32, current_layer=0, layer_compute=0.01), h.now)
+    h.transfer("k", s, 1000, Stage.KV_REUSE, layer=30)
+    views = h.engine.steering.views(h.engine, h.now)
+    assert views.transfers.current_layer[0] == 0
+    assert views.requests.compute_left[0] == pytest.approx(0.32)
+    h.engine.apply(h.session, ProgressHint("b", 16), h.now)
+    views = h.engine.steering.views(h.engine, h.now)
+    assert views.transfers.current_layer[0] == 16
+    assert views.transfers.layer_started[0]
+    assert views.requests.compute_left[0] == pytest.approx(0.16)
+    h.engine.apply(h.session, ProgressHint("b", 3), h.now)  # never goes back
+    assert h.engine.steering.views(h.engine, h.now).transfers.current_layer[0] == 16
+    h.engine.apply(h.session, ProgressHint("b", 31, compute_done=True), h.now)
+    views = h.engine.steering.views(h.engine, h.now)
+    assert views.requests.compute_left[0] == 0
+    assert not views.transfers.computing[0]
+
+
+def test_progress_of_a_lone_request_makes_it_its_own_batch() -> None:
+    h = Host()
+    h.request("r", 5.0)
+    h.engine.apply(h.session, ProgressHint("r", 3), h.now)
+    assert h.engine.batches.n == 1
+    h.engine.apply(h.session, EndHint(What.REQUEST, "r"), h.now)
+    assert h.engine.batches.n == 0
+
+
+def test_a_policy_change_takes_effect_at_the_next_tick() -> None:
+    from mfsd.policy.registry import make_policy  # noqa: PLC0415 - only here
+
+    h = Host()
+    s = h.socket(1)
+    h.transfer("c", s, 1000, Stage.COLLECTIVE, request="")
+    h.tick()
+    h.engine.steering.set_policy(make_policy("fair", 5, {}))
+    h.tick(0.01)
+    assert h.band(s) == "default"

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused, what is freed, and that the books always balance."""
+
+from __future__ import annotations
+
+import pytest
+from harness import Host
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from mfsd.config import LimitsConfig
+from mfsd.engine import LINGER_S
+from mfsd.model import (
+    BatchHint,
+    CookieSelector,
+    EndHint,
+    EventKind,
+    HintError,
+    MarkHint,
+    Mode,
+    ProgressHint,
+    RequestHint,
+    Stage,
+    TransferHint,
+    What,
+)
+
+
+def test_a_full_table_names_the_limit_and_frees_up_again() -> None:
+    h = Host(slots=2)
+    h.request("r", 5.0)
+    socks = [h.socket(i) for i in (1, 2, 3)]
+    h.transfer("a", socks[0], 10)
+    h.transfer("b", socks[1], 10)
+    with pytest.raises(HintError, match=r"table is full.*daemon\.slots") as e:
+        h.transfer("c", socks[2], 10)
+    assert e.value.exhausted
+    assert "c" not in h.session.transfers
+    h.engine.apply(h.session, EndHint(What.TRANSFER, "a", cancelled=True), h.now)
+    h.tick(LINGER_S + 0.2)
+    h.transfer("c", socks[2], 10)
+    assert h.table.taken == 2
+
+
+@pytest.mark.parametrize("stage", [Stage.KV_REUSE, Stage.P2D])
+def test_unknown_owners_are_refused_but_for_collectives(stage: Stage) -> None:
+    h = Host()
+    with pytest.raises(HintError, match=r"transfer\.request_id.*announce it"):
+        h.transfer("t", h.socket(1), 10, stage, request="nobody")
+    h.transfer("t", h.socket(2), 10, Stage.COLLECTIVE, request="nobody")
+
+
+def test_ids_are_unique() -> None:
+    h = Host()
+    h.request("r", 5.0)
+    h.transfer("t", h.socket(1), 10)
+    with pytest.raises(HintError, match=r"transfer\.id"):
+        h.transfer("t", h.socket(1), 10)
+
+
+def test_counts_are_bounded_per_session() -> None:
+    h = Host(limits=LimitsConfig(max_requests_per_session=2, max_transfers_per_session=1))
+    h.request("a", 5.0)
+    h.request("b", 5.0)
+    h.request("a", 9.0)  # a renewal is no new request
+    with pytest.raises(HintError, match="max_requests_per_session"):
+        h.request("c", 5.0)
+    h.transfer("t", h.socket(1), 10, request="a")
+    with pytest.raises(HintError, match="max_transfers_per_session"):
+        h.transfer("u", h.socket(1), 10, request="a")
+
+
+def test_sessions_are_bounded_and_need_a_live_process() -> None:
+    h = Host(limits=LimitsConfig(max_sessions=2))
+    h.dead_pids.add(99)
+    with pytest.raises(HintError, match="no process 99"):
+        h.engine.session("dead", 99, h.now)
+    h.engine.session("second", 7, h.now)
+    with pytest.raises(HintError, match="max_sessions"):
+        h.engine.session("third", 8, h.now)
+
+
+def test_the_end_of_a_process_frees_all_it_said() -> None:
+    h = Host()
+    session = h.engine.session("w", 7, h.now)
+    s = h.socket(1)
+    h.engine.apply(session, RequestHint("r", h.now + 5), h.now)
+    h.engine.apply(session, BatchHint("b", ["r"], 4), h.now)
+    h.engine.apply(session, TransferHint("t", "r", "", Stage.P2D, 0, 10, CookieSelector(1)), h.now)
+    h.engine.apply(session, MarkHint(CookieSelector(1), Stage.P2D), h.now)
+    h.tick()
+    assert h.band(s).startswith("level")
+    for on_exit in h.exits[7]:
+        on_exit()  # type: ignore[operator]
+    h.tick(0.01)
+    assert (h.engine.requests.n, h.engine.batches.n, h.engine.transfers.n) == (0, 0, 0)
+    h.tick(LINGER_S + 0.2)
+    assert h.table.taken == 0
+    assert not h.keys.cookies
+
+
+def test_what_nobody_completes_expires() -> None:
+    h = Host()
+    h.engine.apply(h.session, RequestHint("r", h.now + 1, ttl=2.0), h.now)
+    hint = TransferHint("t", "r", "", Stage.P2D, 0, 10, CookieSelector(h.socket(1).cookie), ttl=2.0)
+    h.engine.apply(h.session, hint, h.now)
+    h.tick()
+    h.tick(3.5)
+    assert (h.engine.requests.n, h.engine.transfers.n) == (0, 0)
+    assert EventKind.EXPIRED in [e.kind for e in h.session.events]
+    assert h.engine.counters.transfers_expired == 1
+    assert h.engine.counters.deadlines_missed == 1
+
+
+def test_the_slot_expires_in_the_kernel_with_the_hint() -> None:
+    h = Host()
+    h.request("r", 1.0, ttl=2.0)
+    h.engine.apply(
+        h.session, TransferHint("t", "r", "", Stage.P2D, 0, 10, CookieSelector(h.socket(1).cookie), ttl=2.0), h.now
+    )
+    slot = h.keys.cookies[1]
+    assert h.table.expires_ns[slot] == pytest.approx((h.now + 3.0) * 1e9)
+
+
+def test_modes() -> None:
+    h = Host()
+    assert h.engine.steers
+    h.engine.pause()
+    assert not h.engine.steers
+    h.engine.resume()
+    h.engine.set_mode(Mode.OBSERVE)
+    assert not h.engine.steers
+
+
+class Books(RuleBasedStateMachine):
+    """Any sequence of hints and ticks leaves rows, links and slots consistent."""
+
+    @initialize()
+    def start(self) -> None:
+        self.h = Host(slots=8, limits=LimitsConfig(max_transfers_per_session=20, max_requests_per_session=6))
+        self.socks = [self.h.socket(i) for i in range(1, 10)]
+        self.n = self.refused = 0
+
+    def attempt(self, hint: object) -> None:
+        try:
+            self.h.engine.apply(self.h.session, hint, self.h.now)  # type: ignore[arg-type]
+        except HintError:
+            self.refused += 1
+
+    @rule(r=st.integers(0, 7), left=st.floats(-1, 20), b=st.sampled_from(["", "b0", "b1"]))
+    def request(self, r: int, left: float, b: str) -> None:
+        self.attempt(RequestHint(f"r{r}", self.h.now + left, batch_id=b, ttl=3.0))
+
+    @rule(b=st.integers(0, 2), rs=st.lists(st.integers(0, 7), max_size=4))
+    def batch(self, b: int, rs: list[int]) -> None:
+        self.attempt(BatchHint(f"b{b}", [f"r{r}" for r in rs], 8, 0, 0.01))
+
+    @rule(b=st.sampled_from(["b0", "b1", "r0", "r3"]), layer=st.integers(0, 9), done=st.booleans())
+    def progress(self, b: str, layer: int, done: bool) -> None:  # noqa: FBT001 - hypothesis draws it
+        self.attempt(ProgressHint(b, layer, done))
+
+    @rule(
+        r=st.integers(0, 7),
+        c=st.integers(1, 12),
+        size=st.integers(1, 10**6),
+        stage=st.sampled_from([Stage.KV_REUSE, Stage.COLLECTIVE, Stage.P2D]),
+    )
+    def transfer(self, r: int, c: int, size: int, stage: Stage) -> None:
+        self.n += 1
+        self.attempt(TransferHint(f"t{self.n}", f"r{r}", "", stage, 1, size, CookieSelector(c), ttl=5.0))
+
+    @rule(what=st.sampled_from(list(What)), i=st.integers(0, 12), cancelled=st.booleans())
+    def end(self, what: What, i: int, cancelled: bool) -> None:  # noqa: FBT001 - hypothesis draws it
+        self.attempt(EndHint(what, f"{'trb'[what]}{i}", cancelled))
+
+    @rule(c=st.integers(1, 12), stage=st.sampled_from(list(Stage)))
+    def mark(self, c: int, stage: Stage) -> None:
+        self.attempt(MarkHint(CookieSelector(c), stage))
+
+    @rule(i=st.integers(0, 8), payload=st.integers(1, 10**6), acked=st.booleans())
+    def send(self, i: int, payload: int, acked: bool) -> None:  # noqa: FBT001 - hypothesis draws it
+        self.h.send(self.socks[i], payload, acked=acked)
+
+    @rule(i=st.integers(0, 8))
+    def close(self, i: int) -> None:
+        if self.socks[i] in self.h.resolver.sockets:
+            self.h.resolver.sockets.remove(self.socks[i])
+
+    @rule(dt=st.sampled_from([0.001, 0.01, 0.3, 6.0]))
+    def tick(self, dt: float) -> None:
+        self.h.tick(dt)
+
+    @invariant()
+    def balanced(self) -> None:
+        e = self.h.engine
+        for store in (e.transfers, e.requests, e.batches):
+            assert [o.row for o in store.objects] == list(range(store.n))
+        for t in e.transfers.objects:
+            assert t in t.parts
+            assert e.transfers.request[t.row] == (-1 if t.request is None else t.request.row)
+            assert e.transfers.batch[t.row] == (-1 if t.batch is None else t.batch.row)
+            assert e.transfers.conn[t.row] == (-1 if t.conn is None else t.conn.slot)
+            assert t.request is None or (t in t.request.transfers and t.request.row >= 0)
+            assert t.batch is None or (t in t.batch.transfers and t.batch.row >= 0)
+            assert t.conn is None or t in t.conn.queue
+        for r in e.requests.objects:
+            assert e.requests.batch[r.row] == (-1 if r.batch is None else r.batch.row)
+        conns = e.connections.by_slot
+        assert self.h.table.taken == len(conns) == len(self.h.keys.cookies)
+        assert sum(len(c.queue) for c in conns.values()) == e.transfers.n - sum(
+            1 for t in e.transfers.objects if t.conn is None
+        )
+        assert {t for parts in self.h.session.transfers.values() for t in parts} == set(e.transfers.objects)
+
+
+Books.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBooks = Books.TestCase

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a promotion purges, and whose packets."""
+
+from __future__ import annotations
+
+from harness import MSS, FakeSocket, Host
+
+from mfsd.config import RescueConfig
+from mfsd.model import Endpoints, Mode
+
+
+def deferred(h: Host, cookie: int = 1, left: float = 0.2) -> tuple[FakeSocket, tuple[int, int]]:
+    """A starved connection and the (band, lane) in which its packets are stuck."""
+    s = h.socket(cookie)
+    h.request(f"r{cookie}", left)
+    h.transfer(f"t{cookie}", s, 1_000_000, request=f"r{cookie}")
+    h.tick()
+    h.send(s, 90 * MSS, acked=False)
+    row = h.table.rows[h.keys.cookies[cookie]]
+    place = (int(row["band"]), int(row["lane"]))
+    h.port.queued[place] = 130_000
+    return s, place
+
+
+def promote(h: Host) -> None:
+    """Bring the deadline so near that the level rises; then let the stall time pass."""
+    for _ in range(40):
+        h.tick(0.005)
+
+
+def test_a_starved_promoted_connection_is_purged_in_its_old_lane() -> None:
+    h = Host()
+    s, place = deferred(h)
+    promote(h)
+    assert h.port.purged[0] == place
+    assert h.engine.counters.rescues >= 1
+    assert h.band(s) != h.bands.bands[place[0]].name
+
+
+def test_only_its_own_lane_is_purged() -> None:
+    h = Host()
+    _, first = deferred(h, 1)
+    _, other = deferred(h, 2, left=50.0)
+    assert first[1] != other[1]
+    promote(h)
+    assert set(h.port.purged) == {first}
+
+
+def test_an_empty_lane_needs_no_purge() -> None:
+    h = Host()
+    deferred(h)
+    h.port.queued.clear()
+    promote(h)
+    assert h.port.purged == []
+
+
+def test_a_lane_that_drains_by_itself_is_left_alone() -> None:
+    h = Host(rescue=RescueConfig(stall_ms=20))
+    s, place = deferred(h)
+    band = h.table.band[h.keys.cookies[1]]
+    for _ in range(60):
+        h.tick(0.005)
+        h.send(s, MSS)
+        if h.table.band[h.keys.cookies[1]] < band:
+            break
+    h.tick(0.005)
+    h.port.queued[place] = 0  # served meanwhile
+    h.tick(0.05)
+    assert h.port.purged == []
+
+
+def test_udp_is_never_purged() -> None:
+    h = Host()
+    s = h.socket(1)
+    e = s.endpoints
+    s.endpoints = Endpoints(e.src, e.sport, e.dst, e.dport, 17)
+    h.request("r", 0.2)
+    h.transfer("t", s, 10_000_000)
+    h.tick()
+    row = h.table.rows[h.keys.cookies[1]]
+    assert row["lane"] == 0  # kept for what must not be purged
+    h.send(s, 90 * MSS, acked=False)
+    h.port.queued[int(row["band"]), 0] = 130_000
+    promote(h)
+    assert h.port.purged == []
+
+
+def test_observing_purges_nothing() -> None:
+    h = Host()
+    h.engine.set_mode(Mode.OBSERVE)
+    deferred(h)
+    promote(h)
+    assert h.engine.counters.promotions > 0
+    assert h.port.purged == []
+
+
+def test_disabled_purges_nothing() -> None:
+    h = Host(rescue=RescueConfig(enabled=False))
+    deferred(h)
+    promote(h)
+    assert h.port.purged == []
+
+
+def test_a_short_message_that_its_floor_drains_sooner_than_a_timer_is_not_purged() -> None:
+    floored = (0.0, 0.0, 0.05, 0.05, 0.05)
+    h = Host(floors=floored)
+    deferred(h)  # 130 kB at 5 % of 1 Gbit/s: 21 ms, against a timeout of 200 ms; and nothing unsent behind it
+    promote(h)
+    assert h.port.purged == []
+    h = Host(floors=floored)
+    s, _ = deferred(h)
+    s.notsent = 1_000_000  # new data will bring the SACKs that repair a purge
+    promote(h)
+    assert h.port.purged != []
+
+
+def test_rescues_are_bounded_per_second_and_the_rest_follow() -> None:
+    h = Host(slots=64, lanes=32, rescue=RescueConfig(max_per_s=10))
+    for cookie in range(1, 21):
+        deferred(h, cookie, left=0.3)
+    for _ in range(100):
+        h.tick(0.005)
+        if h.engine.counters.rescues:
+            break
+    assert 0 < h.engine.counters.rescues <= 10
+    for _ in range(400):
+        h.tick(0.01)
+    assert len(set(h.port.purged)) == 20
