@@ -79,7 +79,8 @@ struct clock {
 
 /* Shared by all devices. The slot table and the hashes are resized by the loader. The hashes are preallocated: 2 MB for
  * 16,384 slots buys insertions that can't fail for want of memory and lookups without an indirection. The price is
- * that a freed element is reused at once, so a lookup that races with it may yield the new owner's slot for one packet. */
+ * that a freed element is reused at once, so a lookup that races with it may yield the new owner's slot for one
+ * packet. */
 MFSD_MMAP_ARRAY(mfsd_host, struct mfsd_host, 1);
 MFSD_MMAP_ARRAY(mfsd_slots, struct mfsd_slot, MFSD_DEFAULT_SLOTS);
 MFSD_HASH(mfsd_cookies, __u64, __u32, MFSD_DEFAULT_SLOTS);
@@ -151,8 +152,8 @@ static __always_inline __u64 wire_bytes(struct __sk_buff *skb)
 	return skb->wire_len ? skb->wire_len : skb->len;
 }
 
-/* Steps over the extension headers between h->l4 and the transport header. They are rare, so reading them in place would
- * gain little, and it would double what the verifier has to go through. */
+/* Steps over the extension headers between h->l4 and the transport header. They are rare, so reading them in place
+ * would gain little, and it would double what the verifier has to go through. */
 static __always_inline int parse_extensions(struct __sk_buff *skb, struct headers *h)
 {
 	__u8 ext[8] __attribute__((aligned(4)));
