@@ -74,6 +74,8 @@ class GuardedPort(Port):
         """Of the qdiscs in force; empty when only observed."""
         self.given_up = False
         """The qdiscs were put back on request, or somebody replaced them: not to be installed again unasked."""
+        self.plan: DevicePlan | None = None
+        """What was planned before the qdiscs in force were installed."""
         self._seldom = Seldom()
 
     def read(self) -> tuple[int, int, npt.NDArray[np.float64]] | None:
@@ -250,7 +252,7 @@ class Devices:
             raise
         if plan.rate is not None:
             port.estimator.configured = plan.rate.bytes_per_s
-        port.backend = plan.backend
+        port.backend, port.plan = plan.backend, plan
         port.enforcer = enforcer
         port.write_device_map()
         self._note(port, "")
@@ -311,9 +313,12 @@ class Devices:
             port.given_up = False
 
     def plans(self, ports: Sequence[GuardedPort]) -> list[tuple[GuardedPort, DevicePlan | DatapathError]]:
-        """What enforcing would do, or has left to do."""
+        """What enforcing would do, or has done."""
         out: list[tuple[GuardedPort, DevicePlan | DatapathError]] = []
         for port in ports:
+            if port.enforcer is not None and port.plan is not None:
+                out.append((port, port.plan))
+                continue
             try:
                 with self._enforcer(port) as enforcer:
                     out.append((port, enforcer.plan()))

@@ -7,9 +7,9 @@ import contextlib
 import grp
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from grpc import aio
+import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -25,6 +25,9 @@ CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 STOP_S: Final = 0.5
 """For calls in progress when the daemon stops; streams are cut then, and clients reconnect by themselves."""
 
+_untyped_health: Any = health
+"""The package has no stubs, and mypy's view of what it re-exports changes with the state of its cache."""
+
 
 class ServerError(RuntimeError):
     """An endpoint can't be opened."""
@@ -37,10 +40,10 @@ class Server:
         self, hints: hints_pb2_grpc.HintsServicer, control: control_pb2_grpc.ControlServicer, config: DaemonConfig
     ) -> None:
         self._config = config
-        self._server = aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
-        self._health = health.aio.HealthServicer()
+        self._health = _untyped_health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (HINTS, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
