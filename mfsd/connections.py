@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.model import CookieSelector, Endpoints, HintError, PortRange, Selector, TupleSelector
+from mfsd.model import INF, CookieSelector, Endpoints, HintError, PortRange, Selector, TupleSelector
 from mfsd.state import Connection
 from mfsd.table import NS, FlowTable, KeyMap, TableFullError
 
@@ -125,6 +125,8 @@ class Connections:
         self._base: npt.NDArray[np.float64] = np.zeros(len(table) + 1)
         self._overhead: npt.NDArray[np.float64] = np.full(len(table) + 1, float(OVERHEAD_V4))
         self._sent: npt.NDArray[np.float64] = np.zeros(len(table) + 1)
+        self.rest_since: npt.NDArray[np.float64] = np.full(len(table), INF)
+        """By slot: since when a connection has neither transfers nor a mark; inf while it has, or is not taken."""
 
     def __len__(self) -> int:
         return len(self.by_slot)
@@ -259,6 +261,17 @@ class Connections:
         conn.peer = self._peers.setdefault(endpoints.dst, len(self._peers))
         self._overhead[conn.slot] = OVERHEAD_V6 if endpoints.dst.version == 6 else OVERHEAD_V4
 
+    def note_rest(self, conn: Connection, now: float) -> None:
+        """Tell whether the connection still has a reason to be known; call after every change of queue or mark."""
+        self.rest_since[conn.slot] = INF if conn.queue or conn.mark is not None else now
+
+    def idle(self, now: float, linger: float) -> list[Connection]:
+        """Connections at rest for ``linger`` seconds, or past their expiry."""
+        high = self.table.high
+        rest = self.rest_since[:high]
+        over = (rest + linger < now) | ((rest < INF) & (self.table.expires_ns[:high] < int(now * NS)))
+        return [self.by_slot[slot] for slot in np.flatnonzero(over & self.table.used[:high]).tolist()]
+
     def drop(self, conn: Connection) -> None:
         """Forget a connection and free its slot: keys first, so that the kernel never follows a stale one."""
         if conn.cookie:
@@ -268,6 +281,7 @@ class Connections:
             self.keys.delete_tuple(conn.endpoints)
             del self._by_tuple[conn.endpoints]
         self.unlocated.discard(conn)
+        self.rest_since[conn.slot] = INF
         self.table.give_back(conn.slot)
         self._lane_users[conn.lane] -= 1
         del self.by_slot[conn.slot]

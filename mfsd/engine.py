@@ -93,17 +93,18 @@ class Engine(Ledger):
         for batch in self._expired(self.batches, now):
             if not batch.requests and not batch.transfers:
                 self._forget_batch(batch)
-        for session in self.sessions.values():
+        self._expire_sessions(now)
+        for conn in self.connections.idle(now, LINGER_S):
+            self._drop_connection(conn, "idle")
+
+    def _expire_sessions(self, now: float) -> None:
+        """Renew what marks hold; end sessions without a process that have nothing left."""
+        for session in list(self.sessions.values()):
             for mark in session.marks.values():
                 self.connections.renew(mark.conns, now + self.limits.max_ttl_s)
-        for session in list(self.sessions.values()):
             said = session.requests or session.batches or session.transfers or session.marks
             if not session.pid and not said and session.seen + self.limits.default_ttl_s < now:
                 self.end_session(session)
-        for conn in list(self.connections.by_slot.values()):
-            idle = not conn.queue and conn.mark is None
-            if idle and (conn.expires < now or conn.idle_since + LINGER_S < now):
-                self._drop_connection(conn, "idle")
 
     @staticmethod
     def _expired(store: Dense[R], now: float) -> list[R]:

@@ -301,7 +301,7 @@ class Ledger:
         transfer.conn = conn
         conn.queue.append(transfer)
         conn.last_stage = transfer.stage
-        conn.idle_since = INF
+        self.connections.note_rest(conn, now=0.0)
         self.steering.stages.last[conn.slot] = transfer.stage
 
     def _end(self, session: Session, hint: EndHint, now: float) -> None:
@@ -351,12 +351,14 @@ class Ledger:
             conn.mark.conns.discard(conn)
         conn.mark = mark
         mark.conns.add(conn)
+        self.connections.note_rest(conn, now=0.0)
         self.steering.stages.mark[conn.slot] = mark.stage
 
     def _unmark(self, mark: Mark) -> None:
         mark.session.marks.pop(mark.selector, None)
         for conn in mark.conns:
             conn.mark = None
+            self.connections.note_rest(conn, now=0.0)
             self.steering.stages.mark[conn.slot] = Stage.NONE
         mark.conns.clear()
 
@@ -471,8 +473,7 @@ class Ledger:
             # Its unsent bytes will not come: what was announced behind it moves forward.
             self._close_gap(transfer, conn)
         conn.queue.remove(transfer)
-        if not conn.queue:
-            conn.idle_since = now
+        self.connections.note_rest(conn, now)
 
     def _stop_waiting(self, transfer: Transfer) -> None:
         waiting = self._pending.get(transfer.selector)

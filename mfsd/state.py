@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mfsd.model import INF, Endpoints, Event, Selector, Stage
+from mfsd.model import Endpoints, Event, Selector, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,8 +113,8 @@ class Transfer:
     """Bytes of one hint on one connection; numbers in TRANSFER_COLUMNS.
 
     A selector may name several connections (Mooncake's lanes, UCX's workers), and the hint can't say how the bytes
-    are spread over them: then there is one Transfer per connection, each sized an equal share, and they are done when all
-    together have moved the whole.
+    are spread over them: then there is one Transfer per connection, each sized an equal share, and they are done when
+    all together have moved the whole.
     """
 
     id: str
@@ -166,7 +166,6 @@ class Connection:
     level: int = -1
     band: int = 0
     expires: float = 0.0
-    idle_since: float = INF
     promotions: int = 0
     rescues: int = 0
     selectors: set[Selector] = field(default_factory=set)

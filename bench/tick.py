@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine time per tick at 100, 1,000 and 10,000 connections.
+
+The engine, the default policy and the slot table are the real ones, the table mmapped from the kernel's map. Every
+connection carries one unfinished transfer; stages, deadlines and sizes are mixed, batches advance by a layer now and
+then, and between ticks the counters move as the classifier would move them. Sockets are simulated: nothing is sent.
+A tick includes everything that the daemon does in one: delivery, house-keeping at its period, levels, table.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bench.common import Figure, write
+from mfsd.config import LimitsConfig, RescueConfig
+from mfsd.connections import Connections
+from mfsd.datapath.libbpf import LibbpfLoader
+from mfsd.engine import Engine
+from mfsd.estimator import LinkEstimator
+from mfsd.ladder import BandPlan
+from mfsd.model import BatchHint, CookieSelector, Endpoints, ProgressHint, RequestHint, Selector, Stage, TransferHint
+from mfsd.policy.registry import make_policy
+from mfsd.ports import KernelKeys
+from mfsd.rescue import Rescuer
+from mfsd.steering import Steering
+from mfsd.table import FlowTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import numpy.typing as npt
+
+COUNTS = (100, 1_000, 10_000)
+TICKS = 400
+PER_BATCH = 64
+TICK_S = 0.010
+LINK = 1.25e9
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A socket that exists only here."""
+
+    cookie: int
+    endpoints: Endpoints
+    bytes_acked: int = 0
+    unsent_plus_unacked: int = 1 << 40
+    notsent: int = 1 << 39
+    rto_us: int = 200_000
+
+
+class Sockets:
+    """connections.Resolver that knows every cookie."""
+
+    def resolve(self, selector: Selector) -> list[Simulated]:
+        assert isinstance(selector, CookieSelector)
+        here, there = ip_address("10.0.0.1"), ip_address(f"10.1.{selector.cookie >> 8 & 255}.{selector.cookie & 255}")
+        return [Simulated(selector.cookie, Endpoints(here, 1024 + selector.cookie % 60000, there, 6000))]
+
+    def resolve_many(self, selectors: Sequence[Selector]) -> list[list[Simulated]]:
+        return [self.resolve(s) for s in selectors]
+
+    def tcp_progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, Simulated]:
+        return {cookie: Simulated(cookie, endpoints) for cookie, endpoints in sockets}
+
+
+class SimulatedPort:
+    """A link without a qdisc."""
+
+    def __init__(self, bands: BandPlan) -> None:
+        self.name = "sim"
+        self.estimator = LinkEstimator(LINK, len(bands))
+        self.enforced = False
+
+    def read(self) -> tuple[int, int, npt.NDArray[np.float64]] | None:
+        return None
+
+    def backlog(self, band: int, lane: int) -> int:
+        del band, lane
+        return 0
+
+    def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
+        del lanes
+
+
+def measure(n: int) -> tuple[float, float]:
+    """Median and p99 of a tick with n connections, in ms."""
+    rng = np.random.default_rng(n)
+    with LibbpfLoader().open_classifier(16_384) as classifier:
+        policy = make_policy("deadline-ladder", 5, {})
+        bands = BandPlan.build(5, default_after=policy.default_after, lanes=32)
+        connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), Sockets(), bands)
+        port = SimulatedPort(bands)
+        steering = Steering(connections, policy, bands, [port], Rescuer([port], connections, bands, RescueConfig()))
+        engine = Engine(connections, steering, LimitsConfig())
+        session = engine.session("bench", 0, 0.0)
+        now = 100.0
+        for i in range(n):
+            if i % PER_BATCH == 0:
+                ids = [f"r{j}" for j in range(i, min(i + PER_BATCH, n))]
+                for r in ids:
+                    engine.apply(session, RequestHint(r, now + float(rng.uniform(1, 20))), now)
+                engine.apply(session, BatchHint(f"b{i // PER_BATCH}", ids, 64, 0, 0.02), now)
+            stage = Stage(int(rng.integers(1, 4)))
+            size = int(rng.integers(1 << 30, 1 << 34))
+            hint = TransferHint(f"t{i}", f"r{i}", "", stage, int(rng.integers(0, 64)), size, CookieSelector(i + 1))
+            engine.apply(session, hint, now)
+        engine.tick(now)
+        took = []
+        rows = classifier.slots[:n]
+        for k in range(TICKS):
+            now += TICK_S
+            # What the kernel does between two ticks.
+            sent = rng.integers(0, 100_000, n)
+            rows["bytes"] += sent.astype(np.uint64)
+            rows["segments"] += (sent // 1448).astype(np.uint64)
+            rows["last_ns"] = int(now * 1e9)
+            if k % 4 == 0:
+                batch = int(rng.integers(0, (n + PER_BATCH - 1) // PER_BATCH))
+                engine.apply(session, ProgressHint(f"b{batch}", k // 8), now)
+            start = time.perf_counter()
+            engine.tick(now)
+            took.append((time.perf_counter() - start) * 1000)
+        assert engine.transfers.n == n, "transfers must stay unfinished for the whole run"
+        engine.end_session(session)
+        return float(np.median(took)), float(np.percentile(took, 99))
+
+
+def main() -> None:
+    """Run and write build/bench/tick.json."""
+    figures = []
+    for n in COUNTS:
+        median, p99 = measure(n)
+        if n == COUNTS[-1]:
+            figures.append(Figure.against(f"tick_{n}_ms", median, "ms", target=1.0, want="at most"))
+        else:
+            figures.append(Figure(f"tick_{n}_ms", median, "ms"))
+        figures.append(Figure(f"tick_{n}_p99_ms", p99, "ms"))
+    write("tick", figures)
+
+
+if __name__ == "__main__":
+    main()
