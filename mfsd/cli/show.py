@@ -216,8 +216,7 @@ def watch(g: Globals, interval: float, *, with_connections: bool, count: int) ->
                 else:
                     console.print(_frame(answer, with_connections), "")
                 if n == count:
-                    answers.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs leave it untyped
-                    return
+                    return  # closing the channel ends the stream
     if count:
         raise CliError("the daemon ended the stream")
 

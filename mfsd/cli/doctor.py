@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""doctor: the checks of mfsd.doctor, as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections import Counter
+from typing import Final
+
+import click
+from rich.text import Text
+
+from mfsd import doctor as checks
+from mfsd.cli import output
+from mfsd.cli.app import Globals, command
+from mfsd.cli.errors import Exit
+from mfsd.cli.offline import read_config
+
+INDENT: Final = " " * 5
+STYLES: Final = {
+    checks.Severity.OK: "green",
+    checks.Severity.INFO: "cyan",
+    checks.Severity.WARN: "yellow",
+    checks.Severity.FAIL: "red",
+}
+
+
+@command("doctor")
+@click.option("--device", "devices", multiple=True, help="Check this device; may be given several times.")
+@click.option("--config", metavar="FILE", help="The configuration whose devices and folders to check.")
+@click.option("--all", "everything", is_flag=True, help="Explain what is fine, too.")
+def doctor(g: Globals, devices: tuple[str, ...], config: str | None, *, everything: bool) -> None:
+    """Check this machine and say what each finding means.
+
+    Changes nothing and needs no daemon. Ends with exit code 1 if there is a failure.
+    """
+    findings = checks.run(devices, read_config(config, needed=False))
+    if g.json:
+        output.print_json({"findings": [dataclasses.asdict(f) for f in findings]})
+    else:
+        _print(findings, everything=everything)
+    if any(f.severity is checks.Severity.FAIL for f in findings):
+        raise click.exceptions.Exit(Exit.BAD_NEWS)
+
+
+def _print(findings: list[checks.Finding], *, everything: bool) -> None:
+    console = output.console()
+    for f in findings:
+        head = Text.assemble((f"{f.severity:<5}", STYLES[f.severity]), f"{f.title}  ", (f.id, "dim"))
+        console.print(head)
+        if f.severity is checks.Severity.OK and not everything:
+            continue
+        for label, text in (("seen", f.detail), ("means", f.meaning), ("do", f.fix)):
+            if text:
+                click.echo(
+                    textwrap.fill(f"{label}: {text}", output.WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
+                )
+    counts = Counter(f.severity for f in findings)
+    console.print(Text(", ".join(f"{counts[s]} {s}" for s in checks.Severity)))

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the classifier gets into the kernel: libraries, privileges, and whether it really loads."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mfsd.datapath.libbpf import LibbpfLoader, library
+from mfsd.datapath.loader import DatapathError, LoaderError
+from mfsd.doctor.finding import Finding, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mfsd.doctor.finding import Check, Context
+
+CAPABILITIES: Final = {
+    12: ("CAP_NET_ADMIN", "hooks and qdiscs can't be changed"),
+    39: ("CAP_BPF", "the classifier can't be loaded"),
+    19: ("CAP_SYS_PTRACE", "selectors by pid work for processes of the daemon's own user only"),
+}
+"""Bit (include/uapi/linux/capability.h) -> name, and what is missing without it."""
+_NEEDED: Final = (12, 39)
+_ALL: Final = 21
+"""CAP_SYS_ADMIN stands in for CAP_BPF."""
+_TRIAL_ROWS: Final = 16
+
+
+def effective(context: Context) -> int | None:
+    """Mask of effective capabilities."""
+    for line in (context.read("proc/self/status") or "").splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return None
+
+
+def capabilities(context: Context) -> Iterator[Finding]:
+    """Of this process, which may have others than the daemon."""
+    mask = effective(context)
+    if mask is None:
+        return
+    missing = [bit for bit in CAPABILITIES if not mask >> bit & 1 and not (bit == 39 and mask >> _ALL & 1)]
+    have = ", ".join(name for bit, (name, _) in CAPABILITIES.items() if bit not in missing) or "none of them"
+    lost = "; ".join(f"without {CAPABILITIES[b][0]} {CAPABILITIES[b][1]}" for b in missing)
+    if any(b in missing for b in _NEEDED):
+        yield Finding(
+            "privileges.capabilities",
+            Severity.WARN,
+            "This process may not do what the daemon must",
+            f"has {have}",
+            f"{lost}. The daemon has capabilities of its own, but checks that need them are left out here",
+            "run mfsctl doctor as root; give the daemon AmbientCapabilities=CAP_BPF CAP_NET_ADMIN",
+        )
+    elif missing:
+        yield Finding(
+            "privileges.capabilities", Severity.INFO, "CAP_BPF and CAP_NET_ADMIN are there", f"has {have}", lost
+        )
+    else:
+        yield Finding("privileges.capabilities", Severity.OK, "All capabilities of use are there", f"has {have}")
+
+
+def memlock(_: Context) -> Iterator[Finding]:
+    """Matters for old kernels only."""
+    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    yield Finding(
+        "privileges.memlock",
+        Severity.OK,
+        "Locked memory is not limited for BPF",
+        "unlimited" if soft == resource.RLIM_INFINITY else f"RLIMIT_MEMLOCK = {soft} bytes",
+        "since 5.11 maps count against the memory control group, not against this limit",
+    )
+
+
+def libbpf(_: Context) -> Iterator[Finding]:
+    """The default loader."""
+    try:
+        lib = library()
+    except LoaderError as e:
+        other = find_bcc() is not None
+        yield Finding(
+            "loader.libbpf",
+            Severity.WARN if other else Severity.FAIL,
+            "libbpf 1.x is missing",
+            str(e),
+            "only the BCC loader is left" if other else "nothing is left to load the classifier with",
+            "apt-get install libbpf1 (Debian 12, Ubuntu 24.04 and later)",
+        )
+        return
+    lib.libbpf_version_string.restype = ctypes.c_char_p
+    text = lib.libbpf_version_string().decode()
+    yield Finding("loader.libbpf", Severity.OK, "libbpf is there", text, "1.0 is the oldest that works")
+
+
+def find_bcc() -> str | None:
+    """Folder of BCC's Python bindings. PyPI's package "bcc" is something else and has no BPF class."""
+    spec = importlib.util.find_spec("bcc")
+    origin = spec.origin if spec is not None else None
+    if origin is not None and "BPF" in Path(origin).read_text(encoding="utf-8", errors="replace"):
+        return str(Path(origin).parent)
+    return None
+
+
+def bcc(_: Context) -> Iterator[Finding]:
+    """The second loader."""
+    where = find_bcc()
+    if where is not None:
+        yield Finding("loader.bcc", Severity.OK, "BCC is there", where)
+    else:
+        yield Finding(
+            "loader.bcc",
+            Severity.INFO,
+            "BCC is not installed",
+            "no Python module bcc with a class BPF",
+            'needed only for daemon.loader = "bcc"; it wants clang and kernel headers, too',
+            "apt-get install python3-bpfcc, and make the environment with --system-site-packages",
+        )
+
+
+def classifier(context: Context) -> Iterator[Finding]:
+    """Load it, attach it nowhere, and unload it: the verifier's own word."""
+    mask = effective(context) or 0
+    if not (mask >> 39 & 1 or mask >> _ALL & 1) or not mask >> 12 & 1:
+        return
+    try:
+        LibbpfLoader().open_classifier(_TRIAL_ROWS).close()
+    except (DatapathError, OSError) as e:
+        yield Finding(
+            "loader.classifier",
+            Severity.FAIL,
+            "The classifier does not load",
+            str(e),
+            "mfsd can neither observe nor enforce",
+            "see the detail; kernel.* and privileges.* may tell why",
+        )
+    else:
+        yield Finding(
+            "loader.classifier",
+            Severity.OK,
+            "The classifier loads",
+            "the kernel's verifier accepts it (tried and unloaded again)",
+        )
+
+
+CHECKS: Final[tuple[Check, ...]] = (capabilities, memlock, libbpf, bcc, classifier)
