@@ -86,6 +86,8 @@ class Daemon:
         self.path = path
         self.started = time.monotonic()
         self._notify = sdnotify.SystemdNotifier()
+        self.ready = asyncio.Event()
+        """The endpoints are open."""
         self._stopping = asyncio.Event()
         self._hand_over = False
         self._reload_problems: list[str] = []
@@ -116,16 +118,7 @@ class Daemon:
 
     async def run(self) -> None:
         """Serve until told to stop. Raises ServerError when the endpoints can't be opened."""
-        loop = asyncio.get_running_loop()
         with self._undo:
-            handlers = {
-                signal.SIGTERM: self.stop,
-                signal.SIGINT: self.stop,
-                signal.SIGHUP: self._on_hup,
-                signal.SIGUSR1: self.hand_over,
-            }
-            for number, handler in handlers.items():
-                loop.add_signal_handler(number, handler)
             try:
                 self.devices.set_steering(steers=self.engine.steers)
                 self.devices.beat()
@@ -135,11 +128,10 @@ class Daemon:
                 self._tasks = [asyncio.create_task(self._keep_care()), asyncio.create_task(self._keep_status())]
                 self._notify.notify(f"READY=1\n{self._status_line()}")
                 log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
+                self.ready.set()
                 await self._stopping.wait()
             finally:
                 await self._shut_down()
-                for number in handlers:
-                    loop.remove_signal_handler(number)
 
     async def _shut_down(self) -> None:
         self._notify.notify("STOPPING=1")
@@ -211,7 +203,8 @@ class Daemon:
 
     # --- reload -------------------------------------------------------------------------------------------------------
 
-    def _on_hup(self) -> None:
+    def reload_soon(self) -> None:
+        """Reload in the background, with the notes that systemd wants."""
         self._tasks.append(asyncio.create_task(self._reload_notified()))
 
     async def _reload_notified(self) -> None:
@@ -358,7 +351,17 @@ def _lock(state_dir: Path) -> IO[str]:
 
 
 async def _serve(config: Config, path: Path | None) -> None:
-    await Daemon(config, path).run()
+    daemon = Daemon(config, path)
+    handlers = {
+        signal.SIGTERM: daemon.stop,
+        signal.SIGINT: daemon.stop,
+        signal.SIGHUP: daemon.reload_soon,
+        signal.SIGUSR1: daemon.hand_over,
+    }
+    loop = asyncio.get_running_loop()
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+    await daemon.run()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

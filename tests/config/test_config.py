@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: every key's error text, all problems at once, and a resolved view that reads back to the same."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfsd import config_text
+from mfsd.config import Config, ConfigError, DeviceConfig, load, parse, render
+from mfsd.model import Mode, Rate
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = {"name": "eth0"}
+
+
+def _section(name: str) -> Any:
+    return DeviceConfig if name == "device" else type(getattr(Config(), name))
+
+
+ALL_KEYS = [
+    (section, key)
+    for section in ("daemon", "device", "bands", "policy", "limits", "rescue")
+    for key in _section(section).model_fields
+]
+NUMBERS = [
+    (section, key)
+    for section, key in ALL_KEYS
+    if section != "policy" and _section(section).model_fields[key].annotation in (int, float)
+]
+
+
+def problems(data: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as e:
+        parse(data)
+    return e.value.problems
+
+
+def only(data: dict[str, Any]) -> str:
+    found = problems(data)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def with_key(section: str, key: str, value: Any) -> dict[str, Any]:
+    if section == "device":
+        return {"device": [DEVICE | {key: value}]}
+    return {section: {key: value}}
+
+
+def test_the_defaults_are_valid_and_observe() -> None:
+    config = parse({})
+    assert config == Config()
+    assert config.daemon.mode is Mode.OBSERVE
+    assert config.policy.name == "deadline-ladder"
+
+
+@pytest.mark.parametrize(("section", "key"), ALL_KEYS)
+def test_every_key_refuses_another_type_and_says_what_is_allowed(section: str, key: str) -> None:
+    wrong = {"a": 1} if key != "dscp" else 1
+    text = only(with_key(section, key, wrong)) if key != "floors" else only(with_key(section, key, 3))
+    where = f"device[0].{key}" if section == "device" else f"{section}.{key}"
+    assert text.startswith(f"{where} = ")
+    allowed = text.partition(": must be ")[2]
+    assert len(allowed) > 3, text
+
+
+@pytest.mark.parametrize(("section", "key"), NUMBERS)
+def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
+    for value in (-1, 10**16, True, float("nan"), float("inf")):
+        text = only(with_key(section, key, value))
+        assert re.search(r"must be a (whole )?number (from|above) [\d.]+, at most [\d.e+]+$", text), text
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({"daemon": {"mode": "on"}}, 'daemon.mode = "on": must be "observe" or "enforce"'),
+        (
+            {"daemon": {"loader": "bpf"}},
+            'daemon.loader = "bpf": must be "auto" or "libbpf" or "bcc"',
+        ),
+        ({"daemon": {"slots": "many"}}, 'daemon.slots = "many": must be a whole number from 16, at most 1048576'),
+        ({"daemon": {"tick_ms": 0.5}}, "daemon.tick_ms = 0.5: must be a number from 1, at most 1000"),
+        (
+            {"daemon": {"socket": "mfsd.sock"}},
+            'daemon.socket = "mfsd.sock": must be an absolute path of at most 107 bytes',
+        ),
+        (
+            {"daemon": {"socket": "/" + "x" * 107}},
+            f'daemon.socket = "/{"x" * 107}": must be an absolute path of at most 107 bytes',
+        ),
+        (
+            {"daemon": {"listen": "localhost"}},
+            (
+                'daemon.listen = "localhost": must be "host:port" with a loopback address; '
+                "others need daemon.listen_remote = true"
+            ),
+        ),
+        (
+            {"daemon": {"listen": "0.0.0.0:50551"}},
+            (
+                'daemon.listen = "0.0.0.0:50551": must be a loopback address; set daemon.listen_remote = true to let other '
+                "hosts in (there is no authentication)"
+            ),
+        ),
+        (
+            {"daemon": {"tick_ms": 200, "idle_tick_ms": 100}},
+            "daemon.idle_tick_ms = 100.0: must be at least daemon.tick_ms (200)",
+        ),
+        (
+            {"daemon": {"heartbeat_timeout_ms": 200}},
+            (
+                "daemon.heartbeat_timeout_ms = 200.0: must be at least three heartbeats (300), or one late tick sends all "
+                "traffic to the default band"
+            ),
+        ),
+        ({"daemon": {"heartbeat": 3}}, "daemon.heartbeat = 3: unknown key; did you mean heartbeat_ms?"),
+        ({"rescue": {"zzz": 1}}, "rescue.zzz = 1: unknown key; known: enabled, stall_ms, max_per_s"),
+        ({"deamon": {}}, "deamon = {}: unknown key; did you mean daemon?"),
+        ({"limits": 3}, "limits = 3: must be a section: [limits]"),
+        ({"device": {"name": "eth0"}}, 'device = { name = "eth0" }: must be a section: [[device]]'),
+        ({"device": [3]}, "device[0] = 3: must be a section: [[device]]"),
+        (
+            {"device": [{}]},
+            (
+                "device[0].name = (unset): required; must be the name of a network device: 1 to 15 characters, no '/' and "
+                "no space"
+            ),
+        ),
+        (
+            {"device": [{"name": "much-too-long-a-name"}]},
+            (
+                'device[0].name = "much-too-long-a-name": must be the name of a network device: 1 to 15 characters, no '
+                "'/' and no space"
+            ),
+        ),
+        (
+            {"device": [DEVICE | {"rate": "fast"}]},
+            'device[0].rate = "fast": must be a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"',
+        ),
+        (
+            {"device": [DEVICE | {"rate": "0mbit"}]},
+            'device[0].rate = "0mbit": must be a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"',
+        ),
+        ({"device": [DEVICE, DEVICE]}, 'device[1].name = "eth0": each device once; device[0] has this name'),
+        (
+            {"device": [DEVICE | {"backend": "htb"}], "bands": {"levels": 6}},
+            "bands.levels = 6: at most 5 with backend htb (device[0]), which has 8 priorities",
+        ),
+        (
+            {"bands": {"floors": [0.1, 2.0]}},
+            "bands.floors[1] = 2.0: must be a list; each element a number from 0, at most 0.9",
+        ),
+        (
+            {"bands": {"floors": [0.5, 0.3]}},
+            "bands.floors = [0.5, 0.3]: all floors together are 0.92 of the link; at most 0.9",
+        ),
+        (
+            {"bands": {"levels": 1, "floors": [0.1, 0.1]}},
+            "bands.floors = [0.1, 0.1]: at most one per level (bands.levels = 1)",
+        ),
+        (
+            {"bands": {"dscp": {"level 9": 46}}},
+            (
+                'bands.dscp."level 9" = 46: no such band; allowed: control, level 0, level 1, level 2, level 3, level 4, '
+                "default, scavenger"
+            ),
+        ),
+        (
+            {"bands": {"dscp": {"level 0": 64}}},
+            'bands.dscp."level 0" = 64: must be a table; each value a whole number from 0, at most 63',
+        ),
+        (
+            {"limits": {"default_ttl_s": 700}},
+            "limits.default_ttl_s = 700.0: at most limits.max_ttl_s (600)",
+        ),
+        (
+            {"limits": {"max_deadline_s": 1, "min_deadline_ms": 2000}},
+            "limits.min_deadline_ms = 2000.0: at most limits.max_deadline_s (1 s)",
+        ),
+    ],
+)
+def test_text(data: dict[str, Any], text: str) -> None:
+    assert only(data) == text
+
+
+def test_policy_is_checked_by_the_registry() -> None:
+    assert only({"policy": {"name": "best"}}).startswith("policy.name = 'best': must be one of deadline-ladder, ")
+    found = problems({"policy": {"nonsense": 3, "factor": "x"}})
+    assert any(p.startswith("policy.nonsense = 3: ") for p in found)
+    assert any(p.startswith("policy.factor = 'x': ") for p in found)
+    assert parse({"policy": {"give_up": False}}).policy.params == {"give_up": False}
+
+
+def test_all_problems_at_once() -> None:
+    data = {"daemon": {"slots": 1, "mode": "x"}, "device": [{"nam": "eth0"}], "bands": {"levels": 0}, "zoo": 1}
+    starts = ["daemon.mode", "daemon.slots", "device[0].name", "device[0].nam", "bands.levels", "zoo"]
+    found = problems(data)
+    assert sorted(p.partition(" = ")[0] for p in found) == sorted(starts)
+
+
+def test_problems_across_keys_come_together() -> None:
+    data = {"daemon": {"listen": "10.0.0.1:1", "idle_tick_ms": 1}, "bands": {"dscp": {"x": 1}}}
+    assert len(problems(data)) == 3
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:50551", "[::1]:50551", "localhost:1"])
+def test_loopback_may_be_listened_on(listen: str) -> None:
+    assert parse({"daemon": {"listen": listen}}).daemon.listen == listen
+
+
+def test_remote_needs_consent() -> None:
+    assert parse({"daemon": {"listen": "0.0.0.0:1", "listen_remote": True}}).daemon.listen == "0.0.0.0:1"
+
+
+def test_load_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mfsd.toml"
+    with pytest.raises(ConfigError, match=f"{path}: can't be read: No such file"):
+        load(path)
+    path.write_text("[daemon\n")
+    with pytest.raises(ConfigError, match=f"{path}: is not TOML: "):
+        load(path)
+    path.write_text("[daemon]\nslots = 1\ntick_ms = 0\n")
+    with pytest.raises(ConfigError) as e:
+        load(path)
+    assert str(e.value).splitlines() == [f"{path}: {p}" for p in e.value.problems]
+    assert len(e.value.problems) == 2
+
+
+def test_render_reads_back_to_the_same_and_tells_defaults_apart(tmp_path: Path) -> None:
+    path = tmp_path / "mfsd.toml"
+    path.write_text(
+        """
+        [daemon]
+        mode = "enforce"
+        listen = "127.0.0.1:50551"
+        [[device]]
+        name = "eth0"
+        rate = "9.5gbit"
+        [[device]]
+        name = "eth1"
+        backend = "prio"
+        [bands]
+        floors = [0.1, 0.05]
+        dscp = { "level 0" = 46, scavenger = 8 }
+        [policy]
+        name = "mfs"
+        [limits]
+        max_sessions = 3
+        """
+    )
+    config = load(path)
+    assert config.device[0].rate == Rate.parse("9.5gbit")
+    text = render(config)
+    assert parse(tomllib.loads(text)) == config
+    assert 'mode = "enforce"\n' in text
+    assert "slots = 16384  # default\n" in text
+    assert "# socket_group is unset" in text
+    assert 'rate = "9.5gbit"\n' in text
+
+
+def test_the_example_file_is_the_defaults() -> None:
+    text = (ROOT / "systemd" / "mfsd.toml").read_text()
+    assert text == config_text.example(Config), "run: python -m mfsd.config_text > systemd/mfsd.toml"
+    assert parse(tomllib.loads(text)) == Config()
+    # With every key that has a default uncommented it still says the same.
+    lines = [re.sub(r"^#(\w+ = .+)$", r"\1", line) for line in text.splitlines()]
+    device = lines.index("#[[device]]")
+    end = next(i for i in range(device, len(lines)) if not lines[i])
+    told = parse(tomllib.loads("\n".join(lines[:device] + lines[end:])))
+    assert told == Config()
+    assert told.limits.model_fields_set == set(type(told.limits).model_fields)
