@@ -62,7 +62,7 @@ def read_device(ifname: str) -> Device:
         found = ipr.link_lookup(ifname=ifname)
         if not found:
             known = sorted(str(link.get("ifname")) for link in ipr.get_links())
-            raise EnforceError(f"device {ifname}", "no such device", f"devices here: {', '.join(known)}")
+            raise EnforceError(f"device {ifname}", "no such device", f"devices here: {', '.join(known[:20])}")
         link = ipr.get_links(found[0])[0]
     gso = max(link.get("gso_max_size") or 0, link.get("gso_ipv4_max_size") or 0, GSO_MAX)
     speed, queues = _ethtool(ifname)

@@ -108,15 +108,8 @@ def kind_attr(kind: str) -> bytes:
 
 def attrs(data: bytes, start: int = 0, end: int | None = None) -> dict[int, bytes]:
     """Attributes by number (the nested and byte-order flags taken off); the last one wins. Cut-short data ends it."""
-    out: dict[int, bytes] = {}
-    end = len(data) if end is None else end
-    while start + 4 <= end:
-        length, kind = _ATTR.unpack_from(data, start)
-        if length < 4 or start + length > end:
-            break
-        out[kind & _NLA_TYPE] = data[start + 4 : start + length]
-        start += (length + 3) & ~3
-    return out
+    found = _positions(data, start, len(data) if end is None else end)
+    return {kind: data[at + 4 : at + length] for kind, (at, length) in found.items()}
 
 
 def message(kind: int, flags: int, tcm: tuple[int, int, int, int], body: bytes = b"") -> bytes:
@@ -262,7 +255,7 @@ class TcSocket:
     def run_each(self, messages: Sequence[bytes]) -> list[tuple[int, str, int]]:
         """As run, but returns (errno or 0, extended message, index) per request instead of raising."""
         out: list[tuple[int, str, int]] = []
-        with self._lock:
+        with self._alone():
             start = 0
             while start < len(messages):
                 stop, size = start, 0
@@ -292,7 +285,7 @@ class TcSocket:
 
     def ask(self, raw: bytes) -> tuple[bytes, int, int]:
         """Send a request of query(): (buffer, offset, length) of the answer. Raises NetlinkError."""
-        with self._lock:
+        with self._alone():
             self._seq = seq = (self._seq + 1) & 0x7FFFFFFF
             length, kind, flags, _, _ = NLHDR.unpack_from(raw)
             self._send(NLHDR.pack(length, kind, flags, seq, 0) + raw[NLHDR.size :])
@@ -311,7 +304,7 @@ class TcSocket:
         For the hot path: nothing is copied or numbered, so the caller's own sequence numbers come back.
         """
         out: list[tuple[bytes, int, int, int, int]] = []
-        with self._lock:
+        with self._alone():
             self._send(raw)
             while len(out) < answers:
                 out += self._receive()
@@ -332,7 +325,7 @@ class TcSocket:
     def _dump_once(self, kind: int, ifindex: int, parent: int) -> tuple[list[tuple[bytes, int, int]], bool]:
         out: list[tuple[bytes, int, int]] = []
         whole = True
-        with self._lock:
+        with self._alone():
             self._seq = seq = (self._seq + 1) & 0x7FFFFFFF
             tcm = TCMSG.pack(0, 0, 0, ifindex, 0, parent, 0)
             self._send(NLHDR.pack(NLHDR.size + len(tcm), kind, NLM_REQUEST | NLM_DUMP, seq, 0) + tcm)
@@ -348,6 +341,18 @@ class TcSocket:
                         code, note = _error(data, offset, length)
                         raise NetlinkError(code, "dump of traffic control", note)
                     out.append((data, offset, length))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One conversation at a time. What is left of one that failed is thrown away, or the next would take it."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    while self._sock.recv(_RECEIVE, socket.MSG_DONTWAIT):
+                        pass
+                raise
 
     def _send(self, raw: bytes) -> None:
         self._sock.send(raw)

@@ -34,7 +34,6 @@ from mfsd.datapath.tree import (
     SHAPER_MAJOR,
     TBF_QOPT,
     TCA_DRR_QUANTUM,
-    TCA_TBF_BURST,
     TCA_TBF_PARMS,
     TCA_TBF_RATE64,
     U32_MAX,
@@ -111,7 +110,7 @@ def _shaper(rate: int, gso: int, limit: int) -> Group:
     bucket = max(2 * gso, min(rate // 1000, 1 << 20), rate // 10_000)
     backlog = min(limit * gso, U32_MAX)
     parms = TBF_QOPT.pack(ratespec(rate), _NO_RATE, backlog, ticks(bucket, rate), 0)
-    options = nl.attr(TCA_TBF_PARMS, parms) + nl.attr(TCA_TBF_BURST, struct.pack("=I", bucket))
+    options = nl.attr(TCA_TBF_PARMS, parms)
     if rate > U32_MAX:
         options += nl.attr(TCA_TBF_RATE64, struct.pack("=Q", rate))
     return Group(

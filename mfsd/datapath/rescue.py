@@ -126,7 +126,7 @@ class Rescuer:
                 raise nl.NetlinkError(code, f"purge lane {nl.classid(lane.classid)}")
             lane.turn ^= 1
             out.append(Rescued(lane.band, lane.lane, before.backlog_bytes, before.backlog_packets))
-            if self._resets:
+            if self._resets and self._bands[lane.band].lanes == 1:
                 b, p, d = self.gone.get(lane.band, (0, 0, 0))
                 self.gone[lane.band] = b + before.bytes, p + before.packets, d + before.drops
         # Somebody else gave the lane the handle whose turn it was: the other one is free.

@@ -189,7 +189,7 @@ def obstacles(sock: nl.TcSocket, ifindex: int) -> list[str]:
         if count:
             out.append(
                 f"{nl.classid(holder)} has filters ({count} entries), which can't be put back exactly; "
-                f"remove them (tc filter del dev DEV parent {nl.classid(holder)}) or move them to clsact egress"
+                f"remove them first (tc filter del dev DEV parent {nl.classid(holder)})"
             )
     return out
 

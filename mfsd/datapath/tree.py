@@ -42,7 +42,6 @@ TCA_HTB_CEIL64: Final = 7
 TCA_HTB_OFFLOAD: Final = 9
 TCA_TBF_PARMS: Final = 1
 TCA_TBF_RATE64: Final = 4
-TCA_TBF_BURST: Final = 6
 TCA_DRR_QUANTUM: Final = 1
 RATESPEC: Final = struct.Struct("=BBHhHI")
 """struct tc_ratespec: cell_log, linklayer, overhead, cell_align, mpu, rate."""
@@ -137,7 +136,7 @@ class Tree:
     counter_classes: dict[int, int] = field(default_factory=dict)
     """Class -> band index, of the classes under ROOT whose counters add up to the bands'."""
     counters_reset: bool = False
-    """A rescue starts a band's counters anew, because they belong to the leaf and not to the class (sch_prio.c)."""
+    """A rescue starts the counters of a band of one lane anew: they are the leaf's, not the class's (sch_prio.c)."""
 
     @property
     def nodes(self) -> list[Node]:
@@ -172,9 +171,8 @@ def number_leaves(queues: Iterable[tuple[BandSpec, int, int]]) -> tuple[BandQueu
         if spec.role in PURGEABLE:
             count += lanes
     if 2 * count > len(LEAF_MAJORS):
-        raise ValueError(
-            f"{count} lanes in all; at most {len(LEAF_MAJORS) // 2} have handles. Set fewer lanes or levels"
-        )
+        allowed = len(LEAF_MAJORS) // 2
+        raise ValueError(f"{count} lanes in all, at most {allowed} allowed: set fewer lanes or levels")
     return tuple(out)
 
 

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan, apply, verify, restore on real devices, whatever root they had before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from benches import Bench, plan
+
+import mfsd
+from mfsd.datapath import htb, prio
+from mfsd.datapath import netlink as nl
+from mfsd.datapath.device import EnforceError, kernel_has
+from mfsd.datapath.enforcer import DeviceEnforcer, restore_all
+from mfsd.datapath.snapshot import read_tree
+from mfsd.datapath.tree import Group, Node, differences
+from mfsd.model import Rate
+
+if TYPE_CHECKING:
+    from mfsd.datapath.tree import Tree
+
+pytestmark = pytest.mark.netns
+
+ROOTS: Final = {
+    "the kernel's own": [],
+    "pfifo": ["qdisc add dev DEV root handle 5: pfifo limit 77"],
+    "bfifo, handle by the kernel": ["qdisc add dev DEV root bfifo limit 123456"],
+    "pfifo_fast": ["qdisc add dev DEV root handle 9: pfifo_fast"],
+    "tbf": ["qdisc add dev DEV root handle 3: tbf rate 937mbit burst 200k latency 3ms"],
+    "tbf beyond 34 Gbit/s with a queue": [
+        "qdisc add dev DEV root handle 3: tbf rate 100gbit burst 10m limit 30m",
+        "qdisc add dev DEV parent 3:1 handle 30: pfifo limit 7",
+    ],
+    "htb": [
+        "qdisc add dev DEV root handle 1: htb default 20 r2q 7",
+        "class add dev DEV parent 1: classid 1:1 htb rate 40gbit ceil 50gbit quantum 1600",
+        "class add dev DEV parent 1:1 classid 1:10 htb rate 100mbit ceil 1gbit prio 1 burst 15k cburst 16k quantum 999",
+        "class add dev DEV parent 1:1 classid 1:20 htb rate 9gbit ceil 10gbit prio 3 overhead 24 quantum 60000",
+        "class add dev DEV parent 1:10 classid 1:11 htb rate 50mbit prio 2 quantum 1514",
+        "class add dev DEV parent 1: classid 1:2 htb rate 1mbit quantum 3000",
+        "qdisc add dev DEV parent 1:20 handle 200: pfifo limit 55",
+        "qdisc add dev DEV parent 1:11 handle 8111: bfifo limit 66666",
+        "qdisc add dev DEV parent 1:2 handle 12: htb default 3",
+        "class add dev DEV parent 12: classid 12:3 htb rate 2mbit quantum 4000",
+    ],
+    "mq by hand": [
+        "qdisc add dev DEV root handle 1: mq",
+        "qdisc add dev DEV parent 1:2 handle 20: pfifo limit 22",
+        "qdisc add dev DEV parent 1:3 handle 30: tbf rate 1gbit burst 100k limit 1m",
+    ],
+}
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_a_root_comes_back_as_it_was(bench: Bench, root: str) -> None:
+    for command in ROOTS[root]:
+        bench.tc(command)
+    before = bench.shown()
+    e = bench.enforcer()
+
+    dry = e.plan()
+    assert dry.ok
+    assert dry.steps
+    assert dry.undo
+    assert bench.shown() == before, "a plan changed something"
+    assert not bench.state.exists()
+
+    e.apply()
+    assert e.verify() == []
+    assert not e.adopted
+    assert any("htb 6d66: root" in line for line in bench.shown())
+    assert e.plan().steps == (), "nothing is left to do"
+
+    assert e.restore() == []
+    assert bench.shown() == before
+    assert list(bench.state.iterdir()) == []
+    assert e.restore() == [], "restoring twice"
+
+
+def test_ingress_and_clsact_are_left_alone(bench: Bench) -> None:
+    bench.tc("qdisc add dev DEV clsact")
+    bench.tc("filter add dev DEV egress protocol ip u32 match u32 0 0 action mirred egress redirect dev DEV")
+    bench.tc("filter del dev DEV egress")
+    before = bench.shown()
+    e = bench.enforcer()
+    e.apply()
+    assert any("clsact" in line for line in bench.shown())
+    assert e.restore() == []
+    assert bench.shown() == before
+
+
+def test_a_device_without_a_queue_length_gets_it_back(bench: Bench) -> None:
+    bench.pair.run(bench.pair.a, f"ip link set {bench.dev} txqueuelen 0")
+    before = bench.shown()
+    e = bench.enforcer()
+    e.plan()
+    assert bench.shown() == before
+    e.apply()
+    assert e.restore() == []
+    assert bench.shown() == before
+
+
+@pytest.mark.parametrize(
+    ("commands", "reason"),
+    [
+        (
+            [
+                "qdisc add dev DEV root handle 1: htb",
+                "filter add dev DEV parent 1: protocol ip u32 match u32 0 0 classid 1:1",
+            ],
+            "filters",
+        ),
+        (["qdisc add dev DEV root handle 1: stab overhead 24 linklayer ethernet pfifo"], "stab"),
+        (["qdisc add dev DEV root handle 1: estimator 1sec 4sec pfifo"], "rate estimator"),
+    ],
+)
+def test_what_cannot_come_back_is_refused_beforehand(bench: Bench, commands: list[str], reason: str) -> None:
+    for command in commands:
+        bench.tc(command)
+    before = bench.shown()
+    e = bench.enforcer()
+    (refusal,) = e.plan().refusals
+    assert reason in refusal
+    with pytest.raises(EnforceError, match=reason):
+        e.apply()
+    assert bench.shown() == before
+    assert not bench.state.exists()
+
+
+def _no_buckets(line: str) -> str:
+    return re.sub(r"c?burst \S+", "", line)
+
+
+def test_the_commands_of_a_plan_make_the_same_tree(bench: Bench) -> None:
+    for rate in ("100mbit", "10gbit", "400gbit"):
+        e = bench.enforcer(rate)
+        bench.pair.run(bench.pair.a, "; ".join(step.command for step in e.plan().steps))
+        by_hand = bench.shown()
+        bench.tc("qdisc del dev DEV root")
+        e.apply()
+        # tc rounds buckets to microseconds of the rate; older versions lose a few bytes.
+        assert [_no_buckets(line) for line in bench.shown()] == [_no_buckets(line) for line in by_hand]
+        assert any(f"rate {rate.replace('m', 'M').replace('g', 'G')}" in line for line in by_hand)
+        assert e.restore() == []
+
+
+def test_a_successor_adopts_the_tree(bench: Bench) -> None:
+    bench.tc("qdisc add dev DEV root handle 5: pfifo limit 77")
+    before = bench.shown()
+    first = bench.enforcer("100kbit")
+    first.apply()
+    bench.receiver()
+    bench.send(first.band_maps()[1][0], 300)
+    bench.send(first.band_maps()[2][0], 5)
+    held = first.backlog(2, 0)
+    assert held[1] >= 4
+    first.rescue([(4, 1)])
+    first.close()
+
+    second = bench.enforcer("100kbit")
+    assert second.plan().steps == ()
+    second.apply()
+    assert second.adopted
+    assert second.backlog(2, 0) == held, "packets were lost"
+    assert second.verify() == []
+    second.rescue([(4, 1), (4, 2)])
+    second.rescue([(4, 1), (4, 2)])
+    assert second.restore() == []
+    assert bench.shown() == before
+
+
+def test_a_new_rate_is_written_into_the_living_tree(bench: Bench) -> None:
+    first = bench.enforcer("100kbit")
+    first.apply()
+    bench.receiver()
+    bench.send(first.band_maps()[1][0], 300)
+    bench.send(first.band_maps()[2][0], 5)
+    held = first.backlog(2, 0)
+    second = bench.enforcer("200kbit")
+    assert any("replace" in step.command for step in second.plan().steps)
+    second.apply()
+    assert second.adopted
+    assert second.backlog(2, 0) == held
+    assert any("htb 6d66:1 root rate 200Kbit" in line for line in bench.shown())
+
+
+def test_a_half_made_tree_is_completed(bench: Bench) -> None:
+    before = bench.shown()
+    first = bench.enforcer()
+    first.apply()
+    bench.tc("class del dev DEV classid 6d66:2002")
+    assert first.verify() == ["class htb 6d66:2002 is missing"]
+    second = bench.enforcer()
+    second.apply()
+    assert second.adopted
+    assert second.verify() == []
+    assert second.restore() == []
+    assert bench.shown() == before
+
+
+def test_other_bands_rebuild_the_tree_and_the_first_root_is_remembered(bench: Bench) -> None:
+    bench.tc("qdisc add dev DEV root handle 5: pfifo limit 77")
+    before = bench.shown()
+    bench.enforcer().apply()
+    second = bench.enforcer(bands=plan(3, lanes=2))
+    second.apply()
+    assert not second.adopted
+    assert second.verify() == []
+    assert second.restore() == []
+    assert bench.shown() == before
+
+
+def test_a_root_put_there_by_somebody_else_meanwhile_is_left_alone(bench: Bench) -> None:
+    e = bench.enforcer()
+    e.apply()
+    bench.tc("qdisc replace dev DEV root handle 7: pfifo limit 7")
+    theirs = bench.shown()
+    assert e.verify()
+    (problem,) = e.restore()
+    assert "pfifo 7:" in problem
+    assert bench.shown() == theirs
+    assert list(bench.state.iterdir()) == []
+
+
+def test_our_tree_without_its_note_is_refused(bench: Bench) -> None:
+    e = bench.enforcer()
+    e.apply()
+    for file in bench.state.iterdir():
+        file.unlink()
+    (refusal,) = e.plan().refusals
+    assert f"tc qdisc del dev {bench.dev} root" in refusal
+
+
+def test_a_failed_apply_rolls_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.tc("qdisc add dev DEV root handle 5: pfifo limit 77")
+    before = bench.shown()
+    right = htb.build
+
+    def wrong(*args: object, **kwargs: object) -> Tree:
+        tree = right(*args, **kwargs)  # type: ignore[arg-type]
+        bad = Node("htb", 0x6D666666, 0x6D660001, b"", "class")
+        groups = (*tree.groups, Group("a class without options", "", (bad,)))
+        object.__setattr__(tree, "groups", groups)
+        return tree
+
+    monkeypatch.setattr(htb, "build", wrong)
+    with pytest.raises(EnforceError, match="rolled back"):
+        bench.enforcer().apply()
+    assert bench.shown() == before
+    assert list(bench.state.iterdir()) == []
+
+
+ROOT: Final = Path(mfsd.__file__).parents[1]
+OWNER: Final = """
+import sys, time
+from pathlib import Path
+from mfsd.datapath.enforcer import DeviceEnforcer
+from mfsd.ladder import BandPlan
+from mfsd.model import Rate
+bands = BandPlan.build(4, default_after=2, lanes=4)
+DeviceEnforcer(sys.argv[1], bands, "htb", Rate.parse("1gbit"), Path(sys.argv[2])).apply()
+print("applied", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_owner_is_cleaned_up_after_and_a_living_one_is_not(bench: Bench) -> None:
+    bench.tc("qdisc add dev DEV root handle 5: pfifo limit 77")
+    before = bench.shown()
+    # The child inherits this thread's namespace.
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, bench.dev, bench.state], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "applied\n"
+        during = bench.shown()
+        assert during != before
+        (problem,) = restore_all(bench.state)[bench.dev]
+        assert f"pid {owner.pid}" in problem
+        e = bench.enforcer()
+        with pytest.raises(EnforceError, match="belongs to a running mfsd"):
+            e.apply()
+        assert e.restore()
+        assert bench.shown() == during
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        assert owner.stdout is not None
+        owner.stdout.close()
+    assert restore_all(bench.state, "other") == {"other": [f"other: no note in {bench.state}, so nothing to put back"]}
+    assert restore_all(bench.state) == {bench.dev: []}
+    assert bench.shown() == before
+    assert list(bench.state.iterdir()) == []
+    assert restore_all(bench.state) == {}
+
+
+def test_a_note_of_another_namespace_or_device_is_not_acted_upon(bench: Bench) -> None:
+    e = bench.enforcer()
+    e.apply()
+    during = bench.shown()
+    with bench.pair.inside(bench.pair.b):
+        (problem,) = restore_all(bench.state)[bench.dev]
+    assert "another network namespace" in problem
+    assert bench.shown() == during
+
+    file = next(bench.state.iterdir())
+    note = json.loads(file.read_text())
+    file.write_text(json.dumps(note | {"ifindex": note["ifindex"] + 1000}))
+    assert restore_all(bench.state) == {bench.dev: []}, "the device is gone"
+    assert bench.shown() == during
+
+
+def test_a_broken_note_is_reported(bench: Bench) -> None:
+    bench.enforcer().apply()
+    file = next(bench.state.iterdir())
+    file.write_text(file.read_text()[:-30])
+    (problem,) = restore_all(bench.state)[bench.dev]
+    assert str(file) in problem
+    with pytest.raises(EnforceError, match="remove the file"):
+        bench.enforcer().plan()
+
+
+def test_devices_that_cannot_be_shaped(bench: Bench) -> None:
+    with pytest.raises(EnforceError, match=r"no such device; devices here: lo, v0"):
+        DeviceEnforcer("nosuch0", bench.bands, "htb", None, bench.state)
+
+    bench.pair.run(bench.pair.a, "ip link add ifb7 type ifb; ip link set ifb7 up")
+    with DeviceEnforcer("ifb7", bench.bands, "auto", None, bench.state) as e:
+        (refusal,) = e.plan().refusals
+        assert "device.rate of ifb7" in refusal
+    with DeviceEnforcer("ifb7", bench.bands, "auto", Rate.parse("1gbit"), bench.state) as e:
+        assert e.plan().backend == "htb"
+
+    bench.pair.run(bench.pair.a, f"ip link set {bench.dev} down")
+    (refusal,) = bench.enforcer().plan().refusals
+    assert "down" in refusal
+
+
+def test_choices_are_explained(bench: Bench) -> None:
+    dry = bench.enforcer(None, "auto").plan()
+    assert dry.backend == "htb"
+    text = " ".join(dry.reasons)
+    assert "98% of the reported link speed 10gbit" in text
+    assert "virtual" in text
+    assert "4 transmit queues" in text
+
+    (refusal,) = bench.enforcer(bands=plan(6)).plan().refusals
+    assert "bands.levels to at most 5" in refusal
+    with pytest.raises(ValueError, match="must be one of auto, htb, prio"):
+        bench.enforcer(backend="cbq").plan()
+
+
+def test_a_queue_is_asked_for_without_a_trace(bench: Bench) -> None:
+    before = bench.shown()
+    with nl.TcSocket() as sock, pytest.raises(nl.NetlinkError):
+        sock.run([nl.message(nl.RTM_NEWQDISC, nl.NLM_CREATE, (10_000, 0, nl.TC_H_ROOT, 0), nl.kind_attr("pfifo"))])
+    bench.enforcer(None, "auto").plan()
+    assert bench.shown() == before
+    assert "noqueue 0: root" in bench.pair.run(bench.pair.a, "tc qdisc show dev lo")
+
+
+@pytest.mark.parametrize("rate", ["50mbit", "1gbit", "100gbit", "400gbit"])
+def test_the_shaper_above_prio_is_taken_as_it_is_meant(bench: Bench, rate: str) -> None:
+    """Natively there is tbf but no prio: the shaper alone."""
+    tree = prio.build(bench.bands, Rate.parse(rate), lanes=True)
+    alone = dataclasses.replace(tree, groups=tree.groups[:1])
+    e = bench.enforcer()
+    with nl.TcSocket() as sock:
+        sock.run([node.message(e._ifindex) for node in alone.nodes])
+        assert differences(alone, *read_tree(sock, e._ifindex)) == []
+    (shown,) = [line for line in bench.shown() if "qdisc tbf 6d67:" in line]
+    assert f"rate {rate.replace('m', 'M').replace('g', 'G')}" in shown
+
+
+def test_a_kernel_without_prio_is_named(bench: Bench) -> None:
+    with nl.TcSocket() as sock:
+        if kernel_has(sock, "prio"):
+            pytest.skip("this kernel has prio")
+    (refusal,) = bench.enforcer(backend="prio").plan().refusals
+    assert refusal == "backend = prio: the kernel has no prio (CONFIG_NET_SCH_PRIO)"

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees as bytes: layouts, numbers at every speed, limits, comparison. No kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+from benches import plan
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mfsd.datapath import htb, prio
+from mfsd.datapath import netlink as nl
+from mfsd.datapath.snapshot import Saved, Snapshot
+from mfsd.datapath.tree import (
+    CHILD_MAJOR,
+    LEAF_MAJORS,
+    PURGEABLE,
+    ROOT,
+    SHAPER_MAJOR,
+    Filter,
+    How,
+    Node,
+    differences,
+    settings,
+    ticks,
+)
+from mfsd.ladder import BandPlan
+from mfsd.model import Rate
+
+if TYPE_CHECKING:
+    from mfsd.datapath.tree import Tree
+
+SPEEDS = ("100mbit", "1gbit", "10gbit", "34.4gbit", "100gbit", "400gbit", "1.6tbit")
+
+
+def objects(tree: Tree) -> tuple[list[nl.TcObject], list[nl.TcObject]]:
+    """The tree as a kernel would dump it."""
+    out: dict[str, list[nl.TcObject]] = {"qdisc": [], "class": []}
+    for node in tree.nodes:
+        raw = node.message(7)
+        ifindex, thing = nl.parse_object(raw, 0, len(raw))
+        assert ifindex == 7
+        out[node.type].append(thing)
+    return out["qdisc"], out["class"]
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_htb_classes_say_what_was_asked(speed: str) -> None:
+    rate = Rate.parse(speed)
+    tree = htb.build(plan(default_floor=0.1), rate)
+    nodes = {n.handle: settings(n.kind, n.type, n.options) for n in tree.nodes}
+    link = nodes[ROOT | 1]
+    assert link["rate"] == link["ceil"] == int(rate.bytes_per_s)
+    assert link["buffer"] == link["cbuffer"]
+    # Enough for a timer 100 us late, or one largest packet.
+    size = int(link["buffer"]) * 64e-9 * rate.bytes_per_s
+    assert size >= max(65536, rate.bytes_per_s * 100e-6) * 0.999
+    assert size <= max(1 << 20, rate.bytes_per_s * 1e-4) * 1.01
+    for band in tree.bands:
+        floor = int(rate.bytes_per_s * band.spec.floor) or 1
+        for lane in range(band.lanes):
+            leaf = nodes[band.classid + lane]
+            assert leaf["prio"] == band.spec.index
+            assert leaf["ceil"] == int(rate.bytes_per_s)
+            assert int(leaf["quantum"]) >= 65536
+            assert leaf["rate"] == (floor if band.lanes == 1 else 1)
+        if band.lanes > 1:
+            assert nodes[band.classid - 1]["rate"] == floor
+
+
+def test_htb_layout_has_parents_first_and_the_default_class_third() -> None:
+    tree = htb.build(plan(), Rate.parse("1gbit"))
+    made = {nl.TC_H_ROOT}
+    for node in tree.nodes:
+        assert node.parent in made
+        made.add(node.handle)
+    default = tree.bands[3]
+    assert default.spec.name == "default"
+    assert tree.nodes[2].handle == default.classid
+    assert settings("htb", "qdisc", tree.root.options)["default"] == default.classid & 0xFFFF
+    assert set(tree.counter_classes.values()) == set(range(7))
+
+
+def test_htb_has_eight_bands_and_says_so() -> None:
+    assert len(htb.build(plan(5), Rate.parse("1gbit")).bands) == 8
+    with pytest.raises(ValueError, match=r"9 bands, but htb has 8 priorities: set bands.levels to at most 5"):
+        htb.build(plan(6), Rate.parse("1gbit"))
+
+
+def test_lanes_have_limits() -> None:
+    with pytest.raises(ValueError, match="4094 at most"):
+        htb.build(plan(lanes=4095), Rate.parse("1gbit"))
+    with pytest.raises(ValueError, match="12500 lanes in all, at most 10240 allowed"):
+        htb.build(plan(lanes=2500), Rate.parse("1gbit"))
+
+
+@given(levels=st.integers(1, 5), lanes=st.integers(1, 300), after=st.integers(0, 5))
+def test_classids_and_leaf_handles_never_collide(levels: int, lanes: int, after: int) -> None:
+    bands = BandPlan.build(levels, default_after=min(after, levels), lanes=lanes)
+    tree = htb.build(bands, Rate.parse("10gbit"))
+    handles = [n.handle for n in tree.nodes]
+    assert len(set(handles)) == len(handles)
+    leaves = [
+        LEAF_MAJORS.start + 2 * (b.first_leaf + lane) + turn
+        for b in tree.bands
+        if b.spec.role in PURGEABLE
+        for lane in range(b.lanes)
+        for turn in (0, 1)
+    ]
+    assert len(set(leaves)) == len(leaves)
+    assert all(leaf in LEAF_MAJORS for leaf in leaves)
+    assert all(lane >> 16 == ROOT >> 16 for lane in tree.counter_classes)
+
+
+def test_prio_at_line_rate() -> None:
+    tree = prio.build(plan(), None, lanes=False)
+    (root,) = tree.nodes
+    assert (root.kind, root.handle, root.parent) == ("prio", ROOT, nl.TC_H_ROOT)
+    assert root.options == struct.pack("=i16B", 7, *[3] * 16)
+    assert [(b.classid, b.lanes) for b in tree.bands] == [(ROOT | i + 1, 1) for i in range(7)]
+    assert tree.filters == []
+    assert tree.counters_reset
+
+
+def test_prio_with_lanes_leads_drrs_major_numbers_to_the_bands() -> None:
+    tree = prio.build(plan(), None, lanes=True)
+    drr = [n for n in tree.nodes if n.kind == "drr" and n.type == "qdisc"]
+    assert [(n.handle, n.parent) for n in drr] == [((CHILD_MAJOR + i) << 16, ROOT | i + 1) for i in (1, 2, 4, 5, 6)]
+    assert tree.filters[-1] == Filter(ROOT, tuple((CHILD_MAJOR + i, ROOT | i + 1) for i in (1, 2, 4, 5, 6)), 0)
+    assert tree.filters[0] == Filter((CHILD_MAJOR + 1) << 16, (), (CHILD_MAJOR + 1) << 16 | 1)
+    assert [b.classid for b in tree.bands][:2] == [ROOT | 1, (CHILD_MAJOR + 1) << 16 | 1]
+    lane = next(n for n in tree.nodes if n.handle == (CHILD_MAJOR + 6) << 16 | 4)
+    assert settings("drr", "class", lane.options) == {"quantum": 69632}
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_tbf_above_prio_lets_large_packets_through_whole(speed: str) -> None:
+    rate = Rate.parse(speed)
+    tree = prio.build(plan(), rate, lanes=False)
+    root, child = tree.nodes
+    assert (root.kind, root.handle, root.parent) == ("tbf", SHAPER_MAJOR << 16, nl.TC_H_ROOT)
+    assert (child.kind, child.parent) == ("prio", SHAPER_MAJOR << 16 | 1)
+    shown = settings("tbf", "qdisc", root.options)
+    assert shown["rate"] == int(rate.bytes_per_s)
+    assert int(shown["buffer"]) * 64e-9 * rate.bytes_per_s >= 2 * 65536
+
+
+def test_prio_has_sixteen_bands() -> None:
+    assert len(prio.build(plan(13), None, lanes=True).bands) == 16
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+def test_a_tree_equals_itself(lanes: bool) -> None:  # noqa: FBT001 - the two shapes
+    for tree in (
+        htb.build(plan(), Rate.parse("400gbit")),
+        prio.build(plan(), Rate.parse("1gbit"), lanes=lanes),
+        prio.build(plan(), None, lanes=lanes),
+    ):
+        assert differences(tree, *objects(tree)) == []
+
+
+def test_differences_say_what_it_takes() -> None:
+    tree = htb.build(plan(), Rate.parse("1gbit"))
+    qdiscs, classes = objects(tree)
+
+    (missing,) = differences(tree, qdiscs, classes[:-1])
+    assert (missing.how, missing.text) == (How.ADD, "class htb 6d66:7004 is missing")
+
+    faster = objects(htb.build(plan(), Rate.parse("2gbit")))
+    assert {d.how for d in differences(tree, *faster)} == {How.CHANGE}
+    assert "rate 250000000 instead of 125000000" in differences(tree, *faster)[0].text
+
+    fewer = htb.build(plan(3), Rate.parse("1gbit"))
+    assert {d.how for d in differences(fewer, qdiscs, classes)} == {How.REBUILD}
+    assert {d.how for d in differences(tree, *objects(fewer))} == {How.ADD}
+    moved = htb.build(plan(4, default_after=1), Rate.parse("1gbit"))
+    assert How.REBUILD in {d.how for d in differences(moved, qdiscs, classes)}
+
+    extra = dataclasses.replace(classes[0], handle=ROOT | 0x99)
+    (alien,) = differences(tree, qdiscs, [*classes, extra])
+    assert alien.how is How.REBUILD
+
+    leaf = nl.TcObject("pfifo", 0x10000000, ROOT | 0x2001, 2, None, {})
+    assert differences(tree, [*qdiscs, leaf], classes) == []
+    (wrong,) = differences(tree, [*qdiscs, dataclasses.replace(leaf, parent=ROOT | 0x4001)], classes)
+    assert wrong.how is How.REBUILD, "a queue under the default band is not a rescue's"
+
+
+def test_ticks_round_up_like_tc() -> None:
+    assert ticks(125_000, 125_000_000) == 15625
+    assert ticks(1, 1) == 15_625_000
+    assert ticks(1, 50_000_000_000) == 1
+
+
+def test_the_filter_is_what_its_instructions_compute() -> None:
+    want = Filter(ROOT, ((0x6D81, ROOT | 2), (0x6D82, ROOT | 3)), ROOT | 7)
+    for priority, result in ((0x6D810009, ROOT | 2), (0x6D82FFFF, ROOT | 3), (0x6D83_0001, ROOT | 7), (0, ROOT | 7)):
+        assert _run(prio.program(want), priority) == result
+
+
+def _run(code: bytes, priority: int) -> int:
+    """Enough of a BPF machine for the filter."""
+    r0, at = 0, 0
+    while True:
+        op, _, offset, value = struct.unpack_from("=BBhi", code, 8 * at)
+        at += 1
+        if op == 0x61:
+            assert offset == 32
+            r0 = priority
+        elif op == 0x77:
+            r0 >>= value
+        elif op == 0x55:
+            at += offset if r0 != value else 0
+        elif op == 0xB4:
+            r0 = value & 0xFFFFFFFF
+        else:
+            assert op == 0x95
+            return r0
+
+
+def stats_message(*, wide: bool, extra: bytes = b"") -> bytes:
+    """A class as dumped: rate64 options or a 64-bit packet counter give messages of the same length."""
+    basic = nl.attr(1, struct.pack("=QII", 1000, 10, 0))
+    queue = nl.attr(3, struct.pack("=IIIII", 3, 300, 2, 0, 0))
+    inner = basic + (nl.attr(8, struct.pack("=Q", 1 << 33)) if wide else b"") + queue
+    body = nl.kind_attr("htb") + extra + nl.attr(nl.TCA_STATS2, inner)
+    return nl.message(nl.RTM_NEWTCLASS, 0, (1, ROOT | 1, 0, 0), body)
+
+
+def test_counters_are_found_wherever_they_are() -> None:
+    narrow = stats_message(wide=False, extra=nl.attr(nl.TCA_OPTIONS, b"12345678"))
+    wide = stats_message(wide=True)
+    assert len(narrow) == len(wide)
+    reader = nl.StatsReader()
+    for _ in range(2):
+        assert reader.read(b"pad!" + narrow, 4, len(narrow)) == nl.Stats(1000, 10, 2, 300, 3)
+        assert reader.read(wide, 0, len(wide)) == nl.Stats(1000, 1 << 33, 2, 300, 3)
+    empty = nl.message(nl.RTM_NEWTCLASS, 0, (1, ROOT | 1, 0, 0), nl.kind_attr("htb"))
+    assert reader.read(empty, 0, len(empty)) == nl.Stats(0, 0, 0, 0, 0)
+
+
+@given(st.binary(max_size=200))
+def test_cut_or_garbled_attributes_never_raise(data: bytes) -> None:
+    nl.attrs(data)
+    raw = nl.NLHDR.pack(36 + len(data), 40, 0, 0, 0) + nl.TCMSG.pack(0, 0, 0, 1, 2, 3, 4) + data
+    nl.parse_object(raw, 0, len(raw))
+    nl.StatsReader().read(raw, 0, len(raw))
+
+
+def test_a_snapshot_survives_its_file_and_refuses_anything_else() -> None:
+    snapshot = Snapshot(
+        (Saved("qdisc", "htb", 0x10000, nl.TC_H_ROOT, b"\1\2"), Saved("qdisc", "pfifo", 0, 0x10001, None)),
+        (Saved("class", "htb", 0x10001, nl.TC_H_ROOT, b"\3"),),
+        1000,
+    )
+    assert Snapshot.from_json(snapshot.to_json()) == snapshot
+    for broken in ({}, {"qdiscs": [], "classes": [], "txqlen": 1}, {"qdiscs": [{"kind": "htb"}]}):
+        with pytest.raises((KeyError, ValueError)):
+            Snapshot.from_json(broken)
+
+
+def test_a_replay_makes_parents_first_and_queues_with_their_class() -> None:
+    def q(handle: int, parent: int) -> Saved:
+        return Saved("qdisc", "pfifo" if handle != 0x10000 else "htb", handle, parent, None)
+
+    def c(handle: int, parent: int) -> Saved:
+        return Saved("class", "htb", handle, parent, None)
+
+    root = q(0x10000, nl.TC_H_ROOT)
+    classes = (c(0x10011, 0x10010), c(0x10010, 0x10001), c(0x10020, 0x10001), c(0x10001, nl.TC_H_ROOT))
+    order = Snapshot((root, q(0x300000, 0x10020), q(0x400000, 0x10011)), classes, 1).ordered()
+    handles = [item.handle for item in order]
+    assert handles[0] == 0x10000
+    for item in order[1:]:
+        assert item.parent == nl.TC_H_ROOT or handles.index(item.parent) < handles.index(item.handle)
+    assert handles.index(0x400000) == handles.index(0x10011) + 1
+    assert handles.index(0x300000) == handles.index(0x10020) + 1
+    with pytest.raises(ValueError, match="no parent"):
+        Snapshot((root, q(0x300000, 0x990001)), (), 1).ordered()
+
+
+def test_a_node_changes_in_place_without_making() -> None:
+    node = Node("htb", ROOT | 1, ROOT, b"", "class", live=True)
+    _, _, flags, _, _ = nl.NLHDR.unpack_from(node.message(1, change=True))
+    assert not flags & (nl.NLM_CREATE | nl.NLM_EXCL)

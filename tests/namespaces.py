@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Throw-away network namespaces for tests; see the fixture netns_pair."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+CLONE_NEWNET: Final = 0x40000000
+T = TypeVar("T")
+
+
+def _setns(fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+@dataclass(frozen=True)
+class NetnsPair:
+    """Two namespaces joined by a veth pair: v0 (10.77.0.1, fd77::1) in ``a``, v1 (10.77.0.2, fd77::2) in ``b``."""
+
+    a: str
+    b: str
+    dev_a: str = "v0"
+    dev_b: str = "v1"
+    addr_a: str = "10.77.0.1"
+    addr_b: str = "10.77.0.2"
+    addr6_a: str = "fd77::1"
+    addr6_b: str = "fd77::2"
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """The calling thread is in a namespace meanwhile. What it opens there stays there."""
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        target = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _setns(target)
+            yield
+        finally:
+            _setns(home)
+            os.close(target)
+            os.close(home)
+
+    def call(self, name: str, function: Callable[[], T]) -> T:
+        """Run a function in a namespace, in a thread of its own; its exception comes back, too."""
+        result: list[T] = []
+        failure: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                with self.inside(name):
+                    result.append(function())
+            except BaseException as e:  # noqa: BLE001 - handed to the caller
+                failure.append(e)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+        if failure:
+            raise failure[0]
+        return result[0]
+
+    def run(self, name: str, command: str) -> str:
+        """Run a shell command in a namespace and return what it printed."""
+        done = subprocess.run(
+            ["ip", "netns", "exec", name, "sh", "-ec", command], check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+
+@contextlib.contextmanager
+def joined_namespaces() -> Iterator[NetnsPair]:
+    """Two namespaces joined by a veth pair with four transmit queues each; leftovers are an AssertionError."""
+    stem = f"mfsd-t-{secrets.token_hex(4)}"
+    pair = NetnsPair(f"{stem}-a", f"{stem}-b")
+    here = _devices()
+    try:
+        for name in (pair.a, pair.b):
+            _ip("netns", "add", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        queues = ["numtxqueues", "4", "numrxqueues", "4"]
+        peer = ["peer", "name", pair.dev_b, *queues, "netns", pair.b]
+        _ip("-n", pair.a, "link", "add", pair.dev_a, *queues, "type", "veth", *peer)
+        ends = [(pair.a, pair.dev_a, pair.addr_a, pair.addr6_a), (pair.b, pair.dev_b, pair.addr_b, pair.addr6_b)]
+        for name, dev, v4, v6 in ends:
+            _ip("-n", name, "addr", "add", f"{v4}/24", "dev", dev)
+            _ip("-n", name, "addr", "add", f"{v6}/64", "dev", dev, "nodad")
+            _ip("-n", name, "link", "set", dev, "up")
+        yield pair
+        for name in (pair.a, pair.b):
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout
+            assert not pids.split(), f"processes left in {name}: {pids.split()}"
+    finally:
+        for name in (pair.a, pair.b):
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+    left = [p.name for p in Path("/run/netns").glob(f"{stem}*")]
+    assert not left, f"namespaces left: {left}"
+    assert _devices() == here, "the test changed the devices of its own namespace"
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+
+
+def _devices() -> set[str]:
+    return {p.name for p in Path("/sys/class/net").iterdir()}
