@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The promotion experiment: how soon a deferred connection gets the link after its level has changed.
+
+Flow A saturates the link at level 1, ``flows`` others want it at the lowest level and starve. Then a hint lifts the
+first of them, F, to level 0, above A, and we watch its bytes arrive. Everything goes the daemon's way: hint -> service
+-> engine -> table -> classifier -> htb, and rescue unless it is switched off. (docs/architecture.md, "The promotion
+stall", says why plain re-classification fails.)
+
+Promotion latency: from the moment *before the hint is given* (so it includes the client's queue, gRPC and the tick) to
+the beginning of the first 10 ms in which the flow gets 90 % of what level 0 entitles it to, which is the link.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from mfsd.client import Client, Stage
+from mfsd.lab.bulk import Bulk
+from mfsd.lab.governor import Governor
+from mfsd.lab.net import Fabric, LabError
+from mfsd.lab.tcp import FRAME, MSS, tcp_info
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from mfsd.lab.tcp import TcpInfo
+    from mfsd.model import Rate
+
+WINDOW_MS: Final = 10
+SHARE: Final = 0.9
+NS_PER_MS: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One series of promotions. Times in seconds."""
+
+    flows: int
+    rescue: bool
+    trials: int
+    watch: float
+    """How long a promotion is waited for; later ones are censored."""
+    rate: Rate
+    starve: float = 0.15
+    """From A's first byte to the promotion."""
+    recover: float = 0.35
+    """Without A, before that."""
+    settle: float = 0.3
+    """After the promotion, over which retransmissions and timeouts are counted: the same for all series."""
+    lanes: int | None = None
+    """Leaf queues per band; None: one per flow, lane 0 (never purged) and some to spare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One promotion."""
+
+    latency_ms: float | None
+    """None: not within the time watched."""
+    first_ms: float | None
+    """First byte after the promotion."""
+    leaked: int
+    """Bytes that arrived while it was to be starved (last 10 ms before the promotion)."""
+    retransmitted: int
+    """Segments of the promoted flow within ``settle``."""
+    rtos: int
+    """Timeouts of the promoted flow within ``settle``."""
+    bystander_rtos: int
+    """Timeouts of all other deferred flows within ``settle``."""
+    bystander_mbps: float
+    """Goodput of all other deferred flows together while A pauses before the promotion, Mbit/s."""
+
+
+def latency_ms(arrivals: npt.NDArray[np.uint64], since_ns: int, rate: Rate) -> float | None:
+    """Beginning of the first window with its share of the link's payload rate, ms after ``since_ns``; None: never.
+
+    ``arrivals`` has shape (k, 2): monotonic ns and bytes. Windows begin at whole milliseconds.
+    """
+    after = arrivals[arrivals[:, 0] >= since_ns]
+    if not len(after):
+        return None
+    at = ((after[:, 0] - np.uint64(since_ns)) // np.uint64(NS_PER_MS)).astype(np.int64)
+    per_ms = np.bincount(at, weights=after[:, 1].astype(np.float64))
+    totals = np.concatenate([[0.0], np.cumsum(per_ms), np.full(WINDOW_MS, per_ms.sum())])
+    need = SHARE * rate.bytes_per_s * MSS / FRAME * WINDOW_MS / 1000
+    full = np.flatnonzero(totals[WINDOW_MS:] - totals[:-WINDOW_MS] >= need)
+    return float(full[0]) if len(full) else None
+
+
+def run(settings: Settings, on_trial: Callable[[], None] = lambda: None) -> list[Trial]:
+    """Build a lab, run the series, remove it. One promotion more than asked for is made at first and not counted.
+
+    (The first time that they starve, all connections run into their retransmission timers, whatever happens to F.)
+    Raises LabError when the daemon did not do what the experiment is about.
+    """
+    lanes = settings.lanes or settings.flows + 8
+    options: dict[str, dict[str, Any]] = {"rescue": {"enabled": settings.rescue}, "bands": {"lanes": lanes}}
+    with (
+        tempfile.TemporaryDirectory(prefix="mfsd-") as directory,
+        Fabric(["a", "b"]) as fabric,
+        Governor(fabric.hosts["a"], Path(directory), settings.rate, options) as governor,
+        Bulk(fabric.hosts["a"], fabric.hosts["b"], settings.flows + 1) as bulk,
+        Client("promotion", governor.target) as client,
+    ):
+        series = _Series(settings, bulk, client)
+        series.prepare()
+        series.trial()
+        trials = []
+        for _ in range(settings.trials):
+            trials.append(series.trial())
+            on_trial()
+        counters = governor.status().counters
+        if counters.promotions < settings.trials or (settings.rescue and not counters.rescues):
+            raise LabError(
+                f"the daemon counted {counters.promotions} promotions and {counters.rescues} rescues in "
+                f"{settings.trials} trials: the experiment did not test what it should"
+            )
+        return trials
+
+
+class _Series:
+    def __init__(self, settings: Settings, bulk: Bulk, client: Client) -> None:
+        self.settings, self.bulk, self.client = settings, bulk, client
+        self.area = bulk.area
+        self.top = settings.flows
+        """Index of A."""
+
+    def prepare(self) -> None:
+        for i, s in enumerate(self.bulk.sockets):
+            self.client.mark(s, Stage.KV_REUSE if i == self.top else Stage.P2D)
+        if not self.client.flush(5.0) or self.client.stats.rejected:
+            raise LabError(f"the daemon did not take the marks: {self.client.stats}")
+        self.area.wanted[: self.top] = 1
+        time.sleep(1.0)
+
+    def trial(self) -> Trial:
+        s, flow = self.settings, 0
+        others = list(range(1, s.flows))
+        self.area.wanted[self.top] = 0
+        before = self._received(others)
+        time.sleep(s.recover)
+        mbps = (self._received(others) - before) * 8e-6 / s.recover
+        self.area.watch(flow)
+        self.area.wanted[self.top] = 1
+        time.sleep(s.starve)
+        info = self._infos()
+        promoted_ns = time.monotonic_ns()
+        self.client.mark(self.bulk.sockets[flow], Stage.COLLECTIVE)
+        time.sleep(s.settle)
+        later = self._infos()
+        if s.watch > s.settle:
+            time.sleep(s.watch - s.settle)
+        arrivals = self.area.arrivals()
+        self.client.mark(self.bulk.sockets[flow], Stage.P2D)
+        just_before = (arrivals[:, 0] >= promoted_ns - 10 * NS_PER_MS) & (arrivals[:, 0] < promoted_ns)
+        after = arrivals[arrivals[:, 0] >= promoted_ns, 0]
+        return Trial(
+            latency_ms=latency_ms(arrivals, promoted_ns, s.rate),
+            first_ms=float(after[0] - np.uint64(promoted_ns)) / NS_PER_MS if len(after) else None,
+            leaked=int(arrivals[just_before, 1].sum()),
+            retransmitted=later[flow].retransmitted - info[flow].retransmitted,
+            rtos=later[flow].rtos - info[flow].rtos,
+            bystander_rtos=sum(later[i].rtos - info[i].rtos for i in others),
+            bystander_mbps=mbps,
+        )
+
+    def _received(self, flows: list[int]) -> int:
+        return int(self.area.received[flows].sum())
+
+    def _infos(self) -> list[TcpInfo]:
+        return [tcp_info(s) for s in self.bulk.sockets[: self.settings.flows]]

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TCP sockets as all experiments use them, and what the kernel says about them."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+CONGESTION: Final = "cubic"
+"""Of every connection in the lab, by setsockopt: as root, since a namespace may only default to what the machine's
+tcp_allowed_congestion_control lists, and that is not ours to change."""
+CHUNK: Final = 1 << 18
+"""Bytes per system call."""
+MSS: Final = 1448
+"""Payload of a full segment over IPv4 with timestamps at an MTU of 1500."""
+FRAME: Final = 1514
+"""The same on the wire, as qdiscs count it."""
+_INFO: Final = 248
+"""Bytes of struct tcp_info up to tcpi_total_rto_time (include/uapi/linux/tcp.h, Linux 6.7)."""
+
+
+def prepare(sock: socket.socket) -> socket.socket:
+    """Set what all sockets of the lab have; a listening socket passes it on."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION.encode())
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+@dataclass(frozen=True, slots=True)
+class TcpInfo:
+    """Counters since the connection was made."""
+
+    retransmitted: int
+    """Segments, of MSS bytes at most."""
+    rtos: int
+    """Retransmission timeouts; always 0 before Linux 6.7, which does not count them."""
+
+
+def tcp_info(sock: socket.socket) -> TcpInfo:
+    """Ask the kernel. Raises OSError for a closed socket."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO).ljust(_INFO, b"\0")
+    return TcpInfo(struct.unpack_from("=I", raw, 100)[0], struct.unpack_from("=H", raw, 240)[0])
