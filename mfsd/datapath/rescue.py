@@ -6,7 +6,7 @@ Two GSO segments of a starved TCP connection stay in its old lane, and while the
 the lane's class frees the old one with its packets, and TCP goes on at once, in the new level.
 
 The message is RTM_NEWQDISC with CREATE, REPLACE and EXCL and an explicit handle that the device does not have: that
-grafts on every kernel (net/sched/sch_api.c, tc_modify_qdisc). Without a handle, kernels since 6.16 or so take the
+grafts (net/sched/sch_api.c, __tc_modify_qdisc). Without a handle, newer kernels (6.18 for one) take the
 request for a change of the queue that is there and answer EEXIST or do nothing. So every lane owns two handles and
 takes them in turns.
 """
