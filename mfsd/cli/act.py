@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.text import Text
@@ -14,6 +15,11 @@ from mfsd.cli.connect import TIMEOUT_S, control
 from mfsd.cli.errors import CliError, Exit, UnreachableError
 from mfsd.cli.show import mode_text
 from mfsd.v1 import control_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
 
 SLOW_S = 60.0
 """For calls that change qdiscs, which may have hundreds of classes."""
@@ -105,22 +111,25 @@ def _plan(g: Globals, device: str, config: str | None, *, offline: bool) -> pb.P
 
 def _print_plan(d: pb.DevicePlan) -> None:
     console = output.console()
-
-    def section(title: str, lines: list[str], style: str = "") -> None:
-        if lines:
-            console.print(Text(title, style="bold"))
-            for line in lines:
-                console.print(Text(f"  {line}", style=style))
-
     console.print(Text(f"{d.device}{f': {d.backend}' if d.backend else ''}", style="bold"))
-    section("found", list(d.found))
-    section("mfsd will not touch it", list(d.refusals), "red")
-    section("why so", list(d.reasons))
-    if d.steps:
-        section("steps", [f"{'[done] ' if s.done else ''}{s.what}\n    {s.command}" for s in d.steps])
-    elif not d.refusals:
-        section("steps", ["nothing to do: all of it is in place"])
-    section("undo", list(d.undo))
+    _section(console, "found", d.found)
+    _section(console, "mfsd will not touch it", d.refusals)
+    _section(console, "why so", d.reasons)
+    if not d.refusals:
+        console.print(Text("steps", style="bold"))
+        for step in d.steps:
+            click.echo(output.paragraph(step.what, "  [done] " if step.done else "  "))
+            click.echo(output.shell(step.command, "    "))
+        if not d.steps:
+            click.echo("  nothing to do: all of it is in place")
+    _section(console, "undo", d.undo)
+
+
+def _section(console: Console, title: str, lines: Iterable[str]) -> None:
+    for n, line in enumerate(lines):
+        if not n:
+            console.print(Text(title, style="bold"))
+        click.echo(output.paragraph(line, "  "))
 
 
 @command("restore")

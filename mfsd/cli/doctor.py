@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from collections import Counter
 from typing import Final
 
@@ -53,8 +52,6 @@ def _print(findings: list[checks.Finding], *, everything: bool) -> None:
             continue
         for label, text in (("seen", f.detail), ("means", f.meaning), ("do", f.fix)):
             if text:
-                click.echo(
-                    textwrap.fill(f"{label}: {text}", output.WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
-                )
+                click.echo(output.paragraph(f"{label}: {text}", INDENT))
     counts = Counter(f.severity for f in findings)
     console.print(Text(", ".join(f"{counts[s]} {s}" for s in checks.Severity)))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -63,6 +64,25 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> 
     for row in rows:
         t.add_row(*(escape(cell) for cell in row))
     return t
+
+
+def paragraph(text: str, first: str = "", rest: str | None = None) -> str:
+    """Wrapped words; ``first`` stands before the first line, ``rest`` (default: as many blanks) before the others."""
+    rest = " " * len(first) if rest is None else rest
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def shell(text: str, indent: str) -> str:
+    """A command over several lines that a shell still reads as one."""
+    lines = textwrap.wrap(
+        text,
+        WIDTH - 2,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return " \\\n".join(lines)
 
 
 def _scaled(value: float, units: Sequence[str], step: float) -> str:

@@ -251,7 +251,7 @@ def explain(g: Globals, transfer_id: str | None, slot: int | None, cookie: int |
         return
     console = output.console()
     for reason in answer.reasons:
-        console.print(Text(f"- {reason}"))
+        click.echo(output.paragraph(reason, "- "))
     if answer.HasField("connection"):
         console.print("", render_connections([answer.connection]))
     if answer.transfers:
