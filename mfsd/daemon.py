@@ -85,7 +85,8 @@ class Daemon:
         self.config = config
         self.path = path
         self.started = time.monotonic()
-        self._notify = sdnotify.SystemdNotifier()
+        # Without a service manager the package would leave an open socket behind.
+        self._systemd = sdnotify.SystemdNotifier() if os.environ.get("NOTIFY_SOCKET") else None
         self.ready = asyncio.Event()
         """The endpoints are open."""
         self._stopping = asyncio.Event()
@@ -97,6 +98,8 @@ class Daemon:
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock_file.close)
             policy = compose.policy_of(config)
+            if self._systemd is not None:
+                undo.callback(self._systemd.socket.close)
             self.devices = Devices(config, compose.bands_of(config, policy))
             undo.callback(self.devices.close)
             self._resolver = SocketResolver()
@@ -126,7 +129,7 @@ class Daemon:
                 await self._server.start()
                 self.ticker.start()
                 self._tasks = [asyncio.create_task(self._keep_care()), asyncio.create_task(self._keep_status())]
-                self._notify.notify(f"READY=1\n{self._status_line()}")
+                self._tell_systemd(f"READY=1\n{self._status_line()}")
                 log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
                 self.ready.set()
                 await self._stopping.wait()
@@ -134,7 +137,7 @@ class Daemon:
                 await self._shut_down()
 
     async def _shut_down(self) -> None:
-        self._notify.notify("STOPPING=1")
+        self._tell_systemd("STOPPING=1")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -159,6 +162,10 @@ class Daemon:
         self._hand_over = True
         self._stopping.set()
 
+    def _tell_systemd(self, state: str) -> None:
+        if self._systemd is not None:
+            self._systemd.notify(state)
+
     # --- regular work -------------------------------------------------------------------------------------------------
 
     def _beat(self, now: float) -> None:
@@ -166,7 +173,7 @@ class Daemon:
         self.devices.beat()
         if self._watchdog_s and now >= self._next_watchdog:
             self._next_watchdog = now + self._watchdog_s / 3
-            self._notify.notify("WATCHDOG=1")
+            self._tell_systemd("WATCHDOG=1")
 
     async def _on_devices(self, work: Callable[[], T]) -> T:
         """Run blocking device work in a thread, one piece at a time."""
@@ -192,7 +199,7 @@ class Daemon:
             await asyncio.sleep(STATUS_S)
             line = self._status_line()
             if line != last:
-                self._notify.notify(line)
+                self._tell_systemd(line)
                 last = line
 
     def _status_line(self) -> str:
@@ -209,11 +216,11 @@ class Daemon:
 
     async def _reload_notified(self) -> None:
         # MONOTONIC_USEC is what Type=notify-reload wants, see sd_notify(3).
-        self._notify.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             await self.reload()
         finally:
-            self._notify.notify(f"READY=1\n{self._status_line()}")
+            self._tell_systemd(f"READY=1\n{self._status_line()}")
 
     async def reload(self) -> None:
         """Read the configuration again and change what can be changed; the rest is named in the log and the status.

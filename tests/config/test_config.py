@@ -104,8 +104,8 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         (
             {"daemon": {"listen": "0.0.0.0:50551"}},
             (
-                'daemon.listen = "0.0.0.0:50551": must be a loopback address; set daemon.listen_remote = true to let other '
-                "hosts in (there is no authentication)"
+                'daemon.listen = "0.0.0.0:50551": must be a loopback address; set daemon.listen_remote = true to let '
+                "other hosts in (there is no authentication)"
             ),
         ),
         (
@@ -115,8 +115,8 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         (
             {"daemon": {"heartbeat_timeout_ms": 200}},
             (
-                "daemon.heartbeat_timeout_ms = 200.0: must be at least three heartbeats (300), or one late tick sends all "
-                "traffic to the default band"
+                "daemon.heartbeat_timeout_ms = 200.0: must be at least three heartbeats (300), or one late tick sends "
+                "all traffic to the default band"
             ),
         ),
         ({"daemon": {"heartbeat": 3}}, "daemon.heartbeat = 3: unknown key; did you mean heartbeat_ms?"),
@@ -128,8 +128,8 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         (
             {"device": [{}]},
             (
-                "device[0].name = (unset): required; must be the name of a network device: 1 to 15 characters, no '/' and "
-                "no space"
+                "device[0].name = (unset): required; must be the name of a network device: 1 to 15 characters, no '/' "
+                "and no space"
             ),
         ),
         (
@@ -167,8 +167,8 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         (
             {"bands": {"dscp": {"level 9": 46}}},
             (
-                'bands.dscp."level 9" = 46: no such band; allowed: control, level 0, level 1, level 2, level 3, level 4, '
-                "default, scavenger"
+                'bands.dscp."level 9" = 46: no such band; allowed: control, level 0, level 1, level 2, level 3, '
+                "level 4, default, scavenger"
             ),
         ),
         (

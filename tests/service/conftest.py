@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Daemons and stubs for the tests of this folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from daemons import Api, Running, connected
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts daemons on one socket, one after the other; keyword arguments are sections of the configuration."""
+    started: list[Running] = []
+
+    def make(**sections: Any) -> Running:
+        for one in started:
+            one.stop()
+        started.append(Running(tmp_path, **sections))
+        return started[-1]
+
+    yield make
+    for one in started:
+        one.stop()
+
+
+@pytest.fixture
+def running(start: Callable[..., Running]) -> Running:
+    """A daemon with all defaults."""
+    return start()
+
+
+@pytest.fixture
+def api(running: Running) -> Iterator[Api]:
+    """Stubs of ``running``."""
+    with grpc.insecure_channel(running.target) as channel:
+        yield Api(channel)
+
+
+@pytest.fixture
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A TCP connection over the loopback: (client, server)."""
+    with connected() as pair:
+        yield pair

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hints over a real server: every error with its field, and bad hints that cost only themselves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+import pytest
+from daemons import Api, Running, call_violation, connected, violation, wait_for
+from google.rpc import code_pb2
+
+from mfsd.client import cookie_of
+from mfsd.config import LimitsConfig
+from mfsd.v1.hints_pb2 import (
+    STAGE_COLLECTIVE,
+    STAGE_KV_REUSE,
+    STAGE_P2D,
+    Batch,
+    Cancellation,
+    Completion,
+    ConnectionMark,
+    Event,
+    Hint,
+    LayerProgress,
+    PortRange,
+    ProcessPeer,
+    Request,
+    Selector,
+    Transfer,
+    Tuple,
+)
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+LIMITS = LimitsConfig()
+LONG = "x" * 257
+
+
+def request(**fields: Any) -> Hint:
+    values: dict[str, Any] = {"id": "r", "ttft_left_us": 500_000} | fields
+    return Hint(request=Request(**values))
+
+
+def transfer(**fields: Any) -> Hint:
+    good: dict[str, Any] = {
+        "id": "t",
+        "request_id": "r",
+        "stage": STAGE_P2D,
+        "bytes": 1000,
+        "selector": Selector(cookie=1),
+    }
+    return Hint(transfer=Transfer(**(good | fields)))
+
+
+def on(selector: Any) -> Hint:
+    return transfer(selector=selector)
+
+
+def tuple_(**fields: Any) -> Hint:
+    good: dict[str, Any] = {
+        "src_addr": "10.0.0.1",
+        "dst_addr": "10.0.0.2",
+        "src_port": PortRange(first=1),
+        "dst_port": PortRange(first=2),
+    }
+    return on(Selector(tuple=Tuple(**(good | fields))))
+
+
+CASES = [
+    (Hint(), "body", "is not set"),
+    (request(id=""), "request.id", "is empty"),
+    (request(id=LONG), "request.id", "257 bytes"),
+    (request(id="ä" * 129), "request.id", "258 bytes"),
+    (request(ttft_left_us=0), "request.ttft_left_us", "is missing or 0"),
+    (request(ttft_left_us=10**15), "request.ttft_left_us", "1000000000 s from now"),
+    (request(ttft_left_us=-(10**15)), "request.ttft_left_us", "1000000000 s ago"),
+    (request(batch_id=LONG), "request.batch_id", "257 bytes"),
+    (request(compute_left_us=10**15), "request.compute_left_us", "at most 600000000"),
+    (Hint(batch=Batch()), "batch.id", "is empty"),
+    (Hint(batch=Batch(id="b", request_ids=["a", ""])), "batch.request_ids[1]", "is empty"),
+    (Hint(batch=Batch(id="b", layers=5000)), "batch.layers", "at most 4096"),
+    (Hint(batch=Batch(id="b", layers=2, current_layer=3)), "batch.current_layer", "at most layers (2)"),
+    (Hint(batch=Batch(id="b", layer_compute_us=10**15)), "batch.layer_compute_us", "at most 600000000"),
+    (Hint(progress=LayerProgress(current_layer=1)), "progress.batch_id", "is empty"),
+    (Hint(progress=LayerProgress(batch_id="b", current_layer=5000)), "progress.current_layer", "at most 4096"),
+    (Hint(progress=LayerProgress(batch_id="nobody")), "progress.batch_id", "no batch or request 'nobody'"),
+    (transfer(id=""), "transfer.id", "is empty"),
+    (transfer(request_id=""), "transfer.request_id", "is empty, and so is batch_id"),
+    (transfer(request_id="nobody"), "transfer.request_id", "no request or batch 'nobody'"),
+    (transfer(request_id="", batch_id="nobody"), "transfer.batch_id", "no request or batch 'nobody'"),
+    (transfer(stage=0), "transfer.stage", "unknown stage 0"),
+    (transfer(stage=9), "transfer.stage", "unknown stage 9"),
+    (transfer(bytes=0), "transfer.bytes", "0 bytes"),
+    (transfer(bytes=-5), "transfer.bytes", "-5 bytes"),
+    (transfer(bytes=LIMITS.max_transfer_bytes + 1), "transfer.bytes", "limits.max_transfer_bytes"),
+    (transfer(target_layer=5000), "transfer.target_layer", "at most 4096"),
+    (transfer(deadline_us=10**15), "transfer.deadline_us", "limits.max_deadline_s"),
+    (on(Selector()), "transfer.selector", "is not set"),
+    (on(Selector(cookie=0)), "transfer.selector.cookie", "0 is no socket cookie"),
+    (on(Selector(cookie=(1 << 64) - 1)), "transfer.selector.cookie", "is no socket cookie"),
+    (tuple_(dst_addr=""), "transfer.selector.tuple.dst_addr", "is empty"),
+    (tuple_(dst_addr="example.com"), "transfer.selector.tuple.dst_addr", "'example.com' is no IP address"),
+    (tuple_(dst_addr="fe80::1%eth0", src_addr=""), "transfer.selector.tuple.dst_addr", "has a zone"),
+    (tuple_(dst_addr="224.0.0.1"), "transfer.selector.tuple.dst_addr", "no peer's address"),
+    (tuple_(dst_addr="0.0.0.0"), "transfer.selector.tuple.dst_addr", "no peer's address"),  # noqa: S104 - refused
+    (tuple_(src_addr="fd00::1"), "transfer.selector.tuple.src_addr", "different families"),
+    (tuple_(protocol=1), "transfer.selector.tuple.protocol", "unknown protocol 1"),
+    (tuple_(src_port=PortRange(first=9, last=3)), "transfer.selector.tuple.src_port", "9..3 is no port range"),
+    (tuple_(dst_port=PortRange(first=70000)), "transfer.selector.tuple.dst_port", "70000..70000 is no port range"),
+    (tuple_(protocol=17, src_addr=""), "transfer.selector.tuple.src_addr", "UDP needs both addresses"),
+    (tuple_(protocol=17, src_port=PortRange()), "transfer.selector.tuple.src_port", "exact ports"),
+    (tuple_(protocol=17, dst_port=PortRange(first=1, last=2)), "transfer.selector.tuple.dst_port", "exact ports"),
+    (on(Selector(process=ProcessPeer(pid=0))), "transfer.selector.process.pid", "0 is no process id"),
+    (
+        on(Selector(process=ProcessPeer(pid=1, remote="10.0.0.7/24"))),
+        "transfer.selector.process.remote",
+        "has host bits set",
+    ),
+    (
+        on(Selector(process=ProcessPeer(pid=1, remote_port=PortRange(first=2, last=1)))),
+        "transfer.selector.process.remote_port",
+        "is no port range",
+    ),
+    (on(Selector(process=ProcessPeer(pid=(1 << 22) - 7))), "transfer.selector.process.pid", "there is no process"),
+    (Hint(completion=Completion()), "completion.transfer_id", "is empty, and no other id"),
+    (
+        Hint(completion=Completion(transfer_id="a", batch_id="b")),
+        "completion.transfer_id",
+        "set together with another id",
+    ),
+    (Hint(completion=Completion(request_id="nobody")), "completion.request_id", "no request 'nobody'"),
+    (Hint(completion=Completion(batch_id="nobody")), "completion.batch_id", "no batch 'nobody'"),
+    (Hint(cancellation=Cancellation()), "cancellation.transfer_id", "is empty, and no other id"),
+    (Hint(cancellation=Cancellation(request_id=LONG)), "cancellation.request_id", "257 bytes"),
+    (
+        Hint(connection=ConnectionMark(stage=cast("Any", 7), selector=Selector(cookie=1))),
+        "connection.stage",
+        "unknown stage 7",
+    ),
+    (Hint(connection=ConnectionMark(stage=STAGE_COLLECTIVE)), "connection.selector", "is not set"),
+]
+
+
+@pytest.mark.parametrize(("bad", "field", "problem"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_bad_hint_costs_only_itself_and_names_its_field(
+    api: Api, running: Running, bad: Hint, field: str, problem: str
+) -> None:
+    reply = api.send(request(id="r"), bad, request(id="after"))
+    assert (reply.seq, reply.accepted) == (1, 2)
+    (rejected,) = reply.rejected
+    assert rejected.index == 1
+    code, where, description = violation(rejected.status)
+    assert code == code_pb2.INVALID_ARGUMENT
+    assert where == field
+    assert problem in description
+    assert running.ask(lambda e: set(e.sessions["test"].requests)) == {"r", "after"}
+    assert running.ask(lambda e: (e.counters.hints_accepted, e.counters.hints_rejected)) == (2, 1)
+
+
+def test_good_hints_of_every_kind(api: Api, running: Running, connection: tuple[socket.socket, socket.socket]) -> None:
+    cookie = cookie_of(connection[0])
+    reply = api.send(
+        request(compute_left_us=1000, ttl_us=10**6),
+        Hint(batch=Batch(id="b", request_ids=["r", "unknown"], layers=4, current_layer=1, layer_compute_us=1000)),
+        Hint(progress=LayerProgress(batch_id="b", current_layer=2)),
+        transfer(selector=Selector(cookie=cookie), deadline_us=400_000),
+        transfer(id="t1", stage=STAGE_KV_REUSE, target_layer=3, selector=Selector(cookie=cookie)),
+        Hint(connection=ConnectionMark(stage=STAGE_COLLECTIVE, selector=Selector(cookie=cookie))),
+    )
+    assert not reply.rejected
+    assert reply.accepted == 6
+    assert reply.epoch == running.ask(lambda e: e.epoch)
+    assert running.ask(lambda e: (e.requests.n, e.batches.n, e.transfers.n, len(e.connections))) == (1, 1, 2, 1)
+    assert running.ask(lambda e: int(e.batches.current_layer[0])) == 2
+    reply = api.send(
+        Hint(cancellation=Cancellation(transfer_id="t1")),
+        Hint(connection=ConnectionMark(selector=Selector(cookie=cookie))),
+        Hint(cancellation=Cancellation(request_id="r")),
+    )
+    assert not reply.rejected
+    assert running.ask(lambda e: (e.requests.n, e.transfers.n)) == (0, 0)
+
+
+def test_deadlines_and_lives_are_clamped(api: Api, running: Running) -> None:
+    before = running.ask(lambda e: e.requests.n)
+    api.send(request(id="late", ttft_left_us=-5_000_000, ttl_us=10**13))
+    now, deadline, expires = running.ask(
+        lambda e: (running.daemon.ticker._clock(), float(e.requests.deadline[0]), float(e.requests.expires[0]))
+    )
+    assert before == 0
+    assert now - 20 < deadline < now + LIMITS.min_deadline_ms / 1000
+    assert expires <= deadline + LIMITS.max_ttl_s + 1
+
+
+def test_the_same_transfer_twice_is_refused(api: Api) -> None:
+    reply = api.send(request(), transfer(), transfer())
+    assert violation(reply.rejected[0].status)[1:] == (
+        "transfer.id",
+        "'t' is announced already; ids are unique within a session",
+    )
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_table_is_exhaustion_and_names_the_selector(start: Callable[..., Running]) -> None:
+    one = start(daemon={"slots": 16})
+    with grpc.insecure_channel(one.target) as channel:
+        reply = Api(channel).send(
+            request(), *(transfer(id=f"t{i}", selector=Selector(cookie=100 + i)) for i in range(17))
+        )
+    (rejected,) = reply.rejected
+    code, field, description = violation(rejected.status)
+    assert (rejected.index, code, field) == (17, code_pb2.RESOURCE_EXHAUSTED, "transfer.selector")
+    assert "16 slots" in description
+
+
+@pytest.mark.parametrize(
+    ("limit", "hints", "field"),
+    [
+        ("max_requests_per_session", [request(id="a"), request(id="b")], "request.id"),
+        ("max_transfers_per_session", [request(), transfer(id="a"), transfer(id="b")], "transfer.id"),
+        ("max_requests_per_batch", [Hint(batch=Batch(id="b", request_ids=["a", "b"]))], "batch.request_ids"),
+    ],
+)
+def test_limits_per_session(start: Callable[..., Running], limit: str, hints: list[Hint], field: str) -> None:
+    one = start(limits={limit: 1})
+    with grpc.insecure_channel(one.target) as channel:
+        reply = Api(channel).send(*hints)
+    code, where, description = violation(reply.rejected[-1].status)
+    assert reply.rejected[-1].index == len(hints) - 1
+    assert (code, where) == (code_pb2.RESOURCE_EXHAUSTED, field)
+    assert f"limits.{limit}" in description
+
+
+def test_an_oversized_batch_fails_as_a_whole(start: Callable[..., Running]) -> None:
+    one = start(limits={"max_hints_per_batch": 2})
+    with grpc.insecure_channel(one.target) as channel:
+        api = Api(channel)
+        with pytest.raises(grpc.RpcError) as e:
+            api.send(request(id="a"), request(id="b"), request(id="c"))
+        assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert call_violation(e.value)[1:] == (
+            "hints",
+            "3 hints in one batch; send at most 2 at a time (limits.max_hints_per_batch)",
+        )
+        assert one.ask(lambda e: e.requests.n) == 0
+
+
+def test_a_batch_without_session_or_of_a_dead_process_fails_as_a_whole(api: Api) -> None:
+    with pytest.raises(grpc.RpcError) as e:
+        api.send(request(), session="")
+    assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert call_violation(e.value)[1] == "session"
+    with pytest.raises(grpc.RpcError) as e:
+        api.send(request(), pid=(1 << 22) - 7)
+    assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert call_violation(e.value)[1] == "pid"
+
+
+def test_too_many_sessions(start: Callable[..., Running]) -> None:
+    one = start(limits={"max_sessions": 1})
+    with grpc.insecure_channel(one.target) as channel:
+        api = Api(channel)
+        api.send(request())
+        with pytest.raises(grpc.RpcError) as e:
+            api.send(request(), session="another")
+    assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert call_violation(e.value)[1] == "session"
+
+
+def test_a_failure_of_ours_costs_one_hint(api: Api, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = running.daemon.engine
+    apply = engine.apply
+
+    def broken(session: Any, hint: Any, now: float) -> None:
+        if getattr(hint, "id", "") == "cursed":
+            raise ZeroDivisionError
+        apply(session, hint, now)
+
+    monkeypatch.setattr(engine, "apply", broken)
+    reply = api.send(request(), request(id="cursed"), request(id="after"))
+    assert reply.accepted == 2
+    assert reply.rejected[0].status.code == code_pb2.INTERNAL
+    assert violation(reply.rejected[0].status)[1] == "hints[1]"
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_answers_every_batch_in_order(api: Api, running: Running) -> None:
+    def batches() -> Any:
+        for seq in range(1, 201):
+            bad = [transfer(stage=9)] if seq % 3 == 0 else []
+            yield api.batch(request(id=f"r{seq}"), *bad, seq=seq)
+
+    replies = list(api.hints.Stream(batches(), timeout=20))
+    assert [r.seq for r in replies] == list(range(1, 201))
+    assert [len(r.rejected) for r in replies] == [int(seq % 3 == 0) for seq in range(1, 201)]
+    assert running.ask(lambda e: e.requests.n) == 200
+
+
+def test_a_stream_is_of_one_session(api: Api) -> None:
+    with pytest.raises(grpc.RpcError) as e:
+        list(api.hints.Stream(iter([api.batch(request()), api.batch(request(), session="other")]), timeout=20))
+    assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert call_violation(e.value)[1:] == ("session", "'other' on the stream of 'test'; open a stream for each")
+
+
+def test_events_are_pushed_with_seq_0_between_replies(api: Api) -> None:
+    import queue  # noqa: PLC0415 - only here
+
+    outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    outgoing.put(api.batch(request(), transfer(selector=Selector(cookie=4242)), seq=7))
+    call = api.hints.Stream(iter(outgoing.get, None), timeout=20)
+    first = next(call)
+    assert (first.seq, first.accepted) == (7, 2)
+    # The socket with this cookie does not exist; the engine finds out at its next tick.
+    events = list(first.events) or list(next(call).events)
+    assert [(e.kind, e.request_id, e.transfer_id) for e in events] == [(Event.CONNECTION_GONE, "r", "t")]
+    outgoing.put(api.batch(request(), seq=8))
+    assert next(call).seq == 8
+    outgoing.put(None)
+    assert list(call) == []
+
+
+def test_events_wait_for_the_next_call_when_no_stream_is_open(api: Api) -> None:
+    api.send(request(), transfer(selector=Selector(cookie=4242)))
+
+    def events() -> list[Any]:
+        return list(api.send().events)
+
+    assert [e.kind for e in wait_for(events)] == [Event.CONNECTION_GONE]
+
+
+# --- the end of sessions ----------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_the_process_ends_its_session(api: Api, running: Running) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker, connected() as (sock, _):
+        api.send(request(), transfer(selector=Selector(cookie=cookie_of(sock))), pid=worker.pid)
+        assert running.ask(lambda e: (len(e.sessions), e.requests.n, e.transfers.n)) == (1, 1, 1)
+        worker.kill()
+        worker.wait()
+        wait_for(lambda: running.ask(lambda e: (len(e.sessions), e.requests.n, e.transfers.n)) == (0, 0, 0))
+
+
+def test_the_end_of_a_stream_does_not_end_the_session(api: Api, running: Running) -> None:
+    list(api.hints.Stream(iter([api.batch(request())]), timeout=20))
+    assert running.ask(lambda e: list(e.sessions["test"].requests)) == ["r"]
