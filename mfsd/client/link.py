@@ -136,7 +136,9 @@ class Link:
 
     def _answered(self) -> bool:
         stream = self._stream
-        return not self._queue and not self._again and stream is not None and stream.epoch > 0 and not stream.unanswered
+        # The epochs differ until it has been settled what a new daemon must hear.
+        heard = stream is not None and stream.epoch == self._epoch != 0 and not stream.unanswered
+        return heard and not self._queue and not self._again
 
     def close(self, timeout: float) -> None:
         """Flush, then stop the thread."""

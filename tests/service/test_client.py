@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SDK against real daemons: never waits, reconnects, tells a new daemon what is alive."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from daemons import Running, wait_for
+
+from mfsd.client import Client, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
+from mfsd.client.encode import encode
+from mfsd.client.ledger import Ledger
+from mfsd.config import LimitsConfig
+from mfsd.decode import Decoder
+from mfsd.model import (
+    BatchHint,
+    CookieSelector,
+    EndHint,
+    Event,
+    Hint,
+    MarkHint,
+    ProgressHint,
+    RequestHint,
+    TransferHint,
+    What,
+)
+from mfsd.v1 import hints_pb2
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def known(daemon: Running, what: str) -> set[str]:
+    """Names of what the daemon knows of the only session, by kind."""
+    return daemon.ask(lambda e: {n for s in e.sessions.values() for n in getattr(s, what)})
+
+
+def test_every_call_arrives(running: Running, connection: tuple[socket.socket, socket.socket]) -> None:
+    sock = connection[0]
+    with Client("worker", running.target) as client:
+        client.request("r", ttft_left_s=5.0, compute_left_s=0.1, ttl_s=3.0)
+        client.batch("b", ["r"], layers=4, layer_compute_s=0.01)
+        client.layer("b", 2)
+        client.transfer("t", sock, 1 << 20, stage=Stage.P2D, request="r", layer=1, deadline_s=4.0)
+        client.transfer("c", cookie_of(sock), 100, stage=Stage.COLLECTIVE, batch="b")
+        client.mark(sock, Stage.COLLECTIVE)
+        assert client.flush(20)
+        stats = client.stats
+        assert (stats.sent, stats.accepted, stats.rejected, stats.dropped) == (6, 6, 0, 0)
+        assert known(running, "transfers") == {"t", "c"}
+        assert running.ask(lambda e: e.sessions["worker"].pid) == os.getpid()
+        assert running.ask(lambda e: int(e.batches.current_layer[0])) == 2
+        client.unmark(sock)
+        client.cancel(transfer="t")
+        client.cancel(batch="b")
+        client.cancel(request="r")
+        assert client.flush(20)
+        assert client.stats.rejected == 0
+        assert (known(running, "requests"), known(running, "transfers")) == (set(), set())
+
+
+def test_a_connection_may_be_named_by_tuple_or_process(
+    running: Running, connection: tuple[socket.socket, socket.socket]
+) -> None:
+    sock = connection[0]
+    (src, sport), (dst, dport) = sock.getsockname(), sock.getpeername()
+    with Client(target=running.target) as client:
+        client.request("r", ttft_left_s=5.0)
+        client.transfer("t1", tuple_of(dst, dport, src, sport), 10, stage=Stage.P2D, request="r")
+        client.transfer("t2", tuple_of(dst, (dport, dport)), 10, stage=Stage.P2D, request="r")
+        client.transfer("t3", process_peer(os.getpid(), dst, dport), 10, stage=Stage.P2D, request="r")
+        client.transfer("t4", sock, 10, stage=Stage.P2D, request="r")
+        assert client.flush(20)
+        assert client.stats.rejected == 0
+        cookies = running.ask(lambda e: {c.cookie for c in e.connections.by_slot.values()})
+        assert cookies == {cookie_of(sock)}
+
+
+def test_nonsense_is_refused_at_the_call(connection: tuple[socket.socket, socket.socket]) -> None:
+    with Client(target="") as client:
+        with pytest.raises(TypeError, match="str names no connection"):
+            client.transfer("t", "eth0", 1, stage=Stage.P2D)  # type: ignore[arg-type]
+        connection[0].close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            client.mark(connection[0], Stage.COLLECTIVE)
+    with pytest.raises(ValueError, match=r"ports 2\.\.1"):
+        tuple_of("10.0.0.1", (2, 1))
+    with pytest.raises(ValueError, match="does not appear to be an IPv4 or IPv6 address"):
+        tuple_of("somewhere", 1)
+
+
+def test_rejections_reach_the_worker(running: Running) -> None:
+    seen: list[Rejected] = []
+    with Client(target=running.target, on_rejected=seen.append) as client:
+        client.request("r", ttft_left_s=5.0)
+        client.transfer("t", 1, -1, stage=Stage.P2D, request="r")
+        assert client.flush(20)
+        wait_for(lambda: seen)
+    assert isinstance(seen[0].hint, TransferHint)
+    assert seen[0].message.startswith("transfer.bytes: -1 bytes")
+
+
+def test_events_reach_the_worker_and_a_faulty_callback_does_no_harm(running: Running) -> None:
+    seen: list[Event] = []
+
+    def callback(event: Event) -> None:
+        seen.append(event)
+        raise RuntimeError("faulty")
+
+    with Client(target=running.target, on_event=callback) as client:
+        for name in ("t1", "t2"):
+            client.request("r", ttft_left_s=5.0)
+            client.transfer(name, 424242, 1000, stage=Stage.P2D, request="r")
+            wait_for(lambda name=name: name in {e.transfer_id for e in seen})  # type: ignore[misc]
+    assert {e.kind for e in seen} == {EventKind.CONNECTION_GONE}
+
+
+# --- without a daemon, and with another one ---------------------------------------------------------------------------
+
+
+def test_without_a_daemon_nothing_waits_and_the_next_daemon_hears_what_is_alive(
+    tmp_path: Path, start: Callable[..., Running]
+) -> None:
+    with Client(target=f"unix:{tmp_path / 'mfsd.sock'}") as client:
+        for name in ("over", "alive"):
+            client.request(name, ttft_left_s=60.0)
+            client.transfer(f"{name}/t", tuple_of("10.1.2.3", 1), 10, stage=Stage.P2D, request=name)
+        client.done(transfer="over/t")
+        client.done(request="over")
+        assert not client.flush(0)
+        assert not client.stats.connected
+        daemon = start()
+        wait_for(lambda: client.flush(1))
+        assert (known(daemon, "requests"), known(daemon, "transfers")) == ({"alive"}, {"alive/t"})
+        assert client.stats.rejected == 0
+
+
+def test_a_new_epoch_hears_again_what_is_alive_and_only_that(start: Callable[..., Running]) -> None:
+    first = start()
+    with Client("worker", first.target) as client:
+        client.batch("b", ["r1", "r2"], layers=8)
+        client.mark(tuple_of("10.1.2.4", 9), Stage.COLLECTIVE)
+        for name in ("r1", "r2", "r3"):
+            client.request(name, ttft_left_s=60.0, batch="b")
+            client.transfer(f"{name}/t", tuple_of("10.1.2.3", 1), 10, stage=Stage.P2D, request=name)
+        client.layer("b", 5)
+        assert client.flush(20)
+        epoch = first.ask(lambda e: e.epoch)
+        first.stop()
+        wait_for(lambda: not client.stats.connected)
+        client.cancel(transfer="r3/t")  # while nobody listens
+        client.cancel(request="r3")
+        client.request("r4", ttft_left_s=60.0)
+        second = start()
+        assert second.ask(lambda e: e.epoch) != epoch
+        wait_for(lambda: client.flush(1))
+        assert known(second, "requests") == {"r1", "r2", "r4"}
+        assert known(second, "transfers") == {"r1/t", "r2/t"}
+        assert known(second, "batches") == {"b"}
+        assert second.ask(lambda e: len(e.sessions["worker"].marks)) == 1
+        assert second.ask(lambda e: int(e.batches.current_layer[0])) == 5
+        stats = client.stats
+        assert stats.connects == 2
+        assert stats.announced_again >= 7
+        assert stats.rejected == 0
+
+
+def test_the_same_daemon_gets_what_it_has_not_answered(running: Running) -> None:
+    with Client("worker", running.target) as client:
+        client.request("r1", ttft_left_s=60.0)
+        assert client.flush(20)
+        link = client._link
+        assert link is not None
+        # The connection breaks, the daemon lives on.
+        stream = link._stream
+        assert stream is not None
+        stream.call.cancel()
+        wait_for(lambda: link._stream is not stream)
+        client.request("r2", ttft_left_s=60.0)
+        client.cancel(request="r1")
+        wait_for(lambda: client.flush(1))
+        assert known(running, "requests") == {"r2"}
+        assert client.stats.announced_again == 0
+
+
+def test_the_queue_is_bounded_and_the_oldest_goes(tmp_path: Path, start: Callable[..., Running]) -> None:
+    with Client(target=f"unix:{tmp_path / 'mfsd.sock'}", queue=4) as client:
+        for n in range(10):
+            client.request(f"r{n}", ttft_left_s=60.0)
+        wait_for(lambda: client.stats.dropped == 6)
+        daemon = start()
+        wait_for(lambda: client.flush(1))
+        assert known(daemon, "requests") == {"r6", "r7", "r8", "r9"}
+
+
+def test_batches_shrink_to_what_the_daemon_takes(start: Callable[..., Running]) -> None:
+    daemon = start(limits={"max_hints_per_batch": 2})
+    with Client(target=daemon.target, batch=64) as client:
+        assert client.flush(20)
+        link = client._link
+        assert link is not None
+        with link._changed:  # so that they go as one batch
+            link._queue.extend(RequestHint(f"r{n}", time.monotonic() + 60, ttl=0) for n in range(20))
+            link._changed.notify_all()
+        wait_for(lambda: known(daemon, "requests") == {f"r{n}" for n in range(20)})
+
+
+def test_several_threads_may_use_one_client(running: Running) -> None:
+    with Client(target=running.target) as client:
+
+        def work(worker: int) -> None:
+            for n in range(200):
+                client.request(f"{worker}/{n}", ttft_left_s=60.0)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert client.flush(20)
+        assert running.ask(lambda e: e.requests.n) == 800
+
+
+def test_the_child_of_a_fork_sends_nothing(running: Running) -> None:
+    with Client(target=running.target) as client:
+        client.request("parent", ttft_left_s=60.0)
+        assert client.flush(20)
+        child = os.fork()
+        if child == 0:
+            client.request("child", ttft_left_s=60.0)
+            client.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        client.request("parent2", ttft_left_s=60.0)
+        assert client.flush(20)
+        assert known(running, "requests") == {"parent", "parent2"}
+
+
+def test_the_target_comes_from_the_environment(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MFSD_TARGET", running.target)
+    with Client() as client:
+        client.request("r", ttft_left_s=60.0)
+        assert client.flush(20)
+    monkeypatch.setenv("MFSD_TARGET", "")
+    with Client() as client:
+        client.request("r", ttft_left_s=60.0)
+        assert client.flush(0)
+        assert client.stats.sent == 0
+
+
+def test_close_is_idempotent_and_later_calls_do_nothing(running: Running) -> None:
+    client = Client(target=running.target)
+    client.request("r", ttft_left_s=60.0)
+    client.close(timeout=20)
+    client.close()
+    client.request("r2", ttft_left_s=60.0)
+    assert client.flush()
+    assert known(running, "requests") <= {"r"}
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+NOW = 500.0
+HINTS: list[Hint] = [
+    RequestHint("r", NOW + 0.25, "b", 0.125, 2.0),
+    RequestHint("late", NOW - 0.5, "", 0.0, 2.0),
+    BatchHint("b", ["r"], 8, 2, 0.25),
+    ProgressHint("b", 3, compute_done=True),
+    TransferHint("t", "r", "b", Stage.P2D, 4, 4096, CookieSelector(77), NOW + 0.25, 2.0),
+    TransferHint("t", "r", "", Stage.KV_REUSE, 4, 4096, tuple_of("fd00::1", (5, 9), "fd00::2", 3), NOW + 0.25, 2.0),
+    TransferHint("t", "r", "", Stage.KV_REUSE, 4, 4096, process_peer(3, "10.0.0.0/24", 9), NOW + 0.25, 2.0),
+    EndHint(What.TRANSFER, "t", cancelled=True),
+    EndHint(What.REQUEST, "r"),
+    EndHint(What.BATCH, "b"),
+    MarkHint(tuple_of("10.0.0.1", 0, protocol=6), Stage.COLLECTIVE),
+    MarkHint(CookieSelector(5), Stage.NONE),
+]
+
+
+@pytest.mark.parametrize("hint", HINTS, ids=lambda h: type(h).__name__)
+def test_what_the_client_encodes_the_daemon_decodes(hint: Hint) -> None:
+    message = hints_pb2.Hint()
+    encode(hint, NOW, message)
+    expected = hint
+    if isinstance(hint, RequestHint) and hint.deadline < NOW:
+        expected = RequestHint(hint.id, NOW + 0.001, hint.batch_id, hint.compute_left, hint.ttl)
+    assert Decoder(LimitsConfig()).decode(message, NOW) == expected
+
+
+def test_a_deadline_that_is_just_now_is_not_taken_for_missing() -> None:
+    message = hints_pb2.Hint()
+    encode(RequestHint("r", NOW), NOW, message)
+    assert message.request.ttft_left_us == -1
+
+
+def ids(ledger: Ledger, now: float) -> list[Any]:
+    return [getattr(h, "id", None) or getattr(h, "batch_id", None) for h in ledger.alive(now)]
+
+
+def test_the_ledger_forgets_what_has_expired() -> None:
+    ledger = Ledger(limit=10)
+    ledger.enter(RequestHint("r", 10.0, ttl=5.0), 0.0)
+    ledger.enter(TransferHint("t", "r", "", Stage.P2D, 0, 1, CookieSelector(1), ttl=5.0), 0.0)
+    ledger.enter(TransferHint("c", "", "", Stage.COLLECTIVE, 0, 1, CookieSelector(1), ttl=5.0), 0.0)
+    assert ids(ledger, 4.0) == ["r", "t", "c"]
+    assert ids(ledger, 6.0) == ["r", "t"]
+    assert ids(ledger, 16.0) == []
+    assert len(ledger) == 0
+
+
+def test_the_ledger_leaves_out_what_no_daemon_would_take() -> None:
+    ledger = Ledger(limit=10)
+    ledger.enter(RequestHint("r", 10.0), 0.0)
+    ledger.enter(BatchHint("b", ["r", "gone"]), 0.0)
+    ledger.enter(ProgressHint("b", 1), 0.0)
+    ledger.enter(ProgressHint("gone", 1), 0.0)
+    ledger.enter(TransferHint("orphan", "gone", "", Stage.P2D, 0, 1, CookieSelector(1)), 0.0)
+    ledger.enter(TransferHint("adopted", "gone", "b", Stage.P2D, 0, 1, CookieSelector(1)), 0.0)
+    told = list(ledger.alive(0.0))
+    assert [type(h).__name__ for h in told] == ["RequestHint", "BatchHint", "ProgressHint", "TransferHint"]
+    assert isinstance(told[1], BatchHint)
+    assert told[1].request_ids == ["r"]
+    assert isinstance(told[3], TransferHint)
+    assert (told[3].id, told[3].request_id, told[3].batch_id) == ("adopted", "", "b")
