@@ -7,9 +7,13 @@ command's module is imported when it is used.
 
 from __future__ import annotations
 
+import os
+
 
 def main() -> None:
     """Entry point of ``mfsctl``; exits with one of `mfsd.cli.errors.Exit`."""
+    # gRPC tells its own story on stderr ("Got goaway ...") otherwise; errors reach people through errors.py.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from mfsd.cli.app import mfsctl  # noqa: PLC0415 - importing mfsd.cli must not cost more than its name
 
     mfsctl(prog_name="mfsctl")

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor in namespaces with something to find, and on made-up /proc and /sys."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import os
+import platform
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+from ctl import run
+
+from mfsd import doctor
+from mfsd.config import Config, DaemonConfig, DeviceConfig
+from mfsd.datapath import statefile
+from mfsd.datapath.attach import TCX_EGRESS, HookUser, attach
+from mfsd.datapath.enforcer import DeviceEnforcer
+from mfsd.datapath.libbpf import BpfObject, LibbpfCalls, LibbpfLoader, object_path
+from mfsd.datapath.statefile import Owner
+from mfsd.doctor import Context, Finding, Severity, checkup, device, host, kernel, leftovers, loaders, tcp
+from mfsd.ladder import BandPlan
+from mfsd.model import Rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from namespaces import NetnsPair
+
+netns = pytest.mark.netns
+
+
+def only(findings: Iterable[Finding]) -> Finding:
+    (found,) = findings
+    return found
+
+
+def config(tmp_path: Path, *devices: DeviceConfig) -> Config:
+    return Config(daemon=DaemonConfig(socket=tmp_path / "s", state_dir=tmp_path / "state"), device=devices)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    """An empty machine."""
+    return Context((), config(tmp_path), tmp_path)
+
+
+def put(context: Context, path: str, text: str) -> None:
+    target = context.root / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text + "\n")
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def test_all_of_it_on_this_machine(tmp_path: Path) -> None:
+    """Nothing trips, everything is worded, ids are unique."""
+    findings = doctor.run((), config(tmp_path))
+    assert len(findings) > 12
+    assert not [f for f in findings if f.id.startswith("doctor.")]
+    ids = [f.id for f in findings]
+    assert len(set(ids)) == len(ids)
+    for f in findings:
+        assert f.title
+        assert f.severity is Severity.OK or f.meaning or f.detail, f
+        assert f.severity not in (Severity.WARN, Severity.FAIL) or (f.meaning and f.fix), f
+
+
+@pytest.mark.parametrize(("release", "severity"), [("5.10.0-8-amd64", Severity.FAIL), ("6.1.0-18", Severity.OK)])
+def test_kernel_version(context: Context, monkeypatch: pytest.MonkeyPatch, release: str, severity: Severity) -> None:
+    monkeypatch.setattr(platform, "release", lambda: release)
+    assert only(kernel.version(context)).severity is severity
+
+
+@pytest.mark.parametrize(
+    ("text", "severity", "words"),
+    [
+        (
+            "CONFIG_NET_SCHED=y\nCONFIG_NET_SCH_HTB=y\n# CONFIG_NET_SCH_PRIO is not set\n",
+            Severity.OK,
+            "htb yes, prio no",
+        ),
+        (
+            "CONFIG_NET_SCH_INGRESS=y\nCONFIG_NET_SCH_PRIO=n\n",
+            Severity.FAIL,
+            "htb no, prio no, tbf no, drr no, clsact yes",
+        ),
+        ("CONFIG_NET_SCH_HTB=m\n", Severity.OK, "htb yes, prio no"),
+    ],
+)
+def test_qdiscs_of_a_kernel_configuration(
+    context: Context, monkeypatch: pytest.MonkeyPatch, text: str, severity: Severity, words: str
+) -> None:
+    asked: list[str] = []
+
+    def loadable(module: str) -> bool:
+        asked.append(module)
+        return True
+
+    monkeypatch.setattr(kernel, "loadable", loadable)
+    (context.root / "proc").mkdir()
+    (context.root / "proc/config.gz").write_bytes(gzip.compress(text.encode()))
+    found = only(kernel.qdiscs(context))
+    assert found.severity is severity
+    assert words in found.detail
+    assert asked == (["sch_htb"] if "=m" in text else [])
+
+
+@netns
+@pytest.mark.usefixtures("netns_pair")  # for its skip and its check that nothing is left
+def test_qdiscs_by_asking_the_kernel(context: Context) -> None:
+    """Without a configuration to read; agrees with the configuration of this kernel, where it has one."""
+    real = kernel.config_text(dataclasses.replace(context, root=type(context.root)("/")))
+    assert kernel.config_text(context) is None
+    asked = {kind: kernel.has_qdisc(kind, None) for kind in ("htb", "prio", "tbf")}
+    assert set(asked.values()) <= {True, False}
+    if real is not None:
+        assert asked == {kind: kernel.has_qdisc(kind, real) for kind in asked}
+
+
+@pytest.mark.parametrize(("value", "severity"), [("0", Severity.WARN), ("1", Severity.OK), (None, Severity.INFO)])
+def test_jit(context: Context, value: str | None, severity: Severity) -> None:
+    if value is not None:
+        put(context, "proc/sys/net/core/bpf_jit_enable", value)
+    assert only(kernel.jit(context)).severity is severity
+
+
+def test_capabilities(context: Context) -> None:
+    for mask, severity in ((0, Severity.WARN), (1 << 12 | 1 << 39, Severity.INFO), (0x1FFFFFFFFFF, Severity.OK)):
+        put(context, "proc/self/status", f"Name:\tx\nCapEff:\t{mask:016x}\nCapBnd:\t0")
+        found = only(loaders.capabilities(context))
+        assert found.severity is severity
+        assert ("CAP_BPF" in found.detail) == bool(mask)
+    put(context, "proc/self/status", f"CapEff:\t{1 << 12 | 1 << 21:016x}")  # CAP_SYS_ADMIN stands in for CAP_BPF
+    assert only(loaders.capabilities(context)).severity is Severity.INFO
+
+
+def test_rdma(context: Context) -> None:
+    assert only(host.rdma(context)).severity is Severity.OK
+    base = "sys/class/infiniband/mlx5_0/"
+    put(context, base + "ports/1/gid_attrs/ndevs/0", "eth7")
+    (context.root / base / "device/net/eth8").mkdir(parents=True)
+    (context.root / "sys/class/infiniband/rxe0").mkdir()
+    found = only(host.rdma(context))
+    assert found.severity is Severity.INFO
+    assert found.detail == "mlx5_0 (eth7, eth8); rxe0 (no netdev, in software)"
+    shared = only(host.rdma(dataclasses.replace(context, devices=("eth8", "eth0"))))
+    assert shared.severity is Severity.WARN
+    assert "eth8" in shared.title
+    assert "eth0" not in shared.title
+
+
+def test_tcp(context: Context) -> None:
+    ipv4 = "proc/sys/net/ipv4/"
+    for name, value in (("tcp_sack", "1"), ("tcp_recovery", "1"), ("tcp_early_retrans", "3")):
+        put(context, ipv4 + name, value)
+    assert only(tcp.recovery(context)).severity is Severity.OK
+    put(context, ipv4 + "tcp_sack", "0")
+    found = only(tcp.recovery(context))
+    assert found.severity is Severity.WARN
+    assert found.fix == "sysctl -w net.ipv4.tcp_sack=1"
+    for value, severity in (("cubic", Severity.OK), ("bbr", Severity.INFO)):
+        put(context, ipv4 + "tcp_congestion_control", value)
+        assert only(tcp.congestion_control(context)).severity is severity
+
+
+@netns
+def test_rto_min(context: Context, netns_pair: NetnsPair) -> None:
+    def look() -> Finding:
+        return only(tcp.rto_min(context))
+
+    assert netns_pair.call(netns_pair.a, look).severity is Severity.INFO
+    netns_pair.run(netns_pair.a, "ip route add 10.99.0.0/16 via 10.77.0.2 rto_min 10ms")
+    found = netns_pair.call(netns_pair.a, look)
+    assert found.severity is Severity.OK
+    assert "routes: 10 ms" in found.detail
+    put(context, "proc/sys/net/ipv4/tcp_rto_min_us", "5000")
+    assert "5 ms" in netns_pair.call(netns_pair.b, look).detail
+
+
+def test_a_check_that_trips_does_not_hide_the_others(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Context) -> Iterable[Finding]:
+        raise RuntimeError("unforeseen")
+
+    def refused(_: Context) -> Iterable[Finding]:
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr(checkup, "CHECKS", (broken, refused, kernel.version))
+    found = doctor.examine(context)
+    assert [f.severity for f in found[:3]] == [Severity.WARN, Severity.INFO, Severity.OK]
+    assert "unforeseen" in found[0].detail
+    assert found[3].id == "device.none"
+
+
+# --- what a daemon has left -------------------------------------------------------------------------------------------
+
+
+@netns
+def test_leftovers(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(tmp_path)
+    context = Context(("v0",), cfg)
+    assert only(leftovers.notes(context)).severity is Severity.OK
+    bands = BandPlan.build(2, default_after=1, lanes=2)
+
+    def at_home(function: Callable[[], Iterable[Finding]]) -> Finding:
+        return netns_pair.call(netns_pair.a, lambda: only(function()))
+
+    def apply() -> None:
+        with DeviceEnforcer("v0", bands, "htb", Rate.parse("1gbit"), cfg.daemon.state_dir) as enforcer:
+            enforcer.apply()
+
+    netns_pair.call(netns_pair.a, apply)
+    assert only(leftovers.notes(context)).title == "A running daemon has v0"
+    assert at_home(lambda: device.qdisc(context, "v0")).severity is Severity.OK
+    with monkeypatch.context() as m:
+        m.setattr(Owner, "alive", property(lambda _: False))
+        found = only(leftovers.notes(context))
+    assert found.severity is Severity.WARN
+    assert "mfsctl restore" in found.fix
+    note = statefile.path_of(cfg.daemon.state_dir, "v0")
+    text = note.read_text()
+    note.write_text("{")
+    assert only(leftovers.notes(context)).severity is Severity.FAIL
+    note.unlink()
+    lost = at_home(lambda: device.qdisc(context, "v0"))
+    assert lost.severity is Severity.FAIL
+    assert "tc qdisc del dev v0 root" in lost.fix
+    note.write_text(text)
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def on_v0(pair: NetnsPair, context: Context, check: Callable[[Context, str], Iterable[Finding]]) -> Finding:
+    return pair.call(pair.a, lambda: only(check(context, "v0")))
+
+
+@netns
+def test_a_plain_veth(tmp_path: Path, netns_pair: NetnsPair) -> None:
+    cfg = config(tmp_path, DeviceConfig(name="v0"), DeviceConfig(name="absent"))
+    found = {f.id: f for f in netns_pair.call(netns_pair.a, lambda: doctor.run((), cfg))}
+    assert found["device.exists:v0"].severity is Severity.OK
+    assert found["device.exists:absent"].severity is Severity.FAIL
+    assert not [i for i in found if i.endswith(":absent") and not i.startswith("device.exists")]
+    assert "4 transmit queues" in found["device.queues:v0"].title
+    assert found["device.speed:v0"].severity is Severity.WARN  # a veth's speed is made up
+    assert found["device.qdisc:v0"].severity is Severity.OK
+    assert found["device.hooks:v0"].severity is Severity.OK
+    assert "tx-tcp-segmentation" in found["device.offloads:v0"].detail
+    assert "device.bql:v0" not in found
+    assert found["host.containers"].severity is Severity.INFO
+    netns_pair.run(netns_pair.a, "ip link set v0 down")
+    context = Context(("v0",), cfg)
+    assert on_v0(netns_pair, context, device.exists).severity is Severity.WARN
+
+
+@netns
+def test_a_rate_is_known_or_not(tmp_path: Path, netns_pair: NetnsPair) -> None:
+    cfg = config(tmp_path, DeviceConfig(name="v0", rate=Rate.parse("1gbit")))
+    assert on_v0(netns_pair, Context(("v0",), cfg), device.speed).severity is Severity.OK
+    assert on_v0(netns_pair, Context(("v0",), config(tmp_path)), device.speed).severity is Severity.INFO
+
+
+@netns
+def test_a_root_that_cannot_be_put_back(tmp_path: Path, netns_pair: NetnsPair) -> None:
+    netns_pair.run(
+        netns_pair.a,
+        "tc qdisc add dev v0 root handle 1: htb default 1; tc class add dev v0 parent 1: classid 1:1 htb rate 1gbit;"
+        "tc filter add dev v0 parent 1: protocol ip u32 match u32 0 0 flowid 1:1",
+    )
+    found = on_v0(netns_pair, Context(("v0",), config(tmp_path)), device.qdisc)
+    assert found.severity is Severity.FAIL
+    assert "filters" in found.detail
+    netns_pair.run(netns_pair.a, "tc filter del dev v0 parent 1:")
+    assert on_v0(netns_pair, Context(("v0",), config(tmp_path)), device.qdisc).severity is Severity.OK
+
+
+@netns
+@pytest.mark.bpf
+def test_foreign_programs(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context(("v0",), config(tmp_path))
+    calls = LibbpfCalls()
+
+    def hang_tcx(name: str) -> int:
+        with BpfObject(object_path("empty")) as obj:
+            obj.load()
+            fd = obj.program_fd(name)
+        try:
+            return netns_pair.call(
+                netns_pair.a, lambda: calls.link_create(fd, device.read_device("v0").ifindex, TCX_EGRESS, 0)
+            )
+        finally:
+            os.close(fd)
+
+    netns_pair.run(netns_pair.a, "tc qdisc add dev v0 clsact")
+    assert on_v0(netns_pair, context, device.hooks).severity is Severity.OK  # an empty clsact hurts nobody
+    netns_pair.run(netns_pair.a, "tc filter add dev v0 egress prio 7 protocol ip u32 match u32 0 0 flowid 1:1")
+    found = on_v0(netns_pair, context, device.hooks)
+    assert found.severity is Severity.INFO
+    assert "u32 filter (clsact, priority 7)" in found.detail
+    netns_pair.run(netns_pair.a, "tc qdisc del dev v0 clsact")
+    link = hang_tcx("mfsd_empty")
+    try:
+        found = on_v0(netns_pair, context, device.hooks)
+        assert "mfsd_empty" in found.detail
+        assert "tcx" in found.detail
+        assert "Cilium" not in found.title
+        monkeypatch.setattr(LibbpfCalls, "prog_info", lambda _self, _id: ("cil_to_netdev", 3))
+        assert "Cilium" in on_v0(netns_pair, context, device.hooks).title
+    finally:
+        os.close(link)
+
+
+@netns
+@pytest.mark.bpf
+def test_our_own_classifier_is_nobody_else(tmp_path: Path, netns_pair: NetnsPair) -> None:
+    context = Context(("v0",), config(tmp_path))
+    with LibbpfLoader().open_classifier(16) as classifier:
+        for method in ("tcx", "clsact"):
+
+            def look(method: str = method) -> Finding:
+                index = device.read_device("v0").ifindex
+                with attach(classifier, index, method):  # type: ignore[arg-type]
+                    return only(device.hooks(context, "v0"))
+
+            assert netns_pair.call(netns_pair.a, look).severity is Severity.OK
+
+
+def test_cilium_with_its_bandwidth_manager(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This kernel has no fq, so what is at the root is made up here."""
+    user = HookUser("tcx", "cil_to_netdev", "bpf", 5)
+    monkeypatch.setattr(device, "hook_users", lambda _calls, _index: [user])
+    roots = [SimpleNamespace(kind="mq"), SimpleNamespace(kind="fq")]
+    monkeypatch.setattr(device, "read_tree", lambda _sock, _index: (roots, []))
+    found = only(device.hooks(context, "lo"))
+    assert found.severity is Severity.WARN
+    assert "bandwidth manager" in found.title
+
+
+# --- mfsctl doctor ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path) -> None:
+    conf = tmp_path / "c.toml"
+    conf.write_text(f'[daemon]\nsocket = "{tmp_path}/s"\nstate_dir = "{tmp_path}"\n')
+    good = run("doctor", "--device", "lo", "--config", str(conf))
+    assert good.code == 0, good.out
+    assert "0 fail" in good.out
+    assert max(map(len, good.out.splitlines())) < 100
+    assert len(run("doctor", "--device", "lo", "--config", str(conf), "--all").out) > len(good.out)
+    bad = run("doctor", "--device", "mfsd-none", "--config", str(conf), "--json")
+    assert bad.code == 1
+    found = {f["id"]: f for f in bad.json["findings"]}
+    assert found["device.exists:mfsd-none"]["severity"] == "fail"
+    assert set(found["kernel.version"]) == {"id", "severity", "title", "detail", "meaning", "fix"}
+    assert run("doctor", "--config", str(tmp_path / "absent.toml")).code == 1
+    conf.write_text("[daemon]\nslots = 3\n")
+    assert "daemon.slots" in run("doctor", "--config", str(conf)).err

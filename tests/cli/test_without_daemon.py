@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""plan and restore where no daemon runs, on a device of a namespace; then everything against a real daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from ctl import Ran, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from namespaces import NetnsPair
+
+pytestmark = pytest.mark.netns
+NOWHERE = "/nonexistent/mfsd.sock"
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    path = tmp_path / "mfsd.toml"
+    path.write_text(
+        f'[daemon]\nsocket = "{tmp_path}/s"\nstate_dir = "{tmp_path}/state"\n'
+        '[bands]\nlanes = 4\n[[device]]\nname = "v0"\nrate = "1gbit"\n'
+    )
+    return path
+
+
+def inside(pair: NetnsPair, *args: str) -> Ran:
+    return pair.call(pair.a, lambda: run(*args))
+
+
+def test_plan_from_the_configuration(netns_pair: NetnsPair, conf: Path) -> None:
+    before = netns_pair.run(netns_pair.a, "tc qdisc show; tc class show dev v0")
+    ran = inside(netns_pair, "plan", "--config", str(conf))
+    assert ran.code == 0, ran.err
+    assert "htb, because a rate is given (1gbit)" in ran.out
+    assert "tc qdisc replace dev v0 root handle 6d66:" in ran.out
+    assert "tc qdisc del dev v0 root" in ran.out
+    assert max(map(len, ran.out.splitlines())) < 100
+    made = inside(netns_pair, "plan", "v0", "--config", str(conf), "--json").json["devices"][0]
+    assert (made["device"], made["backend"], made["refusals"]) == ("v0", "htb", [])
+    assert not any(step["done"] for step in made["steps"])
+    assert netns_pair.run(netns_pair.a, "tc qdisc show; tc class show dev v0") == before
+    # Every command that is shown is one that a shell takes, and together they make what mfsd makes.
+    commands = "\n".join(step["command"] for step in made["steps"])
+    netns_pair.run(netns_pair.a, commands)
+    assert "htb 6d66:" in netns_pair.run(netns_pair.a, "tc qdisc show dev v0")
+
+
+def test_plan_that_is_refused(netns_pair: NetnsPair, conf: Path) -> None:
+    netns_pair.run(netns_pair.a, "ip link set v0 down")
+    ran = inside(netns_pair, "--socket", NOWHERE, "plan", "--config", str(conf))
+    assert ran.code == 1
+    assert "v0 is down" in ran.out.replace("\n", " ")
+    absent = inside(netns_pair, "plan", "other", "--config", str(conf))
+    assert absent.code == 1
+    assert absent.err == "mfsctl: no device 'other' is configured; configured: v0\n"
+    missing = inside(netns_pair, "plan", "--config", str(conf.parent / "none.toml"))
+    assert missing.code == 1
+    assert "--config" in missing.err
+
+
+def test_nothing_to_restore(netns_pair: NetnsPair, conf: Path, tmp_path: Path) -> None:
+    ran = inside(netns_pair, "--socket", NOWHERE, "restore", "--config", str(conf))
+    assert ran.code == 0
+    assert ran.out == "nothing to restore\n"
+    named = inside(netns_pair, "restore", "v0", "--state-dir", str(tmp_path))
+    assert named.code == 1
+    assert "nothing to put back" in named.err
+
+
+@contextlib.contextmanager
+def daemon(pair: NetnsPair, conf: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A real mfsd in namespace a; killed in the end if it still runs."""
+    argv = ["ip", "netns", "exec", pair.a, sys.executable, "-m", "mfsd.daemon", "--config", str(conf)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            end = time.monotonic() + 30
+            while run("--socket", str(conf.parent / "s"), "status").code:
+                assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+                assert time.monotonic() < end, "the daemon does not answer"
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.bpf
+def test_a_real_daemon(netns_pair: NetnsPair, conf: Path) -> None:
+    def ctl(*args: str) -> Ran:
+        return run("--socket", str(conf.parent / "s"), *args)
+
+    found = netns_pair.run(netns_pair.a, "tc qdisc show dev v0")
+    with daemon(netns_pair, conf) as process:
+        assert ctl("status", "--json").json["mode"] == "MODE_OBSERVE"
+        assert [d["device"] for d in ctl("plan", "--json").json["devices"]] == ["v0"]
+        assert ctl("enforce").out.startswith("mode: enforce\n")
+        device = ctl("status", "--json").json["devices"][0]
+        assert (device["name"], device["backend"], device["attach"]) == ("v0", "htb", "tcx")
+        assert "htb 6d66:" in netns_pair.run(netns_pair.a, "tc qdisc show dev v0")
+        assert ctl("pause", "--json").json["paused"] is True
+        assert ctl("resume", "--json").json["paused"] is False
+        assert ctl("hint", "request", "r1", "--ttft-left", "60s", "--ttl", "60s").code == 0
+        to = ("--from", "10.77.0.1:5000", "--to", "10.77.0.2:6000")
+        sent = ctl("hint", "transfer", "t1", "--request", "r1", "--stage", "p2d", "--bytes", "10MB", *to)
+        assert sent.code == 0, sent.err
+        (transfer,) = ctl("transfers", "--json").json["transfers"]
+        assert (transfer["id"], transfer["bytes"], transfer["slot"]) == ("t1", "10000000", 0)
+        (connection,) = ctl("connections", "--json").json["connections"]
+        assert connection["endpoints"] == "10.77.0.1:5000 -> 10.77.0.2:6000"
+        assert ctl("explain", "t1").code == ctl("explain", "--slot", "0").code == 0
+        assert ctl("explain", "nobody").code == 1
+        wrong = ctl("hint", "transfer", "t2", "--request", "r1", "--stage", "p2d", "--bytes", "-1", *to)
+        assert wrong.code == 1
+        assert "transfer.bytes" in wrong.err
+        assert ctl("hint", "cancel", "request", "r1").code == 0
+        assert ctl("transfers").out == "no transfers\n"
+        assert ctl("watch", "--count", "2", "--interval", "100ms").code == 0
+        # A device that is not configured is not found; a doctor finds the running daemon.
+        assert ctl("plan", "other").code == 1
+        checked = inside(netns_pair, "doctor", "--config", str(conf), "--json")
+        ids = {f["id"]: f["severity"] for f in checked.json["findings"]}
+        assert (ids["state.socket"], ids["state.notes:v0"], ids["device.hooks:v0"]) == ("ok", "ok", "ok")
+        # While it lives its devices are its own.
+        taken = inside(netns_pair, "restore", "--state-dir", str(conf.parent / "state"))
+        assert taken.code == 1
+        assert "belongs to a running mfsd" in taken.err
+
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert ctl("status").code == 3
+        assert "nobody listens" in ctl("status").err
+        checked = inside(netns_pair, "doctor", "--config", str(conf), "--json")
+        ids = {f["id"]: f["severity"] for f in checked.json["findings"]}
+        assert (ids["state.socket"], ids["state.notes:v0"]) == ("info", "warn")
+    assert "htb 6d66:" in netns_pair.run(netns_pair.a, "tc qdisc show dev v0")
+    back = inside(netns_pair, "--socket", str(conf.parent / "s"), "restore", "--config", str(conf))
+    assert back.code == 0, back.err
+    assert back.out == "v0: as it was found\n"
+    assert netns_pair.run(netns_pair.a, "tc qdisc show dev v0") == found
+
+
+@pytest.mark.bpf
+def test_restore_by_the_daemon(netns_pair: NetnsPair, conf: Path) -> None:
+    found = netns_pair.run(netns_pair.a, "tc qdisc show dev v0")
+    with daemon(netns_pair, conf) as process:
+        socket = ("--socket", str(conf.parent / "s"))
+        assert run(*socket, "enforce").code == 0
+        assert run(*socket, "restore", "v0").out == "v0: as it was found\n"
+        assert netns_pair.run(netns_pair.a, "tc qdisc show dev v0") == found
+        assert run(*socket, "status", "--json").json["mode"] == "MODE_OBSERVE"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert not (conf.parent / "s").exists()
