@@ -17,6 +17,7 @@ from mfsd import doctor
 from mfsd.config import Config, DaemonConfig, DeviceConfig
 from mfsd.datapath import statefile
 from mfsd.datapath.attach import TCX_EGRESS, HookUser, attach
+from mfsd.datapath.device import read_device
 from mfsd.datapath.enforcer import DeviceEnforcer
 from mfsd.datapath.libbpf import BpfObject, LibbpfCalls, LibbpfLoader, object_path
 from mfsd.datapath.statefile import Owner
@@ -291,7 +292,7 @@ def test_foreign_programs(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: py
             fd = obj.program_fd(name)
         try:
             return netns_pair.call(
-                netns_pair.a, lambda: calls.link_create(fd, device.read_device("v0").ifindex, TCX_EGRESS, 0)
+                netns_pair.a, lambda: calls.link_create(fd, read_device("v0").ifindex, TCX_EGRESS, 0)
             )
         finally:
             os.close(fd)
@@ -323,7 +324,7 @@ def test_our_own_classifier_is_nobody_else(tmp_path: Path, netns_pair: NetnsPair
         for method in ("tcx", "clsact"):
 
             def look(method: str = method) -> Finding:
-                index = device.read_device("v0").ifindex
+                index = read_device("v0").ifindex
                 with attach(classifier, index, method):  # type: ignore[arg-type]
                     return only(device.hooks(context, "v0"))
 
