@@ -275,6 +275,7 @@ class Link:
             self._changed.wait_for(lambda: stream.epoch or stream.over)
             if not stream.ended():
                 self._catch_up(stream.epoch)
+                self._changed.notify_all()
         while True:
             with self._changed:
                 self._changed.wait_for(
