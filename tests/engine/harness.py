@@ -117,7 +117,7 @@ class Host:
         floors: tuple[float, ...] = (),
     ) -> None:
         self.now = 1000.0
-        chosen = make_policy(policy, 5, {})
+        chosen = make_policy(policy, 5, {"kv": "rli"} if policy == "deadline-ladder" else {})
         self.bands = BandPlan.build(5, default_after=chosen.default_after, lanes=lanes, level_floors=floors)
         self.table = FlowTable(memory_rows(slots))
         self.keys = MemoryKeys()

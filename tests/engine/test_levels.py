@@ -37,8 +37,8 @@ def test_the_most_urgent_transfer_of_a_shared_connection_decides() -> None:
     h = Host()
     s = h.socket(1)
     h.request("loose", 100.0)
-    h.request("tight", 0.02)
-    h.transfer("a", s, 1_000_000, request="loose")
+    h.request("tight", 0.01)
+    h.transfer("a", s, 100_000, request="loose")
     h.tick()
     assert h.band(s) == "level 4"
     h.transfer("b", s, 1000, request="tight")
