@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pyroute2.netlink.exceptions import NetlinkError
 
 from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
 from mfsd.compose import bands_of, policy_of
 from mfsd.config import Config, ConfigError, load
 from mfsd.datapath import statefile
+from mfsd.datapath.attach import hook_users, remove_leftover
 from mfsd.datapath.enforcer import DeviceEnforcer, restore_all
+from mfsd.datapath.libbpf import LibbpfCalls
 from mfsd.datapath.loader import DatapathError
 from mfsd.v1 import control_pb2 as pb
 
@@ -63,6 +68,20 @@ def _device_plan(device: DeviceConfig, bands: BandPlan, state_dir: Path) -> pb.D
     )
 
 
+def _take_off_classifier(name: str) -> list[str]:
+    """Remove a clsact filter of a killed daemon, and clsact if nobody else uses it. TCX links go by themselves."""
+    try:
+        index = socket.if_nametoindex(name)
+    except OSError:
+        return []  # the device has gone, and all that hung on it
+    try:
+        if any(u.ours and u.hook == "clsact" for u in hook_users(LibbpfCalls(), index)):
+            remove_leftover(index, delete_empty_qdisc=True)
+    except (DatapathError, NetlinkError, OSError) as e:
+        return [f"{name}: its classifier is still there, without effect: {e}"]
+    return []
+
+
 def restore(state_dir: Path, device: str) -> pb.RestoreReply:
     """Put back what a killed daemon has left. Raises CliError."""
     try:
@@ -70,6 +89,9 @@ def restore(state_dir: Path, device: str) -> pb.RestoreReply:
         results = restore_all(state_dir, device or None) if noted or device else {}
     except PermissionError as e:
         raise NotPermittedError(f"can't read {e.filename or state_dir}; run mfsctl as root") from None
+    for name, found in results.items():
+        if not found:
+            results[name] = _take_off_classifier(name)
     problems = [p for found in results.values() for p in found]
     if any("Operation not permitted" in p for p in problems):
         raise NotPermittedError("putting qdiscs back needs CAP_NET_ADMIN; run mfsctl as root")

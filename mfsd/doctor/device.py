@@ -16,6 +16,7 @@ from mfsd.datapath.libbpf import LibbpfCalls
 from mfsd.datapath.snapshot import capture, obstacles, read_tree, root_of
 from mfsd.datapath.tree import is_ours
 from mfsd.doctor.finding import Finding, Severity
+from mfsd.doctor.leftovers import answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -294,6 +295,24 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
     )
 
 
+def leftover(context: Context, name: str) -> Iterator[Finding]:
+    """A classifier on clsact outlives a daemon that was killed."""
+    try:
+        ours = [u for u in hook_users(LibbpfCalls(), read_device(name).ifindex) if u.ours and u.hook == "clsact"]
+    except OSError:
+        return  # `hooks` says so
+    state = statefile.load(context.config.daemon.state_dir, name)
+    if ours and (state is None or not state.owner.alive) and not answers(context.config.daemon.socket):
+        yield Finding(
+            f"device.leftover:{name}",
+            Severity.INFO,
+            f"A classifier that nobody feeds hangs on {name}",
+            ", ".join(_describe(u) for u in ours),
+            "without signs of life from a daemon it leaves all packets alone; the next start of mfsd replaces it",
+            f"start mfsd, or mfsctl restore, or: tc filter del dev {name} egress prio 1",
+        )
+
+
 def _owner(user: HookUser) -> str:
     return next((who for prefix, who in KNOWN.items() if user.name.startswith(prefix)), "")
 
@@ -304,4 +323,4 @@ def _describe(user: HookUser) -> str:
     return f"{what} ({where}{f', program {user.prog_id}' if user.prog_id else ''})"
 
 
-CHECKS: Final[tuple[DeviceCheck, ...]] = (link_type, queues, speed, qdisc, offloads, htb_offload, bql, hooks)
+CHECKS: Final[tuple[DeviceCheck, ...]] = (link_type, queues, speed, qdisc, offloads, htb_offload, bql, hooks, leftover)

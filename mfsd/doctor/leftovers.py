@@ -13,6 +13,7 @@ from mfsd.doctor.finding import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mfsd.doctor.finding import Check, Context
 
@@ -53,15 +54,24 @@ def notes(context: Context) -> Iterator[Finding]:
             )
 
 
+def answers(path: Path) -> bool:
+    """Somebody listens on this socket."""
+    return _knock(path) == 0
+
+
+def _knock(path: Path) -> int:
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(3)
+        return s.connect_ex(str(path))
+
+
 def stale_socket(context: Context) -> Iterator[Finding]:
     """A socket file without a daemon."""
     path = context.config.daemon.socket
     if not path.exists():
         yield Finding("state.socket", Severity.INFO, "mfsd is not running", f"there is no socket {path}")
         return
-    with socket.socket(socket.AF_UNIX) as s:
-        s.settimeout(3)
-        code = s.connect_ex(str(path))
+    code = _knock(path)
     if code == 0:
         yield Finding("state.socket", Severity.OK, "mfsd is running", f"{path} answers")
     elif code == errno.ECONNREFUSED:

@@ -150,6 +150,24 @@ def test_a_real_daemon(netns_pair: NetnsPair, conf: Path) -> None:
 
 
 @pytest.mark.bpf
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_classifier_on_clsact_goes_with_restore(netns_pair: NetnsPair, conf: Path, *, foreign: bool) -> None:
+    """Unlike one on TCX it outlives its daemon. clsact stays if somebody else has a filter there."""
+    conf.write_text(conf.read_text().replace("[daemon]", '[daemon]\nattach = "clsact"\nmode = "enforce"'))
+    with daemon(netns_pair, conf) as process:
+        if foreign:
+            netns_pair.run(netns_pair.a, "tc filter add dev v0 ingress protocol ip u32 match u32 0 0 flowid 1:1")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert "mfsd" in netns_pair.run(netns_pair.a, "tc filter show dev v0 egress")
+    found = {f["id"]: f for f in inside(netns_pair, "doctor", "--config", str(conf), "--json").json["findings"]}
+    assert "mfsctl restore" in found["device.leftover:v0"]["fix"]
+    assert inside(netns_pair, "--socket", NOWHERE, "restore", "--config", str(conf)).code == 0
+    assert netns_pair.run(netns_pair.a, "tc filter show dev v0 egress") == ""
+    assert ("clsact" in netns_pair.run(netns_pair.a, "tc qdisc show dev v0")) == foreign
+
+
+@pytest.mark.bpf
 def test_restore_by_the_daemon(netns_pair: NetnsPair, conf: Path) -> None:
     found = netns_pair.run(netns_pair.a, "tc qdisc show dev v0")
     with daemon(netns_pair, conf) as process:
