@@ -43,9 +43,9 @@ _SENDING: Final = (
 """States in which a socket has, or may yet get, bytes to send. FIN_WAIT2 and TIME_WAIT only acknowledge."""
 _PROGRESS: Final = _SENDING | 1 << inetdiag.FIN_WAIT2
 
-_FILTERS_PER_DUMP: Final = 64
+_FILTERS_PER_DUMP: Final = 256
 """The kernel checks a filter program in time quadratic in its length, and runs it for every socket; with more rules
-than this it is cheaper to get all sockets."""
+than this it is cheaper to get all sockets, unless most rules name the same peer."""
 _BOUND_MAX: Final = 65536
 
 
