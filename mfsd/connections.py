@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from mfsd.ladder import BandPlan
 
 IPPROTO_TCP: Final = 6
+LOCATE_S: Final = 1.0
+"""A cookie that no socket has for so long is reported as gone."""
+LOCATE_RETRY_S: Final = 0.1
 OVERHEAD_V4: Final = 14 + 20 + 32
 """Wire bytes per segment that are not payload: Ethernet, IPv4, TCP with timestamps."""
 OVERHEAD_V6: Final = 14 + 40 + 32
@@ -95,6 +98,14 @@ class Position:
     written: float
 
 
+@dataclass(slots=True)
+class _Search:
+    """The search for the socket of a cookie."""
+
+    next_try: float = 0.0
+    give_up: float = INF
+
+
 class Connections:
     """Registry of connections, and their keys, lanes and offsets."""
 
@@ -115,7 +126,7 @@ class Connections:
         self._by_cookie: dict[int, Connection] = {}
         self._by_tuple: dict[Endpoints, Connection] = {}
         self._cache: dict[Selector, list[Connection]] = {}
-        self.unlocated: set[Connection] = set()
+        self.unlocated: dict[Connection, _Search] = {}
         """Known by cookie only; their endpoints are looked up at the next tick, all in one dump."""
         self._peers: dict[object, int] = {}
         self._lane_users = np.zeros(max(b.lanes for b in bands.level_bands), dtype=np.int64)
@@ -180,19 +191,26 @@ class Connections:
             for conn in conns:
                 conn.selectors.add(selector)
 
-    def locate(self) -> list[Connection]:
-        """Find the endpoints of connections known by cookie only. Returns those whose socket does not exist."""
-        if not self.unlocated:
+    def locate(self, now: float) -> list[Connection]:
+        """Find the endpoints of connections known by cookie only.
+
+        Returns those whose socket does not show up for LOCATE_S: inet_diag lists a TCP socket from its connect on, so a
+        hint may be earlier than its socket.
+        """
+        wanted = [c for c, search in self.unlocated.items() if now >= search.next_try]
+        if not wanted:
             return []
-        wanted = list(self.unlocated)
-        self.unlocated.clear()
         gone = []
-        for conn, sockets in zip(
-            wanted, self.resolver.resolve_many([CookieSelector(c.cookie) for c in wanted]), strict=True
-        ):
+        found = self.resolver.resolve_many([CookieSelector(c.cookie) for c in wanted])
+        for conn, sockets in zip(wanted, found, strict=True):
             if sockets:
+                del self.unlocated[conn]
                 self._set_endpoints(conn, sockets[0].endpoints)
-            else:
+                continue
+            search = self.unlocated[conn]
+            search.give_up = min(search.give_up, now + LOCATE_S)
+            search.next_try = now + LOCATE_RETRY_S
+            if now >= search.give_up:
                 gone.append(conn)
         return gone
 
@@ -238,7 +256,7 @@ class Connections:
             self._by_cookie[cookie] = conn
             self.keys.add_cookie(cookie, slot)
             if endpoints is None:
-                self.unlocated.add(conn)
+                self.unlocated[conn] = _Search()
         elif endpoints is not None:
             self._by_tuple[endpoints] = conn
             self.keys.add_tuple(endpoints, slot)
@@ -280,7 +298,7 @@ class Connections:
         if conn.endpoints is not None and self._by_tuple.get(conn.endpoints) is conn:
             self.keys.delete_tuple(conn.endpoints)
             del self._by_tuple[conn.endpoints]
-        self.unlocated.discard(conn)
+        self.unlocated.pop(conn, None)
         self.rest_since[conn.slot] = INF
         self.table.give_back(conn.slot)
         self._lane_users[conn.lane] -= 1

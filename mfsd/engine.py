@@ -25,7 +25,10 @@ SWEEP_S: Final = 1.0
 """How often idle connections are checked for sockets that are gone."""
 SWEEP_BATCH: Final = 256
 PENDING_S: Final = 0.02
-"""How often selectors without a socket are tried again."""
+"""How often selectors without a socket are tried again while one of them is young."""
+PENDING_YOUNG_S: Final = 1.0
+PENDING_OLD_S: Final = 0.25
+"""How often when all are older: a look at all sockets of a busy host takes milliseconds."""
 LINGER_S: Final = 5.0
 """A connection without transfers keeps its slot this long, since the next transfer usually follows."""
 
@@ -33,7 +36,7 @@ LINGER_S: Final = 5.0
 class Engine(Ledger):
     """The ledger with a sense of time, and what operators may ask of it."""
 
-    _next_house = _next_pending = _next_sweep = 0.0
+    _next_house = _next_sweep = 0.0
     _sweep_from = 0
 
     # --- time ---------------------------------------------------------------------------------------------------------
@@ -54,9 +57,10 @@ class Engine(Ledger):
             self.end_session(session)
         self._dead.clear()
         if self._pending and now >= self._next_pending:
-            self._next_pending = now + PENDING_S
+            young = now < self._pending_since + PENDING_YOUNG_S
+            self._next_pending = now + (PENDING_S if young else PENDING_OLD_S)
             self._try_pending(now)
-        for conn in self.connections.locate():
+        for conn in self.connections.locate(now):
             self._drop_connection(conn, f"no socket has cookie {conn.cookie}")
         for transfer in self.steering.delivered(self.transfers, now):
             self._end_transfer(transfer, now, delivered=True)

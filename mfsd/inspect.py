@@ -115,7 +115,7 @@ def explain(
     elif conn is not None:
         out.reasons.append(_at_rest(conn))
     if conn is None:
-        out.reasons.append("no socket matches its selector yet; mfsd looks again every 20 ms")
+        out.reasons.append("no socket matches its selector yet; mfsd keeps looking")
     if not engine.steers:
         out.reasons.append("packets are not steered: " + ("paused" if engine.paused else "the mode is observe"))
     return out

@@ -83,6 +83,8 @@ class Ledger:
         self._watch, self._unwatch = watch, unwatch
         self._dead: list[Session] = []
         self._pending: dict[Selector, list[Transfer | Mark]] = {}
+        self._pending_since = self._next_pending = 0.0
+        """When the youngest of them came, and when to look again."""
         self.arrange_wanted = False
         """A batch arrived or departed: the inter-request decision is due."""
 
@@ -255,7 +257,13 @@ class Ledger:
         if conns:
             self._spread(transfer, conns)
         else:
-            self._pending.setdefault(hint.selector, []).append(transfer)
+            self._wait(transfer, now)
+
+    def _wait(self, waiting: Transfer | Mark, now: float) -> None:
+        """Keep as a rule for sockets still to come."""
+        self._pending.setdefault(waiting.selector, []).append(waiting)
+        self._pending_since = now
+        self._next_pending = 0.0
 
     def _add_part(self, transfer: Transfer, **columns: float) -> None:
         self.transfers.add(transfer, **columns)
@@ -344,7 +352,7 @@ class Ledger:
         for conn in conns:
             self._put_mark(mark, conn)
         if not conns:
-            self._pending.setdefault(hint.selector, []).append(mark)
+            self._wait(mark, now)
 
     def _put_mark(self, mark: Mark, conn: Connection) -> None:
         if conn.mark is not None:

@@ -15,8 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import psutil
-
+from mfsd import procs
 from mfsd.datapath.device import EnforceError
 from mfsd.datapath.snapshot import Snapshot
 
@@ -34,7 +33,7 @@ def namespace() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process. ``started`` is in seconds since the epoch, as psutil gives it."""
+    """A process. ``started`` is in seconds since boot (mfsd.procs), so that a stepped clock makes no one look dead."""
 
     pid: int
     started: float
@@ -42,17 +41,12 @@ class Owner:
     @classmethod
     def me(cls) -> Self:
         """This process."""
-        return cls(os.getpid(), psutil.Process().create_time())
+        return cls(os.getpid(), procs.start_time(os.getpid()))
 
     @property
     def alive(self) -> bool:
         """It still runs (a zombie does not)."""
-        try:
-            process = psutil.Process(self.pid)
-            # The boot time that psutil adds can move a little with the clock.
-            return abs(process.create_time() - self.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return procs.alive(self.pid, self.started)
 
     @property
     def mine(self) -> bool:

@@ -179,8 +179,26 @@ def test_a_cookie_that_no_socket_has_is_reported() -> None:
     h.request("r", 5.0)
     h.transfer("t", s, MSS)
     h.tick()
+    assert h.table.taken == 1  # it may be about to connect
+    for _ in range(30):
+        h.tick(0.05)
     assert h.table.taken == 0
     assert [e.kind for e in h.session.events] == [EventKind.CONNECTION_GONE]
+
+
+def test_a_hint_may_be_earlier_than_its_socket() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.resolver.sockets.clear()
+    h.request("r", 5.0)
+    h.transfer("t", s, MSS)
+    h.tick(0.3)
+    h.resolver.sockets.append(s)
+    h.tick(0.3)
+    h.send(s, MSS)
+    h.tick(0.01)
+    assert not h.session.transfers
+    assert h.engine.counters.transfers_completed == 1
 
 
 def test_a_rule_waits_for_its_socket() -> None:
