@@ -115,7 +115,7 @@ class Ticker:
 
     def _tick(self) -> None:
         self._handle = None
-        now = self._clock()
+        now, worked = self._clock(), time.thread_time()
         try:
             self._engine.tick(now)
         except Exception as e:
@@ -127,7 +127,7 @@ class Ticker:
             self._beat(self._clock())
         took = self._clock() - now
         self._refill(now + took)
-        self._budget -= took
+        self._budget -= time.thread_time() - worked  # others that take the processor away are not to be paid for
         self._took.append((now, took))
         if not self._stopped:
             self._schedule(max(self._period() - took, 0.0))
