@@ -40,6 +40,8 @@ class Server:
         self, hints: hints_pb2_grpc.HintsServicer, control: control_pb2_grpc.ControlServicer, config: DaemonConfig
     ) -> None:
         self._config = config
+        self._bound = False
+        """The socket of that name is ours."""
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
@@ -71,6 +73,7 @@ class Server:
                 self._server.add_insecure_port(f"unix:{path}")
             finally:
                 os.umask(before)
+            self._bound = True
             self._set_group(path)
             path.chmod(0o660)
         except (OSError, RuntimeError) as e:
@@ -96,8 +99,9 @@ class Server:
         """Say NOT_SERVING, let short calls finish, close the endpoints."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(STOP_S)
-        with contextlib.suppress(OSError):
-            self._config.socket.unlink(missing_ok=True)
+        if self._bound:
+            with contextlib.suppress(OSError):
+                self._config.socket.unlink(missing_ok=True)
 
 
 def _remove_stale(path: Path) -> None:
