@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from mfsd import _abi
+from mfsd.datapath import statefile
 from mfsd.datapath.attach import attach, remove_leftover
 from mfsd.datapath.enforcer import DeviceEnforcer
 from mfsd.datapath.libbpf import LibbpfLoader
@@ -305,6 +306,8 @@ class Devices:
         self._stop_enforcing(port)
         if enforcer is not None:
             enforcer.close()
+            # Its qdiscs went with it, also when it only moved to another namespace (dev_shutdown, net/core/dev.c).
+            statefile.forget(self.config.daemon.state_dir, port.name)
         port.detach_quietly()
 
     def retry(self) -> None:

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices that are missing, leave, come back, or are changed by somebody else; one leaves the others alone."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mfsd import compose
+from mfsd.config import parse
+from mfsd.devices import Devices
+from mfsd.model import Mode
+from mfsd.routes import RouteLookup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from namespaces import NetnsPair
+
+    Inside = Callable[[Callable[[Devices], None]], None]
+
+pytestmark = [pytest.mark.bpf, pytest.mark.netns]
+
+
+@pytest.fixture
+def inside(netns_pair: NetnsPair, tmp_path: Path) -> Iterator[Inside]:
+    """Runs a function with Devices (v0 at 1 Gbit/s, and w0, which does not exist yet) in namespace ``a``."""
+    config = parse(
+        {
+            "daemon": {"state_dir": str(tmp_path), "mode": "enforce", "slots": 64},
+            "device": [{"name": "v0", "rate": "1gbit"}, {"name": "w0", "rate": "100mbit"}],
+        }
+    )
+
+    def run(body: Callable[[Devices], None]) -> None:
+        def inner() -> None:
+            devices = Devices(config, compose.bands_of(config, compose.policy_of(config)))
+            try:
+                body(devices)
+            finally:
+                devices.restore(devices.ports)
+                devices.close()
+
+        netns_pair.call(netns_pair.a, inner)
+
+    yield run
+    assert not list(tmp_path.glob("qdisc-*"))
+
+
+def tc(*args: str) -> str:
+    return subprocess.run(["tc", *args], check=True, capture_output=True, text=True).stdout
+
+
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True)
+
+
+def add_w() -> None:
+    ip("link", "add", "w0", "type", "veth", "peer", "name", "w1")
+    ip("link", "set", "w0", "up")
+    ip("link", "set", "w1", "up")
+
+
+def root(device: str) -> str:
+    return tc("qdisc", "show", "dev", device, "root").split()[1]
+
+
+def test_a_missing_device_is_noted_and_set_up_when_it_appears(inside: Inside) -> None:
+    def body(devices: Devices) -> None:
+        v, w = devices.ports
+        devices.care(Mode.ENFORCE)
+        assert (v.notice, v.backend, root("v0")) == ("", "htb", "htb")
+        assert w.notice == "there is no such device; it is set up when it appears"
+        assert not w.enforced
+        add_w()
+        devices.care(Mode.ENFORCE)
+        assert (w.notice, w.backend, root("w0")) == ("", "htb", "htb")
+        assert int(w.classifier.dev["major"][0]) == 0x6D66 << 16
+        assert w.estimator.configured == 12.5e6
+
+    inside(body)
+
+
+def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> None:
+    def body(devices: Devices) -> None:
+        v, w = devices.ports
+        add_w()
+        devices.care(Mode.ENFORCE)
+        assert (v.enforced, w.enforced) == (True, True)
+        ip("link", "del", "w0")
+        # The engine goes on asking before anybody has noticed.
+        assert w.read() is None
+        assert w.failure
+        devices.care(Mode.ENFORCE)
+        assert (v.enforced, w.enforced, w.attachment, w.ifindex) == (True, False, None, 0)
+        assert (w.read(), w.failure) == (None, "")
+        add_w()
+        devices.care(Mode.ENFORCE)
+        assert w.enforced
+        assert root("w0") == "htb"
+        ip("link", "del", "w0")
+        devices.care(Mode.ENFORCE)
+
+    inside(body)
+
+
+def test_a_foreign_root_is_respected_until_asked_again(inside: Inside) -> None:
+    def body(devices: Devices) -> None:
+        v = devices.ports[0]
+        devices.care(Mode.ENFORCE)
+        tc("qdisc", "replace", "dev", "v0", "root", "pfifo", "limit", "77")
+        devices.care(Mode.ENFORCE)
+        devices.care(Mode.ENFORCE)
+        assert not v.enforced
+        assert "somebody replaced the root qdisc" in v.notice
+        assert int(v.classifier.dev["major"][0]) == 0
+        assert root("v0") == "pfifo"
+        devices.retry()
+        devices.care(Mode.ENFORCE)
+        assert (v.enforced, v.notice, root("v0")) == (True, "", "htb")
+        assert devices.restore([v]) == (["v0"], [])
+        assert "limit 77p" in tc("qdisc", "show", "dev", "v0", "root")
+
+    inside(body)
+
+
+def test_a_damaged_tree_is_repaired(inside: Inside) -> None:
+    def body(devices: Devices) -> None:
+        v = devices.ports[0]
+        devices.care(Mode.ENFORCE)
+        lane = v.band_rows()[-1].classid
+        tc("class", "del", "dev", "v0", "classid", lane)
+        assert lane not in tc("class", "show", "dev", "v0")
+        devices.care(Mode.ENFORCE)
+        assert (v.enforced, v.notice) == (True, "")
+        assert lane in tc("class", "show", "dev", "v0")
+
+    inside(body)
+
+
+def test_observing_touches_no_qdisc(inside: Inside) -> None:
+    def body(devices: Devices) -> None:
+        before = root("v0")
+        devices.care(Mode.OBSERVE)
+        v = devices.ports[0]
+        assert v.attachment is not None
+        assert (v.enforced, v.notice, root("v0")) == (False, "", before)
+        assert [(p.name, plan.ok) for p, plan in devices.plans([v])] == [("v0", True)]  # type: ignore[union-attr]
+        assert root("v0") == before
+
+    inside(body)
+
+
+def test_a_refused_plan_leaves_the_device_observed(inside: Inside) -> None:
+    def body(devices: Devices) -> None:
+        v = devices.ports[0]
+        ip("link", "set", "v0", "down")
+        devices.care(Mode.ENFORCE)
+        assert not v.enforced
+        assert v.notice.startswith("observed only: v0 is down")
+        ip("link", "set", "v0", "up")
+        devices.care(Mode.ENFORCE)
+        assert (v.enforced, v.notice) == (True, "")
+
+    inside(body)
+
+
+def test_the_route_says_which_device_carries_a_connection(inside: Inside, netns_pair: NetnsPair) -> None:
+    from ipaddress import ip_address  # noqa: PLC0415 - only here
+
+    from mfsd.model import Endpoints  # noqa: PLC0415 - only here
+
+    def body(devices: Devices) -> None:
+        add_w()
+        ip("address", "add", "10.88.0.1/24", "dev", "w0")
+        ip("address", "add", "fd88::1/64", "dev", "w0", "nodad")
+        devices.care(Mode.OBSERVE)
+        lookup = RouteLookup(devices.ports)
+
+        def device(src: str, dst: str) -> int:
+            return lookup(Endpoints(ip_address(src), 1, ip_address(dst), 2))
+
+        assert device(netns_pair.addr_a, netns_pair.addr_b) == 0
+        assert device("10.88.0.1", "10.88.0.2") == 1
+        assert device("fd88::1", "fd88::2") == 1
+        assert device("10.99.0.1", "10.99.0.2") == 0  # no route
+        assert lookup(None) == 0
+        lookup.close()
+
+    inside(body)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the engine ticks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mfsd.config import Config
+from mfsd.ticker import BURST_S, SHARE, Periods, Ticker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass
+class Rescuer:
+    waiting: bool = False
+
+
+@dataclass
+class Steering:
+    rescuer: Rescuer = field(default_factory=Rescuer)
+
+
+@dataclass
+class Engine:
+    """Counts ticks and says what the ticker wants to know."""
+
+    idle: bool = True
+    busy_s: float = 0.0
+    ticks: int = 0
+    steering: Steering = field(default_factory=Steering)
+    fail: bool = False
+
+    def tick(self, _now: float) -> None:
+        self.ticks += 1
+        end = time.thread_time() + self.busy_s
+        while time.thread_time() < end:
+            pass
+        if self.fail:
+            raise ZeroDivisionError
+
+
+NEVER = Periods(busy=3600.0, idle=3600.0, heartbeat=3600.0)
+
+
+def run(engine: Any, periods: Periods, body: Callable[[Ticker, list[float]], Any]) -> None:
+    async def main() -> None:
+        beats: list[float] = []
+        ticker = Ticker(engine, periods, beats.append)
+        ticker.start()
+        try:
+            await asyncio.wait_for(body(ticker, beats), 20)
+        finally:
+            ticker.stop()
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_hints_bring_a_tick_that_nothing_else_would() -> None:
+    engine = Engine()
+
+    async def body(ticker: Ticker, beats: list[float]) -> None:
+        await until(lambda: engine.ticks == 1)
+        for n in range(2, 5):
+            ticker.poke()
+            ticker.poke()
+            await until(lambda n=n: engine.ticks == n)  # type: ignore[misc]
+        assert len(beats) == 4
+        assert ticker.durations()[1] >= ticker.durations()[0] > 0
+
+    run(engine, NEVER, body)
+
+
+def test_hints_never_buy_more_than_their_share() -> None:
+    engine = Engine(busy_s=0.002)
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        start = time.monotonic()
+        while engine.ticks < 50:
+            ticker.poke()
+            await asyncio.sleep(0)
+        took = time.monotonic() - start
+        assert engine.ticks * engine.busy_s <= took * SHARE + BURST_S + 2 * engine.busy_s
+
+    run(engine, NEVER, body)
+
+
+def test_periods_follow_the_engine() -> None:
+    engine = Engine()
+    periods = Periods.of(Config().daemon)
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        assert ticker._period() == periods.idle
+        engine.idle = False
+        assert ticker._period() == periods.busy
+        ticker.periods = Periods(busy=1.0, idle=1.0, heartbeat=0.5)
+        assert ticker._period() == 0.5
+        engine.steering.rescuer.waiting = True
+        assert ticker._period() < 0.01
+
+    run(engine, periods, body)
+
+
+def test_a_failing_tick_gives_no_sign_of_life_and_is_tried_again() -> None:
+    engine = Engine(fail=True)
+
+    async def body(ticker: Ticker, beats: list[float]) -> None:
+        await until(lambda: engine.ticks >= 3)
+        assert (beats, ticker.failure) == ([], "ZeroDivisionError: ")
+        engine.fail = False
+        await until(lambda: len(beats) > 0)
+        assert ticker.failure == ""
+
+    run(engine, Periods(busy=0.002, idle=0.002, heartbeat=1.0), body)
+
+
+def test_a_stopped_ticker_stays_stopped() -> None:
+    engine = Engine()
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        await until(lambda: engine.ticks == 1)
+        ticker.stop()
+        ticker.poke()
+        await asyncio.sleep(0.02)
+        assert engine.ticks == 1
+
+    run(engine, NEVER, body)
