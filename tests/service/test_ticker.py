@@ -61,7 +61,7 @@ def run(engine: Any, periods: Periods, body: Callable[[Ticker, list[float]], Any
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    while not condition():  # noqa: ASYNC110 - the conditions are about counters, which have no events
         await asyncio.sleep(0.001)
 
 
