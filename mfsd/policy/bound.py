@@ -14,12 +14,13 @@ infeasible with it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from mfsd.policy.base import B1, F8, LinkView, TransferView
+    from mfsd.policy.base import B1, F8, LinkView, RequestView, TransferView
 
 
 def port_rate(transfers: TransferView, link: LinkView) -> F8:
@@ -50,18 +51,39 @@ def seconds_needed(transfers: TransferView, link: LinkView) -> F8:
     return np.maximum(network, transfers.compute_left)
 
 
-def infeasible(transfers: TransferView, link: LinkView, now: float, margin: float | F8 = 0.0) -> B1:
-    """Transfers whose bound exceeds their time left by more than ``margin`` of it, and their siblings, shape (n,).
+@dataclass(slots=True)
+class Verdict:
+    """Who can't be in time, whatever the order."""
 
-    ``margin`` is a share of the time left (0.05: five per cent), one for all or one per row. Without a deadline (inf)
-    nothing is infeasible; past the deadline everything is.
+    transfers: B1
+    """Shape (n,)."""
+    requests: B1
+    """Shape (r,)."""
+
+
+def judge(
+    transfers: TransferView,
+    requests: RequestView,
+    link: LinkView,
+    now: float,
+    margin: float = 0.0,
+    given_up: B1 | None = None,
+) -> Verdict:
+    """Requests whose bound exceeds their time left by more than ``margin`` of it, and all their transfers.
+
+    ``margin`` is a share of the time left (0.05: five per cent). ``given_up``, shape (n,): transfers judged infeasible
+    before; their requests must fit without the margin to be feasible again, so that they don't flap. Without a deadline
+    (inf) nothing is infeasible; past the deadline everything is.
     """
+    owned = transfers.request >= 0
+    per_request = np.full(len(requests) + 1, 1.0 + margin)  # one more for transfers without a request (row -1)
+    own: F8 = per_request[transfers.request]
+    if given_up is not None and given_up.any():
+        per_request[transfers.request[given_up & owned]] = 1.0
+        own = np.where(owned, per_request[transfers.request], np.where(given_up, 1.0, own))
     time_left = transfers.deadline - now
-    late = (seconds_needed(transfers, link) > time_left * (1.0 + margin)) | (time_left <= 0)
-    requests = transfers.request[late]
-    requests = requests[requests >= 0]
-    if len(requests):
-        spoiled = np.zeros(int(transfers.request.max()) + 1, dtype=np.bool_)
-        spoiled[requests] = True
-        late |= (transfers.request >= 0) & spoiled[transfers.request]
-    return late
+    late = (seconds_needed(transfers, link) > time_left * own) | (time_left <= 0)
+    left = requests.deadline - now
+    spoiled = np.append((requests.compute_left > left * per_request[:-1]) | (left <= 0), False)
+    spoiled[transfers.request[late & owned]] = True
+    return Verdict(late | spoiled[transfers.request], spoiled[:-1])

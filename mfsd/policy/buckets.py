@@ -6,7 +6,7 @@ Equal ratios between neighbouring edges minimise the worst relative quantisation
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -16,17 +16,23 @@ if TYPE_CHECKING:
     from mfsd.policy.base import F8, I2
 
 
+MANY: Final = 32
+
+
 def edges(count: int, first: float, factor: float) -> tuple[float, ...]:
     """Upper edges of all but the last of ``count`` buckets: first, first x factor, first x factor^2, ..."""
-    return tuple(first * factor**i for i in range(count - 1))
+    with np.errstate(over="ignore"):  # far edges of very many buckets are infinite, and so empty
+        return tuple((first * np.power(float(factor), np.arange(count - 1))).tolist())
 
 
 def bucket(values: F8, upper: Sequence[float]) -> I2:
     """Index of the bucket that each value falls in: how many upper edges lie at or below it. Shape as ``values``.
 
-    A value on an edge belongs to the bucket above. NaN is in bucket 0; +inf is in the last.
+    The order of the edges doesn't matter. A value on an edge belongs to the bucket above; +inf is in the last.
     """
-    # A pass per edge beats np.searchsorted for the few edges there are: the passes are branch-free.
+    if len(upper) > MANY:
+        return np.searchsorted(np.sort(upper), values, side="right").astype(np.int16)
+    # A pass per edge beats np.searchsorted for few edges: the passes are branch-free.
     out = np.zeros(len(values), dtype=np.int16)
     for edge in upper:
         out += values >= edge

@@ -58,8 +58,8 @@ class PolicyBase(abc.ABC):
         self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
     ) -> B1:
         """Rows of requests that can't be in time even with the port to themselves (bound.py), shape (n,)."""
-        del requests, batches
-        return bound.infeasible(transfers, link, now)
+        del batches
+        return bound.judge(transfers, requests, link, now).transfers
 
     def explain(
         self, row: int, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float

@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deadline ladder: collectives, then KV reuse by layer, then prefill-to-decode by deadline, the doomed last."""
+"""The deadline ladder: collectives on top, KV by time to the deadline below them, the doomed last."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from mfsd.policy import bound, buckets, promote, rli, words
-from mfsd.policy.base import (
-    B1,
-    I2,
-    LEVEL_NONE,
-    LEVEL_SCAVENGER,
-    BatchView,
-    Explanation,
-    LinkView,
-    RequestView,
-    TransferView,
-)
+from mfsd.policy.base import LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy.common import P2D, PolicyBase, place
+from mfsd.policy.members import earliest, of_batch
 from mfsd.policy.params import option
+
+if TYPE_CHECKING:
+    from mfsd.policy.base import B1, F8, I2, BatchView, Explanation, LinkView, RequestView, TransferView
+
+KV: Final = ("deadline", "rli")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,91 +27,115 @@ class DeadlineLadder(PolicyBase):
 
     Levels, most urgent first::
 
-        0                       collectives, always
-        1 .. early_levels       stage 1 by RLI (one level: static)
-        .. levels-1-doomed      stage 3 by absolute time to the deadline: first_ms, doubling by ``factor``
-        .. levels-1             doomed stage 3, least work first, if ``doomed_levels`` > 0
-        SCAVENGER               doomed stage 3
+        kv = "deadline"                        kv = "rli"
+        0    collectives, always               0                 collectives, always
+        1 .. KV by time to the deadline        1 .. early_levels stage 1 by RLI (one level: static)
+                                               ..                stage 3 by time to the deadline
+        .. levels-1  doomed stage 3, least work first, if ``doomed_levels`` > 0
+        SCAVENGER    doomed stage 3
 
-    Nothing stands above the collectives: lifting one urgent P2D there stalls whole batches. The buckets are absolute,
-    so a level means the same on every host. *Give-up*: a stage-3 transfer of a request that can't be in time even
-    alone (bound.py) leaves the ladder at once, and comes back when reality beats the bound; ``margin`` keeps it from
-    flapping.
+    The deadline of a stage-1 transfer is the earliest of its batch's requests that can still be in time: they all wait
+    for it. Nothing stands above the collectives: lifting one urgent P2D there stalls whole batches. The buckets are
+    absolute, at equal ratios from ``first_ms`` to ``last_ms``, so a level means the same on every host.
+
+    As time passes a level only rises. It falls if the deadline itself is moved: by a renewed hint, or for stage 1
+    when the tightest request of its batch is given up.
+
+    *Give-up*: a stage-3 transfer of a request that can't be in time even alone (bound.py) leaves the ladder at once,
+    and comes back when reality beats the bound; ``margin`` keeps it from flapping. Stage 1 is never given up, since the
+    requests of a batch run together.
     """
 
     levels: int = 8
-    early_levels: int = option(1, "levels for stage 1; 1: static, more: by RLI", low=1, high=64)
-    first_ms: float = option(25.0, "time to the deadline below which stage 3 is most urgent", low=0.001)
-    factor: float = option(2.0, "ratio of neighbouring deadline buckets", low=1.01)
+    kv: str = option("deadline", "order of stage 1: with stage 3 by deadline, or above it by RLI", choices=KV)
+    early_levels: int = option(1, "levels for stage 1 if kv = 'rli'; 1: static", low=1, high=64)
+    first_ms: float = option(12.5, "time to the deadline below which KV is most urgent", low=0.001)
+    last_ms: float = option(800.0, "time to the deadline above which KV is least urgent", low=0.001)
     give_up: bool = option(default=True, doc="doomed stage-3 transfers go to the scavenger")
     margin: float = option(0.05, "share of the time left by which the bound must exceed it to give up", low=0.0)
     doomed_levels: int = option(0, "lowest levels that order the doomed by work left", low=0, high=64)
-    doomed_first_ms: float = option(2.0, "work (time at port rate) of the first doomed level", low=0.001)
+    doomed_first_ms: float = option(
+        2.0, "work (time at port rate) of the first doomed level; the next double", low=0.001
+    )
     promotion: bool = option(default=True, doc="off: a transfer keeps the level of its creation")
     when: str = option("tick", "when levels are re-evaluated", choices=promote.WHEN)
     _edges: tuple[float, ...] = field(init=False, repr=False)
     _doomed_edges: tuple[float, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        late = self.levels - self._late_base - self.doomed_levels
-        if late < 1:
+        steps = self._doomed_base - self._base
+        if steps < 1:
             raise ValueError(
-                f"levels = {self.levels}: policy {self.name!r} needs at least {self.levels - late + 1} "
-                f"with early_levels = {self.early_levels} and doomed_levels = {self.doomed_levels}"
+                f"levels = {self.levels}: policy {self.name!r} needs at least {self.levels - steps + 1} "
+                "with these parameters"
             )
-        object.__setattr__(self, "_edges", buckets.edges(late, self.first_ms / 1e3, self.factor))
-        doomed = buckets.edges(self.doomed_levels + 1, self.doomed_first_ms / 1e3, self.factor)
+        if self.last_ms < self.first_ms:
+            raise ValueError(f"last_ms = {self.last_ms:g}: must be at least first_ms ({self.first_ms:g})")
+        object.__setattr__(self, "_edges", buckets.span(steps, self.first_ms / 1e3, self.last_ms / 1e3))
+        doomed = buckets.edges(self.doomed_levels + 1, self.doomed_first_ms / 1e3, 2.0)
         object.__setattr__(self, "_doomed_edges", doomed)
 
     @property
-    def _late_base(self) -> int:
-        return 1 + self.early_levels
+    def _base(self) -> int:
+        """First level of the deadline buckets."""
+        return 1 + self.early_levels if self.kv == "rli" else 1
+
+    @property
+    def _doomed_base(self) -> int:
+        return self.levels - self.doomed_levels
 
     @property
     def default_after(self) -> int:
-        """Unhinted traffic stands between the early stages and stage 3."""
-        return self._late_base
+        """Unhinted traffic stands above the far half of the deadlines (kv = "deadline"), or above all stage 3."""
+        return self._base if self.kv == "rli" else 1 + (self._doomed_base - 1) // 2
 
     def evaluate(
         self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
     ) -> I2:
         """Level of every transfer, shape (n,)."""
-        del requests, batches
-        stage = transfers.stage
-        late = stage == P2D
-        layers = rli.rli(transfers)
-        # Collectives have RLI 0 by definition; stage 1 starts a level below them even when it is overdue.
-        early = np.minimum(np.where(stage == rli.COLLECTIVE, 0, np.maximum(layers, 1)), self.early_levels)
-        wanted = np.where(
-            late, self._late_base + buckets.bucket(transfers.deadline - now, self._edges), early.astype(np.int16)
-        )
+        doomed = self._judge(transfers, requests, link, now) if self.give_up else None
+        due_in = self._deadline(transfers, requests, batches, doomed) - now
+        wanted = self._base + buckets.bucket(due_in, self._edges)
+        if self.kv == "rli":
+            # Stage 1 starts a level below the collectives even when it is overdue.
+            early = 1 + np.clip(rli.rli(transfers) - 1, 0, self.early_levels - 1)
+            wanted = np.where(transfers.stage == P2D, wanted, early.astype(np.int16))
+        wanted = np.where(transfers.stage == rli.COLLECTIVE, np.int16(0), wanted)
         old = transfers
-        if self.give_up and self.doomed_levels:
+        if self.doomed_levels:
             # Rows on the doomed levels count as on the scavenger: if they come back they start afresh.
-            given_up = (transfers.level >= self.levels - self.doomed_levels) & (transfers.level < self.levels)
-            level = np.where(given_up, np.int16(LEVEL_SCAVENGER), transfers.level)
+            level = np.where(self._given_up(transfers), np.int16(LEVEL_SCAVENGER), transfers.level)
             old = dataclasses.replace(transfers, level=level)
-        may = promote.due(old, self.when, enabled=self.promotion)
-        level = promote.monotone(old, wanted, may)
-        if self.give_up:
-            level = np.where(self._doomed(transfers, link, now), self._doomed_level(transfers, link), level)
-        return np.where(stage == 0, np.int16(LEVEL_NONE), level)
+        level = np.where(promote.due(old, self.when, enabled=self.promotion), wanted, old.level)
+        if doomed is not None:
+            level = np.where(doomed.transfers & (transfers.stage == P2D), self._doomed_level(transfers, link), level)
+        return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
 
-    def _doomed(self, transfers: TransferView, link: LinkView, now: float) -> B1:
-        """Stage-3 rows to give up. Those given up already must fit again without the margin to come back."""
-        was = transfers.level >= self.levels - self.doomed_levels
-        was &= (transfers.level < self.levels) | (transfers.level == LEVEL_SCAVENGER)
-        margin = np.where(was, 0.0, self.margin)
-        doomed: B1 = (transfers.stage == P2D) & bound.infeasible(transfers, link, now, margin)
-        return doomed
+    def _deadline(
+        self, transfers: TransferView, requests: RequestView, batches: BatchView, doomed: bound.Verdict | None
+    ) -> F8:
+        """What each transfer is ordered by, monotonic seconds, shape (n,)."""
+        if self.kv == "rli" or not len(batches):
+            return transfers.deadline
+        live = requests.deadline if doomed is None else np.where(doomed.requests, np.inf, requests.deadline)
+        together = of_batch(transfers, earliest(live, requests, batches))
+        alone = (transfers.stage == P2D) | (transfers.batch < 0)
+        return np.where(alone, transfers.deadline, together)
+
+    def _given_up(self, transfers: TransferView) -> B1:
+        on_ladder = (transfers.level >= self._doomed_base) & (transfers.level < self.levels)
+        given_up: B1 = on_ladder | (transfers.level == LEVEL_SCAVENGER)
+        return given_up
+
+    def _judge(self, transfers: TransferView, requests: RequestView, link: LinkView, now: float) -> bound.Verdict:
+        return bound.judge(transfers, requests, link, now, self.margin, self._given_up(transfers))
 
     def _doomed_level(self, transfers: TransferView, link: LinkView) -> I2:
         if not self.doomed_levels:
             return np.full(1, LEVEL_SCAVENGER, dtype=np.int16)
         work = bound.request_bytes(transfers, len(link.rate), transfers.left) / bound.port_rate(transfers, link)
         step = buckets.bucket(work, self._doomed_edges)
-        base = np.int16(self.levels - self.doomed_levels)
-        return np.where(step < self.doomed_levels, base + step, np.int16(LEVEL_SCAVENGER))
+        return np.where(step < self.doomed_levels, self._doomed_base + step, np.int16(LEVEL_SCAVENGER)).astype(np.int16)
 
     def _reasons(
         self,
@@ -127,22 +148,23 @@ class DeadlineLadder(PolicyBase):
         link: LinkView,
         now: float,
     ) -> None:
-        del requests, batches
+        doomed = self._judge(transfers, requests, link, now) if self.give_up else None
         stage = int(transfers.stage[row])
         if stage == 0:
             out.reasons.append("It has no stage: it stays in the default band.")
         elif stage == rli.COLLECTIVE:
             out.reasons.append("It is a collective: level 0, nothing stands above it.")
-        elif stage != P2D:
+        elif stage != P2D and self.kv == "rli":
             self._early_reasons(out, row, level, transfers)
-        elif self.give_up and self._doomed(transfers, link, now)[row]:
+        elif stage == P2D and doomed is not None and doomed.transfers[row]:
             out.reasons.append(
-                f"Its request is doomed (needs {words.seconds(out.figures['needed_s'])}, has "
-                f"{words.seconds(max(float(transfers.deadline[row]) - now, 0.0))}): {place(level)}, so that others "
-                "make theirs. It comes back when reality beats the estimate."
+                f"Its request is doomed (it needs {words.seconds(out.figures['needed_s'])} or a sibling is late): "
+                f"{place(level)}, so that others make theirs. It comes back when reality beats the estimate."
             )
         else:
-            self._late_reasons(out, row, level, transfers, now)
+            deadline = float(self._deadline(transfers, requests, batches, doomed)[row])
+            whose = "its deadline" if stage == P2D else "the first deadline of its batch that can still be met"
+            self._deadline_reasons(out, level, deadline - now, whose)
 
     def _early_reasons(self, out: Explanation, row: int, level: int, transfers: TransferView) -> None:
         if self.early_levels == 1:
@@ -153,21 +175,23 @@ class DeadlineLadder(PolicyBase):
             f"computes: RLI {out.figures['rli']:.0f} is {place(level)}."
         )
         if level > 1 and self.promotion:
-            target = int(transfers.target_layer[row]) - (level - 1)
-            out.reasons.append(f"It is promoted when layer {target} starts.")
+            layer = int(transfers.target_layer[row]) - (level - 1)
+            out.reasons.append(f"It is promoted when layer {layer} starts.")
 
-    def _late_reasons(self, out: Explanation, row: int, level: int, transfers: TransferView, now: float) -> None:
-        time_left = float(transfers.deadline[row]) - now
-        step = level - self._late_base
-        lower = f"at least {words.seconds(self._edges[step - 1])}" if step else "no time to spare"
-        upper = f"less than {words.seconds(self._edges[step])}" if step < len(self._edges) else "any more"
-        out.reasons.append(
-            f"{words.seconds(time_left)} remain to its deadline: {place(level)} is for {lower} up to {upper}."
-        )
-        if step and self.promotion:
-            out.figures["threshold"] = self._edges[step - 1]
-            out.figures["next_promotion_s"] = max(time_left - self._edges[step - 1], 0.0)
+    def _deadline_reasons(self, out: Explanation, level: int, time_left: float, whose: str) -> None:
+        step = level - self._base
+        left = f"{words.seconds(time_left)} remain to {whose}" if np.isfinite(time_left) else "It has no deadline"
+        upper = self._edges[step] if step < len(self._edges) else np.inf
+        lower = self._edges[step - 1] if step else -np.inf
+        if not lower <= time_left < upper:
+            out.reasons.append(f"{left}; it keeps {place(level)} until it may change.")
+        else:
+            above = f"{words.seconds(lower)} or more" if step else ""
+            below = f"less than {words.seconds(upper)}" if np.isfinite(upper) else ""
+            out.reasons.append(f"{left}: {place(level)} is for {' and '.join(filter(None, (above, below))) or 'all'}.")
+        if step and self.promotion and np.isfinite(time_left):
+            out.figures |= {"threshold": lower, "next_promotion_s": max(time_left - lower, 0.0)}
             out.reasons.append(
                 f"It is promoted in {words.seconds(out.figures['next_promotion_s'])}, when less than "
-                f"{words.seconds(self._edges[step - 1])} remain."
+                f"{words.seconds(lower)} remain."
             )

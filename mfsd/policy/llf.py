@@ -65,7 +65,7 @@ class Llf(PolicyBase):
         steps = np.floor(self.laxity(transfers, requests, batches, link, now) / (self.quantum_ms / 1e3))
         level = buckets.dense_rank(steps, self.levels)
         if self.give_up:
-            doomed = (transfers.stage == P2D) & bound.infeasible(transfers, link, now)
+            doomed = (transfers.stage == P2D) & bound.judge(transfers, requests, link, now).transfers
             level = np.where(doomed, np.int16(LEVEL_SCAVENGER), level)
         return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
 

@@ -50,7 +50,7 @@ class Mfs(PolicyBase):
     ratio: float = option(4.0, "E of the MLU thresholds", low=1.01, high=1e6)
     origin: int = option(0, "first i of the thresholds: the top one is U (0) or U/E (1, as printed)", low=0, high=1)
     rho: str = option("none", "load that counts as immovable", choices=mlu.RHO)
-    size: str = option("transfer", "whose bytes count in MLU", choices=mlu.SIZE)
+    size: str = option("request", "whose bytes count in MLU", choices=mlu.SIZE)
     late_infeasible: str = option(
         "top", "an MLU above 1 stays on top, or gives up at once", choices=("top", "scavenger")
     )
@@ -144,13 +144,10 @@ class Mfs(PolicyBase):
             pruned = (transfers.request >= 0) & requests.pruned[transfers.request]
             out |= pruned & ((transfers.stage == P2D) | (self.prune_early & (transfers.stage == 1)))
         if self.late_infeasible == "scavenger":
-            out |= self._given_up(transfers, link, now)
+            given_up = transfers.level == LEVEL_SCAVENGER
+            doomed = bound.judge(transfers, requests, link, now, self.margin, given_up).transfers
+            out |= doomed & (transfers.stage == P2D)
         return out
-
-    def _given_up(self, transfers: TransferView, link: LinkView, now: float) -> B1:
-        margin = np.where(transfers.level == LEVEL_SCAVENGER, 0.0, self.margin)
-        doomed: B1 = (transfers.stage == P2D) & bound.infeasible(transfers, link, now, margin)
-        return doomed
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -202,9 +199,9 @@ class Mfs(PolicyBase):
         if self._layout.classes > 1 and transfers.batch[row] >= 0:
             rank = int(batches.rank[transfers.batch[row]])
             out.reasons.append(f"Its batch has RED rank {rank} of {len(batches)}; rank breaks ties of equal RLI.")
-        step = int(self._layout.early_step(transfers.level[row : row + 1])[0])
-        if self.rli and self.promotion and step > 0 and target > current:
-            out.reasons.append(f"It is promoted when layer {target - min(step, target - current) + 1} starts.")
+        step = int(self._layout.early_step(np.array([level], dtype=np.int16))[0])
+        if self.rli and self.promotion and step > 0 and transfers.stage[row] != rli.COLLECTIVE:
+            out.reasons.append(f"It is promoted when layer {max(target - step + 1, current + 1)} starts.")
 
     def _late_reasons(
         self, out: Explanation, row: int, level: int, transfers: TransferView, link: LinkView, now: float
@@ -215,8 +212,11 @@ class Mfs(PolicyBase):
         value = float(self._mlu(transfers, link, now)[row])
         out.figures["mlu"] = value
         step = int(self._layout.late_step(level))
-        reached = f"{self._thresholds[step]:.3g} or more" if step < len(self._thresholds) else "any MLU"
-        out.reasons.append(f"Its MLU is {value:.3g} (rho: {self.rho}); {place(level)} is for {reached}.")
+        least = self._thresholds[step] if step < len(self._thresholds) else 0.0
+        reached = f"is for {least:.3g} or more" if step < len(self._thresholds) else "is for any MLU"
+        if value < least:
+            reached = f"was reached at {least:.3g} or more, and MLU never demotes"
+        out.reasons.append(f"Its MLU is {value:.3g} (bytes: {self.size}, rho: {self.rho}); {place(level)} {reached}.")
         if step == 0 or not self.promotion:
             return
         target = self._thresholds[step - 1]

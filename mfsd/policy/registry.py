@@ -39,7 +39,7 @@ _ENTRIES: Final[dict[str, Entry]] = {
     "deadline-ladder": Entry(DeadlineLadder),
     "mfs": Entry(Mfs),
     "mfs-nop1": Entry(Mfs, {"p1": False}),
-    "mfs-giveup": Entry(Mfs, {"p1": False, "late_infeasible": "scavenger"}),
+    "mfs-giveup": Entry(Mfs, {"late_infeasible": "scavenger"}),
     "fair": Entry(Fair),
     "two-class": Entry(TwoClass),
     "sjf": Entry(BySize),

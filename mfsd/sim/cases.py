@@ -33,6 +33,8 @@ class Shape:
     p2d: tuple[float, float] = (0.2e6, 4e6)
     """Log-uniform."""
     reuse: float = 0.5
+    quiet: float = 0.0
+    """Share of the batches without collectives."""
     slack: tuple[float, float] = (1.5, 4.0)
     """Deadline over the request's time on an idle link; the paper's objective is 3."""
     instances: int = 6
@@ -41,9 +43,18 @@ class Shape:
 
 
 SMALL: Final = Shape(
-    batches=(2, 3), requests=(1, 2), layers=(1, 1), collective=(1e6, 8e6), kv=(1e6, 8e6), p2d=(1e6, 8e6)
+    batches=(3, 5),
+    requests=(1, 2),
+    layers=(1, 1),
+    compute=(0.01, 0.05),
+    collective=(4e6, 40e6),
+    kv=(5e6, 80e6),
+    p2d=(5e6, 80e6),
+    reuse=0.3,
+    quiet=0.5,
+    slack=(1.0, 2.5),
 )
-"""At most nine transfers; with ``limit`` in ``draw`` few enough for brute force."""
+"""Few transfers and little slack: for brute force, with a ``limit`` to ``draw``."""
 
 
 def draw(rng: np.random.Generator, load: float, shape: Shape, limit: int = 0) -> Case:
@@ -60,7 +71,8 @@ def _draw(rng: np.random.Generator, load: float, shape: Shape) -> Case:
     for _ in range(count):
         layers = int(rng.integers(shape.layers[0], shape.layers[1] + 1))
         compute = float(rng.uniform(*shape.compute))
-        collective = tuple(float(rng.uniform(*shape.collective)) for _ in range(layers))
+        quiet = rng.random() < shape.quiet
+        collective = tuple(0.0 if quiet else float(rng.uniform(*shape.collective)) for _ in range(layers))
         members = []
         for _ in range(int(rng.integers(shape.requests[0], shape.requests[1] + 1))):
             kv = float(np.exp(rng.uniform(*np.log(shape.kv)))) if rng.random() < shape.reuse else 0.0
