@@ -357,8 +357,9 @@ class Connections:
                 self.table.expires_ns[conn.slot] = int(expires * NS)
 
     def _estimate(self, slot: int) -> float:
-        row = self.table.rows[slot]
-        return float(row["bytes"]) - float(row["segments"]) * float(self._overhead[slot]) - float(self._base[slot])
+        table = self.table
+        headers = float(table.segments[slot]) * float(self._overhead[slot])
+        return float(table.bytes[slot]) - headers - float(self._base[slot])
 
     def seen_ns(self, slot: int) -> int:
         """When the classifier last saw a packet of this slot (coarse clock)."""

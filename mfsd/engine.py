@@ -83,7 +83,7 @@ class Engine(Ledger):
                     for conn in conns:
                         self._put_mark(waiting, conn)
                 else:
-                    self._spread(waiting, conns)
+                    self._found(waiting, conns)
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""

@@ -31,7 +31,7 @@ from mfsd.model import (
     What,
 )
 from mfsd.state import Batch, Connection, Mark, Request, Session, Transfer
-from mfsd.store import Dense
+from mfsd.store import Deferred, Dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -76,7 +76,7 @@ class Ledger:
         self.paused = False
         self.epoch = secrets.randbits(63) | 1
         self.counters = Counters()
-        self.transfers: Dense[Transfer] = Dense(state.TRANSFER_COLUMNS, 1024)
+        self.transfers: Deferred[Transfer] = Deferred(state.TRANSFER_COLUMNS)
         self.requests: Dense[Request] = Dense(state.REQUEST_COLUMNS)
         self.batches: Dense[Batch] = Dense(state.BATCH_COLUMNS)
         self.sessions: dict[str, Session] = {}
@@ -233,30 +233,13 @@ class Ledger:
             deadline = min(deadline, float(self.requests.deadline[request.row]))
         expires = (deadline if now < deadline < INF else now) + hint.ttl
         conns = self.connections.match(hint.selector, expires)
-        parts: list[Transfer] = []
-        transfer = Transfer(
-            hint.id, session, hint.selector, hint.stage, hint.deadline, request, batch, parts, total=hint.size
-        )
-        self._add_part(
-            transfer,
-            stage=hint.stage,
-            size=hint.size,
-            end=hint.size,
-            request=-1 if request is None else request.row,
-            batch=-1 if batch is None else batch.row,
-            conn=-1,
-            target_layer=hint.target_layer,
-            deadline=deadline,
-            created=now,
-            expires=expires,
-            level=LEVEL_NEW,
-            seen_layer=-1,
-            peer=-1,
-        )
-        session.transfers[hint.id] = parts
+        transfer = Transfer(hint.id, session, hint.selector, hint.stage, hint.deadline, request, batch, [], hint.size)
+        transfer.target_layer, transfer.created, transfer.expires = hint.target_layer, now, expires
+        session.transfers[hint.id] = transfer.parts
         if conns:
-            self._spread(transfer, conns)
+            self._spread(transfer, conns, deadline)
         else:
+            self._add_part(transfer, float(hint.size), deadline, None)
             self._wait(transfer, now)
 
     def _wait(self, waiting: Transfer | Mark, now: float) -> None:
@@ -265,19 +248,10 @@ class Ledger:
         self._pending_since = now
         self._next_pending = 0.0
 
-    def _add_part(self, transfer: Transfer, **columns: float) -> None:
-        self.transfers.add(transfer, **columns)
-        transfer.parts.append(transfer)
-        if transfer.request is not None:
-            transfer.request.transfers.add(transfer)
-        if transfer.batch is not None:
-            transfer.batch.transfers.add(transfer)
-
-    def _spread(self, first: Transfer, conns: list[Connection]) -> None:
+    def _spread(self, first: Transfer, conns: list[Connection], deadline: float) -> None:
         """Put a transfer on its connections, in equal shares."""
         share = first.total / len(conns)
-        self.transfers.size[first.row] = share
-        self._put_on(first, conns[0])
+        self._add_part(first, share, deadline, conns[0])
         for conn in conns[1:]:
             part = Transfer(
                 first.id,
@@ -290,27 +264,62 @@ class Ledger:
                 first.parts,
                 first.total,
             )
-            self._add_part(part, **self.transfers.row(first.row))
-            self._put_on(part, conn)
+            part.target_layer, part.created, part.expires = first.target_layer, first.created, first.expires
+            self._add_part(part, share, deadline, conn)
 
-    def _put_on(self, transfer: Transfer, conn: Connection) -> None:
-        """Queue a transfer at the end of a connection's announced stream."""
-        row = transfer.row
-        sent = self.connections.offset(conn)
-        # Bytes that nobody announced may have moved the stream past the last announcement; and when everything
-        # announced has been retired, what is counted now is the truth.
-        start = max(conn.announced, sent) if conn.queue else sent
-        size = float(self.transfers.size[row])
-        self.transfers.start[row] = start
-        self.transfers.end[row] = conn.announced = start + size
-        self.transfers.conn[row] = conn.slot
-        self.transfers.port[row] = conn.port
-        self.transfers.peer[row] = conn.peer
-        transfer.conn = conn
-        conn.queue.append(transfer)
-        conn.last_stage = transfer.stage
-        self.connections.note_rest(conn, now=0.0)
-        self.steering.stages.last[conn.slot] = transfer.stage
+    def _found(self, waiting: Transfer, conns: list[Connection]) -> None:
+        """The sockets of a waiting transfer have appeared: its row is made anew, on them."""
+        deadline, waiting.expires = (
+            float(self.transfers.deadline[waiting.row]),
+            float(self.transfers.expires[waiting.row]),
+        )
+        self.transfers.remove(waiting)
+        waiting.parts.clear()
+        self._spread(waiting, conns, deadline)
+
+    def _add_part(self, part: Transfer, size: float, deadline: float, conn: Connection | None) -> None:
+        """Add a row, and queue it at the end of its connection's announced stream."""
+        start, slot, port, peer = 0.0, -1, 0, -1
+        if conn is not None:
+            slot, port, peer = conn.slot, conn.port, conn.peer
+            # Bytes that nobody announced may have moved the stream past the last announcement; and when everything
+            # announced has been retired, what is counted now is the truth.
+            sent = self.connections.offset(conn)
+            start = max(conn.announced, sent) if conn.queue else sent
+            conn.announced = start + size
+            part.conn = conn
+            conn.queue.append(part)
+            self.connections.note_rest(conn, now=0.0)
+            if conn.last_stage is not part.stage:
+                conn.last_stage = part.stage
+                self.steering.stages.last[slot] = part.stage
+        request, batch = part.request, part.batch
+        self.transfers.append(
+            part,
+            (  # in the order of state.TRANSFER_COLUMNS
+                part.stage,
+                size,
+                start,
+                start + size,
+                -1 if request is None else request.row,
+                -1 if batch is None else batch.row,
+                slot,
+                part.target_layer,
+                deadline,
+                part.created,
+                part.expires,
+                LEVEL_NEW,
+                -1,  # seen_layer
+                port,
+                peer,
+                False,  # infeasible
+            ),
+        )
+        part.parts.append(part)
+        if request is not None:
+            request.transfers.add(part)
+        if batch is not None:
+            batch.transfers.add(part)
 
     def _end(self, session: Session, hint: EndHint, now: float) -> None:
         if hint.what is What.TRANSFER:

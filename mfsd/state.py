@@ -128,6 +128,10 @@ class Transfer:
     """All unfinished parts of the hint, this one included; shared between them."""
     total: int
     """Payload bytes of the whole hint."""
+    target_layer: int = 0
+    created: float = 0.0
+    expires: float = 0.0
+    """As announced; TRANSFER_COLUMNS has what became of it."""
     conn: Connection | None = None
     handed_over: bool = False
     row: int = -1

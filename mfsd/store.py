@@ -7,9 +7,14 @@ live rows and a policy can work on plain slices.
 
 from __future__ import annotations
 
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import numpy as np
+
+GONE: Final = -1
+"""Row of an object that has been removed."""
+FRESH: Final = -2
+"""Row of an object that has been added but not written to the columns yet (Deferred)."""
 
 
 class HasRow(Protocol):
@@ -26,52 +31,136 @@ class Dense(Generic[T]):
 
     def __init__(self, columns: dict[str, Any], capacity: int = 64) -> None:
         self._names = tuple(columns)
-        self.n = 0
-        self.objects: list[T] = []
+        self._n = 0
+        self._objects: list[T] = []
         self._columns = {name: np.zeros(capacity, dtype=dtype) for name, dtype in columns.items()}
+
+    def settle(self) -> None:
+        """Bring the columns up to date. Everything that reads them does so first."""
+
+    @property
+    def n(self) -> int:
+        """Live rows."""
+        self.settle()
+        return self._n
+
+    @property
+    def objects(self) -> list[T]:
+        """The objects in the order of their rows."""
+        self.settle()
+        return self._objects
 
     def __getattr__(self, name: str) -> Any:
         # The whole column, capacity included; only the first n elements mean anything.
-        try:
-            return self.__dict__["_columns"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+        columns = self.__dict__.get("_columns", {})
+        if name not in columns:
+            raise AttributeError(name)
+        self.settle()
+        return columns[name]
 
     def live(self, name: str) -> Any:
         """The live part of a column."""
-        return self._columns[name][: self.n]
+        self.settle()
+        return self._columns[name][: self._n]
 
-    def add(self, obj: T, **values: Any) -> int:
+    def add(self, obj: T, **values: Any) -> None:
         """Append a row; columns not named are zero."""
-        row = self.n
-        if row == len(self._columns[self._names[0]]):
-            # np.resize would repeat the data; new rows must be zero.
-            for name, column in self._columns.items():
-                grown = np.zeros(2 * len(column), dtype=column.dtype)
-                grown[: len(column)] = column
-                self._columns[name] = grown
-        for name in self._names:
-            self._columns[name][row] = values.get(name, 0)
+        row = self._n
+        self._reserve(row + 1)
+        for name, column in self._columns.items():
+            column[row] = values.get(name, 0)
         obj.row = row
-        self.objects.append(obj)
-        self.n += 1
-        return row
+        self._objects.append(obj)
+        self._n += 1
 
-    def row(self, row: int) -> dict[str, Any]:
-        """All columns of one row, for ``add``."""
-        return {name: column[row] for name, column in self._columns.items()}
+    def _reserve(self, rows: int) -> None:
+        capacity = len(self._columns[self._names[0]])
+        if rows <= capacity:
+            return
+        while capacity < rows:
+            capacity *= 2
+        for name, column in self._columns.items():
+            # Not np.resize, which would repeat the data: new rows must be zero.
+            grown = np.zeros(capacity, dtype=column.dtype)
+            grown[: len(column)] = column
+            self._columns[name] = grown
 
     def remove(self, obj: T) -> T | None:
         """Remove an object's row. Returns the object that moved into it, if any; its ``row`` is already right."""
-        row, last = obj.row, self.n - 1
+        row, last = obj.row, self._n - 1
         moved: T | None = None
         if row != last:
             for column in self._columns.values():
                 column[row] = column[last]
-            moved = self.objects[last]
-            self.objects[row] = moved
+            moved = self._objects[last]
+            self._objects[row] = moved
             moved.row = row
-        self.objects.pop()
-        self.n = last
-        obj.row = -1
+        self._objects.pop()
+        self._n = last
+        obj.row = GONE
         return moved
+
+
+class Deferred(Dense[T]):
+    """A store whose rows are written and removed many at a time.
+
+    Writing sixteen numpy scalars costs more than all else that a hint does, so additions and removals are only noted,
+    and carried out in a few array operations when somebody looks. An object's ``row`` means something only after the
+    columns have been looked at: read the column first, then the row, as ``store.end[obj.row]`` does.
+    """
+
+    def __init__(self, columns: dict[str, Any], capacity: int = 1024) -> None:
+        super().__init__(columns, capacity)
+        self._fresh: list[tuple[T, tuple[Any, ...]]] = []
+        self._dead: list[int] = []
+
+    def append(self, obj: T, values: tuple[Any, ...]) -> None:
+        """Add a row with the values of all columns, in their order."""
+        obj.row = FRESH
+        self._fresh.append((obj, values))
+
+    def add(self, obj: T, **values: Any) -> None:
+        """Add a row; columns not named are zero."""
+        self.append(obj, tuple(values.get(name, 0) for name in self._names))
+
+    def remove(self, obj: T) -> None:
+        """Remove an object's row. What moves into it is nobody's business: rows are not kept elsewhere."""
+        if obj.row >= 0:
+            self._dead.append(obj.row)
+        obj.row = GONE
+
+    def settle(self) -> None:
+        """Carry out what was noted."""
+        if self._dead:
+            self._compact()
+        if self._fresh:
+            self._write()
+
+    def _compact(self) -> None:
+        dead, self._dead = np.array(self._dead), []
+        n = self._n - len(dead)
+        holes = dead[dead < n]
+        tail = np.setdiff1d(np.arange(n, self._n), dead, assume_unique=True)
+        for column in self._columns.values():
+            column[holes] = column[tail]
+        objects = self._objects
+        for hole, row in zip(holes.tolist(), tail.tolist(), strict=True):
+            obj = objects[row]
+            objects[hole] = obj
+            obj.row = hole
+        del objects[n:]
+        self._n = n
+
+    def _write(self) -> None:
+        noted, self._fresh = self._fresh, []
+        fresh = [(obj, values) for obj, values in noted if obj.row == FRESH]
+        if not fresh:
+            return
+        start, end = self._n, self._n + len(fresh)
+        self._reserve(end)
+        for column, values in zip(self._columns.values(), zip(*(v for _, v in fresh), strict=True), strict=True):
+            column[start:end] = values
+        for row, (obj, _) in enumerate(fresh, start):
+            obj.row = row
+            self._objects.append(obj)
+        self._n = end
