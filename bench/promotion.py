@@ -2,9 +2,10 @@
 """How soon a promotion takes effect while others saturate the link, with rescue and with plain re-classification.
 
 The experiment is mfsd/lab/promotion.py: native htb at 1 Gbit/s, one leaf queue per deferred connection, cubic, the
-kernel's default timers, the real daemon, hints over gRPC. Plain is the same with ``rescue.enabled = false``, watched
-for a bounded time: what has not happened by then counts as that time (``plain_censored`` says how often), so
-plain_p50_ms and speedup_p50 are lower bounds then. It takes so long that it gets fewer promotions (``plain_trials``).
+kernel's default timers, the real daemon, hints over gRPC, all at nice -10. Plain is the same with ``rescue.enabled =
+false``, watched for a bounded time: what has not happened by then counts as that time (``plain_censored`` says how
+often), so plain_p50_ms and speedup_p50 are lower bounds then. It takes so long that it gets fewer promotions
+(``plain_trials``).
 
 Retransmissions are given in GSO segments: TCP's counter of segments (1448 bytes) divided by the 45 that make up a full
 GSO segment of 64 KiB. ``bystander_rtos`` is the mean number of retransmission timeouts on all other deferred
@@ -22,6 +23,7 @@ import numpy as np
 from rich.progress import Progress
 
 from bench.common import Figure, write
+from mfsd.lab.machine import take_precedence
 from mfsd.lab.net import LabError
 from mfsd.lab.promotion import Settings, Trial, run
 from mfsd.lab.tcp import MSS
@@ -94,6 +96,7 @@ def main(trials: int, plain_trials: int, watch: float) -> None:
     rate, rescue_watch = Rate.parse("1gbit"), 0.5
     out: list[Figure] = []
     try:
+        take_precedence()
         with Progress(transient=True) as progress:
             for flows, suffix in ((64, ""), (1, "_1")):
                 series = {}

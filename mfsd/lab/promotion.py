@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from mfsd.client import Client, Stage
+from mfsd.client import Client, Stage, cookie_of
 from mfsd.lab.bulk import Bulk
 from mfsd.lab.governor import Governor
 from mfsd.lab.net import Fabric, LabError
 from mfsd.lab.tcp import FRAME, MSS, tcp_info
+from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 WINDOW_MS: Final = 10
 SHARE: Final = 0.9
 NS_PER_MS: Final = 1_000_000
+POLICY: Final = {"name": "deadline-ladder", "kv": "rli"}
+"""So that the stage alone makes the level: collectives, then KV reuse, far below it P2D without a deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,11 @@ def run(settings: Settings, on_trial: Callable[[], None] = lambda: None) -> list
     Raises LabError when the daemon did not do what the experiment is about.
     """
     lanes = settings.lanes or settings.flows + 8
-    options: dict[str, dict[str, Any]] = {"rescue": {"enabled": settings.rescue}, "bands": {"lanes": lanes}}
+    options: dict[str, dict[str, Any]] = {
+        "policy": POLICY,
+        "rescue": {"enabled": settings.rescue},
+        "bands": {"lanes": lanes},
+    }
     with (
         tempfile.TemporaryDirectory(prefix="mfsd-") as directory,
         Fabric(["a", "b"]) as fabric,
@@ -112,6 +119,7 @@ def run(settings: Settings, on_trial: Callable[[], None] = lambda: None) -> list
     ):
         series = _Series(settings, bulk, client)
         series.prepare()
+        _check_levels(governor, bulk)
         series.trial()
         trials = []
         for _ in range(settings.trials):
@@ -124,6 +132,15 @@ def run(settings: Settings, on_trial: Callable[[], None] = lambda: None) -> list
                 f"{settings.trials} trials: the experiment did not test what it should"
             )
         return trials
+
+
+def _check_levels(governor: Governor, bulk: Bulk) -> None:
+    """A must stand between level 0 and the others, or nobody starves. Raises LabError."""
+    known = governor.control.ListConnections(pb.ListConnectionsRequest(), timeout=5.0).connections
+    level = {c.cookie: c.level for c in known}
+    *deferred, top = (level.get(cookie_of(s), -1) for s in bulk.sockets)
+    if not 0 < top < min(deferred):
+        raise LabError(f"A has level {top}, the deferred flows {sorted(set(deferred))}: A must be between 0 and them")
 
 
 class _Series:

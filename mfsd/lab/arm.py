@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One arm of an experiment: the same work on the same network, governed by mfsd or not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from mfsd.lab.governor import Governor, environment, python
+from mfsd.lab.health import Probe
+from mfsd.lab.host import ARRIVAL, Order
+from mfsd.lab.levels import LevelWatch
+from mfsd.lab.models import RANKS, Scaled
+from mfsd.lab.net import RTO_MIN, Fabric, LabError, plain_link
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from mfsd.lab.levels import LevelChange
+    from mfsd.lab.net import Host
+    from mfsd.lab.workload import Job
+
+PREFILL: Final = [f"p{i}" for i in range(RANKS)]
+DECODE: Final = "d0"
+SETTLE_S: Final = 0.3
+"""From "go" to the beginning of the replay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an arm does, apart from being governed or not."""
+
+    jobs: Sequence[Job]
+    scaled: Scaled
+    max_batch: int = 4096
+    """New tokens that a rank takes into an iteration, unless one request alone has more."""
+    rto_min_us: int | None = 5000
+    """tcp_rto_min_us of every host, where the kernel has it; None: the kernel's default, 200 ms."""
+    patience_s: float = 20.0
+    """Wait so long after the last arrival for what is unfinished; after that it counts as never done."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """mfsd's configuration where it differs from the defaults."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened. Times in seconds since the beginning of the replay; durations in seconds."""
+
+    governed: bool
+    done: dict[int, float]
+    """Request -> when its KV was complete at the decode host."""
+    ranks: list[dict[str, Any]]
+    """rank.Log of each rank, as JSON."""
+    hints: list[dict[str, Any]]
+    """client.Stats of each rank."""
+    arrivals: dict[str, npt.NDArray[Any]]
+    """Per receiving host, dtype host.ARRIVAL."""
+    levels: list[list[LevelChange]]
+    """Per rank; empty without mfsd."""
+    counters: list[dict[str, int]]
+    """mfsd's own, per rank."""
+    health: dict[str, float]
+    sysctls: dict[str, str]
+
+
+class _Process:
+    """One host's serving process."""
+
+    def __init__(self, order: Order) -> None:
+        # S603: our own module.
+        self.name = f"{order.role}{order.index}"
+        self._process = subprocess.Popen(  # noqa: S603
+            python("mfsd.lab.host"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
+        self.said: dict[str, dict[str, Any]] = {}
+        self._changed = threading.Condition()
+        self._ended = False
+        self._write(asdict(order))
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _write(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None  # noqa: S101 - for the type checker
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 - for the type checker
+        for line in self._process.stdout:
+            message = json.loads(line)
+            with self._changed:
+                self.said[message["what"]] = message
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def tell(self, what: str, **more: Any) -> None:
+        """Say something. Raises LabError when the process has died."""
+        try:
+            self._write({"what": what, **more})
+        except OSError as e:
+            raise LabError(f"{self.name} has ended early") from e
+
+    def check(self) -> None:
+        """Raise LabError when the process has died."""
+        if self._ended:
+            raise LabError(f"the process of {self.name} has ended early; its complaint is above")
+
+    def wait(self, what: str, timeout: float) -> dict[str, Any]:
+        """Wait until it has said something. Raises LabError."""
+        with self._changed:
+            self._changed.wait_for(lambda: what in self.said or self._ended, timeout)
+        if what not in self.said:
+            raise LabError(f"the process of {self.name} did not get as far as {what!r} within {timeout:g} s")
+        return self.said[what]
+
+    def close(self) -> None:
+        """Kill it if need be."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def run(plan: Plan, *, governed: bool, on_progress: Callable[[float], None] = lambda _s: None) -> Outcome:
+    """Run one arm. ``on_progress`` is told the seconds of replay that have passed. Raises LabError."""
+    optional = {} if plan.rto_min_us is None else {RTO_MIN: str(plan.rto_min_us)}
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mfsd-")))
+        fabric = stack.enter_context(Fabric([*PREFILL, DECODE], optional=optional))
+        hosts = [fabric.hosts[name] for name in PREFILL]
+        governors = []
+        for host in hosts:
+            if governed:
+                governors.append(stack.enter_context(Governor(host, directory, plan.scaled.link, plan.options)))
+            else:
+                plain_link(host, plan.scaled.link)
+        orders = _orders(plan, hosts, fabric.hosts[DECODE], directory, [g.target for g in governors])
+        processes = [stack.enter_context(_Process(order)) for order in orders]
+        return _replay(plan, processes, governors, directory, dict(fabric.applied), on_progress)
+
+
+def _orders(plan: Plan, hosts: list[Host], decoder: Host, directory: Path, targets: list[str]) -> list[Order]:
+    model = asdict(plan.scaled.model)
+
+    def order(role: Any, index: int, host: Host, peers: list[str], jobs: list[dict[str, Any]]) -> Order:
+        target = targets[index] if role == "prefill" and targets else ""
+        bits = plan.scaled.link.bits_per_s
+        here = str(directory)
+        return Order(role, index, host.namespace, os.getpid(), here, peers, target, model, bits, plan.max_batch, jobs)
+
+    out = [order("decode", 0, decoder, [], [])]
+    for i, host in enumerate(hosts):
+        jobs = [asdict(j) for j in plan.jobs if j.rank == i]
+        out.append(order("prefill", i, host, [hosts[1 - i].address, decoder.address], jobs))
+    return out
+
+
+def _replay(
+    plan: Plan,
+    processes: list[_Process],
+    governors: list[Governor],
+    directory: Path,
+    sysctls: dict[str, str],
+    on_progress: Callable[[float], None],
+) -> Outcome:
+    decoder, *ranks = processes
+    for process in processes:
+        process.wait("ready", 20)
+    for process in processes:
+        process.tell("connect")
+    cookies = [p.wait("connected", 20).get("cookies", {}) for p in processes][1:]
+    begin = time.monotonic() + SETTLE_S
+    probe = Probe()
+    watches = [LevelWatch(g, c, begin) for g, c in zip(governors, cookies, strict=False)]
+    for process in processes:
+        process.tell("go", begin=begin)
+    last = max((j.at for j in plan.jobs), default=0.0)
+    while time.monotonic() < begin + last + plan.patience_s:
+        time.sleep(0.1)
+        on_progress(time.monotonic() - begin)
+        for process in processes:
+            process.check()
+        done = decoder.said.get("progress", {}).get("done", 0)
+        if done == len(plan.jobs) and all("finished" in r.said for r in ranks):
+            break
+    health = probe.stop()
+    levels = [w.stop() for w in watches]
+    counters = [_counters(g) for g in governors]
+    health["mfsd_cpu_s"] = sum(g.cpu_seconds() for g in governors)
+    health["tick_p50_ms"] = max((g.status().tick_p50_ms for g in governors), default=0.0)
+    for process in processes:
+        process.tell("stop")
+    results = [p.wait("result", 20) for p in processes]
+    health["emulator_cpu_s"] = sum(r["cpu_s"] for r in results)
+    return Outcome(
+        governed=bool(governors),
+        done={int(k): at - begin for k, at in results[0]["done"].items()},
+        ranks=[_since(r["log"], begin) for r in results[1:]],
+        hints=[r["hints"] for r in results[1:]],
+        arrivals={p.name: _arrivals(directory / f"arrivals-{p.name}.npy", begin) for p in processes},
+        levels=levels,
+        counters=counters,
+        health=health,
+        sysctls=sysctls,
+    )
+
+
+def _counters(governor: Governor) -> dict[str, int]:
+    status = governor.status()
+    return {field.name: int(getattr(status.counters, field.name)) for field in status.counters.DESCRIPTOR.fields}
+
+
+def _arrivals(path: Path, begin: float) -> npt.NDArray[Any]:
+    rows: npt.NDArray[Any] = np.load(path)
+    if rows.dtype != ARRIVAL:
+        raise LabError(f"{path.name} holds {rows.dtype}")
+    rows["at"] -= begin
+    return rows
+
+
+def _since(log: dict[str, Any], begin: float) -> dict[str, Any]:
+    """A rank's log with times since the beginning."""
+    log["exchanges"] = [(at - begin, took, size) for at, took, size in log["exchanges"]]
+    log["batches"] = [(a - begin, b - begin, jobs) for a, b, jobs in log["batches"]]
+    log["p2d_began"] = {int(k): at - begin for k, at in log["p2d_began"].items()}
+    log["lane_of"] = {int(k): lane for k, lane in log["lane_of"].items()}
+    return log

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an experiment ran on: figures without it can't be compared."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Final
+
+import mfsd
+from mfsd.lab.governor import ROOT
+
+NICE: Final = -10
+"""Of everything that a lab runs, so that the machine's other work disturbs less; both arms of a comparison have it."""
+
+
+def take_precedence() -> None:
+    """Give this process, and those that it starts from now on, precedence over the machine's other work."""
+    os.setpriority(os.PRIO_PROCESS, 0, NICE)
+
+
+def commit() -> str:
+    """Commit of the tree, with "-dirty" if tracked files were changed; the version where there is no repository."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        return mfsd.__version__
+
+    def ask(*args: str) -> str:
+        # S603: fixed arguments.
+        return subprocess.run([git, "-C", str(ROOT), *args], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603
+
+    try:
+        return ask("rev-parse", "HEAD") + ("-dirty" if ask("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, kernel, Python."""
+    cpu = "unknown"
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {"cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
