@@ -24,7 +24,7 @@ CONNECTIONS = 1000
 
 
 def ip(*words: str) -> None:
-    """Run ip(8)."""
+    """Run the ip command."""
     subprocess.run(["ip", *words], check=True)
 
 

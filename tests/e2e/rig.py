@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -14,7 +15,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -27,6 +27,7 @@ from mfsd.v1 import hints_pb2_grpc as hints_rpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from namespaces import NetnsPair
 
@@ -278,7 +279,7 @@ class Flow:
     def longest_gap(self, since: float, until: float) -> float:
         """Longest time without an arrival, seconds."""
         times = [since, *[t for t, _ in list(self.arrivals) if since <= t <= until], until]
-        return max(b - a for a, b in zip(times, times[1:], strict=False))
+        return max(b - a for a, b in itertools.pairwise(times))
 
     def close(self) -> None:
         """Reset the connection: what is queued is thrown away."""

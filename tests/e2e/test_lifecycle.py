@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.netns
 
 MB = 1_000_000
+HTB = """
+tc qdisc add dev v0 root handle 1: htb default 20
+tc class add dev v0 parent 1: classid 1:1 htb rate 900mbit
+tc class add dev v0 parent 1:1 classid 1:20 htb rate 100mbit ceil 800mbit prio 3
+"""
 STALL_S = 0.050
 """Issue target: restarting must not stall traffic for longer."""
 
@@ -43,8 +48,7 @@ def programs() -> set[int]:
         "true",
         "tc qdisc add dev v0 root handle 5: pfifo limit 77",
         "tc qdisc add dev v0 root handle 9: tbf rate 500mbit burst 256kb latency 50ms",
-        "tc qdisc add dev v0 root handle 1: htb default 20 && tc class add dev v0 parent 1: classid 1:1 htb rate 900mbit"
-        " && tc class add dev v0 parent 1:1 classid 1:20 htb rate 100mbit ceil 800mbit prio 3",
+        HTB,
         "tc qdisc add dev v0 clsact",
     ],
     ids=["default", "pfifo", "tbf", "htb", "clsact"],

@@ -12,7 +12,7 @@ import pytest
 from rig import RATE_MBIT, Daemon, Flow, class_bytes, flows, running, wait_for
 
 from mfsd.client import Client, cookie_of, tuple_of
-from mfsd.model import EventKind, Stage
+from mfsd.model import Event, EventKind, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -185,7 +185,7 @@ def test_a_new_socket_with_old_ports_inherits_nothing(daemon: Daemon) -> None:
 
 def test_hints_for_dead_sockets_come_back_as_events(daemon: Daemon) -> None:
     with flows(daemon.pair, 1) as (flow,):
-        events = []
+        events: list[Event] = []
         with daemon.client(on_event=events.append) as client:
             client.request("r", ttft_left_s=30)
             client.transfer("t", flow.sender, MB, stage=Stage.P2D, request="r")

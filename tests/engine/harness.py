@@ -188,7 +188,7 @@ class Host:
 
     def band(self, sock: FakeSocket) -> str:
         """Name of the band that the classifier puts the socket's packets in."""
-        return self.bands.bands[self.table.band[self.keys.cookies[sock.cookie]]].name
+        return self.bands.bands[int(self.table.band[self.keys.cookies[sock.cookie]])].name
 
 
 def exact_tuple(e: Endpoints) -> TupleSelector:

@@ -125,12 +125,11 @@ def test_the_slot_expires_in_the_kernel_with_the_hint() -> None:
 
 def test_modes() -> None:
     h = Host()
-    assert h.engine.steers
-    h.engine.pause()
-    assert not h.engine.steers
-    h.engine.resume()
-    h.engine.set_mode(Mode.OBSERVE)
-    assert not h.engine.steers
+    seen = [h.engine.steers]
+    for change in (h.engine.pause, h.engine.resume, lambda: h.engine.set_mode(Mode.OBSERVE)):
+        change()
+        seen.append(h.engine.steers)
+    assert seen == [True, False, True, False]
 
 
 class Books(RuleBasedStateMachine):
