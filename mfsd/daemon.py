@@ -98,7 +98,9 @@ class Daemon:
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock_file.close)
             policy = compose.policy_of(config)
-            if self._systemd is not None:
+            if self._systemd is not None and self._systemd.socket is not None:
+                # A manager that does not read must not stop the engine; the package drops what can't be sent.
+                self._systemd.socket.setblocking(False)
                 undo.callback(self._systemd.socket.close)
             self.devices = Devices(config, compose.bands_of(config, policy))
             undo.callback(self.devices.close)

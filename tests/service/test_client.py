@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import Running, wait_for
+from daemons import Running, connected, wait_for
 
 from mfsd.client import Client, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
 from mfsd.client.encode import encode
@@ -115,8 +115,10 @@ def test_events_reach_the_worker_and_a_faulty_callback_does_no_harm(running: Run
 
     with Client(target=running.target, on_event=callback) as client:
         for name in ("t1", "t2"):
-            client.request("r", ttft_left_s=5.0)
-            client.transfer(name, 424242, 1000, stage=Stage.P2D, request="r")
+            client.request("r", ttft_left_s=600.0)
+            with connected() as (sock, _):
+                client.transfer(name, sock, 1000, stage=Stage.P2D, request="r")
+                assert client.flush(20)
             wait_for(lambda name=name: name in {e.transfer_id for e in seen})  # type: ignore[misc]
     assert {e.kind for e in seen} == {EventKind.CONNECTION_GONE}
 

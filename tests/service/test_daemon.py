@@ -88,7 +88,7 @@ def spawn(tmp_path: Path, config: Path) -> Iterator[Callable[[], Process]]:
         notes.settimeout(PATIENCE_S)
 
         def make() -> Process:
-            environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+            environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
             popen = subprocess.Popen(
                 [*COMMAND, "--config", str(config)], stderr=subprocess.PIPE, text=True, env=environment
             )
@@ -156,6 +156,14 @@ def test_life_from_ready_to_stopped(spawn: Callable[[], Process]) -> None:
     assert "stopped" in log
     assert not process.path.exists()
     process.note_with("STOPPING=1")
+
+
+def test_a_manager_that_does_not_read_stops_nobody(spawn: Callable[[], Process]) -> None:
+    process = spawn()
+    for _ in range(20):
+        process.popen.send_signal(signal.SIGHUP)  # three notes each; a datagram queue takes about ten
+        assert process.status().version
+    wait_for(lambda: process.status().uptime_s > 2.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import queue
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, cast
@@ -44,6 +45,11 @@ LONG = "x" * 257
 def request(**fields: Any) -> Hint:
     values: dict[str, Any] = {"id": "r", "ttft_left_us": 500_000} | fields
     return Hint(request=Request(**values))
+
+
+def lasting() -> Hint:
+    """A request that nothing in a test makes infeasible."""
+    return request(ttft_left_us=600_000_000)
 
 
 def transfer(**fields: Any) -> Hint:
@@ -313,24 +319,25 @@ def test_a_stream_is_of_one_session(api: Api) -> None:
 
 
 def test_events_are_pushed_with_seq_0_between_replies(api: Api) -> None:
-    import queue  # noqa: PLC0415 - only here
-
     outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    outgoing.put(api.batch(request(), transfer(selector=Selector(cookie=4242)), seq=7))
-    call = api.hints.Stream(iter(outgoing.get, None), timeout=20)
-    first = next(call)
-    assert (first.seq, first.accepted) == (7, 2)
-    # The socket with this cookie does not exist; the engine finds out at its next tick.
-    events = list(first.events) or list(next(call).events)
-    assert [(e.kind, e.request_id, e.transfer_id) for e in events] == [(Event.CONNECTION_GONE, "r", "t")]
-    outgoing.put(api.batch(request(), seq=8))
+    with connected() as (sock, _):
+        outgoing.put(api.batch(lasting(), transfer(selector=Selector(cookie=cookie_of(sock))), seq=7))
+        call = api.hints.Stream(iter(outgoing.get, None), timeout=20)
+        first = next(call)
+        assert (first.seq, first.accepted, list(first.events)) == (7, 2, [])
+    # The socket is closed; the engine finds out by itself.
+    pushed = next(call)
+    assert (pushed.seq, pushed.accepted, pushed.epoch) == (0, 0, first.epoch)
+    assert [(e.kind, e.request_id, e.transfer_id) for e in pushed.events] == [(Event.CONNECTION_GONE, "r", "t")]
+    outgoing.put(api.batch(lasting(), seq=8))
     assert next(call).seq == 8
     outgoing.put(None)
     assert list(call) == []
 
 
 def test_events_wait_for_the_next_call_when_no_stream_is_open(api: Api) -> None:
-    api.send(request(), transfer(selector=Selector(cookie=4242)))
+    with connected() as (sock, _):
+        api.send(lasting(), transfer(selector=Selector(cookie=cookie_of(sock))))
 
     def events() -> list[Any]:
         return list(api.send().events)
