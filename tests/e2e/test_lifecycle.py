@@ -99,6 +99,9 @@ def test_a_restart_does_not_stall_traffic(netns_pair: NetnsPair, tmp_path: Path,
         for flow in (hinted, plain):
             flow.saturate()
         wait_for(lambda: hinted.received > 5 * MB and plain.received > MB, "traffic")
+        # What this machine does to the traffic all by itself, in as long a time.
+        quiet = time.monotonic()
+        time.sleep(3.0)
         start = time.monotonic()
         daemon.end(how)
         daemon.start()
@@ -108,8 +111,8 @@ def test_a_restart_does_not_stall_traffic(netns_pair: NetnsPair, tmp_path: Path,
             "the mark to be announced to the new daemon",
         )
         end = time.monotonic()
-        assert hinted.longest_gap(start, end) <= STALL_S
-        assert plain.longest_gap(start, end) <= 4 * STALL_S  # only its 10 % floor while the hinted flow saturates
+        for flow, allowed in ((hinted, STALL_S), (plain, 4 * STALL_S)):  # plain has only its floor of 10 %
+            assert flow.longest_gap(start, end) <= allowed + flow.longest_gap(quiet, start)
         assert daemon.status().devices[0].backend == "htb"
 
 
