@@ -355,6 +355,13 @@ class Ledger:
             self._unmark(old)
         if hint.stage is Stage.NONE:
             return
+        if len(session.marks) >= self.limits.max_marks_per_session:
+            raise HintError(
+                "connection.selector",
+                f"the session has {len(session.marks)} marks already",
+                "take back those that are not needed, or raise limits.max_marks_per_session",
+                exhausted=True,
+            )
         mark = Mark(session, hint.selector, hint.stage)
         session.marks[hint.selector] = mark
         conns = self.connections.match(hint.selector, now + self.limits.max_ttl_s)
@@ -382,11 +389,11 @@ class Ledger:
     # --- requests and batches -----------------------------------------------------------------------------------------
 
     def _new_batch(self, session: Session, batch_id: str, now: float) -> Batch:
-        if len(session.batches) >= self.limits.max_requests_per_session:
+        if len(session.batches) >= self.limits.max_batches_per_session:
             raise HintError(
                 "batch.id",
                 f"the session has {len(session.batches)} batches already",
-                "complete those that are done, or raise limits.max_requests_per_session",
+                "complete those that are done, or raise limits.max_batches_per_session",
                 exhausted=True,
             )
         batch = Batch(batch_id, session)

@@ -133,16 +133,29 @@ class Steering:
                 else:
                     done += self._drained(conn, transfers, sent, now)
                 continue
-            for transfer in conn.queue:
-                alone = transfer.total <= transfers.size[transfer.row]
-                if (alone and position.delivered + 0.5 >= transfers.end[transfer.row]) or (
-                    transfer.handed_over and position.delivered + 0.5 >= position.written
-                ):
-                    done.append(transfer)
-            if any(t.handed_over for t in conn.queue):
-                self.confirm.add(conn)
+            done += self._arrived(conn, position, transfers)
         done += self._whole(suspects, transfers, positions)
         return list(dict.fromkeys(done))
+
+    def _arrived(self, conn: Connection, position: Position, transfers: Dense[Transfer]) -> list[Transfer]:
+        """Transfers of one connection whose last byte the peer has acknowledged."""
+        reach = position.delivered + 0.5
+        if reach >= position.written:
+            # Nothing is on its way: whatever was handed over has arrived, however much less than announced it was.
+            done = [t for t in conn.queue if t.handed_over]
+        else:
+            done = []
+            if any(t.handed_over for t in conn.queue):
+                self.confirm.add(conn)
+        for transfer in conn.queue:
+            if transfer.handed_over and reach >= position.written:
+                continue
+            if len(transfer.parts) > 1 or transfer.total > transfers.size[transfer.row]:
+                continue  # its bytes are spread, see _whole
+            if reach < transfers.end[transfer.row]:
+                break  # the stream is FIFO: those behind it end later
+            done.append(transfer)
+        return done
 
     @staticmethod
     def _whole(

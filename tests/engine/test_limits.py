@@ -71,6 +71,18 @@ def test_counts_are_bounded_per_session() -> None:
         h.transfer("u", h.socket(1), 10, request="a")
 
 
+def test_batches_and_marks_are_bounded_per_session() -> None:
+    h = Host(limits=LimitsConfig(max_batches_per_session=1, max_marks_per_session=1))
+    h.engine.apply(h.session, BatchHint("a"), h.now)
+    h.engine.apply(h.session, BatchHint("a"), h.now)
+    with pytest.raises(HintError, match="max_batches_per_session"):
+        h.engine.apply(h.session, BatchHint("b"), h.now)
+    h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.P2D), h.now)
+    h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.COLLECTIVE), h.now)
+    with pytest.raises(HintError, match="max_marks_per_session"):
+        h.engine.apply(h.session, MarkHint(CookieSelector(2), Stage.P2D), h.now)
+
+
 def test_sessions_are_bounded_and_need_a_live_process() -> None:
     h = Host(limits=LimitsConfig(max_sessions=2))
     h.dead_pids.add(99)
