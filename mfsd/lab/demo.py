@@ -24,6 +24,7 @@ from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.lab.results import summary
 from mfsd.lab.tcp import CONGESTION
 from mfsd.model import Rate
+from mfsd.policy.registry import DEFAULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +76,7 @@ def settings_of(plan: Plan, selection: workload.Selection, seed: int, sysctls: d
         "slo": f"TTFT within {selection.slo_scale:g}x the request's unloaded TTFT, computed (models.py)",
         "offered_load": round(workload.link_load(plan.jobs, selection, plan.scaled), 3),
         "sysctls": ", ".join(f"{k} = {v}" for k, v in sorted(sysctls.items())) + " (every host, both runs)",
+        "policy": plan.options.get("policy", {}).get("name", f"{DEFAULT} (the default), default parameters"),
         "nice": f"{NICE}, all processes of the lab",
         "promotion": f"{PROMOTION.flows} saturating deferred flows; fair TCP column: plain re-classification "
         f"(rescue off), watched {PLAIN.watch:g} s, {PLAIN.trials} times; mfsd: {PROMOTION.trials} times",
@@ -171,16 +173,19 @@ def _interrupted(_number: int, _frame: object) -> NoReturn:
 @click.option("--duration", default=30.0, show_default=True, help="Seconds of replay per run.")
 @click.option("--speed", default=2.0, show_default=True, help="How much faster than in the trace requests come.")
 @click.option("--seed", default=0, show_default=True, help="Spreads arrivals inside the trace's 3 s ticks.")
+@click.option("--policy", default="", help="Policy of the run with mfsd; none: its default.")
 @click.option("--promotion/--no-promotion", "with_promotion", default=True, help="Also measure single promotions.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build"), show_default=True, help="Folder."
 )
-def main(duration: float, speed: float, seed: int, with_promotion: bool, out: Path) -> None:  # noqa: FBT001 - click
+def main(duration: float, speed: float, seed: int, policy: str, with_promotion: bool, out: Path) -> None:  # noqa: FBT001 - click
     """Replay requests in network namespaces with mfsd off and on; write demo.json and demo.html."""
     signal.signal(signal.SIGTERM, _interrupted)
     try:
         take_precedence()
         plan, selection = plan_of(duration, speed, seed, Rate.parse("1gbit"))
+        if policy:
+            plan = dataclasses.replace(plan, options={"policy": {"name": policy}})
         run(out, plan, selection, seed, with_promotion=with_promotion)
     except (LabError, PermissionError) as e:
         sys.exit(f"demo: {e}")

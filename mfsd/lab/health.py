@@ -45,7 +45,7 @@ class Probe:
         total = sum(after) - sum(before)
         idle = (after.idle + after.iowait) - (before.idle + before.iowait)
         late = float(np.percentile(self._late, 99)) if self._late else 0.0
-        return {"cpu": 1.0 - idle / total if total else 0.0, "timer_late_p99_ms": late * 1000}
+        return {"cpu": min(max(1.0 - idle / total, 0.0), 1.0) if total > 0 else 0.0, "timer_late_p99_ms": late * 1000}
 
 
 def verdict(figures: dict[str, float]) -> list[str]:

@@ -70,7 +70,7 @@ def _link(ax: Axes, plan: Plan, rows: npt.NDArray[Any], at: npt.NDArray[Any], st
     stacks = [binned(rows[rows["stage"] == stage], start, end, BIN_S) * TO_MBIT / BIN_S for stage, _, _ in STAGES]
     ax.stackplot(at, stacks, labels=[n for _, n, _ in STAGES], colors=[c for *_, c in STAGES], step="mid", linewidth=0)
     ax.axhline(plan.scaled.link.bits_per_s / 1e6, color="black", linewidth=0.8)
-    ax.set_ylabel("host egress, Mbit/s")
+    ax.set_ylabel("host egress (as received), Mbit/s")
     ax.legend(loc="lower left", fontsize=8)
 
 
@@ -119,8 +119,10 @@ def cdf(plan: Plan, off: Outcome, on: Outcome) -> str:
     right.set_xlabel("TTFT over its objective")
     right.axvline(1.0, color="red", linestyle="--", linewidth=1.2)
     right.text(1.02, 0.02, "deadline", color="red", fontsize=8)
-    for ax in (left, right):
+    for ax, ticks in ((left, (0.1, 0.2, 0.5, 1, 2, 5, 10)), (right, (0.25, 0.5, 1, 2, 4, 8, 16))):
         ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.set_xticks([], minor=True)
         ax.set_ylim(0, 1.02)
         ax.grid(alpha=0.3)
         ax.legend(loc="upper left", fontsize=8)

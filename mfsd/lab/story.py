@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.lab.rank import P2D_LANES
 from mfsd.lab.results import timings
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from mfsd.lab.arm import Outcome, Plan
     from mfsd.lab.results import Timing
 
+AROUND_S: Final = 0.1
 SCAVENGER: Final = 1_000
 """As a level, for comparing: below every other."""
 
@@ -42,6 +44,8 @@ class Story:
     """When it left that level for a more urgent one; None: never."""
     early: float
     """Share of its bytes that arrived before that."""
+    jump: float
+    """Goodput in the ``AROUND_S`` after the promotion less that before it, over the link's rate."""
 
     @property
     def tellable(self) -> bool:
@@ -50,8 +54,8 @@ class Story:
 
     @property
     def score(self) -> float:
-        """The longer it was held back, and the less of it came through meanwhile, the better to see."""
-        return self.deferred * (1.0 - self.early)
+        """The longer it was held back, the less came through meanwhile, the sharper the turn: the better to see."""
+        return min(self.deferred, 1.0) * (1.0 - self.early) * max(self.jump, 0.0)
 
 
 def rank_of(level: int) -> int:
@@ -95,12 +99,13 @@ def stories(plan: Plan, outcome: Outcome) -> list[Story]:
             elif promoted is None and deferred:
                 promoted = step.at
         own = decode[decode["key"] == timing.id]
-        total = int(own["size"].sum())
-        before = int(own["size"][own["at"] < (timing.done if promoted is None else promoted)].sum())
-        out.append(Story(timing, lane, began, seen, deferred, promoted, before / total if total else 1.0))
+        turn = timing.done if promoted is None else promoted
+        early = _received(own, 0.0, turn) / max(_received(own, 0.0, timing.done + 1.0), 1)
+        change = _received(own, turn, turn + AROUND_S) - _received(own, turn - AROUND_S, turn)
+        jump = change / (AROUND_S * plan.scaled.link.bytes_per_s)
+        out.append(Story(timing, lane, began, seen, deferred, promoted, early, jump))
     return sorted(out, key=lambda s: (s.tellable, s.score), reverse=True)
 
 
-def host_of(lane: int) -> int:
-    """The rank that a P2D lane belongs to."""
-    return lane // P2D_LANES
+def _received(rows: npt.NDArray[Any], start: float, end: float) -> int:
+    return int(rows["size"][(rows["at"] >= start) & (rows["at"] < end)].sum())

@@ -117,6 +117,11 @@ class Server:
         self._logs: list[list[Arrival]] = []
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._server.getsockname()[1])
+
     def arrivals(self) -> list[Arrival]:
         """Everything read so far, in no order across connections."""
         return [a for log in self._logs for a in list(log)]
