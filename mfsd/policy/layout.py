@@ -57,9 +57,11 @@ class Layout:
             _need(policy, levels, top + classes + 1)
             steps = rest // (classes + 1)
             return cls(top, classes, steps, steps, classes + 1, top + classes, classes + 1, top + classes)
-        early = rest - (late or (rest + 1) // 2)
+        early = rest - late if late else rest // 2
         classes = red_classes or (2 if early >= 4 else 1)
         _need(policy, levels, top + classes + max(late, 1))
+        if not late:
+            early = max(early, classes)
         early //= classes
         base = top + early * classes
         return cls(top, classes, early, levels - base, classes, base, 1, base)
