@@ -162,7 +162,7 @@ class Ladder:
 
     def bands(self, levels: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
         """Band index per element: levels beyond the last use the last; NONE is default, SCAVENGER is scavenger."""
-        out = self.band_of[np.clip(levels, 0, self.policy_levels - 1)]
+        out = self.band_of.take(levels, mode="clip")
         out[levels == LEVEL_NONE] = self.plan.default.index
         out[levels == LEVEL_SCAVENGER] = self.plan.scavenger.index
         return out

@@ -112,7 +112,8 @@ class Steering:
         if not transfers.n and not self.confirm:
             return []
         sent = self.connections.sent()
-        rows = np.flatnonzero((transfers.live("end") <= sent[transfers.live("conn")]) & (transfers.live("conn") >= 0))
+        conns = transfers.live("conn")
+        rows = np.flatnonzero((transfers.live("end") <= sent.take(conns)) & (conns >= 0))
         if len(rows) > CONFIRM_MAX:
             # Take turns: many starved transfers may wait here for a long time.
             rows = np.roll(rows, -(self._ask_from % len(rows)))[:CONFIRM_MAX]
@@ -232,20 +233,20 @@ class Steering:
         requests, batches = self._request_view(engine, now), self._batch_view(engine)
         t = engine.transfers
         conn, start, end, size = t.live("conn"), t.live("start"), t.live("end"), t.live("size")
-        sent = self.connections.sent()[conn]
+        sent = self.connections.sent().take(conn)  # take: a third of the time of [], at 10,000 rows
         left = np.maximum(end - np.maximum(sent, start), np.minimum(size, STUCK_BYTES))
         batch, request = t.live("batch"), t.live("request")
         current, computing = np.zeros(t.n, dtype=np.int32), np.zeros(t.n, dtype=np.bool_)
         if len(batches):
             owned = batch >= 0
-            current = np.where(owned, batches.current_layer[batch], 0).astype(np.int32)
-            computing = owned & ~batches.compute_done[batch]
-        compute_left = np.where(request >= 0, requests.compute_left[request], 0.0) if len(requests) else np.zeros(t.n)
+            current = batches.current_layer.take(batch) * owned
+            computing = owned & ~batches.compute_done.take(batch)
+        compute_left = requests.compute_left.take(request) * (request >= 0) if len(requests) else np.zeros(t.n)
         transfers = TransferView(
             stage=t.live("stage"),
             size=size,
             left=left,
-            ahead=np.where(conn >= 0, np.maximum(start - sent, 0.0), 0.0),
+            ahead=np.maximum(start - sent, 0.0),  # without a connection both are 0
             request=request,
             batch=batch,
             conn=conn,
@@ -274,7 +275,7 @@ class Steering:
             todo -= np.clip(now - b.live("layer_since"), 0.0, per_layer)  # the current layer, as far as it can be
             todo = np.where(b.live("compute_done"), 0.0, np.maximum(todo, 0.0))
             known = (b.live("layers") > 0) & (per_layer > 0) | b.live("compute_done")
-            compute_left = np.where((batch >= 0) & known[batch], todo[batch], compute_left)
+            compute_left = np.where((batch >= 0) & known.take(batch), todo.take(batch), compute_left)
         return RequestView(
             deadline=r.live("deadline"),
             arrival=r.live("arrival"),
@@ -356,9 +357,10 @@ class Steering:
                 conn, levels = conn[on], engine.transfers.live("level")[on]
             else:
                 levels = engine.transfers.live("level")
-            np.minimum.at(level, conn, levels)
-            busy[conn] = True
-        level = np.where(busy, level, self.stage_level[self.stages.last[:high]])
+            where = conn.astype(np.intp)  # ufunc.at takes twice as long with other integers
+            np.minimum.at(level, where, levels)
+            busy[where] = True
+        level = np.where(busy, level, self.stage_level.take(self.stages.last[:high]))
         mark = self.stages.mark[:high]
         if mark.any():
             marked = self.stage_level[mark]
