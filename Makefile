@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 NAME ?=
+KERNEL ?= 6.1
 STAMP := $(VENV)/.mfsd-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench lint format clean
+.PHONY: help setup build demo test test-vm bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +31,9 @@ test: build ## all tests of this machine's kernel; fails if a tier did not run
 	@mkdir -p build
 	$(PY) -m pytest --junitxml=build/junit.xml
 	@$(PY) scripts/check_tiers.py build/junit.xml
+
+test-vm: build ## the tests in guests with stock kernels, KERNEL=6.1|6.12|7.3|all: build/vm/, docs/kernels.md
+	$(PY) scripts/vm/run.py --report $(KERNEL)
 
 bench: build ## one benchmark, NAME=...: build/bench/NAME.json and a table
 	@test -n "$(NAME)" || { echo "say which one: make bench NAME=promotion (make help lists them)"; exit 2; }

@@ -18,6 +18,7 @@ import structlog
 from mfsd import _abi
 from mfsd.datapath import statefile
 from mfsd.datapath.attach import attach, remove_leftover
+from mfsd.datapath.bcc import BccLoader
 from mfsd.datapath.enforcer import DeviceEnforcer
 from mfsd.datapath.libbpf import LibbpfLoader
 from mfsd.datapath.loader import DatapathError, LoaderError
@@ -375,7 +376,12 @@ class Devices:
 
 
 def _loader(wanted: str) -> tuple[str, Loader]:
-    """The configured way into the kernel. Raises LoaderError."""
-    if wanted == "bcc":
-        raise LoaderError("loader bcc", "this version of mfsd has none", 'set daemon.loader = "libbpf" or "auto"')
-    return "libbpf", LibbpfLoader()
+    """The configured way into the kernel; "auto" is libbpf, or BCC where libbpf 1.x is missing. Raises LoaderError."""
+    if wanted != "bcc":
+        try:
+            return "libbpf", LibbpfLoader()
+        except LoaderError as e:
+            if wanted == "libbpf":
+                raise
+            log.warning("loader", chosen="bcc", reason=str(e))
+    return "bcc", BccLoader()

@@ -156,7 +156,8 @@ def remove_leftover(ifindex: int, *, delete_empty_qdisc: bool = False) -> bool:
             found = any(_is_ours(f) for f in _filters(ip, ifindex, "egress"))
             if found:
                 ip.tc("del-filter", "bpf", ifindex, _HANDLE, parent=_PARENTS["egress"], prio=_PRIO, protocol=_ETH_P_ALL)
-            if delete_empty_qdisc and not any(True for side in _PARENTS for _ in _filters(ip, ifindex, side)):
+            made = delete_empty_qdisc and _clsact_kind(ip, ifindex) == "clsact"  # else somebody has deleted it
+            if made and not any(True for side in _PARENTS for _ in _filters(ip, ifindex, side)):
                 ip.tc("del", "clsact", ifindex)
         except NetlinkError as e:
             if e.code in (errno.ENODEV, errno.ENOENT, errno.EINVAL) and not _device_exists(ifindex):

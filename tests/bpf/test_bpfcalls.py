@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bpf(2) without a library does what libbpf does: the calls that the BCC loader uses, and its errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from mfsd.datapath import bcc, bpfcalls
+from mfsd.datapath.bcc import BccLoader, check_headers
+from mfsd.datapath.bpfcalls import SyscallCalls
+from mfsd.datapath.libbpf import LibbpfCalls, LibbpfLoader
+from mfsd.datapath.loader import LoaderError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.bpf
+
+HASH, PERCPU_ARRAY = 1, 6
+RETURN_0 = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
+READ_NOTHING = struct.pack("=BBhiBBhi", 0x61, 0x20, 0, 0, 0x95, 0, 0, 0)
+"""r0 = *(u32 *)r2; exit"""
+
+
+@pytest.fixture
+def calls() -> SyscallCalls:
+    return SyscallCalls()
+
+
+@pytest.fixture
+def table(calls: SyscallCalls) -> Iterator[int]:
+    fd = calls.map_create(HASH, "mfsd_test", 8, 4, 4, 0)
+    yield fd
+    os.close(fd)
+
+
+def test_elements_come_and_go(calls: SyscallCalls, table: int) -> None:
+    key, value = bytes(7) + b"k", b"abcd"
+    assert calls.map_lookup(table, key, 4) is None
+    assert calls.map_next_key(table, None, 8) is None
+    calls.map_update(table, key, value)
+    assert calls.map_lookup(table, key, 4) == value
+    assert LibbpfCalls().map_lookup(table, key, 4) == value
+    assert calls.map_next_key(table, None, 8) == key
+    assert calls.map_next_key(table, key, 8) is None
+    calls.map_delete(table, key)
+    with pytest.raises(OSError, match="No such file") as caught:
+        calls.map_delete(table, key)
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_many_elements_at_once(calls: SyscallCalls, table: int) -> None:
+    calls.map_update_batch(table, np.arange(4, dtype=np.uint64), np.arange(4, dtype=np.uint32))
+    assert calls.map_lookup(table, (3).to_bytes(8, "little"), 4) == (3).to_bytes(4, "little")
+    with pytest.raises(OSError, match=r"too long|Argument list") as caught:
+        calls.map_update_batch(table, np.arange(4, 6, dtype=np.uint64), np.zeros(2, dtype=np.uint32))
+    assert caught.value.errno == errno.E2BIG
+
+
+def test_cpus_are_those_of_libbpf(calls: SyscallCalls) -> None:
+    assert calls.possible_cpus() == LibbpfCalls().possible_cpus()
+    fd = calls.map_create(PERCPU_ARRAY, "mfsd_test", 4, 8, 1, 0)
+    assert calls.map_lookup(fd, bytes(4), 8 * calls.possible_cpus()) == bytes(8 * calls.possible_cpus())
+    os.close(fd)
+
+
+def test_a_program_is_loaded_and_known(calls: SyscallCalls) -> None:
+    fd = calls.prog_load("mfsd_test", RETURN_0, "GPL")
+    number = calls.prog_id(fd)
+    assert number == LibbpfCalls().prog_id(fd)
+    assert calls.prog_info(number) == LibbpfCalls().prog_info(number) == ("mfsd_test", 3)
+    os.close(fd)
+
+
+def test_the_verifiers_words_are_kept(calls: SyscallCalls) -> None:
+    with pytest.raises(LoaderError, match=r"Permission denied|Invalid argument") as caught:
+        calls.prog_load("mfsd_test", READ_NOTHING, "GPL")
+    assert "R2" in caught.value.log_tail
+
+
+def test_the_classifier_works_through_it(calls: SyscallCalls) -> None:
+    """What is asked of a loaded classifier, with the calls exchanged."""
+    with LibbpfLoader().open_classifier(16) as c:
+        assert calls.prog_info(calls.prog_id(c.prog_fd))[0] == "mfsd_classify"
+        expected = c.stats().tolist()
+        c.calls = calls
+        assert c.stats().tolist() == expected
+
+
+def test_unknown_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpfcalls.platform, "machine", lambda: "pdp11")
+    with pytest.raises(LoaderError, match="pdp11"):
+        SyscallCalls()
+
+
+def test_missing_headers_name_the_package(tmp_path: Path) -> None:
+    with pytest.raises(LoaderError, match=r"apt-get install linux-headers-9\.9\.9"):
+        check_headers("9.9.9", tmp_path)
+    (tmp_path / "9.9.9/build/include").mkdir(parents=True)
+    check_headers("9.9.9", tmp_path)
+
+
+def test_missing_bindings_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(argv: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, 1, "", "ModuleNotFoundError")
+
+    monkeypatch.setattr(bcc, "_run", without)
+    bcc.interpreter.cache_clear()
+    with pytest.raises(LoaderError, match="python3-bpfcc"):
+        bcc.interpreter()
+    bcc.interpreter.cache_clear()
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(argv: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, 1, "", "note\nx.c:1:1: error: no such thing\n1 error generated.\n")
+
+    monkeypatch.setattr(bcc, "_run", failing)
+    with pytest.raises(LoaderError, match="no such thing") as caught:
+        bcc._compile(tmp_path / "x.c", sys.executable)
+    assert caught.value.log_tail.startswith("note")
+
+
+def test_without_headers_nothing_is_compiled(tmp_path: Path) -> None:
+    with pytest.raises(LoaderError, match="no headers of the running kernel"):
+        BccLoader(modules=tmp_path).open_classifier(16)

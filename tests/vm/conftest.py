@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests for guests with stock kernels (`make test-vm`): collected only there, where the plugin `emulated` is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from prio_benches import PrioBench, fixed_neighbours
+
+from mfsd.datapath import netlink as nl
+from mfsd.datapath.device import kernel_has
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from namespaces import NetnsPair
+
+if "MFSD_VM" not in os.environ:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture
+def needs() -> Callable[..., None]:
+    """Skip where the kernel lacks a qdisc; the runner checks that it does."""
+
+    def check(*kinds: str) -> None:
+        with nl.TcSocket() as sock:
+            for kind in kinds:
+                if not kernel_has(sock, kind):
+                    pytest.skip(f"this kernel has no {kind}")
+
+    return check
+
+
+@pytest.fixture
+def bench(netns_pair: NetnsPair, tmp_path: Path) -> Iterator[PrioBench]:
+    """The test runs inside the sending namespace."""
+    fixed_neighbours(netns_pair)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(netns_pair.inside(netns_pair.a))
+        yield PrioBench(netns_pair, tmp_path / "state", stack)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BCC loader where the kernel's headers are: the same program, the same tables, the same verdicts."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from frames import frame4, frame6, key4, key6
+
+from mfsd import _abi
+from mfsd.datapath.attach import attach, hook_users
+from mfsd.datapath.bcc import BccLoader, check_headers
+from mfsd.datapath.keys import MapFullError, cookie_key
+from mfsd.datapath.libbpf import LibbpfLoader
+from mfsd.datapath.loader import LoaderError
+from mfsd.datapath.testrun import run_packet, socket_cookie
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from namespaces import NetnsPair
+
+    from mfsd.datapath.loader import Classifier, Loader
+
+pytestmark = [pytest.mark.bpf, pytest.mark.feature("BCC loader")]
+
+
+@pytest.fixture(scope="module")
+def loader() -> BccLoader:
+    try:
+        check_headers(os.uname().release)
+    except LoaderError:
+        pytest.skip("this kernel has no headers")
+    return BccLoader()
+
+
+def live(c: Classifier) -> Classifier:
+    """As a daemon would have it: enforce, eight bands of four lanes."""
+    c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
+    c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
+    c.dev["major"], c.dev["n_bands"], c.dev["control_band"] = 0x10000, 8, 0
+    c.dev["bands"]["classid"][0, :8] = [0x10010 + 0x10 * b for b in range(8)]
+    c.dev["bands"]["lanes"], c.dev["bands"]["dscp"] = 4, _abi.DSCP_KEEP
+    return c
+
+
+@pytest.fixture
+def classifier(loader: BccLoader) -> Iterator[Classifier]:
+    with loader.open_classifier(64) as c:
+        yield live(c)
+
+
+def hint(c: Classifier, key: bytes, row: int, **fields: int) -> None:
+    for name, value in ({"expires_ns": 2**63, "band": 3} | fields).items():
+        c.slots[name][row] = value
+    c.tuples.add(key, row)
+
+
+def test_both_loaders_give_the_same_verdicts(loader: BccLoader) -> None:
+    """Data, pure ACKs, SYNs, IPv6, VLAN tags, strangers, rubbish: priority, packet and every counter."""
+    packets: list[tuple[bytes, dict[str, Any]]] = [
+        (frame4(), {}),
+        (frame4(), {"wire_len": 70_000, "gso_segs": 48}),
+        (frame6(), {}),
+        (frame4(), {"priority": 0x20001}),
+        (frame4()[:33], {}),
+        (bytes(60), {}),
+    ]
+
+    def fates(which: Loader) -> list[Any]:
+        with which.open_classifier(64) as c:
+            live(c)
+            hint(c, key4(), 7, lane=2)
+            hint(c, key6(), 8, band=5)
+            ran = [run_packet(c.prog_fd, frame, **more) for frame, more in packets]
+            slots = c.slots[["bytes", "segments", "packets", "control"]].tolist()
+            out = [(r.verdict, r.priority, r.packet) for r in ran]
+            return [out, c.stats().tolist(), slots, c.bands().tolist()]
+
+    assert fates(loader) == fates(LibbpfLoader())
+
+
+def test_a_hinted_packet_is_sent_to_its_lane(classifier: Classifier) -> None:
+    hint(classifier, key4(), 7, lane=3, band=2)
+    assert run_packet(classifier.prog_fd, frame4()).priority == 0x10033
+    assert classifier.slots["packets"][7] == 1
+    assert classifier.stats()[_abi.STAT_TUPLE] == 1
+
+
+@pytest.mark.parametrize("rows", [1, 65, 16384])
+def test_tables_have_the_size_asked_for(loader: BccLoader, rows: int) -> None:
+    with loader.open_classifier(rows) as c:
+        c.slots["generation"] = np.arange(rows)
+        assert c.slots["generation"][-1] == rows - 1
+        c.cookies.add_many(np.arange(rows, dtype=np.uint64), np.arange(rows, dtype=np.uint32))
+        assert c.cookies.get(cookie_key(rows - 1)) == rows - 1
+        if rows < 100:
+            with pytest.raises(MapFullError):
+                c.cookies.add(cookie_key(2**40), 0)
+
+
+def test_two_devices_share_the_host(loader: BccLoader, classifier: Classifier) -> None:
+    with loader.open_classifier(64, classifier) as two:
+        two.dev[:] = classifier.dev
+        hint(classifier, key4(), 7)
+        for c in (classifier, two):
+            assert run_packet(c.prog_fd, frame4()).priority == 0x10040
+        assert two.slots["packets"][7] == 2
+        assert two.stats()[_abi.STAT_TUPLE] == 1
+
+
+def test_closing_gives_everything_back(loader: BccLoader) -> None:
+    def bpf_fds() -> int:
+        found = 0
+        for fd in Path("/proc/self/fd").iterdir():
+            try:
+                found += "bpf" in str(fd.readlink())
+            except FileNotFoundError:  # the listing's own
+                continue
+        return found
+
+    before = bpf_fds()
+    loader.open_classifier(16).close()
+    assert bpf_fds() == before
+
+
+@pytest.mark.netns
+def test_it_works_on_a_device(netns_pair: NetnsPair, classifier: Classifier) -> None:
+    """By cookie, with whatever hook the kernel has; nothing is left behind."""
+    pair = netns_pair
+    with pair.inside(pair.a):
+        index = socket.if_nametoindex(pair.dev_a)
+        before = pair.run(pair.a, "tc qdisc show")
+        with attach(classifier, index):
+            (user,) = hook_users(classifier.calls, index)
+            assert user.ours
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+                classifier.slots["expires_ns"][5] = 2**63
+                classifier.cookies.add(cookie_key(socket_cookie(s)), 5)
+                for _ in range(3):
+                    s.sendto(b"x" * 100, (pair.addr_b, 9))
+            deadline = time.monotonic() + 20
+            while classifier.slots["packets"][5] < 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert hook_users(classifier.calls, index) == []
+        assert pair.run(pair.a, "tc qdisc show") == before
+
+
+def test_missing_headers_name_the_package(tmp_path: Path) -> None:
+    if Path("/sys/kernel/kheaders.tar.xz").exists():
+        return
+    with pytest.raises(LoaderError, match=r"apt-get install linux-headers-9\.9\.9"):
+        check_headers("9.9.9", tmp_path)
+
+
+def test_a_compiler_error_is_shown(loader: BccLoader, tmp_path: Path) -> None:  # noqa: ARG001 - skips without headers
+    source = tmp_path / "classifier.bpf.c"
+    source.write_text("int mfsd_classify(struct __sk_buff *skb) { return nonsense; }\n")
+    with pytest.raises(LoaderError, match="nonsense") as caught:
+        BccLoader(source).open_classifier(16)
+    assert "error" in caught.value.log_tail
+
+
+def test_a_source_without_our_maps(loader: BccLoader, tmp_path: Path) -> None:  # noqa: ARG001 - skips without headers
+    source = tmp_path / "classifier.bpf.c"
+    source.write_text("int mfsd_classify(struct __sk_buff *skb) { return 0; }\n")
+    with pytest.raises(LoaderError, match="no map mfsd_host"):
+        BccLoader(source).open_classifier(16)
+
+
+def test_calls_raise_the_kernels_errno(classifier: Classifier) -> None:
+    with pytest.raises(OSError, match="No such file") as caught:
+        classifier.calls.map_delete(classifier.map_fds["mfsd_cookies"], cookie_key(1))
+    assert caught.value.errno == errno.ENOENT
+    assert classifier.calls.prog_info(classifier.calls.prog_id(classifier.prog_fd))[0] == "mfsd_classify"
