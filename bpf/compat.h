@@ -22,6 +22,7 @@
 #define MFSD_HASH(name, ktype, vtype, n) BPF_TABLE("hash", ktype, vtype, name, n)
 #define MFSD_LOOKUP(map, key)		(map).lookup(key)
 #define MFSD_PROGRAM			/* BCC takes every non-static function */
+#define MFSD_CONST(type, name, value)	const type name = value /* on the stack: BCC has no .rodata */
 #define MFSD_LICENSE(text)		/* BCC says GPL for us */
 
 #else /* libbpf */
@@ -47,6 +48,7 @@
 #define MFSD_HASH(name, ktype, vtype, n) MFSD_MAP(name, BPF_MAP_TYPE_HASH, ktype, vtype, n, 0)
 #define MFSD_LOOKUP(map, key)		bpf_map_lookup_elem(&(map), key)
 #define MFSD_PROGRAM			SEC("tc")
+#define MFSD_CONST(type, name, value)	static const type name = value
 #define MFSD_LICENSE(text)		char mfsd_license[] SEC("license") = text
 
 #endif
@@ -59,6 +61,15 @@
 #define MFSD_NET16(x) ((__u16)(x))
 #define MFSD_NET32(x) ((__u32)(x))
 #endif
+
+/* Adds a constant to a pointer as an immediate, whatever the compiler would rather do. */
+#define MFSD_ADD(pointer, constant) asm volatile("%0 += %1" : "+r"(pointer) : "i"(constant))
+
+/* Makes the compiler forget what it knows about a variable, so that it derives from it anew. */
+#define MFSD_HIDE(v) asm volatile("" : "+r"(v))
+
+/* Whatever is in memory is read again from here on, instead of being remembered in a register. */
+#define MFSD_REREAD() asm volatile("" : : : "memory")
 
 /* "Go on with whatever else hangs on this hook": TCX_NEXT and TC_ACT_UNSPEC are the same number on purpose
  * (include/uapi/linux/bpf.h), so one program serves TCX and clsact. */

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pytest
+from privileges import DAEMON, call_with
 
 from mfsd import _abi
 from mfsd.datapath.keys import cookie_key
@@ -121,10 +122,10 @@ class Rig:
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[Rig]:
-    """Load once per module; pinned to one CPU for the sake of cookies."""
+    """Load once per module, with the capabilities of the daemon; pinned to one CPU for the sake of cookies."""
     cpus = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cpus)})
-    with LibbpfLoader().open_classifier(ROWS) as classifier:
+    with call_with(DAEMON, lambda: LibbpfLoader().open_classifier(ROWS)) as classifier:
         yield Rig(classifier)
     os.sched_setaffinity(0, cpus)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from mfsd.datapath import bcc, bpfcalls
+from mfsd.datapath import bcc
 from mfsd.datapath.bcc import BccLoader, check_headers
 from mfsd.datapath.bpfcalls import SyscallCalls
 from mfsd.datapath.libbpf import LibbpfCalls, LibbpfLoader
@@ -97,7 +98,7 @@ def test_the_classifier_works_through_it(calls: SyscallCalls) -> None:
 
 
 def test_unknown_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bpfcalls.platform, "machine", lambda: "pdp11")
+    monkeypatch.setattr(platform, "machine", lambda: "pdp11")
     with pytest.raises(LoaderError, match="pdp11"):
         SyscallCalls()
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
 import shutil
 import subprocess
-import threading
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +25,8 @@ from mfsd.datapath.testrun import run_packet
 from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
+    import ctypes
+
     from conftest import Rig
 
 pytestmark = pytest.mark.bpf
@@ -300,31 +300,3 @@ def test_verifier_log_is_kept(tmp_path: Path) -> None:
     with BpfObject(obj) as o, pytest.raises(LoaderError, match="invalid mem access") as caught:
         o.load()
     assert "R1" in caught.value.log_tail
-
-
-def test_missing_capabilities_name_them() -> None:
-    """A thread without CAP_BPF and CAP_NET_ADMIN (capabilities are per thread) is told what it lacks."""
-    caught: list[BaseException] = []
-
-    def unprivileged() -> None:
-        drop_effective_capabilities()
-        try:
-            LibbpfLoader().open_classifier(16)
-        except LoaderError as e:
-            caught.append(e)
-
-    thread = threading.Thread(target=unprivileged)
-    thread.start()
-    thread.join()
-    assert caught
-    assert "CAP_BPF" in str(caught[0])
-
-
-def drop_effective_capabilities() -> None:
-    """Clear the effective set of the calling thread (capset(2), version 3)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    data = (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, data) == 0
-    data[0] = data[3] = 0
-    assert libc.capset(header, data) == 0

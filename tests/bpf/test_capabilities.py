@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CAP_BPF and CAP_NET_ADMIN suffice, and nothing else is asked for.
+
+Without CAP_PERFMON the verifier guards programs against speculation: it refuses some pointer arithmetic, adds barriers
+and masks, and explores more. The other tests of this folder run a classifier that was loaded like that, too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, SETPRIV, call_with
+
+from mfsd.datapath.libbpf import LibbpfLoader
+from mfsd.datapath.loader import LoaderError
+
+if TYPE_CHECKING:
+    from namespaces import NetnsPair
+
+pytestmark = pytest.mark.bpf
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.netns
+def test_a_process_with_two_capabilities_does_all_that_the_daemon_does(netns_pair: NetnsPair) -> None:
+    pair = netns_pair
+    script = [sys.executable, str(HERE / "two_capabilities.py"), pair.dev_a, pair.addr_b]
+    done = subprocess.run(
+        ["ip", "netns", "exec", pair.a, "setpriv", *SETPRIV, *script],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "clsact" not in pair.run(pair.a, f"tc qdisc show dev {pair.dev_a}")
+
+
+def test_full_root_can_load_it_too() -> None:
+    LibbpfLoader().open_classifier(16).close()
+
+
+@pytest.mark.parametrize(
+    "capabilities", [DAEMON - {CAP_BPF}, DAEMON - {CAP_NET_ADMIN}, frozenset()], ids=["no bpf", "no net_admin", "none"]
+)
+def test_a_missing_capability_is_named(capabilities: frozenset[int]) -> None:
+    with pytest.raises(LoaderError, match="CAP_BPF and CAP_NET_ADMIN"):
+        call_with(capabilities, lambda: LibbpfLoader().open_classifier(16).close())
