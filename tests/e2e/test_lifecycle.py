@@ -176,7 +176,7 @@ def test_two_capabilities_suffice(netns_pair: NetnsPair, tmp_path: Path) -> None
         )
         assert int(effective.split()[1], 16) == (1 << 39) | (1 << 12)  # CAP_BPF, CAP_NET_ADMIN
         client.mark(flow.sender, Stage.COLLECTIVE)
-        assert client.flush(5)
+        wait_for(lambda: any(c.band == "level 0" for c in daemon.connections()), "the mark to act")
         flow.sender.sendall(bytes(MB))
         wait_for(lambda: flow.received == MB and daemon.bands()["level 0"].bytes >= MB, "steered bytes")
         assert daemon.end() == 0
