@@ -170,7 +170,7 @@ def _interrupted(_number: int, _frame: object) -> NoReturn:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--duration", default=30.0, show_default=True, help="Seconds of replay per run.")
+@click.option("--duration", default=28.0, show_default=True, help="Seconds of replay per run.")
 @click.option("--speed", default=2.0, show_default=True, help="How much faster than in the trace requests come.")
 @click.option("--seed", default=0, show_default=True, help="Spreads arrivals inside the trace's 3 s ticks.")
 @click.option("--policy", default="", help="Policy of the run with mfsd; none: its default.")
