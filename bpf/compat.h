@@ -20,7 +20,7 @@
 #define MFSD_MMAP_ARRAY(name, type, n)	BPF_F_TABLE("array", u32, type, name, n, BPF_F_MMAPABLE)
 #define MFSD_PERCPU_ARRAY(name, type, n) BPF_TABLE("percpu_array", u32, type, name, n)
 #define MFSD_HASH(name, ktype, vtype, n) BPF_TABLE("hash", ktype, vtype, name, n)
-#define MFSD_LOOKUP(map, key)		(map).lookup(key)
+#define MFSD_LOOKUP(map, key)		map.lookup(key) /* expanded by bcc_compile.py: BCC can't look into macros */
 #define MFSD_PROGRAM			/* BCC takes every non-static function */
 #define MFSD_CONST(type, name, value)	const type name = value /* on the stack: BCC has no .rodata */
 #define MFSD_LICENSE(text)		/* BCC says GPL for us */

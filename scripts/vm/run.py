@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the datapath and end-to-end tests in guests with stock kernels, one after the other.
 
-    run.py [--report] [--only EXPRESSION] all|6.1|6.12|7.3 ...
+    run.py [--report] [--only EXPRESSION] [--tests PATH] all|6.1|6.12|7.3 ...
 
 Leaves per kernel in build/vm/KERNEL/: result.json, junit.xml, pytest.txt, doctor.txt, dmesg.txt, console.txt. Exits
 with 1 if a guest did not boot, a test failed or did not run, or was skipped for something that the kernel has.
@@ -22,7 +22,7 @@ from typing import Final
 import guest
 import kernels
 from image import ROOT
-from judge import Run, judge, read_cases
+from judge import TIERS, Run, judge, read_cases
 from report import write_report
 
 LIMIT_SECONDS: Final = 900
@@ -38,15 +38,15 @@ BUILD: Final = ROOT / "build" / "vm"
 SELECTION: Final = ("tests/bpf", "tests/enforce", "tests/vm", "tests/e2e")
 
 
-def job(only: str) -> str:
+def job(has: set[str], only: str, tests: tuple[str, ...] = SELECTION) -> str:
     """What runs in the guest."""
     python = f"{sys.prefix}/bin/python"
     choice = f"-k '{only}'" if only else ""
     return f"""
 cd {ROOT}
-export MFSD_VM=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT}:{ROOT}/tests/vm
+export MFSD_VM=1 MFSD_VM_FEATURES="{" ".join(sorted(has))}" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT}:{ROOT}/tests/vm
 {python} -m pytest -p no:cacheprovider -p emulated -v --durations=25 --junitxml=/results/junit.xml {choice} \\
-    {" ".join(SELECTION)} > /results/pytest.txt 2>&1
+    {" ".join(tests)} > /results/pytest.txt 2>&1
 status=$?
 {python} -m mfsd.cli doctor > /results/doctor.txt 2>&1
 exit $status
@@ -70,7 +70,7 @@ def install() -> None:
     subprocess.run(["/usr/bin/apt-get", "install", *quiet, *missing], check=True, env=env, stdout=subprocess.DEVNULL)
 
 
-def run_kernel(name: str, only: str) -> Run:
+def run_kernel(name: str, only: str, tests: tuple[str, ...]) -> Run:
     """Fetch, boot, test, judge one kernel."""
     cache = kernels.cache_dir()
     kernel = kernels.fetch(name, cache)
@@ -78,7 +78,7 @@ def run_kernel(name: str, only: str) -> Run:
     work = cache / "runs" / name
     shutil.rmtree(work, ignore_errors=True)
     print(f"vm: {name}: booting {kernel.release}", flush=True)
-    outcome = guest.run(kernel, job(only), cache, work, LIMIT_SECONDS)
+    outcome = guest.run(kernel, job(has, only, tests), cache, work, LIMIT_SECONDS)
     to = BUILD / name
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(outcome.results, to)
@@ -91,7 +91,7 @@ def run_kernel(name: str, only: str) -> Run:
         run.problems.append(f"the tests did not end (status {outcome.status}); see {to}/pytest.txt")
     else:
         run.cases = read_cases(junit)
-        run.problems += judge(run.cases, has) if not only else judge(run.cases, has, ())
+        run.problems += judge(run.cases, has, TIERS if tests == SELECTION and not only else ())
         if outcome.status != 0 and not run.problems:
             run.problems.append(f"pytest ended with status {outcome.status}; see {to}/pytest.txt")
     if (to / "doctor.txt").exists():
@@ -105,6 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", default=["6.1"])
     parser.add_argument("--only", default="", help="pytest -k expression; the results are no complete run then")
+    parser.add_argument("--tests", action="append", metavar="PATH", help="only these; no complete run either")
     parser.add_argument("--report", action="store_true", help="write docs/kernels.md from the results of all kernels")
     args = parser.parse_args()
     names = list(kernels.KERNELS) if "all" in args.kernels else args.kernels
@@ -114,7 +115,7 @@ def main() -> int:
     install()
     failed = False
     for name in names:
-        run = run_kernel(name, args.only)
+        run = run_kernel(name, args.only, tuple(args.tests) if args.tests else SELECTION)
         counts = {o: sum(c.outcome == o for c in run.cases) for o in ("passed", "failed", "skipped")}
         for problem in run.problems:
             print(f"vm: {name}: {problem}")

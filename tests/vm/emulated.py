@@ -31,6 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.user_properties.append(("feature", str(marker.args[0])))
         function = getattr(item, "obj", None)
         own = getattr(function, "_hypothesis_internal_use_settings", None)
-        if own is not None and own.max_examples > EXAMPLES:
+        if function is not None and own is not None and own.max_examples > EXAMPLES:
             capped = hypothesis.settings(own, max_examples=EXAMPLES, deadline=None, database=None)
             function._hypothesis_internal_use_settings = capped
