@@ -20,6 +20,7 @@ from mfsd.datapath.tree import (
     HTB_GLOB,
     TCA_HTB_INIT,
     TCA_HTB_OFFLOAD,
+    U32_MAX,
     settings,
 )
 from mfsd.model import Rate
@@ -36,6 +37,8 @@ less than they need (red's and choke's table, netem's distribution) or talk to h
 EXPLICIT_CLASSES: Final = frozenset({"htb", "drr"})
 """Kinds whose classes are made by messages; the others make theirs with the qdisc, or dump flows as classes."""
 _HTB_VERSION: Final = 3
+_CODEL_TIMES: Final = {"codel": {1, 3, 5}, "fq_codel": {1, 3, 7}}
+"""Attributes that hold times: target, interval, CE threshold (include/uapi/linux/pkt_sched.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +213,11 @@ def _obstacles(kind: str, thing: nl.TcObject) -> list[str]:
 
 def _as_request(item: Saved) -> bytes | None:
     """TCA_OPTIONS as they are set, from TCA_OPTIONS as they are dumped."""
+    if item.options is not None and item.kind in _CODEL_TIMES and item.type == "qdisc":
+        found = nl.attrs(item.options)
+        for number in _CODEL_TIMES[item.kind] & found.keys():
+            found[number] = struct.pack("=I", codel_request(*struct.unpack("=I", found[number])))
+        return b"".join(nl.attr(number, payload) for number, payload in found.items())
     if item.options is None or item.kind != "htb" or item.type != "qdisc":
         return item.options
     # The dump says version 0x30011, a request must say 3 (net/sched/sch_htb.c, htb_init and htb_dump).
@@ -217,6 +225,16 @@ def _as_request(item: Saved) -> bytes | None:
     _, r2q, default, _, _ = HTB_GLOB.unpack_from(found[TCA_HTB_INIT])
     found[TCA_HTB_INIT] = HTB_GLOB.pack(_HTB_VERSION, r2q, default, 0, 0)
     return b"".join(nl.attr(number, payload) for number, payload in found.items())
+
+
+def codel_request(dumped: int) -> int:
+    """Microseconds to ask for so that the kernel stores what it dumped as ``dumped``.
+
+    It keeps times in units of 1024 ns and rounds down both ways (include/net/codel.h, codel_time_to_us), so 5 ms are
+    dumped as 4999 us, and asking for 4999 us would store one unit less.
+    """
+    units = -(-dumped * 1000 // 1024)
+    return min(-(-units * 1024 // 1000), U32_MAX)
 
 
 def _request(item: Saved, ifindex: int) -> bytes:

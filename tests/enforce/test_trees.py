@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mfsd.datapath import htb, prio
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.snapshot import Saved, Snapshot
+from mfsd.datapath.snapshot import Saved, Snapshot, codel_request
 from mfsd.datapath.tree import (
     CHILD_MAJOR,
     LEAF_MAJORS,
@@ -261,6 +261,15 @@ def test_a_snapshot_survives_its_file_and_refuses_anything_else() -> None:
     for broken in ({}, {"qdiscs": [], "classes": [], "txqlen": 1}, {"qdiscs": [{"kind": "htb"}]}):
         with pytest.raises((KeyError, ValueError)):
             Snapshot.from_json(broken)
+
+
+@given(st.integers(0, 100_000_000))
+def test_codels_times_survive_being_dumped_and_set(asked: int) -> None:
+    def stored(us: int) -> int:
+        return us * 1000 >> 10
+
+    dumped = (stored(asked) << 10) // 1000
+    assert stored(codel_request(dumped)) == stored(asked)
 
 
 def test_a_replay_makes_parents_first_and_queues_with_their_class() -> None:
