@@ -8,15 +8,14 @@ Compare figures of one run with each other: that is what ``baseline`` and ``rati
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from rich.console import Console
 from rich.table import Table
+
+from mfsd.lab.machine import commit, machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,30 +42,6 @@ class Figure:
         """Make a figure with a target; decides ``met``."""
         met = value <= target if want == "at most" else value >= target
         return cls(name, value, unit, target=target, met=met, **kwargs)
-
-
-def commit() -> str:
-    """Commit of the tree, with "-dirty" if tracked files were changed; "unknown" outside of git."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *args], check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = "unknown"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    return {"cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
 
 
 def write(name: str, figures: Sequence[Figure]) -> Path:
