@@ -37,6 +37,11 @@ less than they need (red's and choke's table, netem's distribution) or talk to h
 EXPLICIT_CLASSES: Final = frozenset({"htb", "drr"})
 """Kinds whose classes are made by messages; the others make theirs with the qdisc, or dump flows as classes."""
 _HTB_VERSION: Final = 3
+_STRICT: Final = frozenset({"ets"})
+"""Kinds that insist on the flag of nested attributes, which is missing in their own dumps (nla_parse_nested)."""
+_NESTED: Final = 0x8000
+_SFQ: Final = struct.Struct("=IiIII")
+"""struct tc_sfq_qopt: quantum, perturb_period, limit, divisor, flows."""
 _CODEL_TIMES: Final = {"codel": {1, 3, 5}, "fq_codel": {1, 3, 7}}
 """Attributes that hold times: target, interval, CE threshold (include/uapi/linux/pkt_sched.h)."""
 
@@ -218,6 +223,11 @@ def _as_request(item: Saved) -> bytes | None:
         for number in _CODEL_TIMES[item.kind] & found.keys():
             found[number] = struct.pack("=I", codel_request(*struct.unpack("=I", found[number])))
         return b"".join(nl.attr(number, payload) for number, payload in found.items())
+    if item.options is not None and item.kind == "sfq" and item.type == "qdisc" and len(item.options) >= _SFQ.size:
+        quantum, perturb, limit, divisor, flows = _SFQ.unpack_from(item.options)
+        # Asking for a limit also cuts the flows down to it (sfq_change), so nobody has asked for this one.
+        limit = 0 if flows > limit else limit
+        return _SFQ.pack(quantum, perturb, limit, divisor, flows) + item.options[_SFQ.size :]
     if item.options is None or item.kind != "htb" or item.type != "qdisc":
         return item.options
     # The dump says version 0x30011, a request must say 3 (net/sched/sch_htb.c, htb_init and htb_dump).
@@ -239,7 +249,8 @@ def codel_request(dumped: int) -> int:
 
 def _request(item: Saved, ifindex: int) -> bytes:
     options = _as_request(item)
-    body = nl.kind_attr(item.kind) + (b"" if options is None else nl.attr(nl.TCA_OPTIONS, options))
+    number = nl.TCA_OPTIONS | (_NESTED if item.kind in _STRICT else 0)
+    body = nl.kind_attr(item.kind) + (b"" if options is None else nl.attr(number, options))
     tcm = (ifindex, item.handle, item.parent, 0)
     if item.type == "class":
         return nl.message(nl.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL, tcm, body)

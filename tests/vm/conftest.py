@@ -25,13 +25,16 @@ if "MFSD_VM" not in os.environ:
 
 @pytest.fixture
 def needs() -> Callable[..., None]:
-    """Skip where the kernel lacks a qdisc; the runner checks that it does."""
+    """Skip where the kernel was built without a qdisc; what mfsd asks the kernel about must agree."""
+    has = set(os.environ["MFSD_VM_FEATURES"].split())
 
     def check(*kinds: str) -> None:
         with nl.TcSocket() as sock:
-            for kind in kinds:
-                if not kernel_has(sock, kind):
-                    pytest.skip(f"this kernel has no {kind}")
+            for kind in set(kinds) & {"htb", "prio", "tbf", "drr"}:
+                assert kernel_has(sock, kind) == (kind in has), kind
+        for kind in kinds:
+            if kind not in has:
+                pytest.skip(f"this kernel has no {kind}")
 
     return check
 

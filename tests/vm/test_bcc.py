@@ -70,7 +70,7 @@ def test_both_loaders_give_the_same_verdicts(loader: BccLoader) -> None:
         (frame4(), {"wire_len": 60_000, "gso_segs": 48}),
         (frame6(), {}),
         (frame4(), {"priority": 0x20001}),
-        (frame4()[:33], {}),
+        (frame4()[:40], {}),
         (bytes(60), {}),
     ]
 
