@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 RATE_MBIT: Final = 200
 POLICY: Final = 'name = "deadline-ladder"\nkv = "rli"'
 """A policy in which the stage alone says the level: collectives 0, KV reuse 1, undated P2D the lowest."""
-WAIT_S: Final = 20.0
+WAIT_S: Final = 20.0 * float(os.environ.get("MFSD_WAIT_FACTOR", "1"))
 """Upper bound of every wait; nothing is measured with it."""
 
 
@@ -116,7 +116,7 @@ rate = "{RATE_MBIT}mbit"
 
     def status(self) -> pb.Status:
         """GetStatus."""
-        answer: pb.Status = self.control(lambda c: c.GetStatus(pb.GetStatusRequest(), timeout=5))
+        answer: pb.Status = self.control(lambda c: c.GetStatus(pb.GetStatusRequest(), timeout=WAIT_S / 4))
         return answer
 
     def bands(self) -> dict[str, pb.Band]:
@@ -125,7 +125,7 @@ rate = "{RATE_MBIT}mbit"
 
     def connections(self) -> list[pb.Connection]:
         """ListConnections."""
-        reply = self.control(lambda c: c.ListConnections(pb.ListConnectionsRequest(), timeout=5))
+        reply = self.control(lambda c: c.ListConnections(pb.ListConnectionsRequest(), timeout=WAIT_S / 4))
         return list(reply.connections)
 
     def client(self, **more: Any) -> Client:
@@ -138,7 +138,7 @@ rate = "{RATE_MBIT}mbit"
         for i in range(n):
             batch.hints.add().request.CopyFrom(hints.Request(id=str(i), ttft_left_us=1_000_000))
         with grpc.insecure_channel(f"unix:{self.socket}") as channel:
-            reply: hints.HintReply = hints_rpc.HintsStub(channel).Send(batch, timeout=5)
+            reply: hints.HintReply = hints_rpc.HintsStub(channel).Send(batch, timeout=WAIT_S / 4)
             return reply
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -159,7 +159,7 @@ rate = "{RATE_MBIT}mbit"
             check=False,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=3 * WAIT_S,
         )
 
 
@@ -290,7 +290,7 @@ class Flow:
                 s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             s.close()
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=WAIT_S / 4)
 
 
 @contextlib.contextmanager
