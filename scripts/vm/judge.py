@@ -28,6 +28,8 @@ class Case:
     seconds: float
     text: str = ""
     feature: str = ""
+    measured: dict[str, str] = field(default_factory=dict)
+    """What the test recorded, e.g. latencies; by name."""
 
 
 @dataclass(slots=True)
@@ -63,10 +65,11 @@ def read_cases(junit: Path) -> list[Case]:
         skip = case.find("skipped")
         outcome = "failed" if broken else "skipped" if skip is not None else "passed"
         text = (broken[0].get("message") if broken else skip.get("message") if skip is not None else "") or ""
-        features = [p.get("value", "") for p in case.iter("property") if p.get("name") == "feature"]
+        measured = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
+        feature = measured.pop("feature", "")
         name, file = case.get("name", ""), parts[-1] if parts else "?"
         seconds = float(case.get("time", "0"))
-        out.append(Case(tier, file, name, outcome, seconds, text[:500], features[0] if features else ""))
+        out.append(Case(tier, file, name, outcome, seconds, text[:500], feature, measured))
     return out
 
 

@@ -49,7 +49,7 @@ cd {ROOT}
 export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT}:{ROOT}/tests/vm
 export MFSD_VM=1 MFSD_WAIT_FACTOR={WAIT_FACTOR} MFSD_VM_FEATURES="{" ".join(sorted(has))}"
 {python} -m pytest -p no:cacheprovider -p emulated -v --tb=short --durations=25 \\
-    --junitxml=/results/junit.xml {choice} {" ".join(tests)} > /results/pytest.txt 2>&1
+    -o junit_family=xunit1 --junitxml=/results/junit.xml {choice} {" ".join(tests)} > /results/pytest.txt 2>&1
 status=$?
 {python} -m mfsd.cli doctor > /results/doctor.txt 2>&1
 exit $status
