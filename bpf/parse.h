@@ -90,16 +90,14 @@ struct scratch {
 static __always_inline int read_linear(struct __sk_buff *skb, const __u32 offset, void *to, const __u32 size)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	__u32 i;
 
 	MFSD_ADD(data, offset);
 	if (data + size > end)
 		return 0;
 	if (size == 2)
 		*(__u16 *)to = *(__u16 *)data;
-#pragma unroll
-	for (i = 0; i < size / 4; i++)
-		((__u32 *)to)[i] = ((__u32 *)data)[i];
+	else /* by words; a loop would do, but BCC's compiler doesn't unroll it */
+		__builtin_memcpy(__builtin_assume_aligned(to, 4), __builtin_assume_aligned(data, 4), size);
 	return 1;
 }
 
