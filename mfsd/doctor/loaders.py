@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import platform
 import resource
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from mfsd.datapath.bcc import check_headers, interpreter
 from mfsd.datapath.libbpf import LibbpfLoader, library
 from mfsd.datapath.loader import DatapathError, LoaderError
 from mfsd.doctor.finding import Finding, Severity
@@ -96,28 +96,39 @@ def libbpf(_: Context) -> Iterator[Finding]:
 
 
 def find_bcc() -> str | None:
-    """Folder of BCC's Python bindings. PyPI's package "bcc" is something else and has no BPF class."""
-    spec = importlib.util.find_spec("bcc")
-    origin = spec.origin if spec is not None else None
-    if origin is not None and "BPF" in Path(origin).read_text(encoding="utf-8", errors="replace"):
-        return str(Path(origin).parent)
-    return None
+    """The Python that has BCC's bindings, this one or the distribution's; None if none has."""
+    try:
+        return interpreter()
+    except LoaderError:
+        return None
 
 
 def bcc(_: Context) -> Iterator[Finding]:
-    """The second loader."""
-    where = find_bcc()
-    if where is not None:
-        yield Finding("loader.bcc", Severity.OK, "BCC is there", where)
-    else:
+    """The second loader: its bindings, and the headers that it compiles against."""
+    python = find_bcc()
+    if python is None:
         yield Finding(
             "loader.bcc",
             Severity.INFO,
             "BCC is not installed",
-            "no Python module bcc with a class BPF",
-            'needed only for daemon.loader = "bcc"; it wants clang and kernel headers, too',
-            "apt-get install python3-bpfcc, and make the environment with --system-site-packages",
+            "no Python here has a module bcc with a class BPF",
+            'needed only for daemon.loader = "bcc", or where libbpf 1.x is missing; it wants kernel headers, too',
+            f"apt-get install python3-bpfcc linux-headers-{platform.release()}",
         )
+        return
+    try:
+        check_headers(platform.release())
+    except LoaderError as e:
+        yield Finding(
+            "loader.bcc",
+            Severity.INFO,
+            "BCC is there, but not the headers that it compiles against",
+            f"bindings of {python}; {e.cause}",
+            'daemon.loader = "bcc" would not work; libbpf needs no headers',
+            e.fix,
+        )
+    else:
+        yield Finding("loader.bcc", Severity.OK, "BCC and kernel headers are there", f"bindings of {python}")
 
 
 def classifier(context: Context) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from mfsd import devices
 from mfsd.datapath import bcc
 from mfsd.datapath.bcc import BccLoader, check_headers
 from mfsd.datapath.bpfcalls import SyscallCalls
@@ -134,3 +135,16 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_without_headers_nothing_is_compiled(tmp_path: Path) -> None:
     with pytest.raises(LoaderError, match="no headers of the running kernel"):
         BccLoader(modules=tmp_path).open_classifier(16)
+
+
+def test_auto_takes_bcc_where_libbpf_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices._loader("auto")[0] == "libbpf"
+
+    def missing() -> None:
+        raise LoaderError("libbpf.so.1", "not found", "install it")
+
+    monkeypatch.setattr(devices, "LibbpfLoader", missing)
+    name, loader = devices._loader("auto")
+    assert (name, type(loader)) == ("bcc", BccLoader)
+    with pytest.raises(LoaderError, match="not found"):
+        devices._loader("libbpf")

@@ -279,6 +279,7 @@ def test_the_doctor_tells_the_truth_about_this_kernel(netns_pair: NetnsPair, tmp
     assert findings["kernel.version"]["severity"] == "ok"
     assert findings["kernel.tcx"]["severity"] == ("ok" if "tcx" in has else "info")
     assert findings["loader.classifier"]["severity"] == "ok"
+    assert findings["loader.bcc"]["severity"] == ("ok" if "headers" in has else "info")
     qdiscs = findings["kernel.qdiscs"]["detail"]
     for kind in ("htb", "prio", "tbf", "drr", "fq", "ets"):
         assert (f"{kind} yes" in qdiscs) == (kind in has), qdiscs
