@@ -31,15 +31,15 @@ def port_rate(transfers: TransferView, link: LinkView) -> F8:
 
 def request_bytes(transfers: TransferView, ports: int, weights: F8) -> F8:
     """Sum of ``weights`` over the transfers of the same request and port, shape (n,); own weight without a request."""
-    key = transfers.request * ports + transfers.port
+    key = transfers.request if ports == 1 else transfers.request * ports + transfers.port
     owned = transfers.request >= 0
     if owned.all():
-        return np.bincount(key, weights=weights)[key] if len(key) else weights
+        return np.bincount(key, weights=weights).take(key) if len(key) else weights
     if not owned.any():
         return weights
     # Rows without a request share one bin past all others and then take their own weight.
     key = np.where(owned, key, key.max() + 1)
-    sums: F8 = np.bincount(key, weights=weights)[key]
+    sums: F8 = np.bincount(key, weights=weights).take(key)
     return np.where(owned, sums, weights)
 
 
@@ -76,14 +76,16 @@ def judge(
     (inf) nothing is infeasible; past the deadline everything is.
     """
     owned = transfers.request >= 0
-    per_request = np.full(len(requests) + 1, 1.0 + margin)  # one more for transfers without a request (row -1)
-    own: F8 = per_request[transfers.request]
+    per_request: F8 | float = 1.0 + margin
+    own: F8 | float = per_request
     if given_up is not None and given_up.any():
-        per_request[transfers.request[given_up & owned]] = 1.0
-        own = np.where(owned, per_request[transfers.request], np.where(given_up, 1.0, own))
+        known = np.full(len(requests) + 1, 1.0 + margin)  # one more for transfers without a request (row -1)
+        known[transfers.request[given_up & owned]] = 1.0
+        own = np.where(owned, known.take(transfers.request), np.where(given_up, 1.0, 1.0 + margin))
+        per_request = known[:-1]
     time_left = transfers.deadline - now
     late = (seconds_needed(transfers, link) > time_left * own) | (time_left <= 0)
     left = requests.deadline - now
-    spoiled = np.append((requests.compute_left > left * per_request[:-1]) | (left <= 0), False)
+    spoiled = np.append((requests.compute_left > left * per_request) | (left <= 0), False)
     spoiled[transfers.request[late & owned]] = True
-    return Verdict(late | spoiled[transfers.request], spoiled[:-1])
+    return Verdict(late | spoiled.take(transfers.request), spoiled[:-1])

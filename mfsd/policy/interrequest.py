@@ -52,15 +52,17 @@ def port_loads(transfers: TransferView, requests: int, batches: int, link: LinkV
     """
     egress = len(link.rate)
     peers = int(transfers.peer.max(initial=-1)) + 1
-    rate = np.where(link.rate > 0, link.rate, np.inf)
-    seconds = transfers.left / rate[transfers.port]
     ports = egress + peers
-    # Rows that belong to a request, to a batch only, or to nobody; each charges its egress and its peer's port.
-    owner = np.where(transfers.request >= 0, transfers.request, requests + transfers.batch)
-    known = (transfers.request >= 0) | (transfers.batch >= 0)
-    far = known & (transfers.peer >= 0)
-    cells = (requests + batches) * ports
-    flat = np.bincount(owner[known] * ports + transfers.port[known], weights=seconds[known], minlength=cells)
-    flat += np.bincount(owner[far] * ports + egress + transfers.peer[far], weights=seconds[far], minlength=cells)
-    matrix: F8 = flat.astype(np.float64).reshape(requests + batches, ports)
-    return pruning.Loads(request=matrix[:requests], batch=matrix[requests:])
+    # Row of the matrix: its request, else its batch; one row in between for what belongs to nobody (batch -1).
+    owner = np.where(transfers.request >= 0, transfers.request, transfers.batch + np.int32(requests + 1)) * ports
+    cells = (requests + 1 + batches) * ports
+    sent = np.bincount(owner + transfers.port, weights=transfers.left, minlength=cells).reshape(-1, ports)
+    rate = np.where(link.rate > 0, link.rate, np.inf)
+    matrix = np.zeros((requests + 1 + batches, ports))
+    matrix[:, :egress] = sent[:, :egress] / rate
+    if peers:
+        far = transfers.peer >= 0
+        seconds = transfers.left[far] / rate[transfers.port[far]]
+        cell = owner[far] + transfers.peer[far] + egress
+        matrix += np.bincount(cell, weights=seconds, minlength=cells).reshape(-1, ports)
+    return pruning.Loads(request=matrix[:requests], batch=matrix[requests + 1 :])

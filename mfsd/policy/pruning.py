@@ -40,31 +40,40 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
     requests, ports = loads.request.shape
     pruned = np.zeros(requests, dtype=np.bool_)
     finish = np.zeros(len(order))
-    before = np.zeros(ports)
-    # Candidates per port, transposed so that one port's column is contiguous; -1 for who isn't in the pool (yet).
-    candidates = np.full((ports, requests), -1.0)
-    by_port = np.ascontiguousarray(loads.request.T)
-    members = np.argsort(member, kind="stable")
-    first = np.searchsorted(member[members], np.arange(len(order)))
-    last = np.searchsorted(member[members], np.arange(len(order)), side="right")
-    for i in order.tolist():
-        mine = members[first[i] : last[i]]
-        total = before + loads.batch[i] + loads.request[mine].sum(axis=0)
-        pool = mine[prunable[mine]]
-        candidates[:, pool] = by_port[:, pool]
+    # Requests in the order in which they join the pool, so that the pool is always a prefix of them.
+    position = np.full(len(order) + 1, len(order))
+    position[order] = np.arange(len(order))
+    joining = np.argsort(position[member], kind="stable")
+    ends = np.searchsorted(position[member][joining], np.arange(len(order)), side="right").tolist()
+    load = loads.request[joining]
+    may = prunable[joining]
+    columns: dict[int, F8] = {}
+    """Per port that was a bottleneck: load of each request, -1 for who can't be pruned (any more)."""
+    gone = [False] * requests
+    total = np.zeros(ports)
+    begin = 0
+    for i, end in zip(order.tolist(), ends, strict=True):
+        total = total + loads.batch[i] + load[begin:end].sum(axis=0)
+        begin = end
         spare = due_in[i] - compute[i]
         while budget > 0:
             port = int(total.argmax())
-            if total[port] <= spare:
+            if total[port] <= spare or end == 0:
                 break
-            column = candidates[port]
-            victim = int(column.argmax())
+            column = columns.get(port)
+            if column is None:
+                column = columns[port] = np.where(may, load[:, port], -1.0)
+            victim = int(column[:end].argmax())
             if column[victim] <= 0.0:
                 break  # nothing on the bottleneck is left to prune
-            pruned[victim] = True
-            candidates[:, victim] = -1.0
-            total -= loads.request[victim]
+            # Crossing a victim out on all ports at once would touch as many cache lines as there are ports, so it is
+            # done when a port comes across it.
+            column[victim] = -1.0
+            if gone[victim]:
+                continue
+            gone[victim] = True
+            total -= load[victim]
             budget -= 1
         finish[i] = compute[i] + max(float(total.max(initial=0.0)), 0.0)
-        before = total
+    pruned[joining] = gone
     return pruned, finish

@@ -120,6 +120,7 @@ def test_without_rate_or_deadline_nothing_is_infeasible_but_past_the_deadline_ev
     t, r = pv.transfers(1, deadline=1.0, request=0), pv.requests(1, deadline=1.0)
     assert not bound.judge(t, r, pv.link(0.0), 0.999).transfers[0]
     assert bound.judge(t, r, pv.link(0.0), 1.0).transfers[0]
+    assert bound.judge(pv.transfers(1, deadline=1.0), pv.requests(0), pv.link(0.0), 1.0).transfers[0]
     assert not bound.judge(pv.transfers(1), pv.requests(0), pv.link(1.0), 1e9).transfers[0]
 
 

@@ -66,6 +66,34 @@ def test_the_link_is_never_idle_and_never_faster_than_it_is(name: str) -> None:
         assert (outcome.finish >= (arrival + np.maximum(compute, own)) * (1 - 1e-9)).all()
 
 
+def test_the_views_tell_the_compute_left_and_the_clairvoyant_what_is_to_come() -> None:
+    """Two layers of 2 s; 1 s of collective before each, 1 s of stage 3 after each, on a link of unit rate."""
+    spec = BatchSpec(0.0, 2.0, (1.0, 1.0), (RequestSpec(99.0, p2d=(1.0, 1.0)),))
+    case = Case(1.0, (spec,))
+    seen: dict[str, dict[float, float]] = {}
+    for name in ("two-class", "llf"):
+        policy = registry.make_policy(name)
+        told = seen.setdefault(name, {})
+
+        class Probe(PolicyDecider):
+            def _views(self, run: Run, active: Any) -> Any:
+                views = super()._views(run, active)
+                told[run.now] = float(views[1].compute_left[0])  # noqa: B023 (used at once)
+                return views
+
+        assert Run(case).go(Probe(case, policy), 0.5).finish.tolist() == [7.0]
+    # The collective of layer 0 from 0, of layer 1 from 3 s; layer 1 computes from 4 to 6; its stage 3 ends at 7.
+    # Nobody is asked while the link is idle, from 1 to 3 s and from 5 to 6 s. From 3 s on two transfers want the link.
+    assert seen["two-class"][0.0] == 4.0
+    assert seen["two-class"][0.5] == 4.0
+    assert seen["two-class"][3.0] == 2.0
+    assert seen["two-class"][4.5] == 1.5
+    assert seen["two-class"][6.5] == 0.0
+    assert seen["llf"][0.0] == 4.0 + 1.0 + 1.0  # with the second collective and the last stage 3
+    assert seen["llf"][3.5] == 2.0 + 1.0
+    assert seen["llf"][6.5] == 0.0
+
+
 def test_same_case_same_outcome() -> None:
     for case in _cases(5):
         policy = registry.make_policy("mfs", 13)
