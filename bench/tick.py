@@ -23,6 +23,7 @@ from mfsd.datapath.libbpf import LibbpfLoader
 from mfsd.engine import Engine
 from mfsd.estimator import LinkEstimator
 from mfsd.ladder import BandPlan
+from mfsd.memory import keep_freed
 from mfsd.model import BatchHint, CookieSelector, Endpoints, ProgressHint, RequestHint, Selector, Stage, TransferHint
 from mfsd.policy.registry import make_policy
 from mfsd.ports import KernelKeys
@@ -133,6 +134,7 @@ def measure(n: int) -> tuple[float, float]:
 
 def main() -> None:
     """Run and write build/bench/tick.json."""
+    keep_freed()  # as the daemon does
     figures = []
     for n in COUNTS:
         median, p99 = measure(n)

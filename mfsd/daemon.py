@@ -24,6 +24,7 @@ from mfsd.control import ControlService
 from mfsd.datapath.loader import DatapathError
 from mfsd.decode import Decoder
 from mfsd.devices import Devices, GuardedPort
+from mfsd.memory import keep_freed
 from mfsd.model import Mode
 from mfsd.procs import ProcessGoneError, ProcessWatch
 from mfsd.server import Server, ServerError
@@ -399,6 +400,7 @@ def main(path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click
         click.echo(configuration.render(config), nl=False)
         return
     logs.configure(config.daemon.log_format, config.daemon.log_level)
+    keep_freed()
     try:
         asyncio.run(_serve(config, path))
     except (StartError, ServerError, DatapathError) as e:

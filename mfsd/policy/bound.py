@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from mfsd.policy.base import B1, F8, LinkView, RequestView, TransferView
@@ -34,13 +35,16 @@ def request_bytes(transfers: TransferView, ports: int, weights: F8) -> F8:
     key = transfers.request if ports == 1 else transfers.request * ports + transfers.port
     owned = transfers.request >= 0
     if owned.all():
-        return np.bincount(key, weights=weights).take(key) if len(key) else weights
+        return _sums(key, weights).take(key) if len(key) else weights
     if not owned.any():
         return weights
     # Rows without a request share one bin past all others and then take their own weight.
     key = np.where(owned, key, key.max() + 1)
-    sums: F8 = np.bincount(key, weights=weights).take(key)
-    return np.where(owned, sums, weights)
+    return np.where(owned, _sums(key, weights).take(key), weights)
+
+
+def _sums(key: npt.NDArray[np.int32], weights: F8) -> F8:
+    return np.bincount(key, weights=weights).astype(np.float64, copy=False)
 
 
 def seconds_needed(transfers: TransferView, link: LinkView) -> F8:
