@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+
+from mfsd.policy import pick
 
 if TYPE_CHECKING:
     from mfsd.policy.base import B1, F8, LinkView, RequestView, TransferView
@@ -27,24 +28,17 @@ if TYPE_CHECKING:
 def port_rate(transfers: TransferView, link: LinkView) -> F8:
     """Bytes/s of each transfer's port, shape (n,) or (1,) when there is one port; unknown (0) counts as infinite."""
     rate = np.where(link.rate > 0, link.rate, np.inf)
-    return rate if len(rate) == 1 else rate[transfers.port]
+    return rate if len(rate) == 1 else rate.take(transfers.port)
 
 
 def request_bytes(transfers: TransferView, ports: int, weights: F8) -> F8:
     """Sum of ``weights`` over the transfers of the same request and port, shape (n,); own weight without a request."""
-    key = transfers.request if ports == 1 else transfers.request * ports + transfers.port
-    owned = transfers.request >= 0
-    if owned.all():
-        return _sums(key, weights).take(key) if len(key) else weights
-    if not owned.any():
-        return weights
-    # Rows without a request share one bin past all others and then take their own weight.
-    key = np.where(owned, key, key.max() + 1)
-    return np.where(owned, _sums(key, weights).take(key), weights)
-
-
-def _sums(key: npt.NDArray[np.int32], weights: F8) -> F8:
-    return np.bincount(key, weights=weights).astype(np.float64, copy=False)
+    # Rows without a request share the bins of request -1 and then take their own weight.
+    key = transfers.request + np.int32(1)
+    if ports > 1:
+        key = key * np.int32(ports) + transfers.port
+    sums: F8 = np.bincount(key, weights=weights).astype(np.float64, copy=False).take(key)
+    return pick.floats(transfers.request >= 0, sums, weights)
 
 
 def seconds_needed(transfers: TransferView, link: LinkView) -> F8:
@@ -84,12 +78,13 @@ def judge(
     own: F8 | float = per_request
     if given_up is not None and given_up.any():
         known = np.full(len(requests) + 1, 1.0 + margin)  # one more for transfers without a request (row -1)
-        known[transfers.request[given_up & owned]] = 1.0
-        own = np.where(owned, known.take(transfers.request), np.where(given_up, 1.0, 1.0 + margin))
+        known[transfers.request.take(np.flatnonzero(given_up & owned))] = 1.0
+        own = known.take(transfers.request)
+        own[np.flatnonzero(given_up & ~owned)] = 1.0
         per_request = known[:-1]
     time_left = transfers.deadline - now
     late = (seconds_needed(transfers, link) > time_left * own) | (time_left <= 0)
     left = requests.deadline - now
     spoiled = np.append((requests.compute_left > left * per_request) | (left <= 0), False)
-    spoiled[transfers.request[late & owned]] = True
+    spoiled[transfers.request.take(np.flatnonzero(late & owned))] = True
     return Verdict(late | spoiled.take(transfers.request), spoiled[:-1])

@@ -33,10 +33,10 @@ def bucket(values: F8, upper: Sequence[float]) -> I2:
     if len(upper) > MANY:
         return np.searchsorted(np.sort(upper), values, side="right").astype(np.int16)
     # A pass per edge beats np.searchsorted for few edges: the passes are branch-free.
-    out = np.zeros(len(values), dtype=np.int16)
+    out = np.zeros(len(values), dtype=np.int8)
     for edge in upper:
-        out += values >= edge
-    return out
+        out += (values >= edge).view(np.int8)
+    return out.astype(np.int16)
 
 
 def dense_rank(keys: F8, limit: int) -> I2:

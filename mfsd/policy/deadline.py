@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.policy import bound, buckets, promote, rli, words
+from mfsd.policy import bound, buckets, pick, promote, rli, words
 from mfsd.policy.base import LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy.common import P2D, PolicyBase, place
 from mfsd.policy.members import earliest, of_batch
@@ -95,21 +95,23 @@ class DeadlineLadder(PolicyBase):
         """Level of every transfer, shape (n,)."""
         doomed = self._judge(transfers, requests, link, now) if self.give_up else None
         due_in = self._deadline(transfers, requests, batches, doomed) - now
-        wanted = self._base + buckets.bucket(due_in, self._edges)
+        wanted = np.int16(self._base) + buckets.bucket(due_in, self._edges)
         if self.kv == "rli":
             # Stage 1 starts a level below the collectives even when it is overdue.
             early = 1 + np.clip(rli.rli(transfers) - 1, 0, self.early_levels - 1)
-            wanted = np.where(transfers.stage == P2D, wanted, early.astype(np.int16))
-        wanted = np.where(transfers.stage == rli.COLLECTIVE, np.int16(0), wanted)
+            wanted = pick.levels(transfers.stage == P2D, wanted, early.astype(np.int16))
+        wanted = pick.levels(transfers.stage == rli.COLLECTIVE, np.int16(0), wanted)
         old = transfers
         if self.doomed_levels:
             # Rows on the doomed levels count as on the scavenger: if they come back they start afresh.
-            level = np.where(self._given_up(transfers), np.int16(LEVEL_SCAVENGER), transfers.level)
+            level = pick.levels(self._given_up(transfers), np.int16(LEVEL_SCAVENGER), transfers.level)
             old = dataclasses.replace(transfers, level=level)
-        level = np.where(promote.due(old, self.when, enabled=self.promotion), wanted, old.level)
+        if self.when != "tick" or not self.promotion:
+            wanted = pick.levels(promote.due(old, self.when, enabled=self.promotion), wanted, old.level)
         if doomed is not None:
-            level = np.where(doomed.transfers & (transfers.stage == P2D), self._doomed_level(transfers, link), level)
-        return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
+            given_up = doomed.transfers & (transfers.stage == P2D)
+            wanted = pick.levels(given_up, self._doomed_level(transfers, link), wanted)
+        return pick.levels(transfers.stage == 0, np.int16(LEVEL_NONE), wanted)
 
     def _deadline(
         self, transfers: TransferView, requests: RequestView, batches: BatchView, doomed: bound.Verdict | None
@@ -120,7 +122,7 @@ class DeadlineLadder(PolicyBase):
         live = requests.deadline if doomed is None else np.where(doomed.requests, np.inf, requests.deadline)
         together = of_batch(transfers, earliest(live, requests, batches))
         alone = (transfers.stage == P2D) | (transfers.batch < 0)
-        return np.where(alone, transfers.deadline, together)
+        return pick.floats(alone, transfers.deadline, together)
 
     def _given_up(self, transfers: TransferView) -> B1:
         on_ladder = (transfers.level >= self._doomed_base) & (transfers.level < self.levels)

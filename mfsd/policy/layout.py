@@ -15,12 +15,15 @@ P1 (level 0) holds stage 3 only; RLI 0 is the level after it (ambiguity 2). With
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from mfsd.policy.base import I2
+    from mfsd.policy.base import I2, I4
+
+    Integers = npt.NDArray[np.integer[Any]]
 
 ARBITRATION: Final = ("ladder", "level", "shared")
 
@@ -66,18 +69,19 @@ class Layout:
         base = top + early * classes
         return cls(top, classes, early, levels - base, classes, base, 1, base)
 
-    def early_level(self, step: I2, red_class: I2) -> I2:
+    def early_level(self, step: Integers, red_class: Integers) -> I2:
         """Level of an RLI step (0 .. early-1) and RED class, shape (n,)."""
-        return (self.p1 + step * self.early_stride + red_class).astype(np.int16)
+        return (step * self.early_stride + red_class + self.p1).astype(np.int16)
 
-    def early_step(self, level: I2) -> I2:
-        """RLI step of an early level, shape (n,); clipped for levels that aren't early ones."""
-        return np.clip((level.astype(np.int32) - self.p1) // self.early_stride, 0, self.early - 1).astype(np.int16)
+    def early_step(self, level: Integers) -> I4:
+        """RLI step of an early level, shape (n,); the last one for levels that lie below all early ones."""
+        step = (level.astype(np.int32) - self.p1) // self.early_stride
+        return np.minimum(np.maximum(step, 0), self.early - 1)
 
     def late_level(self, step: I2) -> I2:
         """Level of an MLU step, 0 the most urgent (P1 if there is one), shape (n,)."""
         below = self.late_base + (step - self.p1) * self.late_stride
-        return np.where(step < self.p1, 0, below).astype(np.int16)
+        return (below * (step >= self.p1)).astype(np.int16)
 
     def late_step(self, level: int) -> int:
         """MLU step of a late level."""

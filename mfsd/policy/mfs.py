@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mfsd.policy import bound, interrequest, mlu, promote, rli, words
+from mfsd.policy import bound, interrequest, mlu, pick, promote, rli, words
 from mfsd.policy.base import (
     B1,
     F8,
@@ -90,15 +90,14 @@ class Mfs(PolicyBase):
         self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
     ) -> I2:
         """Level of every transfer, shape (n,)."""
-        stage = transfers.stage
-        late = stage == P2D
-        wanted = np.where(late, self._late_level(transfers, link, now), self._early_level(transfers, batches))
-        may = promote.due(transfers, self.when, enabled=self.promotion)
-        held = promote.monotone(transfers, wanted, may)
-        # An early level falls with its batch's RED rank, but never by RLI.
-        level = np.where(late | ~may, held, np.minimum(wanted, self._early_ceiling(transfers, batches)))
-        level = np.where(self._demoted(transfers, requests, link, now), np.int16(LEVEL_SCAVENGER), level)
-        return np.where(stage == 0, np.int16(LEVEL_NONE), level)
+        late = transfers.stage == P2D
+        # Late levels never fall; an early one falls with its batch's RED rank, but not by RLI.
+        wanted = np.minimum(self._late_level(transfers, link, now), promote.standing(transfers)).astype(np.int16)
+        wanted = pick.levels(late, wanted, self._early_level(transfers, batches))
+        if self.when != "tick" or not self.promotion:
+            wanted = pick.levels(promote.due(transfers, self.when, enabled=self.promotion), wanted, transfers.level)
+        level = pick.levels(self._demoted(transfers, requests, link, now), np.int16(LEVEL_SCAVENGER), wanted)
+        return pick.levels(transfers.stage == 0, np.int16(LEVEL_NONE), level)
 
     def _class(self, transfers: TransferView, batches: BatchView) -> I2:
         """RED class of each transfer's batch, 0 the most urgent; the last without a batch. Shape (n,).
@@ -112,20 +111,13 @@ class Mfs(PolicyBase):
         of_batch = np.full(len(batches) + 1, classes - 1, dtype=np.int16)
         order = rivals[np.argsort(batches.rank[rivals], kind="stable")]
         of_batch[order] = np.arange(len(order)) * classes // max(len(order), 1)
-        return of_batch[transfers.batch]
+        return of_batch.take(transfers.batch)
 
     def _early_level(self, transfers: TransferView, batches: BatchView) -> I2:
-        layers = rli.rli(transfers)
-        if not self.rli:
-            layers = np.where(transfers.stage == rli.COLLECTIVE, np.int32(0), np.int32(1))
-        step = np.minimum(layers, self._layout.early - 1).astype(np.int16)
+        """Level by RLI, at least as urgent a step as before, and by the batch's present rank."""
+        layers = rli.rli(transfers) if self.rli else (transfers.stage != rli.COLLECTIVE).astype(np.int32)
+        step = np.minimum(layers, self._layout.early_step(promote.standing(transfers)))
         return self._layout.early_level(step, self._class(transfers, batches))
-
-    def _early_ceiling(self, transfers: TransferView, batches: BatchView) -> I2:
-        """The level of each row's old RLI step with its batch's present rank; no bound for unplaced rows."""
-        step = self._layout.early_step(transfers.level)
-        level = self._layout.early_level(step, self._class(transfers, batches))
-        return np.where(promote.unplaced(transfers), np.int16(LEVEL_SCAVENGER), level)
 
     def _late_level(self, transfers: TransferView, link: LinkView, now: float) -> I2:
         lowest = self._layout.late + self.p1 - 1
@@ -134,19 +126,20 @@ class Mfs(PolicyBase):
         return self._layout.late_level(mlu.steps(self._mlu(transfers, link, now), self._thresholds))
 
     def _mlu(self, transfers: TransferView, link: LinkView, now: float) -> F8:
-        level = np.where(promote.unplaced(transfers), self.levels - 1, transfers.level)
+        # New rows are judged as if they stood on the lowest level.
+        level = np.minimum(promote.standing(transfers), np.uint16(self.levels - 1))
         rho = mlu.residual(transfers, link, self.rho, level)
         return mlu.mlu(transfers, link, now, self.size, rho)
 
     def _demoted(self, transfers: TransferView, requests: RequestView, link: LinkView, now: float) -> B1:
+        late = transfers.stage == P2D
         out = np.zeros(len(transfers), dtype=np.bool_)
-        if self.pruning and len(requests):
-            pruned = (transfers.request >= 0) & requests.pruned[transfers.request]
-            out |= pruned & ((transfers.stage == P2D) | (self.prune_early & (transfers.stage == 1)))
+        if self.pruning and requests.pruned.any():
+            pruned = np.append(requests.pruned, False).take(transfers.request)
+            out = pruned & (late | (transfers.stage == 1) if self.prune_early else late)
         if self.late_infeasible == "scavenger":
             given_up = transfers.level == LEVEL_SCAVENGER
-            doomed = bound.judge(transfers, requests, link, now, self.margin, given_up).transfers
-            out |= doomed & (transfers.stage == P2D)
+            out |= late & bound.judge(transfers, requests, link, now, self.margin, given_up).transfers
         return out
 
     # --- requests -----------------------------------------------------------------------------------------------------

@@ -8,14 +8,15 @@ MFS paper, section 4.2. Above 1 the transfer can't be in time; near 1 it needs t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from mfsd.policy import bound, buckets
 
 if TYPE_CHECKING:
-    from mfsd.policy.base import F8, I2, I4, LinkView, TransferView
+    from mfsd.policy.base import F8, I2, LinkView, TransferView
 
 RHO: Final = ("none", "above", "all")
 """Which load counts as immovable: none, that of more urgent levels, all of it."""
@@ -25,16 +26,18 @@ MAX_RHO: Final = 0.99
 """A saturated port would make every MLU infinite and all transfers alike."""
 
 
-def residual(transfers: TransferView, link: LinkView, rho: str, level: I4 | I2) -> F8:
-    """Share of the port that a transfer at ``level`` can't push aside, 0 .. MAX_RHO, shape (n,) or (1,)."""
+def residual(transfers: TransferView, link: LinkView, rho: str, level: npt.NDArray[np.integer[Any]]) -> F8:
+    """Share of the port that a transfer at ``level`` (>= 0) can't push aside, 0 .. MAX_RHO, shape (n,) or (1,)."""
     if rho == "none":
         return np.zeros(1)
     if rho == "all":
-        load = link.load if len(link.load) == 1 else link.load[transfers.port]
+        load = link.load if len(link.load) == 1 else link.load.take(transfers.port)
         return np.clip(load, 0.0, MAX_RHO)
-    last = link.load_above.shape[1] - 1
-    share: F8 = np.clip(link.load_above[transfers.port, np.clip(level, 0, last)], 0.0, MAX_RHO)
-    return share
+    columns = link.load_above.shape[1]
+    share = np.clip(link.load_above, 0.0, MAX_RHO).ravel()
+    cell = np.minimum(level, columns - 1)
+    taken: F8 = share.take(cell if len(link.rate) == 1 else transfers.port * np.int32(columns) + cell)
+    return taken
 
 
 def mlu(transfers: TransferView, link: LinkView, now: float, size: str, rho: F8) -> F8:
@@ -45,10 +48,13 @@ def mlu(transfers: TransferView, link: LinkView, now: float, size: str, rho: F8)
         left = np.maximum(left, bound.request_bytes(transfers, len(link.rate), p2d))
     time_left = transfers.deadline - now
     room = np.maximum(time_left, 0.0) * (bound.port_rate(transfers, link) * (1.0 - rho))
-    # left is > 0, so a room of zero gives inf and an infinite room gives 0: both are what is meant.
+    # left is > 0, so a room of zero gives inf and an infinite room gives 0: both are what is meant. NaN is past the
+    # deadline on a port of unknown rate.
     with np.errstate(divide="ignore", invalid="ignore"):
         out: F8 = left / room
-    return np.where(time_left > 0, out, np.inf)
+    if (link.rate <= 0).any():
+        out[time_left <= 0] = np.inf
+    return out
 
 
 def thresholds(count: int, upper: float, ratio: float, origin: int) -> tuple[float, ...]:

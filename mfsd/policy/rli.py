@@ -20,4 +20,5 @@ COLLECTIVE: Final = 2
 def rli(transfers: TransferView) -> I4:
     """Relative layer index, >= 0, shape (n,): 0 for collectives and for what is overdue."""
     ahead = np.maximum(transfers.target_layer - transfers.current_layer, 0)
-    return np.where(transfers.stage == COLLECTIVE, np.int32(0), ahead)
+    out: I4 = ahead * (transfers.stage != COLLECTIVE)
+    return out

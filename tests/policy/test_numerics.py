@@ -12,7 +12,7 @@ import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfsd.policy import bound, buckets, mlu, pruning, red, rli
+from mfsd.policy import bound, buckets, mlu, pick, pruning, red, rli
 from mfsd.policy.layout import ARBITRATION, Layout
 
 finite = st.floats(min_value=-1e3, max_value=1e6, allow_nan=False)
@@ -221,3 +221,23 @@ def test_layout_uses_its_levels_in_order(arbitration: str, p1: bool, classes: in
 def test_layout_needs_a_level_for_each_kind() -> None:
     with pytest.raises(ValueError, match="levels = 2: policy 'mfs' needs at least 3"):
         Layout.build("mfs", 2, p1=True, arbitration="ladder", red_classes=0, late=0)
+
+
+# --- branch-free choice -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(), st.floats()), max_size=20))
+def test_pick_floats_is_where_bit_by_bit(rows: list[tuple[bool, float, float]]) -> None:
+    mask = np.array([m for m, _, _ in rows], dtype=np.bool_)
+    yes, no = (np.array([r[k] for r in rows], dtype=np.float64) for k in (1, 2))
+    assert pick.floats(mask, yes, no).tobytes() == np.where(mask, yes, no).tobytes()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(-1, 0x7FFF), st.integers(-1, 0x7FFF)), max_size=20))
+def test_pick_levels_is_where(rows: list[tuple[bool, int, int]]) -> None:
+    mask = np.array([m for m, _, _ in rows], dtype=np.bool_)
+    yes, no = (np.array([r[k] for r in rows], dtype=np.int16) for k in (1, 2))
+    got = pick.levels(mask, yes, no)
+    assert got.dtype == np.int16
+    assert got.tolist() == np.where(mask, yes, no).tolist()
+    assert pick.levels(mask, np.int16(-1), no).tolist() == np.where(mask, -1, no).tolist()
