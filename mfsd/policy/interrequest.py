@@ -58,8 +58,7 @@ def port_loads(transfers: TransferView, requests: int, batches: int, link: LinkV
     cells = (requests + 1 + batches) * ports
     sent = np.bincount(owner + transfers.port, weights=transfers.left, minlength=cells).reshape(-1, ports)
     rate = np.where(link.rate > 0, link.rate, np.inf)
-    matrix = np.zeros((requests + 1 + batches, ports))
-    matrix[:, :egress] = sent[:, :egress] / rate
+    matrix: F8 = sent / np.append(rate, np.ones(peers))
     if peers:
         far = transfers.peer >= 0
         seconds = transfers.left[far] / rate[transfers.port[far]]

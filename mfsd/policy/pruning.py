@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mfsd.policy import red
+
 if TYPE_CHECKING:
     from mfsd.policy.base import B1, F8, I4
 
@@ -41,11 +43,12 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
     pruned = np.zeros(requests, dtype=np.bool_)
     finish = np.zeros(len(order))
     # Requests in the order in which they join the pool, so that the pool is always a prefix of them.
-    position = np.full(len(order) + 1, len(order))
+    position = np.full(len(order) + 1, len(order), dtype=np.int32)
     position[order] = np.arange(len(order))
-    joining = np.argsort(position[member], kind="stable")
-    ends = np.searchsorted(position[member][joining], np.arange(len(order)), side="right").tolist()
-    load = loads.request[joining]
+    joins = position.take(member)
+    joining = np.argsort(red.narrow(joins), kind="stable")
+    ends = np.searchsorted(joins.take(joining), np.arange(len(order)), side="right").tolist()
+    load = loads.request.take(joining, axis=0)
     may = prunable[joining]
     columns: dict[int, F8] = {}
     """Per port that was a bottleneck: load of each request, -1 for who can't be pruned (any more)."""
@@ -53,18 +56,19 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
     total = np.zeros(ports)
     begin = 0
     for i, end in zip(order.tolist(), ends, strict=True):
-        total = total + loads.batch[i] + load[begin:end].sum(axis=0)
+        total += loads.batch[i]
+        total += np.add.reduce(load[begin:end], axis=0)
         begin = end
-        spare = due_in[i] - compute[i]
+        spare = float(due_in[i] - compute[i])
         while budget > 0:
             port = int(total.argmax())
-            if total[port] <= spare or end == 0:
+            if total.item(port) <= spare or end == 0:
                 break
             column = columns.get(port)
             if column is None:
                 column = columns[port] = np.where(may, load[:, port], -1.0)
             victim = int(column[:end].argmax())
-            if column[victim] <= 0.0:
+            if column.item(victim) <= 0.0:
                 break  # nothing on the bottleneck is left to prune
             # Crossing a victim out on all ports at once would touch as many cache lines as there are ports, so it is
             # done when a port comes across it.
@@ -74,6 +78,6 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
             gone[victim] = True
             total -= load[victim]
             budget -= 1
-        finish[i] = compute[i] + max(float(total.max(initial=0.0)), 0.0)
+        finish[i] = compute[i] + max(total.item(total.argmax()), 0.0)
     pruned[joining] = gone
     return pruned, finish
