@@ -44,7 +44,7 @@ lint: build ## ruff and mypy --strict
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	MYPYPATH=tests $(VENV)/bin/mypy tests/*.py
-	set -e; for tier in tests/*/; do MYPYPATH=tests:$$tier $(VENV)/bin/mypy $$tier; done
+	set -e; for tier in tests/*/; do MYPYPATH=tests:$$(echo tests/*/ | tr ' ' :) $(VENV)/bin/mypy $$tier; done
 
 format: build ## let ruff format the code
 	$(VENV)/bin/ruff format .
