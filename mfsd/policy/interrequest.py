@@ -54,11 +54,16 @@ def port_loads(transfers: TransferView, requests: int, batches: int, link: LinkV
     peers = int(transfers.peer.max(initial=-1)) + 1
     ports = egress + peers
     # Row of the matrix: its request, else its batch; one row in between for what belongs to nobody (batch -1).
-    owner = np.where(transfers.request >= 0, transfers.request, transfers.batch + np.int32(requests + 1)) * ports
+    owner = transfers.request * np.int32(ports)
+    alone = np.flatnonzero(transfers.request < 0)
+    owner[alone] = (transfers.batch[alone] + requests + 1) * ports
     cells = (requests + 1 + batches) * ports
-    sent = np.bincount(owner + transfers.port, weights=transfers.left, minlength=cells).reshape(-1, ports)
+    flat: F8 = np.bincount(owner + transfers.port, weights=transfers.left, minlength=cells).astype(
+        np.float64, copy=False
+    )
+    matrix = flat.reshape(-1, ports)
     rate = np.where(link.rate > 0, link.rate, np.inf)
-    matrix: F8 = sent / np.append(rate, np.ones(peers))
+    matrix /= np.append(rate, np.ones(peers))
     if peers:
         far = transfers.peer >= 0
         seconds = transfers.left[far] / rate[transfers.port[far]]

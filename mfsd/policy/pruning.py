@@ -10,7 +10,7 @@ Pruned means demoted to the scavenger, not dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from mfsd.policy import red
 
 if TYPE_CHECKING:
     from mfsd.policy.base import B1, F8, I4
+
+
+PORTS_PER_BLOCK: Final = 16
 
 
 @dataclass(slots=True)
@@ -49,11 +52,12 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
     joining = np.argsort(red.narrow(joins), kind="stable")
     ends = np.searchsorted(joins.take(joining), np.arange(len(order)), side="right").tolist()
     load = loads.request.take(joining, axis=0)
-    may = prunable[joining]
-    columns: dict[int, F8] = {}
-    """Per port that was a bottleneck: load of each request, -1 for who can't be pruned (any more)."""
+    barred = np.flatnonzero(~prunable[joining])
+    columns: list[F8 | None] = [None] * ports
+    """Per port: load of each request, -1 for who can't be pruned (any more). Made when first needed."""
     gone = [False] * requests
     total = np.zeros(ports)
+    worst, seconds = total.argmax, total.item  # total is only ever changed in place
     begin = 0
     for i, end in zip(order.tolist(), ends, strict=True):
         total += loads.batch[i]
@@ -61,13 +65,18 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
         begin = end
         spare = float(due_in[i] - compute[i])
         while budget > 0:
-            port = int(total.argmax())
-            if total.item(port) <= spare or end == 0:
+            port = int(worst())
+            if seconds(port) <= spare or end == 0:
                 break
-            column = columns.get(port)
+            column = columns[port]
             if column is None:
-                column = columns[port] = np.where(may, load[:, port], -1.0)
-            victim = int(column[:end].argmax())
+                # Neighbouring ports share cache lines, so they are transposed together.
+                start = port - port % PORTS_PER_BLOCK
+                block = np.ascontiguousarray(load[:, start : start + PORTS_PER_BLOCK].T)
+                block[:, barred] = -1.0
+                columns[start : start + PORTS_PER_BLOCK] = list(block)
+                column = block[port - start]
+            victim = column[:end].argmax()
             if column.item(victim) <= 0.0:
                 break  # nothing on the bottleneck is left to prune
             # Crossing a victim out on all ports at once would touch as many cache lines as there are ports, so it is
@@ -78,6 +87,6 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
             gone[victim] = True
             total -= load[victim]
             budget -= 1
-        finish[i] = compute[i] + max(total.item(total.argmax()), 0.0)
+        finish[i] = compute[i] + max(seconds(worst()), 0.0)
     pruned[joining] = gone
     return pruned, finish
