@@ -66,7 +66,7 @@ OURS: Final[dict[str, tuple[str, int | None, dict[str, float | int | bool | str]
     "mfs-giveup": ("mfs-giveup", 13, {}),
     **{f"mfs no {switch}": ("mfs", 13, {switch: False}) for switch in ("rli", "mlu", "red", "pruning", "promotion")},
     "mfs size=transfer": ("mfs", 13, {"size": "transfer"}),
-    "mfs origin=1": ("mfs", 13, {"origin": 1}),
+    "mfs origin=0": ("mfs", 13, {"origin": 0}),
     "mfs rho=above": ("mfs", 13, {"rho": "above"}),
     "mfs arbitration=level": ("mfs", 13, {"arbitration": "level"}),
 }

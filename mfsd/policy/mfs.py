@@ -31,7 +31,8 @@ class Mfs(PolicyBase):
     """Multi-stage flow scheduling: MLU for stage 3, RLI for stages 1 and 2, RED and pruning across requests.
 
     Source: Sun et al., "Multi-stage Flow Scheduling for LLM Serving", arXiv 2603.17456; restated in design/mfs.md. The
-    defaults are the paper's where it gives one; what it leaves open is an option. Levels: layout.py.
+    defaults are the paper's where it gives one; what it leaves open is an option, and its default is what meets most
+    deadlines on random single-link cases (docs/policies.md). Levels: layout.py.
 
     Approximated with bands: levels are merged when a device has fewer bands; ties inside a level are shared fairly by
     the leaf queues; RED breaks ties between at most ``red_classes`` classes of batches.
@@ -48,7 +49,7 @@ class Mfs(PolicyBase):
     late_levels: int = option(0, "levels of stage 3 below P1 (ladder); 0: half of them", low=0, high=64)
     upper: float = option(0.5, "U of the MLU thresholds U * E^-i", low=1e-6, high=1e6)
     ratio: float = option(4.0, "E of the MLU thresholds", low=1.01, high=1e6)
-    origin: int = option(0, "first i of the thresholds: the top one is U (0) or U/E (1, as printed)", low=0, high=1)
+    origin: int = option(1, "first i of the thresholds: the top one is U (0) or U/E (1, as printed)", low=0, high=1)
     rho: str = option("none", "load that counts as immovable", choices=mlu.RHO)
     size: str = option("request", "whose bytes count in MLU", choices=mlu.SIZE)
     late_infeasible: str = option(
