@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Geometric buckets: how a continuous key (time to a deadline, size, bytes sent) becomes one of a few levels.
 
-Equal ratios between neighbouring edges minimise the worst relative quantisation error (MFS paper, section 4.2).
+Equal ratios between neighbouring edges minimise the worst relative quantisation error (MFS paper, RMLQ).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ KV: Final = ("deadline", "rli")
 
 @dataclass(frozen=True, kw_only=True)
 class DeadlineLadder(PolicyBase):
-    """Beyond the paper; source: design/policy-study.md.
+    """Beyond the MFS paper: deadline order with give-up. Source: docs/policies.md, chosen by measurement.
 
     Levels, most urgent first::
 

@@ -2,14 +2,14 @@
 """Where early and late steps of MFS stand on one ladder of levels.
 
 The paper reserves P1 for the most urgent stage-3 flows and puts early stages (1, 2) before stage 3 in the remaining
-levels, which can be read in several ways (design/mfs.md, ambiguity 1). With E early steps (RLI 0 first), L late steps
+levels, which can be read in several ways. With E early steps (RLI 0 first), L late steps
 and c RED classes per early step::
 
     ladder   P1 | E0c0 E0c1 E1c0 E1c1 ... | L0 L1 ...         all early above all late
     level    P1 | E0c0 E0c1 L0 | E1c0 E1c1 L1 | ...           early before late inside each level
     shared   P1 | E0+L0 | E1+L1 | ...                         both on the same levels
 
-P1 (level 0) holds stage 3 only; RLI 0 is the level after it (ambiguity 2). Without P1 everything moves up by one.
+P1 (level 0) holds stage 3 only; RLI 0 is the level after it. Without P1 everything moves up by one.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Llf(PolicyBase):
 
         laxity = deadline - now - time still needed downstream - bytes left / B
 
-    Source: the ideal that the MFS paper approximates (section 3); near-universal as a packet scheduler (Mittal et al.,
+    Source: the ideal that the MFS paper approximates; near-universal as a packet scheduler (Mittal et al.,
     "Universal packet scheduling", NSDI 2016). Stage 3 has nothing downstream. Stages 1 and 2 hold up their whole batch,
     so they carry the least laxity of its requests, with all that comes after them.
 

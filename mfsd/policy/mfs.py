@@ -30,7 +30,7 @@ from mfsd.policy.params import option
 class Mfs(PolicyBase):
     """Multi-stage flow scheduling: MLU for stage 3, RLI for stages 1 and 2, RED and pruning across requests.
 
-    Source: Sun et al., "Multi-stage Flow Scheduling for LLM Serving", arXiv 2603.17456; restated in design/mfs.md. The
+    Source: Sun et al., "Multi-stage Flow Scheduling for LLM Serving", arXiv 2603.17456. The
     defaults are the paper's where it gives one; what it leaves open is an option, and its default is what meets most
     deadlines on random single-link cases (docs/policies.md). Levels: layout.py.
 

@@ -3,7 +3,7 @@
 
     MLU = size_remaining / (time_remaining * B * (1 - rho))
 
-MFS paper, section 4.2. Above 1 the transfer can't be in time; near 1 it needs the link to itself.
+MFS paper, RMLQ. Above 1 the transfer can't be in time; near 1 it needs the link to itself.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from mfsd.policy.base import B1, LEVEL_NEW, TransferView
 
 WHEN: Final = ("layer", "tick")
 """``layer``: at layer boundaries while the batch computes and at every evaluation afterwards, so that the bytes of one
-message are not spread over two queues (MFS paper, section 4.2). ``tick``: at every evaluation."""
+message are not spread over two queues (MFS paper, RMLQ). ``tick``: at every evaluation."""
 
 
 def standing(transfers: TransferView) -> npt.NDArray[np.uint16]:

@@ -6,7 +6,7 @@ gap into tight and loose, and with f the share of the tight ones
 
     RED = f * min(tight) + (1 - f) * min(loose)
 
-MFS paper, section 4.3 (algorithm 1). A batch of one request, and a batch whose deadlines are all equal, has that
+MFS paper, algorithm 1. A batch of one request, and a batch whose deadlines are all equal, has that
 deadline.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RLI, relative layer index: how many layers away the computation is from the layer that consumes a transfer.
 
-MFS paper, section 4.2: RLI = L_target - L_current, level = min(RLI, K - 1). Serving the smallest RLI first minimises
+MFS paper: RLI = L_target - L_current, level = min(RLI, K - 1). Serving the smallest RLI first minimises
 the prefill makespan on one link (theorem 1). A collective blocks the layer that computes now: its RLI is 0.
 """
 

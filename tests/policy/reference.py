@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policies again, one row at a time in plain Python: slow, and meant to be obviously right.
 
-Written from design/mfs.md and the docstrings, not from the vectorised code. Times, sizes and rates are scalars;
+Written from the paper and the docstrings, not from the vectorised code. Times, sizes and rates are scalars;
 ``inf`` and ``-1`` mean "none" as in the views.
 """
 
