@@ -160,10 +160,7 @@ class Connections:
         if isinstance(selector, CookieSelector):
             # No lookup on the hint path: the key works at once, and the endpoints follow at the next tick.
             return [self._by_cookie.get(selector.cookie) or self._take(selector.cookie, None, expires, local=True)]
-        found = [
-            self._by_cookie.get(s.cookie) or self._take(s.cookie, s.endpoints, expires, local=True)
-            for s in self.resolver.resolve(selector)
-        ]
+        found = self._of_sockets(self.resolver.resolve(selector), expires)
         if not found and isinstance(selector, TupleSelector) and selector.exact and selector.src is not None:
             # A socket of another namespace (bridged pod), or one still to come: match its packets by tuple.
             endpoints = Endpoints(
@@ -178,12 +175,15 @@ class Connections:
         found: dict[Selector, list[Connection]] = {}
         for selector, sockets in zip(wanted, self.resolver.resolve_many(wanted), strict=True):
             if sockets:
-                found[selector] = [
-                    self._by_cookie.get(s.cookie) or self._take(s.cookie, s.endpoints, expires, local=True)
-                    for s in sockets
-                ]
+                found[selector] = self._of_sockets(sockets, expires)
                 self._remember(selector, found[selector])
         return found
+
+    def _of_sockets(self, sockets: Sequence[SocketLike], expires: float) -> list[Connection]:
+        """Their connections, made known if they were not."""
+        return [
+            self._by_cookie.get(s.cookie) or self._take(s.cookie, s.endpoints, expires, local=True) for s in sockets
+        ]
 
     def _remember(self, selector: Selector, conns: list[Connection]) -> None:
         if conns:
@@ -360,7 +360,3 @@ class Connections:
         table = self.table
         headers = float(table.segments[slot]) * float(self._overhead[slot])
         return float(table.bytes[slot]) - headers - float(self._base[slot])
-
-    def seen_ns(self, slot: int) -> int:
-        """When the classifier last saw a packet of this slot (coarse clock)."""
-        return int(self.table.last_ns[slot])

@@ -34,7 +34,7 @@ from mfsd.state import Batch, Connection, Mark, Request, Session, Transfer
 from mfsd.store import Deferred, Dense
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sized
 
     from mfsd.config import LimitsConfig
     from mfsd.connections import Connections
@@ -143,17 +143,20 @@ class Ledger:
         elif isinstance(hint, MarkHint):
             self._mark(session, hint, now)
 
+    def _bound(
+        self, field: str, what: str, have: Sized, limit: str, instead: str = "complete those that are done"
+    ) -> None:
+        """Raise HintError when the session has as many as ``limits.<limit>`` allows."""
+        if len(have) >= getattr(self.limits, limit):
+            raise HintError(
+                field, f"the session has {len(have)} {what}", f"{instead}, or raise limits.{limit}", exhausted=True
+            )
+
     def _request(self, session: Session, hint: RequestHint, now: float) -> None:
         request = session.requests.get(hint.id)
         expires = max(hint.deadline, now) + hint.ttl
         if request is None:
-            if len(session.requests) >= self.limits.max_requests_per_session:
-                raise HintError(
-                    "request.id",
-                    f"the session has {len(session.requests)} requests already",
-                    "complete those that are done, or raise limits.max_requests_per_session",
-                    exhausted=True,
-                )
+            self._bound("request.id", "requests already", session.requests, "max_requests_per_session")
             request = Request(hint.id, session)
             session.requests[hint.id] = request
             self.requests.add(request, arrival=now, batch=-1)
@@ -213,13 +216,7 @@ class Ledger:
     def _transfer(self, session: Session, hint: TransferHint, now: float) -> None:
         if hint.id in session.transfers:
             raise HintError("transfer.id", f"{hint.id!r} is announced already", "ids are unique within a session")
-        if len(session.transfers) >= self.limits.max_transfers_per_session:
-            raise HintError(
-                "transfer.id",
-                f"the session has {len(session.transfers)} unfinished transfers",
-                "complete those that are done, or raise limits.max_transfers_per_session",
-                exhausted=True,
-            )
+        self._bound("transfer.id", "unfinished transfers", session.transfers, "max_transfers_per_session")
         request = session.requests.get(hint.request_id) if hint.request_id else None
         batch = session.batches.get(hint.batch_id) if hint.batch_id else None
         if request is None and batch is None and hint.stage is not Stage.COLLECTIVE:
@@ -355,13 +352,13 @@ class Ledger:
             self._unmark(old)
         if hint.stage is Stage.NONE:
             return
-        if len(session.marks) >= self.limits.max_marks_per_session:
-            raise HintError(
-                "connection.selector",
-                f"the session has {len(session.marks)} marks already",
-                "take back those that are not needed, or raise limits.max_marks_per_session",
-                exhausted=True,
-            )
+        self._bound(
+            "connection.selector",
+            "marks already",
+            session.marks,
+            "max_marks_per_session",
+            "take back those that are not needed",
+        )
         mark = Mark(session, hint.selector, hint.stage)
         session.marks[hint.selector] = mark
         conns = self.connections.match(hint.selector, now + self.limits.max_ttl_s)
@@ -389,13 +386,7 @@ class Ledger:
     # --- requests and batches -----------------------------------------------------------------------------------------
 
     def _new_batch(self, session: Session, batch_id: str, now: float) -> Batch:
-        if len(session.batches) >= self.limits.max_batches_per_session:
-            raise HintError(
-                "batch.id",
-                f"the session has {len(session.batches)} batches already",
-                "complete those that are done, or raise limits.max_batches_per_session",
-                exhausted=True,
-            )
+        self._bound("batch.id", "batches already", session.batches, "max_batches_per_session")
         batch = Batch(batch_id, session)
         session.batches[batch_id] = batch
         expires = now + self.limits.default_ttl_s

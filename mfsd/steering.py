@@ -141,18 +141,17 @@ class Steering:
     def _arrived(self, conn: Connection, position: Position, transfers: Dense[Transfer]) -> list[Transfer]:
         """Transfers of one connection whose last byte the peer has acknowledged."""
         reach = position.delivered + 0.5
-        if reach >= position.written:
-            # Nothing is on its way: whatever was handed over has arrived, however much less than announced it was.
-            done = [t for t in conn.queue if t.handed_over]
-        else:
-            done = []
-            if any(t.handed_over for t in conn.queue):
-                self.confirm.add(conn)
+        # When nothing is on its way, whatever was handed over has arrived, however much less than announced it was.
+        quiet = reach >= position.written
+        handed_over = [t for t in conn.queue if t.handed_over]
+        if handed_over and not quiet:
+            self.confirm.add(conn)
+        done = handed_over if quiet else []
         for transfer in conn.queue:
-            if transfer.handed_over and reach >= position.written:
+            if transfer.handed_over and quiet:
                 continue
-            if len(transfer.parts) > 1 or transfer.total > transfers.size[transfer.row]:
-                continue  # its bytes are spread, see _whole
+            if transfer.total > transfers.size[transfer.row]:
+                continue  # its bytes are spread over several connections, see _whole
             if reach < transfers.end[transfer.row]:
                 break  # the stream is FIFO: those behind it end later
             done.append(transfer)

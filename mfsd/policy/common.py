@@ -67,7 +67,10 @@ class PolicyBase(abc.ABC):
         """Why row ``row`` is where it is: the policy's own reasons first, then the facts all policies share."""
         level = int(self.evaluate(transfers, requests, batches, link, now)[row])
         out = Explanation(figures=_figures(row, level, transfers, batches, link, now))
-        self._reasons(out, row, level, transfers, requests, batches, link, now)
+        if transfers.stage[row]:
+            self._reasons(out, row, level, transfers, requests, batches, link, now)
+        else:
+            out.reasons.append("It has no stage: it stays in the default band.")
         out.reasons.extend(_facts(row, transfers, out.figures))
         if self.infeasible(transfers, requests, batches, link, now)[row]:
             out.reasons.append(
@@ -89,7 +92,7 @@ class PolicyBase(abc.ABC):
         link: LinkView,
         now: float,
     ) -> None:
-        """Append why ``row`` is at ``level`` and what would promote it; add figures."""
+        """Append why ``row``, which has a stage, is at ``level`` and what would promote it; add figures."""
 
 
 def place(level: int) -> str:

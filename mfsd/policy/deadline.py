@@ -152,9 +152,7 @@ class DeadlineLadder(PolicyBase):
     ) -> None:
         doomed = self._judge(transfers, requests, link, now) if self.give_up else None
         stage = int(transfers.stage[row])
-        if stage == 0:
-            out.reasons.append("It has no stage: it stays in the default band.")
-        elif stage == rli.COLLECTIVE:
+        if stage == rli.COLLECTIVE:
             out.reasons.append("It is a collective: level 0, nothing stands above it.")
         elif stage != P2D and self.kv == "rli":
             self._early_reasons(out, row, level, transfers)

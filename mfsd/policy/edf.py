@@ -82,9 +82,6 @@ class Edf(PolicyBase):
         now: float,
     ) -> None:
         del link
-        if level == LEVEL_NONE:
-            out.reasons.append("It has no stage: it stays in the default band.")
-            return
         if transfers.stage[row] != P2D and not self.everything:
             out.reasons.append(f"Its deadline is implicit: {place(level)}, below all stage 3; nothing promotes it.")
             return

@@ -80,9 +80,6 @@ class Llf(PolicyBase):
         link: LinkView,
         now: float,
     ) -> None:
-        if level == LEVEL_NONE:
-            out.reasons.append("It has no stage: it stays in the default band.")
-            return
         laxity = float(self.laxity(transfers, requests, batches, link, now)[row])
         out.figures["laxity_s"] = laxity
         out.reasons.append(f"It has {words.seconds(laxity)} to spare: {place(level)} by rank.")

@@ -167,9 +167,7 @@ class Mfs(PolicyBase):
     ) -> None:
         stage = int(transfers.stage[row])
         request = int(transfers.request[row])
-        if stage == 0:
-            out.reasons.append("It has no stage: it stays in the default band.")
-        elif level == LEVEL_SCAVENGER and self.pruning and request >= 0 and requests.pruned[request]:
+        if level == LEVEL_SCAVENGER and self.pruning and request >= 0 and requests.pruned[request]:
             out.reasons.append(
                 "Its request is pruned, so that others make their deadlines: the scavenger band. It comes back if the "
                 "estimate at the next batch arrival or departure is better."

@@ -121,9 +121,6 @@ class Sincronia(PolicyBase):
         now: float,
     ) -> None:
         del requests, batches, now
-        if level == LEVEL_NONE:
-            out.reasons.append("It has no stage: it stays in the default band.")
-            return
         position = int(self._positions(transfers, link)[row])
         out.figures["coflow_position"] = float(position)
         out.reasons.append(

@@ -78,9 +78,6 @@ class BySize(PolicyBase):
         now: float,
     ) -> None:
         del requests, batches, link, now
-        if level == LEVEL_NONE:
-            out.reasons.append("It has no stage: it stays in the default band.")
-            return
         value = float(self._bytes(transfers)[row])
         lower = words.size(self._edges[level - 1]) if 0 < level <= len(self._edges) else words.size(0)
         upper = f"below {words.size(self._edges[level])}" if level < len(self._edges) else "up"
