@@ -140,7 +140,9 @@ def test_only_what_the_dead_left_is_removed() -> None:
 
 
 RUNNER = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
+# A shell starts background jobs with SIGINT ignored, and a job of a job inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from mfsd.lab.governor import python
 from mfsd.lab.net import Fabric
 with Fabric(["p0"]) as f:
@@ -181,7 +183,10 @@ def test_a_killed_runner_takes_its_processes_along_and_the_next_run_cleans_up() 
 def test_an_interrupted_runner_cleans_up_itself() -> None:
     runner, child, namespace = started()
     with runner:
-        runner.send_signal(signal.SIGINT)
-        runner.wait(20)
+        try:
+            runner.send_signal(signal.SIGINT)
+            runner.wait(20)
+        finally:
+            runner.kill()  # else a failure would wait for the runner's whole ten minutes
     until(lambda: not alive(child), "the child outlives its runner")
     assert namespace not in names()
