@@ -9,14 +9,35 @@ layer each for dispatch and combine of expert parallelism.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from mfsd.lab.workload import Job
     from mfsd.model import Rate
 
+
+class Prefill(Protocol):
+    """What the sizes of a request depend on, in tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt: all of its KV goes to the decode host."""
+        ...
+
+    @property
+    def new(self) -> int:
+        """Of them, to be computed."""
+        ...
+
+    @property
+    def remote(self) -> int:
+        """Of them, cached elsewhere and fetched."""
+        ...
+
+
 RANKS: Final = 2
-"""Of an instance: hosts that share the experts and run their layers in lock step."""
+"""Of the demo's instance: hosts that share the experts and run their layers in lock step."""
+EFFECTIVE_FLOPS: Final = 0.4 * 990e12
+"""Of one GPU: an H100's dense BF16 peak, at 40 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +49,19 @@ class Model:
     kv_bytes: int
     """Per token and layer."""
     dispatch_bytes: int
-    """Per token and layer, one way: hidden states to the chosen experts; as much comes back."""
+    """Per token and layer, one way: hidden states to the chosen experts; as much comes back. Of a dense model: hidden
+    states that an all-reduce adds up, of which a layer has two (after attention, after the feed-forward part)."""
     compute_s: float
     """Per token through all layers, on one GPU."""
     link_bits: float
     """Rate of the real NIC, bit/s."""
+    dense: bool = False
+    """Tensor-parallel: every rank has its share of each request's KV heads. Otherwise expert-parallel with
+    data-parallel attention: a request's KV is on one rank."""
+
+
+def _compute(active_parameters: float) -> float:
+    return 2 * active_parameters / EFFECTIVE_FLOPS
 
 
 MIXTRAL: Final = Model(
@@ -40,10 +69,18 @@ MIXTRAL: Final = Model(
     layers=32,
     kv_bytes=2 * 8 * 128 * 2,
     dispatch_bytes=2 * 4096 * 2,
-    # 12.9e9 active parameters x 2 FLOP, at 40 % of an H100's 990 TFLOP/s
-    compute_s=2 * 12.9e9 / 396e12,
+    compute_s=_compute(12.9e9),
     link_bits=50e9,
 )
+"""The demo's."""
+
+MODELS: Final[dict[str, Model]] = {
+    "mixtral-8x7b": Model("Mixtral 8x7B, BF16", 32, 2 * 8 * 128 * 2, 2 * 4096 * 2, _compute(12.9e9), 50e9),
+    "dbrx": Model("DBRX, BF16", 40, 2 * 8 * 128 * 2, 4 * 6144 * 2, _compute(36e9), 50e9),
+    "qwen3-30b-a3b": Model("Qwen3-30B-A3B, BF16", 48, 2 * 4 * 128 * 2, 8 * 2048 * 2, _compute(3.3e9), 50e9),
+    "llama-3-8b": Model("Llama-3-8B, BF16", 32, 2 * 8 * 128 * 2, 4096 * 2, _compute(8e9), 50e9, dense=True),
+}
+"""Published configurations (layers, KV heads x head dimension, experts per token x hidden size, active parameters)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +89,20 @@ class Scaled:
 
     model: Model
     link: Rate
+    ranks: int = RANKS
+    """Hosts of an instance."""
+    steps: int = 0
+    """The layers are emulated in so many equal groups; 0: each by itself."""
+
+    @property
+    def rounds(self) -> int:
+        """Steps of a forward pass."""
+        return self.steps or self.model.layers
+
+    @property
+    def depth(self) -> float:
+        """Layers per step."""
+        return self.model.layers / self.rounds
 
     @property
     def scale(self) -> float:
@@ -59,34 +110,40 @@ class Scaled:
         return self.link.bits_per_s / self.model.link_bits
 
     def kv(self, tokens: int) -> int:
-        """KV bytes of one layer."""
-        return max(int(tokens * self.model.kv_bytes * self.scale), 1)
+        """KV bytes of one step."""
+        return max(int(tokens * self.model.kv_bytes * self.depth * self.scale), 1)
 
     def exchange(self, tokens: int) -> int:
-        """Bytes that each rank sends to the other in one layer in which both together compute ``tokens``.
+        """Bytes that each rank sends to each other one in a step in which all together compute ``tokens``.
 
-        Half of the experts are remote, so half of a rank's tokens are dispatched, and of those that it got from the
-        other rank the results go back: together half of everybody's tokens once.
+        Expert-parallel with n ranks: of a rank's 1/n of the tokens, 1/n of the expert inputs go to each other rank, and
+        as many results come back. Dense: two all-reduces, each a reduce-scatter and an all-gather of 1/n each.
         """
-        return max(int(tokens * self.model.dispatch_bytes * self.scale / RANKS), 1)
+        share = 4 / self.ranks if self.model.dense else 2 / self.ranks**2
+        return max(int(tokens * self.model.dispatch_bytes * self.depth * self.scale * share), 1)
 
     def compute(self, tokens: int) -> float:
-        """Seconds of one layer in which both ranks together compute ``tokens``: the experts share them evenly."""
-        return tokens * self.model.compute_s / self.model.layers / RANKS
+        """Seconds of one step in which all ranks together compute ``tokens``: they share them evenly."""
+        return tokens * self.model.compute_s / self.rounds / self.ranks
 
-    def unloaded_ttft(self, job: Job) -> float:
+    def unloaded_ttft(self, job: Prefill, *, decode: Rate | None = None, efficiency: float = 1.0) -> float:
         """Seconds to the first token of a request that is alone in the cluster, bytes at link rate.
 
-        Layer by layer: its cached KV must have come, then it computes, then exchanges; its KV goes to the decode host
-        whenever the link is not needed for that.
+        Step by step: its cached KV must have come, then it computes, then exchanges; its KV goes to the decode host
+        (whose link has the rate ``decode``) whenever the link is not needed for that. ``efficiency`` is the share of
+        the rate that payload gets.
         """
-        rate = self.link.bytes_per_s
-        kv, moved = self.kv(job.tokens) / rate, self.exchange(job.new) / rate
-        fetch = self.kv(job.remote) / rate if job.remote else 0.0
+        rate = self.link.bytes_per_s * efficiency
+        senders = self.ranks if self.model.dense else 1
+        into = min(rate * senders, (decode or self.link).bytes_per_s * efficiency)
+        kv, moved = self.kv(job.tokens) / into, (self.ranks - 1) * self.exchange(job.new) / rate
+        fetch = self.kv(job.remote) / rate / senders if job.remote else 0.0
         now = backlog = 0.0
-        for layer in range(self.model.layers):
-            started = max(now, (layer + 1) * fetch)
+        for step in range(self.rounds):
+            started = max(now, (step + 1) * fetch)
             backlog = max(backlog - (started - now) - self.compute(job.new), 0.0)
             now = started + self.compute(job.new) + moved
+            if into < rate * senders:
+                backlog = max(backlog - moved, 0.0)  # the decode host's slower link goes on while the ranks exchange
             backlog += kv
         return now + backlog
