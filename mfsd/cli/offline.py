@@ -69,14 +69,14 @@ def _device_plan(device: DeviceConfig, bands: BandPlan, state_dir: Path) -> pb.D
 
 
 def _take_off_classifier(name: str) -> list[str]:
-    """Remove a clsact filter of a killed daemon, and clsact if nobody else uses it. TCX links go by themselves."""
+    """Remove a clsact filter of a killed daemon, and the clsact that came with it. TCX links go by themselves."""
     try:
         index = socket.if_nametoindex(name)
     except OSError:
         return []  # the device has gone, and all that hung on it
     try:
         if any(u.ours and u.hook == "clsact" for u in hook_users(LibbpfCalls(), index)):
-            remove_leftover(index, delete_empty_qdisc=True)
+            remove_leftover(index)
     except (DatapathError, NetlinkError, OSError) as e:
         return [f"{name}: its classifier is still there, without effect: {e}"]
     return []

@@ -40,8 +40,11 @@ _CLSACT: Final = 0xFFFF0000
 _PARENTS: Final = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 """TC_H_CLSACT | TC_H_MIN_INGRESS / TC_H_MIN_EGRESS."""
 _PRIO: Final = 1
-_HANDLE: Final = 0x6D667364
-"""Of our filter: "mfsd"."""
+_HANDLE_GUEST: Final = 0x6D667364
+"""Of our filter, "mfsd", in a clsact that was there before."""
+_HANDLE_HOST: Final = 0x6D667365
+"""Of our filter in a clsact that we made: whoever removes the filter, after a crash too, knows whose the qdisc is."""
+_HANDLES: Final = frozenset({_HANDLE_GUEST, _HANDLE_HOST})
 _ETH_P_ALL: Final = 3
 
 _SIOCGIFHWADDR: Final = 0x8927
@@ -94,7 +97,7 @@ class Attachment:
                 self.calls.link_update(self.link_fd, classifier.prog_fd)
             else:
                 with IPRoute() as ip:
-                    _put_filter(ip, self.ifindex, classifier.prog_fd)
+                    _put_filter(ip, self.ifindex, classifier.prog_fd, made_qdisc=self.made_qdisc)
         except (OSError, NetlinkError) as e:
             raise AttachError(what, str(e)) from e
 
@@ -105,8 +108,8 @@ class Attachment:
                 os.close(self.link_fd)
                 self.link_fd = -1
             return
-        made, self.made_qdisc = self.made_qdisc, False
-        remove_leftover(self.ifindex, delete_empty_qdisc=made)
+        self.made_qdisc = False
+        remove_leftover(self.ifindex)
 
     def __enter__(self) -> Self:
         return self
@@ -133,12 +136,14 @@ def attach(classifier: Classifier, ifindex: int, method: Literal["auto", "tcx", 
             return Attachment(classifier.calls, ifindex, "tcx", fd)
     try:
         with IPRoute() as ip:
-            made = _ensure_clsact(ip, ifindex)
+            fresh = _ensure_clsact(ip, ifindex)
+            # A predecessor that made the qdisc and was killed leaves it to us, with its filter.
+            made = fresh or any(_is_ours(f) and f["handle"] == _HANDLE_HOST for f in _filters(ip, ifindex, "egress"))
             try:
                 _check_head(ip, ifindex)
-                _put_filter(ip, ifindex, classifier.prog_fd)
+                _put_filter(ip, ifindex, classifier.prog_fd, made_qdisc=made)
             except BaseException:
-                if made:
+                if fresh:
                     ip.tc("del", "clsact", ifindex)
                 raise
     except (OSError, NetlinkError) as e:
@@ -146,24 +151,24 @@ def attach(classifier: Classifier, ifindex: int, method: Literal["auto", "tcx", 
     return Attachment(classifier.calls, ifindex, "clsact", made_qdisc=made)
 
 
-def remove_leftover(ifindex: int, *, delete_empty_qdisc: bool = False) -> bool:
-    """Delete our clsact filter, whoever made it; True if there was one. Raises AttachError.
+def remove_leftover(ifindex: int) -> bool:
+    """Delete our clsact filter, whichever mfsd made it; True if there was one. Raises AttachError.
 
-    With ``delete_empty_qdisc`` the clsact qdisc goes, too, if nobody else has a filter there.
+    A clsact qdisc that came with the filter goes, too, unless somebody else has a filter there by now.
     """
     with IPRoute() as ip:
         try:
-            found = any(_is_ours(f) for f in _filters(ip, ifindex, "egress"))
-            if found:
-                ip.tc("del-filter", "bpf", ifindex, _HANDLE, parent=_PARENTS["egress"], prio=_PRIO, protocol=_ETH_P_ALL)
-            made = delete_empty_qdisc and _clsact_kind(ip, ifindex) == "clsact"  # else somebody has deleted it
+            found = {f["handle"] for f in _filters(ip, ifindex, "egress") if _is_ours(f)}
+            for handle in found:
+                ip.tc("del-filter", "bpf", ifindex, handle, parent=_PARENTS["egress"], prio=_PRIO, protocol=_ETH_P_ALL)
+            made = _HANDLE_HOST in found and _clsact_kind(ip, ifindex) == "clsact"  # else somebody has deleted it
             if made and not any(True for side in _PARENTS for _ in _filters(ip, ifindex, side)):
                 ip.tc("del", "clsact", ifindex)
         except NetlinkError as e:
             if e.code in (errno.ENODEV, errno.ENOENT, errno.EINVAL) and not _device_exists(ifindex):
                 return False
             raise AttachError(f"cleaning up device {ifindex}", str(e)) from e
-    return found
+    return bool(found)
 
 
 def hook_users(calls: BpfCalls, ifindex: int) -> list[HookUser]:
@@ -284,7 +289,7 @@ def _prio(message: Any) -> int:
 
 
 def _is_ours(message: Any) -> bool:
-    return message["handle"] == _HANDLE and _prio(message) == _PRIO and _option(message, "TCA_BPF_NAME") == PROGRAM
+    return message["handle"] in _HANDLES and _prio(message) == _PRIO and _option(message, "TCA_BPF_NAME") == PROGRAM
 
 
 def _check_head(ip: Any, ifindex: int) -> None:
@@ -299,13 +304,13 @@ def _check_head(ip: Any, ifindex: int) -> None:
             )
 
 
-def _put_filter(ip: Any, ifindex: int, prog_fd: int) -> None:
+def _put_filter(ip: Any, ifindex: int, prog_fd: int, *, made_qdisc: bool) -> None:
     """Make our filter, or put another program into it."""
     ip.tc(
         "replace-filter",
         "bpf",
         ifindex,
-        _HANDLE,
+        _HANDLE_HOST if made_qdisc else _HANDLE_GUEST,
         parent=_PARENTS["egress"],
         prio=_PRIO,
         protocol=_ETH_P_ALL,

@@ -317,11 +317,22 @@ def test_leftover_of_a_crash_is_replaced_or_removed(ns: Namespace, classifier: C
         a = ns.run(lambda: attach(successor, i, "clsact"))
         assert len(ns.run(lambda: hook_users(classifier.calls, i))) == 1
         assert runs(ns, successor)
-        assert not a.made_qdisc
-        assert ns.run(lambda: remove_leftover(i, delete_empty_qdisc=True))
+        assert a.made_qdisc, "inherited from the one that was killed"
+        assert ns.run(lambda: remove_leftover(i))
     assert not ns.run(lambda: remove_leftover(i))
     assert "clsact" not in traces(ns)
     ns.run(a.detach)
+
+
+def test_leftover_of_a_crash_leaves_a_clsact_that_was_there_before(ns: Namespace, classifier: Classifier) -> None:
+    ns.sh("tc qdisc add dev d0 clsact")
+    before, i = traces(ns), index(ns)
+    ns.run(lambda: attach(classifier, i, "clsact"))  # dropped on the floor
+    with LibbpfLoader().open_classifier(64, classifier) as successor:
+        a = ns.run(lambda: attach(successor, i, "clsact"))
+        assert not a.made_qdisc
+    assert ns.run(lambda: remove_leftover(i))
+    assert traces(ns) == before
 
 
 CRASHER = """
