@@ -13,12 +13,9 @@ import os
 import platform
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from mfsd.datapath.loader import LoaderError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 SYSCALL: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 """__NR_bpf."""
@@ -31,7 +28,6 @@ PROG_LOAD: Final = 5
 PROG_FD_BY_ID: Final = 13
 INFO_BY_FD: Final = 15
 PROG_QUERY: Final = 16
-UPDATE_BATCH: Final = 26
 LINK_CREATE: Final = 28
 LINK_UPDATE: Final = 29
 
@@ -132,12 +128,6 @@ class SyscallCalls:
                 return False
             raise
         return True
-
-    def map_update_batch(self, fd: int, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
-        """Insert or replace many elements in one call."""
-        # in_batch, out_batch, keys, values, count, map_fd, elem_flags, flags
-        attr = struct.pack("=QQQQIIQQ", 0, 0, keys.ctypes.data, values.ctypes.data, len(keys), fd, 0, 0)
-        self._call(UPDATE_BATCH, attr)
 
     def possible_cpus(self) -> int:
         """Copies that a per-CPU map has of each value."""

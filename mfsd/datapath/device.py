@@ -30,6 +30,8 @@ _IFF_UP: Final = 1
 _LOOPBACK: Final = 1
 """Interface index of lo, first in every namespace (LOOPBACK_IFINDEX, include/net/flow.h)."""
 _PROBE_HANDLE: Final = 0x6D7F0000
+_ALWAYS_THERE: Final = "pfifo"
+"""Part of CONFIG_NET_SCHED itself."""
 _SPEED_UNKNOWN: Final = (0, 0xFFFF, 0xFFFFFFFF, -1)
 
 
@@ -110,14 +112,24 @@ def kernel_has(sock: nl.TcSocket, kind: str) -> bool:
     """True when the kernel has this qdisc, loading its module if need be. Changes nothing.
 
     Asks for a qdisc on lo with a size table that lacks its base: an unknown kind is ENOENT, a known one gets as far
-    as the size table and is refused there, before it is grafted (net/sched/sch_api.c, qdisc_create).
+    as the size table and is refused there, before it is grafted (net/sched/sch_api.c, qdisc_create). Older kernels
+    let the qdisc look at lo first, and some want more than one transmit queue: EOPNOTSUPP from mq, mqprio and taprio.
+    A kernel without any qdiscs (CONFIG_NET_SCHED) answers that, too, but for every kind.
     """
-    body = nl.kind_attr(kind) + nl.attr(nl.TCA_STAB)
-    flags = nl.NLM_CREATE | nl.NLM_REPLACE
-    raw = nl.message(nl.RTM_NEWQDISC, flags, (_LOOPBACK, _PROBE_HANDLE, nl.TC_H_ROOT, 0), body)
-    ((code, note, _),) = sock.run_each([raw])
+    code, note = _probe(sock, kind)
+    if code == errno.EOPNOTSUPP:
+        code, note = _probe(sock, _ALWAYS_THERE)
     if code == errno.EINVAL:
         return True
     if code in (errno.ENOENT, errno.EOPNOTSUPP):
         return False
     raise nl.NetlinkError(code or errno.EPROTO, f"ask whether the kernel has qdisc {kind}", note)
+
+
+def _probe(sock: nl.TcSocket, kind: str) -> tuple[int, str]:
+    """(errno, the kernel's words) of the refused request."""
+    body = nl.kind_attr(kind) + nl.attr(nl.TCA_STAB)
+    flags = nl.NLM_CREATE | nl.NLM_REPLACE
+    raw = nl.message(nl.RTM_NEWQDISC, flags, (_LOOPBACK, _PROBE_HANDLE, nl.TC_H_ROOT, 0), body)
+    ((code, note, _),) = sock.run_each([raw])
+    return code, note

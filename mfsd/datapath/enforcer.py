@@ -24,7 +24,7 @@ from mfsd.datapath import plan as planning
 from mfsd.datapath import prio, statefile
 from mfsd.datapath.device import Device, EnforceError, read_device
 from mfsd.datapath.plan import DevicePlan, Step
-from mfsd.datapath.rescue import Rescued, Rescuer
+from mfsd.datapath.purge import LanePurger, Rescued
 from mfsd.datapath.restore import put_back, restore_all, taken
 from mfsd.datapath.snapshot import Snapshot, capture, obstacles, read_tree, root_of
 from mfsd.datapath.statefile import Owner, State
@@ -66,7 +66,7 @@ class DeviceEnforcer:
         self._sock = nl.TcSocket()
         self._lock = threading.Lock()
         self._tree: Tree | None = None
-        self._rescuer: Rescuer | None = None
+        self._purger: LanePurger | None = None
         self._reader = nl.StatsReader()
         self._root_query = nl.query(nl.RTM_GETQDISC, self._ifindex, 0, nl.TC_H_ROOT)
 
@@ -106,12 +106,12 @@ class DeviceEnforcer:
             self._install(tree, off if self.adopted else None, replaces=off is not None)
         except (EnforceError, nl.NetlinkError, OSError) as e:
             problems = put_back(self._sock, note, self.state_dir)
-            self._tree = self._rescuer = None
+            self._tree = self._purger = None
             done = "rolled back" if not problems else f"rolling back failed, too: {'; '.join(problems)}"
             raise EnforceError(f"apply {plan.backend} to {self.ifname}", f"{e}; {done}") from e
         self._tree = tree
-        self._rescuer = Rescuer(self._sock, self._ifindex, tree)
-        self._rescuer.sync(self._read()[1])
+        self._purger = LanePurger(self._sock, self._ifindex, tree)
+        self._purger.sync(self._read()[1])
         return plan
 
     def verify(self) -> list[str]:
@@ -122,7 +122,7 @@ class DeviceEnforcer:
 
     def restore(self) -> list[str]:
         """Put the qdiscs back as they were found and forget the note. Returns what went wrong. Idempotent."""
-        self._tree = self._rescuer = None
+        self._tree = self._purger = None
         try:
             state = statefile.load(self.state_dir, self.ifname)
         except EnforceError as e:
@@ -151,7 +151,7 @@ class DeviceEnforcer:
 
     def counters(self) -> np.ndarray[Any, np.dtype[Any]]:
         """Shape (bands,), dtype BAND_DTYPE: one dump of the classes, added up per band."""
-        tree, rescuer = self._applied()
+        tree, purger = self._applied()
         out = np.zeros(len(tree.bands), dtype=BAND_DTYPE)
         rows = [[0] * 5 for _ in tree.bands]
         with self._lock:
@@ -167,7 +167,7 @@ class DeviceEnforcer:
                 row[2] += s.drops
                 row[3] += s.backlog_bytes
                 row[4] += s.backlog_packets
-            for band, gone in rescuer.gone.items():
+            for band, gone in purger.gone.items():
                 for i, value in enumerate(gone):
                     rows[band][i] += value
         out[:] = [tuple(row) for row in rows]
@@ -181,30 +181,30 @@ class DeviceEnforcer:
 
     def backlog(self, band: int, lane: int) -> tuple[int, int]:
         """(bytes, packets) queued in a lane now: one query. Raises ValueError for a lane that does not exist."""
-        tree, rescuer = self._applied()
+        tree, purger = self._applied()
         if not 0 <= band < len(tree.bands):
             raise ValueError(f"band {band}: the device has bands 0 to {len(tree.bands) - 1}")
         queues = tree.bands[band]
         if not 0 <= lane < queues.lanes:
             raise ValueError(f"lane {lane}: band {band} has lanes 0 to {queues.lanes - 1}")
         with self._lock:
-            return rescuer.backlog(queues.classid + lane, self._ifindex)
+            return purger.backlog(queues.classid + lane, self._ifindex)
 
     def rescue(self, lanes: Sequence[tuple[int, int]]) -> list[Rescued]:
         """Free what is queued in these (band, lane) pairs, all in one system call.
 
         Raises ValueError for a lane of the control or default band (or none at all) before anything is freed.
         """
-        rescuer = self._applied()[1]
+        purger = self._applied()[1]
         with self._lock:
-            return rescuer.rescue(lanes)
+            return purger.rescue(lanes)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _applied(self) -> tuple[Tree, Rescuer]:
-        if self._tree is None or self._rescuer is None:
+    def _applied(self) -> tuple[Tree, LanePurger]:
+        if self._tree is None or self._purger is None:
             raise EnforceError(f"device {self.ifname}", "nothing has been applied", "call apply first")
-        return self._tree, self._rescuer
+        return self._tree, self._purger
 
     def _read(self) -> tuple[list[nl.TcObject], list[nl.TcObject]]:
         return read_tree(self._sock, self._ifindex)

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final
 
 from mfsd import _abi
 
@@ -42,23 +39,6 @@ class KeyMap:
         """Insert a key, or point it to another row. Raises MapFullError, OSError."""
         try:
             self._calls.map_update(self._fd, key, row.to_bytes(4, "little"))
-        except OSError as e:
-            raise _full(e) from e
-
-    def add_many(self, keys: npt.NDArray[Any], rows: npt.NDArray[np.uint32]) -> None:
-        """Insert many keys in one call; ``keys`` is uint64 cookies or TUPLE_DTYPE, ``rows`` as long.
-
-        Raises ValueError for arrays that don't fit, MapFullError and OSError; then some keys may be in.
-        """
-        if keys.dtype.itemsize != self.key_size or keys.shape != rows.shape or keys.ndim != 1:
-            shapes = f"keys {keys.dtype}{keys.shape}, rows {rows.shape}"
-            raise ValueError(f"{shapes}: need vectors of one length, {self.key_size}-byte keys")
-        if not keys.size:
-            return
-        try:
-            self._calls.map_update_batch(
-                self._fd, np.ascontiguousarray(keys), np.ascontiguousarray(rows, dtype=np.uint32)
-            )
         except OSError as e:
             raise _full(e) from e
 

@@ -20,7 +20,7 @@ import platform
 import re
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 from mfsd.datapath.loader import (
     DEVICE_MAPS,
@@ -32,9 +32,6 @@ from mfsd.datapath.loader import (
     check_sizes,
     own_copy,
 )
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 LIBRARY: Final = "libbpf.so.1"
 OLDEST_KERNEL: Final = (5, 11)
@@ -117,7 +114,6 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_map_delete_elem": (_INT, (_INT, _PTR)),
     "bpf_map_lookup_elem": (_INT, (_INT, _PTR, _PTR)),
     "bpf_map_get_next_key": (_INT, (_INT, _PTR, _PTR)),
-    "bpf_map_update_batch": (_INT, (_INT, _PTR, _PTR, _PTR, _PTR)),
     "bpf_link_create": (_INT, (_INT, _INT, _INT, _PTR)),
     "bpf_link_update": (_INT, (_INT, _INT, _PTR)),
     "bpf_prog_query": (_INT, (_INT, _INT, _U32, _PTR, _PTR, _PTR)),
@@ -186,11 +182,6 @@ class LibbpfCalls:
             return None
         _checked(code)
         return following.raw
-
-    def map_update_batch(self, fd: int, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
-        """Insert or replace many elements in one call."""
-        count = ctypes.c_uint32(len(keys))
-        _checked(self._lib.bpf_map_update_batch(fd, keys.ctypes.data, values.ctypes.data, ctypes.byref(count), None))
 
     def possible_cpus(self) -> int:
         """Copies that a per-CPU map has of each value."""

@@ -78,9 +78,6 @@ class BpfCalls(Protocol):
     def map_next_key(self, fd: int, key: bytes | None, size: int) -> bytes | None:
         """Key after ``key`` (None: the first), None at the end."""
 
-    def map_update_batch(self, fd: int, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
-        """Insert or replace many elements; both arrays C-contiguous, of equal length."""
-
     def possible_cpus(self) -> int:
         """Copies that a per-CPU map has of each value."""
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 from mfsd import devices
@@ -58,14 +57,6 @@ def test_elements_come_and_go(calls: SyscallCalls, table: int) -> None:
     with pytest.raises(OSError, match="No such file") as caught:
         calls.map_delete(table, key)
     assert caught.value.errno == errno.ENOENT
-
-
-def test_many_elements_at_once(calls: SyscallCalls, table: int) -> None:
-    calls.map_update_batch(table, np.arange(4, dtype=np.uint64), np.arange(4, dtype=np.uint32))
-    assert calls.map_lookup(table, (3).to_bytes(8, "little"), 4) == (3).to_bytes(4, "little")
-    with pytest.raises(OSError, match=r"too long|Argument list") as caught:
-        calls.map_update_batch(table, np.arange(4, 6, dtype=np.uint64), np.zeros(2, dtype=np.uint32))
-    assert caught.value.errno == errno.E2BIG
 
 
 def test_cpus_are_those_of_libbpf(calls: SyscallCalls) -> None:

@@ -192,34 +192,12 @@ def test_keys_come_and_go() -> None:
         assert list(c.cookies) == []
 
 
-def test_many_keys_at_once() -> None:
-    with LibbpfLoader().open_classifier(5000) as c:
-        cookies = np.arange(1, 5001, dtype=np.uint64)
-        c.cookies.add_many(cookies, np.arange(5000, dtype=np.uint32))
-        assert c.cookies.get(cookie_key(5000)) == 4999
-        assert len(set(c.cookies)) == 5000
-        keys = np.zeros(2, dtype=_abi.TUPLE_DTYPE)
-        keys["sport"] = [1, 2]
-        c.tuples.add_many(keys, np.array([8, 9], dtype=np.uint32))
-        assert c.tuples.get(keys[1].tobytes()) == 9
-        c.tuples.add_many(keys[:0], np.zeros(0, dtype=np.uint32))
-
-
 def test_full_map_says_so() -> None:
     with LibbpfLoader().open_classifier(4) as c:
         for i in range(4):
             c.cookies.add(cookie_key(i), i)
         with pytest.raises(MapFullError, match="slots"):
             c.cookies.add(cookie_key(99), 0)
-        with pytest.raises(MapFullError):
-            c.cookies.add_many(np.arange(90, 95, dtype=np.uint64), np.zeros(5, dtype=np.uint32))
-
-
-def test_arrays_that_do_not_fit_are_refused() -> None:
-    with LibbpfLoader().open_classifier(4) as c:
-        for keys, rows in ((np.zeros(2, np.uint32), np.zeros(2)), (np.zeros(2, np.uint64), np.zeros(3))):
-            with pytest.raises(ValueError, match="one length"):
-                c.cookies.add_many(keys, rows.astype(np.uint32))
 
 
 def test_tuple_key_is_the_struct(rig: Rig) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run by test_capabilities.py as a process of its own: everything that the daemon does with the classifier.
 
-Usage: two_capabilities.py DEVICE ADDRESS, in a namespace where ADDRESS is reached through DEVICE. Ends with 0 if all
-went well.
+Usage: two_capabilities.py DEVICE ADDRESS [bcc], in a namespace where ADDRESS is reached through DEVICE. Ends with 0 if
+all went well.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from privileges import DAEMON
 
 from mfsd import _abi
 from mfsd.datapath.attach import TCX_EGRESS, attach, remove_leftover
+from mfsd.datapath.bcc import BccLoader
 from mfsd.datapath.keys import cookie_key
 from mfsd.datapath.libbpf import LibbpfLoader
 from mfsd.datapath.testrun import socket_cookie
@@ -62,11 +62,11 @@ def steers(c: Classifier, sender: socket.socket, address: str) -> None:
     assert int(c.bands()["packets"][0]) > band
 
 
-def main(device: str, address: str) -> None:
+def main(device: str, address: str, by: str = "libbpf") -> None:
     """Load for two devices, fill the tables, attach, replace and detach with either method."""
     check_capabilities()
     index = socket.if_nametoindex(device)
-    loader = LibbpfLoader()
+    loader = BccLoader() if by == "bcc" else LibbpfLoader()
     with (
         loader.open_classifier(1024) as one,
         loader.open_classifier(1024, one) as two,
@@ -75,7 +75,8 @@ def main(device: str, address: str) -> None:
         describe(one)
         two.dev[:] = one.dev
         one.cookies.add(cookie_key(socket_cookie(sender)), ROW)
-        one.cookies.add_many(np.arange(2**60, 2**60 + 500, dtype=np.uint64), np.arange(500, dtype=np.uint32))
+        for row in range(500):
+            one.cookies.add(cookie_key(2**60 + row), row)
         assert two.cookies.get(cookie_key(2**60 + 499)) == 499
         assert len(set(one.cookies)) == 501
         assert one.cookies.delete(cookie_key(2**60))

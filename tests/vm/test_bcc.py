@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from frames import frame4, frame6, key4, key6
+from privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, SETPRIV, call_with
 
 from mfsd import _abi
 from mfsd.datapath.attach import attach, hook_users
@@ -99,7 +102,8 @@ def test_tables_have_the_size_asked_for(loader: BccLoader, rows: int) -> None:
     with loader.open_classifier(rows) as c:
         c.slots["generation"] = np.arange(rows)
         assert c.slots["generation"][-1] == rows - 1
-        c.cookies.add_many(np.arange(rows, dtype=np.uint64), np.arange(rows, dtype=np.uint32))
+        for row in range(rows):
+            c.cookies.add(cookie_key(row), row)
         assert c.cookies.get(cookie_key(rows - 1)) == rows - 1
         if rows < 100:
             with pytest.raises(MapFullError):
@@ -152,6 +156,30 @@ def test_it_works_on_a_device(netns_pair: NetnsPair, classifier: Classifier) -> 
                 time.sleep(0.01)
         assert hook_users(classifier.calls, index) == []
         assert pair.run(pair.a, "tc qdisc show") == before
+
+
+@pytest.mark.netns
+@pytest.mark.feature("BCC loader with CAP_BPF and CAP_NET_ADMIN only")
+def test_two_capabilities_suffice(loader: BccLoader, netns_pair: NetnsPair) -> None:  # noqa: ARG001 - skips without headers
+    """Compiling included: BCC makes maps while it compiles, and reads the headers, which anybody may."""
+    pair, bpf = netns_pair, Path(__file__).resolve().parents[1] / "bpf"
+    script = [sys.executable, str(bpf / "two_capabilities.py"), pair.dev_a, pair.addr_b, "bcc"]
+    done = subprocess.run(
+        ["ip", "netns", "exec", pair.a, "setpriv", *SETPRIV, *script],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(bpf.parents[1])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "clsact" not in pair.run(pair.a, f"tc qdisc show dev {pair.dev_a}")
+
+
+@pytest.mark.feature("BCC loader with CAP_BPF and CAP_NET_ADMIN only")
+@pytest.mark.parametrize("missing", [CAP_BPF, CAP_NET_ADMIN])
+def test_a_missing_capability_is_named(loader: BccLoader, missing: int) -> None:
+    with pytest.raises(LoaderError, match="CAP_BPF"):
+        call_with(DAEMON - {missing}, lambda: loader.open_classifier(16).close())
 
 
 def test_missing_headers_name_the_package(tmp_path: Path) -> None:

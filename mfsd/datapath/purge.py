@@ -51,7 +51,7 @@ class _Lane:
     turn: int = 0
 
 
-class Rescuer:
+class LanePurger:
     """Prebuilt messages of every lane that may be purged. Not thread-safe by itself; the enforcer's lock is above.
 
     ``gone`` (band index -> bytes, packets, drops) holds what purged leaves had counted, on backends whose counters
