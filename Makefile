@@ -32,7 +32,7 @@ test: build ## all tests of this machine's kernel; fails if a tier did not run
 	$(PY) -m pytest --junitxml=build/junit.xml
 	@$(PY) scripts/check_tiers.py build/junit.xml
 
-test-vm: build ## the tests in guests with stock kernels, KERNEL=6.1|6.12|7.3|all: build/vm/, docs/kernels.md
+test-vm: build ## the kernel tests in guests, KERNEL=6.1|6.12|7.3|all: build/vm/; all: docs/kernels.md
 	$(PY) scripts/vm/run.py --report $(KERNEL)
 
 bench: build ## one benchmark, NAME=...: build/bench/NAME.json and a table

@@ -114,7 +114,8 @@ def queues(_: Context, name: str) -> Iterator[Finding]:
         f"{name} has {n} transmit queues",
         f"{n} transmit queues",
         "while mfsd enforces, one qdisc at the root serves them all: that makes the order strict, and one lock "
-        "handles all packets. The device serves its queues in turns, so packets that have left the qdisc may still "
+        "handles all packets. With one tree per queue (mq) deferred packets of one queue would overtake urgent ones of "
+        "another. The device serves its queues in turns, so packets that have left the qdisc may still "
         "pass each other",
         "with a rate just below the link's (backend htb) nothing waits in the device's queues",
     )

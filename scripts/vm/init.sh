@@ -10,8 +10,8 @@ mount -t debugfs debugfs /sys/kernel/debug; mount -t tracefs tracefs /sys/kernel
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 results /results || busybox poweroff -f
 mount -t ext4 -o ro /dev/vdb /kernel
 mount --bind /kernel/modules /usr/lib/modules; mount --bind /kernel/src /usr/src
-# /dev/net/tun; and ifb without the two devices that it makes otherwise
-modprobe tun; modprobe ifb numifbs=0
+# /dev/net/tun; ifb without the two devices that it makes otherwise; the two cards on the slow wire
+modprobe tun; modprobe ifb numifbs=0; modprobe virtio_net
 tar -xf /results/checkout.tar -C / && rm /results/checkout.tar
 ln -sf /proc/self/fd /dev/fd; ln -sf /proc/self/fd/0 /dev/stdin; ln -sf /proc/self/fd/1 /dev/stdout
 ln -sf /proc/self/fd/2 /dev/stderr

@@ -138,6 +138,9 @@ def _apt(cache: Path) -> list[str]:
         f"Dir::State::Lists={home}/lists",
         f"Dir::Cache={home}/cache",
         "APT::Architecture=amd64",
+        "APT::Update::Error-Mode=any",  # else an unreachable mirror is a warning
+        "Acquire::Retries=2",
+        "Acquire::http::Timeout=30",
         "APT::Sandbox::User=root",  # the cache may be a folder that the user _apt can't enter
     ]
     apt = [word for option in options for word in ("-o", option)]

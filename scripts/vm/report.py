@@ -23,9 +23,13 @@ skipped: the run would fail. "N x" is by how much rescue was faster than plain r
 _SHOWN: Final = ("prio", "drr", "htb", "tbf", "ets", "fq", "fq_codel", "mqprio", "tcx", "bpf_qdisc", "headers")
 
 
-def write_report(folder: Path, to: Path) -> None:
-    """Write the tables. Kernels without a result are left out and named."""
-    runs = {n: Run.load(p) for n in KERNELS if (p := folder / n / "result.json").exists()}
+def write_report(folder: Path, to: Path, left_out: dict[str, str]) -> None:
+    """Write the tables, unless a kernel has no complete run. ``left_out``: tests not run in guests, and why."""
+    missing = [n for n in KERNELS if not (folder / n / "result.json").exists()]
+    if missing:
+        print(f"vm: {to} stays as it is: no complete run of {', '.join(missing)}")
+        return
+    runs = {n: Run.load(folder / n / "result.json") for n in KERNELS}
     lines = [_HEAD + "| | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
     lines.append("| release | " + " | ".join(r.release for r in runs.values()) + " |")
     lines.append("| whole run | " + " | ".join(f"{r.seconds:.0f} s" for r in runs.values()) + " |")
@@ -39,9 +43,8 @@ def write_report(folder: Path, to: Path) -> None:
         for row in rows:
             cells = " | ".join(_cell([c for c in r.cases if pick(c) == row]) for r in runs.values())
             lines.append(f"| {row} | {cells} |")
-    missing = [n for n in KERNELS if n not in runs]
-    if missing:
-        lines += ["", f"Not run: {', '.join(missing)}."]
+    lines += ["", "## Left out of the guests", ""]
+    lines += [f"* `{name}`: {why}." for name, why in left_out.items()]
     to.parent.mkdir(exist_ok=True)
     to.write_text("\n".join(lines) + "\n")
     print(f"vm: {to}")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from namespaces import NetnsPair
 
+QDISCS = ("htb", "prio", "tbf", "drr", "fq", "fq_codel", "ets", "sfq", "codel", "mqprio", "netem", "red", "cake")
+
 if "MFSD_VM" not in os.environ:
     collect_ignore_glob = ["test_*.py"]
 
@@ -30,7 +32,7 @@ def needs() -> Callable[..., None]:
 
     def check(*kinds: str) -> None:
         with nl.TcSocket() as sock:
-            for kind in set(kinds) & {"htb", "prio", "tbf", "drr"}:
+            for kind in set(kinds) & set(QDISCS):
                 assert kernel_has(sock, kind) == (kind in has), kind
         for kind in kinds:
             if kind not in has:
