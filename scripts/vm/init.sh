@@ -3,7 +3,8 @@
 # First and only process of a guest: mounts, then the job that lies in /results, then power off.
 # /results is shared with the host; everything that is to be seen there goes there.
 export PATH=/usr/sbin:/usr/bin HOME=/root LANG=C.UTF-8
-mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /tmp && mkdir -p /run/netns /dev/shm /dev/pts
+mount -t tmpfs tmpfs /run && mkdir -p /run/netns /dev/shm /dev/pts
+[ -n "$(ls -A /tmp)" ] || mount -t tmpfs tmpfs /tmp # not above a checkout's environment
 mount -t tmpfs tmpfs /dev/shm; mount -t devpts devpts /dev/pts
 mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t bpf bpf /sys/fs/bpf
 mount -t debugfs debugfs /sys/kernel/debug; mount -t tracefs tracefs /sys/kernel/tracing
