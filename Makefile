@@ -9,7 +9,7 @@ KERNEL ?= 6.1
 STAMP := $(VENV)/.mfsd-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-vm bench lint format clean
+.PHONY: help setup build demo lab lab-quick test test-vm bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,12 @@ build: $(STAMP) ## protobuf code, BPF object, layouts (only what is out of date)
 
 demo: build ## the main job on real TCP in network namespaces: build/demo.json, build/demo.html
 	$(PY) -m mfsd.lab.demo
+
+lab-quick: build ## the cluster lab, five policies at two loads, 4 minutes: build/lab/quick.json, quick.html
+	$(PY) -m mfsd.daemon lab quick
+
+lab: build ## the whole cluster lab: hours, goes on where it was interrupted: build/lab/lab.json, lab.html
+	$(PY) -m mfsd.daemon lab full
 
 test: build ## all tests of this machine's kernel; fails if a tier did not run
 	@mkdir -p build

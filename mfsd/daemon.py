@@ -374,7 +374,28 @@ async def _serve(config: Config, path: Path | None) -> None:
     await daemon.run()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Imports the lab when it is asked for: the daemon needs nothing of it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return ["lab"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name != "lab":
+            return None
+        from mfsd.lab.cluster.app import lab  # noqa: PLC0415
+
+        return lab
+
+
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    subcommand_metavar="[lab ...]",
+)
 @click.option(
     "--config",
     "path",
@@ -383,12 +404,15 @@ async def _serve(config: Config, path: Path | None) -> None:
 )
 @click.option("--check-config", is_flag=True, help="Check the configuration, print it with its defaults, and exit.")
 @click.version_option(mfsd.__version__, message="mfsd %(version)s")
-def main(path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click passes flags so
+@click.pass_context
+def main(ctx: click.Context, path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Shape this host's traffic so that LLM requests meet their deadlines.
 
     SIGHUP reads the configuration again, SIGTERM puts the qdiscs back and ends, SIGUSR1 ends and leaves them to the
     next mfsd.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     if path is None and configuration.DEFAULT_PATH.exists():
         path = configuration.DEFAULT_PATH
     try:

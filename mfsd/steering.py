@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.ladder import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandPlan, Ladder
-from mfsd.model import INF, Event, EventKind, Stage
+from mfsd.ladder import LEVEL_SCAVENGER, BandPlan, Ladder
+from mfsd.model import Event, EventKind, Stage
 from mfsd.policy.base import I2, BatchView, LinkView, Policy, RequestView, TransferView
+from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ class Steering:
         """Change the policy; takes effect at the next tick."""
         self.policy = policy
         self.ladder = Ladder(self.bands, policy.levels)
-        self.stage_level = self._stage_levels()
+        self.stage_level = stage_levels(policy)
 
     # --- delivery -----------------------------------------------------------------------------------------------------
 
@@ -306,40 +307,6 @@ class Steering:
             load=np.minimum(load.sum(axis=1), 1.0),
             load_above=np.minimum(above[:, at], 1.0),
         )
-
-    def _stage_levels(self) -> I2:
-        """Level of a stage when nothing but the stage is known: no deadline, due in the layer that computes."""
-        n = len(Stage)
-        zeros, none = np.zeros(n), np.full(n, -1, dtype=np.int32)
-        transfers = TransferView(
-            stage=np.arange(n, dtype=np.uint8),
-            size=np.ones(n),
-            left=np.ones(n),
-            ahead=zeros,
-            request=none,
-            batch=none,
-            conn=none,
-            target_layer=np.zeros(n, dtype=np.int32),
-            current_layer=np.zeros(n, dtype=np.int32),
-            computing=np.zeros(n, dtype=np.bool_),
-            layer_started=np.ones(n, dtype=np.bool_),
-            deadline=np.full(n, INF),
-            compute_left=zeros,
-            created=zeros,
-            level=np.full(n, LEVEL_NEW, dtype=np.int16),
-            port=np.zeros(n, dtype=np.int32),
-            peer=none,
-        )
-        empty_f, empty_i, empty_b = np.zeros(0), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_)
-        levels = self.policy.evaluate(
-            transfers,
-            RequestView(empty_f, empty_f, empty_i, empty_f, empty_b),
-            BatchView(empty_i, empty_i, empty_f, empty_b, empty_f, empty_i),
-            LinkView(np.ones(1), np.zeros(1), np.zeros((1, self.policy.levels + 1))),
-            0.0,
-        )
-        levels[Stage.NONE] = LEVEL_NONE
-        return levels
 
     def _write(self, engine: Engine, now: float) -> None:
         """Levels of connections -> bands in the table; promotions -> rescue."""

@@ -49,12 +49,17 @@ def environment() -> dict[str, str]:
 class Governor:
     """mfsd in enforce mode on a host's eth0. A context manager: entering waits until it governs, leaving ends it.
 
-    ``directory`` holds its files and must be short enough for a socket path. ``options`` may set any other key.
-    Raises LabError with the end of its log when it does not come up.
+    ``directory`` holds its files and must be short enough for a socket path. ``options`` may set any other key,
+    ``device`` any other of the device's. Raises LabError with the end of its log when it does not come up.
     """
 
     def __init__(
-        self, host: Host, directory: Path, rate: Rate, options: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        host: Host,
+        directory: Path,
+        rate: Rate,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        device: Mapping[str, Any] | None = None,
     ) -> None:
         self.host = host
         self.directory = directory / host.name
@@ -67,11 +72,17 @@ class Governor:
             "mode": "enforce",
             **self._sections.get("daemon", {}),
         }
-        self._rate = rate
+        self._device = {"name": DEVICE, "backend": "htb", "rate": str(rate), **(device or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
 
     def __enter__(self) -> Self:
+        self.launch()
+        self.ready()
+        return self
+
+    def launch(self) -> None:
+        """Start the process without waiting for it: several can come up at the same time. ``ready`` must follow."""
         self.directory.mkdir(parents=True)
         config = self.directory / "mfsd.toml"
         config.write_text(self._text(), encoding="utf-8")
@@ -86,12 +97,14 @@ class Governor:
                 env=environment(),
             )
         self._channel = grpc.insecure_channel(self.target, options=CHANNEL)
+
+    def ready(self) -> None:
+        """Wait until it governs. Raises LabError."""
         try:
             self._wait()
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
@@ -100,7 +113,7 @@ class Governor:
         lines = []
         for section, keys in self._sections.items():
             lines += [f"[{section}]", *(f"{k} = {toml(v)}" for k, v in keys.items()), ""]
-        lines += ["[[device]]", f"name = {toml(DEVICE)}", 'backend = "htb"', f"rate = {toml(str(self._rate))}", ""]
+        lines += ["[[device]]", *(f"{k} = {toml(v)}" for k, v in self._device.items()), ""]
         return "\n".join(lines)
 
     def _wait(self) -> None:
@@ -139,6 +152,11 @@ class Governor:
         assert self._process is not None  # noqa: S101 - for the type checker
         times = psutil.Process(self._process.pid).cpu_times()
         return float(times.user + times.system)
+
+    def finish(self) -> None:
+        """Tell it to end, as systemd would, without waiting. ``stop`` must follow."""
+        if self._process is not None:
+            self._process.terminate()
 
     def stop(self) -> None:
         """End it as systemd would; it puts the qdiscs back. Idempotent."""

@@ -16,7 +16,7 @@ CPU_MAX: Final = 0.90
 LATE_MAX_MS: Final = 5.0
 """99th percentile of how late a sleeping thread wakes up."""
 OVERSLEPT_MAX: Final = 0.10
-"""Share by which the emulated computing took longer than it was meant to."""
+"""Share by which late timers made the emulated computing, or the passes that it is part of, longer."""
 LINK_MIN: Final = 0.90
 """Share of its rate that a contended link must have given in its best 100 ms."""
 

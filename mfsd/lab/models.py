@@ -75,10 +75,10 @@ MIXTRAL: Final = Model(
 """The demo's."""
 
 MODELS: Final[dict[str, Model]] = {
-    "mixtral-8x7b": Model("Mixtral 8x7B, BF16", 32, 2 * 8 * 128 * 2, 2 * 4096 * 2, _compute(12.9e9), 50e9),
-    "dbrx": Model("DBRX, BF16", 40, 2 * 8 * 128 * 2, 4 * 6144 * 2, _compute(36e9), 50e9),
-    "qwen3-30b-a3b": Model("Qwen3-30B-A3B, BF16", 48, 2 * 4 * 128 * 2, 8 * 2048 * 2, _compute(3.3e9), 50e9),
-    "llama-3-8b": Model("Llama-3-8B, BF16", 32, 2 * 8 * 128 * 2, 4096 * 2, _compute(8e9), 50e9, dense=True),
+    "mixtral-8x7b": Model("Mixtral 8x7B, BF16", 32, 2 * 8 * 128 * 2, 2 * 4096 * 2, _compute(12.9e9), 100e9),
+    "dbrx": Model("DBRX, BF16", 40, 2 * 8 * 128 * 2, 4 * 6144 * 2, _compute(36e9), 100e9),
+    "qwen3-30b-a3b": Model("Qwen3-30B-A3B, BF16", 48, 2 * 4 * 128 * 2, 8 * 2048 * 2, _compute(3.3e9), 100e9),
+    "llama-3-8b": Model("Llama-3-8B, BF16", 32, 2 * 8 * 128 * 2, 4096 * 2, _compute(8e9), 100e9, dense=True),
 }
 """Published configurations (layers, KV heads x head dimension, experts per token x hidden size, active parameters)."""
 

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mfsd lab``: the cluster lab from the command line."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mfsd.lab.cluster import matrix
+from mfsd.lab.cluster.arms import ARMS
+from mfsd.lab.cluster.regimes import REGIMES
+from mfsd.lab.machine import commit, take_precedence
+from mfsd.lab.net import LabError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mfsd.lab.cluster.cell import Cell
+    from mfsd.lab.cluster.matrix import Part
+
+FOLDER: Final = Path("build/lab")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def lab() -> None:
+    """Replay LLM serving on a cluster of network namespaces, with every policy, and compare.
+
+    Needs root. Traffic stays in namespaces that the lab makes and removes.
+    """
+
+
+def _guard(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, _interrupted)
+        try:
+            take_precedence()
+            command(*args, **kwargs)
+        except (LabError, PermissionError) as e:
+            sys.exit(f"mfsd lab: {e}")
+        except ImportError as e:
+            sys.exit(f"mfsd lab: {e}; install the extra: pip install mfsd[lab]")
+
+    return guarded
+
+
+def _interrupted(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+_out = click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=FOLDER, show_default=True, help="Folder."
+)
+
+
+@lab.command()
+@_out
+@click.option("--resume/--fresh", default=False, help="Keep cells of an earlier, interrupted run.")
+@_guard
+def quick(out: Path, resume: bool) -> None:  # noqa: FBT001 - click passes flags so
+    """Five policies, one regime, two loads, one seed: at most four minutes."""
+    from mfsd.lab.cluster import report  # noqa: PLC0415 - matplotlib is an extra; find out before minutes are spent
+
+    part = matrix.quick()
+    if not resume:
+        for cell in part.cells:
+            matrix.path_of(out, cell).unlink(missing_ok=True)
+    results = _run(out, part.cells)
+    data, rows = report.write_quick(out, part, results, commit())
+    console = Console()
+    console.print(report.console(rows, "mfsd lab, quick"))
+    for problem in data["health"]["problems"]:
+        console.print(f"[bold red]The machine rather than the network may have been measured:[/] {problem}")
+    console.print(f"{out / 'quick.json'}  {out / 'quick.html'}")
+
+
+@lab.command()
+@_out
+@click.option("--part", "names", multiple=True, help="Only these parts (repeatable); `mfsd lab parts` lists them.")
+@click.option("--arm", "arms", multiple=True, type=click.Choice(sorted(ARMS)), help="Only these arms (repeatable).")
+@click.option("--regime", "regimes", multiple=True, type=click.Choice(list(REGIMES)), help="Only these (repeatable).")
+@click.option("--load", "loads", multiple=True, type=float, help="Only these loads (repeatable).")
+@click.option("--report-only", is_flag=True, help="Run nothing; report what has been run.")
+@_guard
+def full(
+    out: Path, names: Sequence[str], arms: Sequence[str], regimes: Sequence[str], loads: Sequence[float],
+    report_only: bool,  # noqa: FBT001 - click passes flags so
+) -> None:  # fmt: skip
+    """Everything; takes hours, goes on where it was interrupted, and reports what has been run so far."""
+    from mfsd.lab.cluster import report  # noqa: PLC0415 - as above
+
+    parts = matrix.full()
+    unknown = set(names) - {p.name for p in parts}
+    if unknown:
+        sys.exit(f"mfsd lab: --part {min(unknown)}: must be one of {', '.join(p.name for p in parts)}")
+
+    def wanted(part: Part, cell: Cell) -> bool:
+        return (
+            (not names or part.name in names)
+            and (not arms or cell.arm in arms)
+            and (not regimes or cell.regime in regimes)
+            and (not loads or cell.work.load in loads)
+        )
+
+    if not report_only:
+        for part in parts:
+            cells = [c for c in part.cells if wanted(part, c)]
+            if cells:
+                _run(out, cells, part.title)
+    results = {p.name: [r for r in (matrix.load(out, c) for c in p.cells) if r is not None] for p in parts}
+    out.mkdir(parents=True, exist_ok=True)
+    tables = report.write_full(out, parts, results, commit())
+    console = Console(width=160)
+    for title, rows in tables.items():
+        console.print(report.console(rows, title))
+    (out / "lab.md").write_text("\n\n".join(f"{t}\n\n{report.markdown(r)}" for t, r in tables.items()) + "\n", "utf-8")
+    console.print(f"{out / 'lab.json'}  {out / 'lab.html'}  {out / 'lab.md'}")
+
+
+@lab.command()
+def parts() -> None:
+    """List the parts of the full matrix, their cells and about how long they take."""
+    for part in matrix.full():
+        minutes = matrix.seconds(matrix.in_order(part.cells)) / 60
+        click.echo(f"{part.name:12} {len(part.cells):4} cells {minutes:5.0f} min  {part.title}")
+
+
+def _run(out: Path, cells: Sequence[Cell], title: str = "") -> list[dict[str, Any]]:
+    """Run cells under a progress bar."""
+    todo = [c for c in matrix.in_order(cells) if matrix.load(out, c) is None]
+    columns = (TextColumn("{task.description:52}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task(title, total=max(matrix.seconds(todo), 1.0))
+
+        def tell(cell: Cell, s: float, number: int) -> None:
+            past = matrix.seconds(todo[:number]) if number else 0.0
+            text = f"{number + 1}/{len(todo)} {cell.regime} {cell.arm} load {cell.work.load:g} seed {cell.work.seed}"
+            progress.update(task, description=text, completed=past + max(s, 0.0))
+
+        return matrix.run_all(out, cells, commit(), tell)
+
+
+if __name__ == "__main__":
+    lab()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a cluster is governed: not at all, or by mfsd with some policy, and what its hints are worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from mfsd.lab.cluster.hinter import Faults
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LEVELS: Final = 5
+"""What htb has beside control, default and scavenger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of governing. ``policy`` "" is none: plain TCP over plain queues, no daemon, no hints."""
+
+    name: str
+    title: str
+    policy: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    levels: int = LEVELS
+    tick_ms: float = 10.0
+    faults: Faults = field(default_factory=Faults)
+    background: float = 0.0
+    """Unhinted bytes from every prefill host to every decode host, together this share of a decode host's link."""
+
+    @property
+    def daemon(self) -> tuple[Any, ...]:
+        """Arms with the same value can share running daemons."""
+        return self.policy, tuple(sorted(self.params.items())), self.levels, self.tick_ms
+
+
+def _arm(name: str, title: str, policy: str, **more: Any) -> Arm:
+    known = {k: more.pop(k) for k in ("levels", "tick_ms", "faults", "background") if k in more}
+    return Arm(name, title, policy, more, **known)
+
+
+_MAIN: Final = (
+    Arm("none", "fair sharing (no mfsd)"),
+    _arm("two-class", "static two-class", "two-class"),
+    _arm("sjf", "SJF", "sjf"),
+    _arm("edf", "EDF (stage 3 only, as in the paper)", "edf"),
+    _arm("edf-all", "EDF over all flows", "edf-all"),
+    _arm("karuna", "Karuna", "karuna"),
+    _arm("pias", "PIAS", "pias"),
+    _arm("mfs", "MFS as published", "mfs"),
+    _arm("mfs-nop1", "MFS without P1", "mfs-nop1"),
+    _arm("mfs-giveup", "MFS with give-up", "mfs-giveup"),
+    _arm("ladder", "deadline ladder", "deadline-ladder"),
+    _arm("ladder-rli", "deadline ladder, stage 1 by RLI", "deadline-ladder", kv="rli"),
+    _arm("ladder-keep", "deadline ladder without give-up", "deadline-ladder", give_up=False),
+)
+_ABLATION: Final = tuple(
+    _arm(f"mfs-no-{switch}", f"MFS without {switch.upper() if len(switch) == 3 else switch}", "mfs", **{switch: False})
+    for switch in ("rli", "mlu", "red", "pruning", "promotion")
+)
+_SENSITIVITY: Final = (
+    _arm("mfs-k3", "MFS, K = 3 levels", "mfs", levels=3),
+    _arm("mfs-e2", "MFS, E = 2", "mfs", ratio=2.0),
+    _arm("mfs-u1", "MFS, U = 1", "mfs", upper=1.0),
+    _arm("ladder-tick2", "ladder, tick 2 ms", "deadline-ladder", tick_ms=2.0),
+    _arm("ladder-tick100", "ladder, tick 100 ms", "deadline-ladder", tick_ms=100.0),
+    _arm("ladder-sizes", "ladder, sizes off by up to 2x", "deadline-ladder", faults=Faults(size=2.0)),
+    _arm("ladder-lost", "ladder, 20 % of transfer hints lost", "deadline-ladder", faults=Faults(lost=0.2)),
+    _arm("ladder-marks", "ladder, 20 % of collective marks lost", "deadline-ladder", faults=Faults(marks_lost=0.2)),
+    _arm("ladder-late", "ladder, deadlines told 1.5x too late", "deadline-ladder", faults=Faults(deadline=1.5)),
+    _arm("ladder-cross", "ladder, 20 % unhinted cross traffic", "deadline-ladder", background=0.2),
+    Arm("none-cross", "fair sharing, 20 % unhinted cross traffic", background=0.2),
+    _arm("mfs-sizes", "MFS, sizes off by up to 2x", "mfs", faults=Faults(size=2.0)),
+    _arm("mfs-lost", "MFS, 20 % of transfer hints lost", "mfs", faults=Faults(lost=0.2)),
+)
+ARMS: Final[dict[str, Arm]] = {a.name: a for a in (*_MAIN, *_ABLATION, *_SENSITIVITY)}
+MAIN: Final = tuple(a.name for a in _MAIN)
+ABLATION: Final = tuple(a.name for a in _ABLATION)
+SENSITIVITY: Final = tuple(a.name for a in _SENSITIVITY)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the serving processes tell the daemons, and what goes wrong with it.
+
+One client per sending host: a request is announced wherever bytes of it leave, as a router would pass its deadline on.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from mfsd.client import Client
+from mfsd.model import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mfsd.lab.cluster.jobs import Job
+    from mfsd.lab.cluster.lanes import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """How hints deviate from the truth."""
+
+    size: float = 1.0
+    """Announced sizes are wrong by up to this factor, either way, log-uniformly; 1: exact."""
+    lost: float = 0.0
+    """Share of transfers that are not announced."""
+    marks_lost: float = 0.0
+    """Share of collective connections that are not marked."""
+    deadline: float = 1.0
+    """Announced time to the deadline over the true one."""
+
+
+class Hinter:
+    """Clients by host name; hosts without a daemon get none. A context manager."""
+
+    def __init__(self, targets: Mapping[str, str], steps: int, faults: Faults, seed: int) -> None:
+        self._clients = {name: Client(f"worker-{name}", target) for name, target in targets.items()}
+        self._steps, self._faults = steps, faults
+        self._over: set[tuple[str, int]] = set()
+        """(host, request) whose bytes there have all been handed over: it need not hear of them again."""
+        self._passes: dict[str, dict[str, list[int]]] = {}
+        """Forward pass -> hosts that know it, and its requests there."""
+        self._rng = random.Random(seed)  # noqa: S311 - a reproducible experiment, not a secret
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for client in self._clients.values():
+            client.close()
+
+    def settle(self, timeout: float = 5.0) -> bool:
+        """Wait until the daemons have heard everything."""
+        answers = [client.flush(timeout) for client in self._clients.values()]
+        return all(answers)
+
+    def stats(self) -> dict[str, int]:
+        """client.Stats, added up."""
+        out: dict[str, int] = {}
+        for client in self._clients.values():
+            stats: dict[str, Any] = asdict(client.stats)
+            for name, value in stats.items():
+                out[name] = out.get(name, 0) + int(value)
+        return out
+
+    def collective(self, lane: Lane) -> None:
+        """A connection of a collective group."""
+        client = self._clients.get(lane.src.name)
+        if client is not None and self._rng.random() >= self._faults.marks_lost:
+            client.mark(lane.sock, Stage.COLLECTIVE)
+
+    def request(self, hosts: Iterable[str], job: Job, compute: float) -> None:
+        """A request has arrived; bytes of it will leave ``hosts``."""
+        for host in hosts:
+            if host in self._clients:
+                left = job.slo * self._faults.deadline
+                self._clients[host].request(f"r{job.id}", ttft_left_s=left, compute_left_s=compute)
+
+    def send(self, lane: Lane, job: Job, step: int, size: int) -> None:
+        """A step's KV is about to be written to a lane."""
+        client = self._clients.get(lane.src.name)
+        if client is None or self._rng.random() < self._faults.lost:
+            return
+        if self._faults.size > 1.0:
+            size = max(int(size * self._faults.size ** self._rng.uniform(-1, 1)), 1)
+        client.transfer(
+            f"r{job.id}/{lane.stage}/{step}/{lane.dst.name}", lane.sock, size, stage=lane.stage, request=f"r{job.id}",
+            layer=step,
+        )  # fmt: skip
+
+    def sent(self, host: str, job: Job) -> None:
+        """The last byte of a request has been handed to the host's sockets."""
+        if host in self._clients:
+            self._over.add((host, job.id))
+            self._clients[host].done(request=f"r{job.id}")
+
+    def batch(self, hosts: Mapping[str, list[Job]], name: str, layer_compute: float) -> None:
+        """A forward pass begins; ``hosts`` have bytes of these requests."""
+        told = self._passes[name] = {}
+        for host, jobs in hosts.items():
+            members = [j.id for j in jobs if (host, j.id) not in self._over]
+            if host in self._clients and members:
+                told[host] = members
+                names = [f"r{i}" for i in members]
+                self._clients[host].batch(name, names, layers=self._steps, layer_compute_s=layer_compute)
+
+    def _concerned(self, name: str) -> list[str]:
+        """Hosts that still have bytes of a pass: a daemon forgets a batch with the last of its requests."""
+        told = self._passes[name].items()
+        return [host for host, members in told if any((host, i) not in self._over for i in members)]
+
+    def layer(self, name: str, step: int) -> None:
+        """A pass is at this step."""
+        for host in self._concerned(name):
+            self._clients[host].layer(name, step)
+
+    def computed(self, name: str) -> None:
+        """A pass has ended."""
+        for host in self._concerned(name):
+            self._clients[host].layer(name, self._steps - 1, compute_done=True)
+            self._clients[host].done(batch=name)
+        del self._passes[name]

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hosts, links, switch and daemons of a cluster.
+
+The switch has an output queue per port, paced at the rate of the host behind it: receivers are bottlenecks as well as
+senders. It knows nothing but the DSCP of a packet, in one of three settings:
+
+    fifo      one queue: what mfsd does on the hosts is all there is
+    classes   three strict classes: what the policy puts at or above the collectives, all other, the scavenger
+    levels    one strict class per band
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+from mfsd.compose import bands_of
+from mfsd.config import parse
+from mfsd.lab.governor import Governor
+from mfsd.lab.net import RTO_MIN, SWITCH, Fabric, plain_link, remove_link, run_id, tool
+from mfsd.ladder import Role
+from mfsd.model import Stage
+from mfsd.policy.registry import make_policy
+from mfsd.policy.still import stage_levels
+
+if TYPE_CHECKING:
+    from mfsd.lab.cluster.arms import Arm
+    from mfsd.lab.cluster.regimes import Cluster
+    from mfsd.ladder import BandPlan
+    from mfsd.model import Rate
+
+Setting = Literal["fifo", "classes", "levels"]
+SETTINGS: Final[tuple[Setting, ...]] = ("fifo", "classes", "levels")
+QUEUE_S: Final = 0.05
+"""Of a switch port and class, at its rate: a shallow one by LAN standards, several times what TCP needs."""
+RTO_MIN_US: Final = 5000
+HIGH: Final = 46
+"""DSCP of the first class (EF, RFC 3246)..."""
+LOW: Final = 8
+"""...and of the last (CS1, RFC 3662). Everything else, marked or not, is in the class between them."""
+LEVELS_FROM: Final = 40
+"""With a class per band: the DSCP of band b is this + b."""
+
+
+class Network:
+    """A cluster's hosts; ``govern`` puts them under an arm. A context manager: leaving removes everything.
+
+    Raises LabError.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.fabric = Fabric(cluster.hosts, optional={RTO_MIN: str(RTO_MIN_US)})
+        self.governors: dict[str, Governor] = {}
+        self._stack = contextlib.ExitStack()
+        self._state: tuple[Any, ...] = ()
+        self._runs = 0
+        self._plain = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mfsd-")))
+            self._stack.enter_context(self.fabric)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._dismiss()
+        finally:
+            self._stack.close()
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Address of the daemon of each host; none when nothing governs."""
+        return {name: g.target for name, g in self.governors.items()}
+
+    def govern(self, arm: Arm, setting: Setting) -> None:
+        """Put hosts and switch under an arm. Daemons that serve it already go on, with whatever they have learnt."""
+        state = (*arm.daemon, setting)
+        if state == self._state:
+            return
+        self._dismiss()
+        dscp: dict[str, int] = {}
+        if arm.policy:
+            dscp = marks(arm, setting)
+            self._start(arm, dscp)
+        else:
+            for name, host in self.fabric.hosts.items():
+                plain_link(host, self.cluster.rate_of(name))
+            self._plain = True
+        for name in self.fabric.hosts:
+            _port(name, self.cluster.rate_of(name), setting, len(dscp))
+        self._state = state
+
+    def _start(self, arm: Arm, dscp: dict[str, int]) -> None:
+        self._runs += 1
+        options = {
+            "daemon": {"tick_ms": arm.tick_ms, "idle_tick_ms": max(100.0, arm.tick_ms)},
+            "policy": {"name": arm.policy, **arm.params},
+            "bands": {"levels": arm.levels, "dscp": dscp},
+        }
+        directory = self._directory / str(self._runs)
+        for name, host in self.fabric.hosts.items():
+            governor = Governor(host, directory, self.cluster.rate_of(name), options, device={"control_unhinted": True})
+            self.governors[name] = governor
+            governor.launch()
+        for governor in self.governors.values():
+            governor.ready()
+
+    def _dismiss(self) -> None:
+        self._state = ()
+        for governor in self.governors.values():
+            governor.finish()
+        for governor in self.governors.values():
+            governor.stop()
+        self.governors.clear()
+        if self._plain:
+            self._plain = False
+            for host in self.fabric.hosts.values():
+                remove_link(host)
+
+    def cpu_seconds(self) -> float:
+        """Of all daemons since they started."""
+        return sum(g.cpu_seconds() for g in self.governors.values())
+
+    def counters(self) -> dict[str, int]:
+        """The daemons' own, added up."""
+        out: dict[str, int] = {}
+        for governor in self.governors.values():
+            counters = governor.status().counters
+            for f in counters.DESCRIPTOR.fields:
+                out[f.name] = out.get(f.name, 0) + int(getattr(counters, f.name))
+        return out
+
+
+def marks(arm: Arm, setting: Setting) -> dict[str, int]:
+    """DSCP by band name, such that the switch can do what its setting says."""
+    if setting == "fifo":
+        return {}
+    plan = _bands(arm)
+    if setting == "levels":
+        return {b.name: LEVELS_FROM + b.index for b in plan.bands}
+    policy = make_policy(arm.policy, arm.levels, arm.params)
+    collective = int(stage_levels(policy)[Stage.COLLECTIVE])
+    # A policy that puts collectives last knows no order of stages: its first level is what it deems urgent.
+    top = collective if 0 <= collective < policy.levels - 1 or policy.levels == 1 else 0
+    high = {f"level {i}" for i in range(top + 1)} | {plan.control.name}
+    return {b.name: HIGH if b.name in high else LOW if b.role is Role.SCAVENGER else 0 for b in plan.bands}
+
+
+def _bands(arm: Arm) -> BandPlan:
+    config = parse({"policy": {"name": arm.policy, **arm.params}, "bands": {"levels": arm.levels}})
+    return bands_of(config, make_policy(arm.policy, arm.levels, arm.params))
+
+
+def _port(name: str, rate: Rate, setting: Setting, bands: int) -> None:
+    """Give the switch's port to a host its queues, in place of those it had."""
+    bits, burst = int(rate.bits_per_s), max(65536, int(rate.bytes_per_s) // 1000)
+    limit = max(int(rate.bytes_per_s * QUEUE_S), 131_072)
+    shape = f"ceil {bits}bit burst {burst} cburst {burst} quantum 65536"
+    if setting == "classes":
+        classes, default = {HIGH: 0, LOW: 2}, 1
+    elif setting == "levels":
+        classes, default = {LEVELS_FROM + b: b for b in range(bands)}, bands
+    else:
+        classes, default = {}, 0
+    namespace = f"mfsd-{run_id()}-{SWITCH}"
+    lines = [f"qdisc replace dev {name} root handle 1: htb default {default + 2:x}"]
+    if "htb" in tool("tc", "-n", namespace, "qdisc", "show", "dev", name):
+        lines.insert(0, f"qdisc del dev {name} root")
+    lines.append(f"class add dev {name} parent 1: classid 1:1 htb rate {bits}bit {shape}")
+    for number in sorted({default, *classes.values()}):
+        classid = f"1:{number + 2:x}"
+        # All borrow from the link, in strict order; a guaranteed 8 bit/s is the least that htb has.
+        lines.append(f"class add dev {name} parent 1:1 classid {classid} htb rate 8bit {shape} prio {min(number, 7)}")
+        lines.append(f"qdisc add dev {name} parent {classid} handle {number + 16:x}: bfifo limit {limit}")
+    lines += [
+        f"filter add dev {name} parent 1: protocol ip prio 1 u32 match ip dsfield {dscp << 2:#x} 0xfc "
+        f"flowid 1:{number + 2:x}"
+        for dscp, number in classes.items()
+    ]
+    tool("tc", "-n", namespace, "-batch", "-", stdin="\n".join(lines) + "\n")
