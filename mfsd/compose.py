@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.connections import Connections
 from mfsd.engine import Engine
-from mfsd.ladder import BandPlan, Ladder
+from mfsd.ladder import LEVEL_NEW, BandPlan, Ladder
 from mfsd.policy.registry import make_policy
 from mfsd.rescue import Rescuer
 from mfsd.routes import RouteLookup
@@ -163,6 +163,9 @@ def change_policy(engine: Engine, config: Config) -> bool:
     if bands_of(config, policy).default.index != engine.steering.bands.default.index:
         return False
     engine.steering.set_policy(policy)
+    # Levels of another policy mean nothing to this one, and most policies only ever raise them.
+    engine.transfers.live("level")[:] = LEVEL_NEW
+    engine.requests.live("pruned")[:] = False
     engine.arrange_wanted = True
     return True
 

@@ -330,7 +330,13 @@ def _policy_problems(c: Config) -> list[str]:
     # Not in the model: only who runs a policy needs its modules (and numpy).
     from mfsd.policy.registry import make_policy  # noqa: PLC0415 - see the line above
 
-    # One by one first, so that each faulty parameter is found, then together.
+    try:
+        make_policy(c.policy.name, c.bands.levels, c.policy.params)
+    except ValueError:
+        pass
+    else:
+        return []
+    # One by one, so that each faulty parameter is found, then together.
     attempts = [{}, *({k: v} for k, v in c.policy.params.items()), c.policy.params]
     out: list[str] = []
     for params in attempts:

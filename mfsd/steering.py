@@ -358,6 +358,10 @@ class Steering:
             reason = f"{left:.0f} bytes left, " + (f"{late:.3f} s late" if late > 0 else f"{-late:.3f} s to go")
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.INFEASIBLE, owner, transfer.id, reason))
+        for row in np.flatnonzero(known & ~flags):
+            transfer = engine.transfers.objects[row]
+            owner = transfer.request.id if transfer.request else ""
+            transfer.session.tell(Event(EventKind.RESTORED, owner, transfer.id, "it can be in time again"))
         known[:] = flags
 
     @staticmethod

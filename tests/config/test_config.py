@@ -197,6 +197,12 @@ def test_policy_is_checked_by_the_registry() -> None:
     assert parse({"policy": {"give_up": False}}).policy.params == {"give_up": False}
 
 
+def test_policy_parameters_that_are_right_only_together() -> None:
+    # Each of them alone contradicts the other's default.
+    together = {"first_ms": 1000.0, "last_ms": 8000.0}
+    assert parse({"policy": together}).policy.params == together
+
+
 def test_all_problems_at_once() -> None:
     data = {"daemon": {"slots": 1, "mode": "x"}, "device": [{"nam": "eth0"}], "bands": {"levels": 0}, "zoo": 1}
     starts = ["daemon.mode", "daemon.slots", "device[0].name", "device[0].nam", "bands.levels", "zoo"]

@@ -6,6 +6,9 @@ from __future__ import annotations
 import pytest
 from harness import Host
 
+from mfsd.compose import bands_of, change_policy, policy_of
+from mfsd.config import parse
+from mfsd.ladder import LEVEL_NEW
 from mfsd.model import BatchHint, CookieSelector, EndHint, MarkHint, ProgressHint, Stage, What
 
 
@@ -151,3 +154,30 @@ def test_a_policy_change_takes_effect_at_the_next_tick() -> None:
     h.engine.steering.set_policy(make_policy("fair", 5, {}))
     h.tick(0.01)
     assert h.band(s) == "default"
+
+
+def test_the_worker_hears_when_a_transfer_can_be_in_time_again() -> None:
+    h = Host(rate=1e6)
+    s = h.socket(1)
+    h.request("r", 0.5)
+    h.transfer("t", s, 10_000_000)  # 10 s at full rate
+    h.tick()
+    h.request("r", 60.0)  # renewed with more time
+    h.tick(0.1)
+    h.tick(0.1)
+    events = [(e.kind.name, e.request_id, e.transfer_id) for e in h.session.events]
+    assert events.count(("RESTORED", "r", "t")) == 1
+    assert events.index(("INFEASIBLE", "r", "t")) < events.index(("RESTORED", "r", "t"))
+
+
+def test_a_changed_policy_starts_from_fresh_levels() -> None:
+    h = Host("edf-all")
+    s = h.socket(1)
+    h.request("r", 0.01)
+    h.transfer("t", s, 1000)
+    h.tick()
+    assert h.engine.transfers.live("level")[0] == 0
+    config = parse({"policy": {"name": "mfs"}, "bands": {"levels": 5, "lanes": 8}})
+    h.engine.steering.bands = bands_of(config, policy_of(config))
+    assert change_policy(h.engine, config)
+    assert h.engine.transfers.live("level")[0] == LEVEL_NEW
