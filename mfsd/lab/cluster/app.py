@@ -87,11 +87,12 @@ def quick(out: Path, resume: bool) -> None:  # noqa: FBT001 - click passes flags
 @click.option("--arm", "arms", multiple=True, type=click.Choice(sorted(ARMS)), help="Only these arms (repeatable).")
 @click.option("--regime", "regimes", multiple=True, type=click.Choice(list(REGIMES)), help="Only these (repeatable).")
 @click.option("--load", "loads", multiple=True, type=float, help="Only these loads (repeatable).")
+@click.option("--seed", "seeds", multiple=True, type=int, help="Only these seeds (repeatable).")
 @click.option("--report-only", is_flag=True, help="Run nothing; report what has been run.")
 @_guard
 def full(
     out: Path, names: Sequence[str], arms: Sequence[str], regimes: Sequence[str], loads: Sequence[float],
-    report_only: bool,  # noqa: FBT001 - click passes flags so
+    seeds: Sequence[int], report_only: bool,  # noqa: FBT001 - click passes flags so
 ) -> None:  # fmt: skip
     """Everything; takes hours, goes on where it was interrupted, and reports what has been run so far."""
     from mfsd.lab.cluster import report  # noqa: PLC0415 - as above
@@ -107,6 +108,7 @@ def full(
             and (not arms or cell.arm in arms)
             and (not regimes or cell.regime in regimes)
             and (not loads or cell.work.load in loads)
+            and (not seeds or cell.work.seed in seeds)
         )
 
     if not report_only:

@@ -105,9 +105,7 @@ class Table:
     def draws(self, keys: Sequence[Key], number: int = DRAWS) -> dict[Key, npt.NDArray[np.intp]]:
         """Which requests each bootstrap draw takes, the same for every arm. Shape (number, requests) per key."""
         rng = np.random.default_rng(0)
-        some = next(iter(self.met.values()))
         sizes = {k: len(next(m[k] for m in self.met.values() if k in m)) for k in keys}
-        del some
         return {k: rng.integers(0, n, (number, n)) for k, n in sizes.items()}
 
 
@@ -130,19 +128,9 @@ def figure(values: npt.NDArray[np.float64]) -> Figure:
     return Figure(float(values[0]), float(low), float(high))
 
 
-def weights(fair: Mapping[tuple[str, float], npt.NDArray[np.float64]], regime: str, level: float) -> dict[float, float]:
-    """Loads of a regime and their weights for linear interpolation to where fair sharing meets ``level``.
-
-    Beyond the loads measured: the nearest one.
-    """
-    points = sorted((float(v[0]), load) for (r, load), v in fair.items() if r == regime)
-    above = [p for p in points if p[0] >= level]
-    below = [p for p in points if p[0] < level]
-    if not above or not below:
-        return {(below[-1] if below else above[0])[1]: 1.0}
-    (high, a), (low, b) = above[0], below[-1]
-    share = (level - low) / (high - low) if high > low else 1.0
-    return {a: share, b: 1.0 - share}
+def nearest(fair: Mapping[tuple[str, float], npt.NDArray[np.float64]], regime: str, level: float) -> float:
+    """The measured load of a regime at which fair sharing's attainment is nearest to ``level``."""
+    return min((abs(float(v[0]) - level), load) for (r, load), v in fair.items() if r == regime)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,44 +146,42 @@ class AtLevel:
     by_regime: dict[str, dict[str, Figure]]
     collective: dict[str, float]
     """Mean collective time over that of fair sharing."""
-    loads: dict[str, dict[float, float]]
+    loads: dict[str, float]
+    """Regime -> load."""
 
 
-def at_level(table: Table, level: float, arms: Sequence[str], fair: str = "none") -> AtLevel | None:
-    """Attainment of arms where fair sharing meets ``level``, mean over the regimes. None without shared cells."""
-    arms = [fair, *(a for a in arms if a != fair)]
-    keys = table.shared(arms)
-    if not keys:
+def at_level(table: Table, level: float, fair: str = "none") -> AtLevel | None:
+    """Attainment where fair sharing meets ``level``, mean over the regimes; None without cells of fair sharing.
+
+    Arms that have not run all of these cells are left out.
+    """
+    everywhere = table.shared([fair])
+    if not everywhere:
         return None
+    points = curve(table, fair, everywhere, table.draws(everywhere, 1))
+    loads = {r: nearest(points, r, level) for r in REGIMES if any(k[0] == r for k in everywhere)}
+    keys = [k for k in everywhere if loads[k[0]] == k[1]]
+    arms = [fair, *(a for a in table.arms if a != fair and set(keys) <= set(table.met[a]))]
     draws = table.draws(keys)
     curves = {a: curve(table, a, keys, draws) for a in arms}
-    regimes = [r for r in REGIMES if any(k[0] == r for k in keys)]
-    averaged = [r for r in MEAN_OF if r in regimes] or regimes
-    loads = {r: weights(curves[fair], r, level) for r in regimes}
-    by = {a: {r: sum((curves[a][r, load] * w for load, w in loads[r].items()), np.zeros(1)) for r in regimes}
-          for a in arms}  # fmt: skip
-    mean = {a: np.mean([by[a][r] for r in averaged], axis=0) for a in arms}
+    averaged: list[str] = [r for r in MEAN_OF if r in loads] or list(loads)
+    mean = {a: np.mean([curves[a][r, loads[r]] for r in averaged], axis=0) for a in arms}
     floor = 1e-9
     return AtLevel(
         level=level,
         fair=float(mean[fair][0]),
         attainment={a: figure(mean[a]) for a in arms},
         over={(a, b): figure(mean[a] / np.maximum(mean[b], floor)) for a in arms for b in arms if a != b},
-        by_regime={r: {a: figure(by[a][r]) for a in arms} for r in regimes},
-        collective={a: _collective(table, a, fair, keys, {r: loads[r] for r in averaged}) for a in arms},
+        by_regime={r: {a: figure(curves[a][r, load]) for a in arms} for r, load in loads.items()},
+        collective={a: _collective(table, a, fair, [k for k in keys if k[0] in averaged]) for a in arms},
         loads=loads,
     )
 
 
-def _collective(
-    table: Table, arm: str, fair: str, keys: Sequence[Key], loads: Mapping[str, Mapping[float, float]]
-) -> float:
+def _collective(table: Table, arm: str, fair: str, keys: Sequence[Key]) -> float:
+    """Mean over the regimes of mean collective time over fair sharing's."""
     ratios = []
-    for regime, parts in loads.items():
-        for load, weight in parts.items():
-            here = [k for k in keys if k[:2] == (regime, load)]
-            ours = np.mean([table.collective[arm][k] for k in here])
-            theirs = np.mean([table.collective[fair][k] for k in here])
-            ratios.append((weight, float(ours / theirs) if theirs else 1.0))
-    total = sum(w for w, _ in ratios)
-    return sum(w * r for w, r in ratios) / total if total else 1.0
+    for regime in {k[0] for k in keys}:
+        ours, theirs = (np.mean([table.collective[a][k] for k in keys if k[0] == regime]) for a in (arm, fair))
+        ratios.append(float(ours / theirs) if theirs else 1.0)
+    return float(np.mean(ratios))

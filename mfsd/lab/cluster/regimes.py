@@ -74,7 +74,13 @@ REGIMES: Final[dict[str, Regime]] = {
             "several", "four instances, slow decode NICs", dataclasses.replace(_BASE, instances=4, decode_rate="50mbit")
         ),
         Regime("hot", "two instances, a hot decode host", dataclasses.replace(_BASE, instances=2), hot=0.6),
-        Regime("reuse", "two instances, much reuse", dataclasses.replace(_BASE, instances=2), reuse=0.7),
+        Regime(
+            "reuse",
+            "two instances, much reuse",
+            dataclasses.replace(_BASE, instances=2),
+            reuse=0.7,
+            loads=(0.6, 0.7, 0.8, 0.9),
+        ),
         Regime("even", "four instances, links bound by collectives", dataclasses.replace(_BASE, instances=4)),
     )
 }

@@ -118,7 +118,16 @@ def cells_table(results: Sequence[Mapping[str, Any]]) -> Rows:
 def level_table(found: AtLevel) -> Rows:
     """A row per arm: attainment per regime, mean, over fair sharing and two-class, collectives."""
     regimes = list(found.by_regime)
-    rows = [["policy", *regimes, "mean [95 %]", "/ fair", "/ two-class", "collective time / fair"]]
+    rows = [
+        [
+            "policy",
+            *(f"{r} at {found.loads[r]:g}" for r in regimes),
+            "mean [95 %]",
+            "/ fair",
+            "/ two-class",
+            "collective time / fair",
+        ]
+    ]
     for arm, mean in found.attainment.items():
         row = [ARMS[arm].title, *(f"{found.by_regime[r][arm].value:.3f}" for r in regimes), mean.text]
         for rival in ("none", "two-class"):
@@ -259,9 +268,8 @@ def _part_tables(part: Part, good: Sequence[Mapping[str, Any]], data: dict[str, 
     arms = [a for a in arms_.ARMS if a in table.met]
     out: dict[str, Rows] = {}
     if part.name == "main" and "none" in table.met:
-        complete = _complete(good, arms)
         for level in LEVELS:
-            found = at_level(table, level, complete)
+            found = at_level(table, level)
             if found is None:
                 continue
             out[f"Where fair sharing meets {level:.0%} (really: {found.fair:.1%})"] = level_table(found)
@@ -271,7 +279,7 @@ def _part_tables(part: Part, good: Sequence[Mapping[str, Any]], data: dict[str, 
                 "over": {f"{a} / {b}": f.data() for (a, b), f in found.over.items() if a == OURS},
                 "by_regime": {r: {a: f.data() for a, f in row.items()} for r, row in found.by_regime.items()},
                 "collective_over_fair": {a: round(v, 4) for a, v in found.collective.items()},
-                "loads": {r: {f"{k:g}": round(w, 3) for k, w in v.items()} for r, v in found.loads.items()},
+                "loads": found.loads,
             }
         return out
     rows = [["policy", "cells", "requests", "in time", "TTFT p50", "collective"]]
