@@ -69,17 +69,26 @@ MEAN_OF: Final = ("one", "several", "hot", "reuse")
 REGIMES: Final[dict[str, Regime]] = {
     r.name: r
     for r in (
-        Regime("one", "one instance", _BASE, loads=(0.4, 0.5, 0.6, 0.7)),
+        Regime("one", "one instance", _BASE, loads=(0.3, 0.4, 0.5, 0.6)),
         Regime(
-            "several", "four instances, slow decode NICs", dataclasses.replace(_BASE, instances=4, decode_rate="50mbit")
+            "several",
+            "four instances, slow decode NICs",
+            dataclasses.replace(_BASE, instances=4, decode_rate="50mbit"),
+            loads=(0.85, 1.0, 1.15, 1.25),
         ),
-        Regime("hot", "two instances, a hot decode host", dataclasses.replace(_BASE, instances=2), hot=0.6),
+        Regime(
+            "hot",
+            "two instances, a hot decode host",
+            dataclasses.replace(_BASE, instances=2),
+            hot=0.6,
+            loads=(0.8, 0.9, 1.0, 1.1),
+        ),
         Regime(
             "reuse",
             "two instances, much reuse",
             dataclasses.replace(_BASE, instances=2),
             reuse=0.7,
-            loads=(0.6, 0.7, 0.8, 0.9),
+            loads=(0.65, 0.75, 0.85, 0.95),
         ),
         Regime("even", "four instances, links bound by collectives", dataclasses.replace(_BASE, instances=4)),
     )
