@@ -112,10 +112,10 @@ def load(folder: Path, cell: Cell) -> dict[str, Any] | None:
     if not path.exists():
         return None
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data if data.get("of") == _identity(cell) else None
+    return data if data.get("of") == identity(cell) else None
 
 
-def _identity(cell: Cell) -> str:
+def identity(cell: Cell) -> str:
     """All that decides what is run: a file made with other settings must not pass for this cell's."""
     return repr((cell, replace(REGIMES[cell.regime], title="", loads=()), replace(ARMS[cell.arm], title="")))
 
@@ -144,7 +144,7 @@ def run_all(
                 if not result["health"]["ok"]:
                     again = run(network, cell, tell)
                     result = min(result, again, key=lambda r: len(r["health"]["problems"]))
-                result |= {"of": _identity(cell), "commit": commit}
+                result |= {"of": identity(cell), "commit": commit}
                 path = path_of(folder, cell)
                 partial = path.with_suffix(".part")
                 partial.write_text(json.dumps(result), encoding="utf-8")

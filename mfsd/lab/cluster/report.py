@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mfsd.lab.cluster.evaluate import AtLevel
     from mfsd.lab.cluster.matrix import Part
 
-LEVELS: Final = (0.475, 0.20)
-"""Shares that fair sharing meets, at which the arms are compared."""
+LEVELS: Final = ((0.475, ("two-class", "karuna")), (0.20, ("two-class",)))
+"""Shares that fair sharing meets, at which the arms are compared, and arms without which a load does not count."""
 RIVALS: Final = ("none", "two-class", "sjf", "edf", "edf-all", "karuna", "pias", "mfs")
 OURS: Final = "ladder"
 _STYLE: Final = """
@@ -268,8 +268,8 @@ def _part_tables(part: Part, good: Sequence[Mapping[str, Any]], data: dict[str, 
     arms = [a for a in arms_.ARMS if a in table.met]
     out: dict[str, Rows] = {}
     if part.name == "main" and "none" in table.met:
-        for level in LEVELS:
-            found = at_level(table, level)
+        for level, references in LEVELS:
+            found = at_level(table, level, references)
             if found is None:
                 continue
             out[f"Where fair sharing meets {level:.0%} (really: {found.fair:.1%})"] = level_table(found)
