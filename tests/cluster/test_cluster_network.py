@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Marks, hints with faults, and a small cluster on real TCP with real daemons."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mfsd.lab.cluster import cell as cells
+from mfsd.lab.cluster import jobs as jobs_
+from mfsd.lab.cluster import regimes
+from mfsd.lab.cluster.arms import ARMS
+from mfsd.lab.cluster.hinter import Faults, Hinter
+from mfsd.lab.cluster.jobs import Job, Work
+from mfsd.lab.cluster.lanes import Meter, Plugboard
+from mfsd.lab.cluster.network import HIGH, LEVELS_FROM, LOW, Network, marks
+from mfsd.lab.cluster.regimes import REGIMES, Cluster
+from mfsd.lab.net import SWITCH, Fabric, run_id, tool
+from mfsd.model import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+GOVERNED = [a for a in ARMS.values() if a.policy]
+JOB = Job(7, 0.0, 0, 0, 0, 1000, 1000, (0,), 0.1, 0.3)
+
+
+@pytest.mark.parametrize("arm", GOVERNED, ids=lambda a: a.name)
+def test_the_switch_tells_apart_what_its_setting_says(arm: Any) -> None:
+    assert marks(arm, "fifo") == {}
+    classes = marks(arm, "classes")
+    assert classes["control"] == classes["level 0"] == HIGH
+    assert classes["scavenger"] == LOW
+    assert classes["default"] == classes[f"level {arm.levels - 1}"] == 0
+    levels = marks(arm, "levels")
+    assert len(set(levels.values())) == len(levels) == arm.levels + 3
+    assert min(levels.values()) == levels["control"] == LEVELS_FROM
+
+
+def test_mfs_shares_the_first_class_between_p1_and_the_collectives() -> None:
+    assert marks(ARMS["mfs"], "classes")["level 1"] == HIGH
+    assert marks(ARMS["ladder"], "classes")["level 1"] == 0
+
+
+class Recorder:
+    """Stands where a client does."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self.said.append((name, (args, kwargs)))
+
+
+def _hinter(faults: Faults) -> tuple[Hinter, Recorder]:
+    hinter = Hinter({}, 8, faults, 0)
+    recorder = Recorder()
+    hinter._clients = {"p0": recorder}  # type: ignore[dict-item]
+    return hinter, recorder
+
+
+class FakeLane:
+    """As much of a lane as the hinter looks at."""
+
+    stage, sock = Stage.P2D, None
+    src = dst = dataclasses.make_dataclass("H", ["name"])("p0")
+
+
+def test_faults_are_what_they_say() -> None:
+    lane: Any = FakeLane()
+    hinter, heard = _hinter(Faults(lost=0.2, size=2.0))
+    for step in range(2000):
+        hinter.send(lane, JOB, step, 10_000)
+    assert 0.75 < len(heard.said) / 2000 < 0.85
+    sizes = [args[2] for _, (args, _) in heard.said]
+    assert min(sizes) >= 5000
+    assert max(sizes) <= 20_000
+    assert len(set(sizes)) > 1000
+    hinter, heard = _hinter(Faults(deadline=1.5))
+    hinter.request(["p0", "d0"], JOB, 0.1)
+    ((name, (_, kwargs)),) = heard.said
+    assert name == "request"
+    assert kwargs["ttft_left_s"] == pytest.approx(0.45)
+
+
+def test_a_host_hears_of_a_pass_only_while_it_has_bytes_of_it() -> None:
+    hinter, heard = _hinter(Faults())
+    hinter.batch({"p0": [JOB]}, "b", 0.01)
+    hinter.layer("b", 1)
+    hinter.sent("p0", JOB)
+    hinter.layer("b", 2)
+    hinter.computed("b")
+    assert [name for name, _ in heard.said] == ["batch", "layer", "done"]
+    hinter.batch({"p0": [JOB]}, "c", 0.01)  # nothing of it is left there
+    assert len(heard.said) == 3
+
+
+@pytest.mark.netns
+def test_bytes_arrive_in_order_and_are_metered() -> None:
+    async def main(fabric: Fabric) -> list[tuple[str, int]]:
+        seen: list[tuple[str, int]] = []
+        over = asyncio.Event()
+
+        def note(what: str, i: int) -> Callable[[float], None]:
+            return lambda _at: seen.append((what, i))
+
+        with Plugboard() as board:
+            lane = board.connect(fabric.hosts["a"], fabric.hosts["b"], Stage.P2D)
+            lane.meter = meter
+            for i in range(20):
+                lane.put(300_000, note("arrived", i), functools.partial(note("written", i), 0.0))
+            lane.put(1, lambda _at: over.set())
+            await asyncio.wait_for(over.wait(), 20)
+            assert lane.queued == 0
+        return seen
+
+    meter = Meter()
+    with Fabric(["a", "b"]) as fabric:
+        seen = asyncio.run(main(fabric))
+    for what in ("arrived", "written"):
+        assert [i for w, i in seen if w == what] == list(range(20))
+    assert sum(n for (host, way, _), n in meter.bins.items() if (host, way) == ("b", "in")) == 6_000_001
+    assert sum(n for (host, way, _), n in meter.bins.items() if (host, way) == ("a", "out")) == 6_000_001
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Two prefill hosts, a decode host and a store."""
+    cluster = Cluster(prefill=2, decode=1, stores=1)
+    regime = dataclasses.replace(REGIMES["reuse"], cluster=cluster)
+    monkeypatch.setitem(regimes.REGIMES, "reuse", regime)
+    monkeypatch.setattr(cells, "WARM_UP_S", 0.0)
+    yield cluster
+    left = list(Path("/run/netns").glob(f"mfsd-{run_id()}-*"))
+    assert not left
+
+
+@pytest.mark.netns
+@pytest.mark.bpf
+def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluster) -> None:
+    work = Work(2.0, load=0.3)
+    wanted = jobs_.jobs(REGIMES["reuse"], work)
+    with Network(small) as network:
+        plain, governed = (cells.run(network, cells.Cell(arm, "reuse", work)) for arm in ("none", "ladder"))
+        namespace = f"mfsd-{run_id()}-{SWITCH}"
+        stats = tool("tc", "-n", namespace, "-s", "class", "show", "dev", "p0")
+        network.govern(ARMS["none"], "fifo")
+        with pytest.raises(KeyError):
+            _ = network.targets["p0"]
+    for found in (plain, governed):
+        assert [r["id"] for r in found["requests"]] == [j.id for j in wanted]
+        assert all(
+            r["done"] is not None and r["done"] > r["computed"] > r["began"] >= r["at"] for r in found["requests"]
+        )
+        assert len(found["collectives"]) % small.steps == 0
+        assert all(took > 0 for _, took, _ in found["collectives"])
+        assert found["fetch_waits_s"]
+        json.dumps(found)
+    assert plain["hints"] == {}
+    assert governed["hints"]["accepted"] > len(wanted)
+    assert governed["hints"]["rejected"] == governed["hints"]["dropped"] == 0
+    assert governed["counters"]["transfers_completed"] > 0
+    sent = dict(re.findall(r"class htb (1:\d+).*?Sent \d+ bytes (\d+) pkt", stats, re.DOTALL))
+    assert int(sent["1:2"]) > 0, "collectives carry the first class's mark"
+    assert int(sent["1:3"]) > 0, "KV reuse does not"
