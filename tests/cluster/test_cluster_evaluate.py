@@ -98,6 +98,7 @@ def test_names_of_cells_are_unique_and_every_arm_is_known() -> None:
     assert {c.arm for c in cells} == set(ARMS)
     assert sorted(c.name for c in matrix.in_order(cells)) == sorted(names)
     assert {c.work.seed for c in cells} >= {0, 1, 2}
+    assert not {c.name for c in matrix.quick().cells} & set(names), "a quick look must not overwrite the matrix"
 
 
 def test_quick_fits_into_four_minutes() -> None:

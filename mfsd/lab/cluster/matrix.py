@@ -40,7 +40,7 @@ class Part:
 def quick() -> Part:
     """Two loads of one regime, one seed: a few minutes."""
     loads = REGIMES[QUICK_REGIME].loads[:2]
-    cells = [Cell(a, QUICK_REGIME, Work(QUICK_S, load=load)) for a in QUICK_ARMS for load in loads]
+    cells = [Cell(a, QUICK_REGIME, Work(QUICK_S, load=load), tag="quick") for a in QUICK_ARMS for load in loads]
     return Part("quick", "one regime, two loads, one seed", tuple(cells))
 
 
