@@ -155,6 +155,7 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
         with pytest.raises(KeyError):
             _ = network.targets["p0"]
     for found in (plain, governed):
+        assert found["collectives"]
         assert [r["id"] for r in found["requests"]] == [j.id for j in wanted]
         assert all(
             r["done"] is not None and r["done"] > r["computed"] > r["began"] >= r["at"] for r in found["requests"]
