@@ -351,17 +351,15 @@ class Steering:
     def _tell_infeasible(self, engine: Engine, views: Views, now: float) -> None:
         flags = self.policy.infeasible(views.transfers, views.requests, views.batches, views.link, now)
         known = engine.transfers.live("infeasible")
-        for row in np.flatnonzero(flags & ~known):
+        for row in np.flatnonzero(flags != known):
             transfer = engine.transfers.objects[row]
-            late = now - views.transfers.deadline[row]
-            left = views.transfers.left[row]
-            reason = f"{left:.0f} bytes left, " + (f"{late:.3f} s late" if late > 0 else f"{-late:.3f} s to go")
+            kind, reason = EventKind.RESTORED, "it can be in time again"
+            if flags[row]:
+                late = now - views.transfers.deadline[row]
+                kind, reason = EventKind.INFEASIBLE, f"{views.transfers.left[row]:.0f} bytes left, "
+                reason += f"{late:.3f} s late" if late > 0 else f"{-late:.3f} s to go"
             owner = transfer.request.id if transfer.request else ""
-            transfer.session.tell(Event(EventKind.INFEASIBLE, owner, transfer.id, reason))
-        for row in np.flatnonzero(known & ~flags):
-            transfer = engine.transfers.objects[row]
-            owner = transfer.request.id if transfer.request else ""
-            transfer.session.tell(Event(EventKind.RESTORED, owner, transfer.id, "it can be in time again"))
+            transfer.session.tell(Event(kind, owner, transfer.id, reason))
         known[:] = flags
 
     @staticmethod

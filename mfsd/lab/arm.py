@@ -21,7 +21,7 @@ from mfsd.lab.health import Probe
 from mfsd.lab.host import ARRIVAL, Order
 from mfsd.lab.levels import LevelWatch
 from mfsd.lab.models import RANKS, Scaled
-from mfsd.lab.net import RTO_MIN, Fabric, LabError, plain_link
+from mfsd.lab.net import RTO_MIN, RTO_MIN_US, Fabric, LabError, plain_link
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ class Plan:
     scaled: Scaled
     max_batch: int = 4096
     """New tokens that a rank takes into an iteration, unless one request alone has more."""
-    rto_min_us: int | None = 5000
+    rto_min_us: int | None = RTO_MIN_US
     """tcp_rto_min_us of every host, where the kernel has it; None: the kernel's default, 200 ms."""
     patience_s: float = 20.0
     """Wait so long after the last arrival for what is unfinished; after that it counts as never done."""
@@ -206,7 +206,7 @@ def _replay(
             break
     health = probe.stop()
     levels = [w.stop() for w in watches]
-    counters = [_counters(g) for g in governors]
+    counters = [g.counters() for g in governors]
     health["mfsd_cpu_s"] = sum(g.cpu_seconds() for g in governors)
     health["tick_p50_ms"] = max((g.status().tick_p50_ms for g in governors), default=0.0)
     for process in processes:
@@ -224,11 +224,6 @@ def _replay(
         health=health,
         sysctls=sysctls,
     )
-
-
-def _counters(governor: Governor) -> dict[str, int]:
-    status = governor.status()
-    return {field.name: int(getattr(status.counters, field.name)) for field in status.counters.DESCRIPTOR.fields}
 
 
 def _arrivals(path: Path, begin: float) -> npt.NDArray[Any]:

@@ -6,18 +6,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mfsd.lab import arm, promotion, report, story, trace, workload
-from mfsd.lab.machine import NICE, commit, machine, take_precedence
+from mfsd.lab.machine import NICE, commit, end_on_sigterm, machine, take_precedence
 from mfsd.lab.models import MIXTRAL, Scaled
 from mfsd.lab.net import LabError
 from mfsd.lab.rank import KV_LANES, P2D_LANES
@@ -165,10 +164,6 @@ def _tell(data: dict[str, Any], rows: report.Rows, out: Path) -> None:
     console.print(f"{out / 'demo.json'}  {out / 'demo.html'}")
 
 
-def _interrupted(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--duration", default=28.0, show_default=True, help="Seconds of replay per run.")
 @click.option("--speed", default=2.0, show_default=True, help="How much faster than in the trace requests come.")
@@ -180,7 +175,7 @@ def _interrupted(_number: int, _frame: object) -> NoReturn:
 )
 def main(duration: float, speed: float, seed: int, policy: str, with_promotion: bool, out: Path) -> None:  # noqa: FBT001 - click
     """Replay requests in network namespaces with mfsd off and on; write demo.json and demo.html."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    end_on_sigterm()
     try:
         take_precedence()
         plan, selection = plan_of(duration, speed, seed, Rate.parse("1gbit"))

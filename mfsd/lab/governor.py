@@ -147,6 +147,11 @@ class Governor:
         status: pb.Status = self.control.GetStatus(pb.GetStatusRequest(), timeout=2.0)
         return status
 
+    def counters(self) -> dict[str, int]:
+        """The daemon's own counters since it started. Raises grpc.RpcError."""
+        counters = self.status().counters
+        return {field.name: int(getattr(counters, field.name)) for field in counters.DESCRIPTOR.fields}
+
     def cpu_seconds(self) -> float:
         """User and system time since it started."""
         assert self._process is not None  # noqa: S101 - for the type checker

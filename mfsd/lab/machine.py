@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
 import subprocess
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import mfsd
 from mfsd.lab.governor import ROOT
@@ -20,6 +21,15 @@ NICE: Final = -10
 def take_precedence() -> None:
     """Give this process, and those that it starts from now on, precedence over the machine's other work."""
     os.setpriority(os.PRIO_PROCESS, 0, NICE)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as ^C does, so that what it has made is removed."""
+    signal.signal(signal.SIGTERM, _interrupted)
+
+
+def _interrupted(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def commit() -> str:

@@ -8,7 +8,7 @@ layer each for dispatch and combine of expert parallelism.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
@@ -64,16 +64,6 @@ def _compute(active_parameters: float) -> float:
     return 2 * active_parameters / EFFECTIVE_FLOPS
 
 
-MIXTRAL: Final = Model(
-    name="Mixtral 8x7B, BF16, expert-parallel over 2 ranks",
-    layers=32,
-    kv_bytes=2 * 8 * 128 * 2,
-    dispatch_bytes=2 * 4096 * 2,
-    compute_s=_compute(12.9e9),
-    link_bits=50e9,
-)
-"""The demo's."""
-
 MODELS: Final[dict[str, Model]] = {
     "mixtral-8x7b": Model("Mixtral 8x7B, BF16", 32, 2 * 8 * 128 * 2, 2 * 4096 * 2, _compute(12.9e9), 100e9),
     "dbrx": Model("DBRX, BF16", 40, 2 * 8 * 128 * 2, 4 * 6144 * 2, _compute(36e9), 100e9),
@@ -81,6 +71,11 @@ MODELS: Final[dict[str, Model]] = {
     "llama-3-8b": Model("Llama-3-8B, BF16", 32, 2 * 8 * 128 * 2, 4096 * 2, _compute(8e9), 100e9, dense=True),
 }
 """Published configurations (layers, KV heads x head dimension, experts per token x hidden size, active parameters)."""
+
+MIXTRAL: Final = replace(
+    MODELS["mixtral-8x7b"], name="Mixtral 8x7B, BF16, expert-parallel over 2 ranks", link_bits=50e9
+)
+"""The demo's."""
 
 
 @dataclass(frozen=True, slots=True)

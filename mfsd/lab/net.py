@@ -46,6 +46,8 @@ TCP_SYSCTLS: Final[Mapping[str, str]] = {
 The congestion control is set per socket (traffic.py): a namespace may only take one that the machine allows to all."""
 RTO_MIN: Final = "net/ipv4/tcp_rto_min_us"
 """Since Linux 6.11; the receiver's delayed ACKs follow it, so set it at both ends or not at all."""
+RTO_MIN_US: Final = 5000
+"""What the labs' hosts have there unless told otherwise."""
 
 
 class LabError(RuntimeError):
@@ -184,16 +186,20 @@ class Fabric:
             raise first
 
 
-def plain_link(host: Host, rate: Rate) -> None:
-    """Pace a host's egress with one htb class and one FIFO: what TCP makes of a link that nobody governs.
+def htb_shape(rate: Rate) -> str:
+    """What tc wants to hear, after the guaranteed rate, of an htb class that may use the whole link.
 
     Burst and quantum are those of mfsd's own htb tree, so that both differ in scheduling alone.
     """
-    bits, burst = int(rate.bits_per_s), max(65536, int(rate.bytes_per_s) // 1000)
-    shape = f"burst {burst} cburst {burst} quantum 65536"
+    burst = max(65536, int(rate.bytes_per_s) // 1000)
+    return f"ceil {int(rate.bits_per_s)}bit burst {burst} cburst {burst} quantum 65536"
+
+
+def plain_link(host: Host, rate: Rate) -> None:
+    """Pace a host's egress with one htb class and one FIFO: what TCP makes of a link that nobody governs."""
     lines = [
         f"qdisc replace dev {DEVICE} root handle 1: htb default 1",
-        f"class add dev {DEVICE} parent 1: classid 1:1 htb rate {bits}bit ceil {bits}bit {shape}",
+        f"class add dev {DEVICE} parent 1: classid 1:1 htb rate {int(rate.bits_per_s)}bit {htb_shape(rate)}",
         f"qdisc add dev {DEVICE} parent 1:1 handle 10: pfifo limit 1000",
     ]
     tool("tc", "-n", host.namespace, "-batch", "-", stdin="\n".join(lines) + "\n")

@@ -11,10 +11,10 @@ import numpy as np
 from mfsd.lab.health import verdict
 from mfsd.lab.models import RANKS
 from mfsd.lab.rank import P2D_LANES
-from mfsd.lab.tcp import FRAME, MSS
+from mfsd.lab.tcp import EFFICIENCY
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -83,7 +83,7 @@ def link_peak(plan: Plan, outcome: Outcome) -> float:
         rows = egress(outcome, rank)
         if len(rows):
             best = max(best, float(binned(rows, 0.0, float(rows["at"][-1]) + PEAK_S, PEAK_S).max()))
-    return best / (plan.scaled.link.bytes_per_s * MSS / FRAME * PEAK_S)
+    return best / (plan.scaled.link.bytes_per_s * EFFICIENCY * PEAK_S)
 
 
 def percentiles_ms(values: Sequence[float], *qs: float) -> list[float]:
@@ -102,7 +102,7 @@ def summary(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     exchanges = [(took, size) for rank in outcome.ranks for _, took, size in rank["exchanges"]]
     took = [t for t, _ in exchanges]
     collective_p50, collective_p99 = percentiles_ms(took, 50, 99)
-    wire = plan.scaled.link.bytes_per_s * MSS / FRAME
+    wire = plan.scaled.link.bytes_per_s * EFFICIENCY
     finished = [t for t in all_of_them if np.isfinite(t.done)]
     computed = sum(rank["computed"] for rank in outcome.ranks)
     figures = {
@@ -117,29 +117,30 @@ def summary(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "never_done": len(all_of_them) - len(finished),
         "ttft_p50_ms": p50,
         "ttft_p99_ms": p99,
-        "ttft_mean_ms": _mean_ms(ttft),
+        "ttft_mean_ms": mean_ms(ttft),
         "ttft_over_unloaded_p50": float(np.median([t / j.unloaded for t, j in zip(ttft, plan.jobs, strict=True)])),
-        "waiting_mean_ms": _mean_ms([t.began - t.arrival for t in finished]),
-        "prefill_mean_ms": _mean_ms([t.computed - t.began for t in finished]),
-        "p2d_after_prefill_mean_ms": _mean_ms([t.done - t.computed for t in finished]),
-        "collective_mean_ms": _mean_ms(took),
+        "waiting_mean_ms": mean_ms([t.began - t.arrival for t in finished]),
+        "prefill_mean_ms": mean_ms([t.computed - t.began for t in finished]),
+        "p2d_after_prefill_mean_ms": mean_ms([t.done - t.computed for t in finished]),
+        "collective_mean_ms": mean_ms(took),
         "collective_p50_ms": collective_p50,
         "collective_p99_ms": collective_p99,
-        "collective_wire_ms": _mean_ms([size / wire for _, size in exchanges]),
+        "collective_wire_ms": mean_ms([size / wire for _, size in exchanges]),
         "kv_reuse_stall_ms": sum(sum(rank["fetch_waits"]) for rank in outcome.ranks) * 1000,
-        "mfsd": _mfsd(outcome),
+        "mfsd": added_up(outcome.counters),
         "health": {"ok": not problems, "problems": problems, **{k: round(v, 4) for k, v in figures.items()}},
     }
 
 
-def _mean_ms(values: Sequence[float]) -> float:
+def mean_ms(values: Sequence[float]) -> float:
+    """Mean of seconds in ms; 0 for no values."""
     return float(np.mean(values)) * 1000 if values else 0.0
 
 
-def _mfsd(outcome: Outcome) -> dict[str, int]:
-    """Its counters, added up over the hosts."""
+def added_up(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counters of several hosts, name by name."""
     out: dict[str, int] = {}
-    for counters in outcome.counters:
-        for name, value in counters.items():
+    for one in counters:
+        for name, value in one.items():
             out[name] = out.get(name, 0) + value
     return out

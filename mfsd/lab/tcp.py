@@ -17,6 +17,8 @@ MSS: Final = 1448
 """Payload of a full segment over IPv4 with timestamps at an MTU of 1500."""
 FRAME: Final = 1514
 """The same on the wire, as qdiscs count it."""
+EFFICIENCY: Final = MSS / FRAME
+"""Share of a link's rate that TCP payload gets."""
 _INFO: Final = 248
 """Bytes of struct tcp_info up to tcpi_total_rto_time (include/uapi/linux/tcp.h, Linux 6.7)."""
 

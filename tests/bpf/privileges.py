@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from namespaces import NetnsPair
 
 T = TypeVar("T")
 
@@ -38,6 +44,21 @@ def call_with(capabilities: frozenset[int], function: Callable[[], T]) -> T:
     if failure:
         raise failure[0]
     return result[0]
+
+
+def do_all_with_two(pair: NetnsPair, *loader: str) -> None:
+    """Run two_capabilities.py, all that the daemon does with the classifier, as a process with just these."""
+    here = Path(__file__).resolve().parent
+    script = [sys.executable, str(here / "two_capabilities.py"), pair.dev_a, pair.addr_b, *loader]
+    done = subprocess.run(
+        ["ip", "netns", "exec", pair.a, "setpriv", *SETPRIV, *script],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(here.parents[1])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "clsact" not in pair.run(pair.a, f"tc qdisc show dev {pair.dev_a}")
 
 
 def _keep(capabilities: frozenset[int]) -> None:

@@ -7,14 +7,10 @@ and masks, and explores more. The other tests of this folder run a classifier th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, SETPRIV, call_with
+from privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
 
 from mfsd.datapath.libbpf import LibbpfLoader
 from mfsd.datapath.loader import LoaderError
@@ -24,22 +20,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.bpf
 
-HERE = Path(__file__).resolve().parent
-
 
 @pytest.mark.netns
 def test_a_process_with_two_capabilities_does_all_that_the_daemon_does(netns_pair: NetnsPair) -> None:
-    pair = netns_pair
-    script = [sys.executable, str(HERE / "two_capabilities.py"), pair.dev_a, pair.addr_b]
-    done = subprocess.run(
-        ["ip", "netns", "exec", pair.a, "setpriv", *SETPRIV, *script],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "clsact" not in pair.run(pair.a, f"tc qdisc show dev {pair.dev_a}")
+    do_all_with_two(netns_pair)
 
 
 def test_full_root_can_load_it_too() -> None:

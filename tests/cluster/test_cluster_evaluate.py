@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,10 @@ from mfsd.lab.cluster.jobs import Work
 from mfsd.lab.cluster.matrix import Part
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from mfsd.lab.cluster.regimes import Cluster
 
 HEALTH = {"ok": True, "problems": [], "cpu": 0.3}
 
@@ -29,7 +33,16 @@ def result(
     """A cell whose requests took 0.5 s or, where not met, 2 s, with an SLO of 1 s."""
     cell = {"arm": arm, "regime": regime, "work": {"load": load, "seed": seed}}
     requests = [
-        {"id": i, "at": float(i), "slo": 1.0, "done": i + (0.5 if ok else 2.0), "counted": True, "unloaded": 1 / 3}
+        {
+            "id": i,
+            "at": float(i),
+            "began": i + 0.1,
+            "computed": i + 0.3,
+            "done": i + (0.5 if ok else 2.0),
+            "slo": 1.0,
+            "counted": True,
+            "unloaded": 1 / 3,
+        }
         for i, ok in enumerate(met)
     ]
     uncounted = {"id": -1, "at": 0.0, "slo": 1.0, "done": None, "counted": False, "unloaded": 1.0}
@@ -49,6 +62,9 @@ def test_a_cells_figures() -> None:
     assert found["ttft_p50_ms"] == pytest.approx(500.0)
     assert found["ttft_p99_ms"] == pytest.approx(100_000.0)  # never: until the end of the run
     assert found["collective_mean_ms"] == pytest.approx(20.0)
+    assert found["waiting_mean_ms"] == pytest.approx(100.0)
+    assert found["prefill_mean_ms"] == pytest.approx(200.0)
+    assert found["p2d_after_prefill_mean_ms"] == pytest.approx((200 + 200 + 1700) / 3)
 
 
 def test_arms_are_compared_where_fair_sharing_meets_the_level() -> None:
@@ -116,6 +132,38 @@ def test_a_result_of_other_settings_is_not_taken_for_this_cells(tmp_path: Path) 
     path.write_text(json.dumps({"of": matrix.identity(cell)}))
     assert matrix.load(tmp_path, cell) is not None
     assert matrix.load(tmp_path, other) is None
+
+
+def test_a_run_goes_on_where_it_was_and_tries_what_the_machine_spoilt_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks: list[tuple[str, ...]] = []
+    ran: list[str] = []
+
+    @contextlib.contextmanager
+    def network(cluster: Cluster) -> Iterator[None]:
+        networks.append(cluster.links)
+        yield
+
+    def run(_network: None, cell: Cell, _tell: object) -> dict[str, Any]:
+        ran.append(cell.regime)
+        ok = cell.regime != "hot" or ran.count("hot") == 2
+        return {"health": {"ok": ok, "problems": [] if ok else ["busy"]}, "tries": ran.count(cell.regime)}
+
+    monkeypatch.setattr(matrix, "Network", network)
+    monkeypatch.setattr(matrix, "run", run)
+    cells = [Cell("none", r, Work()) for r in ("one", "hot", "several")]
+    matrix.run_all(tmp_path, cells[:1], "abc", lambda *_: None)
+    assert ran == ["one"]
+    told: list[tuple[str, int]] = []
+    matrix.run_all(tmp_path, cells[1:], "abc", lambda cell, _s, number: told.append((cell.regime, number)))
+    assert ran == ["one", "hot", "hot", "several"]
+    assert told == [("hot", 0), ("several", 1)]
+    assert len(networks) == 3, "other links, other hosts"
+    found = matrix.results(tmp_path, cells)
+    assert [r["tries"] for r in found] == [1, 2, 1]
+    assert all(r["health"]["ok"] and r["commit"] == "abc" for r in found)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_the_reports_say_what_was_spoilt_and_load_nothing(tmp_path: Path) -> None:

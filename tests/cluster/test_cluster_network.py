@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from mfsd.lab.cluster import cell as cells
@@ -24,6 +25,8 @@ from mfsd.lab.cluster.network import HIGH, LEVELS_FROM, LOW, Network, marks
 from mfsd.lab.cluster.regimes import REGIMES, Cluster
 from mfsd.lab.net import SWITCH, Fabric, run_id, tool
 from mfsd.model import Stage
+from mfsd.policy.registry import make_policy
+from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +45,13 @@ def test_the_switch_tells_apart_what_its_setting_says(arm: Any) -> None:
     levels = marks(arm, "levels")
     assert len(set(levels.values())) == len(levels) == arm.levels + 3
     assert min(levels.values()) == levels["control"] == LEVELS_FROM
+
+
+@pytest.mark.parametrize("name", ["ladder", "two-class", "mfs", "mfs-nop1", "sjf", "pias", "karuna"])
+def test_collectives_go_into_the_first_class(name: str) -> None:
+    arm = ARMS[name]
+    level = stage_levels(make_policy(arm.policy, arm.levels, arm.params))[Stage.COLLECTIVE]
+    assert marks(arm, "classes")[f"level {level}"] == HIGH
 
 
 def test_mfs_shares_the_first_class_between_p1_and_the_collectives() -> None:
@@ -83,6 +93,11 @@ def test_faults_are_what_they_say() -> None:
     assert min(sizes) >= 5000
     assert max(sizes) <= 20_000
     assert len(set(sizes)) > 1000
+    hinter, heard = _hinter(Faults(marks_lost=0.2))
+    for _ in range(1000):
+        hinter.collective(lane)
+    assert 750 < len(heard.said) < 850
+    assert {name for name, _ in heard.said} == {"mark"}
     hinter, heard = _hinter(Faults(deadline=1.5))
     hinter.request(["p0", "d0"], JOB, 0.1)
     ((name, (_, kwargs)),) = heard.said
@@ -138,8 +153,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setitem(regimes.REGIMES, "reuse", regime)
     monkeypatch.setattr(cells, "WARM_UP_S", 0.0)
     yield cluster
-    left = list(Path("/run/netns").glob(f"mfsd-{run_id()}-*"))
-    assert not left
+    assert not list(Path("/run/netns").glob(f"mfsd-{run_id()}-*"))
+    assert not psutil.Process().children(), "daemons"
 
 
 @pytest.mark.netns

@@ -6,8 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from frames import frame4, frame6, key4, key6
-from privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, SETPRIV, call_with
+from privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
 
 from mfsd import _abi
 from mfsd.datapath.attach import attach, hook_users
@@ -162,17 +160,7 @@ def test_it_works_on_a_device(netns_pair: NetnsPair, classifier: Classifier) -> 
 @pytest.mark.feature("BCC loader with CAP_BPF and CAP_NET_ADMIN only")
 def test_two_capabilities_suffice(loader: BccLoader, netns_pair: NetnsPair) -> None:  # noqa: ARG001 - skips without headers
     """Compiling included: BCC makes maps while it compiles, and reads the headers, which anybody may."""
-    pair, bpf = netns_pair, Path(__file__).resolve().parents[1] / "bpf"
-    script = [sys.executable, str(bpf / "two_capabilities.py"), pair.dev_a, pair.addr_b, "bcc"]
-    done = subprocess.run(
-        ["ip", "netns", "exec", pair.a, "setpriv", *SETPRIV, *script],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(bpf.parents[1])},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "clsact" not in pair.run(pair.a, f"tc qdisc show dev {pair.dev_a}")
+    do_all_with_two(netns_pair, "bcc")
 
 
 @pytest.mark.feature("BCC loader with CAP_BPF and CAP_NET_ADMIN only")

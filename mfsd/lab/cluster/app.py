@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import functools
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from mfsd.lab.cluster import matrix
 from mfsd.lab.cluster.arms import ARMS
 from mfsd.lab.cluster.regimes import REGIMES
-from mfsd.lab.machine import commit, take_precedence
+from mfsd.lab.machine import commit, end_on_sigterm, take_precedence
 from mfsd.lab.net import LabError
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def lab() -> None:
 def _guard(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, _interrupted)
+        end_on_sigterm()
         try:
             take_precedence()
             command(*args, **kwargs)
@@ -49,10 +48,6 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(f"mfsd lab: {e}; install the extra: pip install mfsd[lab]")
 
     return guarded
-
-
-def _interrupted(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 _out = click.option(
@@ -72,8 +67,8 @@ def quick(out: Path, resume: bool) -> None:  # noqa: FBT001 - click passes flags
     if not resume:
         for cell in part.cells:
             matrix.path_of(out, cell).unlink(missing_ok=True)
-    results = _run(out, part.cells)
-    data, rows = report.write_quick(out, part, results, commit())
+    _run(out, part.cells)
+    data, rows = report.write_quick(out, part, matrix.results(out, part.cells), commit())
     console = Console()
     console.print(report.console(rows, "mfsd lab, quick"))
     for problem in data["health"]["problems"]:
@@ -116,7 +111,7 @@ def full(
             cells = [c for c in part.cells if wanted(part, c)]
             if cells:
                 _run(out, cells, part.title)
-    results = {p.name: [r for r in (matrix.load(out, c) for c in p.cells) if r is not None] for p in parts}
+    results = {p.name: matrix.results(out, p.cells) for p in parts}
     out.mkdir(parents=True, exist_ok=True)
     tables = report.write_full(out, parts, results, commit())
     console = Console(width=160)
@@ -134,8 +129,8 @@ def parts() -> None:
         click.echo(f"{part.name:12} {len(part.cells):4} cells {minutes:5.0f} min  {part.title}")
 
 
-def _run(out: Path, cells: Sequence[Cell], title: str = "") -> list[dict[str, Any]]:
-    """Run cells under a progress bar."""
+def _run(out: Path, cells: Sequence[Cell], title: str = "") -> None:
+    """Run what has no result yet under a progress bar."""
     todo = [c for c in matrix.in_order(cells) if matrix.load(out, c) is None]
     columns = (TextColumn("{task.description:52}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     console = Console(stderr=True)
@@ -147,7 +142,7 @@ def _run(out: Path, cells: Sequence[Cell], title: str = "") -> list[dict[str, An
             text = f"{number + 1}/{len(todo)} {cell.regime} {cell.arm} load {cell.work.load:g} seed {cell.work.seed}"
             progress.update(task, description=text, completed=past + max(s, 0.0))
 
-        return matrix.run_all(out, cells, commit(), tell)
+        matrix.run_all(out, todo, commit(), tell)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import psutil
 
 from mfsd.lab.cluster.arms import ARMS
 from mfsd.lab.cluster.hinter import Hinter
-from mfsd.lab.cluster.jobs import EFFICIENCY, SLO_SCALE, Work, jobs, link_loads
+from mfsd.lab.cluster.jobs import SLO_SCALE, Work, jobs, link_loads
 from mfsd.lab.cluster.lanes import BIN_S, Meter, Plugboard
 from mfsd.lab.cluster.regimes import REGIMES
 from mfsd.lab.cluster.serving import Instance, Log
 from mfsd.lab.health import Probe, verdict
+from mfsd.lab.tcp import EFFICIENCY
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -67,9 +68,6 @@ class Cell:
 class _Run:
     """What is alive during a run."""
 
-    cluster: Cluster
-    board: Plugboard
-    hinter: Hinter
     log: Log = field(default_factory=Log)
     meter: Meter = field(default_factory=Meter)
     begin: float = 0.0
@@ -93,7 +91,7 @@ async def _replay(
 ) -> dict[str, Any]:
     loop, hosts = asyncio.get_running_loop(), network.fabric.hosts
     with Plugboard() as board, Hinter(network.targets, cluster.steps, arm.faults, cell.work.seed) as hinter:
-        state = _Run(cluster, board, hinter)
+        state = _Run()
         instances = [Instance(i, cluster, hosts, board, hinter, state.log) for i in range(cluster.instances)]
         noise = [
             board.connect(hosts[f"p{p}"], hosts[f"d{d}"], Stage.NONE)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mfsd.lab.cluster.regimes import MEAN_OF, REGIMES
+from mfsd.lab.results import mean_ms, percentiles_ms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -59,21 +60,27 @@ def ttft(result: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     return np.array([(end if r["done"] is None else r["done"]) - r["at"] for r in counted(result)])
 
 
+def collective_ms(result: Mapping[str, Any]) -> float:
+    """Mean time of a collective in ms."""
+    return mean_ms([took for _, took, _ in result["collectives"]])
+
+
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one cell, times in ms."""
-    took, in_time = ttft(result), met(result)
-    if not len(took):
-        took, in_time = np.zeros(1), np.zeros(1, dtype=np.bool_)
-    p50, p99 = np.percentile(took, [50, 99], method="inverted_cdf") * 1000
-    collectives = [c[1] for c in result["collectives"]]
-    early = [r["at"] + r["slo"] - r["done"] for r in counted(result) if r["done"] is not None]
+    requests, in_time = counted(result), met(result)
+    done = [r for r in requests if r["done"] is not None]
+    p50, p99 = percentiles_ms(ttft(result).tolist(), 50, 99)
+    early = [r["at"] + r["slo"] - r["done"] for r in done]
     return {
-        "requests": len(counted(result)),
-        "attainment": float(in_time.mean()),
-        "never_done": sum(r["done"] is None for r in counted(result)),
-        "ttft_p50_ms": float(p50),
-        "ttft_p99_ms": float(p99),
-        "collective_mean_ms": float(np.mean(collectives)) * 1000 if collectives else 0.0,
+        "requests": len(requests),
+        "attainment": float(in_time.mean()) if len(in_time) else 0.0,
+        "never_done": len(requests) - len(done),
+        "ttft_p50_ms": p50,
+        "ttft_p99_ms": p99,
+        "waiting_mean_ms": mean_ms([r["began"] - r["at"] for r in done]),
+        "prefill_mean_ms": mean_ms([r["computed"] - r["began"] for r in done]),
+        "p2d_after_prefill_mean_ms": mean_ms([r["done"] - r["computed"] for r in done]),
+        "collective_mean_ms": collective_ms(result),
         "p2d_earliness_p50_ms": float(np.median(early)) * 1000 if early else 0.0,
         "fetch_wait_ms": sum(result["fetch_waits_s"]) * 1000,
         "health": result["health"],
@@ -90,7 +97,7 @@ class Table:
             cell = result["cell"]
             key = cell["regime"], cell["work"]["load"], cell["work"]["seed"]
             self.met.setdefault(cell["arm"], {})[key] = met(result)
-            self.collective.setdefault(cell["arm"], {})[key] = summary(result)["collective_mean_ms"]
+            self.collective.setdefault(cell["arm"], {})[key] = collective_ms(result)
 
     @property
     def arms(self) -> list[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from mfsd.client import Client
+from mfsd.lab.results import added_up
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -60,12 +61,7 @@ class Hinter:
 
     def stats(self) -> dict[str, int]:
         """client.Stats, added up."""
-        out: dict[str, int] = {}
-        for client in self._clients.values():
-            stats: dict[str, Any] = asdict(client.stats)
-            for name, value in stats.items():
-                out[name] = out.get(name, 0) + int(value)
-        return out
+        return added_up(asdict(client.stats) for client in self._clients.values())
 
     def collective(self, lane: Lane) -> None:
         """A connection of a collective group."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.lab import trace
 from mfsd.lab.net import LabError
-from mfsd.lab.tcp import FRAME, MSS
+from mfsd.lab.tcp import EFFICIENCY
 from mfsd.lab.trace import BLOCK, Prompt, TraceError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ AZURE: Final = Path(trace.__file__).with_name("data") / "azure_conversation_firs
 MIN_TOKENS: Final = 512
 MAX_TOKENS: Final = 8192
 """Shorter prompts are computed where they are decoded, longer ones by instances of their own: routing by length."""
-EFFICIENCY: Final = MSS / FRAME
-"""Share of a link's rate that TCP payload gets."""
 SLO_SCALE: Final = 3.0
 WARM_S: Final = 60.0
 """Into a trace; what came before has filled the caches."""

@@ -93,9 +93,7 @@ def in_order(cells: Iterable[Cell]) -> list[Cell]:
     rank = {name: i for i, name in enumerate(ARMS)}
 
     def key(cell: Cell) -> tuple[Any, ...]:
-        seed = cell.work.seed
-        cluster = REGIMES[cell.regime].cluster
-        links = cluster.rate, cluster.decode_rate, *cluster.hosts
+        seed, links = cell.work.seed, REGIMES[cell.regime].cluster.links
         return seed, cell.setting, links, rank[cell.arm] if seed % 2 == 0 else -rank[cell.arm]
 
     return sorted(found, key=key)
@@ -120,21 +118,22 @@ def identity(cell: Cell) -> str:
     return repr((cell, replace(REGIMES[cell.regime], title="", loads=()), replace(ARMS[cell.arm], title="")))
 
 
-def run_all(
-    folder: Path, cells: Sequence[Cell], commit: str, on_progress: Callable[[Cell, float, int], None]
-) -> list[dict[str, Any]]:
-    """Run what has no result yet; returns all results. ``on_progress`` gets the cell, its seconds, and its number.
+def results(folder: Path, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Those of cells that have been run."""
+    return [r for r in (load(folder, c) for c in cells) if r is not None]
+
+
+def run_all(folder: Path, todo: Sequence[Cell], commit: str, on_progress: Callable[[Cell, float, int], None]) -> None:
+    """Run cells in the order given and keep their results. ``on_progress`` gets the cell, its seconds, its number.
 
     A run that the machine spoilt is tried once more, and kept with its problems if that does not help.
     """
-    todo = [c for c in in_order(cells) if load(folder, c) is None]
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    number = 0
-    while number < len(todo):
-        hosts = REGIMES[todo[number].regime].cluster
-        with Network(hosts) as network:
-            while number < len(todo) and _same_hosts(REGIMES[todo[number].regime].cluster, hosts):
-                cell = todo[number]
+    numbered = enumerate(todo)
+    for _, group in itertools.groupby(numbered, key=lambda pair: REGIMES[pair[1].regime].cluster.links):
+        cells = list(group)
+        with Network(REGIMES[cells[0][1].regime].cluster) as network:
+            for number, cell in cells:
 
                 def tell(s: float, cell: Cell = cell, number: int = number) -> None:
                     on_progress(cell, s, number)
@@ -149,10 +148,3 @@ def run_all(
                 partial = path.with_suffix(".part")
                 partial.write_text(json.dumps(result), encoding="utf-8")
                 partial.replace(path)
-                number += 1
-    return [r for r in (load(folder, c) for c in cells) if r is not None]
-
-
-def _same_hosts(a: Any, b: Any) -> bool:
-    plain = {"instances": 1, "model": "mixtral-8x7b", "steps": 1, "max_batch": 1}
-    return bool(replace(a, **plain) == replace(b, **plain))

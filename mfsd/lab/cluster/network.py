@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from mfsd.compose import bands_of
 from mfsd.config import parse
 from mfsd.lab.governor import Governor
-from mfsd.lab.net import RTO_MIN, SWITCH, Fabric, plain_link, remove_link, run_id, tool
+from mfsd.lab.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
+from mfsd.lab.results import added_up
 from mfsd.ladder import Role
 from mfsd.model import Stage
 from mfsd.policy.registry import make_policy
@@ -35,7 +36,6 @@ Setting = Literal["fifo", "classes", "levels"]
 SETTINGS: Final[tuple[Setting, ...]] = ("fifo", "classes", "levels")
 QUEUE_S: Final = 0.05
 """Of a switch port and class, at its rate: a shallow one by LAN standards, several times what TCP needs."""
-RTO_MIN_US: Final = 5000
 HIGH: Final = 46
 """DSCP of the first class (EF, RFC 3246)..."""
 LOW: Final = 8
@@ -130,12 +130,7 @@ class Network:
 
     def counters(self) -> dict[str, int]:
         """The daemons' own, added up."""
-        out: dict[str, int] = {}
-        for governor in self.governors.values():
-            counters = governor.status().counters
-            for f in counters.DESCRIPTOR.fields:
-                out[f.name] = out.get(f.name, 0) + int(getattr(counters, f.name))
-        return out
+        return added_up(g.counters() for g in self.governors.values())
 
 
 def marks(arm: Arm, setting: Setting) -> dict[str, int]:
@@ -160,9 +155,7 @@ def _bands(arm: Arm) -> BandPlan:
 
 def _port(name: str, rate: Rate, setting: Setting, bands: int) -> None:
     """Give the switch's port to a host its queues, in place of those it had."""
-    bits, burst = int(rate.bits_per_s), max(65536, int(rate.bytes_per_s) // 1000)
-    limit = max(int(rate.bytes_per_s * QUEUE_S), 131_072)
-    shape = f"ceil {bits}bit burst {burst} cburst {burst} quantum 65536"
+    limit, shape = max(int(rate.bytes_per_s * QUEUE_S), 131_072), htb_shape(rate)
     if setting == "classes":
         classes, default = {HIGH: 0, LOW: 2}, 1
     elif setting == "levels":
@@ -173,7 +166,7 @@ def _port(name: str, rate: Rate, setting: Setting, bands: int) -> None:
     lines = [f"qdisc replace dev {name} root handle 1: htb default {default + 2:x}"]
     if "htb" in tool("tc", "-n", namespace, "qdisc", "show", "dev", name):
         lines.insert(0, f"qdisc del dev {name} root")
-    lines.append(f"class add dev {name} parent 1: classid 1:1 htb rate {bits}bit {shape}")
+    lines.append(f"class add dev {name} parent 1: classid 1:1 htb rate {int(rate.bits_per_s)}bit {shape}")
     for number in sorted({default, *classes.values()}):
         classid = f"1:{number + 2:x}"
         # All borrow from the link, in strict order; a guaranteed 8 bit/s is the least that htb has.

@@ -43,6 +43,11 @@ class Cluster:
         return [f"{role}{i}" for role, n in (("p", self.prefill), ("d", self.decode), ("s", self.stores))
                 for i in range(n)]  # fmt: skip
 
+    @property
+    def links(self) -> tuple[str, ...]:
+        """Clusters with the same value can be run on the same hosts."""
+        return self.rate, self.decode_rate, *self.hosts
+
     def rate_of(self, host: str) -> Rate:
         """Of its link, either way."""
         return Rate.parse(self.decode_rate if host.startswith("d") else self.rate)

@@ -18,8 +18,8 @@ from mfsd.lab.cluster.cell import PATIENCE_S, WARM_UP_S
 from mfsd.lab.cluster.evaluate import Table, at_level, summary
 from mfsd.lab.cluster.jobs import MAX_TOKENS, MIN_TOKENS
 from mfsd.lab.cluster.regimes import REGIMES
-from mfsd.lab.cluster.serving import KV_LANES, P2D_LANES
 from mfsd.lab.machine import machine
+from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.lab.tcp import CONGESTION
 
 if TYPE_CHECKING:

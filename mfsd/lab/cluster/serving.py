@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import collections
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from mfsd.lab.cluster.lanes import Lane, Plugboard
     from mfsd.lab.cluster.regimes import Cluster
     from mfsd.lab.net import Host
-
-KV_LANES: Final = 2
-P2D_LANES: Final = 4
-"""Per process and peer, as Mooncake's transfer engine keeps; a collective group has one connection per pair."""
 
 
 @dataclass(slots=True)
