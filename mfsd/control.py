@@ -234,7 +234,7 @@ def _band(port: GuardedPort, row: BandRow, connections: int) -> pb.Band:
         name=spec.name,
         classid=row.classid,
         lanes=row.lanes,
-        floor_bytes_per_s=spec.floor * port.estimator.configured if port.enforced else 0.0,
+        floor_bytes_per_s=spec.floor * port.estimator.configured if port.floors else 0.0,
         bytes=row.bytes,
         packets=row.packets,
         drops=row.drops,

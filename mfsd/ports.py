@@ -107,6 +107,11 @@ class Port:
 
     # --- rescue.LaneDriver --------------------------------------------------------------------------------------------
 
+    @property
+    def floors(self) -> bool:
+        """Bands get their floors on this device."""
+        return self.enforcer is not None and self.enforcer.floors
+
     def backlog(self, band: int, lane: int) -> int:
         """Bytes queued in one lane now."""
         return 0 if self.enforcer is None else int(self.enforcer.backlog(band, self._lane(band, lane))[0])

@@ -47,6 +47,11 @@ class LaneDriver(Protocol):
         """False when the device is only observed: nothing is ever stuck there."""
         ...
 
+    @property
+    def floors(self) -> bool:
+        """Bands get their floors on this device."""
+        ...
+
     def backlog(self, band: int, lane: int) -> int:
         """Bytes queued in one lane now."""
         ...
@@ -121,7 +126,7 @@ class Rescuer:
 
     def _drains(self, conn: Connection, band: int, backlog: int, driver: LaneDriver) -> bool:
         """True when the band's floor empties the lane before a retransmission timer could repair a purge."""
-        floor = self.bands.bands[band].floor * driver.estimator.rate
+        floor = self.bands.bands[band].floor * driver.estimator.rate if driver.floors else 0.0
         if not floor or not conn.local or conn.endpoints is None:
             return False
         tcp = self.connections.resolver.tcp_progress([(conn.cookie, conn.endpoints)]).get(conn.cookie)

@@ -143,6 +143,11 @@ class DeviceEnforcer:
         """Handle of the qdisc that the bands' classids begin with, shifted (mfsd_dev.major)."""
         return ROOT
 
+    @property
+    def floors(self) -> bool:
+        """Bands get their floors. Raises EnforceError before apply."""
+        return self._applied()[0].floors
+
     def band_maps(self) -> list[tuple[int, int]]:
         """(classid of lane 0, lanes) per band index; lane i is classid + i. Raises EnforceError before apply."""
         return [(b.classid, b.lanes) for b in self._applied()[0].bands]

@@ -139,6 +139,11 @@ class Tree:
     """A rescue starts the counters of a band of one lane anew: they are the leaf's, not the class's (sch_prio.c)."""
 
     @property
+    def floors(self) -> bool:
+        """Bands get their floors: prio can't give any."""
+        return self.backend == "htb"
+
+    @property
     def nodes(self) -> list[Node]:
         """In the order of installation."""
         return [node for group in self.groups for node in group.nodes]

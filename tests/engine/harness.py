@@ -87,6 +87,7 @@ class FakePort:
     estimator: LinkEstimator
     name: str = "eth-test"
     enforced: bool = True
+    floors: bool = True
     queued: dict[tuple[int, int], int] = field(default_factory=dict)
     purged: list[tuple[int, int]] = field(default_factory=list)
 

@@ -114,6 +114,14 @@ def test_a_short_message_that_its_floor_drains_sooner_than_a_timer_is_not_purged
     assert h.port.purged != []
 
 
+def test_a_floor_that_the_device_cannot_give_drains_nothing() -> None:
+    h = Host(floors=(0.0, 0.0, 0.05, 0.05, 0.05))
+    h.port.floors = False  # prio
+    deferred(h)
+    promote(h)
+    assert h.port.purged != []
+
+
 def test_rescues_are_bounded_per_second_and_the_rest_follow() -> None:
     h = Host(slots=64, lanes=32, rescue=RescueConfig(max_per_s=10))
     for cookie in range(1, 21):
