@@ -76,7 +76,7 @@ class SimulatedPort:
     def __init__(self, bands: BandPlan) -> None:
         self.name = "sim"
         self.estimator = LinkEstimator(LINK, len(bands))
-        self.enforced = False
+        self.enforced = self.floors = False
 
     def read(self) -> tuple[int, int, npt.NDArray[np.float64]] | None:
         return None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -17,8 +18,9 @@ from mfsd.table import FlowTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from ipaddress import IPv4Address, IPv6Address
 
-    from mfsd.config import Config
+    from mfsd.config import Config, PeerConfig
     from mfsd.connections import Resolver
     from mfsd.devices import Devices, GuardedPort
     from mfsd.model import Endpoints
@@ -87,7 +89,9 @@ def engine_of(
 ) -> Engine:
     """An engine over the devices' table."""
     bands, ports = devices.bands, devices.ports
-    connections = Connections(FlowTable(devices.rows), devices.keys, resolver, bands, port_of(ports))
+    connections = Connections(
+        FlowTable(devices.rows), devices.keys, resolver, bands, port_of(ports), far_rate_of(config.peer)
+    )
     rescuer = Rescuer(ports, connections, bands, config.rescue)
     steering = Steering(connections, policy, bands, ports, rescuer)
     return Engine(connections, steering, config.limits, mode=config.daemon.mode, watch=watch, unwatch=unwatch)
@@ -98,6 +102,18 @@ def port_of(ports: Sequence[GuardedPort]) -> Callable[[Endpoints | None], int]:
     if len(ports) < 2:
         return lambda _endpoints: 0
     return RouteLookup(ports)
+
+
+def far_rate_of(peers: Sequence[PeerConfig]) -> Callable[[IPv4Address | IPv6Address], float] | None:
+    """Bytes/s of the link into a host: that of the narrowest network with its address; inf if there is none."""
+    if not peers:
+        return None
+    narrow_first = sorted(peers, key=lambda p: -p.network.prefixlen)
+
+    def far_rate(address: IPv4Address | IPv6Address) -> float:
+        return next((p.rate.bytes_per_s for p in narrow_first if address in p.network), math.inf)
+
+    return far_rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +133,9 @@ def changes(old: Config, new: Config) -> Changes:
     for section in type(old).model_fields:
         a, b = getattr(old, section), getattr(new, section)
         if a == b:
+            continue
+        if section == "peer":
+            restart.append(section)
             continue
         if section == "device":
             _device_changes(old, new, now, restart)

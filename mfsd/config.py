@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     InstanceOf,
+    PlainValidator,
     ValidationError,
     field_validator,
     model_validator,
@@ -36,6 +37,7 @@ __all__ = [
     "DaemonConfig",
     "DeviceConfig",
     "LimitsConfig",
+    "PeerConfig",
     "PolicyConfig",
     "RescueConfig",
     "load",
@@ -78,7 +80,16 @@ def _mode(value: Any) -> Any:
     return Mode(value) if isinstance(value, str) and value in set(Mode) else value
 
 
+def _network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        return value
+    if not isinstance(value, str):  # ip_network takes numbers, too
+        raise ValueError("not a text")  # noqa: TRY004 - pydantic wants this one
+    return ipaddress.ip_network(value)
+
+
 RateValue = Annotated[InstanceOf[Rate], BeforeValidator(_rate)]
+NetworkValue = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
 AbsolutePath = Annotated[InstanceOf[Path], BeforeValidator(_path)]
 ModeValue = Annotated[InstanceOf[Mode], BeforeValidator(_mode)]
 Share = Annotated[float, Field(ge=0.0, le=0.9)]
@@ -174,6 +185,19 @@ class DeviceConfig(_Section):
         return value
 
 
+class PeerConfig(_Section):
+    """``[[peer]]``: links that are slower than ours, at the far end."""
+
+    network: NetworkValue = _f(
+        ..., "Addresses of the hosts behind such links.", allowed='a network, e.g. "10.1.2.0/24", or one address'
+    )
+    rate: RateValue = _f(
+        ...,
+        "What the link into each of these hosts carries: bounds of what can be in time use it.",
+        allowed='a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"',
+    )
+
+
 class BandsConfig(_Section):
     """``[bands]``: the strict-priority bands, the same on every device."""
 
@@ -245,6 +269,7 @@ class Config(_Section):
 
     daemon: DaemonConfig = DaemonConfig()
     device: Annotated[tuple[DeviceConfig, ...], BeforeValidator(_tuple)] = ()
+    peer: Annotated[tuple[PeerConfig, ...], BeforeValidator(_tuple)] = ()
     bands: BandsConfig = BandsConfig()
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()

@@ -23,6 +23,7 @@ from mfsd.table import NS, FlowTable, KeyMap, TableFullError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from ipaddress import IPv4Address, IPv6Address
 
     from mfsd.ladder import BandPlan
 
@@ -116,12 +117,22 @@ class Connections:
         resolver: Resolver,
         bands: BandPlan,
         port_of: Callable[[Endpoints | None], int] = lambda _: 0,
+        far_rate: Callable[[IPv4Address | IPv6Address], float] | None = None,
     ) -> None:
+        """``far_rate``: bytes/s of the link into a host, inf if unknown; None: nothing is known of any."""
         self.table = table
         self.keys = keys
         self.resolver = resolver
         self.bands = bands
         self.port_of = port_of
+        # By slot, like the offsets below: endpoints may become known long after transfers do.
+        self.port: npt.NDArray[np.int32] = np.zeros(len(table) + 1, dtype=np.int32)
+        """Egress device of each slot, 0 while unknown."""
+        self.peer: npt.NDArray[np.int32] = np.full(len(table) + 1, -1, dtype=np.int32)
+        """Dense index of each slot's remote address, -1 while unknown."""
+        self._far_rate = far_rate
+        self.peer_rate: npt.NDArray[np.float64] = np.zeros(0)
+        """Bytes/s by peer, shape (peers,); stays empty while nothing is known of any."""
         self.by_slot: dict[int, Connection] = {}
         self._by_cookie: dict[int, Connection] = {}
         self._by_tuple: dict[Endpoints, Connection] = {}
@@ -248,6 +259,7 @@ class Connections:
         conn = Connection(slot, cookie, None, lane, local, band=default, expires=expires)
         self._lane_users[lane] += 1
         self._base[slot] = self._sent[slot] = 0.0
+        self.port[slot], self.peer[slot] = 0, -1
         self._overhead[slot] = OVERHEAD_V4
         self.by_slot[slot] = conn
         if endpoints is not None:
@@ -275,8 +287,11 @@ class Connections:
             conn.lane = self._free_lane(tcp=False)
             self._lane_users[conn.lane] += 1
             self.table.lane[conn.slot] = conn.lane
-        conn.port = self.port_of(endpoints)
-        conn.peer = self._peers.setdefault(endpoints.dst, len(self._peers))
+        conn.port = self.port[conn.slot] = self.port_of(endpoints)
+        peer = self._peers.setdefault(endpoints.dst, len(self._peers))
+        self.peer[conn.slot] = peer
+        if self._far_rate is not None and peer == len(self.peer_rate):
+            self.peer_rate = np.append(self.peer_rate, self._far_rate(endpoints.dst))
         self._overhead[conn.slot] = OVERHEAD_V6 if endpoints.dst.version == 6 else OVERHEAD_V4
 
     def note_rest(self, conn: Connection, now: float) -> None:

@@ -276,9 +276,9 @@ class Ledger:
 
     def _add_part(self, part: Transfer, size: float, deadline: float, conn: Connection | None) -> None:
         """Add a row, and queue it at the end of its connection's announced stream."""
-        start, slot, port, peer = 0.0, -1, 0, -1
+        start, slot = 0.0, -1
         if conn is not None:
-            slot, port, peer = conn.slot, conn.port, conn.peer
+            slot = conn.slot
             # Bytes that nobody announced may have moved the stream past the last announcement; and when everything
             # announced has been retired, what is counted now is the truth.
             sent = self.connections.offset(conn)
@@ -307,8 +307,6 @@ class Ledger:
                 part.expires,
                 LEVEL_NEW,
                 -1,  # seen_layer
-                port,
-                peer,
                 False,  # infeasible
             ),
         )

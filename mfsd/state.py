@@ -34,8 +34,6 @@ TRANSFER_COLUMNS: Final = {
     "expires": "f8",
     "level": "i2",
     "seen_layer": "i4",  # layer of its batch at the last evaluation
-    "port": "i4",
-    "peer": "i4",
     "infeasible": "?",
 }
 REQUEST_COLUMNS: Final = {
@@ -158,7 +156,6 @@ class Connection:
     local: bool
     """A socket of this host's namespace, so that its TCP state can be asked."""
     port: int = 0
-    peer: int = -1
     queue: deque[Transfer] = field(default_factory=deque)
     """Unfinished transfers in byte order."""
     announced: float = 0.0

@@ -258,8 +258,8 @@ class Steering:
             compute_left=compute_left,
             created=t.live("created"),
             level=t.live("level"),
-            port=t.live("port"),
-            peer=t.live("peer"),
+            port=self.connections.port.take(conn),
+            peer=self.connections.peer.take(conn),
         )
         return Views(transfers, requests, batches, self._link_view())
 
@@ -306,6 +306,7 @@ class Steering:
             rate=np.array([e.rate for e in estimators] or [0.0]),
             load=np.minimum(load.sum(axis=1), 1.0),
             load_above=np.minimum(above[:, at], 1.0),
+            peer_rate=self.connections.peer_rate,
         )
 
     def _write(self, engine: Engine, now: float) -> None:

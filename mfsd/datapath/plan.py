@@ -150,7 +150,7 @@ def _prio(sock: TcSocket, device: Device, bands: BandPlan, choice: Choice) -> No
     floors = [b.name for b in bands.bands if b.floor]
     if floors:
         choice.reasons.append(
-            f"prio has no floors; those of {', '.join(floors)} are not enforced: what a connection sends before its first "
-            "hint waits in the default band for as long as the levels above it keep the link busy"
+            f"prio has no floors; those of {', '.join(floors)} are not enforced: what a connection sends before its "
+            "first hint waits in the default band for as long as the levels above it keep the link busy"
         )
     choice.tree = prio.build(bands, choice.rate, lanes=lanes, gso=device.gso, limit=device.txqlen)

@@ -19,7 +19,7 @@ from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mfsd.model import Rate
 
@@ -60,6 +60,7 @@ class Governor:
         rate: Rate,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         device: Mapping[str, Any] | None = None,
+        peers: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.host = host
         self.directory = directory / host.name
@@ -73,6 +74,7 @@ class Governor:
             **self._sections.get("daemon", {}),
         }
         self._device = {"name": DEVICE, "backend": "htb", "rate": str(rate), **(device or {})}
+        self._peers = peers
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
 
@@ -113,7 +115,8 @@ class Governor:
         lines = []
         for section, keys in self._sections.items():
             lines += [f"[{section}]", *(f"{k} = {toml(v)}" for k, v in keys.items()), ""]
-        lines += ["[[device]]", *(f"{k} = {toml(v)}" for k, v in self._device.items()), ""]
+        for name, table in (("device", self._device), *(("peer", peer) for peer in self._peers)):
+            lines += [f"[[{name}]]", *(f"{k} = {toml(v)}" for k, v in table.items()), ""]
         return "\n".join(lines)
 
     def _wait(self) -> None:

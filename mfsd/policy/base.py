@@ -132,6 +132,8 @@ class LinkView:
     """rho: share of the rate taken lately by all traffic, 0..1."""
     load_above: F8
     """Shape (ports, levels + 1): share taken lately by levels more urgent than this one, control included."""
+    peer_rate: F8 = field(default_factory=lambda: np.zeros(0))
+    """Bytes/s of the link into each peer, shape (peers,), inf where nobody said; empty if no rate of any is known."""
 
 
 @dataclass(slots=True)

@@ -5,7 +5,8 @@ A request can't produce its first token before
 
 * its compute is over (profiled, ``compute_left``), nor before
 * all its bytes on a port have passed it, alone and at full rate, nor before
-* what stands before a transfer on its FIFO connection and the transfer itself have passed the port.
+* what stands before a transfer on its FIFO connection and the transfer itself have passed the port; and the same for
+  the link into the peer, where its rate is known: a slow receiver dooms what the port would let through.
 
 The bound is the maximum of the three. It is a lower bound: what it calls infeasible can't be saved by any order, as
 long as rate and compute estimates hold. One transfer that is too late spoils its request, so the siblings are
@@ -31,6 +32,29 @@ def port_rate(transfers: TransferView, link: LinkView) -> F8:
     return rate if len(rate) == 1 else rate.take(transfers.port)
 
 
+def path_rate(transfers: TransferView, link: LinkView) -> F8:
+    """Bytes/s of the slower of port and peer's link, shape (n,) or (1,); inf where neither is known."""
+    rate = port_rate(transfers, link)
+    return np.minimum(rate, _far_rate(transfers, link)) if len(link.peer_rate) else rate
+
+
+def _far_rate(transfers: TransferView, link: LinkView) -> F8:
+    """Bytes/s of the link into each transfer's peer, shape (n,); inf where it isn't known."""
+    return np.append(link.peer_rate, np.inf).take(transfers.peer)  # peer -1 takes the last
+
+
+def peer_rates(transfers: TransferView, link: LinkView, far: B1, unknown: float = np.inf) -> F8:
+    """Bytes/s of the link into the peer of the transfers ``far``, which have one; where it isn't known, their port's.
+
+    ``unknown``: what a port of unknown rate counts as. Shape (number of True in ``far``,).
+    """
+    rate = np.where(link.rate > 0, link.rate, unknown)[transfers.port[far]]
+    if not len(link.peer_rate):
+        return rate
+    known = _far_rate(transfers, link)[far]
+    return np.where(np.isfinite(known), known, rate)
+
+
 def request_bytes(transfers: TransferView, ports: int, weights: F8) -> F8:
     """Sum of ``weights`` over the transfers of the same request and port, shape (n,); own weight without a request."""
     # Rows without a request share the bins of request -1 and then take their own weight.
@@ -46,7 +70,17 @@ def seconds_needed(transfers: TransferView, link: LinkView) -> F8:
     own = transfers.left + transfers.ahead
     together = request_bytes(transfers, len(link.rate), transfers.left)
     network = np.maximum(own, together) / port_rate(transfers, link)
+    if len(link.peer_rate):
+        network = np.maximum(network, _far_seconds(transfers, link, own))
     return np.maximum(network, transfers.compute_left)
+
+
+def _far_seconds(transfers: TransferView, link: LinkView, own: F8) -> F8:
+    """The same on the link into the peer: ``own`` bytes, or all of the request's for that peer, shape (n,)."""
+    peers = len(link.peer_rate)
+    key = (transfers.request + np.int64(1)) * (peers + 1) + transfers.peer + 1
+    together = np.bincount(key, weights=transfers.left).astype(np.float64, copy=False).take(key)
+    return np.maximum(own, pick.floats(transfers.request >= 0, together, own)) / _far_rate(transfers, link)
 
 
 @dataclass(slots=True)

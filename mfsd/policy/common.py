@@ -117,6 +117,8 @@ def _figures(
         "needed_s": float(bound.seconds_needed(transfers, link)[row]),
         "compute_left_s": float(transfers.compute_left[row]),
     }
+    if len(link.peer_rate) and transfers.peer[row] >= 0 and math.isfinite(link.peer_rate[transfers.peer[row]]):
+        out["peer_rate"] = float(link.peer_rate[transfers.peer[row]])
     if old not in (LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER):
         out["level_before"] = float(old)
     if math.isfinite(transfers.deadline[row]):
@@ -132,11 +134,12 @@ def _figures(
 def _facts(row: int, transfers: TransferView, figures: dict[str, float]) -> list[str]:
     stage = words.STAGES.get(int(transfers.stage[row]), "unknown stage")
     ahead = f" behind {words.size(figures['bytes_ahead'])} on its connection" if figures["bytes_ahead"] else ""
+    far = f", the link into its peer {words.rate(figures['peer_rate'])}" if "peer_rate" in figures else ""
     facts = [
         (
             f"It is a {stage} transfer with {words.size(figures['bytes_left'])} of "
             f"{words.size(float(transfers.size[row]))} left{ahead}; its port gives {words.rate(figures['port_rate'])}, "
-            f"{figures['rho']:.0%} of it taken lately."
+            f"{figures['rho']:.0%} of it taken lately{far}."
         )
     ]
     if "time_left_s" in figures:

@@ -135,7 +135,7 @@ class DeadlineLadder(PolicyBase):
     def _doomed_level(self, transfers: TransferView, link: LinkView) -> I2:
         if not self.doomed_levels:
             return np.full(1, LEVEL_SCAVENGER, dtype=np.int16)
-        work = bound.request_bytes(transfers, len(link.rate), transfers.left) / bound.port_rate(transfers, link)
+        work = bound.request_bytes(transfers, len(link.rate), transfers.left) / bound.path_rate(transfers, link)
         step = buckets.bucket(work, self._doomed_edges)
         return np.where(step < self.doomed_levels, self._doomed_base + step, np.int16(LEVEL_SCAVENGER)).astype(np.int16)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mfsd.policy import pruning, red
+from mfsd.policy import bound, pruning, red
 from mfsd.policy.base import F8, Arrangement, BatchView, LinkView, RequestView, TransferView
 
 
@@ -48,7 +48,7 @@ def compute_left(requests: RequestView, batches: BatchView) -> F8:
 def port_loads(transfers: TransferView, requests: int, batches: int, link: LinkView) -> pruning.Loads:
     """Port time per request and batch: this host's egress ports first, then the ingress ports of known peers.
 
-    The rate of a peer's port isn't known here and is taken to be that of the port that leads to it.
+    A peer's port whose rate isn't known is taken to be as fast as the port that leads to it.
     """
     egress = len(link.rate)
     peers = int(transfers.peer.max(initial=-1)) + 1
@@ -66,7 +66,7 @@ def port_loads(transfers: TransferView, requests: int, batches: int, link: LinkV
     matrix /= np.append(rate, np.ones(peers))
     if peers:
         far = transfers.peer >= 0
-        seconds = transfers.left[far] / rate[transfers.port[far]]
+        seconds = transfers.left[far] / bound.peer_rates(transfers, link, far)
         cell = owner[far] + transfers.peer[far] + egress
         matrix += np.bincount(cell, weights=seconds, minlength=cells).reshape(-1, ports)
     return pruning.Loads(request=matrix[:requests], batch=matrix[requests + 1 :])

@@ -50,7 +50,7 @@ class Llf(PolicyBase):
         self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
     ) -> F8:
         """Seconds to spare, shape (n,); inf without any deadline."""
-        rate = bound.port_rate(transfers, link)
+        rate = bound.path_rate(transfers, link)
         together = bound.request_bytes(transfers, len(link.rate), np.where(transfers.stage == P2D, transfers.left, 0.0))
         late = transfers.deadline - np.maximum(together, transfers.left + transfers.ahead) / rate
         downstream = of_batch(transfers, earliest(requests.deadline - requests.compute_left, requests, batches))

@@ -47,7 +47,7 @@ def mlu(transfers: TransferView, link: LinkView, now: float, size: str, rho: F8)
         p2d = np.where(transfers.stage == 3, transfers.left, 0.0)
         left = np.maximum(left, bound.request_bytes(transfers, len(link.rate), p2d))
     time_left = transfers.deadline - now
-    room = np.maximum(time_left, 0.0) * (bound.port_rate(transfers, link) * (1.0 - rho))
+    room = np.maximum(time_left, 0.0) * (bound.path_rate(transfers, link) * (1.0 - rho))
     # left is > 0, so a room of zero gives inf and an infinite room gives 0: both are what is meant. NaN is past the
     # deadline on a port of unknown rate.
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mfsd.policy import bound
 from mfsd.policy.base import LEVEL_NONE
 from mfsd.policy.common import P2D, PolicyBase, place
 from mfsd.policy.rli import COLLECTIVE
@@ -38,9 +39,8 @@ def demands(transfers: TransferView, coflow: I4, link: LinkView) -> F8:
     count = int(coflow.max(initial=-1)) + 1
     flat = np.bincount(coflow * ports + transfers.port, weights=seconds, minlength=count * ports)
     far = transfers.peer >= 0
-    flat += np.bincount(
-        coflow[far] * ports + egress + transfers.peer[far], weights=seconds[far], minlength=count * ports
-    )
+    seconds = transfers.left[far] / bound.peer_rates(transfers, link, far, unknown=1.0)
+    flat += np.bincount(coflow[far] * ports + egress + transfers.peer[far], weights=seconds, minlength=count * ports)
     matrix: F8 = flat.astype(np.float64).reshape(count, ports)
     return matrix
 

@@ -54,6 +54,14 @@ def test_collectives_go_into_the_first_class(name: str) -> None:
     assert marks(arm, "classes")[f"level {level}"] == HIGH
 
 
+def test_an_arm_may_say_which_levels_are_in_which_class() -> None:
+    arm = dataclasses.replace(ARMS["ladder"], classes=(2, 4))
+    chosen = marks(arm, "classes")
+    assert [chosen[f"level {i}"] for i in range(5)] == [HIGH, HIGH, 0, 0, LOW]
+    assert (chosen["control"], chosen["default"], chosen["scavenger"]) == (HIGH, 0, LOW)
+    assert marks(arm, "fifo") == {}
+
+
 def test_mfs_shares_the_first_class_between_p1_and_the_collectives() -> None:
     assert marks(ARMS["mfs"], "classes")["level 1"] == HIGH
     assert marks(ARMS["ladder"], "classes")["level 1"] == 0

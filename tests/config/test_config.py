@@ -6,25 +6,34 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mfsd import config_text
-from mfsd.config import Config, ConfigError, DeviceConfig, load, parse, render
+from mfsd.config import Config, ConfigError, DeviceConfig, PeerConfig, load, parse, render
 from mfsd.model import Mode, Rate
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = {"name": "eth0"}
+PEER = {"network": "fd00::/8", "rate": "1gbit"}
+LISTS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
+    "device": (DeviceConfig, DEVICE),
+    "peer": (PeerConfig, PEER),
+}
+"""Sections that may come several times: their model, and one that is right."""
 
 
 def _section(name: str) -> Any:
-    return DeviceConfig if name == "device" else type(getattr(Config(), name))
+    return LISTS[name][0] if name in LISTS else type(getattr(Config(), name))
 
 
 ALL_KEYS = [
     (section, key)
-    for section in ("daemon", "device", "bands", "policy", "limits", "rescue")
+    for section in ("daemon", "device", "peer", "bands", "policy", "limits", "rescue")
     for key in _section(section).model_fields
 ]
 NUMBERS = [
@@ -47,8 +56,8 @@ def only(data: dict[str, Any]) -> str:
 
 
 def with_key(section: str, key: str, value: Any) -> dict[str, Any]:
-    if section == "device":
-        return {"device": [DEVICE | {key: value}]}
+    if section in LISTS:
+        return {section: [LISTS[section][1] | {key: value}]}
     return {section: {key: value}}
 
 
@@ -63,7 +72,7 @@ def test_the_defaults_are_valid_and_observe() -> None:
 def test_every_key_refuses_another_type_and_says_what_is_allowed(section: str, key: str) -> None:
     wrong = {"a": 1} if key != "dscp" else 1
     text = only(with_key(section, key, wrong)) if key != "floors" else only(with_key(section, key, 3))
-    where = f"device[0].{key}" if section == "device" else f"{section}.{key}"
+    where = f"{section}[0].{key}" if section in LISTS else f"{section}.{key}"
     assert text.startswith(f"{where} = ")
     allowed = text.partition(": must be ")[2]
     assert len(allowed) > 3, text
@@ -142,6 +151,14 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         (
             {"device": [DEVICE | {"rate": "fast"}]},
             'device[0].rate = "fast": must be a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"',
+        ),
+        (
+            {"peer": [PEER | {"network": "10.0.0.1/8"}]},
+            'peer[0].network = "10.0.0.1/8": must be a network, e.g. "10.1.2.0/24", or one address',
+        ),
+        (
+            {"peer": [{"network": "10.0.0.0/8"}]},
+            'peer[0].rate = (unset): required; must be a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"',
         ),
         (
             {"device": [DEVICE | {"rate": "0mbit"}]},

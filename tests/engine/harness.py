@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
+from mfsd.compose import far_rate_of
 from mfsd.config import LimitsConfig, RescueConfig
 from mfsd.connections import OVERHEAD_V4, Connections
 from mfsd.engine import Engine
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
+
+    from mfsd.config import PeerConfig
 
 MSS = 1448
 
@@ -116,6 +119,7 @@ class Host:
         limits: LimitsConfig | None = None,
         rescue: RescueConfig | None = None,
         floors: tuple[float, ...] = (),
+        peers: Sequence[PeerConfig] = (),
     ) -> None:
         self.now = 1000.0
         chosen = make_policy(policy, 5, {"kv": "rli"} if policy == "deadline-ladder" else {})
@@ -124,7 +128,7 @@ class Host:
         self.keys = MemoryKeys()
         self.resolver = FakeResolver()
         self.port = FakePort(LinkEstimator(rate, len(self.bands)))
-        self.connections = Connections(self.table, self.keys, self.resolver, self.bands)
+        self.connections = Connections(self.table, self.keys, self.resolver, self.bands, far_rate=far_rate_of(peers))
         self.rescuer = Rescuer([self.port], self.connections, self.bands, rescue or RescueConfig())
         steering = Steering(self.connections, chosen, self.bands, [self.port], self.rescuer)
         self.dead_pids: set[int] = set()

@@ -28,6 +28,19 @@ def test_a_loose_p2d_transfer_is_deferred_and_promoted_as_its_deadline_nears() -
     assert h.engine.counters.promotions >= 2
 
 
+def test_the_rate_of_a_peers_link_decides_who_is_doomed() -> None:
+    peers = parse(
+        {"peer": [{"network": "10.0.0.0/8", "rate": "10gbit"}, {"network": "10.9.0.0/16", "rate": "8mbit"}]}
+    ).peer
+    h = Host(peers=peers)
+    near, far, other = h.socket(1), h.socket(2, dst="10.9.0.1"), h.socket(3, dst="192.0.2.1")
+    for sock, name in ((near, "n"), (far, "f"), (other, "o")):
+        h.request(name, 1.0)
+        h.transfer(name, sock, 2_000_000, request=name)  # 2 s at 8 Mbit/s, 16 ms at 1 Gbit/s
+    h.tick()
+    assert (h.band(near), h.band(far), h.band(other)) == ("level 4", "scavenger", "level 4")
+
+
 def test_a_collective_goes_to_the_top_at_once() -> None:
     h = Host()
     s = h.socket(1)

@@ -67,13 +67,14 @@ def batches(n: int, **given: Any) -> BatchView:
     return BatchView(**_columns(n, BATCH, given))
 
 
-def link(rate: Any = 1e9, load: Any = 0.0, levels: int = 8, load_above: Any = 0.0) -> LinkView:
+def link(rate: Any = 1e9, load: Any = 0.0, levels: int = 8, load_above: Any = 0.0, peer_rate: Any = ()) -> LinkView:
     rate = np.atleast_1d(np.asarray(rate, dtype=np.float64))
     ports = len(rate)
     return LinkView(
         rate=rate,
         load=np.broadcast_to(np.asarray(load, dtype=np.float64), (ports,)).copy(),
         load_above=np.broadcast_to(np.asarray(load_above, dtype=np.float64), (ports, levels + 1)).copy(),
+        peer_rate=np.asarray(peer_rate, dtype=np.float64),
     )
 
 

@@ -12,7 +12,7 @@ import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfsd.policy import bound, buckets, mlu, pick, pruning, red, rli
+from mfsd.policy import bound, buckets, interrequest, mlu, pick, pruning, red, rli
 from mfsd.policy.layout import ARBITRATION, Layout
 
 finite = st.floats(min_value=-1e3, max_value=1e6, allow_nan=False)
@@ -97,6 +97,25 @@ def test_bound_takes_the_largest_of_compute_siblings_and_queue() -> None:
 def test_siblings_on_another_port_do_not_add_up() -> None:
     t = pv.transfers(2, left=[1e6, 3e6], request=[0, 0], port=[0, 1])
     assert bound.seconds_needed(t, pv.link([1e8, 1e8])).tolist() == pytest.approx([0.01, 0.03])
+
+
+def test_a_slow_peer_bounds_what_its_port_would_let_through() -> None:
+    t = pv.transfers(4, left=[1e6, 1e6, 1e6, 1e6], ahead=[0, 0, 0, 3e6], request=[0, 0, 0, -1], peer=[0, 0, 1, -1])
+    slow = pv.link(1e8, peer_rate=[2e7, np.inf])
+    # 2 MB of the request go to the slow peer, all 3 MB through the port; nobody knows the last one's peer.
+    assert bound.seconds_needed(t, slow).tolist() == pytest.approx([0.1, 0.1, 0.03, 0.04])
+    assert bound.path_rate(t, slow).tolist() == [2e7, 2e7, 1e8, 1e8]
+    assert bound.path_rate(t, pv.link(0.0, peer_rate=[2e7, np.inf])).tolist() == [2e7, 2e7, np.inf, np.inf]
+    r = pv.requests(1, deadline=0.05)
+    t.deadline[:] = 0.05
+    assert not bound.judge(t, r, pv.link(1e8), 0.0).transfers.any()
+    assert bound.judge(t, r, slow, 0.0).transfers.tolist() == [True, True, True, False], "siblings are late with it"
+
+
+def test_inter_request_loads_count_a_slow_peer_at_its_own_rate() -> None:
+    t = pv.transfers(2, left=1e6, request=[0, 1], peer=[0, 1])
+    loads = interrequest.port_loads(t, 2, 0, pv.link(1e8, peer_rate=[2e7, np.inf])).request
+    assert loads.tolist() == [[pytest.approx(0.01), pytest.approx(0.05), 0.0], [pytest.approx(0.01), 0.0, 0.01]]
 
 
 def test_one_late_transfer_spoils_its_request() -> None:

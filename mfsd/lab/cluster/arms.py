@@ -26,17 +26,25 @@ class Arm:
     levels: int = LEVELS
     tick_ms: float = 10.0
     faults: Faults = field(default_factory=Faults)
+    floors: tuple[float, ...] = ()
+    """bands.floors of the hosts."""
+    classes: tuple[int, int] | None = None
+    """Levels in the switch's first class, and in the first two together; None: see network.marks."""
+    peers: bool = True
+    """The daemons know the rate of the decode hosts' links ([[peer]])."""
     background: float = 0.0
     """Unhinted bytes from every prefill host to every decode host, together this share of a decode host's link."""
 
     @property
     def daemon(self) -> tuple[Any, ...]:
         """Arms with the same value can share running daemons."""
-        return self.policy, tuple(sorted(self.params.items())), self.levels, self.tick_ms
+        return (self.policy, tuple(sorted(self.params.items())), self.levels, self.tick_ms, self.floors, self.classes,
+                self.peers)  # fmt: skip
 
 
 def _arm(name: str, title: str, policy: str, **more: Any) -> Arm:
-    known = {k: more.pop(k) for k in ("levels", "tick_ms", "faults", "background") if k in more}
+    own = ("levels", "tick_ms", "faults", "floors", "classes", "peers", "background")
+    known = {k: more.pop(k) for k in own if k in more}
     return Arm(name, title, policy, more, **known)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.lab.cluster import arms
@@ -115,7 +115,10 @@ def load(folder: Path, cell: Cell) -> dict[str, Any] | None:
 
 def identity(cell: Cell) -> str:
     """All that decides what is run: a file made with other settings must not pass for this cell's."""
-    return repr((cell, replace(REGIMES[cell.regime], title="", loads=()), replace(ARMS[cell.arm], title="")))
+    arm = ARMS[cell.arm]
+    told = {f.name: getattr(arm, f.name) for f in fields(arm) if getattr(arm, f.name) != f.default}
+    told["title"] = ""
+    return repr((cell, replace(REGIMES[cell.regime], title="", loads=()), told))
 
 
 def results(folder: Path, cells: Iterable[Cell]) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ The switch has an output queue per port, paced at the rate of the host behind it
 senders. It knows nothing but the DSCP of a packet, in one of three settings:
 
     fifo      one queue: what mfsd does on the hosts is all there is
-    classes   three strict classes: what the policy puts at or above the collectives, all other, the scavenger
+    classes   three strict classes; which levels are in which is the arm's choice, by default
+              what the policy puts at or above the collectives, all other, the scavenger
     levels    one strict class per band
 """
 
@@ -102,11 +103,19 @@ class Network:
         options = {
             "daemon": {"tick_ms": arm.tick_ms, "idle_tick_ms": max(100.0, arm.tick_ms)},
             "policy": {"name": arm.policy, **arm.params},
-            "bands": {"levels": arm.levels, "dscp": dscp},
+            "bands": {"levels": arm.levels, "dscp": dscp, "floors": list(arm.floors)},
         }
+        slow = self.cluster.decode_rate
+        peers = [
+            {"network": host.address, "rate": slow}
+            for name, host in self.fabric.hosts.items()
+            if arm.peers and name.startswith("d")
+        ]
         directory = self._directory / str(self._runs)
         for name, host in self.fabric.hosts.items():
-            governor = Governor(host, directory, self.cluster.rate_of(name), options, device={"control_unhinted": True})
+            governor = Governor(
+                host, directory, self.cluster.rate_of(name), options, device={"control_unhinted": True}, peers=peers
+            )
             self.governors[name] = governor
             governor.launch()
         for governor in self.governors.values():
@@ -140,6 +149,10 @@ def marks(arm: Arm, setting: Setting) -> dict[str, int]:
     plan = _bands(arm)
     if setting == "levels":
         return {b.name: LEVELS_FROM + b.index for b in plan.bands}
+    if arm.classes is not None:
+        first, second = arm.classes
+        chosen = {f"level {i}": HIGH if i < first else 0 if i < second else LOW for i in range(arm.levels)}
+        return chosen | {plan.control.name: HIGH, plan.default.name: 0, plan.scavenger.name: LOW}
     policy = make_policy(arm.policy, arm.levels, arm.params)
     collective = int(stage_levels(policy)[Stage.COLLECTIVE])
     # A policy that puts collectives last knows no order of stages: its first level is what it deems urgent.
