@@ -30,7 +30,7 @@ class Arm:
     """bands.floors of the hosts."""
     classes: tuple[int, int] | None = None
     """Levels in the switch's first class, and in the first two together; None: see network.marks."""
-    peers: bool = True
+    peers: bool = False
     """The daemons know the rate of the decode hosts' links ([[peer]])."""
     background: float = 0.0
     """Unhinted bytes from every prefill host to every decode host, together this share of a decode host's link."""
@@ -48,6 +48,13 @@ def _arm(name: str, title: str, policy: str, **more: Any) -> Arm:
     return Arm(name, title, policy, more, **known)
 
 
+_FLOORS: Final = (0.0, 0.1, 0.1, 0.1, 0.1)
+_NET: Final[Mapping[str, Any]] = {"peers": True, "classes": (3, 4), "floors": _FLOORS}
+"""The ladder fitted to a network whose decode links are its bottleneck.
+
+The daemons know those links' rate. The switch's first class has KV with less than 0.1 s left beside the collectives,
+the last one KV with more than 0.8 s left beside the doomed. KV keeps a tenth of a host's link per level meanwhile.
+"""
 _MAIN: Final = (
     Arm("none", "fair sharing (no mfsd)"),
     _arm("two-class", "static two-class", "two-class"),
@@ -60,6 +67,7 @@ _MAIN: Final = (
     _arm("mfs-nop1", "MFS without P1", "mfs-nop1"),
     _arm("mfs-giveup", "MFS with give-up", "mfs-giveup"),
     _arm("ladder", "deadline ladder", "deadline-ladder"),
+    _arm("ladder-net", "deadline ladder, fitted to the network", "deadline-ladder", **_NET),
     _arm("ladder-rli", "deadline ladder, stage 1 by RLI", "deadline-ladder", kv="rli"),
     _arm("ladder-keep", "deadline ladder without give-up", "deadline-ladder", give_up=False),
 )
@@ -67,22 +75,43 @@ _ABLATION: Final = tuple(
     _arm(f"mfs-no-{switch}", f"MFS without {switch.upper() if len(switch) == 3 else switch}", "mfs", **{switch: False})
     for switch in ("rli", "mlu", "red", "pruning", "promotion")
 )
+_FIT: Final = (
+    _arm("ladder-peers", "ladder with peer rates", "deadline-ladder", peers=True),
+    _arm("ladder-classes", "ladder with peer rates and classes", "deadline-ladder", peers=True, classes=(3, 4)),
+    _arm("ladder-floors", "ladder with peer rates and floors", "deadline-ladder", peers=True, floors=_FLOORS),
+    _arm("two-class-floors", "two-class with a floor for KV", "two-class", floors=(0.0, 0.1)),
+)
 _SENSITIVITY: Final = (
     _arm("mfs-k3", "MFS, K = 3 levels", "mfs", levels=3),
     _arm("mfs-e2", "MFS, E = 2", "mfs", ratio=2.0),
     _arm("mfs-u1", "MFS, U = 1", "mfs", upper=1.0),
-    _arm("ladder-tick2", "ladder, tick 2 ms", "deadline-ladder", tick_ms=2.0),
-    _arm("ladder-tick100", "ladder, tick 100 ms", "deadline-ladder", tick_ms=100.0),
-    _arm("ladder-sizes", "ladder, sizes off by up to 2x", "deadline-ladder", faults=Faults(size=2.0)),
-    _arm("ladder-lost", "ladder, 20 % of transfer hints lost", "deadline-ladder", faults=Faults(lost=0.2)),
-    _arm("ladder-marks", "ladder, 20 % of collective marks lost", "deadline-ladder", faults=Faults(marks_lost=0.2)),
-    _arm("ladder-late", "ladder, deadlines told 1.5x too late", "deadline-ladder", faults=Faults(deadline=1.5)),
-    _arm("ladder-cross", "ladder, 20 % unhinted cross traffic", "deadline-ladder", background=0.2),
+    _arm("ladder-tick2", "fitted ladder, tick 2 ms", "deadline-ladder", **_NET, tick_ms=2.0),
+    _arm("ladder-tick100", "fitted ladder, tick 100 ms", "deadline-ladder", **_NET, tick_ms=100.0),
+    _arm("ladder-sizes", "fitted ladder, sizes off by up to 2x", "deadline-ladder", **_NET, faults=Faults(size=2.0)),
+    _arm(
+        "ladder-lost", "fitted ladder, 20 % of transfer hints lost", "deadline-ladder", **_NET, faults=Faults(lost=0.2)
+    ),
+    _arm(
+        "ladder-marks",
+        "fitted ladder, 20 % of collective marks lost",
+        "deadline-ladder",
+        **_NET,
+        faults=Faults(marks_lost=0.2),
+    ),
+    _arm(
+        "ladder-late",
+        "fitted ladder, deadlines told 1.5x too late",
+        "deadline-ladder",
+        **_NET,
+        faults=Faults(deadline=1.5),
+    ),
+    _arm("ladder-cross", "fitted ladder, 20 % unhinted cross traffic", "deadline-ladder", **_NET, background=0.2),
     Arm("none-cross", "fair sharing, 20 % unhinted cross traffic", background=0.2),
     _arm("mfs-sizes", "MFS, sizes off by up to 2x", "mfs", faults=Faults(size=2.0)),
     _arm("mfs-lost", "MFS, 20 % of transfer hints lost", "mfs", faults=Faults(lost=0.2)),
 )
-ARMS: Final[dict[str, Arm]] = {a.name: a for a in (*_MAIN, *_ABLATION, *_SENSITIVITY)}
+ARMS: Final[dict[str, Arm]] = {a.name: a for a in (*_MAIN, *_ABLATION, *_FIT, *_SENSITIVITY)}
 MAIN: Final = tuple(a.name for a in _MAIN)
 ABLATION: Final = tuple(a.name for a in _ABLATION)
+FIT: Final = tuple(a.name for a in _FIT)
 SENSITIVITY: Final = tuple(a.name for a in _SENSITIVITY)

@@ -23,7 +23,7 @@ SEEDS: Final = (0, 1, 2)
 DURATION_S: Final = 12.0
 QUICK_S: Final = 11.0
 QUICK_REGIME: Final = "several"
-QUICK_ARMS: Final = ("none", "two-class", "karuna", "mfs", "ladder")
+QUICK_ARMS: Final = ("none", "two-class", "karuna", "mfs", "ladder-net")
 CHANGE_S: Final = 5.0
 """Between arms: eight daemons end and eight others start."""
 
@@ -64,12 +64,13 @@ def full() -> list[Part]:
         names = tuple(names)
         return tuple(c for r, load in middle.items() for c in grid(names, regimes=[r], loads=[load], **more))
 
-    few = ("none", "two-class", "mfs", "ladder")
+    few = ("none", "two-class", "mfs", "ladder-net")
     return [
         Part("main", "policies, regimes and loads", grid(arms.MAIN)),
         Part("fifo", "host enforcement alone: FIFO switch", at_middle(few[1:], setting="fifo")),
         Part("levels", "a switch class per band", at_middle(few[1:], setting="levels")),
         Part("ablation", "MFS, each part alone off", at_middle(("mfs", *arms.ABLATION))),
+        Part("fit", "the ladder fitted to the network, step by step", at_middle(("ladder", *arms.FIT, "ladder-net"))),
         Part("sensitivity", "parameters, wrong hints, cross traffic", at_middle(arms.SENSITIVITY)),
         Part("slo", "SLO scale", tuple(c for s in (1.5, 2.0, 5.0) for c in at_middle(few, slo_scale=s))),
         Part("mixed", "20 % tight, 80 % loose deadlines", at_middle(few, tight=0.2)),

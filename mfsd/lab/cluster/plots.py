@@ -29,7 +29,7 @@ def _style(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
         a: {
             "color": COLOURS[i % len(COLOURS)],
             "label": ARMS[a].title,
-            "linewidth": 2.4 if a in {"none", "ladder"} else 1.4,
+            "linewidth": 2.4 if a in {"none", "ladder-net"} else 1.4,
         }
         for i, a in enumerate(arms)
     }

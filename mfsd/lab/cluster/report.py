@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 LEVELS: Final = ((0.475, ("two-class", "karuna")), (0.20, ("two-class",)))
 """Shares that fair sharing meets, at which the arms are compared, and arms without which a load does not count."""
 RIVALS: Final = ("none", "two-class", "sjf", "edf", "edf-all", "karuna", "pias", "mfs")
-OURS: Final = "ladder"
+OURS: Final = "ladder-net"
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
