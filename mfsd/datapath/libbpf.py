@@ -290,7 +290,8 @@ class BpfObject:
             return LoaderError(what, cause, "choose fewer slots, or give the service a higher memory limit")
         if code in (errno.ENOSYS, errno.EOPNOTSUPP):
             return LoaderError(what, cause, "the kernel lacks CONFIG_BPF_SYSCALL or CONFIG_NET_CLS_ACT")
-        reasons = [line for line in tail.splitlines() if not line.startswith("processed ")]  # that one is statistics
+        # "processed" begins a line of statistics; 7.3 also leaves lines blank.
+        reasons = [line for line in tail.splitlines() if line.strip() and not line.startswith("processed ")]
         last = reasons[-1] if reasons else "the verifier left no log"
         fix = f"kernel {platform.release()} rejects the program; report this with the log"
         return LoaderError(what, f"{cause} ({last})", fix, tail)
