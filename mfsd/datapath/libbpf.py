@@ -37,6 +37,9 @@ LIBRARY: Final = "libbpf.so.1"
 OLDEST_KERNEL: Final = (5, 11)
 """bpf_ktime_get_coarse_ns()."""
 
+_REASON: Final = re.compile(r"(?!processed |\d+: |; |from \d)\S.*[^:\s]$")
+"""A line of the verifier's log that may be its verdict: no statistics, no instruction, no source line. The last of them is,
+also since 7.3, which explains itself at length below it in indented paragraphs with headings."""
 _LOG_BYTES: Final = 4 << 20
 _LOG_LINES: Final = 25
 _RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
@@ -290,8 +293,7 @@ class BpfObject:
             return LoaderError(what, cause, "choose fewer slots, or give the service a higher memory limit")
         if code in (errno.ENOSYS, errno.EOPNOTSUPP):
             return LoaderError(what, cause, "the kernel lacks CONFIG_BPF_SYSCALL or CONFIG_NET_CLS_ACT")
-        # "processed" begins a line of statistics; 7.3 also leaves lines blank.
-        reasons = [line for line in tail.splitlines() if line.strip() and not line.startswith("processed ")]
+        reasons = [line for line in log.splitlines() if _REASON.match(line)]
         last = reasons[-1] if reasons else "the verifier left no log"
         fix = f"kernel {platform.release()} rejects the program; report this with the log"
         return LoaderError(what, f"{cause} ({last})", fix, tail)

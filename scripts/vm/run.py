@@ -47,8 +47,12 @@ SECOND: Final = ("tests/vm/test_daemon.py", "tests/vm/test_wire.py", "tests/e2e/
 processor busy, not two."""
 _SLOW: Final = "it holds the daemon to milliseconds, which emulated processors don't keep; `make test` runs it"
 _NO_KERNEL: Final = "nothing in it depends on the kernel; `make test` runs it"
+_LOOKS: Final = (
+    "it looks for levels that last a second while eight connections keep the processor busy; `make test` runs it"
+)
 _LIFECYCLE: Final = "tests/e2e/test_lifecycle.py::test_"
 LEFT_OUT: Final = {
+    "tests/e2e/test_steering.py::test_a_transfer_rises_as_its_deadline_nears": _LOOKS,
     f"{_LIFECYCLE}a_restart_does_not_stall_traffic": _SLOW,
     f"{_LIFECYCLE}reload_changes_what_can_be_changed_and_names_what_needs_a_restart": _NO_KERNEL,
     f"{_LIFECYCLE}a_second_daemon_is_refused_and_the_first_unharmed": _NO_KERNEL,
@@ -65,7 +69,8 @@ def shards(only: str, tests: tuple[str, ...]) -> list[str]:
         return [choice + " ".join(tests or SELECTION)]
     rest = " ".join(f"--ignore={path}" for path in SECOND)
     left_out = " ".join(f"--deselect={name}" for name in LEFT_OUT)
-    return [f"{rest} {' '.join(t for t in SELECTION if t not in SECOND)}", f"{left_out} {' '.join(SECOND)}"]
+    first = " ".join(t for t in SELECTION if t not in SECOND)
+    return [f"{left_out} {rest} {first}", f"{left_out} {' '.join(SECOND)}"]
 
 
 def job(has: set[str], arguments: str) -> str:
