@@ -38,8 +38,8 @@ OLDEST_KERNEL: Final = (5, 11)
 """bpf_ktime_get_coarse_ns()."""
 
 _REASON: Final = re.compile(r"(?!processed |\d+: |; |from \d)\S.*[^:\s]$")
-"""A line of the verifier's log that may be its verdict: no statistics, no instruction, no source line. The last of them is,
-also since 7.3, which explains itself at length below it in indented paragraphs with headings."""
+"""A line of the verifier's log that may be its verdict: no statistics, no instruction, no source line. The last one is,
+also since 7.3, which explains itself at length below it, indented and with headings."""
 _LOG_BYTES: Final = 4 << 20
 _LOG_LINES: Final = 25
 _RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
