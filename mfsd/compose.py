@@ -18,12 +18,11 @@ from mfsd.table import FlowTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from ipaddress import IPv4Address, IPv6Address
 
     from mfsd.config import Config, PeerConfig
     from mfsd.connections import Resolver
     from mfsd.devices import Devices, GuardedPort
-    from mfsd.model import Endpoints
+    from mfsd.model import Address, Endpoints
     from mfsd.policy.base import Policy
 
 RELOADABLE: Final = frozenset(
@@ -104,13 +103,13 @@ def port_of(ports: Sequence[GuardedPort]) -> Callable[[Endpoints | None], int]:
     return RouteLookup(ports)
 
 
-def far_rate_of(peers: Sequence[PeerConfig]) -> Callable[[IPv4Address | IPv6Address], float] | None:
+def far_rate_of(peers: Sequence[PeerConfig]) -> Callable[[Address], float] | None:
     """Bytes/s of the link into a host: that of the narrowest network with its address; inf if there is none."""
     if not peers:
         return None
     narrow_first = sorted(peers, key=lambda p: -p.network.prefixlen)
 
-    def far_rate(address: IPv4Address | IPv6Address) -> float:
+    def far_rate(address: Address) -> float:
         return next((p.rate.bytes_per_s for p in narrow_first if address in p.network), math.inf)
 
     return far_rate

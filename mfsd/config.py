@@ -48,6 +48,7 @@ __all__ = [
 DEFAULT_PATH: Final = Path("/etc/mfsd/mfsd.toml")
 IFNAMSIZ: Final = 16
 """Length of a device name, the final 0 included (include/uapi/linux/if.h)."""
+A_RATE: Final = 'a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"'
 MAX_LANES: Final = 256
 """Minors of a band: its classids are 0xBBLL with band BB and lane LL."""
 
@@ -169,7 +170,7 @@ class DeviceConfig(_Section):
         None,
         "What the device may send; just below the bottleneck, so that the queue is here. Unset: htb takes 98 % of the "
         "link speed, prio sends at line rate.",
-        allowed='a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"',
+        allowed=A_RATE,
     )
     overwrite_foreign: bool = _f(False, "Also steer packets whose priority names a class of somebody else's qdisc.")
     control_unhinted: bool = _f(False, "Pure ACKs of unhinted TCP connections go to the control band, too.")
@@ -194,7 +195,7 @@ class PeerConfig(_Section):
     rate: RateValue = _f(
         ...,
         "What the link into each of these hosts carries: bounds of what can be in time use it.",
-        allowed='a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"',
+        allowed=A_RATE,
     )
 
 

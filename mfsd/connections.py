@@ -23,9 +23,9 @@ from mfsd.table import NS, FlowTable, KeyMap, TableFullError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from ipaddress import IPv4Address, IPv6Address
 
     from mfsd.ladder import BandPlan
+    from mfsd.model import Address
 
 IPPROTO_TCP: Final = 6
 LOCATE_S: Final = 1.0
@@ -117,7 +117,7 @@ class Connections:
         resolver: Resolver,
         bands: BandPlan,
         port_of: Callable[[Endpoints | None], int] = lambda _: 0,
-        far_rate: Callable[[IPv4Address | IPv6Address], float] | None = None,
+        far_rate: Callable[[Address], float] | None = None,
     ) -> None:
         """``far_rate``: bytes/s of the link into a host, inf if unknown; None: nothing is known of any."""
         self.table = table
@@ -287,7 +287,7 @@ class Connections:
             conn.lane = self._free_lane(tcp=False)
             self._lane_users[conn.lane] += 1
             self.table.lane[conn.slot] = conn.lane
-        conn.port = self.port[conn.slot] = self.port_of(endpoints)
+        self.port[conn.slot] = self.port_of(endpoints)
         peer = self._peers.setdefault(endpoints.dst, len(self._peers))
         self.peer[conn.slot] = peer
         if self._far_rate is not None and peer == len(self.peer_rate):

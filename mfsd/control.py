@@ -210,8 +210,9 @@ class ControlService(control_pb2_grpc.ControlServicer):
     def _device(self, index: int, port: GuardedPort) -> pb.Device:
         stats = port.classifier.stats()
         users = np.zeros(_abi.MAX_BANDS, dtype=np.int64)
-        for conn in self._daemon.engine.connections.by_slot.values():
-            if conn.port == index:
+        connections = self._daemon.engine.connections
+        for conn in connections.by_slot.values():
+            if connections.port[conn.slot] == index:
                 users[conn.band] += 1
         return pb.Device(
             name=port.name,

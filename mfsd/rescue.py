@@ -100,6 +100,9 @@ class Rescuer:
         tcp = conn.endpoints is None or conn.endpoints.protocol == IPPROTO_TCP
         return tcp and (conn.lane > 0 or self.bands.level_bands[0].lanes == 1)
 
+    def _port(self, conn: Connection) -> int:
+        return int(self.connections.port[conn.slot])
+
     def forget(self, conn: Connection) -> None:
         """The connection is gone."""
         self._stuck.pop(conn, None)
@@ -111,7 +114,8 @@ class Rescuer:
         stall_s = self.config.stall_ms / 1000
         due: dict[int, list[tuple[Connection, _Stuck]]] = {}
         for conn, stuck in list(self._stuck.items()):
-            driver = self.ports[conn.port]
+            port = self._port(conn)
+            driver = self.ports[port]
             if not driver.enforced:
                 del self._stuck[conn]
                 continue
@@ -121,7 +125,7 @@ class Rescuer:
             backlog = driver.backlog(stuck.band, conn.lane)
             del self._stuck[conn]
             if backlog and not self._drains(conn, stuck.band, backlog, driver):
-                due.setdefault(conn.port, []).append((conn, stuck))
+                due.setdefault(port, []).append((conn, stuck))
         return sum(self._purge(port, stuck, now) for port, stuck in due.items())
 
     def _drains(self, conn: Connection, band: int, backlog: int, driver: LaneDriver) -> bool:
@@ -149,7 +153,7 @@ class Rescuer:
 
     def lane_empty(self, conn: Connection, now: float) -> bool:
         """True when nothing of the connection can be queued any more. Without a qdisc to ask: when it is silent."""
-        driver = self.ports[conn.port] if self.ports else None
+        driver = self.ports[self._port(conn)] if self.ports else None
         if driver is not None and driver.enforced and self.bands.bands[conn.band].role in (Role.LEVEL, Role.SCAVENGER):
             return driver.backlog(conn.band, conn.lane) == 0
         return now - float(self.connections.table.last_ns[conn.slot]) / NS > SILENT_S

@@ -155,7 +155,6 @@ class Connection:
     lane: int
     local: bool
     """A socket of this host's namespace, so that its TCP state can be asked."""
-    port: int = 0
     queue: deque[Transfer] = field(default_factory=deque)
     """Unfinished transfers in byte order."""
     announced: float = 0.0

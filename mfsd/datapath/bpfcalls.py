@@ -31,7 +31,7 @@ PROG_QUERY: Final = 16
 LINK_CREATE: Final = 28
 LINK_UPDATE: Final = 29
 
-ATTR_BYTES: Final = 512
+_ATTR_BYTES: Final = 512
 """More than any kernel's union bpf_attr. Since 6.6 BPF_PROG_QUERY writes query.revision at offset 56 however short the
 caller says its own is (bpf_mprog_query, kernel/bpf/mprog.c)."""
 _SCHED_CLS: Final = 3
@@ -56,7 +56,7 @@ class SyscallCalls:
 
     def _call(self, command: int, attr: bytes) -> tuple[int, bytes]:
         """Raw result and the attributes as the kernel left them. Raises OSError."""
-        buffer = ctypes.create_string_buffer(attr, ATTR_BYTES)
+        buffer = ctypes.create_string_buffer(attr, _ATTR_BYTES)
         result = self._libc.syscall(
             ctypes.c_long(self._number), ctypes.c_int(command), buffer, ctypes.c_uint(len(attr))
         )

@@ -37,9 +37,8 @@ LIBRARY: Final = "libbpf.so.1"
 OLDEST_KERNEL: Final = (5, 11)
 """bpf_ktime_get_coarse_ns()."""
 
-_REASON: Final = re.compile(r"(?!processed |\d+: |; |from \d)\S.*[^:\s]$")
-"""A line of the verifier's log that may be its verdict: no statistics, no instruction, no source line. The last one is,
-also since 7.3, which explains itself at length below it, indented and with headings."""
+_NO_VERDICT: Final = re.compile(r"processed |\d+: |; |from \d|\s|.*:$|$")
+"""Statistics, instructions, source lines; and since 7.3 explanations below the verdict, indented and with headings."""
 _LOG_BYTES: Final = 4 << 20
 _LOG_LINES: Final = 25
 _RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
@@ -256,6 +255,12 @@ class LibbpfLoader:
             return Classifier(self.calls, obj.program_fd(PROGRAM), fds, rows=slots)
 
 
+def verdict(log: str) -> str:
+    """The line of the verifier's log that says why it refuses a program."""
+    lines = [line for line in log.splitlines() if not _NO_VERDICT.match(line)]
+    return lines[-1] if lines else "the verifier left no log"
+
+
 class BpfObject:
     """A BPF ELF file on its way into the kernel. Descriptors taken from it are the caller's own."""
 
@@ -293,10 +298,8 @@ class BpfObject:
             return LoaderError(what, cause, "choose fewer slots, or give the service a higher memory limit")
         if code in (errno.ENOSYS, errno.EOPNOTSUPP):
             return LoaderError(what, cause, "the kernel lacks CONFIG_BPF_SYSCALL or CONFIG_NET_CLS_ACT")
-        reasons = [line for line in log.splitlines() if _REASON.match(line)]
-        last = reasons[-1] if reasons else "the verifier left no log"
         fix = f"kernel {platform.release()} rejects the program; report this with the log"
-        return LoaderError(what, f"{cause} ({last})", fix, tail)
+        return LoaderError(what, f"{cause} ({verdict(log)})", fix, tail)
 
     def map_sizes(self, name: str) -> tuple[int, int]:
         """Bytes of key and value of a map."""

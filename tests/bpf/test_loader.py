@@ -19,7 +19,7 @@ from frames import frame4, key4, key6
 from mfsd import _abi
 from mfsd.datapath import libbpf
 from mfsd.datapath.keys import MapFullError, cookie_key, tuple_key
-from mfsd.datapath.libbpf import BpfObject, LibbpfLoader, check_kernel, object_path
+from mfsd.datapath.libbpf import BpfObject, LibbpfLoader, check_kernel, object_path, verdict
 from mfsd.datapath.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS, LoaderError
 from mfsd.datapath.testrun import run_packet
 from mfsd.model import Endpoints
@@ -261,6 +261,41 @@ def test_object_of_another_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(MAP_SIZES, "mfsd_slots", (4, 56))
     with pytest.raises(LoaderError, match="different builds"):
         LibbpfLoader().open_classifier(16)
+
+
+OLD_LOG = """0: R1=ctx() R10=fp0
+; { return *(volatile int *)(long)skb->mark; } @ bad.bpf.c:3
+1: (61) r0 = *(u32 *)(r1 +0)
+R1 invalid mem access 'scalar'
+processed 2 insns (limit 1000000) max_states_per_insn 0 total_states 0 peak_states 0 mark_read 0
+"""
+NEW_LOG = """1: (61) r0 = *(u32 *)(r1 +0)
+Verification failed: Register Type Safety: Invalid dereference
+
+Causal path:
+  bad @ bad.bpf.c:3:38
+  >>> 3 | { return *(volatile int *)(long)skb->mark; }
+
+Suggestion:
+  Preserve a pointer-valued register where needed, or reload and revalidate the pointer after scalar
+  arithmetic, helper calls, or other operations that can invalidate it.
+
+processed 2 insns (limit 1000000) max_states_per_insn 0 total_states 0 peak_states 0 mark_read 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (OLD_LOG, "R1 invalid mem access 'scalar'"),
+        (NEW_LOG, "Verification failed: Register Type Safety: Invalid dereference"),
+        ("processed 2 insns\n\n", "the verifier left no log"),
+        ("", "the verifier left no log"),
+    ],
+    ids=["until 7.2", "since 7.3", "statistics only", "none"],
+)
+def test_the_verdict_is_found_in_the_log(log: str, said: str) -> None:
+    assert verdict(log) == said
 
 
 def test_verifier_log_is_kept(tmp_path: Path) -> None:

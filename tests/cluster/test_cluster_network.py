@@ -175,6 +175,9 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
         plain, governed = (cells.run(network, cells.Cell(arm, "reuse", work)) for arm in ("none", "ladder"))
         namespace = f"mfsd-{run_id()}-{SWITCH}"
         stats = tool("tc", "-n", namespace, "-s", "class", "show", "dev", "p0")
+        network.govern(dataclasses.replace(ARMS["ladder"], peers=True), "fifo")
+        told = (network.governors["p0"].directory / "mfsd.toml").read_text()
+        assert f'[[peer]]\nnetwork = "{network.fabric.hosts["d0"].address}"\nrate = "100mbit"\n' in told
         network.govern(ARMS["none"], "fifo")
         with pytest.raises(KeyError):
             _ = network.targets["p0"]

@@ -254,7 +254,7 @@ def test_reload_changes_what_can_change_and_names_the_rest(spawn: Callable[[], P
         config.write_text(
             config.read_text()
             + 'mode = "enforce"\nslots = 32\n[policy]\ngive_up = false\n[limits]\nmax_requests_per_session = 1\n'
-            + '[bands]\ndscp = { "level 0" = 46 }\nlanes = 4\n'
+            + '[bands]\ndscp = { "level 0" = 46 }\nlanes = 4\n[[peer]]\nnetwork = "10.0.0.0/8"\nrate = "1gbit"\n'
         )
         process.popen.send_signal(signal.SIGHUP)
         note = process.note_with("RELOADING=1")
@@ -266,6 +266,7 @@ def test_reload_changes_what_can_change_and_names_the_rest(spawn: Callable[[], P
         assert set(status.notices) >= {
             "daemon.slots: changed in the file, takes effect at the next restart",
             "bands.lanes: changed in the file, takes effect at the next restart",
+            "peer: changed in the file, takes effect at the next restart",
         }
         assert not any("give_up" in n or "max_requests" in n or "dscp" in n for n in status.notices)
         client.request("r2", ttft_left_s=60.0)  # one too many by now

@@ -20,6 +20,7 @@ from mfsd.v1.hints_pb2 import Hint, Request, Selector, Transfer
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
 
 @pytest.fixture
@@ -85,6 +86,24 @@ def test_explain(api: Api, busy: int) -> None:
         assert explanation.connection.cookie == busy
         assert explanation.transfers[0].id == "t1"
         assert "packets are not steered: the mode is observe" in explanation.reasons
+
+
+def test_explain_tells_the_rate_of_the_peers_link(
+    start: Callable[..., Running], connection: tuple[socket.socket, socket.socket]
+) -> None:
+    """[[peer]] reaches the policy, also for a transfer announced before its socket was located: 1 MB is 1 s there."""
+    running = start(peer=[{"network": "127.0.0.0/8", "rate": "8mbit"}])
+    with grpc.insecure_channel(running.target) as channel:
+        api = Api(channel)
+        selector = Selector(cookie=cookie_of(connection[0]))
+        transfer = Transfer(id="t", request_id="r", stage=hints_pb2.STAGE_P2D, bytes=1_000_000, selector=selector)
+        api.send(Hint(request=Request(id="r", ttft_left_us=30_000_000)), Hint(transfer=transfer))
+        told = wait_for(
+            lambda: [e for e in (api.control.Explain(pb.ExplainRequest(transfer_id="t")),) if "peer_rate" in e.figures]
+        )[0]
+        assert told.figures["peer_rate"] == 1e6
+        assert told.figures["needed_s"] == pytest.approx(1.0)
+        assert any("the link into its peer 8 Mbit/s" in reason for reason in told.reasons)
 
 
 def test_explain_errors(api: Api) -> None:

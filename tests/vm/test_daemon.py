@@ -57,6 +57,8 @@ def test_each_stage_lands_in_its_queue(
     with running(GuestDaemon(netns_pair, tmp_path, backend=backend, rate=rate)) as daemon:
         for v6 in (False, True):
             grown = grown_by_stage(daemon, [Flow.open(netns_pair, v6=v6) for _ in range(3)])
+            # prio can't give any, whatever the configuration says.
+            assert (daemon.bands()["default"].floor_bytes_per_s > 0) == (backend == "htb")
             for name in ("level 0", "level 4", "default"):
                 assert MB // 2 <= grown[name] < MB, (name, v6, grown)
             assert not any(grown[name] for name in ("level 1", "level 2", "level 3", "scavenger"))

@@ -117,6 +117,7 @@ def load(folder: Path, cell: Cell) -> dict[str, Any] | None:
 def identity(cell: Cell) -> str:
     """All that decides what is run: a file made with other settings must not pass for this cell's."""
     arm = ARMS[cell.arm]
+    # Without defaults, so that a new field of arms leaves the files of those that don't use it valid.
     told = {f.name: getattr(arm, f.name) for f in fields(arm) if getattr(arm, f.name) != f.default}
     told["title"] = ""
     return repr((cell, replace(REGIMES[cell.regime], title="", loads=()), told))

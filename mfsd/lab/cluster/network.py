@@ -22,7 +22,6 @@ from mfsd.config import parse
 from mfsd.lab.governor import Governor
 from mfsd.lab.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
 from mfsd.lab.results import added_up
-from mfsd.ladder import Role
 from mfsd.model import Stage
 from mfsd.policy.registry import make_policy
 from mfsd.policy.still import stage_levels
@@ -149,16 +148,17 @@ def marks(arm: Arm, setting: Setting) -> dict[str, int]:
     plan = _bands(arm)
     if setting == "levels":
         return {b.name: LEVELS_FROM + b.index for b in plan.bands}
-    if arm.classes is not None:
-        first, second = arm.classes
-        chosen = {f"level {i}": HIGH if i < first else 0 if i < second else LOW for i in range(arm.levels)}
-        return chosen | {plan.control.name: HIGH, plan.default.name: 0, plan.scavenger.name: LOW}
+    first, second = arm.classes or (_urgent(arm), arm.levels)
+    levels = {f"level {i}": HIGH if i < first else 0 if i < second else LOW for i in range(arm.levels)}
+    return {plan.control.name: HIGH, **levels, plan.default.name: 0, plan.scavenger.name: LOW}
+
+
+def _urgent(arm: Arm) -> int:
+    """How many of its first levels stand at or above the collectives."""
     policy = make_policy(arm.policy, arm.levels, arm.params)
     collective = int(stage_levels(policy)[Stage.COLLECTIVE])
     # A policy that puts collectives last knows no order of stages: its first level is what it deems urgent.
-    top = collective if 0 <= collective < policy.levels - 1 or policy.levels == 1 else 0
-    high = {f"level {i}" for i in range(top + 1)} | {plan.control.name}
-    return {b.name: HIGH if b.name in high else LOW if b.role is Role.SCAVENGER else 0 for b in plan.bands}
+    return collective + 1 if 0 <= collective < policy.levels - 1 or policy.levels == 1 else 1
 
 
 def _bands(arm: Arm) -> BandPlan:
