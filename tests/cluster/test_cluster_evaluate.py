@@ -31,7 +31,7 @@ def result(
     arm: str, load: float, met: list[bool], *, regime: str = "one", seed: int = 0, **more: Any
 ) -> dict[str, Any]:
     """A cell whose requests took 0.5 s or, where not met, 2 s, with an SLO of 1 s."""
-    cell = {"arm": arm, "regime": regime, "work": {"load": load, "seed": seed}}
+    cell = {"arm": arm, "regime": regime, "work": {"load": load, "seed": seed, "slo_scale": 3.0}}
     requests = [
         {
             "id": i,
@@ -47,7 +47,7 @@ def result(
     ]
     uncounted = {"id": -1, "at": 0.0, "slo": 1.0, "done": None, "counted": False, "unloaded": 1.0}
     return {
-        "cell": cell, "name": f"{arm}-{load}-{seed}", "requests": [uncounted, *requests], "elapsed_s": 100.0,
+        "cell": cell, "name": f"{regime}-{load}-{seed}-{arm}", "requests": [uncounted, *requests], "elapsed_s": 100.0,
         "collectives": [(0.0, 0.010, 1), (1.0, 0.030, 1)], "fetch_waits_s": [0.5], "health": HEALTH, **more,
     }  # fmt: skip
 
@@ -185,6 +185,31 @@ def test_the_reports_say_what_was_spoilt_and_load_nothing(tmp_path: Path) -> Non
         assert "data:image/png;base64," in text
         assert "http" not in text.replace("http-equiv", "")
     assert (tmp_path / "lab-attainment.png").stat().st_size > 1000
+
+
+def test_variants_are_compared_regime_by_regime_over_the_cells_that_all_have() -> None:
+    cells = [
+        result("none", 0.5, [True, False], regime="one"),
+        result("none", 0.5, [True, True], regime="one", seed=1),
+        result("ladder", 0.5, [True, True], regime="one"),
+        result("ladder", 0.5, [False, False], regime="even"),
+        result("none", 0.5, [True, False], regime="even"),
+        result("mfs", 0.5, [True, False], regime="even"),
+    ]
+    rows = report.variant_table(cells)
+    assert rows[0] == ["policy", "cells", "one", "even", "mean", "TTFT p50", "collective"]
+    assert [row[:5] for row in rows[1:]] == [
+        [ARMS["none"].title, "2", "0.500", "0.500", "0.500"],  # without seed 1, which the ladder does not have
+        [ARMS["mfs"].title, "1", "", "0.500", ""],
+        [ARMS["ladder"].title, "2", "1.000", "0.000", "1.000"],  # the mean is over the four regimes of means
+    ]
+    tight = [result("none", 0.5, [True]), result("none", 0.5, [False])]
+    tight[1]["cell"]["work"]["slo_scale"] = 1.5
+    tight[1]["name"] += "_slo1.5"
+    assert [(row[0], row[2]) for row in report.variant_table(tight)[1:]] == [
+        ("fair sharing (no mfsd), SLO 1.5x", "0.000"),
+        ("fair sharing (no mfsd), SLO 3x", "1.000"),
+    ]
 
 
 def test_the_command_line_names_what_can_be_chosen() -> None:

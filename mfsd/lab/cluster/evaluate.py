@@ -87,6 +87,12 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def key_of(result: Mapping[str, Any]) -> Key:
+    """What two arms must share to be compared."""
+    cell = result["cell"]
+    return cell["regime"], cell["work"]["load"], cell["work"]["seed"]
+
+
 class Table:
     """Cells of one setting as arrays: arm -> (regime, load, seed) -> in time, per counted request."""
 
@@ -94,10 +100,9 @@ class Table:
         self.met: dict[str, dict[Key, npt.NDArray[np.bool_]]] = {}
         self.collective: dict[str, dict[Key, float]] = {}
         for result in results:
-            cell = result["cell"]
-            key = cell["regime"], cell["work"]["load"], cell["work"]["seed"]
-            self.met.setdefault(cell["arm"], {})[key] = met(result)
-            self.collective.setdefault(cell["arm"], {})[key] = collective_ms(result)
+            arm, key = result["cell"]["arm"], key_of(result)
+            self.met.setdefault(arm, {})[key] = met(result)
+            self.collective.setdefault(arm, {})[key] = collective_ms(result)
 
     @property
     def arms(self) -> list[str]:

@@ -65,13 +65,22 @@ def full() -> list[Part]:
         return tuple(c for r, load in middle.items() for c in grid(names, regimes=[r], loads=[load], **more))
 
     few = ("none", "two-class", "mfs", "ladder-net")
+    fair = at_middle(["none"])  # as a reference; what the switch could tell apart does not concern it
     return [
         Part("main", "policies, regimes and loads", grid(arms.MAIN)),
-        Part("fifo", "host enforcement alone: FIFO switch", at_middle(few[1:], setting="fifo")),
-        Part("levels", "a switch class per band", at_middle(few[1:], setting="levels")),
-        Part("ablation", "MFS, each part alone off", at_middle(("mfs", *arms.ABLATION))),
-        Part("fit", "the ladder fitted to the network, step by step", at_middle(("ladder", *arms.FIT, "ladder-net"))),
-        Part("sensitivity", "parameters, wrong hints, cross traffic", at_middle(arms.SENSITIVITY)),
+        Part("fifo", "host enforcement alone: FIFO switch", (*fair, *at_middle(few[1:], setting="fifo"))),
+        Part("levels", "a switch class per band", (*fair, *at_middle(few[1:], setting="levels"))),
+        Part("ablation", "MFS, each part alone off", (*fair, *at_middle(("mfs", *arms.ABLATION)))),
+        Part(
+            "fit",
+            "the ladder fitted to the network, step by step",
+            (*fair, *at_middle(("two-class", "ladder", *arms.FIT, "ladder-net"))),
+        ),
+        Part(
+            "sensitivity",
+            "parameters, wrong hints, cross traffic",
+            (*fair, *at_middle(("mfs", "ladder-net", *arms.SENSITIVITY))),
+        ),
         Part("slo", "SLO scale", tuple(c for s in (1.5, 2.0, 5.0) for c in at_middle(few, slo_scale=s))),
         Part("mixed", "20 % tight, 80 % loose deadlines", at_middle(few, tight=0.2)),
         Part("poisson", "Poisson arrivals", at_middle(few, poisson=True)),

@@ -9,15 +9,15 @@ import io
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from rich.table import Table as RichTable
 
-from mfsd.lab.cluster import arms as arms_
 from mfsd.lab.cluster import plots
 from mfsd.lab.cluster.arms import ARMS
 from mfsd.lab.cluster.cell import PATIENCE_S, WARM_UP_S
-from mfsd.lab.cluster.evaluate import Table, at_level, summary
+from mfsd.lab.cluster.evaluate import Table, at_level, key_of, summary
 from mfsd.lab.cluster.jobs import MAX_TOKENS, MIN_TOKENS
-from mfsd.lab.cluster.regimes import REGIMES
+from mfsd.lab.cluster.regimes import MEAN_OF, REGIMES
 from mfsd.lab.machine import machine
 from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.lab.tcp import CONGESTION
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from mfsd.lab.cluster.evaluate import AtLevel
+    from mfsd.lab.cluster.evaluate import AtLevel, Key
     from mfsd.lab.cluster.matrix import Part
 
 LEVELS: Final = ((0.475, ("two-class", "karuna")), (0.20, ("two-class",)))
@@ -265,7 +265,6 @@ def _complete(results: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list
 
 def _part_tables(part: Part, good: Sequence[Mapping[str, Any]], data: dict[str, Any]) -> dict[str, Rows]:
     table = Table(good)
-    arms = [a for a in arms_.ARMS if a in table.met]
     out: dict[str, Rows] = {}
     if part.name == "main" and "none" in table.met:
         for level, references in LEVELS:
@@ -282,20 +281,42 @@ def _part_tables(part: Part, good: Sequence[Mapping[str, Any]], data: dict[str, 
                 "loads": found.loads,
             }
         return out
-    rows = [["policy", "cells", "requests", "in time", "TTFT p50", "collective"]]
-    for arm in arms:
-        cells = [r for r in good if r["cell"]["arm"] == arm]
-        each = [summary(r) for r in cells]
-        n = sum(s["requests"] for s in each)
-        rows.append(
-            [
-                ARMS[arm].title,
-                str(len(cells)),
-                str(n),
-                f"{sum(s['attainment'] * s['requests'] for s in each) / max(n, 1):.3f}",
-                f"{sum(s['ttft_p50_ms'] for s in each) / len(each):.0f} ms",
-                f"{sum(s['collective_mean_ms'] for s in each) / len(each):.1f} ms",
-            ]
-        )
-    out[part.title] = rows
+    out[part.title] = variant_table(good)
     return out
+
+
+def variant_table(results: Sequence[Mapping[str, Any]]) -> Rows:
+    """A row per arm and SLO scale: attainment per regime and its mean, over the cells that all rows of a regime have.
+
+    Unlike at_level it has no intervals: these parts say in which direction something goes.
+    """
+    by_scale: dict[float, list[Mapping[str, Any]]] = {}
+    for result in results:
+        by_scale.setdefault(result["cell"]["work"]["slo_scale"], []).append(result)
+    regimes = [r for r in REGIMES if any(x["cell"]["regime"] == r for x in results)]
+    rows = [["policy", "cells", *regimes, "mean", "TTFT p50", "collective"]]
+    for scale, of_scale in sorted(by_scale.items()):
+        table, found = Table(of_scale), {r["name"]: summary(r) for r in of_scale}
+        keys = {r: _common(table, r) for r in regimes}
+        for arm in (a for a in ARMS if a in table.met):
+            mine = {r: [k for k in keys[r] if k in table.met[arm]] for r in regimes}
+            met = {r: np.concatenate([table.met[arm][k] for k in ks]).mean() for r, ks in mine.items() if ks}
+            averaged = [r for r in regimes if r in MEAN_OF] or regimes
+            each = [found[r["name"]] for r in of_scale if r["cell"]["arm"] == arm and key_of(r) in mine[key_of(r)[0]]]
+            rows.append(
+                [
+                    ARMS[arm].title + (f", SLO {scale:g}x" if len(by_scale) > 1 else ""),
+                    str(len(each)),
+                    *(f"{met[r]:.3f}" if r in met else "" for r in regimes),
+                    f"{np.mean([met[r] for r in averaged]):.3f}" if set(averaged) <= set(met) else "",
+                    f"{np.mean([s['ttft_p50_ms'] for s in each]):.0f} ms" if each else "",
+                    f"{np.mean([s['collective_mean_ms'] for s in each]):.1f} ms" if each else "",
+                ]
+            )
+    return rows
+
+
+def _common(table: Table, regime: str) -> list[Key]:
+    """What all arms that ran in a regime at all have run of it."""
+    sets = [{k for k in met if k[0] == regime} for met in table.met.values()]
+    return sorted(set.intersection(*(s for s in sets if s))) if any(sets) else []
