@@ -69,26 +69,27 @@ def test_mfs_shares_the_first_class_between_p1_and_the_collectives() -> None:
 
 
 class Recorder:
-    """Stands where a client does."""
+    """Stands where a Teller does."""
+
+    hosts = ("p0", "p1")
 
     def __init__(self) -> None:
         self.said: list[tuple[str, Any]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: self.said.append((name, (args, kwargs)))
+    def say(self, host: str, method: str, *args: Any, **kwargs: Any) -> None:
+        del host
+        self.said.append((method, (args, kwargs)))
 
 
-def _hinter(faults: Faults) -> tuple[Hinter, Recorder]:
-    hinter = Hinter({}, 8, faults, 0)
+def _hinter(faults: Faults, *, announce: bool = False) -> tuple[Hinter, Recorder]:
     recorder = Recorder()
-    hinter._clients = {"p0": recorder}  # type: ignore[dict-item]
-    return hinter, recorder
+    return Hinter(recorder, 8, faults, 0, announce=announce), recorder
 
 
 class FakeLane:
     """As much of a lane as the hinter looks at."""
 
-    stage, sock = Stage.P2D, None
+    stage, cookie = Stage.P2D, 77
     src = dst = dataclasses.make_dataclass("H", ["name"])("p0")
 
 
@@ -124,6 +125,29 @@ def test_a_host_hears_of_a_pass_only_while_it_has_bytes_of_it() -> None:
     assert [name for name, _ in heard.said] == ["batch", "layer", "done"]
     hinter.batch({"p0": [JOB]}, "c", 0.01)  # nothing of it is left there
     assert len(heard.said) == 3
+
+
+def test_collectives_are_marked_once_or_announced_with_a_deadline() -> None:
+    lane: Any = FakeLane()
+    hinter, heard = _hinter(Faults())
+    hinter.collective(lane)
+    hinter.batch({}, "b", 0.01)
+    hinter.exchanges([lane], "b", 5000, 0.2)
+    hinter.computed("b")
+    assert heard.said == [("mark", ((77, Stage.COLLECTIVE), {}))]
+    hinter, heard = _hinter(Faults(deadline=1.5), announce=True)
+    hinter.collective(lane)
+    hinter.batch({}, "b", 0.01)
+    hinter.exchanges([lane], "b", 5000, 0.2)
+    hinter.batch({}, "c", 0.01)
+    hinter.exchanges([lane], "c", 6000, None)
+    hinter.computed("b")
+    assert [name for name, _ in heard.said] == ["batch", "transfer", "batch", "transfer", "done"]
+    args, kwargs = heard.said[1][1]
+    assert args[1:] == (77, 5000)
+    assert kwargs == {"stage": Stage.COLLECTIVE, "batch": "b/exchange", "deadline_s": pytest.approx(0.3)}
+    assert heard.said[3][1][1]["deadline_s"] is None
+    assert heard.said[4][1][1] == {"batch": "b/exchange"}
 
 
 @pytest.mark.netns
@@ -172,7 +196,9 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
     work = Work(2.0, load=0.3)
     wanted = jobs_.jobs(REGIMES["reuse"], work)
     with Network(small) as network:
-        plain, governed = (cells.run(network, cells.Cell(arm, "reuse", work)) for arm in ("none", "ladder"))
+        plain, governed, ordered = (
+            cells.run(network, cells.Cell(arm, "reuse", work)) for arm in ("none", "ladder", "ladder-order")
+        )
         namespace = f"mfsd-{run_id()}-{SWITCH}"
         stats = tool("tc", "-n", namespace, "-s", "class", "show", "dev", "p0")
         network.govern(dataclasses.replace(ARMS["ladder"], peers=True), "fifo")
@@ -181,7 +207,7 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
         network.govern(ARMS["none"], "fifo")
         with pytest.raises(KeyError):
             _ = network.targets["p0"]
-    for found in (plain, governed):
+    for found in (plain, governed, ordered):
         assert found["collectives"]
         assert [r["id"] for r in found["requests"]] == [j.id for j in wanted]
         assert all(
@@ -192,9 +218,11 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
         assert found["fetch_waits_s"]
         json.dumps(found)
     assert plain["hints"] == {}
-    assert governed["hints"]["accepted"] > len(wanted)
-    assert governed["hints"]["rejected"] == governed["hints"]["dropped"] == 0
-    assert governed["counters"]["transfers_completed"] > 0
+    for found in (governed, ordered):
+        assert found["hints"]["accepted"] > len(wanted)
+        assert found["hints"]["rejected"] == found["hints"]["dropped"] == 0
+        assert found["counters"]["transfers_completed"] > 0
+    assert ordered["counters"]["transfers_completed"] > governed["counters"]["transfers_completed"], "and collectives"
     sent = dict(re.findall(r"class htb (1:\d+).*?Sent \d+ bytes (\d+) pkt", stats, re.DOTALL))
     assert int(sent["1:2"]) > 0, "collectives carry the first class's mark"
     assert int(sent["1:3"]) > 0, "KV reuse does not"

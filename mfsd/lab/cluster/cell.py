@@ -19,6 +19,7 @@ from mfsd.lab.cluster.jobs import SLO_SCALE, Work, jobs, link_loads
 from mfsd.lab.cluster.lanes import BIN_S, Meter, Plugboard
 from mfsd.lab.cluster.regimes import REGIMES
 from mfsd.lab.cluster.serving import Instance, Log
+from mfsd.lab.cluster.teller import Teller
 from mfsd.lab.health import Probe, verdict
 from mfsd.lab.tcp import EFFICIENCY
 from mfsd.model import Stage
@@ -90,7 +91,8 @@ async def _replay(
     network: Network, cell: Cell, cluster: Cluster, arm: Arm, work: Sequence[Job], on_progress: Callable[[float], None]
 ) -> dict[str, Any]:
     loop, hosts = asyncio.get_running_loop(), network.fabric.hosts
-    with Plugboard() as board, Hinter(network.targets, cluster.steps, arm.faults, cell.work.seed) as hinter:
+    with Plugboard() as board, Teller(network.targets) as teller:
+        hinter = Hinter(teller, cluster.steps, arm.faults, cell.work.seed, announce=arm.announce)
         state = _Run()
         instances = [Instance(i, cluster, hosts, board, hinter, state.log) for i in range(cluster.instances)]
         noise = [
@@ -101,7 +103,7 @@ async def _replay(
         ]
         for lane in board.lanes:
             lane.meter = state.meter
-        hinter.settle()
+        teller.settle()
         before, own = network.cpu_seconds(), sum(psutil.Process().cpu_times()[:2])
         counted = network.counters()
         probe = Probe()
@@ -121,7 +123,7 @@ async def _replay(
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks)
         counters = {k: v - counted.get(k, 0) for k, v in network.counters().items()}
-        hints = hinter.stats()
+        hints = teller.stats()
     return _result(cell, cluster, work, state, elapsed, health) | {"counters": counters, "hints": hints}
 
 

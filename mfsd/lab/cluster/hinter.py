@@ -2,23 +2,23 @@
 """What the serving processes tell the daemons, and what goes wrong with it.
 
 One client per sending host: a request is announced wherever bytes of it leave, as a router would pass its deadline on.
+What a host's client is to do goes to a Voice (teller.py).
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mfsd.client import Client
-from mfsd.lab.results import added_up
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mfsd.lab.cluster.jobs import Job
     from mfsd.lab.cluster.lanes import Lane
+    from mfsd.lab.cluster.teller import Voice
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,73 +36,80 @@ class Faults:
 
 
 class Hinter:
-    """Clients by host name; hosts without a daemon get none. A context manager."""
+    """Says what serving processes would; hosts without a daemon are told nothing.
 
-    def __init__(self, targets: Mapping[str, str], steps: int, faults: Faults, seed: int) -> None:
-        self._clients = {name: Client(f"worker-{name}", target) for name, target in targets.items()}
-        self._steps, self._faults = steps, faults
+    ``announce``: collectives are announced, a transfer per forward pass and connection, rather than marked once.
+    """
+
+    def __init__(self, voice: Voice, steps: int, faults: Faults, seed: int, *, announce: bool = False) -> None:
+        self._voice, self._steps, self._faults, self._announce = voice, steps, faults, announce
         self._over: set[tuple[str, int]] = set()
         """(host, request) whose bytes there have all been handed over: it need not hear of them again."""
         self._passes: dict[str, dict[str, list[int]]] = {}
         """Forward pass -> hosts that know it, and its requests there."""
+        self._exchanging: dict[str, list[str]] = {}
+        """Forward pass -> hosts that know of its collectives."""
         self._rng = random.Random(seed)  # noqa: S311 - a reproducible experiment, not a secret
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for client in self._clients.values():
-            client.close()
-
-    def settle(self, timeout: float = 5.0) -> bool:
-        """Wait until the daemons have heard everything."""
-        answers = [client.flush(timeout) for client in self._clients.values()]
-        return all(answers)
-
-    def stats(self) -> dict[str, int]:
-        """client.Stats, added up."""
-        return added_up(asdict(client.stats) for client in self._clients.values())
 
     def collective(self, lane: Lane) -> None:
         """A connection of a collective group."""
-        client = self._clients.get(lane.src.name)
-        if client is not None and self._rng.random() >= self._faults.marks_lost:
-            client.mark(lane.sock, Stage.COLLECTIVE)
+        if self._announce or lane.src.name not in self._voice.hosts or self._rng.random() < self._faults.marks_lost:
+            return
+        self._voice.say(lane.src.name, "mark", lane.cookie, Stage.COLLECTIVE)
+
+    def exchanges(self, lanes: Sequence[Lane], name: str, size: int, due_in: float | None) -> None:
+        """A forward pass will send ``size`` bytes over each of these connections of its collective group.
+
+        ``due_in``: seconds to the first deadline among its requests that can still be met; None: there is none.
+        """
+        if not self._announce:
+            return
+        deadline = None if due_in is None else due_in * self._faults.deadline
+        # A batch of their own, since most ranks have none of its requests' bytes.
+        group = f"{name}/exchange"
+        known = self._exchanging[name] = sorted({lane.src.name for lane in lanes} & set(self._voice.hosts))
+        for host in known:
+            self._voice.say(host, "batch", group)
+        for lane in lanes:
+            if lane.src.name in known and self._rng.random() >= self._faults.marks_lost:
+                self._voice.say(
+                    lane.src.name, "transfer", f"{group}/{lane.dst.name}", lane.cookie, size, stage=Stage.COLLECTIVE,
+                    batch=group, deadline_s=deadline,
+                )  # fmt: skip
 
     def request(self, hosts: Iterable[str], job: Job, compute: float) -> None:
         """A request has arrived; bytes of it will leave ``hosts``."""
         for host in hosts:
-            if host in self._clients:
+            if host in self._voice.hosts:
                 left = job.slo * self._faults.deadline
-                self._clients[host].request(f"r{job.id}", ttft_left_s=left, compute_left_s=compute)
+                self._voice.say(host, "request", f"r{job.id}", ttft_left_s=left, compute_left_s=compute)
 
     def send(self, lane: Lane, job: Job, step: int, size: int) -> None:
         """A step's KV is about to be written to a lane."""
-        client = self._clients.get(lane.src.name)
-        if client is None or self._rng.random() < self._faults.lost:
+        if lane.src.name not in self._voice.hosts or self._rng.random() < self._faults.lost:
             return
         if self._faults.size > 1.0:
             size = max(int(size * self._faults.size ** self._rng.uniform(-1, 1)), 1)
-        client.transfer(
-            f"r{job.id}/{lane.stage}/{step}/{lane.dst.name}", lane.sock, size, stage=lane.stage, request=f"r{job.id}",
-            layer=step,
+        self._voice.say(
+            lane.src.name, "transfer", f"r{job.id}/{lane.stage}/{step}/{lane.dst.name}", lane.cookie, size,
+            stage=lane.stage, request=f"r{job.id}", layer=step,
         )  # fmt: skip
 
     def sent(self, host: str, job: Job) -> None:
         """The last byte of a request has been handed to the host's sockets."""
-        if host in self._clients:
+        if host in self._voice.hosts:
             self._over.add((host, job.id))
-            self._clients[host].done(request=f"r{job.id}")
+            self._voice.say(host, "done", request=f"r{job.id}")
 
     def batch(self, hosts: Mapping[str, list[Job]], name: str, layer_compute: float) -> None:
         """A forward pass begins; ``hosts`` have bytes of these requests."""
         told = self._passes[name] = {}
         for host, jobs in hosts.items():
             members = [j.id for j in jobs if (host, j.id) not in self._over]
-            if host in self._clients and members:
+            if host in self._voice.hosts and members:
                 told[host] = members
                 names = [f"r{i}" for i in members]
-                self._clients[host].batch(name, names, layers=self._steps, layer_compute_s=layer_compute)
+                self._voice.say(host, "batch", name, names, layers=self._steps, layer_compute_s=layer_compute)
 
     def _concerned(self, name: str) -> list[str]:
         """Hosts that still have bytes of a pass: a daemon forgets a batch with the last of its requests."""
@@ -112,11 +119,13 @@ class Hinter:
     def layer(self, name: str, step: int) -> None:
         """A pass is at this step."""
         for host in self._concerned(name):
-            self._clients[host].layer(name, step)
+            self._voice.say(host, "layer", name, step)
 
     def computed(self, name: str) -> None:
         """A pass has ended."""
         for host in self._concerned(name):
-            self._clients[host].layer(name, self._steps - 1, compute_done=True)
-            self._clients[host].done(batch=name)
+            self._voice.say(host, "layer", name, self._steps - 1, compute_done=True)
+            self._voice.say(host, "done", batch=name)
+        for host in self._exchanging.pop(name, ()):
+            self._voice.say(host, "done", batch=f"{name}/exchange")
         del self._passes[name]

@@ -14,6 +14,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
+from mfsd.client.selectors import cookie_of
 from mfsd.lab.enter import inside
 from mfsd.lab.tcp import CHUNK, prepare
 
@@ -57,6 +58,8 @@ class Lane:
     def __init__(self, src: Host, dst: Host, stage: Stage, sock: socket.socket, peer: socket.socket) -> None:
         self.src, self.dst, self.stage = src, dst, stage
         self.sock, self._peer = sock, peer
+        self.cookie = cookie_of(sock)
+        """What hints name it by."""
         self._loop = asyncio.get_running_loop()
         self._frames: collections.deque[_Frame] = collections.deque()
         self._unsent: collections.deque[_Frame] = collections.deque()
