@@ -23,7 +23,8 @@ from mfsd.lab.cluster.jobs import Job, Work
 from mfsd.lab.cluster.lanes import Meter, Plugboard
 from mfsd.lab.cluster.network import HIGH, LEVELS_FROM, LOW, Network, marks
 from mfsd.lab.cluster.regimes import REGIMES, Cluster
-from mfsd.lab.net import SWITCH, Fabric, run_id, tool
+from mfsd.lab.cluster.teller import Teller
+from mfsd.lab.net import SWITCH, Fabric, LabError, run_id, tool
 from mfsd.model import Stage
 from mfsd.policy.registry import make_policy
 from mfsd.policy.still import stage_levels
@@ -148,6 +149,26 @@ def test_collectives_are_marked_once_or_announced_with_a_deadline() -> None:
     assert kwargs == {"stage": Stage.COLLECTIVE, "batch": "b/exchange", "deadline_s": pytest.approx(0.3)}
     assert heard.said[3][1][1]["deadline_s"] is None
     assert heard.said[4][1][1] == {"batch": "b/exchange"}
+
+
+def test_the_hinting_process_ends_with_its_owner_and_its_loss_is_an_error(tmp_path: Path) -> None:
+    async def main() -> None:
+        with Teller({}) as mute:
+            assert mute.settle()
+            assert mute.stats() == {}
+            assert not psutil.Process().children()
+        with Teller({"p0": f"unix:{tmp_path}/nobody"}) as teller:
+            teller.say("p0", "request", "r1", ttft_left_s=0.4)
+            assert not teller.settle(0.1), "nobody is there to hear it"
+            assert teller.stats()["connects"] == 0
+            (child,) = psutil.Process().children()
+            child.kill()
+            child.wait(10)
+            with pytest.raises(LabError, match="the hinting process is gone"):
+                teller.settle(0.1)
+        assert not psutil.Process().children()
+
+    asyncio.run(main())
 
 
 @pytest.mark.netns

@@ -24,6 +24,8 @@ DURATION_S: Final = 12.0
 QUICK_S: Final = 11.0
 QUICK_REGIME: Final = "several"
 QUICK_ARMS: Final = ("none", "two-class", "karuna", "mfs", "ladder-net")
+EMULATOR: Final = 2
+"""Raised when the emulator changes what it measures: results of an earlier one then no longer count."""
 CHANGE_S: Final = 5.0
 """Between arms: eight daemons end and eight others start."""
 
@@ -129,7 +131,7 @@ def identity(cell: Cell) -> str:
     # Without defaults, so that a new field of arms leaves the files of those that don't use it valid.
     told = {f.name: getattr(arm, f.name) for f in fields(arm) if getattr(arm, f.name) != f.default}
     told["title"] = ""
-    return repr((cell, replace(REGIMES[cell.regime], title="", loads=()), told))
+    return repr((EMULATOR, cell, replace(REGIMES[cell.regime], title="", loads=()), told))
 
 
 def results(folder: Path, cells: Iterable[Cell]) -> list[dict[str, Any]]:
