@@ -28,8 +28,8 @@ class DeadlineLadder(PolicyBase):
     Levels, most urgent first::
 
         kv = "deadline"                        kv = "rli"
-        0 .. collectives, always               0 ..              collectives, always
-        c .. KV by time to the deadline        c .. early_levels stage 1 by RLI (one level: static)
+        0    collectives, always               0                 collectives, always
+        1 .. KV by time to the deadline        1 .. early_levels stage 1 by RLI (one level: static)
                                                ..                stage 3 by time to the deadline
         .. levels-1  doomed stage 3, least work first, if ``doomed_levels`` > 0
         SCAVENGER    doomed stage 3
@@ -37,10 +37,6 @@ class DeadlineLadder(PolicyBase):
     The deadline of a stage-1 transfer is the earliest of its batch's requests that can still be in time: they all wait
     for it. Nothing stands above the collectives: lifting one urgent P2D there stalls whole batches. The buckets are
     absolute, at equal ratios from ``first_ms`` to ``last_ms``, so a level means the same on every host.
-
-    *Order of collectives*: with c = ``collective_levels`` > 1 the batch that is due first has level 0, the next one
-    level 1, and so on: exchanges of several batches are sooner over one after the other than all at once. A batch
-    without a deadline that can be met is last. Static marks, of which no batch is known, stay on level 0.
 
     As time passes a level only rises. It falls if the deadline itself is moved: by a renewed hint, or for stage 1
     when the tightest request of its batch is given up.
@@ -52,9 +48,6 @@ class DeadlineLadder(PolicyBase):
 
     levels: int = 8
     kv: str = option("deadline", "order of stage 1: with stage 3 by deadline, or above it by RLI", choices=KV)
-    collective_levels: int = option(
-        1, "levels that order collectives by their batch's deadline; 1: all alike", low=1, high=64
-    )
     early_levels: int = option(1, "levels for stage 1 if kv = 'rli'; 1: static", low=1, high=64)
     first_ms: float = option(12.5, "time to the deadline below which KV is most urgent", low=0.001)
     last_ms: float = option(800.0, "time to the deadline above which KV is least urgent", low=0.001)
@@ -85,7 +78,7 @@ class DeadlineLadder(PolicyBase):
     @property
     def _base(self) -> int:
         """First level of the deadline buckets."""
-        return self.collective_levels + (self.early_levels if self.kv == "rli" else 0)
+        return 1 + self.early_levels if self.kv == "rli" else 1
 
     @property
     def _doomed_base(self) -> int:
@@ -94,9 +87,7 @@ class DeadlineLadder(PolicyBase):
     @property
     def default_after(self) -> int:
         """Unhinted traffic stands above the far half of the deadlines (kv = "deadline"), or above all stage 3."""
-        if self.kv == "rli":
-            return self._base
-        return self._base + (self._doomed_base - self._base) // 2
+        return self._base if self.kv == "rli" else 1 + (self._doomed_base - 1) // 2
 
     def evaluate(
         self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
@@ -107,11 +98,9 @@ class DeadlineLadder(PolicyBase):
         wanted = np.int16(self._base) + buckets.bucket(due_in, self._edges)
         if self.kv == "rli":
             # Stage 1 starts a level below the collectives even when it is overdue.
-            early = self.collective_levels + np.clip(rli.rli(transfers) - 1, 0, self.early_levels - 1)
+            early = 1 + np.clip(rli.rli(transfers) - 1, 0, self.early_levels - 1)
             wanted = pick.levels(transfers.stage == P2D, wanted, early.astype(np.int16))
-        collective = transfers.stage == rli.COLLECTIVE
-        first = self._collective_level(collective, transfers, requests, batches, doomed)
-        wanted = pick.levels(collective, first, wanted)
+        wanted = pick.levels(transfers.stage == rli.COLLECTIVE, np.int16(0), wanted)
         old = transfers
         if self.doomed_levels:
             # Rows on the doomed levels count as on the scavenger: if they come back they start afresh.
@@ -130,37 +119,10 @@ class DeadlineLadder(PolicyBase):
         """What each transfer is ordered by, monotonic seconds, shape (n,)."""
         if self.kv == "rli" or not len(batches):
             return transfers.deadline
-        together = of_batch(transfers, self._first_live(requests, batches, doomed))
+        live = requests.deadline if doomed is None else np.where(doomed.requests, np.inf, requests.deadline)
+        together = of_batch(transfers, earliest(live, requests, batches))
         alone = (transfers.stage == P2D) | (transfers.batch < 0)
         return pick.floats(alone, transfers.deadline, together)
-
-    @staticmethod
-    def _first_live(requests: RequestView, batches: BatchView, doomed: bound.Verdict | None) -> F8:
-        """First deadline of each batch that can still be met, shape (b,)."""
-        live = requests.deadline if doomed is None else np.where(doomed.requests, np.inf, requests.deadline)
-        return earliest(live, requests, batches)
-
-    def _collective_level(
-        self,
-        rows: B1,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        doomed: bound.Verdict | None,
-    ) -> I2 | np.int16:
-        """Level of the collectives among ``rows``: how many batches are due before theirs."""
-        if self.collective_levels == 1 or not rows.any():
-            return np.int16(0)
-        inherited = of_batch(transfers, self._first_live(requests, batches, doomed))[rows]
-        due, batch = transfers.deadline[rows], transfers.batch[rows]
-        due = np.where(np.isinf(due), inherited, due)
-        # The deadlines of a batch's transfers differ by the time between their hints; they share the first one.
-        first = np.full(len(batches) + 1, np.inf)
-        np.minimum.at(first, batch, due)
-        due = np.where(batch >= 0, first[batch], due)
-        out = np.zeros(len(rows), dtype=np.int16)
-        out[rows] = buckets.dense_rank(due, self.collective_levels)
-        return out
 
     def _given_up(self, transfers: TransferView) -> B1:
         on_ladder = (transfers.level >= self._doomed_base) & (transfers.level < self.levels)
@@ -191,7 +153,7 @@ class DeadlineLadder(PolicyBase):
         doomed = self._judge(transfers, requests, link, now) if self.give_up else None
         stage = int(transfers.stage[row])
         if stage == rli.COLLECTIVE:
-            self._collective_reasons(out, level)
+            out.reasons.append("It is a collective: level 0, nothing stands above it.")
         elif stage != P2D and self.kv == "rli":
             self._early_reasons(out, row, level, transfers)
         elif stage == P2D and doomed is not None and doomed.transfers[row]:
@@ -204,19 +166,6 @@ class DeadlineLadder(PolicyBase):
             whose = "its deadline" if stage == P2D else "the first deadline of its batch that can still be met"
             self._deadline_reasons(out, level, deadline - now, whose)
 
-    def _collective_reasons(self, out: Explanation, level: int) -> None:
-        if self.collective_levels == 1:
-            out.reasons.append("It is a collective: level 0, nothing stands above it.")
-        elif not level:
-            out.reasons.append("It is a collective of the batch that is due first: level 0, nothing stands above it.")
-        else:
-            least = "at least " if level == self.collective_levels - 1 else ""
-            due = f"{level} batches are" if level > 1 else "one batch is"
-            out.reasons.append(
-                f"It is a collective, and {least}{due} due before its own: {place(level)}. It is promoted when "
-                "collectives above it end."
-            )
-
     def _early_reasons(self, out: Explanation, row: int, level: int, transfers: TransferView) -> None:
         if self.early_levels == 1:
             out.reasons.append(f"Stage 1 is static: {place(level)}, below the collectives and above stage 3.")
@@ -225,9 +174,8 @@ class DeadlineLadder(PolicyBase):
             f"It feeds layer {int(transfers.target_layer[row])} and layer {int(transfers.current_layer[row])} "
             f"computes: RLI {out.figures['rli']:.0f} is {place(level)}."
         )
-        step = level - self.collective_levels
-        if step and self.promotion:
-            layer = int(transfers.target_layer[row]) - step
+        if level > 1 and self.promotion:
+            layer = int(transfers.target_layer[row]) - (level - 1)
             out.reasons.append(f"It is promoted when layer {layer} starts.")
 
     def _deadline_reasons(self, out: Explanation, level: int, time_left: float, whose: str) -> None:

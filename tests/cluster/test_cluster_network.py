@@ -82,9 +82,9 @@ class Recorder:
         self.said.append((method, (args, kwargs)))
 
 
-def _hinter(faults: Faults, *, announce: bool = False) -> tuple[Hinter, Recorder]:
+def _hinter(faults: Faults) -> tuple[Hinter, Recorder]:
     recorder = Recorder()
-    return Hinter(recorder, 8, faults, 0, announce=announce), recorder
+    return Hinter(recorder, 8, faults, 0), recorder
 
 
 class FakeLane:
@@ -126,29 +126,6 @@ def test_a_host_hears_of_a_pass_only_while_it_has_bytes_of_it() -> None:
     assert [name for name, _ in heard.said] == ["batch", "layer", "done"]
     hinter.batch({"p0": [JOB]}, "c", 0.01)  # nothing of it is left there
     assert len(heard.said) == 3
-
-
-def test_collectives_are_marked_once_or_announced_with_a_deadline() -> None:
-    lane: Any = FakeLane()
-    hinter, heard = _hinter(Faults())
-    hinter.collective(lane)
-    hinter.batch({}, "b", 0.01)
-    hinter.exchanges([lane], "b", 5000, 0.2)
-    hinter.computed("b")
-    assert heard.said == [("mark", ((77, Stage.COLLECTIVE), {}))]
-    hinter, heard = _hinter(Faults(deadline=1.5), announce=True)
-    hinter.collective(lane)
-    hinter.batch({}, "b", 0.01)
-    hinter.exchanges([lane], "b", 5000, 0.2)
-    hinter.batch({}, "c", 0.01)
-    hinter.exchanges([lane], "c", 6000, None)
-    hinter.computed("b")
-    assert [name for name, _ in heard.said] == ["batch", "transfer", "batch", "transfer", "done"]
-    args, kwargs = heard.said[1][1]
-    assert args[1:] == (77, 5000)
-    assert kwargs == {"stage": Stage.COLLECTIVE, "batch": "b/exchange", "deadline_s": pytest.approx(0.3)}
-    assert heard.said[3][1][1]["deadline_s"] is None
-    assert heard.said[4][1][1] == {"batch": "b/exchange"}
 
 
 def test_the_hinting_process_ends_with_its_owner_and_its_loss_is_an_error(tmp_path: Path) -> None:
@@ -217,9 +194,7 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
     work = Work(2.0, load=0.3)
     wanted = jobs_.jobs(REGIMES["reuse"], work)
     with Network(small) as network:
-        plain, governed, ordered = (
-            cells.run(network, cells.Cell(arm, "reuse", work)) for arm in ("none", "ladder", "ladder-order")
-        )
+        plain, governed = (cells.run(network, cells.Cell(arm, "reuse", work)) for arm in ("none", "ladder"))
         namespace = f"mfsd-{run_id()}-{SWITCH}"
         stats = tool("tc", "-n", namespace, "-s", "class", "show", "dev", "p0")
         network.govern(dataclasses.replace(ARMS["ladder"], peers=True), "fifo")
@@ -228,7 +203,7 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
         network.govern(ARMS["none"], "fifo")
         with pytest.raises(KeyError):
             _ = network.targets["p0"]
-    for found in (plain, governed, ordered):
+    for found in (plain, governed):
         assert found["collectives"]
         assert [r["id"] for r in found["requests"]] == [j.id for j in wanted]
         assert all(
@@ -239,11 +214,9 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
         assert found["fetch_waits_s"]
         json.dumps(found)
     assert plain["hints"] == {}
-    for found in (governed, ordered):
-        assert found["hints"]["accepted"] > len(wanted)
-        assert found["hints"]["rejected"] == found["hints"]["dropped"] == 0
-        assert found["counters"]["transfers_completed"] > 0
-    assert ordered["counters"]["transfers_completed"] > governed["counters"]["transfers_completed"], "and collectives"
+    assert governed["hints"]["accepted"] > len(wanted)
+    assert governed["hints"]["rejected"] == governed["hints"]["dropped"] == 0
+    assert governed["counters"]["transfers_completed"] > 0
     sent = dict(re.findall(r"class htb (1:\d+).*?Sent \d+ bytes (\d+) pkt", stats, re.DOTALL))
     assert int(sent["1:2"]) > 0, "collectives carry the first class's mark"
     assert int(sent["1:3"]) > 0, "KV reuse does not"

@@ -213,26 +213,9 @@ def may_change(s: State, i: int, p: Any) -> bool:
     return bool(p.when == "tick") or bool(s.t.layer_started[i]) or not bool(s.t.computing[i])
 
 
-def earlier_batches(s: State, i: int, lost: set[int]) -> int:
-    """How many distinct deadlines the collectives of other batches have before those of row ``i``'s."""
-
-    def own(j: int) -> float:
-        due, batch = float(s.t.deadline[j]), int(s.t.batch[j])
-        if math.isinf(due) and batch >= 0:
-            due = min((float(s.r.deadline[q]) for q in s.members(batch) if q not in lost), default=math.inf)
-        return due
-
-    def together(j: int) -> float:
-        return min(own(k) for k in collectives if k == j or s.t.batch[k] == s.t.batch[j] >= 0)
-
-    collectives = [j for j in s.rows() if s.t.stage[j] == COLLECTIVE]
-    return len({together(j) for j in collectives if together(j) < together(i)})
-
-
 def ladder(s: State, p: Any) -> list[int]:
     """DeadlineLadder; ``p`` gives the parameters."""
-    c = p.collective_levels
-    base = c + p.early_levels if p.kv == "rli" else c
+    base = 1 + p.early_levels if p.kv == "rli" else 1
     top_doomed = p.levels - p.doomed_levels
     edges = geometric(top_doomed - base, p.first_ms / 1e3, p.last_ms / 1e3)
 
@@ -242,7 +225,6 @@ def ladder(s: State, p: Any) -> list[int]:
 
     lost_rows = doomed(s, p.margin, given_up) if p.give_up else [False] * len(s.t)
     lost = doomed_requests(s, p.margin, given_up) if p.give_up else set()
-
     out = []
     for i in s.rows():
         stage, batch = s.t.stage[i], int(s.t.batch[i])
@@ -255,9 +237,9 @@ def ladder(s: State, p: Any) -> list[int]:
             out.append(top_doomed + step if step < p.doomed_levels else SCAVENGER)
             continue
         if stage == COLLECTIVE:
-            want = min(earlier_batches(s, i, lost), c - 1)
+            want = 0
         elif stage == KV and p.kv == "rli":
-            want = c - 1 + min(max(rli(s, i), 1), p.early_levels)
+            want = min(max(rli(s, i), 1), p.early_levels)
         else:
             due = float(s.t.deadline[i])
             if stage == KV and batch >= 0:

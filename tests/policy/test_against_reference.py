@@ -27,9 +27,6 @@ LADDER = [
     (8, {"give_up": False}),
     (8, {"promotion": False}),
     (60, {"first_ms": 1.0}),
-    (8, {"collective_levels": 2}),
-    (8, {"collective_levels": 3, "give_up": False}),
-    (10, {"collective_levels": 3, "kv": "rli", "early_levels": 2, "doomed_levels": 2}),
 ]
 MFS = [
     (8, {}),

@@ -20,7 +20,6 @@ seeds = st.integers(0, 2**32 - 1)
 NAMES = registry.names()
 EXTRA: list[tuple[str, dict[str, Any]]] = [
     ("deadline-ladder", {"kv": "rli", "early_levels": 3, "doomed_levels": 2}),
-    ("deadline-ladder", {"collective_levels": 3}),
     ("mfs", {"rho": "above"}),
 ]
 POLICIES: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in NAMES), *EXTRA]

@@ -13,8 +13,7 @@ import policy_views as pv
 import pytest
 
 from mfsd.policy import params, registry
-from mfsd.policy.base import LEVEL_NONE, LEVEL_SCAVENGER, Policy
-from mfsd.policy.still import stage_levels
+from mfsd.policy.base import LEVEL_SCAVENGER, Policy
 
 DEFAULT_FIRST = "deadline-ladder"
 
@@ -60,7 +59,6 @@ def test_policies_are_frozen_and_cite_their_source(name: str) -> None:
         ("karuna", None, {"low_kb": 10, "high_kb": 1}, "high_kb = 1: must be at least low_kb"),
         ("deadline-ladder", None, {"last_ms": 1}, "last_ms = 1: must be at least first_ms"),
         ("deadline-ladder", 3, {"doomed_levels": 2}, "levels = 3: policy 'deadline-ladder' needs at least 4"),
-        ("deadline-ladder", 3, {"collective_levels": 3}, "levels = 3: policy 'deadline-ladder' needs at least 4"),
         ("fair", 0, {}, "levels = 0: must be an integer from 1"),
         ("fair", True, {}, "levels = True: must be an integer from 1"),
     ],
@@ -130,25 +128,6 @@ def test_a_batch_is_not_hurried_for_a_request_that_is_lost() -> None:
     assert _levels("deadline-ladder", {"last_ms": 400.0, "give_up": False}, t, r) == [1, 1]
 
 
-def test_collectives_of_the_batch_due_first_go_first() -> None:
-    """By their own deadline or their batch's; a hint a moment later does not tear a batch apart."""
-    policy = registry.make_policy("deadline-ladder", 8, {"collective_levels": 3})
-    t = pv.transfers(
-        7,
-        stage=[2, 2, 2, 2, 2, 2, 3],
-        batch=[0, 0, 1, 2, 3, -1, -1],
-        deadline=[0.3, 0.301, math.inf, 0.3005, math.inf, 9.0, 9.0],
-        left=1e3,
-    )
-    r = pv.requests(1, batch=1, deadline=0.1)
-    level = policy.evaluate(t, r, pv.batches(4), pv.link(1e9), 0.0)
-    # Batch 1 inherits 100 ms; then batch 0, then batch 2, and nothing is known of the others. KV begins at level 3.
-    assert level.tolist() == [1, 1, 0, 2, 2, 2, 7]
-    assert stage_levels(policy).tolist() == [LEVEL_NONE, 7, 0, 7]
-    plain = registry.make_policy("deadline-ladder", 8)
-    assert plain.evaluate(t, r, pv.batches(4), pv.link(1e9), 0.0).tolist() == [0] * 6 + [7]
-
-
 def test_pruned_requests_are_demoted_and_restored() -> None:
     t = pv.transfers(3, stage=[1, 2, 3], request=[0, -1, 0], batch=0, deadline=1.0)
     r = pv.requests(1, batch=0, deadline=1.0, pruned=True)
@@ -201,19 +180,6 @@ def test_explain_mlu() -> None:
     # 20 MB take 20 ms; MLU is 0.125 when 160 ms are left.
     assert figures["next_promotion_s"] == pytest.approx(0.24)
     assert "It is promoted when its MLU reaches 0.125: in 240 ms if nothing of it is sent until then" in text
-
-
-def test_explain_the_order_of_collectives() -> None:
-    given: dict[str, params.Value] = {"collective_levels": 2}
-    text, _ = _why("deadline-ladder", given, stage=2, batch=0, deadline=0.5)
-    assert "It is a collective of the batch that is due first: level 0" in text
-    policy = registry.make_policy("deadline-ladder", 8, given)
-    t = pv.transfers(2, stage=2, batch=[0, 1], deadline=[0.5, 0.2])
-    why = policy.explain(0, t, pv.requests(0), pv.batches(2), pv.link(1e9), 0.0)
-    assert why.reasons[0] == (
-        "It is a collective, and at least one batch is due before its own: level 1. "
-        "It is promoted when collectives above it end."
-    )
 
 
 def test_explain_rli() -> None:

@@ -32,8 +32,6 @@ class Arm:
     """Levels in the switch's first class, and in the first two together; None: see network.marks."""
     peers: bool = False
     """The daemons know the rate of the decode hosts' links ([[peer]])."""
-    announce: bool = False
-    """Collectives are announced pass by pass with a deadline, for policies that order them; else marked once."""
     background: float = 0.0
     """Unhinted bytes from every prefill host to every decode host, together this share of a decode host's link."""
 
@@ -45,7 +43,7 @@ class Arm:
 
 
 def _arm(name: str, title: str, policy: str, **more: Any) -> Arm:
-    own = ("levels", "tick_ms", "faults", "floors", "classes", "peers", "announce", "background")
+    own = ("levels", "tick_ms", "faults", "floors", "classes", "peers", "background")
     known = {k: more.pop(k) for k in own if k in more}
     return Arm(name, title, policy, more, **known)
 
@@ -80,17 +78,6 @@ _ABLATION: Final = tuple(
 _FIT: Final = (
     _arm("ladder-peers", "ladder with peer rates", "deadline-ladder", peers=True),
     _arm("ladder-classes", "ladder with peer rates and classes", "deadline-ladder", peers=True, classes=(3, 4)),
-    _arm(
-        "ladder-order",
-        "fitted ladder, collectives by deadline",
-        "deadline-ladder",
-        peers=True,
-        announce=True,
-        classes=(3, 4),
-        floors=(0.0, 0.0, 0.1, 0.1, 0.1),
-        collective_levels=2,
-        first_ms=100.0,
-    ),
     _arm("ladder-floors", "ladder with peer rates and floors", "deadline-ladder", peers=True, floors=_FLOORS),
     _arm("two-class-floors", "two-class with a floor for KV", "two-class", floors=(0.0, 0.1)),
 )

@@ -92,7 +92,7 @@ async def _replay(
 ) -> dict[str, Any]:
     loop, hosts = asyncio.get_running_loop(), network.fabric.hosts
     with Plugboard() as board, Teller(network.targets) as teller:
-        hinter = Hinter(teller, cluster.steps, arm.faults, cell.work.seed, announce=arm.announce)
+        hinter = Hinter(teller, cluster.steps, arm.faults, cell.work.seed)
         state = _Run()
         instances = [Instance(i, cluster, hosts, board, hinter, state.log) for i in range(cluster.instances)]
         noise = [

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from mfsd.lab.cluster.jobs import Job
     from mfsd.lab.cluster.lanes import Lane
@@ -36,46 +36,20 @@ class Faults:
 
 
 class Hinter:
-    """Says what serving processes would; hosts without a daemon are told nothing.
+    """Says what serving processes would; hosts without a daemon are told nothing."""
 
-    ``announce``: collectives are announced, a transfer per forward pass and connection, rather than marked once.
-    """
-
-    def __init__(self, voice: Voice, steps: int, faults: Faults, seed: int, *, announce: bool = False) -> None:
-        self._voice, self._steps, self._faults, self._announce = voice, steps, faults, announce
+    def __init__(self, voice: Voice, steps: int, faults: Faults, seed: int) -> None:
+        self._voice, self._steps, self._faults = voice, steps, faults
         self._over: set[tuple[str, int]] = set()
         """(host, request) whose bytes there have all been handed over: it need not hear of them again."""
         self._passes: dict[str, dict[str, list[int]]] = {}
         """Forward pass -> hosts that know it, and its requests there."""
-        self._exchanging: dict[str, list[str]] = {}
-        """Forward pass -> hosts that know of its collectives."""
         self._rng = random.Random(seed)  # noqa: S311 - a reproducible experiment, not a secret
 
     def collective(self, lane: Lane) -> None:
         """A connection of a collective group."""
-        if self._announce or lane.src.name not in self._voice.hosts or self._rng.random() < self._faults.marks_lost:
-            return
-        self._voice.say(lane.src.name, "mark", lane.cookie, Stage.COLLECTIVE)
-
-    def exchanges(self, lanes: Sequence[Lane], name: str, size: int, due_in: float | None) -> None:
-        """A forward pass will send ``size`` bytes over each of these connections of its collective group.
-
-        ``due_in``: seconds to the first deadline among its requests that can still be met; None: there is none.
-        """
-        if not self._announce:
-            return
-        deadline = None if due_in is None else due_in * self._faults.deadline
-        # A batch of their own, since most ranks have none of its requests' bytes.
-        group = f"{name}/exchange"
-        known = self._exchanging[name] = sorted({lane.src.name for lane in lanes} & set(self._voice.hosts))
-        for host in known:
-            self._voice.say(host, "batch", group)
-        for lane in lanes:
-            if lane.src.name in known and self._rng.random() >= self._faults.marks_lost:
-                self._voice.say(
-                    lane.src.name, "transfer", f"{group}/{lane.dst.name}", lane.cookie, size, stage=Stage.COLLECTIVE,
-                    batch=group, deadline_s=deadline,
-                )  # fmt: skip
+        if lane.src.name in self._voice.hosts and self._rng.random() >= self._faults.marks_lost:
+            self._voice.say(lane.src.name, "mark", lane.cookie, Stage.COLLECTIVE)
 
     def request(self, hosts: Iterable[str], job: Job, compute: float) -> None:
         """A request has arrived; bytes of it will leave ``hosts``."""
@@ -126,6 +100,4 @@ class Hinter:
         for host in self._concerned(name):
             self._voice.say(host, "layer", name, self._steps - 1, compute_done=True)
             self._voice.say(host, "done", batch=name)
-        for host in self._exchanging.pop(name, ()):
-            self._voice.say(host, "done", batch=f"{name}/exchange")
         del self._passes[name]

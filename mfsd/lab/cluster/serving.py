@@ -160,7 +160,6 @@ class Instance:
         now = self._loop.time() - self.begin
         log.began |= dict.fromkeys((j.id for j in batch), now)
         self._hinter.batch(hosts, name, compute)
-        self._hinter.exchanges(self._exchange, name, rounds * size, self._due_in(batch, rounds * compute))
         lanes = {j.id: [min(self._p2d[r, j.decode], key=lambda lane: lane.queued) for r in self._ranks(j)]
                  for j in batch}  # fmt: skip
         missing = {j.id: rounds * len(lanes[j.id]) for j in batch}
@@ -175,11 +174,6 @@ class Instance:
         began, now = now, self._loop.time() - self.begin
         log.passes += now - began
         log.computed |= dict.fromkeys((j.id for j in batch), now)
-
-    def _due_in(self, batch: list[Job], compute: float) -> float | None:
-        """Seconds to the first deadline in a batch that leaves time to compute; None: all are too late."""
-        now = self._loop.time() - self.begin
-        return min((left for j in batch if (left := j.at + j.slo - now) > compute), default=None)
 
     async def _cached(self, batch: list[Job], step: int) -> None:
         before = self._loop.time()
