@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import mfsd
 from mfsd.lab.governor import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NICE: Final = -10
 """Of everything that a lab runs, so that the machine's other work disturbs less; both arms of a comparison have it."""
@@ -21,6 +25,20 @@ NICE: Final = -10
 def take_precedence() -> None:
     """Give this process, and those that it starts from now on, precedence over the machine's other work."""
     os.setpriority(os.PRIO_PROCESS, 0, NICE)
+
+
+@contextlib.contextmanager
+def real_time() -> Iterator[None]:
+    """Let the calling thread run whenever it wants to (SCHED_RR), for emulated hardware that keeps time by itself.
+
+    Threads that it starts meanwhile would inherit this. Where it is not allowed nothing changes; health.py notices.
+    """
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def end_on_sigterm() -> None:

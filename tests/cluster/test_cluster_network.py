@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import functools
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from mfsd.lab.cluster.lanes import Meter, Plugboard
 from mfsd.lab.cluster.network import HIGH, LEVELS_FROM, LOW, Network, marks
 from mfsd.lab.cluster.regimes import REGIMES, Cluster
 from mfsd.lab.cluster.teller import Teller
+from mfsd.lab.machine import real_time
 from mfsd.lab.net import SWITCH, Fabric, LabError, run_id, tool
 from mfsd.model import Stage
 from mfsd.policy.registry import make_policy
@@ -146,6 +148,22 @@ def test_the_hinting_process_ends_with_its_owner_and_its_loss_is_an_error(tmp_pa
         assert not psutil.Process().children()
 
     asyncio.run(main())
+
+
+def test_real_time_ends_with_its_block_even_when_it_fails() -> None:
+    before = os.sched_getscheduler(0)
+    during = None
+
+    def fail() -> None:
+        nonlocal during
+        with real_time():
+            during = os.sched_getscheduler(0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert during == (os.SCHED_RR if os.geteuid() == 0 else before)
+    assert os.sched_getscheduler(0) == before == os.SCHED_OTHER
 
 
 @pytest.mark.netns

@@ -72,7 +72,14 @@ def full() -> list[Part]:
         Part("main", "policies, regimes and loads", grid(arms.MAIN)),
         Part("fifo", "host enforcement alone: FIFO switch", (*fair, *at_middle(few[1:], setting="fifo"))),
         Part("levels", "a switch class per band", (*fair, *at_middle(few[1:], setting="levels"))),
-        Part("ablation", "MFS, each part alone off", (*fair, *at_middle(("mfs", *arms.ABLATION)))),
+        Part(
+            "ablation",
+            "MFS and the ladder, each part alone off or on",
+            (
+                *fair,
+                *at_middle(("mfs", *arms.ABLATION, "mfs-nop1", "mfs-giveup", "ladder", "ladder-rli", "ladder-keep")),
+            ),
+        ),
         Part(
             "fit",
             "the ladder fitted to the network, step by step",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clients of all hosts, in a process of their own.
 
-A serving process hints from a processor of its own; the emulator has one thread for every GPU of the cluster. With the
-clients' threads beside it, it spent 0.6 to 1.9 ms more per step of a forward pass than without hints, and the emulated
+A serving process hints from a processor of its own; the emulator has one thread for all GPUs of the cluster. With the
+clients' threads beside it, it spent 0.5 to 1.9 ms more per step of a forward pass than without hints, and the emulated
 GPUs were late by as much. What is said during one turn of the event loop crosses to the other process at once.
 """
 
