@@ -4,24 +4,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import subprocess
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from mfsd.lab.governor import Governor, environment, python
+from mfsd.lab.governor import Governor
 from mfsd.lab.health import Probe
 from mfsd.lab.host import ARRIVAL, Order
 from mfsd.lab.levels import LevelWatch
 from mfsd.lab.models import RANKS, Scaled
 from mfsd.lab.net import RTO_MIN, RTO_MIN_US, Fabric, LabError, plain_link
+from mfsd.lab.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -75,73 +73,6 @@ class Outcome:
     sysctls: dict[str, str]
 
 
-class _Process:
-    """One host's serving process."""
-
-    def __init__(self, order: Order) -> None:
-        # S603: our own module.
-        self.name = f"{order.role}{order.index}"
-        self._process = subprocess.Popen(  # noqa: S603
-            python("mfsd.lab.host"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        self.said: dict[str, dict[str, Any]] = {}
-        self._changed = threading.Condition()
-        self._ended = False
-        self._write(asdict(order))
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _write(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None  # noqa: S101 - for the type checker
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None  # noqa: S101 - for the type checker
-        for line in self._process.stdout:
-            message = json.loads(line)
-            with self._changed:
-                self.said[message["what"]] = message
-                self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def tell(self, what: str, **more: Any) -> None:
-        """Say something. Raises LabError when the process has died."""
-        try:
-            self._write({"what": what, **more})
-        except OSError as e:
-            raise LabError(f"{self.name} has ended early") from e
-
-    def check(self) -> None:
-        """Raise LabError when the process has died."""
-        if self._ended:
-            raise LabError(f"the process of {self.name} has ended early; its complaint is above")
-
-    def wait(self, what: str, timeout: float) -> dict[str, Any]:
-        """Wait until it has said something. Raises LabError."""
-        with self._changed:
-            self._changed.wait_for(lambda: what in self.said or self._ended, timeout)
-        if what not in self.said:
-            raise LabError(f"the process of {self.name} did not get as far as {what!r} within {timeout:g} s")
-        return self.said[what]
-
-    def close(self) -> None:
-        """Kill it if need be."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
 def run(plan: Plan, *, governed: bool, on_progress: Callable[[float], None] = lambda _s: None) -> Outcome:
     """Run one arm. ``on_progress`` is told the seconds of replay that have passed. Raises LabError."""
     optional = {} if plan.rto_min_us is None else {RTO_MIN: str(plan.rto_min_us)}
@@ -156,8 +87,12 @@ def run(plan: Plan, *, governed: bool, on_progress: Callable[[float], None] = la
             else:
                 plain_link(host, plan.scaled.link)
         orders = _orders(plan, hosts, fabric.hosts[DECODE], directory, [g.target for g in governors])
-        processes = [stack.enter_context(_Process(order)) for order in orders]
+        processes = [stack.enter_context(_process(order)) for order in orders]
         return _replay(plan, processes, governors, directory, dict(fabric.applied), on_progress)
+
+
+def _process(order: Order) -> Process:
+    return Process("mfsd.lab.host", f"{order.role}{order.index}", asdict(order))
 
 
 def _orders(plan: Plan, hosts: list[Host], decoder: Host, directory: Path, targets: list[str]) -> list[Order]:
@@ -178,7 +113,7 @@ def _orders(plan: Plan, hosts: list[Host], decoder: Host, directory: Path, targe
 
 def _replay(
     plan: Plan,
-    processes: list[_Process],
+    processes: list[Process],
     governors: list[Governor],
     directory: Path,
     sysctls: dict[str, str],

@@ -17,6 +17,7 @@ from mfsd.lab.cluster.arms import ARMS
 from mfsd.lab.cluster.regimes import REGIMES
 from mfsd.lab.machine import commit, end_on_sigterm, take_precedence
 from mfsd.lab.net import LabError
+from mfsd.lab.real import run as real
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mfsd.lab.cluster.matrix import Part
 
 FOLDER: Final = Path("build/lab")
+REAL_SETUP_S: Final = 14.0
+"""Of a run over real transports: daemons, torch, what is unfinished after the last arrival."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,6 +130,39 @@ def parts() -> None:
     for part in matrix.full():
         minutes = matrix.seconds(matrix.in_order(part.cells)) / 60
         click.echo(f"{part.name:12} {len(part.cells):4} cells {minutes:5.0f} min  {part.title}")
+
+
+@lab.command(name="real")
+@_out
+@click.option("--duration", default=28.0, show_default=True, help="Seconds of replay per run.")
+@click.option("--speed", default=2.0, show_default=True, help="How much faster than in the trace requests come.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True, help="Repeatable.")
+@click.option(
+    "--policy", "policies", multiple=True, type=click.Choice(list(real.ARMS)), help="Only these (repeatable)."
+)
+@_guard
+def real_transports(out: Path, duration: float, speed: float, seeds: Sequence[int], policies: Sequence[str]) -> None:
+    """The three stages over gloo and Mooncake's transfer engine, with and without mfsd (extra: transports)."""
+    real.check_extra()
+    chosen = [p for p in real.ARMS if not policies or p in policies]
+    plans = {seed: real.plan_of(duration, speed, seed) for seed in seeds}
+    each = duration + REAL_SETUP_S
+    columns = (TextColumn("{task.description:40}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=each * len(chosen) * len(plans))
+        started: list[str] = []
+
+        def tell(text: str, s: float) -> None:
+            if text not in started:
+                started.append(text)
+            past = (len(started) - 1) * each + min(max(s, 0.0) + REAL_SETUP_S / 2, each)
+            progress.update(task, description=text, completed=past)
+
+        _, rows = real.compare(out, plans, chosen, tell)
+    from mfsd.lab.cluster import report  # noqa: PLC0415 - as above
+
+    Console(width=160).print(report.console(rows, "mfsd lab real"))
+    click.echo(out / "real.json")
 
 
 def _run(out: Path, cells: Sequence[Cell], title: str = "") -> None:
