@@ -81,8 +81,8 @@ def check_extra() -> None:
     missing = [name for name in ("torch", "mooncake") if importlib.util.find_spec(name) is None]
     if missing:
         raise LabError(
-            f"{' and '.join(missing)} not installed: pip install 'mfsd[transports]' (on Debian also: apt-get install "
-            "libibverbs1 libnuma1)"
+            f"{' and '.join(missing)} not installed: pip install 'mfsd[transports]' (--extra-index-url "
+            "https://download.pytorch.org/whl/cpu spares torch's 5 GB of CUDA; Debian also needs libibverbs1 libnuma1)"
         )
 
 
