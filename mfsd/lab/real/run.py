@@ -52,7 +52,7 @@ ENGINE: Final = {
     "MC_MIN_RPC_PORT": str(PORTS[0]),
     "MC_MAX_RPC_PORT": str(PORTS[1]),
     "MC_TCP_SLICE_SIZE": str(SLICE),
-    "GLOG_minloglevel": "2",
+    "MC_LOG_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
 }
 """Environment of the workers."""
