@@ -9,6 +9,8 @@ import functools
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,3 +240,23 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Cluste
     sent = dict(re.findall(r"class htb (1:\d+).*?Sent \d+ bytes (\d+) pkt", stats, re.DOTALL))
     assert int(sent["1:2"]) > 0, "collectives carry the first class's mark"
     assert int(sent["1:3"]) > 0, "KV reuse does not"
+
+
+@pytest.mark.netns
+def test_a_cell_of_ones_own_from_the_command_line(tmp_path: Path) -> None:
+    def lab(*args: str) -> subprocess.CompletedProcess[str]:
+        # S603: ourselves. A process of its own, since the lab takes precedence over others.
+        command = [sys.executable, "-m", "mfsd.daemon", "lab", "cell", "--out", str(tmp_path), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    wrong = lab("--rate", "10parsec")
+    assert wrong.returncode == 2
+    assert "'10parsec' is not a rate" in wrong.stderr
+    sizes = ("--prefill", "2", "--decode", "1", "--stores", "1", "--instances", "1", "--rate", "100mbit")
+    right = lab("--arm", "none", "--model", "llama-3-8b", *sizes, "--load", "0.3", "--duration", "3")
+    assert right.returncode == 0, right.stderr
+    (cell,) = json.loads((tmp_path / "cell.json").read_text())["cells"]
+    assert cell["cluster"]["model"] == "llama-3-8b"
+    assert (cell["cluster"]["prefill"], cell["cluster"]["rate"]) == (2, "100mbit")
+    assert cell["requests"]
+    assert set(cell["used"]) <= {f"{host} {way}" for host in ("p0", "p1", "d0", "s0") for way in ("in", "out")}

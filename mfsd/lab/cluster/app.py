@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,15 +16,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mfsd.lab.cluster import matrix
 from mfsd.lab.cluster.arms import ARMS
+from mfsd.lab.cluster.cell import Cell
+from mfsd.lab.cluster.cell import run as run_cell
+from mfsd.lab.cluster.jobs import SLO_SCALE, TRACES, Work
+from mfsd.lab.cluster.network import SETTINGS, Network, Setting
 from mfsd.lab.cluster.regimes import REGIMES
 from mfsd.lab.machine import commit, end_on_sigterm, take_precedence
+from mfsd.lab.models import MODELS
 from mfsd.lab.net import LabError
 from mfsd.lab.real import run as real
+from mfsd.model import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mfsd.lab.cluster.cell import Cell
     from mfsd.lab.cluster.matrix import Part
 
 FOLDER: Final = Path("build/lab")
@@ -51,6 +58,15 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(f"mfsd lab: {e}; install the extra: pip install mfsd[lab]")
 
     return guarded
+
+
+def _rate(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        try:
+            Rate.parse(value)
+        except ValueError as e:
+            raise click.BadParameter(str(e)) from e
+    return value
 
 
 _out = click.option(
@@ -122,6 +138,51 @@ def full(
         console.print(report.console(rows, title))
     (out / "lab.md").write_text("\n\n".join(f"{t}\n\n{report.markdown(r)}" for t, r in tables.items()) + "\n", "utf-8")
     console.print(f"{out / 'lab.json'}  {out / 'lab.html'}  {out / 'lab.md'}")
+
+
+@lab.command()
+@_out
+@click.option("--arm", "arms", multiple=True, type=click.Choice(sorted(ARMS)), default=("none", "ladder-net"),
+              show_default=True, help="Repeatable.")  # fmt: skip
+@click.option("--regime", type=click.Choice(list(REGIMES)), default=matrix.QUICK_REGIME, show_default=True,
+              help="What is not given is this regime's.")  # fmt: skip
+@click.option("--load", type=click.FloatRange(0.01, 10), help="Offered to the busiest link, as a share of its rate.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--duration", type=click.FloatRange(3, 3600), default=matrix.DURATION_S, show_default=True,
+              help="Seconds of arrivals.")  # fmt: skip
+@click.option("--slo-scale", type=click.FloatRange(1), default=SLO_SCALE, show_default=True)
+@click.option("--poisson", is_flag=True, help="Poisson arrivals instead of the trace's.")
+@click.option("--switch", type=click.Choice(SETTINGS), default="classes", show_default=True)
+@click.option("--model", type=click.Choice(list(MODELS)))
+@click.option("--trace", type=click.Choice(list(TRACES)))
+@click.option("--instances", type=click.IntRange(1, 8))
+@click.option("--prefill", type=click.IntRange(2, 16), help="Prefill hosts; every instance has a rank on each.")
+@click.option("--decode", type=click.IntRange(1, 16), help="Decode hosts.")
+@click.option("--stores", type=click.IntRange(1, 16), help="KV stores.")
+@click.option("--rate", callback=_rate, help="Of prefill hosts' and stores' links: 200mbit.")
+@click.option("--decode-rate", callback=_rate, help="Of decode hosts' links.")
+@_guard
+def cell(
+    out: Path, arms: Sequence[str], regime: str, load: float | None, seed: int, duration: float, slo_scale: float,
+    poisson: bool, switch: Setting, trace: str | None, **given: Any,  # noqa: FBT001 - click passes flags so
+) -> None:  # fmt: skip
+    """Run single cells on a cluster of your own: other sizes, rates, models or traces."""
+    from mfsd.lab.cluster import report  # noqa: PLC0415 - as above
+
+    base = REGIMES[regime]
+    changed = {k: v for k, v in given.items() if v is not None}
+    mine = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, **changed), trace=trace or base.trace)
+    work = Work(duration, seed, load or base.loads[1], slo_scale=slo_scale, poisson=poisson)
+    results = []
+    with Network(mine.cluster) as network, Progress(console=Console(stderr=True)) as progress:
+        for arm in arms:
+            task = progress.add_task(arm, total=duration)
+            one = Cell(arm, regime, work, switch, tag="cell")
+            results.append(run_cell(network, one, lambda s, t=task: progress.update(t, completed=s), mine))  # type: ignore[misc]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cell.json").write_text(json.dumps({"commit": commit(), "cells": results}), "utf-8")
+    Console(width=160).print(report.console(report.cells_table(results), "mfsd lab cell"))
+    click.echo(out / "cell.json")
 
 
 @lab.command()
