@@ -152,7 +152,7 @@ def _tell_end(rank: Rank) -> None:
     say(what="finished")
 
 
-def _fail(args: threading.ExceptHookArgs) -> None:
+def fail(args: threading.ExceptHookArgs) -> None:
     """A thread has failed: so has the experiment."""
     threading.__excepthook__(args)
     os._exit(1)
@@ -160,7 +160,7 @@ def _fail(args: threading.ExceptHookArgs) -> None:
 
 def main() -> None:
     """Do what the order on stdin says."""
-    threading.excepthook = _fail
+    threading.excepthook = fail
     order = Order(**json.loads(sys.stdin.readline()))
     die_with_parent(order.parent)
     enter(order.namespace)

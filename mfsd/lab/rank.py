@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.lab.traffic import Frame, Lane
+from mfsd.lab.workload import next_batch
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Rank:
                 self._changed.wait_for(self._due)
                 if not self._waiting and not self._peer_began():
                     break
-                batch = self._take()
+                batch = next_batch(self._waiting, self._max_batch)
             tokens = sum(j.new for j in batch)
             self._peer.send({"what": "begin", "iteration": self._iteration, "tokens": tokens})
             with self._changed:
@@ -192,15 +193,6 @@ class Rank:
     def _due(self) -> bool:
         """There is something to compute, or never again."""
         return bool(self._waiting) or self._peer_began() or not (self._open or self._peer_open)
-
-    def _take(self) -> list[Job]:
-        """First come, first served, up to the token budget; at least one."""
-        batch: list[Job] = []
-        tokens = 0
-        while self._waiting and (not batch or tokens + self._waiting[0].new <= self._max_batch):
-            batch.append(self._waiting.popleft())
-            tokens += batch[-1].new
-        return batch
 
     def _iterate(self, iteration: int, batch: list[Job], tokens: int) -> None:
         """One forward pass of both ranks over ``tokens`` new tokens in all."""

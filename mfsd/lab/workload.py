@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from mfsd.lab.models import RANKS, Scaled
+from mfsd.lab.models import RANKS, Prefill, Scaled
 from mfsd.lab.trace import BLOCK, Prompt
 
 if TYPE_CHECKING:
+    import collections
     from collections.abc import Sequence
+
+P = TypeVar("P", bound=Prefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,16 @@ def jobs(prompts: Sequence[Prompt], selection: Selection, scaled: Scaled) -> lis
         unloaded = scaled.unloaded_ttft(job)
         out.append(dataclasses.replace(job, unloaded=unloaded, slo=unloaded * selection.slo_scale))
     return out
+
+
+def next_batch(waiting: collections.deque[P], budget: int) -> list[P]:
+    """Take what a forward pass computes: first come, first served, up to ``budget`` new tokens; one may exceed it."""
+    batch: list[P] = []
+    tokens = 0
+    while waiting and (not batch or tokens + waiting[0].new <= budget):
+        batch.append(waiting.popleft())
+        tokens += batch[-1].new
+    return batch
 
 
 def link_load(work: Sequence[Job], selection: Selection, scaled: Scaled) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -98,3 +99,8 @@ def test_unloaded_ttft_is_at_least_each_of_its_parts_and_at_most_their_sum() -> 
         kv_s = layers * TINY.kv(j.tokens) / rate
         fetch_s = layers * TINY.kv(remote) / rate if remote else 0.0
         assert max(pass_s, kv_s, fetch_s) <= TINY.unloaded_ttft(j) <= pass_s + kv_s + fetch_s + 1e-12
+
+
+def test_a_batch_takes_what_fits_in_order_and_at_least_one() -> None:
+    waiting = collections.deque(workload.Job(i, 0.0, 0, new, new, 0) for i, new in enumerate((50, 30, 40, 10, 200)))
+    assert [[j.id for j in workload.next_batch(waiting, 80)] for _ in range(4)] == [[0, 1], [2, 3], [4], []]

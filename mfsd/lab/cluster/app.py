@@ -69,6 +69,11 @@ def _rate(_context: click.Context, _option: click.Parameter, value: str | None) 
     return value
 
 
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description:52}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), speed_estimate_period=600)
+
+
 _out = click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=FOLDER, show_default=True, help="Folder."
 )
@@ -174,7 +179,7 @@ def cell(
     mine = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, **changed), trace=trace or base.trace)
     work = Work(duration, seed, load or base.loads[1], slo_scale=slo_scale, poisson=poisson)
     results = []
-    with Network(mine.cluster) as network, Progress(console=Console(stderr=True)) as progress:
+    with Network(mine.cluster) as network, _progress() as progress:
         for arm in arms:
             task = progress.add_task(arm, total=duration)
             one = Cell(arm, regime, work, switch, tag="cell")
@@ -208,8 +213,7 @@ def real_transports(out: Path, duration: float, speed: float, seeds: Sequence[in
     chosen = [p for p in real.ARMS if not policies or p in policies]
     plans = {seed: real.plan_of(duration, speed, seed) for seed in seeds}
     each = duration + REAL_SETUP_S
-    columns = (TextColumn("{task.description:40}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         task = progress.add_task("", total=each * len(chosen) * len(plans))
         started: list[str] = []
 
@@ -229,9 +233,7 @@ def real_transports(out: Path, duration: float, speed: float, seeds: Sequence[in
 def _run(out: Path, cells: Sequence[Cell], title: str = "") -> None:
     """Run what has no result yet under a progress bar."""
     todo = [c for c in matrix.in_order(cells) if matrix.load(out, c) is None]
-    columns = (TextColumn("{task.description:52}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, speed_estimate_period=600) as progress:
+    with _progress() as progress:
         task = progress.add_task(title, total=max(matrix.seconds(todo), 1.0))
 
         def tell(cell: Cell, s: float, number: int) -> None:

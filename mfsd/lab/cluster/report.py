@@ -264,13 +264,13 @@ def _complete(results: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list
 
 
 def _part_tables(part: Part, good: Sequence[Mapping[str, Any]], data: dict[str, Any]) -> dict[str, Rows]:
+    if part.name != "main" or all(r["cell"]["arm"] != "none" for r in good):
+        return {part.title: variant_table(good)}
     table = Table(good)
     out: dict[str, Rows] = {}
-    if part.name == "main" and "none" in table.met:
-        for level, references in LEVELS:
-            found = at_level(table, level, references)
-            if found is None:
-                continue
+    for level, references in LEVELS:
+        found = at_level(table, level, references)
+        if found is not None:
             out[f"Where fair sharing meets {level:.0%} (really: {found.fair:.1%})"] = level_table(found)
             data[f"fair {level:g}"] = {
                 "fair": round(found.fair, 4),
@@ -280,8 +280,6 @@ def _part_tables(part: Part, good: Sequence[Mapping[str, Any]], data: dict[str, 
                 "collective_over_fair": {a: round(v, 4) for a, v in found.collective.items()},
                 "loads": found.loads,
             }
-        return out
-    out[part.title] = variant_table(good)
     return out
 
 
@@ -294,6 +292,7 @@ def variant_table(results: Sequence[Mapping[str, Any]]) -> Rows:
     for result in results:
         by_scale.setdefault(result["cell"]["work"]["slo_scale"], []).append(result)
     regimes = [r for r in REGIMES if any(x["cell"]["regime"] == r for x in results)]
+    averaged = [r for r in regimes if r in MEAN_OF] or regimes
     rows = [["policy", "cells", *regimes, "mean", "TTFT p50", "collective"]]
     for scale, of_scale in sorted(by_scale.items()):
         table, found = Table(of_scale), {r["name"]: summary(r) for r in of_scale}
@@ -301,7 +300,6 @@ def variant_table(results: Sequence[Mapping[str, Any]]) -> Rows:
         for arm in (a for a in ARMS if a in table.met):
             mine = {r: [k for k in keys[r] if k in table.met[arm]] for r in regimes}
             met = {r: np.concatenate([table.met[arm][k] for k in ks]).mean() for r, ks in mine.items() if ks}
-            averaged = [r for r in regimes if r in MEAN_OF] or regimes
             each = [found[r["name"]] for r in of_scale if r["cell"]["arm"] == arm and key_of(r) in mine[key_of(r)[0]]]
             rows.append(
                 [

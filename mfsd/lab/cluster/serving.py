@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mfsd.lab.rank import KV_LANES, P2D_LANES
+from mfsd.lab.workload import next_batch
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -137,16 +138,7 @@ class Instance:
             if not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
-            await self._pass(self._take())
-
-    def _take(self) -> list[Job]:
-        """First come, first served, up to the token budget; at least one."""
-        batch, tokens = [self._waiting.popleft()], 0
-        tokens = batch[0].new
-        while self._waiting and tokens + self._waiting[0].new <= self._cluster.max_batch:
-            batch.append(self._waiting.popleft())
-            tokens += batch[-1].new
-        return batch
+            await self._pass(next_batch(self._waiting, self._cluster.max_batch))
 
     async def _pass(self, batch: list[Job]) -> None:
         name, log, rounds = f"i{self._index}b{self._passes}", self._log, self._scaled.rounds

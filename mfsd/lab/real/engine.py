@@ -27,12 +27,15 @@ class Engine:
 
         self._engine: Any = TransferEngine()
         self._check(self._engine.initialize(address, "P2PHANDSHAKE", "tcp", ""), f"initialize {address}")
+        self._memories: list[npt.NDArray[np.uint8]] = []
+        """The engine knows addresses only; what is registered must not be freed."""
         self.session = f"{address}:{self._engine.get_rpc_port()}"
 
     def memory(self, size: int) -> tuple[npt.NDArray[np.uint8], int]:
         """``size`` bytes of registered memory, zero, and their address."""
         data = np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=np.uint8)
         address = int(data.ctypes.data)
+        self._memories.append(data)
         self._check(self._engine.register_memory(address, len(data)), f"register {size} bytes")
         return data, address
 

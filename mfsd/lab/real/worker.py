@@ -25,17 +25,15 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import psutil
-
 from mfsd.client import Client, tuple_of
 from mfsd.lab.enter import die_with_parent, enter
-from mfsd.lab.host import hear, say
+from mfsd.lab.host import fail, hear, say
 from mfsd.lab.models import RANKS, Model, Scaled
 from mfsd.lab.net import DEVICE
 from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.lab.real.engine import PORTS, Engine
 from mfsd.lab.real.memory import Memory, Watch
-from mfsd.lab.workload import Job
+from mfsd.lab.workload import Job, next_batch
 from mfsd.model import Rate, Stage
 
 if TYPE_CHECKING:
@@ -129,12 +127,12 @@ class Rank:
         largest = max((self._scaled.kv(max(j.tokens, j.remote)) for j in jobs), default=1)
         source, self._source = engine.memory(largest)
         source[:] = 1
-        self._cache, self._sink = engine.memory(largest)
-        self._keep = source
+        _, self._sink = engine.memory(largest)
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
         self._open = len(self._jobs)
-        self._fetched: collections.Counter[int] = collections.Counter()
+        self._unread = {j.id: set(range(self._scaled.rounds)) for j in self._jobs if j.remote}
+        """Request -> steps whose cached KV has not come; several are read at once, so they end in any order."""
         self._unwritten = {j.id: self._scaled.rounds for j in self._jobs}
         self._fetching, self._writing = Pool(KV_LANES), Pool(P2D_LANES)
         here = order.addresses
@@ -165,11 +163,12 @@ class Rank:
         def read() -> None:
             self._engine.read(session, self._sink, remote, size)
             client.done(transfer=name)
-            if step == self._scaled.rounds - 1:
-                client.done(request=f"r{job.id}")
             with self._changed:
-                self._fetched[job.id] += 1
+                self._unread[job.id].remove(step)
+                last = not self._unread[job.id]
                 self._changed.notify_all()
+            if last:
+                client.done(request=f"r{job.id}")
 
         client.transfer(name, self._from_store, size, stage=Stage.KV_REUSE, request=f"r{job.id}", layer=step)
         self._fetching.put(read)
@@ -197,7 +196,7 @@ class Rank:
         passes = 0
         while True:
             with self._changed:
-                batch = self._take()
+                batch = next_batch(self._waiting, self._order.max_batch)
                 mine = [sum(j.new for j in batch), self._open]
             both = self._torch.tensor(mine, dtype=self._torch.int64)
             self._dist.all_reduce(both)
@@ -212,15 +211,6 @@ class Rank:
             else:
                 return
 
-    def _take(self) -> list[Job]:
-        """First come, first served, up to the token budget; at least one."""
-        batch: list[Job] = []
-        tokens = 0
-        while self._waiting and (not batch or tokens + self._waiting[0].new <= self._order.max_batch):
-            batch.append(self._waiting.popleft())
-            tokens += batch[-1].new
-        return batch
-
     def _pass(self, name: str, batch: list[Job], tokens: int) -> None:
         client, log, torch = self._clients["own"], self.log, self._torch
         compute, size = self._scaled.compute(tokens), self._scaled.exchange(tokens)
@@ -232,7 +222,7 @@ class Rank:
                 client.layer(name, step)
             before = time.monotonic()
             with self._changed:
-                self._changed.wait_for(lambda step=step: all(self._fetched[j.id] > step for j in batch if j.remote))  # type: ignore[misc]
+                self._changed.wait_for(lambda step=step: not any(step in self._unread[j.id] for j in batch if j.remote))  # type: ignore[misc]
             began = time.monotonic()
             if any(j.remote for j in batch):
                 log.fetch_waits.append(began - before)
@@ -278,7 +268,7 @@ def prefill(order: Order, engine: Engine) -> None:
             threading.Thread(target=target, daemon=True).start()
         hear("stop")
         hints = [asdict(c.stats) for c in (own, store)]
-    say(what="result", log=asdict(rank.log), hints=hints, cpu_s=_cpu())
+    say(what="result", log=asdict(rank.log), hints=hints)
 
 
 def decode(order: Order, engine: Engine) -> None:
@@ -307,7 +297,7 @@ def decode(order: Order, engine: Engine) -> None:
     hear("stop")
     stop.set()
     thread.join()
-    say(what="result", done=watch.done, slices=watch.slices, cpu_s=_cpu())
+    say(what="result", done=watch.done, slices=watch.slices)
 
 
 def store(order: Order, engine: Engine) -> None:
@@ -318,22 +308,12 @@ def store(order: Order, engine: Engine) -> None:
     say(what="ready", session=engine.session, address=address)
     hear("go")
     hear("stop")
-    say(what="result", cpu_s=_cpu())
-
-
-def _cpu() -> float:
-    return sum(psutil.Process().cpu_times()[:2])
-
-
-def _fail(args: threading.ExceptHookArgs) -> None:
-    """A thread has failed: so has the experiment."""
-    threading.__excepthook__(args)
-    os._exit(1)
+    say(what="result")
 
 
 def main() -> None:
     """Do what the order on stdin says."""
-    threading.excepthook = _fail
+    threading.excepthook = fail
     # Libraries may print to descriptor 1, which is the way back to the runner.
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
