@@ -49,13 +49,12 @@ lint: build ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	MYPYPATH=tests $(VENV)/bin/mypy tests/*.py
-	set -e; for tier in tests/*/; do MYPYPATH=tests:$$(echo tests/*/ | tr ' ' :) $(VENV)/bin/mypy $$tier; done
+	MYPYPATH=tests $(VENV)/bin/mypy --explicit-package-bases tests
 
 format: build ## let ruff format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix-only .
 
 clean: ## remove everything that was generated, but not the virtual environment
-	rm -rf build dist mfsd/_bpf mfsd/_abi.py mfsd/v1/*_pb2*
+	rm -rf build dist mfsd/datapath/_bpf mfsd/datapath/_abi.py mfsd/v1
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

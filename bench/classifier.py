@@ -29,17 +29,17 @@ from typing import TYPE_CHECKING, Final
 from pyroute2 import netns
 
 from bench.common import Figure, write
-from mfsd import _abi
-from mfsd.datapath.attach import attach
-from mfsd.datapath.keys import cookie_key, tuple_key
-from mfsd.datapath.libbpf import BpfObject, LibbpfLoader, object_path
-from mfsd.datapath.testrun import run_packet, socket_cookie, upcoming_cookies
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf.attach import attach
+from mfsd.datapath.bpf.keys import cookie_key, tuple_key
+from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
+from mfsd.datapath.bpf.testrun import run_packet, socket_cookie, upcoming_cookies
 from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mfsd.datapath.loader import Classifier
+    from mfsd.datapath.bpf.loader import Classifier
 
 ROUNDS: Final = 301
 REPEAT: Final = 10_000

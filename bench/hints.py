@@ -37,17 +37,18 @@ import grpc
 import numpy as np
 
 from bench.common import Figure, write
-from mfsd import _abi, devices
 from mfsd.client import cookie_of
-from mfsd.config import parse
-from mfsd.daemon import Daemon
+from mfsd.daemon import devices
+from mfsd.daemon.config import parse
+from mfsd.daemon.main import Daemon
+from mfsd.datapath import _abi
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from mfsd.table import SlotRows
+    from mfsd.engine.slots import SlotRows
 
 PER_MESSAGE: Final = (16, 1, 64)
 """Hints; the first is the one whose figures have no suffix."""

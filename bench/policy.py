@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from bench.common import Figure, write
-from mfsd.memory import keep_freed
-from mfsd.policy.base import LEVEL_NEW, LEVEL_SCAVENGER, BatchView, LinkView, RequestView, TransferView
+from mfsd.daemon.memory import keep_freed
 from mfsd.policy.registry import make_policy, names
+from mfsd.policy.views import LEVEL_NEW, LEVEL_SCAVENGER, BatchView, LinkView, RequestView, TransferView
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.common import Figure, write
-from mfsd.config import LimitsConfig, RescueConfig
-from mfsd.connections import Connections
-from mfsd.datapath.libbpf import LibbpfLoader
-from mfsd.engine import Engine
-from mfsd.estimator import LinkEstimator
-from mfsd.ladder import BandPlan
-from mfsd.memory import keep_freed
+from mfsd.bands import BandPlan
+from mfsd.daemon.config import LimitsConfig, RescueConfig
+from mfsd.daemon.device import KernelKeys
+from mfsd.daemon.memory import keep_freed
+from mfsd.datapath.bpf.libbpf import LibbpfLoader
+from mfsd.engine.connections import Connections
+from mfsd.engine.engine import Engine
+from mfsd.engine.estimator import LinkEstimator
+from mfsd.engine.rescue import Rescuer
+from mfsd.engine.slots import FlowTable
+from mfsd.engine.steering import Steering
 from mfsd.model import BatchHint, CookieSelector, Endpoints, ProgressHint, RequestHint, Selector, Stage, TransferHint
 from mfsd.policy.registry import make_policy
-from mfsd.ports import KernelKeys
-from mfsd.rescue import Rescuer
-from mfsd.steering import Steering
-from mfsd.table import FlowTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

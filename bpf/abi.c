@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 /*
  * abi.c - never loaded. It only makes clang put every type of mfsd.h into BTF, from which scripts/build.py writes
- * mfsd/_abi.py. What the classifier itself uses is compared with that file again by the tests.
+ * mfsd/datapath/_abi.py. What the classifier itself uses is compared with that file again by the tests.
  */
 #include "mfsd.h"
 

@@ -2,7 +2,7 @@
 /*
  * mfsd.h - everything that the kernel half and the user half of mfsd share.
  *
- * This header is the only truth of the layouts and constants below. The Python side (mfsd/_abi.py) is generated
+ * This header is the only truth of the layouts and constants below. The Python side (mfsd/datapath/_abi.py) is generated
  * from the BTF of the compiled object by scripts/build.py, so nobody mirrors a struct by hand.
  *
  * Who writes what: fields marked [user] are written by the daemon and only read by the classifier; fields marked

@@ -4,10 +4,10 @@
 
 Outputs (all git-ignored, all rebuilt when an input is newer):
 
-    mfsd/v1/*_pb2.py, *_pb2_grpc.py, *.pyi    from proto/
-    mfsd/_bpf/classifier.bpf.o                from bpf/ (clang; UAPI headers only, so the object is portable)
-    mfsd/_bpf/src/                            a copy of bpf/ for the BCC loader, which compiles on the target
-    mfsd/_abi.py                              numpy dtypes and constants, from the BTF of bpf/abi.c
+    mfsd/v1/                                  from proto/
+    mfsd/datapath/_bpf/*.bpf.o                from bpf/ (clang; UAPI headers only, so the object is portable)
+    mfsd/datapath/_bpf/src/                   a copy of bpf/ for the BCC loader, which compiles on the target
+    mfsd/datapath/_abi.py                     numpy dtypes and constants, from the BTF of bpf/abi.c
 
 Run by `make build` and by the wheel build (hatch_build.py). Needs clang, llvm-strip, bpftool, libbpf headers.
 """
@@ -59,6 +59,9 @@ def build_proto() -> None:
     outputs = [ROOT / p.replace(".proto", s) for p in PROTOS for s in ("_pb2.py", "_pb2_grpc.py", "_pb2.pyi")]
     if not stale(outputs, inputs):
         return
+    package = ROOT / "mfsd" / "v1"
+    package.mkdir(exist_ok=True)
+    (package / "__init__.py").touch()
     import google.rpc
     import grpc_tools
 
@@ -89,7 +92,7 @@ def build_bpf() -> None:
     """Compile every bpf/*.bpf.c and copy the sources for BCC."""
     sources = sorted((ROOT / "bpf").glob("*.bpf.c"))
     headers = sorted((ROOT / "bpf").glob("*.h"))
-    out = ROOT / "mfsd" / "_bpf"
+    out = ROOT / "mfsd" / "datapath" / "_bpf"
     outputs = [out / s.name.replace(".c", ".o") for s in sources]
     copies = [out / "src" / p.name for p in [*sources, *headers]]
     if not stale([*outputs, *copies], [*sources, *headers, Path(__file__)]):
@@ -99,7 +102,7 @@ def build_bpf() -> None:
         compile_bpf(source, output)
     for path in [*sources, *headers]:
         shutil.copy(path, out / "src" / path.name)
-    print(f"build: {', '.join(o.name for o in outputs)} -> mfsd/_bpf")
+    print(f"build: {', '.join(o.name for o in outputs)} -> mfsd/datapath/_bpf")
 
 
 class Btf:
@@ -137,9 +140,9 @@ class Btf:
 
 
 def build_abi() -> None:
-    """Write mfsd/_abi.py from the BTF of bpf/abi.c."""
+    """Write mfsd/datapath/_abi.py from the BTF of bpf/abi.c."""
     inputs = [ROOT / "bpf" / "abi.c", ROOT / "bpf" / "mfsd.h", Path(__file__)]
-    output = ROOT / "mfsd" / "_abi.py"
+    output = ROOT / "mfsd" / "datapath" / "_abi.py"
     if not stale([output], inputs):
         return
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -176,7 +179,7 @@ def build_abi() -> None:
             "",
         ]
     output.write_text("\n".join(lines))
-    print("build: BTF of bpf/mfsd.h -> mfsd/_abi.py")
+    print("build: BTF of bpf/mfsd.h -> mfsd/datapath/_abi.py")
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from namespaces import NetnsPair, joined_namespaces
+from support.namespaces import NetnsPair, joined_namespaces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

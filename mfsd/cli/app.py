@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEFAULT_SOCKET: Final = "/run/mfsd/mfsd.sock"
-"""As ``daemon.socket`` of the configuration (mfsd.config, which is too heavy to import here)."""
+"""As ``daemon.socket`` of the configuration (mfsd.daemon.config, which is too heavy to import here)."""
 DEFAULT_CONFIG: Final = "/etc/mfsd/mfsd.toml"
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {

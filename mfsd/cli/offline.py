@@ -11,18 +11,18 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
-from mfsd.compose import bands_of, policy_of
-from mfsd.config import Config, ConfigError, load
-from mfsd.datapath import statefile
-from mfsd.datapath.attach import hook_users, remove_leftover
-from mfsd.datapath.enforcer import DeviceEnforcer, restore_all
-from mfsd.datapath.libbpf import LibbpfCalls
-from mfsd.datapath.loader import DatapathError
+from mfsd.daemon.config import Config, ConfigError, load
+from mfsd.daemon.wiring import bands_of, policy_of
+from mfsd.datapath.bpf.attach import hook_users, remove_leftover
+from mfsd.datapath.bpf.libbpf import LibbpfCalls
+from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath.qdisc.enforcer import DeviceEnforcer, restore_all
+from mfsd.datapath.undo import notes
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
-    from mfsd.config import DeviceConfig
-    from mfsd.ladder import BandPlan
+    from mfsd.bands import BandPlan
+    from mfsd.daemon.config import DeviceConfig
 
 
 def read_config(path: str | None, *, needed: bool) -> Config:
@@ -85,7 +85,7 @@ def _take_off_classifier(name: str) -> list[str]:
 def restore(state_dir: Path, device: str) -> pb.RestoreReply:
     """Put back what a killed daemon has left. Raises CliError."""
     try:
-        noted = statefile.recorded(state_dir)
+        noted = notes.recorded(state_dir)
         results = restore_all(state_dir, device or None) if noted or device else {}
     except PermissionError as e:
         raise NotPermittedError(f"can't read {e.filename or state_dir}; run mfsctl as root") from None

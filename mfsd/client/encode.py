@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From mfsd.model hints to protobuf, with monotonic times turned into durations at the moment of sending.
 
-The reverse of mfsd/decode.py. A hint may wait for a connection to the daemon, hence times are absolute until here.
+The reverse of mfsd/api/decode.py. A hint may wait for a connection to the daemon, hence times are absolute until here.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from mfsd.doctor.finding import Context, Finding, Severity
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from mfsd.config import Config
+    from mfsd.daemon.config import Config
     from mfsd.doctor.finding import Check, DeviceCheck
 
 CHECKS: Final[tuple[Check, ...]] = (*kernel.CHECKS, *loaders.CHECKS, *host.CHECKS, *tcp.CHECKS, *leftovers.CHECKS)

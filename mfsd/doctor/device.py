@@ -9,20 +9,20 @@ from pyroute2 import IPRoute
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
 from mfsd.datapath import netlink as nl
-from mfsd.datapath import statefile
-from mfsd.datapath.attach import hook_users
-from mfsd.datapath.device import EnforceError, read_device
-from mfsd.datapath.libbpf import LibbpfCalls
-from mfsd.datapath.snapshot import capture, obstacles, read_tree, root_of
-from mfsd.datapath.tree import is_ours
+from mfsd.datapath.bpf.attach import hook_users
+from mfsd.datapath.bpf.libbpf import LibbpfCalls
+from mfsd.datapath.qdisc.device import EnforceError, read_device
+from mfsd.datapath.qdisc.tree import is_ours
+from mfsd.datapath.undo import notes
+from mfsd.datapath.undo.snapshot import capture, obstacles, read_tree, root_of
 from mfsd.doctor.finding import Finding, Severity
 from mfsd.doctor.leftovers import answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mfsd.config import DeviceConfig
-    from mfsd.datapath.attach import HookUser
+    from mfsd.daemon.config import DeviceConfig
+    from mfsd.datapath.bpf.attach import HookUser
     from mfsd.doctor.finding import Context, DeviceCheck
 
 KNOWN: Final = {"cil_": "Cilium", "cali": "Calico"}
@@ -174,14 +174,14 @@ def qdisc(context: Context, name: str) -> Iterator[Finding]:
 
 def _own_root(context: Context, name: str) -> Iterator[Finding]:
     folder = context.config.daemon.state_dir
-    if statefile.path_of(folder, name).exists():
+    if notes.path_of(folder, name).exists():
         yield Finding(f"device.qdisc:{name}", Severity.OK, f"{name} carries mfsd's own bands", "see state.notes")
     else:
         yield Finding(
             f"device.qdisc:{name}",
             Severity.FAIL,
             f"{name} carries mfsd's bands, but nobody knows what was there before",
-            f"no {statefile.path_of(folder, name)}",
+            f"no {notes.path_of(folder, name)}",
             "mfsd will not take them over, because it could not put the device back",
             f"if state_dir is right, remove them: tc qdisc del dev {name} root; the kernel's default returns",
         )
@@ -302,7 +302,7 @@ def leftover(context: Context, name: str) -> Iterator[Finding]:
         ours = [u for u in hook_users(LibbpfCalls(), read_device(name).ifindex) if u.ours and u.hook == "clsact"]
     except OSError:
         return  # `hooks` says so
-    state = statefile.load(context.config.daemon.state_dir, name)
+    state = notes.load(context.config.daemon.state_dir, name)
     if ours and (state is None or not state.owner.alive) and not answers(context.config.daemon.socket):
         yield Finding(
             f"device.leftover:{name}",

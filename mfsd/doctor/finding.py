@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mfsd.config import Config
+    from mfsd.daemon.config import Config
 
 
 class Severity(enum.StrEnum):

@@ -15,12 +15,12 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.attach import TCX_EGRESS
-from mfsd.datapath.device import kernel_has
-from mfsd.datapath.libbpf import OLDEST_KERNEL, LibbpfCalls
-from mfsd.datapath.loader import LoaderError
+from mfsd.datapath.bpf.attach import TCX_EGRESS
+from mfsd.datapath.bpf.libbpf import OLDEST_KERNEL, LibbpfCalls
+from mfsd.datapath.bpf.loader import LoaderError
+from mfsd.datapath.qdisc.device import kernel_has
 from mfsd.doctor.finding import Finding, Severity
-from mfsd.sockets import DiagError, SocketResolver
+from mfsd.host.sockets import DiagError, SocketResolver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

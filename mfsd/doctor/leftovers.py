@@ -7,8 +7,8 @@ import errno
 import socket
 from typing import TYPE_CHECKING, Final
 
-from mfsd.datapath import statefile
-from mfsd.datapath.device import EnforceError
+from mfsd.datapath.qdisc.device import EnforceError
+from mfsd.datapath.undo import notes
 from mfsd.doctor.finding import Finding, Severity
 
 if TYPE_CHECKING:
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from mfsd.doctor.finding import Check, Context
 
 
-def notes(context: Context) -> Iterator[Finding]:
+def notes_left(context: Context) -> Iterator[Finding]:
     """A note without its daemon means that the daemon was killed."""
     folder = context.config.daemon.state_dir
-    names = statefile.recorded(folder)
+    names = notes.recorded(folder)
     if not names:
         yield Finding("state.notes", Severity.OK, "No daemon has left its qdiscs behind", f"no notes in {folder}")
     for name in names:
         try:
-            state = statefile.load(folder, name)
+            state = notes.load(folder, name)
         except EnforceError as e:
             yield Finding(
                 f"state.notes:{name}",
@@ -34,12 +34,12 @@ def notes(context: Context) -> Iterator[Finding]:
                 f"The note of what was on {name} can't be read",
                 str(e),
                 "mfsd can't put the device back, and will not touch it",
-                f"look at the device (tc qdisc show dev {name}), then remove {statefile.path_of(folder, name)}",
+                f"look at the device (tc qdisc show dev {name}), then remove {notes.path_of(folder, name)}",
             )
             continue
         if state is None:
             continue
-        seen = f"{statefile.path_of(folder, name)}, by pid {state.owner.pid}"
+        seen = f"{notes.path_of(folder, name)}, by pid {state.owner.pid}"
         if state.owner.alive:
             yield Finding(f"state.notes:{name}", Severity.OK, f"A running daemon has {name}", seen)
         else:
@@ -88,4 +88,4 @@ def stale_socket(context: Context) -> Iterator[Finding]:
         )
 
 
-CHECKS: Final[tuple[Check, ...]] = (notes, stale_socket)
+CHECKS: Final[tuple[Check, ...]] = (notes_left, stale_socket)

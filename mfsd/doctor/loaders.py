@@ -8,9 +8,9 @@ import platform
 import resource
 from typing import TYPE_CHECKING, Final
 
-from mfsd.datapath.bcc import check_headers, interpreter
-from mfsd.datapath.libbpf import LibbpfLoader, library
-from mfsd.datapath.loader import DatapathError, LoaderError
+from mfsd.datapath.bpf.bcc import check_headers, interpreter
+from mfsd.datapath.bpf.libbpf import LibbpfLoader, library
+from mfsd.datapath.bpf.loader import DatapathError, LoaderError
 from mfsd.doctor.finding import Finding, Severity
 
 if TYPE_CHECKING:

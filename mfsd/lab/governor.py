@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import grpc
 import psutil
 
-from mfsd.config_text import toml
+from mfsd.daemon.config_text import toml
 from mfsd.lab.net import DEVICE, Host, LabError
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc

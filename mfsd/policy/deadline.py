@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.policy import bound, buckets, pick, promote, rli, words
-from mfsd.policy.base import LEVEL_NONE, LEVEL_SCAVENGER
-from mfsd.policy.common import P2D, PolicyBase, place
-from mfsd.policy.members import earliest, of_batch
-from mfsd.policy.params import option
+from mfsd.policy.base import P2D, PolicyBase, place
+from mfsd.policy.mfs import rli
+from mfsd.policy.parts import bound, buckets, pick, promote, words
+from mfsd.policy.parts.members import earliest, of_batch
+from mfsd.policy.parts.params import option
+from mfsd.policy.views import LEVEL_NONE, LEVEL_SCAVENGER
 
 if TYPE_CHECKING:
-    from mfsd.policy.base import B1, F8, I2, BatchView, Explanation, LinkView, RequestView, TransferView
+    from mfsd.policy.views import B1, F8, I2, BatchView, Explanation, LinkView, RequestView, TransferView
 
 KV: Final = ("deadline", "rli")
 

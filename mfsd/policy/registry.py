@@ -6,20 +6,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.policy import params as parameters
 from mfsd.policy.deadline import DeadlineLadder
-from mfsd.policy.edf import Edf, Karuna
-from mfsd.policy.llf import Llf
-from mfsd.policy.mfs import Mfs
-from mfsd.policy.sincronia import Sincronia
-from mfsd.policy.size import BySize
-from mfsd.policy.static import Fair, TwoClass
+from mfsd.policy.mfs.mfs import Mfs
+from mfsd.policy.parts import params as parameters
+from mfsd.policy.rivals.edf import Edf, Karuna
+from mfsd.policy.rivals.llf import Llf
+from mfsd.policy.rivals.sincronia import Sincronia
+from mfsd.policy.rivals.size import BySize
+from mfsd.policy.rivals.static import Fair, TwoClass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mfsd.policy.base import Policy
-    from mfsd.policy.common import PolicyBase
+    from mfsd.policy.base import PolicyBase
+    from mfsd.policy.views import Policy
 
 DEFAULT: Final = "deadline-ladder"
 """What measures best (docs/policies.md)."""

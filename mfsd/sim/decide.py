@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.ladder import LEVEL_NONE, LEVEL_SCAVENGER
-from mfsd.policy.base import BatchView, LinkView, RequestView, TransferView
+from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView
 from mfsd.sim.singlelink import COLLECTIVE, P2D, Case, Outcome, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mfsd.policy.base import F8, I2, I4, Policy
+    from mfsd.policy.views import F8, I2, I4, Policy
 
 LOAD_TAU_S: Final = 0.1
-"""Time constant of the load average, as in mfsd/estimator.py."""
+"""Time constant of the load average, as in mfsd/engine/estimator.py."""
 
 
 def simulate(case: Case, policy: Policy, period: float = 0.01) -> Outcome:

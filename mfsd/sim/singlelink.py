@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from mfsd.ladder import LEVEL_NEW
+from mfsd.bands import LEVEL_NEW
 
 if TYPE_CHECKING:
-    from mfsd.policy.base import B1, F8, I2
+    from mfsd.policy.views import B1, F8, I2
 
 KV, COLLECTIVE, P2D = 1, 2, 3
 DONE: Final = 1e-9

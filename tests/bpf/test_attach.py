@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import pytest
 from pyroute2 import IPRoute, netns
 
-from mfsd import _abi
-from mfsd.datapath.attach import _F_BEFORE, TCX_EGRESS, AttachError, attach, hook_users, remove_leftover
-from mfsd.datapath.keys import cookie_key
-from mfsd.datapath.libbpf import BpfObject, LibbpfLoader, object_path
-from mfsd.datapath.loader import PROGRAM
-from mfsd.datapath.testrun import socket_cookie
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, AttachError, attach, hook_users, remove_leftover
+from mfsd.datapath.bpf.keys import cookie_key
+from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
+from mfsd.datapath.bpf.loader import PROGRAM
+from mfsd.datapath.bpf.testrun import socket_cookie
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from mfsd.datapath.loader import Classifier
+    from mfsd.datapath.bpf.loader import Classifier
 
 pytestmark = [pytest.mark.bpf, pytest.mark.netns]
 
@@ -337,8 +337,8 @@ def test_leftover_of_a_crash_leaves_a_clsact_that_was_there_before(ns: Namespace
 
 CRASHER = """
 import os, signal, socket, sys
-from mfsd.datapath.attach import attach
-from mfsd.datapath.libbpf import LibbpfLoader
+from mfsd.datapath.bpf.attach import attach
+from mfsd.datapath.bpf.libbpf import LibbpfLoader
 a = attach(LibbpfLoader().open_classifier(16), socket.if_nametoindex("d0"), "tcx")
 print("attached", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

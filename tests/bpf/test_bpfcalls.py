@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mfsd import devices
-from mfsd.datapath import bcc
-from mfsd.datapath.attach import TCX_EGRESS
-from mfsd.datapath.bcc import BccLoader, check_headers
-from mfsd.datapath.bpfcalls import SyscallCalls
-from mfsd.datapath.libbpf import LibbpfCalls, LibbpfLoader
-from mfsd.datapath.loader import LoaderError
+from mfsd.daemon import devices
+from mfsd.datapath.bpf import bcc
+from mfsd.datapath.bpf.attach import TCX_EGRESS
+from mfsd.datapath.bpf.bcc import BccLoader, check_headers
+from mfsd.datapath.bpf.calls import SyscallCalls
+from mfsd.datapath.bpf.libbpf import LibbpfCalls, LibbpfLoader
+from mfsd.datapath.bpf.loader import LoaderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
+from support.privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
 
-from mfsd.datapath.libbpf import LibbpfLoader
-from mfsd.datapath.loader import LoaderError
+from mfsd.datapath.bpf.libbpf import LibbpfLoader
+from mfsd.datapath.bpf.loader import LoaderError
 
 if TYPE_CHECKING:
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 pytestmark = pytest.mark.bpf
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from frames import UDP, eth, frame4, frame6, ip4, ip6, key4, key6, shortest, udp
+from support.frames import UDP, eth, frame4, frame6, ip4, ip6, key4, key6, shortest, udp
 
-from mfsd import _abi
+from mfsd.datapath import _abi
 
 if TYPE_CHECKING:
-    from conftest import Rig
+    from support.bpf_rig import Rig
 
 pytestmark = pytest.mark.bpf
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading, sharing and closing; the object's types against mfsd/_abi.py; errors that say what to do."""
+"""Loading, sharing and closing; the object's types against mfsd/datapath/_abi.py; errors that say what to do."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from frames import frame4, key4, key6
+from support.frames import frame4, key4, key6
 
-from mfsd import _abi
-from mfsd.datapath import libbpf
-from mfsd.datapath.keys import MapFullError, cookie_key, tuple_key
-from mfsd.datapath.libbpf import BpfObject, LibbpfLoader, check_kernel, object_path, verdict
-from mfsd.datapath.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS, LoaderError
-from mfsd.datapath.testrun import run_packet
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf import libbpf
+from mfsd.datapath.bpf.keys import MapFullError, cookie_key, tuple_key
+from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, check_kernel, object_path, verdict
+from mfsd.datapath.bpf.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS, LoaderError
+from mfsd.datapath.bpf.testrun import run_packet
 from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
     import ctypes
 
-    from conftest import Rig
+    from support.bpf_rig import Rig
 
 pytestmark = pytest.mark.bpf
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from frames import (
+from support.frames import (
     ACK,
     HOPOPTS,
     TCP,
@@ -27,10 +27,10 @@ from frames import (
     tcp,
 )
 
-from mfsd import _abi
+from mfsd.datapath import _abi
 
 if TYPE_CHECKING:
-    from conftest import Rig
+    from support.bpf_rig import Rig
 
 pytestmark = pytest.mark.bpf
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from frames import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.frames import (
     DSTOPTS,
     FRAGMENT,
     HOPOPTS,
@@ -34,14 +36,12 @@ from frames import (
     tcp,
     udp,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from mfsd import _abi
-from mfsd.datapath.keys import tuple_key
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf.keys import tuple_key
 
 if TYPE_CHECKING:
-    from conftest import Rig
+    from support.bpf_rig import Rig
 
 pytestmark = pytest.mark.bpf
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from canned import Canned
-from ctl import Rig
+from support.canned import Canned
+from support.ctl import Rig
 
 from mfsd.v1 import control_pb2_grpc, hints_pb2_grpc
 

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from canned import COOKIE, status
-from ctl import run
 from google.protobuf import json_format
+from support.canned import COOKIE, status
+from support.ctl import run
 
-from mfsd import __version__, _abi
+from mfsd import __version__
 from mfsd.cli import app, glossary
-from mfsd.config import DEFAULT_PATH, DaemonConfig
+from mfsd.daemon.config import DEFAULT_PATH, DaemonConfig
+from mfsd.datapath import _abi
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import hints_pb2
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ctl import Rig
+    from support.ctl import Rig
 
 EVERY_ANSWER = [
     ("status",),

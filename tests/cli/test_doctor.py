@@ -11,25 +11,25 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
-from ctl import run
+from support.ctl import run
 
 from mfsd import doctor
-from mfsd.config import Config, DaemonConfig, DeviceConfig
-from mfsd.datapath import statefile
-from mfsd.datapath.attach import TCX_EGRESS, HookUser, attach
-from mfsd.datapath.device import read_device
-from mfsd.datapath.enforcer import DeviceEnforcer
-from mfsd.datapath.libbpf import BpfObject, LibbpfCalls, LibbpfLoader, object_path
-from mfsd.datapath.statefile import Owner
+from mfsd.bands import BandPlan
+from mfsd.daemon.config import Config, DaemonConfig, DeviceConfig
+from mfsd.datapath.bpf.attach import TCX_EGRESS, HookUser, attach
+from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfCalls, LibbpfLoader, object_path
+from mfsd.datapath.qdisc.device import read_device
+from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
+from mfsd.datapath.undo import notes
+from mfsd.datapath.undo.notes import Owner
 from mfsd.doctor import Context, Finding, Severity, checkup, device, host, kernel, leftovers, loaders, tcp
-from mfsd.ladder import BandPlan
 from mfsd.model import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 netns = pytest.mark.netns
 
@@ -204,7 +204,7 @@ def test_a_check_that_trips_does_not_hide_the_others(context: Context, monkeypat
 def test_leftovers(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(tmp_path)
     context = Context(("v0",), cfg)
-    assert only(leftovers.notes(context)).severity is Severity.OK
+    assert only(leftovers.notes_left(context)).severity is Severity.OK
     bands = BandPlan.build(2, default_after=1, lanes=2)
 
     def at_home(function: Callable[[], Iterable[Finding]]) -> Finding:
@@ -215,17 +215,17 @@ def test_leftovers(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.Mo
             enforcer.apply()
 
     netns_pair.call(netns_pair.a, apply)
-    assert only(leftovers.notes(context)).title == "A running daemon has v0"
+    assert only(leftovers.notes_left(context)).title == "A running daemon has v0"
     assert at_home(lambda: device.qdisc(context, "v0")).severity is Severity.OK
     with monkeypatch.context() as m:
         m.setattr(Owner, "alive", property(lambda _: False))
-        found = only(leftovers.notes(context))
+        found = only(leftovers.notes_left(context))
     assert found.severity is Severity.WARN
     assert "mfsctl restore" in found.fix
-    note = statefile.path_of(cfg.daemon.state_dir, "v0")
+    note = notes.path_of(cfg.daemon.state_dir, "v0")
     text = note.read_text()
     note.write_text("{")
-    assert only(leftovers.notes(context)).severity is Severity.FAIL
+    assert only(leftovers.notes_left(context)).severity is Severity.FAIL
     note.unlink()
     lost = at_home(lambda: device.qdisc(context, "v0"))
     assert lost.severity is Severity.FAIL

@@ -11,13 +11,13 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from ctl import Ran, run
+from support.ctl import Ran, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 pytestmark = pytest.mark.netns
 NOWHERE = "/nonexistent/mfsd.sock"

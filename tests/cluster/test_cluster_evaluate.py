@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from mfsd.daemon import main
+from mfsd.daemon.main import main
 from mfsd.lab.cluster import matrix, report
 from mfsd.lab.cluster.arms import ARMS
 from mfsd.lab.cluster.cell import Cell

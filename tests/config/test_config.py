@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mfsd import config_text
-from mfsd.config import Config, ConfigError, DeviceConfig, PeerConfig, load, parse, render
+from mfsd.daemon import config_text
+from mfsd.daemon.config import Config, ConfigError, DeviceConfig, PeerConfig, load, parse, render
 from mfsd.model import Mode, Rate
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def test_render_reads_back_to_the_same_and_tells_defaults_apart(tmp_path: Path) 
 
 def test_the_example_file_is_the_defaults() -> None:
     text = (ROOT / "systemd" / "mfsd.toml").read_text()
-    assert text == config_text.example(Config), "run: python -m mfsd.config_text > systemd/mfsd.toml"
+    assert text == config_text.example(Config), "run: python -m mfsd.daemon.config_text > systemd/mfsd.toml"
     assert parse(tomllib.loads(text)) == Config()
     # With every key that has a default uncommented it still says the same.
     lines = [re.sub(r"^#(\w+ = .+)$", r"\1", line) for line in text.splitlines()]

@@ -6,13 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from rig import Daemon, running
+from support.rig import Daemon, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 
 @pytest.fixture

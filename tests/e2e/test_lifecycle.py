@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from rig import Daemon, flows, running, tc_state, wait_for
+from support.rig import Daemon, flows, running, tc_state, wait_for
 
 from mfsd.client import cookie_of
-from mfsd.datapath.attach import TCX_EGRESS
-from mfsd.datapath.libbpf import LibbpfCalls
+from mfsd.datapath.bpf.attach import TCX_EGRESS
+from mfsd.datapath.bpf.libbpf import LibbpfCalls
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 pytestmark = pytest.mark.netns
 

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from rig import RATE_MBIT, Daemon, Flow, class_bytes, flows, running, wait_for
+from support.rig import RATE_MBIT, Daemon, Flow, class_bytes, flows, running, wait_for
 
 from mfsd.client import Client, cookie_of, tuple_of
 from mfsd.model import Event, EventKind, Stage
@@ -17,7 +17,7 @@ from mfsd.model import Event, EventKind, Stage
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 pytestmark = pytest.mark.netns
 

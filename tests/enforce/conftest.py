@@ -7,13 +7,13 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
-from benches import Bench
+from support.benches import Bench
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 
 @pytest.fixture

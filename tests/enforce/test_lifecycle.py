@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from benches import Bench, plan
+from support.benches import Bench, plan
 
 import mfsd
-from mfsd.datapath import htb, prio
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.device import EnforceError, kernel_has
-from mfsd.datapath.enforcer import DeviceEnforcer, restore_all
-from mfsd.datapath.snapshot import read_tree
-from mfsd.datapath.tree import Group, Node, differences
+from mfsd.datapath.qdisc import htb, prio
+from mfsd.datapath.qdisc.device import EnforceError, kernel_has
+from mfsd.datapath.qdisc.enforcer import DeviceEnforcer, restore_all
+from mfsd.datapath.qdisc.tree import Group, Node, differences
+from mfsd.datapath.undo.snapshot import read_tree
 from mfsd.model import Rate
 
 if TYPE_CHECKING:
-    from mfsd.datapath.tree import Tree
+    from mfsd.datapath.qdisc.tree import Tree
 
 pytestmark = pytest.mark.netns
 
@@ -262,8 +262,8 @@ ROOT: Final = Path(mfsd.__file__).parents[1]
 OWNER: Final = """
 import sys, time
 from pathlib import Path
-from mfsd.datapath.enforcer import DeviceEnforcer
-from mfsd.ladder import BandPlan
+from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
+from mfsd.bands import BandPlan
 from mfsd.model import Rate
 bands = BandPlan.build(4, default_after=2, lanes=4)
 DeviceEnforcer(sys.argv[1], bands, "htb", Rate.parse("1gbit"), Path(sys.argv[2])).apply()

@@ -14,15 +14,15 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from benches import FRAME, Bench, plan, wait_until
+from support.benches import FRAME, Bench, plan, wait_until
 
 from mfsd.datapath import netlink as nl
-from mfsd.datapath import prio
-from mfsd.datapath.device import EnforceError
-from mfsd.datapath.tree import Filter
+from mfsd.datapath.qdisc import prio
+from mfsd.datapath.qdisc.device import EnforceError
+from mfsd.datapath.qdisc.tree import Filter
 
 if TYPE_CHECKING:
-    from mfsd.datapath.enforcer import DeviceEnforcer
+    from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 
 pytestmark = pytest.mark.netns
 

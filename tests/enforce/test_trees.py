@@ -8,14 +8,14 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from benches import plan
 from hypothesis import given
 from hypothesis import strategies as st
+from support.benches import plan
 
-from mfsd.datapath import htb, prio
+from mfsd.bands import BandPlan
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.snapshot import Saved, Snapshot, codel_request
-from mfsd.datapath.tree import (
+from mfsd.datapath.qdisc import htb, prio
+from mfsd.datapath.qdisc.tree import (
     CHILD_MAJOR,
     LEAF_MAJORS,
     PURGEABLE,
@@ -28,11 +28,11 @@ from mfsd.datapath.tree import (
     settings,
     ticks,
 )
-from mfsd.ladder import BandPlan
+from mfsd.datapath.undo.snapshot import Saved, Snapshot, codel_request
 from mfsd.model import Rate
 
 if TYPE_CHECKING:
-    from mfsd.datapath.tree import Tree
+    from mfsd.datapath.qdisc.tree import Tree
 
 SPEEDS = ("100mbit", "1gbit", "10gbit", "34.4gbit", "100gbit", "400gbit", "1.6tbit")
 

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from harness import MSS, Host, exact_tuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.harness import MSS, Host, exact_tuple
 
 from mfsd.model import EndHint, EventKind, PortRange, Stage, TupleSelector, What
 

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import pytest
-from harness import Host
+from support.harness import Host
 
-from mfsd.compose import bands_of, change_policy, policy_of
-from mfsd.config import parse
-from mfsd.ladder import LEVEL_NEW
+from mfsd.bands import LEVEL_NEW
+from mfsd.daemon.config import parse
+from mfsd.daemon.wiring import bands_of, change_policy, policy_of
 from mfsd.model import BatchHint, CookieSelector, EndHint, MarkHint, ProgressHint, Stage, What
 
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import pytest
-from harness import Host
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support.harness import Host
 
-from mfsd.config import LimitsConfig
-from mfsd.engine import LINGER_S
+from mfsd.daemon.config import LimitsConfig
+from mfsd.engine.engine import LINGER_S
 from mfsd.model import (
     BatchHint,
     CookieSelector,

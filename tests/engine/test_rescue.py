@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from harness import MSS, FakeSocket, Host
+from support.harness import MSS, FakeSocket, Host
 
-from mfsd.config import RescueConfig
+from mfsd.daemon.config import RescueConfig
 from mfsd.model import Endpoints, Mode
 
 

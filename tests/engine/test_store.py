@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfsd.store import GONE, Deferred, Dense
+from mfsd.engine.columns import GONE, Deferred, Dense
 
 
 @dataclass(eq=False)

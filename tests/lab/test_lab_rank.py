@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from labfakes import LAYERS, TINY, Pair, job
+from support.labfakes import LAYERS, TINY, Pair, job
 
 from mfsd.model import Stage
 

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from labfakes import TINY, job, outcome
+from support.labfakes import TINY, job, outcome
 
 from mfsd.lab import health, pictures, report, results, story
 from mfsd.lab.arm import Plan

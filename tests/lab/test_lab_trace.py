@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from labfakes import TINY, job
+from support.labfakes import TINY, job
 
 from mfsd.lab import trace, workload
 from mfsd.lab.models import MIXTRAL, Scaled

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mfsd.daemon import main
+from mfsd.daemon.main import main
 from mfsd.lab.models import MIXTRAL, Scaled
 from mfsd.lab.real import run as real
 from mfsd.lab.real.memory import SLICE, Memory, Watch

@@ -6,11 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import policy_views as pv
 import pytest
-import reference as ref
+from support import policy_views as pv
+from support import reference as ref
 
-from mfsd.policy import registry, sincronia
+from mfsd.policy import registry
+from mfsd.policy.rivals import sincronia
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfsd.ladder import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandPlan, Ladder, Role
+from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandPlan, Ladder, Role
 from mfsd.policy import registry
 
 

@@ -6,14 +6,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import policy_views as pv
 import pytest
-import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
+from support import policy_views as pv
+from support import reference as ref
 
-from mfsd.policy import bound, buckets, interrequest, mlu, pick, pruning, red, rli
-from mfsd.policy.layout import ARBITRATION, Layout
+from mfsd.policy.mfs import inter_request, mlu, pruning, red, rli
+from mfsd.policy.mfs.layout import ARBITRATION, Layout
+from mfsd.policy.parts import bound, buckets, pick
 
 finite = st.floats(min_value=-1e3, max_value=1e6, allow_nan=False)
 
@@ -114,7 +115,7 @@ def test_a_slow_peer_bounds_what_its_port_would_let_through() -> None:
 
 def test_inter_request_loads_count_a_slow_peer_at_its_own_rate() -> None:
     t = pv.transfers(2, left=1e6, request=[0, 1], peer=[0, 1])
-    loads = interrequest.port_loads(t, 2, 0, pv.link(1e8, peer_rate=[2e7, np.inf])).request
+    loads = inter_request.port_loads(t, 2, 0, pv.link(1e8, peer_rate=[2e7, np.inf])).request
     assert loads.tolist() == [[pytest.approx(0.01), pytest.approx(0.05), 0.0], [pytest.approx(0.01), 0.0, 0.01]]
 
 

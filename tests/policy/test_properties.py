@@ -8,13 +8,13 @@ import math
 from typing import Any
 
 import numpy as np
-import policy_views as pv
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import policy_views as pv
 
 from mfsd.policy import registry
-from mfsd.policy.base import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.policy.views import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 
 seeds = st.integers(0, 2**32 - 1)
 NAMES = registry.names()

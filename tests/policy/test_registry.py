@@ -6,14 +6,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import policy_views as pv
 import pytest
+from support import policy_views as pv
 
-from mfsd.policy import params, registry
-from mfsd.policy.base import LEVEL_SCAVENGER, Policy
+from mfsd.policy import registry
+from mfsd.policy.views import LEVEL_SCAVENGER, Policy
+
+if TYPE_CHECKING:
+    from mfsd.policy.parts import params
 
 DEFAULT_FIRST = "deadline-ladder"
 

@@ -8,8 +8,8 @@ import math
 from typing import Any
 
 import numpy as np
-import plain_link
 import pytest
+from support import plain_link
 
 from mfsd.policy import registry
 from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from daemons import Api, Running, connected
+from support.daemons import Api, Running, connected
 
 if TYPE_CHECKING:
     import socket

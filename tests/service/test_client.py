@@ -9,13 +9,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import Running, connected, wait_for
+from support.daemons import Running, connected, wait_for
 
+from mfsd.api.decode import Decoder
 from mfsd.client import Client, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
 from mfsd.client.encode import encode
 from mfsd.client.ledger import Ledger
-from mfsd.config import LimitsConfig
-from mfsd.decode import Decoder
+from mfsd.daemon.config import LimitsConfig
 from mfsd.model import (
     BatchHint,
     CookieSelector,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from daemons import PATIENCE_S, wait_for
+from support.daemons import PATIENCE_S, wait_for
 
 from mfsd.client import Client
-from mfsd.config import Config, parse, render
+from mfsd.daemon.config import Config, parse, render
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mfsd import compose
-from mfsd.config import parse
-from mfsd.devices import Devices
+from mfsd.daemon import wiring
+from mfsd.daemon.config import parse
+from mfsd.daemon.devices import Devices
+from mfsd.host.routes import RouteLookup
 from mfsd.model import Mode
-from mfsd.routes import RouteLookup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
     Inside = Callable[[Callable[[Devices], None]], None]
 
@@ -37,7 +37,7 @@ def inside(netns_pair: NetnsPair, tmp_path: Path) -> Iterator[Inside]:
 
     def run(body: Callable[[Devices], None]) -> None:
         def inner() -> None:
-            devices = Devices(config, compose.bands_of(config, compose.policy_of(config)))
+            devices = Devices(config, wiring.bands_of(config, wiring.policy_of(config)))
             try:
                 body(devices)
             finally:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import pytest
-from daemons import Api, Running, call_violation, connected, violation, wait_for
 from google.rpc import code_pb2
+from support.daemons import Api, Running, call_violation, connected, violation, wait_for
 
 from mfsd.client import cookie_of
-from mfsd.config import LimitsConfig
+from mfsd.daemon.config import LimitsConfig
 from mfsd.v1.hints_pb2 import (
     STAGE_COLLECTIVE,
     STAGE_KV_REUSE,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from daemons import Api, Running, call_violation, wait_for
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from support.daemons import Api, Running, call_violation, wait_for
 
 import mfsd
 from mfsd.client import cookie_of

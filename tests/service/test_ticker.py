@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mfsd.config import Config
-from mfsd.ticker import BURST_S, SHARE, Periods, Ticker
+from mfsd.daemon.config import Config
+from mfsd.daemon.ticker import BURST_S, SHARE, Periods, Ticker
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,9 @@ import subprocess
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from realnet import Net
+from support.realnet import Net
 
-from mfsd.sockets import SocketResolver
+from mfsd.host.sockets import SocketResolver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mfsd import procs
-from mfsd.procs import ProcessGoneError, ProcessWatch, alive, start_time
+from mfsd.host import processes
+from mfsd.host.processes import ProcessGoneError, ProcessWatch, alive, start_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +87,7 @@ def test_every_watcher_is_called_once(child: Child, monkeypatch: pytest.MonkeyPa
 
     if not pidfd:
         monkeypatch.setattr(os, "pidfd_open", refuse)
-        monkeypatch.setattr(procs, "_POLL_S", 0.01)
+        monkeypatch.setattr(processes, "_POLL_S", 0.01)
 
     async def main() -> None:
         before = descriptors()
@@ -145,7 +145,7 @@ def test_removing_the_last_watcher_frees_the_descriptor(child: Child) -> None:
 
 def test_a_thread_id_is_polled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client may well send its thread id; pidfd_open refuses it."""
-    monkeypatch.setattr(procs, "_POLL_S", 0.01)
+    monkeypatch.setattr(processes, "_POLL_S", 0.01)
     go, ids = threading.Event(), []
     started = threading.Event()
 
@@ -176,7 +176,7 @@ def test_a_reused_pid_ends_the_old_watch(child: Child, monkeypatch: pytest.Monke
         done, other = asyncio.Event(), asyncio.Event()
         watch.add(child.pid, done.set)
         real = start_time(child.pid)
-        monkeypatch.setattr(procs, "start_time", lambda _: real + 1)
+        monkeypatch.setattr(processes, "start_time", lambda _: real + 1)
         watch.add(child.pid, other.set)
         await _called(done)
         assert not other.is_set()

@@ -9,15 +9,15 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
-from realnet import Net, cookie_of
+from support.realnet import Net, cookie_of
 
-from mfsd import inetdiag
+from mfsd.host import inet_diag
 from mfsd.model import CookieSelector, Endpoints, PortRange, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mfsd.sockets import SocketResolver, TcpProgress
+    from mfsd.host.sockets import SocketResolver, TcpProgress
 
 T = TypeVar("T")
 pytestmark = pytest.mark.netns
@@ -65,7 +65,7 @@ def test_acked_bytes_are_exact(net: Net, resolver: SocketResolver, host: str, fa
         )
     assert progress(resolver, accepted).bytes_acked == 0
     state = progress(resolver, client)
-    assert state.state == inetdiag.ESTABLISHED
+    assert state.state == inet_diag.ESTABLISHED
     assert state.notsent == 0
     assert state.total_retrans == 0
     assert state.cwnd >= 1
@@ -103,7 +103,9 @@ def test_sockets_that_are_gone_are_absent(net: Net, resolver: SocketResolver) ->
     closed[0].close()  # TIME_WAIT
     closed[1].close()
     shut[0].shutdown(socket.SHUT_WR)  # FIN_WAIT2 once the FIN is acknowledged: bytes acked can still be asked for
-    alive = wait_for(lambda: resolver.tcp_progress(asked), lambda found: found[asked[2][0]].state == inetdiag.FIN_WAIT2)
+    alive = wait_for(
+        lambda: resolver.tcp_progress(asked), lambda found: found[asked[2][0]].state == inet_diag.FIN_WAIT2
+    )
     assert set(alive) == {c for c, _ in asked[2:]}
     assert alive[asked[2][0]].bytes_acked == 2  # SYN and FIN
 
@@ -161,10 +163,12 @@ def test_a_listing_that_was_given_up_does_not_disturb(net: Net, resolver: Socket
     where = endpoints(client)
     diag = resolver._diag
     diag._sock.send(
-        inetdiag.lookup_request(6, where.src.packed, where.sport, where.dst.packed, where.dport, ext=inetdiag.EXT_INFO)
+        inet_diag.lookup_request(
+            6, where.src.packed, where.sport, where.dst.packed, where.dport, ext=inet_diag.EXT_INFO
+        )
     )
     assert progress(resolver, client).bytes_acked == 1
-    diag._sock.send(inetdiag.lookup_request(6, b"\1\1\1\1", 1, b"\1\1\1\1", 1))
+    diag._sock.send(inet_diag.lookup_request(6, b"\1\1\1\1", 1, b"\1\1\1\1", 1))
     assert len(resolver.resolve(CookieSelector(cookie_of(client)))) == 1
     diag._seq = 0xFFFFFFF0
     assert len(resolver.tcp_progress([(cookie_of(client), where)] * 40)) == 1

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from realnet import Net, cookie_of
+from support.realnet import Net, cookie_of
 
+from mfsd.host.sockets import SocketResolver, process_sockets
 from mfsd.model import CookieSelector, HintError, PortRange, ProcessSelector, TupleSelector
-from mfsd.sockets import SocketResolver, process_sockets
 
 if TYPE_CHECKING:
     from mfsd.model import Selector

@@ -8,16 +8,16 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from prio_benches import PrioBench, fixed_neighbours
+from support.prio_benches import PrioBench, fixed_neighbours
 
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.device import kernel_has
+from mfsd.datapath.qdisc.device import kernel_has
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 QDISCS = ("htb", "prio", "tbf", "drr", "fq", "fq_codel", "ets", "sfq", "codel", "mqprio", "netem", "red", "cake")
 

@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from frames import frame4, frame6, key4, key6
-from privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
+from support.frames import frame4, frame6, key4, key6
+from support.privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
 
-from mfsd import _abi
-from mfsd.datapath.attach import attach, hook_users
-from mfsd.datapath.bcc import BccLoader, check_headers
-from mfsd.datapath.keys import MapFullError, cookie_key
-from mfsd.datapath.libbpf import LibbpfLoader
-from mfsd.datapath.loader import LoaderError
-from mfsd.datapath.testrun import run_packet, socket_cookie
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf.attach import attach, hook_users
+from mfsd.datapath.bpf.bcc import BccLoader, check_headers
+from mfsd.datapath.bpf.keys import MapFullError, cookie_key
+from mfsd.datapath.bpf.libbpf import LibbpfLoader
+from mfsd.datapath.bpf.loader import LoaderError
+from mfsd.datapath.bpf.testrun import run_packet, socket_cookie
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
-    from mfsd.datapath.loader import Classifier, Loader
+    from mfsd.datapath.bpf.loader import Classifier, Loader
 
 pytestmark = [pytest.mark.bpf, pytest.mark.feature("BCC loader")]
 

@@ -15,21 +15,21 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from promotions import LONG_S, RATE_MBIT, GuestDaemon, compare, level_of
-from rig import Daemon, Flow, flows, running, tc_state, wait_for
+from support.promotions import LONG_S, RATE_MBIT, GuestDaemon, compare, level_of
+from support.rig import Daemon, Flow, flows, running, tc_state, wait_for
 
 from mfsd.client import cookie_of, tuple_of
-from mfsd.datapath.attach import TCX_EGRESS, hook_users
-from mfsd.datapath.bcc import check_headers
-from mfsd.datapath.libbpf import BpfObject, LibbpfCalls, object_path
-from mfsd.datapath.loader import LoaderError
+from mfsd.datapath.bpf.attach import TCX_EGRESS, hook_users
+from mfsd.datapath.bpf.bcc import check_headers
+from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfCalls, object_path
+from mfsd.datapath.bpf.loader import LoaderError
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
     from mfsd.client import Client
 

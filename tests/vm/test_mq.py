@@ -12,8 +12,8 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from benches import PAYLOAD, PORT, SNDBUFFORCE, plan
-from prio_benches import LEVEL0, SCAVENGER, PrioBench
+from support.benches import PAYLOAD, PORT, SNDBUFFORCE, plan
+from support.prio_benches import LEVEL0, SCAVENGER, PrioBench
 
 if TYPE_CHECKING:
     from collections.abc import Callable

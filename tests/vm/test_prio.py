@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from benches import FRAME, plan, wait_until
-from prio_benches import CONTROL, DEFAULT, LEVEL0, LEVEL1, LEVEL2, LEVEL3, SCAVENGER, PrioBench
+from support.benches import FRAME, plan, wait_until
+from support.prio_benches import CONTROL, DEFAULT, LEVEL0, LEVEL1, LEVEL2, LEVEL3, SCAVENGER, PrioBench
 
 from mfsd.datapath import netlink as nl
 

@@ -8,16 +8,16 @@ import subprocess
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from benches import plan
+from support.benches import plan
 
-from mfsd.datapath.device import EnforceError
-from mfsd.datapath.enforcer import DeviceEnforcer
+from mfsd.datapath.qdisc.device import EnforceError
+from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.model import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from prio_benches import PrioBench
+    from support.prio_benches import PrioBench
 
 pytestmark = pytest.mark.netns
 

@@ -7,15 +7,25 @@ import contextlib
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from benches import plan
-from prio_benches import CONTROL, DEFAULT, LEVEL0, LEVEL1, LEVEL2, LEVEL3, SCAVENGER, PrioBench, fixed_neighbours
-from wires import wired_namespaces
+from support.benches import plan
+from support.prio_benches import (
+    CONTROL,
+    DEFAULT,
+    LEVEL0,
+    LEVEL1,
+    LEVEL2,
+    LEVEL3,
+    SCAVENGER,
+    PrioBench,
+    fixed_neighbours,
+)
+from support.wires import wired_namespaces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from namespaces import NetnsPair
+    from support.namespaces import NetnsPair
 
 pytestmark = [pytest.mark.netns, pytest.mark.feature("prio, bare, on a card that pushes back")]
 

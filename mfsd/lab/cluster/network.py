@@ -17,19 +17,19 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from mfsd.compose import bands_of
-from mfsd.config import parse
+from mfsd.daemon.config import parse
+from mfsd.daemon.wiring import bands_of
 from mfsd.lab.governor import Governor
 from mfsd.lab.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
 from mfsd.lab.results import added_up
 from mfsd.model import Stage
+from mfsd.policy.parts.still import stage_levels
 from mfsd.policy.registry import make_policy
-from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
+    from mfsd.bands import BandPlan
     from mfsd.lab.cluster.arms import Arm
     from mfsd.lab.cluster.regimes import Cluster
-    from mfsd.ladder import BandPlan
     from mfsd.model import Rate
 
 Setting = Literal["fifo", "classes", "levels"]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's endpoints: a unix socket with group permissions, optionally TCP; hints, control, health, reflection."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import stat
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2, hints_pb2_grpc
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mfsd.daemon.config import DaemonConfig
+
+HINTS: Final = hints_pb2.DESCRIPTOR.services_by_name["Hints"].full_name
+CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
+STOP_S: Final = 0.5
+"""For calls in progress when the daemon stops; streams are cut then, and clients reconnect by themselves."""
+
+_untyped_health: Any = health
+"""The package has no stubs, and mypy's view of what it re-exports changes with the state of its cache."""
+
+
+class ServerError(RuntimeError):
+    """An endpoint can't be opened."""
+
+
+class Server:
+    """One gRPC server with all services."""
+
+    def __init__(
+        self, hints: hints_pb2_grpc.HintsServicer, control: control_pb2_grpc.ControlServicer, config: DaemonConfig
+    ) -> None:
+        self._config = config
+        self._bound = False
+        """The socket of that name is ours."""
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
+        self._health = _untyped_health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (HINTS, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self) -> None:
+        """Open the endpoints and serve. Raises ServerError. The caller holds the daemon's lock."""
+        self._bind_socket(self._config.socket)
+        if self._config.listen is not None:
+            try:
+                self._server.add_insecure_port(self._config.listen)
+            except RuntimeError as e:
+                raise ServerError(f"daemon.listen = {self._config.listen!r}: can't be opened: {e}") from e
+        await self._server.start()
+        for name in ("", HINTS, CONTROL):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def _bind_socket(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _remove_stale(path)
+            # Nobody else may connect before the group is set.
+            before = os.umask(0o177)
+            try:
+                self._server.add_insecure_port(f"unix:{path}")
+            finally:
+                os.umask(before)
+            self._bound = True
+            self._set_group(path)
+            path.chmod(0o660)
+        except (OSError, RuntimeError) as e:
+            raise ServerError(f'daemon.socket = "{path}": {e}') from e
+
+    def _set_group(self, path: Path) -> None:
+        name = self._config.socket_group
+        if name is None:
+            return
+        try:
+            gid = grp.getgrnam(name).gr_gid
+        except KeyError:
+            raise ServerError(f'daemon.socket_group = "{name}": there is no such group on this host') from None
+        try:
+            os.chown(path, -1, gid)
+        except PermissionError as e:
+            raise ServerError(
+                f'daemon.socket_group = "{name}": mfsd may not give its socket to this group; make its user a member '
+                "(SupplementaryGroups= in the unit)"
+            ) from e
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, let short calls finish, close the endpoints."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(STOP_S)
+        if self._bound:
+            with contextlib.suppress(OSError):
+                self._config.socket.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a daemon that was killed; the caller's lock says that no other one lives."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError("there is a file of this name that is no socket; remove it or choose another name")
+    path.unlink()

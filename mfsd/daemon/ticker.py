@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the engine ticks: often while there is something to schedule, rarely when not, at once after hints.
+
+A hint should be visible in the table within a millisecond or two, but a stream of 50,000 hints a second must not pay
+for a tick each. So ticks after hints are paid from a budget: while it lasts they come at once, and beyond that hints
+are gathered, so that ticks never take more than ``SHARE`` of the processor because of hints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import structlog
+
+from mfsd.logs import Seldom
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mfsd.daemon.config import DaemonConfig
+    from mfsd.engine.engine import Engine
+
+SHARE: Final = 0.25
+"""Of the processor, for ticks that hints ask for."""
+BURST_S: Final = 0.005
+"""Budget that an idle daemon has saved up."""
+SOON_S: Final = 0.001
+"""Period while a rescue may be due; epoll waits in whole milliseconds."""
+KEPT_S: Final = 60.0
+"""Durations are reported over the last minute."""
+KEPT_MAX: Final = 16_384
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Periods:
+    """Seconds; see config [daemon]."""
+
+    busy: float
+    idle: float
+    heartbeat: float
+
+    @classmethod
+    def of(cls, config: DaemonConfig) -> Periods:
+        """As configured."""
+        return cls(config.tick_ms / 1000, config.idle_tick_ms / 1000, config.heartbeat_ms / 1000)
+
+
+class Ticker:
+    """Drives ``engine.tick`` on the running event loop.
+
+    ``beat(now)`` is called after each tick that succeeded. A tick that fails is logged and tried again at the next
+    time; the classifier lets everything through if that goes on for longer than its heartbeat timeout.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        periods: Periods,
+        beat: Callable[[float], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.periods = periods
+        self.failure = ""
+        """Why the last tick failed; empty when it did not."""
+        self._engine = engine
+        self._beat = beat
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._handle: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._budget = BURST_S
+        self._refilled = clock()
+        self._took: deque[tuple[float, float]] = deque(maxlen=KEPT_MAX)
+        self._seldom = Seldom()
+        self._stopped = True
+
+    def start(self) -> None:
+        """Tick now and from now on."""
+        self._stopped = False
+        self._schedule(0.0)
+
+    def stop(self) -> None:
+        """No more ticks."""
+        self._stopped = True
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def poke(self) -> None:
+        """Hints have come: tick as soon as the budget allows."""
+        if self._stopped:
+            return
+        self._refill(self._clock())
+        wait = 0.0 if self._budget > 0 else -self._budget / SHARE
+        if self._handle is None or self._loop.time() + wait < self._due:
+            self._schedule(wait)
+
+    def _schedule(self, wait: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._due = self._loop.time() + wait
+        self._handle = self._loop.call_at(self._due, self._tick)
+
+    def _refill(self, now: float) -> None:
+        self._budget = min(self._budget + (now - self._refilled) * SHARE, BURST_S)
+        self._refilled = now
+
+    def _tick(self) -> None:
+        self._handle = None
+        now, worked = self._clock(), time.thread_time()
+        try:
+            self._engine.tick(now)
+        except Exception as e:
+            self.failure = f"{type(e).__name__}: {e}"
+            if self._seldom("tick"):
+                log.exception("tick failed")
+        else:
+            self.failure = ""
+            self._beat(self._clock())
+        took = self._clock() - now
+        self._refill(now + took)
+        self._budget -= time.thread_time() - worked  # others that take the processor away are not to be paid for
+        self._took.append((now, took))
+        if not self._stopped:
+            self._schedule(max(self._period() - took, 0.0))
+
+    def _period(self) -> float:
+        if self._engine.steering.rescuer.waiting:
+            return min(SOON_S, self.periods.busy)
+        period = self.periods.idle if self._engine.idle else self.periods.busy
+        return min(period, self.periods.heartbeat)
+
+    def durations(self) -> tuple[float, float]:
+        """Median and 99th percentile of the last minute's ticks, seconds; 0 before the first."""
+        since = self._clock() - KEPT_S
+        while self._took and self._took[0][0] < since:
+            self._took.popleft()
+        if not self._took:
+            return 0.0, 0.0
+        p50, p99 = np.percentile([took for _, took in self._took], [50, 99])
+        return float(p50), float(p99)

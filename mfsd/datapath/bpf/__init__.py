@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The classifier in the kernel: loaders, maps, keys, hooks."""

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The classifier through libbpf 1.x and ctypes: no compiler, no kernel headers, a few milliseconds.
+
+No callback is ever handed to C: ctypes makes callbacks executable memory at run time, which systemd's
+MemoryDenyWriteExecute forbids. libbpf's messages are silenced by a NULL print function (libbpf.c, libbpf_print), and
+the verifier's log comes through a buffer.
+
+Declarations follow <bpf/libbpf.h> and <bpf/bpf.h> of libbpf 1.0. Its "opts" structs carry their own size, and newer
+libraries accept older, shorter ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import platform
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Self
+
+from mfsd.datapath.bpf.loader import (
+    DEVICE_MAPS,
+    PROGRAM,
+    SHARED_MAPS,
+    Classifier,
+    LoaderError,
+    check_rows,
+    check_sizes,
+    own_copy,
+)
+
+LIBRARY: Final = "libbpf.so.1"
+OLDEST_KERNEL: Final = (5, 11)
+"""bpf_ktime_get_coarse_ns()."""
+
+_NO_VERDICT: Final = re.compile(r"processed |\d+: |; |from \d|\s|.*:$|$")
+"""Statistics, instructions, source lines; and since 7.3 explanations below the verdict, indented and with headings."""
+_LOG_BYTES: Final = 4 << 20
+_LOG_LINES: Final = 25
+_RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
+_INFO_NAME: Final = 64
+"""Offset of name in struct bpf_prog_info (include/uapi/linux/bpf.h); type is at 0, id at 4."""
+
+
+class _OpenOpts(ctypes.Structure):
+    """struct bpf_object_open_opts."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("object_name", ctypes.c_char_p),
+        ("relaxed_maps", ctypes.c_bool),
+        ("pin_root_path", ctypes.c_char_p),
+        ("was_attach_prog_fd", ctypes.c_uint32),  # removed from the struct, its place is kept
+        ("kconfig", ctypes.c_char_p),
+        ("btf_custom_path", ctypes.c_char_p),
+        ("kernel_log_buf", ctypes.c_void_p),
+        ("kernel_log_size", ctypes.c_size_t),
+        ("kernel_log_level", ctypes.c_uint32),
+    )
+
+
+class _LinkCreateOpts(ctypes.Structure):
+    """struct bpf_link_create_opts, up to where the program types differ."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("flags", ctypes.c_uint32),
+        ("iter_info", ctypes.c_void_p),
+        ("iter_info_len", ctypes.c_uint32),
+        ("target_btf_id", ctypes.c_uint32),
+    )
+
+
+class RunOpts(ctypes.Structure):
+    """struct bpf_test_run_opts."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("data_in", ctypes.c_void_p),
+        ("data_out", ctypes.c_void_p),
+        ("data_size_in", ctypes.c_uint32),
+        ("data_size_out", ctypes.c_uint32),
+        ("ctx_in", ctypes.c_void_p),
+        ("ctx_out", ctypes.c_void_p),
+        ("ctx_size_in", ctypes.c_uint32),
+        ("ctx_size_out", ctypes.c_uint32),
+        ("retval", ctypes.c_uint32),
+        ("repeat", ctypes.c_int),
+        ("duration", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("cpu", ctypes.c_uint32),
+        ("batch_size", ctypes.c_uint32),
+    )
+
+
+_INT, _U32, _PTR, _STR = ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_char_p
+_PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "libbpf_set_print": (_PTR, (_PTR,)),
+    "libbpf_num_possible_cpus": (_INT, ()),
+    "bpf_object__open_file": (_PTR, (_STR, _PTR)),
+    "bpf_object__load": (_INT, (_PTR,)),
+    "bpf_object__close": (None, (_PTR,)),
+    "bpf_object__find_map_by_name": (_PTR, (_PTR, _STR)),
+    "bpf_object__find_program_by_name": (_PTR, (_PTR, _STR)),
+    "bpf_map__fd": (_INT, (_PTR,)),
+    "bpf_map__key_size": (_U32, (_PTR,)),
+    "bpf_map__value_size": (_U32, (_PTR,)),
+    "bpf_map__set_max_entries": (_INT, (_PTR, _U32)),
+    "bpf_map__reuse_fd": (_INT, (_PTR, _INT)),
+    "bpf_program__fd": (_INT, (_PTR,)),
+    "bpf_map_update_elem": (_INT, (_INT, _PTR, _PTR, ctypes.c_uint64)),
+    "bpf_map_delete_elem": (_INT, (_INT, _PTR)),
+    "bpf_map_lookup_elem": (_INT, (_INT, _PTR, _PTR)),
+    "bpf_map_get_next_key": (_INT, (_INT, _PTR, _PTR)),
+    "bpf_link_create": (_INT, (_INT, _INT, _INT, _PTR)),
+    "bpf_link_update": (_INT, (_INT, _INT, _PTR)),
+    "bpf_prog_query": (_INT, (_INT, _INT, _U32, _PTR, _PTR, _PTR)),
+    "bpf_prog_get_fd_by_id": (_INT, (_U32,)),
+    "bpf_obj_get_info_by_fd": (_INT, (_INT, _PTR, _PTR)),
+    "bpf_prog_test_run_opts": (_INT, (_INT, _PTR)),
+}
+
+
+@functools.cache
+def library() -> Any:
+    """Return libbpf with the prototypes that we use. Raises LoaderError when it isn't installed or too old."""
+    try:
+        lib = ctypes.CDLL(LIBRARY, use_errno=True)
+    except OSError as e:
+        raise LoaderError(
+            LIBRARY,
+            str(e),
+            "install libbpf 1.0 or newer (Debian 12, Ubuntu 24.04: package libbpf1), or use the BCC loader",
+        ) from e
+    for name, (restype, argtypes) in _PROTOTYPES.items():
+        try:
+            function = getattr(lib, name)
+        except AttributeError as e:
+            raise LoaderError(LIBRARY, f"has no {name}", "install libbpf 1.0 or newer") from e
+        function.restype, function.argtypes = restype, argtypes
+    lib.libbpf_set_print(None)
+    return lib
+
+
+def _checked(code: int) -> int:
+    """Turn libbpf's negative errno into OSError."""
+    if code < 0:
+        raise OSError(-code, os.strerror(-code))
+    return code
+
+
+class LibbpfCalls:
+    """bpf(2) commands through libbpf (see ``loader.BpfCalls``)."""
+
+    def __init__(self) -> None:
+        self._lib = library()
+
+    def map_update(self, fd: int, key: bytes, value: bytes) -> None:
+        """Insert or replace one element."""
+        _checked(self._lib.bpf_map_update_elem(fd, key, value, 0))
+
+    def map_delete(self, fd: int, key: bytes) -> None:
+        """Delete one element; ENOENT if there is none."""
+        _checked(self._lib.bpf_map_delete_elem(fd, key))
+
+    def map_lookup(self, fd: int, key: bytes, size: int) -> bytes | None:
+        """Value of one element, None if there is none."""
+        value = ctypes.create_string_buffer(size)
+        code = self._lib.bpf_map_lookup_elem(fd, key, value)
+        if code == -errno.ENOENT:
+            return None
+        _checked(code)
+        return value.raw
+
+    def map_next_key(self, fd: int, key: bytes | None, size: int) -> bytes | None:
+        """Key after ``key``, None at the end."""
+        following = ctypes.create_string_buffer(size)
+        code = self._lib.bpf_map_get_next_key(fd, key, following)
+        if code == -errno.ENOENT:
+            return None
+        _checked(code)
+        return following.raw
+
+    def possible_cpus(self) -> int:
+        """Copies that a per-CPU map has of each value."""
+        return _checked(self._lib.libbpf_num_possible_cpus())
+
+    def link_create(self, prog_fd: int, ifindex: int, attach_type: int, flags: int) -> int:
+        """Attach a program by a link; returns the link's descriptor."""
+        opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=flags)
+        return _checked(self._lib.bpf_link_create(prog_fd, ifindex, attach_type, ctypes.byref(opts)))
+
+    def link_update(self, link_fd: int, prog_fd: int) -> None:
+        """Replace the program of a link atomically."""
+        _checked(self._lib.bpf_link_update(link_fd, prog_fd, None))
+
+    def prog_query(self, ifindex: int, attach_type: int) -> list[int]:
+        """Ids of the programs on a hook, in the order in which they run (at most 64, the kernel's own limit)."""
+        ids = (ctypes.c_uint32 * 64)()  # BPF_MPROG_MAX, include/linux/bpf_mprog.h
+        count = ctypes.c_uint32(len(ids))
+        _checked(self._lib.bpf_prog_query(ifindex, attach_type, 0, None, ids, ctypes.byref(count)))
+        return list(ids[: count.value])
+
+    def prog_info(self, prog_id: int) -> tuple[str, int]:
+        """Name and program type of a loaded program."""
+        fd = _checked(self._lib.bpf_prog_get_fd_by_id(prog_id))
+        try:
+            info = self._info(fd)
+        finally:
+            os.close(fd)
+        name = info[_INFO_NAME : _INFO_NAME + 16].split(b"\0", 1)[0].decode(errors="replace")
+        return name, int.from_bytes(info[:4], "little")
+
+    def prog_id(self, prog_fd: int) -> int:
+        """Id of a loaded program."""
+        return int.from_bytes(self._info(prog_fd)[4:8], "little")
+
+    def test_run(self, prog_fd: int, opts: RunOpts) -> None:
+        """BPF_PROG_TEST_RUN; results come back in ``opts``."""
+        opts.sz = ctypes.sizeof(RunOpts)
+        _checked(self._lib.bpf_prog_test_run_opts(prog_fd, ctypes.byref(opts)))
+
+    def _info(self, prog_fd: int) -> bytes:
+        """Beginning of struct bpf_prog_info, up to the name."""
+        info = ctypes.create_string_buffer(_INFO_NAME + 16)
+        length = ctypes.c_uint32(len(info))
+        _checked(self._lib.bpf_obj_get_info_by_fd(prog_fd, info, ctypes.byref(length)))
+        return info.raw
+
+
+class LibbpfLoader:
+    """Loads the object that the build left in mfsd/datapath/_bpf (see ``loader.Loader``)."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or object_path("classifier")
+        self.calls = LibbpfCalls()
+
+    def open_classifier(self, slots: int, share: Classifier | None = None) -> Classifier:
+        """Load the classifier with a table of ``slots`` rows, or with the tables of ``share``. Raises LoaderError."""
+        check_kernel(platform.release())
+        check_rows(slots, share)
+        with BpfObject(self.path) as obj:
+            for name in (*SHARED_MAPS, *DEVICE_MAPS):
+                check_sizes(name, *obj.map_sizes(name))
+                if share is not None and name in SHARED_MAPS:
+                    obj.reuse_map(name, share.map_fds[name])
+                elif name in _RESIZED:
+                    obj.resize_map(name, slots)
+            obj.load()
+            fds = {name: obj.map_fd(name) for name in (*SHARED_MAPS, *DEVICE_MAPS)}
+            return Classifier(self.calls, obj.program_fd(PROGRAM), fds, rows=slots)
+
+
+def verdict(log: str) -> str:
+    """The line of the verifier's log that says why it refuses a program."""
+    lines = [line for line in log.splitlines() if not _NO_VERDICT.match(line)]
+    return lines[-1] if lines else "the verifier left no log"
+
+
+class BpfObject:
+    """A BPF ELF file on its way into the kernel. Descriptors taken from it are the caller's own."""
+
+    def __init__(self, path: Path) -> None:
+        self._lib = library()
+        self._path = path
+        self._log = mmap.mmap(-1, _LOG_BYTES)  # touched only if the verifier speaks
+        self._log_buf = (ctypes.c_char * _LOG_BYTES).from_buffer(self._log)
+        opts = _OpenOpts(sz=ctypes.sizeof(_OpenOpts), kernel_log_size=_LOG_BYTES)
+        opts.kernel_log_buf = ctypes.addressof(self._log_buf)
+        self._obj: int | None = self._lib.bpf_object__open_file(os.fsencode(path), ctypes.byref(opts))
+        if not self._obj:
+            e = ctypes.get_errno()
+            raise LoaderError(
+                f"BPF object {path}",
+                os.strerror(e),
+                "run scripts/build.py, or reinstall mfsd" if e == errno.ENOENT else "",
+            )
+
+    def load(self) -> None:
+        """Make the maps and have the program verified. Raises LoaderError."""
+        code = self._lib.bpf_object__load(self._obj)
+        if code < 0:
+            raise self._explain(-code)
+
+    def _explain(self, code: int) -> LoaderError:
+        """Say what the kernel didn't like and what to do about it."""
+        log = self._log[: max(self._log.find(b"\0"), 0)].decode(errors="replace").strip()
+        tail = "\n".join(log.splitlines()[-_LOG_LINES:])
+        what, cause = f"loading {self._path.name}", os.strerror(code)
+        if code in (errno.EPERM, errno.EACCES) and not tail:
+            fix = "mfsd needs CAP_BPF and CAP_NET_ADMIN (AmbientCapabilities= in the unit), and no lockdown of bpf(2)"
+            return LoaderError(what, cause, fix)
+        if code == errno.ENOMEM:
+            return LoaderError(what, cause, "choose fewer slots, or give the service a higher memory limit")
+        if code in (errno.ENOSYS, errno.EOPNOTSUPP):
+            return LoaderError(what, cause, "the kernel lacks CONFIG_BPF_SYSCALL or CONFIG_NET_CLS_ACT")
+        fix = f"kernel {platform.release()} rejects the program; report this with the log"
+        return LoaderError(what, f"{cause} ({verdict(log)})", fix, tail)
+
+    def map_sizes(self, name: str) -> tuple[int, int]:
+        """Bytes of key and value of a map."""
+        m = self._map(name)
+        return self._lib.bpf_map__key_size(m), self._lib.bpf_map__value_size(m)
+
+    def resize_map(self, name: str, entries: int) -> None:
+        """Set the number of elements before loading."""
+        _checked(self._lib.bpf_map__set_max_entries(self._map(name), entries))
+
+    def reuse_map(self, name: str, fd: int) -> None:
+        """Use a map that exists instead of making one."""
+        _checked(self._lib.bpf_map__reuse_fd(self._map(name), fd))
+
+    def map_fd(self, name: str) -> int:
+        """Descriptor of a loaded map, the caller's own."""
+        return own_copy(_checked(self._lib.bpf_map__fd(self._map(name))))
+
+    def program_fd(self, name: str) -> int:
+        """Descriptor of a loaded program, the caller's own."""
+        program = self._lib.bpf_object__find_program_by_name(self._obj, name.encode())
+        if not program:
+            raise LoaderError(f"BPF object {self._path}", f"has no program {name}", "run scripts/build.py")
+        return own_copy(_checked(self._lib.bpf_program__fd(program)))
+
+    def _map(self, name: str) -> int:
+        found: int | None = self._lib.bpf_object__find_map_by_name(self._obj, name.encode())
+        if not found:
+            raise LoaderError(f"BPF object {self._path}", f"has no map {name}", "run scripts/build.py")
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lib.bpf_object__close(self._obj)
+        self._obj = None
+        del self._log_buf
+        self._log.close()
+
+
+def object_path(name: str) -> Path:
+    """Where the build left a BPF object."""
+    return Path(str(resources.files("mfsd.datapath"))) / "_bpf" / f"{name}.bpf.o"
+
+
+def check_kernel(release: str) -> None:
+    """Refuse kernels that lack what the classifier calls. Raises LoaderError."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    if found and (int(found[1]), int(found[2])) < OLDEST_KERNEL:
+        need = ".".join(map(str, OLDEST_KERNEL))
+        raise LoaderError("classifier", f"kernel {release} is too old", f"it needs Linux {need} or newer")

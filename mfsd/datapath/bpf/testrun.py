@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a tc program on one packet without a device (BPF_PROG_TEST_RUN), for tests and the benchmark.
+
+The kernel (net/bpf/test_run.c, bpf_prog_test_run_skb) makes an skb of the bytes, which must be an Ethernet frame, and
+a fresh socket for it; converts the fields below into the skb; runs the program; and converts them back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from mfsd.datapath.bpf.libbpf import LibbpfCalls, RunOpts
+
+SK_BUFF: Final = np.dtype(
+    {
+        "names": ["len", "mark", "priority", "ifindex", "wire_len", "gso_segs", "gso_size"],
+        "formats": ["u4", "u4", "u4", "u4", "u4", "u4", "u4"],
+        "offsets": [0, 8, 32, 40, 160, 164, 176],
+        "itemsize": 192,
+    }
+)
+"""The fields of struct __sk_buff (include/uapi/linux/bpf.h) that matter here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What the program made of the packet."""
+
+    verdict: int
+    """Return code, signed."""
+    priority: int
+    packet: bytes
+    ns: int
+    """Mean duration of one run, as the kernel measured it."""
+
+
+def run_packet(
+    prog_fd: int, packet: bytes, *, priority: int = 0, wire_len: int = 0, gso_segs: int = 0, repeat: int = 1
+) -> Ran:
+    """Run a SCHED_CLS program ``repeat`` times on one packet. Raises OSError, e.g. EINVAL for under 15 bytes."""
+    ctx = np.zeros(1, dtype=SK_BUFF)
+    ctx["priority"], ctx["wire_len"], ctx["gso_segs"] = priority, wire_len, gso_segs
+    data = ctypes.create_string_buffer(packet, len(packet))
+    out = ctypes.create_string_buffer(len(packet) + 256)
+    ctx_out = np.zeros(1, dtype=SK_BUFF)
+    opts = RunOpts(
+        data_in=ctypes.addressof(data),
+        data_size_in=len(packet),
+        data_out=ctypes.addressof(out),
+        data_size_out=len(out),
+        ctx_in=ctx.ctypes.data,
+        ctx_size_in=SK_BUFF.itemsize,
+        ctx_out=ctx_out.ctypes.data,
+        ctx_size_out=SK_BUFF.itemsize,
+        repeat=repeat,
+    )
+    LibbpfCalls().test_run(prog_fd, opts)
+    verdict = ctypes.c_int32(opts.retval).value
+    return Ran(verdict, int(ctx_out["priority"][0]), out.raw[: opts.data_size_out], opts.duration)
+
+
+SO_COOKIE: Final = 57
+"""include/uapi/asm-generic/socket.h."""
+_COOKIE_BATCH: Final = 4096
+"""COOKIE_LOCAL_BATCH, include/linux/cookie.h."""
+
+
+def socket_cookie(sock: socket.socket) -> int:
+    """Cookie of a socket; the kernel makes one up when first asked. Raises OSError."""
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+
+
+def upcoming_cookies(count: int) -> range:
+    """Cookies that the next ``count`` sockets on this CPU will get, those of test runs included.
+
+    Cookies are handed out per CPU, in batches of 4096, so the caller must be pinned to one CPU; other processes there
+    may take a few, so ask for more than you need. Raises ValueError for more than half a batch.
+    """
+    if not 0 < count <= _COOKIE_BATCH // 2:
+        raise ValueError(f"count = {count}: must be 1 to {_COOKIE_BATCH // 2}")
+    for _ in range(_COOKIE_BATCH):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            last = socket_cookie(s)
+        if -last % _COOKIE_BATCH >= count:  # a batch ends with a multiple of its size
+            break
+    return range(last + 1, last + 1 + count)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The htb backend: strict bands with floors and lanes, paced at a configured rate (net/sched/sch_htb.c).
+
+Layout, for a plan whose band *b* stands in strict order::
+
+    6d66:            root, default class = the default band
+      6d66:1         the link: rate = ceil = the device's rate
+        6d66:B001    a band of one lane: rate = its floor, prio = b          (B = b + 1, hexadecimal)
+        6d66:B000    a band of several lanes: rate = its floor
+          6d66:B001..  its lanes: rate ~ 0, prio = b, served in turns by quantum
+
+Why it is strict and yet has floors: htb_dequeue serves all classes that are inside their own ``rate`` first (leaves,
+then inner classes), the others, which borrow from the link, strictly by ``prio``. A rate of 1 byte/s is the smallest
+there is and stands for "no floor"; since debts are forgiven after a minute (mbuffer), such a leaf may send one packet
+ahead of others per minute.
+
+Unhinted traffic while the tree is being built: until the default class exists, htb lets unknown packets through its
+direct queue, first in first out and unshaped, and empties that queue before any class, so their order is kept. The
+default and control leaves keep the pfifo that htb makes with the class, because replacing a leaf frees its packets.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Final
+
+from mfsd.bands import HTB_PRIOS, BandPlan, BandSpec, Role
+from mfsd.datapath import netlink as nl
+from mfsd.datapath.qdisc.tree import (
+    HTB_GLOB,
+    HTB_OPT,
+    MAJOR,
+    ROOT,
+    TCA_HTB_CEIL64,
+    TCA_HTB_INIT,
+    TCA_HTB_PARMS,
+    TCA_HTB_RATE64,
+    U32_MAX,
+    Group,
+    Node,
+    Tree,
+    number_leaves,
+    ratespec,
+    ticks,
+)
+
+if TYPE_CHECKING:
+    from mfsd.model import Rate
+
+LINK_MINOR: Final = 1
+MAX_LANES: Final = 0xFFE
+"""Minor numbers per band, less the inner class."""
+NO_FLOOR: Final = 1
+"""Bytes/s. htb refuses a rate of 0."""
+_HTB_VERSION: Final = 3
+_R2Q: Final = 10
+"""rate2quantum, htb's default; without effect, since every quantum is explicit."""
+
+
+def burst(rate: int, smallest: int) -> int:
+    """Bucket size in bytes for a rate in bytes/s: 1 ms worth, but at most 1 MiB unless 100 us need more.
+
+    What passes while the timer that wakes htb is late must have been saved up: hrtimers come some 10 us late, on a
+    busy virtual machine up to a millisecond. At 1 Gbit/s this is 125 kB, at 400 Gbit/s 5 MB.
+    """
+    return max(smallest, min(rate // 1000, 1 << 20), rate // 10_000)
+
+
+def build(bands: BandPlan, rate: Rate, *, gso: int = 65536) -> Tree:
+    """The tree for a plan at a rate. ``gso``: largest packet the stack may hand down, in bytes.
+
+    Raises ValueError for more bands than htb has priorities, or more lanes than minor numbers.
+    """
+    if len(bands) > HTB_PRIOS:
+        extra = len(bands) - len(bands.level_bands)
+        raise ValueError(
+            f"{len(bands)} bands, but htb has {HTB_PRIOS} priorities: set bands.levels to at most {HTB_PRIOS - extra}, "
+            "or use backend prio (up to 16 bands)"
+        )
+    wide = [b for b in bands.bands if b.lanes > MAX_LANES]
+    if wide:
+        raise ValueError(f"band {wide[0].name!r} has {wide[0].lanes} lanes, htb's layout has {MAX_LANES} at most")
+    link = max(int(rate.bytes_per_s), NO_FLOOR)
+    maker = _Maker(link, gso)
+    default = _leaf(bands.default)
+    groups = [
+        Group(
+            "Install htb at the root (the one graft), unknown packets to the default band",
+            f"tc qdisc replace dev DEV root handle {MAJOR:x}: htb default {default & 0xFFFF:x} r2q {_R2Q}",
+            (Node("htb", ROOT, nl.TC_H_ROOT, _root_options(default)),),
+        ),
+        maker.single("The link itself, which alone is paced", ROOT | LINK_MINOR, ROOT, link, 0),
+    ]
+    # The default band first: unhinted packets wait for nothing else.
+    for band in sorted(bands.bands, key=lambda b: b.role is not Role.DEFAULT):
+        groups += maker.band(band)
+    return Tree(
+        "htb",
+        tuple(groups),
+        number_leaves((b, _leaf(b), b.lanes) for b in bands.bands),
+        {_leaf(b) + i: b.index for b in bands.bands for i in range(b.lanes)},
+    )
+
+
+def _leaf(band: BandSpec) -> int:
+    """Classid of lane 0."""
+    return _inner(band) + 1
+
+
+def _inner(band: BandSpec) -> int:
+    return ROOT | (band.index + 1) << 12
+
+
+def _root_options(default: int) -> bytes:
+    return nl.attr(TCA_HTB_INIT, HTB_GLOB.pack(_HTB_VERSION, _R2Q, default & 0xFFFF, 0, 0))
+
+
+class _Maker:
+    """Classes of one device: all have the link's ceiling and a quantum of one largest packet."""
+
+    def __init__(self, link: int, gso: int) -> None:
+        self.link = link
+        # Fair among lanes only if a turn covers the largest packet and the headers counted for each of its segments
+        # (net/core/dev.c, qdisc_pkt_len_init): some 4 % at an MSS of 1448.
+        self.quantum = gso + gso // 16
+        self.ceil_burst = burst(link, gso)
+
+    def options(self, rate: int, prio: int) -> bytes:
+        own = self.ceil_burst if rate == self.link else 1 if rate == NO_FLOOR else burst(rate, 4096)
+        parms = HTB_OPT.pack(
+            ratespec(rate),
+            ratespec(self.link),
+            ticks(own, rate),
+            ticks(self.ceil_burst, self.link),
+            self.quantum,
+            0,
+            prio,
+        )
+        out = nl.attr(TCA_HTB_PARMS, parms)
+        if rate > U32_MAX:
+            out += nl.attr(TCA_HTB_RATE64, struct.pack("=Q", rate))
+        if self.link > U32_MAX:
+            out += nl.attr(TCA_HTB_CEIL64, struct.pack("=Q", self.link))
+        return out
+
+    def command(self, classid: str, parent: int, rate: int, prio: int) -> str:
+        own = self.ceil_burst if rate == self.link else 1 if rate == NO_FLOOR else burst(rate, 4096)
+        return (
+            f"tc class add dev DEV parent {nl.classid(parent)} classid {classid} htb rate {rate * 8}bit "
+            f"ceil {self.link * 8}bit burst {own} cburst {self.ceil_burst} prio {prio} quantum {self.quantum}"
+        )
+
+    def node(self, classid: int, parent: int, rate: int, prio: int) -> Node:
+        return Node("htb", classid, parent, self.options(rate, prio), "class", live=True)
+
+    def single(self, text: str, classid: int, parent: int, rate: int, prio: int) -> Group:
+        return Group(
+            text,
+            self.command(nl.classid(classid), parent, rate, prio),
+            (self.node(classid, parent, rate, prio),),
+        )
+
+    def band(self, band: BandSpec) -> list[Group]:
+        floor = max(int(self.link * band.floor), NO_FLOOR)
+        share = f"floor {band.floor:.1%} of the link" if band.floor else "no floor"
+        link = ROOT | LINK_MINOR
+        if band.lanes == 1:
+            return [self.single(f"Band {band.index} ({band.name}): {share}", _leaf(band), link, floor, band.index)]
+        inner, first = _inner(band), _leaf(band)
+        lanes = tuple(self.node(first + i, inner, NO_FLOOR, band.index) for i in range(band.lanes))
+        start = first & 0xFFFF
+        loop = f"for i in $(seq {start} {start + band.lanes - 1}); do {{}}; done"
+        one = self.command(f'{MAJOR:x}:$(printf %x "$i")', inner, NO_FLOOR, band.index)
+        return [
+            self.single(f"Band {band.index} ({band.name}): {share}", inner, link, floor, band.index),
+            Group(f"Its {band.lanes} lanes, served in turns", loop.format(one), lanes),
+        ]

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What enforcement would do to one device, in words and in tc's language, before it does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from mfsd.bands import HTB_PRIOS
+from mfsd.datapath.qdisc import htb, prio
+from mfsd.datapath.qdisc.device import kernel_has
+from mfsd.model import Rate
+
+if TYPE_CHECKING:
+    from mfsd.bands import BandPlan
+    from mfsd.datapath.netlink import TcSocket
+    from mfsd.datapath.qdisc.device import Device
+    from mfsd.datapath.qdisc.tree import Tree
+
+BACKENDS: Final = ("auto", "htb", "prio")
+_SHARE: Final = 0.98
+"""Of a reported speed that htb is given: what is paced is without preamble, gap and checksum, 24 bytes per frame or
+1.6 % at an MTU of 1500; a queue in the device instead of in htb would be beyond any priority."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change. ``command`` is the equivalent for a shell."""
+
+    text: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """A dry run. ``found`` and the commands are in tc's notation; with ``refusals``, nothing would be done."""
+
+    ifname: str
+    backend: str
+    major: int
+    rate: Rate | None
+    found: tuple[str, ...]
+    steps: tuple[Step, ...]
+    undo: tuple[Step, ...]
+    reasons: tuple[str, ...]
+    refusals: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """It could be applied."""
+        return not self.refusals
+
+
+@dataclass(slots=True)
+class Choice:
+    """The backend chosen for a device. ``tree`` is None exactly when there are refusals."""
+
+    backend: str
+    rate: Rate | None
+    tree: Tree | None = None
+    reasons: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+
+def choose(sock: TcSocket, device: Device, bands: BandPlan, backend: str, rate: Rate | None) -> Choice:
+    """Settle on a backend and build its tree. Raises ValueError for a backend that does not exist."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
+    choice = Choice(backend, rate)
+    if backend == "auto":
+        _auto(sock, bands, choice)
+    if choice.refusals:
+        return choice
+    try:
+        if choice.backend == "htb":
+            _htb(sock, device, bands, choice)
+        else:
+            _prio(sock, device, bands, choice)
+    except ValueError as e:
+        choice.refusals.append(str(e))
+    if choice.tree is not None and device.tx_queues > 1:
+        choice.reasons.append(
+            f"{device.ifname} has {device.tx_queues} transmit queues; one {choice.backend} at the root serves them all "
+            "under one lock. That is what makes the order strict: one tree per queue (mq) would be strict only within "
+            "each queue, since the device serves its queues in turns"
+        )
+    return choice
+
+
+def _auto(sock: TcSocket, bands: BandPlan, choice: Choice) -> None:
+    many = len(bands) > HTB_PRIOS
+    if choice.rate is not None and not many and kernel_has(sock, "htb"):
+        choice.backend = "htb"
+        choice.reasons.append(f"auto: htb, because a rate is given ({choice.rate}): strict bands with floors and lanes")
+    elif kernel_has(sock, "prio"):
+        choice.backend = "prio"
+        why = (
+            "no rate is given: strict bands at line rate"
+            if choice.rate is None
+            else f"{len(bands)} bands are more than htb's {HTB_PRIOS}"
+            if many
+            else "the kernel has no htb"
+        )
+        choice.reasons.append(f"auto: prio, because {why}")
+    elif kernel_has(sock, "htb"):
+        choice.backend = "htb"
+        choice.reasons.append("auto: htb, because the kernel has no prio")
+    else:
+        choice.refusals.append("the kernel has neither htb nor prio (CONFIG_NET_SCH_HTB, CONFIG_NET_SCH_PRIO)")
+
+
+def _htb(sock: TcSocket, device: Device, bands: BandPlan, choice: Choice) -> None:
+    if not kernel_has(sock, "htb"):
+        choice.refusals.append("backend = htb: the kernel has no htb (CONFIG_NET_SCH_HTB)")
+        return
+    if choice.rate is None:
+        if device.speed is None:
+            choice.refusals.append(
+                f"rate: {device.ifname} reports no link speed and htb must know one: "
+                f'set device.rate of {device.ifname}, e.g. rate = "10gbit"'
+            )
+            return
+        choice.rate = Rate(float(int(device.speed.bytes_per_s * _SHARE)))
+        choice.reasons.append(
+            f"rate {choice.rate}: {_SHARE:.0%} of the reported link speed {device.speed}, so that the queue stays in "
+            "htb and not in the device"
+        )
+        if device.virtual:
+            choice.reasons.append(
+                f"{device.ifname} is virtual ({device.kind}): its reported speed is nominal. Set device.rate to what "
+                "the path really gives"
+            )
+    choice.tree = htb.build(bands, choice.rate, gso=device.gso)
+
+
+def _prio(sock: TcSocket, device: Device, bands: BandPlan, choice: Choice) -> None:
+    needs = ["prio"] + (["tbf"] if choice.rate is not None else [])
+    missing = [kind for kind in needs if not kernel_has(sock, kind)]
+    if missing:
+        names = ", ".join(f"CONFIG_NET_SCH_{kind.upper()}" for kind in missing)
+        choice.refusals.append(f"backend = prio: the kernel has no {' and no '.join(missing)} ({names})")
+        return
+    lanes = any(b.lanes > 1 for b in bands.bands)
+    if lanes and not kernel_has(sock, "drr"):
+        lanes = False
+        choice.reasons.append(
+            "one queue per band instead of lanes, because the kernel has no drr (CONFIG_NET_SCH_DRR): a rescue also "
+            "frees packets of other connections of the band"
+        )
+    floors = [b.name for b in bands.bands if b.floor]
+    if floors:
+        choice.reasons.append(
+            f"prio has no floors; those of {', '.join(floors)} are not enforced: what a connection sends before its "
+            "first hint waits in the default band for as long as the levels above it keep the link busy"
+        )
+    choice.tree = prio.build(bands, choice.rate, lanes=lanes, gso=device.gso, limit=device.txqlen)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prio backend: strict bands at line rate, or under tbf when a rate is given (net/sched/sch_prio.c, sch_drr.c).
+
+Layout, for a plan whose band *b* stands in strict order::
+
+    6d67:          tbf, only with a rate
+      6d66:        prio, N bands; whatever names no band goes to the default band (priomap)
+        6d66:b+1   a band of one lane: the pfifo that prio makes
+        6d66:b+1   a band of several lanes: drr 6d80+b:
+          6d80+b:1..  its lanes, served in turns by quantum
+
+A lane is named by drr's own major number, which prio does not know: prio takes a priority of its own major as a band
+and asks its filters about any other. So a cls_bpf filter of a few instructions sits on prio and maps drr's major
+numbers to bands; drr then finds the class by the same skb->priority, without a filter. A second one on each drr
+catches what names the band but no lane, because drr drops what it can't classify.
+
+There are no floors. Counters of a band of one lane belong to its leaf, so a rescue starts them anew; Tree says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Final
+
+from mfsd.bands import PRIO_BANDS, BandPlan, BandSpec
+from mfsd.datapath import netlink as nl
+from mfsd.datapath.qdisc.device import EnforceError
+from mfsd.datapath.qdisc.tree import (
+    CHILD_MAJOR,
+    MAJOR,
+    ROOT,
+    SHAPER_MAJOR,
+    TBF_QOPT,
+    TCA_DRR_QUANTUM,
+    TCA_TBF_PARMS,
+    TCA_TBF_RATE64,
+    U32_MAX,
+    Filter,
+    Group,
+    Node,
+    Tree,
+    number_leaves,
+    ratespec,
+    ticks,
+)
+
+if TYPE_CHECKING:
+    from mfsd.model import Rate
+
+_PRIOMAP: Final = 16
+"""TC_PRIO_MAX + 1: priorities that prio maps to bands."""
+_ETH_P_ALL: Final = 0x0003
+_FILTER_HANDLE: Final = 1
+_TCA_BPF_FD: Final = 6
+_TCA_BPF_NAME: Final = 7
+_PROG_TYPE_SCHED_CLS: Final = 3
+_PRIORITY: Final = 32
+"""Offset of struct __sk_buff.priority, include/uapi/linux/bpf.h."""
+_NO_RATE: Final = b"\0" * 12
+
+
+def build(bands: BandPlan, rate: Rate | None, *, lanes: bool, gso: int = 65536, limit: int = 1000) -> Tree:
+    """The tree for a plan. ``lanes`` False: one queue per band. ``limit``: the device's queue length, in packets.
+
+    Raises ValueError for more bands than prio has.
+    """
+    if len(bands) > PRIO_BANDS:
+        raise ValueError(f"{len(bands)} bands, but prio has at most {PRIO_BANDS}: set bands.levels lower")
+    groups: list[Group] = []
+    if rate is not None:
+        groups.append(_shaper(int(rate.bytes_per_s), gso, limit))
+    place = SHAPER_MAJOR << 16 | 1 if rate is not None else nl.TC_H_ROOT
+    where = f"parent {nl.classid(place)}" if rate is not None else "root"
+    default = bands.default.index
+    options = struct.pack("=i16B", len(bands), *([default] * _PRIOMAP))
+    groups.append(
+        Group(
+            f"Install prio with {len(bands)} bands; unknown packets go to band {default} ({bands.default.name})",
+            f"tc qdisc replace dev DEV {where} handle {MAJOR:x}: prio bands {len(bands)} "
+            f"priomap {' '.join([str(default)] * _PRIOMAP)}",
+            (Node("prio", ROOT, place, options),),
+        )
+    )
+    split = [b for b in bands.bands if lanes and b.lanes > 1]
+    for band in split:
+        groups += _drr(band, gso)
+    if split:
+        pairs = tuple((_drr_major(b), ROOT | (b.index + 1)) for b in split)
+        text = "Lead packets that name a lane to its band (cls_bpf)"
+        groups.append(Group(text, _FILTER_TEXT, (), (Filter(ROOT, pairs, 0),)))
+    queues = [
+        (b, _drr_major(b) << 16 | 1, b.lanes) if b in split else (b, ROOT | (b.index + 1), 1) for b in bands.bands
+    ]
+    counters = {ROOT | (b.index + 1): b.index for b in bands.bands}
+    return Tree("prio", tuple(groups), number_leaves(queues), counters, counters_reset=True)
+
+
+_FILTER_TEXT: Final = "# tc filter add ... bpf: the program is generated, see mfsd/datapath/qdisc/prio.py"
+
+
+def _drr_major(band: BandSpec) -> int:
+    return CHILD_MAJOR + band.index
+
+
+def _shaper(rate: int, gso: int, limit: int) -> Group:
+    # tbf cuts packets larger than its bucket into segments (tbf_segment); two of the largest leave it alone.
+    bucket = max(2 * gso, min(rate // 1000, 1 << 20), rate // 10_000)
+    backlog = min(limit * gso, U32_MAX)
+    parms = TBF_QOPT.pack(ratespec(rate), _NO_RATE, backlog, ticks(bucket, rate), 0)
+    options = nl.attr(TCA_TBF_PARMS, parms)
+    if rate > U32_MAX:
+        options += nl.attr(TCA_TBF_RATE64, struct.pack("=Q", rate))
+    return Group(
+        "Install tbf at the root (the one graft), which paces the link",
+        f"tc qdisc replace dev DEV root handle {SHAPER_MAJOR:x}: tbf rate {rate * 8}bit burst {bucket} limit {backlog}",
+        (Node("tbf", SHAPER_MAJOR << 16, nl.TC_H_ROOT, options),),
+    )
+
+
+def _drr(band: BandSpec, gso: int) -> list[Group]:
+    major, parent = _drr_major(band), ROOT | (band.index + 1)
+    quantum = gso + gso // 16
+    options = nl.attr(TCA_DRR_QUANTUM, struct.pack("=I", quantum))
+    root = major << 16
+    lanes = tuple(Node("drr", root | (i + 1), root, options, "class", live=True) for i in range(band.lanes))
+    loop = (
+        f"for i in $(seq 1 {band.lanes}); do tc class add dev DEV parent {major:x}: "
+        f'classid {major:x}:$(printf %x "$i") drr quantum {quantum}; done'
+    )
+    return [
+        Group(
+            f"Band {band.index} ({band.name}): drr",
+            f"tc qdisc add dev DEV parent {nl.classid(parent)} handle {major:x}: drr",
+            (Node("drr", major << 16, parent, None),),
+        ),
+        Group(f"Its {band.lanes} lanes, served in turns", loop, lanes, (Filter(root, (), root | 1),)),
+    ]
+
+
+# --- the filter -------------------------------------------------------------------------------------------------------
+
+
+def program(want: Filter) -> bytes:
+    """BPF instructions: the class for the packet's major number, else ``otherwise``.
+
+    A result other than 0 and -1 is the classid, 0 means no match (net/sched/cls_bpf.c, cls_bpf_classify).
+    """
+    out = [
+        _insn(0x61, 0, 1, _PRIORITY, 0),  # r0 = ctx->priority
+        _insn(0x77, 0, 0, 0, 16),  # r0 >>= 16
+    ]
+    for major, classid in want.classes:
+        out += [_insn(0x55, 0, 0, 2, major), _insn(0xB4, 0, 0, 0, classid), _insn(0x95, 0, 0, 0, 0)]
+    out += [_insn(0xB4, 0, 0, 0, want.otherwise), _insn(0x95, 0, 0, 0, 0)]
+    return b"".join(out)
+
+
+def _insn(code: int, dst: int, src: int, offset: int, value: int) -> bytes:
+    """One struct bpf_insn."""
+    signed = value - (1 << 32) if value > 0x7FFFFFFF else value
+    return struct.pack("=BBhi", code, dst | src << 4, offset, signed)
+
+
+def load_program(want: Filter) -> int:
+    """Load the filter's program and return its descriptor. Raises EnforceError."""
+    code = program(want)
+    try:
+        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        load = lib.bpf_prog_load
+    except (OSError, AttributeError) as e:
+        fix = "install libbpf 1.x (Debian: libbpf1) or set lanes = 1"
+        raise EnforceError("load the filter that leads packets to their lanes", str(e), fix) from e
+    load.restype = ctypes.c_int
+    load.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p]
+    fd = int(load(_PROG_TYPE_SCHED_CLS, b"mfsd_lanes", b"GPL", code, len(code) // 8, None))
+    if fd < 0:
+        raise EnforceError("load the filter that leads packets to their lanes", os.strerror(ctypes.get_errno()))
+    return fd
+
+
+def filter_message(want: Filter, ifindex: int, fd: int) -> bytes:
+    """RTM_NEWTFILTER for a loaded program. The kernel keeps the program as long as the filter."""
+    options = nl.attr(_TCA_BPF_FD, struct.pack("=I", fd)) + nl.attr(_TCA_BPF_NAME, b"mfsd_lanes\0")
+    body = nl.kind_attr("bpf") + nl.attr(nl.TCA_OPTIONS, options)
+    info = 1 << 16 | socket.htons(_ETH_P_ALL)
+    flags = nl.NLM_CREATE | nl.NLM_EXCL
+    return nl.message(nl.RTM_NEWTFILTER, flags, (ifindex, _FILTER_HANDLE, want.parent, info), body)

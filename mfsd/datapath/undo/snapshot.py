@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was on a device before mfsd, and how it is put back exactly.
+
+A root with handle 0 is the kernel's own choice (pfifo_fast, fq_codel, noqueue, mq with such children): deleting ours
+brings it back. A root that somebody made has a handle; it, its classes and its inner qdiscs are recorded as the kernel
+dumps them and sent again. What can't come back exactly that way is refused before anything is touched.
+
+ingress and clsact qdiscs hang beside the root and are never touched.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from mfsd.datapath import netlink as nl
+from mfsd.datapath.qdisc.tree import HTB_GLOB, TCA_HTB_INIT, TCA_HTB_OFFLOAD, U32_MAX, settings
+from mfsd.model import Rate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_FIFOS: Final = ("bfifo", "pfifo", "pfifo_fast", "pfifo_head_drop")
+REPLAYABLE: Final = frozenset(
+    {*_FIFOS, "codel", "drr", "ets", "fq", "fq_codel", "htb", "mq", "multiq", "noqueue", "prio", "sfq", "tbf"}
+)
+"""Kinds whose TCA_OPTIONS are dumped in the form in which they are set (with the repairs of _as_request). Others dump
+less than they need (red's and choke's table, netem's distribution) or talk to hardware (mqprio, taprio)."""
+EXPLICIT_CLASSES: Final = frozenset({"htb", "drr"})
+"""Kinds whose classes are made by messages; the others make theirs with the qdisc, or dump flows as classes."""
+_HTB_VERSION: Final = 3
+_STRICT: Final = frozenset({"ets"})
+"""Kinds that insist on the flag of nested attributes, which is missing in their own dumps (nla_parse_nested)."""
+_NESTED: Final = 0x8000
+_SFQ: Final = struct.Struct("=IiIII")
+"""struct tc_sfq_qopt: quantum, perturb_period, limit, divisor, flows."""
+_CODEL_TIMES: Final = {"codel": {1, 3, 5}, "fq_codel": {1, 3, 7}}
+"""Attributes that hold times: target, interval, CE threshold (include/uapi/linux/pkt_sched.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One qdisc or class, as it was dumped."""
+
+    type: str
+    kind: str
+    handle: int
+    parent: int
+    options: bytes | None
+
+    @classmethod
+    def of(cls, kind: str, thing: nl.TcObject) -> Self:
+        """From a dump."""
+        return cls(kind, thing.kind, thing.handle, thing.parent, thing.options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Options in base64."""
+        options = None if self.options is None else base64.b64encode(self.options).decode()
+        return {
+            "type": self.type,
+            "kind": self.kind,
+            "handle": self.handle,
+            "parent": self.parent,
+            "options": options,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Undo to_json. Raises KeyError, TypeError or ValueError on anything else."""
+        options = None if data["options"] is None else base64.b64decode(data["options"], validate=True)
+        return cls(str(data["type"]), str(data["kind"]), int(data["handle"]), int(data["parent"]), options)
+
+    @property
+    def text(self) -> str:
+        """As tc shows it."""
+        return describe(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All of a device's egress tree: qdiscs (root first) and the classes that messages made."""
+
+    qdiscs: tuple[Saved, ...]
+    classes: tuple[Saved, ...]
+    txqlen: int
+
+    @property
+    def root(self) -> Saved:
+        """The root qdisc."""
+        return self.qdiscs[0]
+
+    @property
+    def by_kernel(self) -> bool:
+        """Nobody chose this root; it comes back when ours is deleted."""
+        return self.root.handle == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the state file."""
+        return {
+            "txqlen": self.txqlen,
+            "qdiscs": [q.to_json() for q in self.qdiscs],
+            "classes": [c.to_json() for c in self.classes],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Undo to_json. Raises KeyError, TypeError or ValueError on anything else."""
+        qdiscs = tuple(Saved.from_json(q) for q in data["qdiscs"])
+        if not qdiscs or qdiscs[0].parent != nl.TC_H_ROOT:
+            raise ValueError("no root qdisc recorded")
+        return cls(qdiscs, tuple(Saved.from_json(c) for c in data["classes"]), int(data["txqlen"]))
+
+    def replay(self, ifindex: int) -> list[bytes]:
+        """Messages that bring the tree back in place of ours. The first is the one root graft."""
+        if self.by_kernel:
+            return [nl.message(nl.RTM_DELQDISC, 0, (ifindex, 0, nl.TC_H_ROOT, 0))]
+        return [_request(item, ifindex) for item in self.ordered()]
+
+    def ordered(self) -> list[Saved]:
+        """What replay has to make, parents first, and the queue of a class right behind the class."""
+        waiting = [*(q for q in self.qdiscs if q.handle), *self.classes]
+        explicit = {c.handle for c in self.classes}
+        done: list[Saved] = []
+        placed: set[int] = set()
+
+        def ready(item: Saved) -> bool:
+            if item.type == "qdisc" and item.parent == nl.TC_H_ROOT:
+                return True
+            if item.type == "class" and item.handle & 0xFFFF0000 not in placed:
+                return False
+            if item.parent == nl.TC_H_ROOT or item.parent in placed:
+                return True
+            # Classes that come with their qdisc (mq, prio, tbf) are not in the list.
+            return item.parent not in explicit and item.parent & 0xFFFF0000 in placed
+
+        while waiting:
+            item = next((i for i in waiting if i.parent in placed and i.type == "qdisc" and ready(i)), None)
+            item = item or next((i for i in waiting if ready(i)), None)
+            if item is None:
+                raise ValueError(f"{waiting[0].text} has no parent in the dump")
+            waiting.remove(item)
+            done.append(item)
+            placed.add(item.handle)
+        return done
+
+    def normal(self) -> set[tuple[Any, ...]]:
+        """What must be equal before and after, statistics aside."""
+        qdiscs = {(q.type, q.kind, q.handle, q.parent, _steady(q)) for q in self.qdiscs}
+        return qdiscs | {(c.type, c.kind, c.handle, c.parent, _steady(c)) for c in self.classes}
+
+    def lines(self) -> tuple[str, ...]:
+        """As tc shows it, one line each."""
+        return tuple(item.text for item in (*self.qdiscs, *self.classes))
+
+
+def capture(sock: nl.TcSocket, ifindex: int, txqlen: int) -> Snapshot:
+    """Read a device's egress tree."""
+    qdiscs, classes = read_tree(sock, ifindex)
+    saved = [Saved.of("qdisc", q) for q in qdiscs]
+    saved.sort(key=lambda q: (q.parent != nl.TC_H_ROOT, q.handle, q.parent))
+    return Snapshot(tuple(saved), tuple(Saved.of("class", c) for c in classes if c.kind in EXPLICIT_CLASSES), txqlen)
+
+
+def read_tree(sock: nl.TcSocket, ifindex: int) -> tuple[list[nl.TcObject], list[nl.TcObject]]:
+    """(qdiscs, classes) of the egress tree."""
+    qdiscs = nl.objects(sock, nl.RTM_GETQDISC, ifindex)
+    egress = [q for q in qdiscs if q.handle != nl.CLSACT_MAJOR and q.kind not in ("ingress", "clsact")]
+    return egress, nl.objects(sock, nl.RTM_GETTCLASS, ifindex)
+
+
+def root_of(qdiscs: Iterable[nl.TcObject]) -> nl.TcObject | None:
+    """The root among dumped qdiscs; None on a device without any (a bug of the driver, or a bridge port gone)."""
+    return next((q for q in qdiscs if q.parent == nl.TC_H_ROOT), None)
+
+
+def obstacles(sock: nl.TcSocket, ifindex: int) -> list[str]:
+    """Why the tree on a device could not be put back exactly; empty when it can."""
+    qdiscs, classes = read_tree(sock, ifindex)
+    root = root_of(qdiscs)
+    if root is None:
+        return ["the device has no root qdisc"]
+    if root.handle == 0:
+        return []
+    out = [reason for q in qdiscs if q.handle for reason in _obstacles("qdisc", q)]
+    out += [reason for c in classes if c.kind in EXPLICIT_CLASSES for reason in _obstacles("class", c)]
+    holders = [q.handle for q in qdiscs if q.handle] + [c.handle for c in classes if c.kind in EXPLICIT_CLASSES]
+    for holder in holders:
+        count = len(nl.objects(sock, nl.RTM_GETTFILTER, ifindex, holder))
+        if count:
+            out.append(
+                f"{nl.classid(holder)} has filters ({count} entries), which can't be put back exactly; "
+                f"remove them first (tc filter del dev DEV parent {nl.classid(holder)})"
+            )
+    return out
+
+
+def _obstacles(kind: str, thing: nl.TcObject) -> list[str]:
+    name = f"{kind} {thing.kind} {nl.classid(thing.handle)}"
+    out = []
+    if thing.kind not in REPLAYABLE:
+        out.append(f"{name}: qdiscs of kind {thing.kind} can't be put back exactly")
+    if nl.TCA_STAB in thing.attributes:
+        out.append(f"{name} has a size table (stab), whose contents the kernel does not give out")
+    if thing.estimator:
+        out.append(f"{name} has a rate estimator, whose parameters the kernel does not give out")
+    if thing.kind == "htb" and TCA_HTB_OFFLOAD in nl.attrs(thing.options or b""):
+        out.append(f"{name} is offloaded to the device")
+    return out
+
+
+def _as_request(item: Saved) -> bytes | None:
+    """TCA_OPTIONS as they are set, from TCA_OPTIONS as they are dumped."""
+    if item.options is not None and item.kind in _CODEL_TIMES and item.type == "qdisc":
+        found = nl.attrs(item.options)
+        for number in _CODEL_TIMES[item.kind] & found.keys():
+            found[number] = struct.pack("=I", codel_request(*struct.unpack("=I", found[number])))
+        return b"".join(nl.attr(number, payload) for number, payload in found.items())
+    if item.options is not None and item.kind == "sfq" and item.type == "qdisc" and len(item.options) >= _SFQ.size:
+        quantum, perturb, limit, divisor, flows = _SFQ.unpack_from(item.options)
+        # Asking for a limit also cuts the flows down to it (sfq_change), so nobody has asked for this one.
+        limit = 0 if flows > limit else limit
+        return _SFQ.pack(quantum, perturb, limit, divisor, flows) + item.options[_SFQ.size :]
+    if item.options is None or item.kind != "htb" or item.type != "qdisc":
+        return item.options
+    # The dump says version 0x30011, a request must say 3 (net/sched/sch_htb.c, htb_init and htb_dump).
+    found = nl.attrs(item.options)
+    _, r2q, default, _, _ = HTB_GLOB.unpack_from(found[TCA_HTB_INIT])
+    found[TCA_HTB_INIT] = HTB_GLOB.pack(_HTB_VERSION, r2q, default, 0, 0)
+    return b"".join(nl.attr(number, payload) for number, payload in found.items())
+
+
+def codel_request(dumped: int) -> int:
+    """Microseconds to ask for so that the kernel stores what it dumped as ``dumped``.
+
+    It keeps times in units of 1024 ns and rounds down both ways (include/net/codel.h, codel_time_to_us), so 5 ms are
+    dumped as 4999 us, and asking for 4999 us would store one unit less.
+    """
+    units = -(-dumped * 1000 // 1024)
+    return min(-(-units * 1024 // 1000), U32_MAX)
+
+
+def _request(item: Saved, ifindex: int) -> bytes:
+    options = _as_request(item)
+    number = nl.TCA_OPTIONS | (_NESTED if item.kind in _STRICT else 0)
+    body = nl.kind_attr(item.kind) + (b"" if options is None else nl.attr(number, options))
+    tcm = (ifindex, item.handle, item.parent, 0)
+    if item.type == "class":
+        return nl.message(nl.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL, tcm, body)
+    return nl.message(nl.RTM_NEWQDISC, nl.NLM_CREATE | nl.NLM_REPLACE, tcm, body)
+
+
+def _steady(item: Saved) -> bytes | None:
+    """Options without the counter that htb keeps among them (direct_pkts)."""
+    if item.kind == "htb" and item.type == "qdisc" and item.options:
+        return _as_request(item)
+    return item.options
+
+
+def describe(item: Saved) -> str:
+    """One line as tc shows it; of the options those that tell one tree from another."""
+    place = "root" if item.parent == nl.TC_H_ROOT else f"parent {nl.classid(item.parent)}"
+    values = settings(item.kind, item.type, item.options)
+    raw = item.options or b""
+    words = []
+    if item.kind in ("pfifo", "bfifo", "pfifo_head_drop") and len(raw) == 4:
+        words.append(f"limit {struct.unpack('=I', raw)[0]}{'b' if item.kind == 'bfifo' else 'p'}")
+    words += [f"{key} {Rate(float(int(values[key])))}" for key in ("rate", "ceil") if key in values]
+    if "default" in values:
+        words.append(f"default {int(values['default']):#x}")
+    if "prio" in values:
+        words.append(f"prio {values['prio']!r}")
+    return " ".join([item.type, item.kind, nl.classid(item.handle) if item.handle else "0:", place, *words])

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MFS: defer and promote on a reverse multi-level queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mfsd.policy.base import P2D, PolicyBase, place
+from mfsd.policy.mfs import inter_request, mlu, rli
+from mfsd.policy.mfs.layout import ARBITRATION, Layout
+from mfsd.policy.parts import bound, pick, promote, words
+from mfsd.policy.parts.params import option
+from mfsd.policy.views import (
+    B1,
+    F8,
+    I2,
+    LEVEL_NONE,
+    LEVEL_SCAVENGER,
+    Arrangement,
+    BatchView,
+    Explanation,
+    LinkView,
+    RequestView,
+    TransferView,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mfs(PolicyBase):
+    """Multi-stage flow scheduling: MLU for stage 3, RLI for stages 1 and 2, RED and pruning across requests.
+
+    Source: Sun et al., "Multi-stage Flow Scheduling for LLM Serving", arXiv 2603.17456. The
+    defaults are the paper's where it gives one; what it leaves open is an option, and its default is what meets most
+    deadlines on random single-link cases (docs/policies.md). Levels: layout.py.
+
+    Approximated with bands: levels are merged when a device has fewer bands; ties inside a level are shared fairly by
+    the leaf queues; RED breaks ties between at most ``red_classes`` classes of batches.
+    """
+
+    levels: int = 8
+    p1: bool = option(default=True, doc="level 0 is reserved for the most urgent stage 3, above collectives")
+    arbitration: str = option(
+        "ladder", "early before late: over the whole ladder, inside each level, or not at all", choices=ARBITRATION
+    )
+    red_classes: int = option(
+        0, "classes of batches that RED tells apart; 0: 2 if levels allow, else 1", low=0, high=64
+    )
+    late_levels: int = option(0, "levels of stage 3 below P1 (ladder); 0: half of them", low=0, high=64)
+    upper: float = option(0.5, "U of the MLU thresholds U * E^-i", low=1e-6, high=1e6)
+    ratio: float = option(4.0, "E of the MLU thresholds", low=1.01, high=1e6)
+    origin: int = option(1, "first i of the thresholds: the top one is U (0) or U/E (1, as printed)", low=0, high=1)
+    rho: str = option("none", "load that counts as immovable", choices=mlu.RHO)
+    size: str = option("request", "whose bytes count in MLU", choices=mlu.SIZE)
+    late_infeasible: str = option(
+        "top", "an MLU above 1 stays on top, or gives up at once", choices=("top", "scavenger")
+    )
+    margin: float = option(0.05, "share of the time left by which the bound must exceed it to give up", low=0.0)
+    rli: bool = option(default=True, doc="ablation: off, all of stage 1 stands one step below the collectives")
+    mlu: bool = option(default=True, doc="ablation: off, all of stage 3 stands on the lowest level")
+    red: bool = option(default=True, doc="ablation: off, batches are ranked by their earliest deadline")
+    pruning: bool = option(default=True, doc="ablation: off, nothing is pruned")
+    promotion: bool = option(default=True, doc="ablation: off, a transfer keeps the level of its creation")
+    when: str = option("layer", "when levels are re-evaluated", choices=promote.WHEN)
+    drop_budget: float = option(0.2, "largest share of the live requests that may be pruned", low=0.0, high=1.0)
+    prune_early: bool = option(default=False, doc="stage 1 of a pruned request goes to the scavenger as well")
+    _layout: Layout = field(init=False, repr=False)
+    _thresholds: tuple[float, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        layout = Layout.build(
+            self.name,
+            self.levels,
+            p1=self.p1,
+            arbitration=self.arbitration,
+            red_classes=self.red_classes or (0 if self.red else 1),
+            late=self.late_levels,
+        )
+        object.__setattr__(self, "_layout", layout)
+        steps = layout.late + self.p1 - 1
+        object.__setattr__(self, "_thresholds", mlu.thresholds(steps, self.upper, self.ratio, self.origin))
+
+    @property
+    def default_after(self) -> int:
+        """Unhinted traffic stands below P1 and the early levels (ladder), or below the most urgent early ones."""
+        return self._layout.default_after
+
+    # --- transfers ----------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
+    ) -> I2:
+        """Level of every transfer, shape (n,)."""
+        late = transfers.stage == P2D
+        # Late levels never fall; an early one falls with its batch's RED rank, but not by RLI.
+        wanted = np.minimum(self._late_level(transfers, link, now), promote.standing(transfers)).astype(np.int16)
+        wanted = pick.levels(late, wanted, self._early_level(transfers, batches))
+        if self.when != "tick" or not self.promotion:
+            wanted = pick.levels(promote.due(transfers, self.when, enabled=self.promotion), wanted, transfers.level)
+        level = pick.levels(self._demoted(transfers, requests, link, now), np.int16(LEVEL_SCAVENGER), wanted)
+        return pick.levels(transfers.stage == 0, np.int16(LEVEL_NONE), level)
+
+    def _class(self, transfers: TransferView, batches: BatchView) -> I2:
+        """RED class of each transfer's batch, 0 the most urgent; the last without a batch. Shape (n,).
+
+        The batches that still compute, the only ones with early transfers, are spread evenly over the classes.
+        """
+        classes = self._layout.classes
+        if classes == 1 or not len(batches):
+            return np.full(len(transfers), classes - 1, dtype=np.int16)
+        rivals = np.flatnonzero(~batches.compute_done)
+        of_batch = np.full(len(batches) + 1, classes - 1, dtype=np.int16)
+        order = rivals[np.argsort(batches.rank[rivals], kind="stable")]
+        of_batch[order] = np.arange(len(order)) * classes // max(len(order), 1)
+        return of_batch.take(transfers.batch)
+
+    def _early_level(self, transfers: TransferView, batches: BatchView) -> I2:
+        """Level by RLI, at least as urgent a step as before, and by the batch's present rank."""
+        layers = rli.rli(transfers) if self.rli else (transfers.stage != rli.COLLECTIVE).astype(np.int32)
+        step = np.minimum(layers, self._layout.early_step(promote.standing(transfers)))
+        return self._layout.early_level(step, self._class(transfers, batches))
+
+    def _late_level(self, transfers: TransferView, link: LinkView, now: float) -> I2:
+        lowest = self._layout.late + self.p1 - 1
+        if not self.mlu:
+            return self._layout.late_level(np.full(len(transfers), lowest, dtype=np.int16))
+        return self._layout.late_level(mlu.steps(self._mlu(transfers, link, now), self._thresholds))
+
+    def _mlu(self, transfers: TransferView, link: LinkView, now: float) -> F8:
+        # New rows are judged as if they stood on the lowest level.
+        level = np.minimum(promote.standing(transfers), np.uint16(self.levels - 1))
+        rho = mlu.residual(transfers, link, self.rho, level)
+        return mlu.mlu(transfers, link, now, self.size, rho)
+
+    def _demoted(self, transfers: TransferView, requests: RequestView, link: LinkView, now: float) -> B1:
+        late = transfers.stage == P2D
+        out = np.zeros(len(transfers), dtype=np.bool_)
+        if self.pruning and requests.pruned.any():
+            pruned = np.append(requests.pruned, False).take(transfers.request)
+            out = pruned & (late | (transfers.stage == 1) if self.prune_early else late)
+        if self.late_infeasible == "scavenger":
+            given_up = transfers.level == LEVEL_SCAVENGER
+            out |= late & bound.judge(transfers, requests, link, now, self.margin, given_up).transfers
+        return out
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def arrange(
+        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
+    ) -> Arrangement:
+        """Rank the batches by RED and prune; on batch arrival and departure."""
+        budget = int(self.drop_budget * len(requests)) if self.pruning else 0
+        return inter_request.arrange(transfers, requests, batches, link, now, robust=self.red, budget=budget)
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    def _reasons(
+        self,
+        out: Explanation,
+        row: int,
+        level: int,
+        transfers: TransferView,
+        requests: RequestView,
+        batches: BatchView,
+        link: LinkView,
+        now: float,
+    ) -> None:
+        stage = int(transfers.stage[row])
+        request = int(transfers.request[row])
+        if level == LEVEL_SCAVENGER and self.pruning and request >= 0 and requests.pruned[request]:
+            out.reasons.append(
+                "Its request is pruned, so that others make their deadlines: the scavenger band. It comes back if the "
+                "estimate at the next batch arrival or departure is better."
+            )
+        elif level == LEVEL_SCAVENGER:
+            out.reasons.append("Its request can't be in time: the scavenger band, until reality beats the estimate.")
+        elif stage == P2D:
+            self._late_reasons(out, row, level, transfers, link, now)
+        else:
+            self._early_reasons(out, row, level, transfers, batches)
+
+    def _early_reasons(
+        self, out: Explanation, row: int, level: int, transfers: TransferView, batches: BatchView
+    ) -> None:
+        target, current = int(transfers.target_layer[row]), int(transfers.current_layer[row])
+        what = "It is a collective" if transfers.stage[row] == rli.COLLECTIVE else f"It feeds layer {target}"
+        out.reasons.append(
+            f"{what} and layer {current} computes: RLI {out.figures['rli']:.0f} is {place(level)} "
+            f"(the last RLI step is {self._layout.early - 1})."
+        )
+        if self._layout.classes > 1 and transfers.batch[row] >= 0:
+            rank = int(batches.rank[transfers.batch[row]])
+            out.reasons.append(f"Its batch has RED rank {rank} of {len(batches)}; rank breaks ties of equal RLI.")
+        step = int(self._layout.early_step(np.array([level], dtype=np.int16))[0])
+        if self.rli and self.promotion and step > 0 and transfers.stage[row] != rli.COLLECTIVE:
+            out.reasons.append(f"It is promoted when layer {max(target - step + 1, current + 1)} starts.")
+
+    def _late_reasons(
+        self, out: Explanation, row: int, level: int, transfers: TransferView, link: LinkView, now: float
+    ) -> None:
+        if not self.mlu:
+            out.reasons.append("MLU is switched off: all of stage 3 stands on the lowest level.")
+            return
+        value = float(self._mlu(transfers, link, now)[row])
+        out.figures["mlu"] = value
+        step = int(self._layout.late_step(level))
+        least = self._thresholds[step] if step < len(self._thresholds) else 0.0
+        reached = f"is for {least:.3g} or more" if step < len(self._thresholds) else "is for any MLU"
+        if value < least:
+            reached = f"was reached at {least:.3g} or more, and MLU never demotes"
+        out.reasons.append(f"Its MLU is {value:.3g} (bytes: {self.size}, rho: {self.rho}); {place(level)} {reached}.")
+        if step == 0 or not self.promotion:
+            return
+        target = self._thresholds[step - 1]
+        out.figures["threshold"] = target
+        time_left = float(transfers.deadline[row]) - now
+        if 0 < value < np.inf:
+            # With no byte served, MLU grows as 1 / time left.
+            out.figures["next_promotion_s"] = max(time_left * (1.0 - value / target), 0.0)
+            out.reasons.append(
+                f"It is promoted when its MLU reaches {target:.3g}: in "
+                f"{words.seconds(out.figures['next_promotion_s'])} if nothing of it is sent until then"
+                + (" (at a layer boundary while its batch computes)." if self.when == "layer" else ".")
+            )

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What policies share: bounds, buckets, parameters, words."""

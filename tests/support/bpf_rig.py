@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded classifier on a bench: slots, a device with eight bands, packets in, verdicts out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf.keys import cookie_key
+from mfsd.datapath.bpf.testrun import Ran, run_packet, upcoming_cookies
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from mfsd.datapath.bpf.loader import Classifier
+
+ROWS: Final = 512
+MAJOR: Final = 0x10000
+BANDS: Final = 8
+LANES: Final = 4
+FOREVER: Final = 2**63
+EXCLUSIVE: Final = _abi.STAT_NOT_IP + 1
+"""Every packet is in exactly one of the first so many counters."""
+
+
+def classid(band: int, lane: int = 0) -> int:
+    """Leaf of a band on the bench's device."""
+    return MAJOR + 0x10 * (band + 1) + lane
+
+
+@dataclass
+class Result:
+    """One packet's fate."""
+
+    ran: Ran
+    stats: npt.NDArray[np.int64]
+    """What the counters of the device grew by."""
+    slot: dict[str, int]
+    """What the counters of the watched slot grew by; ``last_ns`` as it is."""
+    bands: npt.NDArray[Any]
+    """Packets per band: what the counters grew by."""
+
+    @property
+    def stat(self) -> int:
+        """The one exclusive counter that counted the packet."""
+        (one,) = np.flatnonzero(self.stats[:EXCLUSIVE])
+        return int(one)
+
+    @property
+    def priority(self) -> int:
+        return self.ran.priority
+
+
+@dataclass
+class Rig:
+    """The classifier and what the daemon would do with it."""
+
+    classifier: Classifier
+    cookies: list[bytes] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """A live daemon in enforce mode, an empty table, a plain device."""
+        c = self.classifier
+        for keys in (c.cookies, c.tuples):
+            for key in list(keys):
+                keys.delete(key)
+        c.slots[:] = 0
+        c.dev[:] = 0
+        c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
+        c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
+        c.dev["major"], c.dev["n_bands"], c.dev["control_band"] = MAJOR, BANDS, 0
+        c.dev["bands"]["classid"][0, :BANDS] = [classid(b) for b in range(BANDS)]
+        c.dev["bands"]["lanes"], c.dev["bands"]["dscp"] = LANES, _abi.DSCP_KEEP
+
+    def slot(self, row: int, **fields: int) -> None:
+        """Fill the user half of a row; by default band 3, never expiring."""
+        for name, value in ({"expires_ns": FOREVER, "band": 3} | fields).items():
+            self.classifier.slots[name][row] = value
+
+    def add_tuple(self, key: bytes, row: int = 7, **fields: int) -> None:
+        """A hinted connection that is matched by its tuple."""
+        self.slot(row, **fields)
+        self.classifier.tuples.add(key, row)
+
+    def expect_cookie(self, row: int = 7, **fields: int) -> None:
+        """Make the next packet's socket a hinted one.
+
+        The kernel makes a socket per test run, whose cookie is the next of a per-CPU sequence that jumps every 4096
+        (include/linux/cookie.h); the tests are pinned to one CPU, and other processes there may take a few.
+        """
+        self.slot(row, **fields)
+        c = self.classifier.cookies
+        for key in self.cookies:
+            c.delete(key)
+        self.cookies = [cookie_key(cookie) for cookie in upcoming_cookies(100)]
+        for key in self.cookies:
+            c.add(key, row)
+
+    def run(self, frame: bytes, *, row: int = 7, **kwargs: int) -> Result:
+        """One packet through the classifier; checks what must hold for every packet."""
+        c = self.classifier
+        before, slot, bands = c.stats().astype(np.int64), c.slots[row].copy(), c.bands()
+        ran = run_packet(c.prog_fd, frame, **kwargs)
+        stats = c.stats().astype(np.int64) - before
+        assert ran.verdict == -1, "every packet goes on to whatever else hangs on the hook"
+        assert stats[:EXCLUSIVE].sum() == 1, f"not counted exactly once: {stats}"
+        grown = {n: int(c.slots[n][row] - slot[n]) for n in ("bytes", "segments", "packets", "control")}
+        return Result(
+            ran, stats, grown | {"last_ns": int(c.slots["last_ns"][row])}, c.bands()["packets"] - bands["packets"]
+        )

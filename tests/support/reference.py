@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policies again, one row at a time in plain Python: slow, and meant to be obviously right.
+
+Written from the paper and the docstrings, not from the vectorised code. Times, sizes and rates are scalars;
+``inf`` and ``-1`` mean "none" as in the views.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView
+
+NEW, NONE, SCAVENGER = 0x7FFE, -1, 0x7FFF
+KV, COLLECTIVE, P2D = 1, 2, 3
+
+
+@dataclass
+class State:
+    """The views, by row."""
+
+    t: TransferView
+    r: RequestView
+    b: BatchView
+    link: LinkView
+    now: float
+
+    def rows(self) -> range:
+        return range(len(self.t))
+
+    def rate(self, i: int) -> float:
+        rate = float(self.link.rate[self.t.port[i]])
+        return rate if rate > 0 else math.inf
+
+    def of_request(self, i: int) -> list[int]:
+        """Transfers of the same request on the same port, itself included."""
+        t = self.t
+        if t.request[i] < 0:
+            return [i]
+        return [j for j in self.rows() if t.request[j] == t.request[i] and t.port[j] == t.port[i]]
+
+    def members(self, batch: int) -> list[int]:
+        return [q for q in range(len(self.r)) if self.r.batch[q] == batch]
+
+
+# --- what can't be in time ------------------------------------------------------------------------------------------
+
+
+def needed(s: State, i: int) -> float:
+    own = s.t.left[i] + s.t.ahead[i]
+    together = sum(s.t.left[j] for j in s.of_request(i))
+    return float(max(max(own, together) / s.rate(i), s.t.compute_left[i]))
+
+
+def doomed_requests(s: State, margin: float = 0.0, given_up: Callable[[int], bool] = lambda _: False) -> set[int]:
+    out = set()
+    for q in range(len(s.r)):
+        mine = [i for i in s.rows() if s.t.request[i] == q]
+        slack = 1.0 if any(given_up(i) for i in mine) else 1.0 + margin
+        left = s.r.deadline[q] - s.now
+        if left <= 0 or s.r.compute_left[q] > left * slack:
+            out.add(q)
+        for i in mine:
+            time_left = s.t.deadline[i] - s.now
+            if time_left <= 0 or needed(s, i) > time_left * slack:
+                out.add(q)
+    return out
+
+
+def doomed(s: State, margin: float = 0.0, given_up: Callable[[int], bool] = lambda _: False) -> list[bool]:
+    requests = doomed_requests(s, margin, given_up)
+    out = []
+    for i in s.rows():
+        if s.t.request[i] >= 0:
+            out.append(int(s.t.request[i]) in requests)
+        else:
+            time_left = s.t.deadline[i] - s.now
+            slack = 1.0 if given_up(i) else 1.0 + margin
+            out.append(bool(time_left <= 0 or needed(s, i) > time_left * slack))
+    return out
+
+
+# --- numerics -------------------------------------------------------------------------------------------------------
+
+
+def bucket(value: float, edges: Sequence[float]) -> int:
+    return sum(1 for e in edges if e <= value)
+
+
+def geometric(count: int, first: float, last: float) -> list[float]:
+    """``count`` buckets have ``count - 1`` edges, from first to last."""
+    if count <= 2:
+        return [first] * (count - 1)
+    return [first * ((last / first) ** (1 / (count - 2))) ** i for i in range(count - 1)]
+
+
+def rli(s: State, i: int) -> int:
+    if s.t.stage[i] == COLLECTIVE:
+        return 0
+    return max(int(s.t.target_layer[i]) - int(s.t.current_layer[i]), 0)
+
+
+def mlu(s: State, i: int, size: str, rho: float) -> float:
+    left = s.t.left[i] + s.t.ahead[i]
+    if size == "request":
+        left = max(left, sum(s.t.left[j] for j in s.of_request(i) if s.t.stage[j] == P2D))
+    time_left = s.t.deadline[i] - s.now
+    if time_left <= 0:
+        return math.inf
+    if math.isinf(time_left) or math.isinf(s.rate(i)):
+        return 0.0
+    return float(left / (time_left * (s.rate(i) * (1 - rho))))
+
+
+def red(deadlines: Sequence[float]) -> tuple[float, float]:
+    """RED and the earliest loose deadline of one batch."""
+    d = sorted(x for x in deadlines if math.isfinite(x))
+    if not d:
+        return math.inf, math.inf
+    if len(d) == 1:
+        return d[0], d[0]
+    gaps = [d[k + 1] - d[k] for k in range(len(d) - 1)]
+    cut = gaps.index(max(gaps)) + 1
+    tight, loose = d[:cut], d[cut:]
+    f = len(tight) / len(d)
+    return tight[0] + (1 - f) * (loose[0] - tight[0]), loose[0]
+
+
+def dense(keys: Sequence[float]) -> list[int]:
+    distinct = sorted(set(keys))
+    return [distinct.index(k) for k in keys]
+
+
+# --- across requests ------------------------------------------------------------------------------------------------
+
+
+Port = tuple[str, int]
+
+
+def port_load(s: State, owner: Callable[[int], bool]) -> dict[Port, float]:
+    """Seconds of each port that the transfers chosen by ``owner`` need: egress ports, then known peers' ingress."""
+    out: dict[Port, float] = {("out", p): 0.0 for p in range(len(s.link.rate))}
+    out |= {("in", p): 0.0 for p in sorted(set(s.t.peer.tolist())) if p >= 0}
+    for i in s.rows():
+        if owner(i):
+            out["out", int(s.t.port[i])] += s.t.left[i] / s.rate(i)
+            if s.t.peer[i] >= 0:
+                out["in", int(s.t.peer[i])] += s.t.left[i] / s.rate(i)
+    return out
+
+
+def compute_left(s: State, batch: int) -> float:
+    layers = max(int(s.b.layers[batch]) - int(s.b.current_layer[batch]), 0) * float(s.b.layer_compute[batch])
+    return max([0.0 if s.b.compute_done[batch] else layers, *(float(s.r.compute_left[q]) for q in s.members(batch))])
+
+
+def rank_batches(s: State, *, robust: bool) -> list[int]:
+    """Batches in the order of their urgency."""
+
+    def key(batch: int) -> tuple[float, float, int]:
+        deadlines = [float(s.r.deadline[q]) for q in s.members(batch)]
+        urgency = red(deadlines)[0] if robust else min(deadlines, default=math.inf)
+        return urgency, float(s.b.arrival[batch]), batch
+
+    return sorted(range(len(s.b)), key=key)
+
+
+def arrange(s: State, *, robust: bool, budget: int) -> tuple[list[int], list[bool]]:
+    """Rank of each batch and pruned requests (algorithm 1 of the paper)."""
+    order = rank_batches(s, robust=robust)
+    request_load = [port_load(s, lambda i: bool(s.t.request[i] == q)) for q in range(len(s.r))]  # noqa: B023 (used at once)
+    pruned = [False] * len(s.r)
+    before = port_load(s, lambda _: False)
+    pool: list[int] = []
+    for batch in order:
+        mine = s.members(batch)
+        loads = [request_load[q] for q in mine]
+        loads.append(port_load(s, lambda i: bool(s.t.request[i] < 0 and s.t.batch[i] == batch)))  # noqa: B023 (the same)
+        total = {port: x + sum(load[port] for load in loads) for port, x in before.items()}
+        pool += [q for q in mine if math.isfinite(s.r.deadline[q])]
+        due_in = red([float(s.r.deadline[q]) for q in mine])[1] - s.now
+        while sum(pruned) < budget and pool:
+            worst = max(total, key=lambda port: total[port])
+            if compute_left(s, batch) + total[worst] <= due_in:
+                break
+            victim = max(pool, key=lambda q: request_load[q][worst])
+            if request_load[victim][worst] <= 0:
+                break
+            pool.remove(victim)
+            pruned[victim] = True
+            total = {port: x - request_load[victim][port] for port, x in total.items()}
+        before = total
+    return [order.index(b) for b in range(len(s.b))], pruned
+
+
+# --- policies -------------------------------------------------------------------------------------------------------
+
+
+def fresh(s: State, i: int) -> bool:
+    return int(s.t.level[i]) in (NEW, NONE, SCAVENGER)
+
+
+def may_change(s: State, i: int, p: Any) -> bool:
+    if fresh(s, i):
+        return True
+    if not p.promotion:
+        return False
+    return bool(p.when == "tick") or bool(s.t.layer_started[i]) or not bool(s.t.computing[i])
+
+
+def ladder(s: State, p: Any) -> list[int]:
+    """DeadlineLadder; ``p`` gives the parameters."""
+    base = 1 + p.early_levels if p.kv == "rli" else 1
+    top_doomed = p.levels - p.doomed_levels
+    edges = geometric(top_doomed - base, p.first_ms / 1e3, p.last_ms / 1e3)
+
+    def given_up(i: int) -> bool:
+        level = int(s.t.level[i])
+        return top_doomed <= level < p.levels or level == SCAVENGER
+
+    lost_rows = doomed(s, p.margin, given_up) if p.give_up else [False] * len(s.t)
+    lost = doomed_requests(s, p.margin, given_up) if p.give_up else set()
+    out = []
+    for i in s.rows():
+        stage, batch = s.t.stage[i], int(s.t.batch[i])
+        if stage == 0:
+            out.append(NONE)
+            continue
+        if stage == P2D and lost_rows[i]:
+            work = sum(float(s.t.left[j]) for j in s.of_request(i)) / s.rate(i)
+            step = bucket(work, [p.doomed_first_ms / 1e3 * 2**k for k in range(p.doomed_levels)])
+            out.append(top_doomed + step if step < p.doomed_levels else SCAVENGER)
+            continue
+        if stage == COLLECTIVE:
+            want = 0
+        elif stage == KV and p.kv == "rli":
+            want = min(max(rli(s, i), 1), p.early_levels)
+        else:
+            due = float(s.t.deadline[i])
+            if stage == KV and batch >= 0:
+                due = min((float(s.r.deadline[q]) for q in s.members(batch) if q not in lost), default=math.inf)
+            want = base + bucket(due - s.now, edges)
+        keeps = not may_change(s, i, p) and not given_up(i)
+        out.append(int(s.t.level[i]) if keeps else want)
+    return out
+
+
+def mfs(s: State, p: Any) -> list[int]:
+    """Mfs with ``p``'s parameters; ``p._layout`` only for how many steps there are, which its own tests check."""
+    lay = p._layout
+    early_levels, late_levels = mfs_table(lay, p.arbitration)
+    thresholds = [p.upper * p.ratio ** -(p.origin + k) for k in range(len(late_levels) - 1)]
+    lost = doomed(s, p.margin, lambda i: s.t.level[i] == SCAVENGER)
+    computing = sorted((int(s.b.rank[b]), b) for b in range(len(s.b)) if not s.b.compute_done[b])
+    red_class = {b: k * lay.classes // len(computing) for k, (_, b) in enumerate(computing)}
+    out = []
+    for i in s.rows():
+        stage, old = int(s.t.stage[i]), int(s.t.level[i])
+        pruned = p.pruning and s.t.request[i] >= 0 and bool(s.r.pruned[s.t.request[i]])
+        demoted = pruned and (stage == P2D or (stage == KV and p.prune_early))
+        demoted |= stage == P2D and p.late_infeasible == "scavenger" and lost[i]
+        if stage == 0:
+            out.append(NONE)
+        elif demoted:
+            out.append(SCAVENGER)
+        elif not may_change(s, i, p):
+            out.append(old)
+        elif stage == P2D:
+            step = len(late_levels) - 1
+            if p.mlu:
+                value = mlu(s, i, p.size, rho_of(s, i, p))
+                step = next((k for k, q in enumerate(thresholds) if value >= q), step)
+            out.append(late_levels[step] if fresh(s, i) else min(old, late_levels[step]))
+        else:
+            step = rli(s, i) if p.rli else int(stage == KV)
+            if not fresh(s, i):
+                step = min(step, max(k for k in range(lay.early) if k == 0 or early_levels[k][0] <= old))
+            step = min(step, lay.early - 1)
+            out.append(early_levels[step][red_class.get(int(s.t.batch[i]), lay.classes - 1)])
+    return out
+
+
+def mfs_table(lay: Any, arbitration: str) -> tuple[list[list[int]], list[int]]:
+    """Level of each early step and class, and of each late step (P1 first if there is one), counted out by hand."""
+    level = lay.p1
+    early: list[list[int]] = []
+    late = [0] if lay.p1 else []
+    if arbitration == "ladder":
+        for _ in range(lay.early):
+            early.append(list(range(level, level + lay.classes)))
+            level += lay.classes
+        late += range(level, level + lay.late)
+    else:
+        for _ in range(lay.early):
+            early.append(list(range(level, level + lay.classes)))
+            if arbitration == "level":
+                level += lay.classes
+            late.append(level)
+            level += 1
+    return early, late
+
+
+def rho_of(s: State, i: int, p: Any) -> float:
+    if p.rho == "none":
+        return 0.0
+    if p.rho == "all":
+        return min(float(s.link.load[s.t.port[i]]), 0.99)
+    level = p.levels - 1 if fresh(s, i) else int(s.t.level[i])
+    return min(float(s.link.load_above[s.t.port[i], min(level, p.levels)]), 0.99)
+
+
+def by_size(s: State, p: Any) -> list[int]:
+    edges = geometric(p.levels, p.low_kb * 1024, p.high_kb * 1024)
+    value = {"sjf": lambda i: s.t.size[i], "srpt": lambda i: s.t.left[i], "pias": lambda i: s.t.size[i] - s.t.left[i]}
+    keys = [float(value[p.name](i)) for i in s.rows()]
+    levels = [min(k, p.levels - 1) for k in dense(keys)] if p.exact else [bucket(k, edges) for k in keys]
+    return [NONE if s.t.stage[i] == 0 else levels[i] for i in s.rows()]
+
+
+def earliest_of_batch(s: State, batch: int, key: Callable[[int], float]) -> float:
+    return min((key(q) for q in s.members(batch)), default=math.inf) if batch >= 0 else math.inf
+
+
+def edf(s: State, p: Any) -> list[int]:
+    ordered = p.levels if p.everything else p.levels - 1
+    edges = [p.first_ms / 1e3 * p.factor**k for k in range(ordered - 1)]
+    out = []
+    for i in s.rows():
+        due = float(s.t.deadline[i])
+        if p.everything and math.isinf(due):
+            due = earliest_of_batch(s, int(s.t.batch[i]), lambda q: float(s.r.deadline[q]))
+        if s.t.stage[i] == 0:
+            out.append(NONE)
+        elif s.t.stage[i] != P2D and not p.everything:
+            out.append(p.levels - 1)
+        else:
+            out.append(bucket(due - s.now, edges))
+    return out
+
+
+def karuna(s: State, p: Any) -> list[int]:
+    edges = geometric(p.levels - 2, p.low_kb * 1024, p.high_kb * 1024)
+    out = []
+    for i in s.rows():
+        time_left = float(s.t.deadline[i]) - s.now
+        if s.t.stage[i] == 0:
+            out.append(NONE)
+        elif s.t.stage[i] == P2D and 0 < time_left < math.inf:
+            fair_share_of_time = time_left / (float(s.t.deadline[i]) - float(s.t.created[i]))
+            out.append(0 if s.t.left[i] / s.t.size[i] > fair_share_of_time else p.levels - 1)
+        else:
+            out.append(1 + bucket(float(s.t.size[i]), edges))
+    return out
+
+
+def llf(s: State, p: Any) -> list[int]:
+    lost = doomed(s)
+    laxity = []
+    for i in s.rows():
+        own = s.t.left[i] + s.t.ahead[i]
+        if s.t.stage[i] == P2D:
+            own = max(own, sum(s.t.left[j] for j in s.of_request(i) if s.t.stage[j] == P2D))
+            due = float(s.t.deadline[i])
+        elif s.t.batch[i] >= 0:
+            due = earliest_of_batch(s, int(s.t.batch[i]), lambda q: float(s.r.deadline[q] - s.r.compute_left[q]))
+        else:
+            due = float(s.t.deadline[i] - s.t.compute_left[i])
+        laxity.append(due - own / s.rate(i) - s.now)
+    quantum = p.quantum_ms / 1e3
+    steps = [math.floor(x / quantum) if math.isfinite(x) else x for x in laxity]
+    ranks = dense(steps)
+    out = []
+    for i in s.rows():
+        if s.t.stage[i] == 0:
+            out.append(NONE)
+        elif p.give_up and s.t.stage[i] == P2D and lost[i]:
+            out.append(SCAVENGER)
+        else:
+            out.append(min(ranks[i], p.levels - 1))
+    return out
+
+
+def sincronia_order(demand: Sequence[Sequence[float]]) -> list[int]:
+    """Order of coflows by bottleneck-select-scale-iterate, first to last, unit weights."""
+    weight = dict.fromkeys(range(len(demand)), 1.0)
+    order: list[int] = []
+    while weight:
+        ports = range(len(demand[0]))
+        port = max(ports, key=lambda u: sum(demand[c][u] for c in weight))
+        if sum(demand[c][port] for c in weight) <= 0:
+            last = min(weight)
+        else:
+            last = min((c for c in weight if demand[c][port] > 0), key=lambda c: weight[c] / demand[c][port])
+            paid = weight[last] / demand[last][port]
+            weight = {c: w - paid * demand[c][port] for c, w in weight.items()}
+        del weight[last]
+        order.insert(0, last)
+    return order

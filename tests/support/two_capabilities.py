@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by test_capabilities.py as a process of its own: everything that the daemon does with the classifier.
+
+Usage: two_capabilities.py DEVICE ADDRESS [bcc], in a namespace where ADDRESS is reached through DEVICE. Ends with 0 if
+all went well.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf.attach import TCX_EGRESS, attach, remove_leftover
+from mfsd.datapath.bpf.bcc import BccLoader
+from mfsd.datapath.bpf.keys import cookie_key
+from mfsd.datapath.bpf.libbpf import LibbpfLoader
+from mfsd.datapath.bpf.testrun import socket_cookie
+from support.privileges import DAEMON
+
+if TYPE_CHECKING:
+    from mfsd.datapath.bpf.loader import Classifier
+
+ROW = 7
+WAIT_S = 20.0
+
+
+def check_capabilities() -> None:
+    """Effective, permitted and bounding: exactly the two."""
+    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    for name in ("CapEff", "CapPrm", "CapBnd"):
+        assert int(status[name], 16) == sum(1 << c for c in DAEMON), f"{name} is {status[name]}"
+
+
+def describe(c: Classifier) -> None:
+    """A live daemon in enforce mode and a device with one band; by mmap."""
+    c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
+    c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
+    c.dev["major"], c.dev["n_bands"], c.dev["control_band"] = 0x10000, 1, 1
+    c.dev["bands"]["classid"][0, 0], c.dev["bands"]["lanes"] = 0x10010, 1
+    c.dev["bands"]["dscp"] = _abi.DSCP_KEEP
+    c.slots["expires_ns"][ROW] = 2**63
+
+
+def steers(c: Classifier, sender: socket.socket, address: str) -> None:
+    """One datagram, seen in the slot and in the counters of this classifier."""
+    slot, hits, band = (
+        int(c.slots["packets"][ROW]),
+        int(c.stats()[_abi.STAT_COOKIE]),
+        int(c.bands()["packets"][0]),
+    )
+    sender.sendto(b"x" * 100, (address, 9))
+    deadline = time.monotonic() + WAIT_S
+    while int(c.stats()[_abi.STAT_COOKIE]) == hits:
+        assert time.monotonic() < deadline, f"not steered: {c.stats()}"
+        time.sleep(0.01)
+    assert int(c.slots["packets"][ROW]) > slot
+    assert int(c.bands()["packets"][0]) > band
+
+
+def main(device: str, address: str, by: str = "libbpf") -> None:
+    """Load for two devices, fill the tables, attach, replace and detach with either method."""
+    check_capabilities()
+    index = socket.if_nametoindex(device)
+    loader = BccLoader() if by == "bcc" else LibbpfLoader()
+    with (
+        loader.open_classifier(1024) as one,
+        loader.open_classifier(1024, one) as two,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        describe(one)
+        two.dev[:] = one.dev
+        one.cookies.add(cookie_key(socket_cookie(sender)), ROW)
+        for row in range(500):
+            one.cookies.add(cookie_key(2**60 + row), row)
+        assert two.cookies.get(cookie_key(2**60 + 499)) == 499
+        assert len(set(one.cookies)) == 501
+        assert one.cookies.delete(cookie_key(2**60))
+        for method in ("auto", "clsact"):
+            with attach(one, index, method) as attachment:
+                if attachment.method == "tcx":
+                    ids = one.calls.prog_query(index, TCX_EGRESS)
+                    assert ids == [one.calls.prog_id(one.prog_fd)]
+                steers(one, sender, address)
+                attachment.update(two)
+                steers(two, sender, address)
+            assert not remove_leftover(index)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
