@@ -27,7 +27,7 @@ from mfsd.lab.machine import take_precedence
 from mfsd.lab.net import LabError
 from mfsd.lab.promotion import Settings, Trial, run
 from mfsd.lab.tcp import MSS
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 GSO_SEGMENTS: Final = 65536 // MSS
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.common import Figure, write
-from mfsd.bands import BandPlan
+from mfsd.bands import Bands
 from mfsd.daemon.config import LimitsConfig, RescueConfig
 from mfsd.daemon.device import KernelKeys
 from mfsd.daemon.memory import keep_freed
@@ -73,7 +73,7 @@ class Sockets:
 class SimulatedPort:
     """A link without a qdisc."""
 
-    def __init__(self, bands: BandPlan) -> None:
+    def __init__(self, bands: Bands) -> None:
         self.name = "sim"
         self.estimator = LinkEstimator(LINK, len(bands))
         self.enforced = self.floors = False
@@ -94,7 +94,7 @@ def measure(n: int) -> tuple[float, float]:
     rng = np.random.default_rng(n)
     with LibbpfLoader().open_classifier(16_384) as classifier:
         policy = make_policy("deadline-ladder", 5, {})
-        bands = BandPlan.build(5, default_after=policy.default_after, lanes=32)
+        bands = Bands.build(5, default_after=policy.default_after, lanes=32)
         connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), Sockets(), bands)
         port = SimulatedPort(bands)
         steering = Steering(connections, policy, bands, [port], Rescuer([port], connections, bands, RescueConfig()))

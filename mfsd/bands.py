@@ -23,8 +23,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.datapath import _abi
-
 LEVEL_NONE: Final = -1
 """A policy has no opinion: the connection stays in the default band."""
 LEVEL_SCAVENGER: Final = 0x7FFF
@@ -35,7 +33,15 @@ LEVEL_NEW: Final = 0x7FFE
 HTB_PRIOS: Final = 8
 """TC_HTB_NUMPRIO, net/sched/sch_htb.c."""
 PRIO_BANDS: Final = 16
-"""TCQ_PRIO_BANDS, include/uapi/linux/pkt_sched.h."""
+"""TCQ_PRIO_BANDS, include/uapi/linux/pkt_sched.h; bpf/mfsd.h has room for as many."""
+OTHER_BANDS: Final = 3
+"""Control, default and scavenger: the bands that are no levels."""
+MAX_LEVELS: Final = PRIO_BANDS - OTHER_BANDS
+MAX_HTB_LEVELS: Final = HTB_PRIOS - OTHER_BANDS
+MAX_FLOORS: Final = 0.9
+"""Share of the link that all floors together may take."""
+CONTROL_FLOOR: Final = 0.02
+DEFAULT_FLOOR: Final = 0.10
 
 
 class Role(enum.StrEnum):
@@ -47,13 +53,23 @@ class Role(enum.StrEnum):
     SCAVENGER = "scavenger"
 
 
+def level_names(levels: int) -> list[str]:
+    """Names of the level bands, most urgent first."""
+    return [f"level {i}" for i in range(levels)]
+
+
+def band_names(levels: int) -> list[str]:
+    """Names of all bands of a device with so many levels, wherever the default band stands."""
+    return [Role.CONTROL, *level_names(levels), Role.DEFAULT, Role.SCAVENGER]
+
+
 @dataclass(frozen=True, slots=True)
 class BandSpec:
     """One band, the same on every device.
 
     ``index`` is also its strict priority, 0 first. ``lanes`` are leaf queues: connections of one band are spread over
     them, so that a rescue purges nobody else's packets. ``floor`` is the share of the link (0..1) that the band gets
-    even when bands above it are busy, where the qdisc can give one. ``dscp`` is 0..63, or None to leave it alone.
+    even when bands above it are busy, where the qdisc can give one.
     """
 
     index: int
@@ -61,11 +77,10 @@ class BandSpec:
     name: str
     lanes: int
     floor: float
-    dscp: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class BandPlan:
+class Bands:
     """All bands in strict order; see the module's picture."""
 
     bands: tuple[BandSpec, ...]
@@ -77,41 +92,31 @@ class BandPlan:
         *,
         default_after: int,
         lanes: int,
-        control_floor: float = 0.02,
-        default_floor: float = 0.10,
+        control_floor: float = CONTROL_FLOOR,
+        default_floor: float = DEFAULT_FLOOR,
         level_floors: tuple[float, ...] = (),
         scavenger_floor: float = 0.0,
-        dscp: dict[str, int] | None = None,
-    ) -> BandPlan:
+    ) -> Bands:
         """Lay out ``levels`` level bands with the default band after the first ``default_after`` of them.
 
-        ``level_floors`` gives a floor per level band, 0 where it is short. ``dscp`` maps band names ("control",
-        "level 0", "default", "scavenger") to code points. Raises ValueError when the floors exceed the link or the
-        bands exceed what any qdisc has.
+        ``level_floors`` gives a floor per level band, 0 where it is short. Raises ValueError when the floors exceed
+        the link or the bands exceed what any qdisc has.
         """
-        if not 1 <= levels <= _abi.MAX_BANDS - 3:
-            raise ValueError(f"levels = {levels}: must be 1 to {_abi.MAX_BANDS - 3}")
+        if not 1 <= levels <= MAX_LEVELS:
+            raise ValueError(f"levels = {levels}: must be 1 to {MAX_LEVELS}")
         if not 0 <= default_after <= levels:
             raise ValueError(f"default_after = {default_after}: must be 0 to levels ({levels})")
-        dscp = dscp or {}
-        rows: list[tuple[Role, str, int, float]] = [(Role.CONTROL, "control", 1, control_floor)]
-        for level in range(levels):
-            if level == default_after:
-                rows.append((Role.DEFAULT, "default", 1, default_floor))
-            floor = level_floors[level] if level < len(level_floors) else 0.0
-            rows.append((Role.LEVEL, f"level {level}", lanes, floor))
-        if default_after == levels:
-            rows.append((Role.DEFAULT, "default", 1, default_floor))
-        rows.append((Role.SCAVENGER, "scavenger", lanes, scavenger_floor))
-        unknown = set(dscp) - {name for _, name, _, _ in rows}
-        if unknown:
-            raise ValueError(f"dscp names unknown bands {sorted(unknown)}; known: {[name for _, name, _, _ in rows]}")
-        total = sum(floor for *_, floor in rows)
-        if total > 0.9:
-            raise ValueError(f"the floors add up to {total:.0%} of the link; at most 90 % can be guaranteed")
-        return cls(
-            tuple(BandSpec(i, role, name, n, floor, dscp.get(name)) for i, (role, name, n, floor) in enumerate(rows))
-        )
+        floors = [*level_floors, *(0.0 for _ in range(levels - len(level_floors)))]
+        total = control_floor + default_floor + scavenger_floor + sum(floors)
+        if total > MAX_FLOORS:
+            raise ValueError(
+                f"the floors add up to {total:.0%} of the link; at most {MAX_FLOORS:.0%} can be guaranteed"
+            )
+        rows = [(Role.LEVEL, name, lanes, floor) for name, floor in zip(level_names(levels), floors, strict=True)]
+        rows.insert(default_after, (Role.DEFAULT, Role.DEFAULT, 1, default_floor))
+        rows.insert(0, (Role.CONTROL, Role.CONTROL, 1, control_floor))
+        rows.append((Role.SCAVENGER, Role.SCAVENGER, lanes, scavenger_floor))
+        return cls(tuple(BandSpec(i, *row) for i, row in enumerate(rows)))
 
     def __len__(self) -> int:
         return len(self.bands)
@@ -149,7 +154,7 @@ class Ladder:
     lowest bands, so that merging coarsens the far end first.
     """
 
-    def __init__(self, plan: BandPlan, policy_levels: int) -> None:
+    def __init__(self, plan: Bands, policy_levels: int) -> None:
         bands = [b.index for b in plan.level_bands]
         if policy_levels < 1:
             raise ValueError(f"policy_levels = {policy_levels}: must be at least 1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed values that every room of the house shares: stages, selectors, hints, rates. No I/O, no clock.
+"""Typed values that every room of the house shares: stages, selectors, hints. No I/O, no clock.
 
 Times are seconds (float) on CLOCK_MONOTONIC unless a name ends in ``_ns``; sizes are bytes; rates are bytes/s.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import ipaddress
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -47,47 +46,6 @@ class HintError(ValueError):
         self.fix = fix
         self.exhausted = exhausted
         """True: a limit of the daemon was reached (RESOURCE_EXHAUSTED), the hint itself is well formed."""
-
-
-# --- rates ------------------------------------------------------------------------------------------------------------
-
-_RATE_UNITS: Final = {"bit": 1 / 8, "kbit": 125.0, "mbit": 125e3, "gbit": 125e6, "tbit": 125e9, "bps": 1.0}
-_RATE_RE: Final = re.compile(r"\s*(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]+)\s*")
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Rate:
-    """A data rate. One type, so that bits and bytes can't be confused.
-
-    Text form as tc's: ``100mbit``, ``2.5gbit``; ``bps`` means bytes per second, as in tc.
-    """
-
-    bytes_per_s: float
-
-    @classmethod
-    def parse(cls, text: str) -> Rate:
-        """Read a tc-style rate. Raises ValueError naming what is allowed."""
-        m = _RATE_RE.fullmatch(text.lower())
-        if m is None or m["unit"] not in _RATE_UNITS:
-            raise ValueError(
-                f"{text!r} is not a rate; write a number and one of {', '.join(_RATE_UNITS)}, e.g. '10gbit'"
-            )
-        value = float(m["value"]) * _RATE_UNITS[m["unit"]]
-        if value <= 0:
-            raise ValueError(f"{text!r}: a rate must be above zero")
-        return cls(value)
-
-    @property
-    def bits_per_s(self) -> float:
-        """The same in bit/s."""
-        return self.bytes_per_s * 8
-
-    def __str__(self) -> str:
-        bits = self.bits_per_s
-        for unit, size in (("tbit", 1e12), ("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
-            if bits >= size:
-                return f"{bits / size:g}{unit}"
-        return f"{bits:g}bit"
 
 
 # --- selectors --------------------------------------------------------------------------------------------------------

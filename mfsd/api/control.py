@@ -241,7 +241,7 @@ def _band(port: GuardedPort, row: BandRow, connections: int) -> pb.Band:
         packets=row.packets,
         drops=row.drops,
         backlog_bytes=row.backlog,
-        dscp=-1 if spec.dscp is None else spec.dscp,
+        dscp=port.dscp.get(spec.name, -1),
         connections=connections,
     )
 

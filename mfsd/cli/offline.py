@@ -21,7 +21,7 @@ from mfsd.datapath.undo import notes
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
-    from mfsd.bands import BandPlan
+    from mfsd.bands import Bands
     from mfsd.daemon.config import DeviceConfig
 
 
@@ -49,7 +49,7 @@ def plan(config: Config, device: str) -> pb.Plan:
     return pb.Plan(devices=[_device_plan(d, bands, config.daemon.state_dir) for d in chosen])
 
 
-def _device_plan(device: DeviceConfig, bands: BandPlan, state_dir: Path) -> pb.DevicePlan:
+def _device_plan(device: DeviceConfig, bands: Bands, state_dir: Path) -> pb.DevicePlan:
     try:
         with DeviceEnforcer(device.name, bands, device.backend, device.rate, state_dir) as enforcer:
             made = enforcer.plan()

@@ -85,44 +85,6 @@ def shell(text: str, indent: str) -> str:
     return " \\\n".join(lines)
 
 
-def _scaled(value: float, units: Sequence[str], step: float) -> str:
-    n = 0
-    while abs(value) >= step * 0.9995 and n < len(units) - 1:
-        value /= step
-        n += 1
-    text = f"{value:.0f}" if n == 0 or abs(value) >= 99.95 else f"{value:.3g}"
-    return f"{text} {units[n]}"
-
-
-def size(octets: float) -> str:
-    """1.5 MB; decimal, as link rates are."""
-    return _scaled(octets, ("B", "kB", "MB", "GB", "TB", "PB"), 1000)
-
-
-def rate(bytes_per_s: float) -> str:
-    """940 Mbit/s; a dash when unknown."""
-    return _scaled(bytes_per_s * 8, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"), 1000) if bytes_per_s else "-"
-
-
-def count(n: int) -> str:
-    """12345, then 1.23 M."""
-    return str(n) if abs(n) < 100_000 else _scaled(n, ("", "k", "M", "G", "T"), 1000)
-
-
-def duration(seconds: float) -> str:
-    """180 ms, 2.5 s, 1 h 03 min."""
-    sign, s = ("-" if seconds < 0 else ""), abs(seconds)
-    if s < 0.9995:
-        return f"{sign}{s * 1e3:.3g} ms" if s >= 0.001 or s == 0 else f"{sign}{s * 1e6:.0f} us"
-    if s < 99.95:
-        return f"{sign}{s:.3g} s"
-    minutes = round(s / 60)
-    if minutes < 100:
-        return f"{sign}{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{sign}{hours} h {minutes:02d} min" if hours < 48 else f"{sign}{hours // 24} d {hours % 24} h"
-
-
 STAGES: Final = {0: "-", 1: "kv-reuse", 2: "collective", 3: "p2d"}
 
 

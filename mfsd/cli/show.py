@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from mfsd import units
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
@@ -36,31 +37,31 @@ def mode_text(status: pb.Status) -> str:
 
 def _summary(s: pb.Status) -> Iterator[str]:
     c = s.counters
-    yield f"mfsd {s.version}  {mode_text(s)}  policy {s.policy}  up {output.duration(s.uptime_s)}"
+    yield f"mfsd {s.version}  {mode_text(s)}  policy {s.policy}  up {units.duration(s.uptime_s)}"
     yield (
         f"sessions {s.sessions}  requests {s.requests}  batches {s.batches}  transfers {s.transfers}  "
         f"connections {s.connections} of {s.slots}  waiting selectors {s.pending_selectors}"
     )
     yield (
-        f"deadlines met {output.count(c.deadlines_met)}, missed {output.count(c.deadlines_missed)}  "
-        f"transfers completed {output.count(c.transfers_completed)}, expired {output.count(c.transfers_expired)}"
+        f"deadlines met {units.count(c.deadlines_met)}, missed {units.count(c.deadlines_missed)}  "
+        f"transfers completed {units.count(c.transfers_completed)}, expired {units.count(c.transfers_expired)}"
     )
     yield (
-        f"hints accepted {output.count(c.hints_accepted)}, rejected {output.count(c.hints_rejected)}  "
-        f"promotions {output.count(c.promotions)}, of them rescued {output.count(c.rescues)}"
+        f"hints accepted {units.count(c.hints_accepted)}, rejected {units.count(c.hints_rejected)}  "
+        f"promotions {units.count(c.promotions)}, of them rescued {units.count(c.rescues)}"
     )
-    yield f"tick {s.tick_p50_ms:.2f} ms, p99 {s.tick_p99_ms:.2f} ms  memory {output.size(s.rss_bytes)}"
+    yield f"tick {s.tick_p50_ms:.2f} ms, p99 {s.tick_p99_ms:.2f} ms  memory {units.size(s.rss_bytes)}"
 
 
 def _device(d: pb.Device) -> Iterator[RenderableType]:
     how = f"{d.backend} " if d.backend else "observed only, "
     yield Text(
         f"\n{d.name}: {how}via {d.attach or 'nothing'}{f' ({d.loader})' if d.loader else ''}  "
-        f"rate {output.rate(d.rate_bytes_per_s)}  measured {output.rate(d.measured_bytes_per_s)}  "
+        f"rate {units.rate(d.rate_bytes_per_s)}  measured {units.rate(d.measured_bytes_per_s)}  "
         f"busy {d.utilisation:.0%}",
         style="bold",
     )
-    seen = "  ".join(f"{name} {output.count(n)}" for name, n in sorted(d.stats.items()) if n)
+    seen = "  ".join(f"{name} {units.count(n)}" for name, n in sorted(d.stats.items()) if n)
     yield Text(f"packets: {seen or 'none yet'}")
     if d.bands:
         yield output.table(
@@ -70,9 +71,9 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
             ],
             (
                 [
-                    b.name, b.classid or "-", str(b.lanes), output.rate(b.floor_bytes_per_s), str(b.connections),
-                    output.size(b.bytes), output.count(b.packets), output.count(b.drops),
-                    output.size(b.backlog_bytes), "-" if b.dscp < 0 else str(b.dscp),
+                    b.name, b.classid or "-", str(b.lanes), units.rate(b.floor_bytes_per_s), str(b.connections),
+                    units.size(b.bytes), units.count(b.packets), units.count(b.drops),
+                    units.size(b.backlog_bytes), "-" if b.dscp < 0 else str(b.dscp),
                 ]
                 for b in d.bands
             ),
@@ -96,8 +97,8 @@ def render_connections(connections: Iterable[pb.Connection]) -> RenderableType:
     rows = [
         [
             str(c.slot), c.endpoints or f"cookie {c.cookie}", output.STAGES.get(c.stage, "?"), c.band or "-",
-            str(c.lane), str(c.transfers), output.size(c.bytes_left), output.size(c.bytes_sent),
-            f"{c.promotions}/{c.rescues}", output.duration(c.expires_us / 1e6),
+            str(c.lane), str(c.transfers), units.size(c.bytes_left), units.size(c.bytes_sent),
+            f"{c.promotions}/{c.rescues}", units.duration(c.expires_us / 1e6),
         ]
         for c in connections
     ]  # fmt: skip
@@ -117,8 +118,8 @@ def render_transfers(transfers: Iterable[pb.TransferState]) -> RenderableType:
     rows = [
         [
             t.id, t.request_id or t.batch_id, output.STAGES.get(t.stage, "?"), str(t.target_layer),
-            f"{output.size(t.bytes_left)} of {output.size(t.bytes)}",
-            output.duration(t.deadline_us / 1e6) if t.HasField("deadline_us") else "-",
+            f"{units.size(t.bytes_left)} of {units.size(t.bytes)}",
+            units.duration(t.deadline_us / 1e6) if t.HasField("deadline_us") else "-",
             f"{t.mlu:.2f}" if t.HasField("mlu") else "-", str(t.rli) if t.HasField("rli") else "-",
             output.level(t.level), str(t.slot) if t.slot >= 0 else "-",
         ]

@@ -27,9 +27,11 @@ from pydantic import (
     model_validator,
 )
 
+from mfsd.bands import CONTROL_FLOOR, DEFAULT_FLOOR, HTB_PRIOS, MAX_FLOORS, MAX_HTB_LEVELS, MAX_LEVELS, band_names
 from mfsd.daemon.config_text import explain, key, render, toml
 from mfsd.datapath import _abi
-from mfsd.model import Mode, Rate
+from mfsd.model import Mode
+from mfsd.units import Rate
 
 __all__ = [
     "BandsConfig",
@@ -94,7 +96,7 @@ RateValue = Annotated[InstanceOf[Rate], BeforeValidator(_rate)]
 NetworkValue = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
 AbsolutePath = Annotated[InstanceOf[Path], BeforeValidator(_path)]
 ModeValue = Annotated[InstanceOf[Mode], BeforeValidator(_mode)]
-Share = Annotated[float, Field(ge=0.0, le=0.9)]
+Share = Annotated[float, Field(ge=0.0, le=MAX_FLOORS)]
 Dscp = Annotated[int, Field(ge=0, le=63)]
 
 
@@ -205,13 +207,13 @@ class BandsConfig(_Section):
 
     levels: int = _f(
         5,
-        "Bands for hinted traffic, besides control, default and scavenger. htb takes at most 5.",
+        f"Bands for hinted traffic, besides control, default and scavenger. htb takes at most {MAX_HTB_LEVELS}.",
         ge=1,
-        le=_abi.MAX_BANDS - 3,
+        le=MAX_LEVELS,
     )
     lanes: int = _f(32, "Leaf queues per band: a rescue purges only the packets of one lane.", ge=1, le=MAX_LANES)
-    control_floor: Share = _f(0.02, "Share of the link that control packets always get.")
-    default_floor: Share = _f(0.10, "Share of the link that unhinted traffic always gets.")
+    control_floor: Share = _f(CONTROL_FLOOR, "Share of the link that control packets always get.")
+    default_floor: Share = _f(DEFAULT_FLOOR, "Share of the link that unhinted traffic always gets.")
     floors: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = _f(
         (), "Share that each level always gets, most urgent first; none where it is short."
     )
@@ -221,7 +223,7 @@ class BandsConfig(_Section):
     @property
     def names(self) -> list[str]:
         """Names of all bands that a DSCP may be given for."""
-        return ["control", *(f"level {i}" for i in range(self.levels)), "default", "scavenger"]
+        return band_names(self.levels)
 
 
 class PolicyConfig(BaseModel):
@@ -330,15 +332,18 @@ def _band_problems(c: Config) -> list[str]:
     if len(b.floors) > b.levels:
         out.append(f"bands.floors = {toml(b.floors)}: at most one per level (bands.levels = {b.levels})")
     total = b.control_floor + b.default_floor + b.scavenger_floor + sum(b.floors)
-    if total > 0.9:
-        out.append(f"bands.floors = {toml(b.floors)}: all floors together are {total:.2f} of the link; at most 0.9")
+    if total > MAX_FLOORS:
+        out.append(
+            f"bands.floors = {toml(b.floors)}: all floors together are {total:.2f} of the link; at most {MAX_FLOORS}"
+        )
     names = [d.name for d in c.device]
     for i, device in enumerate(c.device):
         if device.name in names[:i]:
             out.append(f"device[{i}].name = {toml(device.name)}: each device once; device[{names.index(device.name)}]"
                        " has this name")  # fmt: skip
-        if device.backend == "htb" and b.levels > 5:
-            out.append(f"bands.levels = {b.levels}: at most 5 with backend htb (device[{i}]), which has 8 priorities")
+        if device.backend == "htb" and b.levels > MAX_HTB_LEVELS:
+            out.append(f"bands.levels = {b.levels}: at most {MAX_HTB_LEVELS} with backend htb (device[{i}]),"
+                       f" which has {HTB_PRIOS} priorities")  # fmt: skip
     return out
 
 

@@ -13,9 +13,9 @@ from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.engine.estimator import LinkEstimator
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from mfsd.bands import BandPlan
+    from mfsd.bands import Bands
     from mfsd.daemon.config import DeviceConfig
     from mfsd.datapath.bpf.attach import Attachment
     from mfsd.datapath.bpf.loader import Classifier
@@ -53,17 +53,22 @@ class Port:
         self,
         config: DeviceConfig,
         ifindex: int,
-        bands: BandPlan,
+        bands: Bands,
         classifier: Classifier,
         attachment: Attachment | None,
         enforcer: DeviceEnforcer | None,
         rate: float,
+        dscp: Mapping[str, int],
     ) -> None:
-        """``rate`` in bytes/s, 0 if unknown: then nothing is known until the link has been busy."""
+        """``rate`` in bytes/s, 0 if unknown: then nothing is known until the link has been busy.
+
+        ``dscp``: code points to write by name of the band.
+        """
         self.config = config
         self.name = config.name
         self.ifindex = ifindex
         self.bands = bands
+        self.dscp = dscp
         self.classifier = classifier
         self.attachment = attachment
         self.enforcer = enforcer
@@ -82,7 +87,7 @@ class Port:
             flags |= _abi.DEV_OVERWRITE_FOREIGN
         if self.config.control_unhinted:
             flags |= _abi.DEV_CONTROL_UNHINTED
-        if any(b.dscp is not None for b in self.bands.bands):
+        if self.dscp:
             flags |= _abi.DEV_MARK_DSCP
         entry["flags"], entry["tiny_len"] = flags, self.config.tiny_len
         entry["n_bands"], entry["control_band"] = len(self.bands), self.bands.control.index
@@ -92,7 +97,7 @@ class Port:
         for spec, (classid, lanes) in zip(self.bands.bands, maps, strict=True):
             row = entry["bands"][spec.index]
             row["classid"], row["lanes"] = classid, lanes
-            row["dscp"] = _abi.DSCP_KEEP if spec.dscp is None else spec.dscp
+            row["dscp"] = self.dscp.get(spec.name, _abi.DSCP_KEEP)
         self.classifier.dev[0] = entry
 
     # --- steering.Port ------------------------------------------------------------------------------------------------

@@ -31,12 +31,12 @@ from mfsd.logs import Seldom
 from mfsd.model import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
-    from mfsd.bands import BandPlan
+    from mfsd.bands import Bands
     from mfsd.daemon.config import Config, DeviceConfig
     from mfsd.datapath.bpf.loader import Classifier, Loader
     from mfsd.datapath.qdisc.plan import DevicePlan
@@ -64,9 +64,11 @@ class BandRow:
 class GuardedPort(Port):
     """A port whose failures are noted and logged, and never reach the engine."""
 
-    def __init__(self, config: DeviceConfig, bands: BandPlan, classifier: Classifier, loader: str) -> None:
+    def __init__(
+        self, config: DeviceConfig, bands: Bands, classifier: Classifier, loader: str, dscp: Mapping[str, int]
+    ) -> None:
         rate = config.rate.bytes_per_s if config.rate is not None else 0.0
-        super().__init__(config, 0, bands, classifier, None, None, rate)
+        super().__init__(config, 0, bands, classifier, None, None, rate, dscp)
         self.loader = loader
         self.notice = ""
         """Why the device is only observed, or not even that; empty when all is as configured."""
@@ -141,7 +143,7 @@ class GuardedPort(Port):
 class Devices:
     """All devices of one daemon, and the table and keys that their classifiers share."""
 
-    def __init__(self, config: Config, bands: BandPlan) -> None:
+    def __init__(self, config: Config, bands: Bands) -> None:
         """Load the classifiers. Without devices the table is plain memory. Raises LoaderError."""
         self.config = config
         self.bands = bands
@@ -158,7 +160,7 @@ class Devices:
             for device in config.device:
                 classifier = loader.open_classifier(config.daemon.slots, first)
                 first = first or classifier
-                self.ports.append(GuardedPort(device, bands, classifier, name))
+                self.ports.append(GuardedPort(device, bands, classifier, name, config.bands.dscp))
         except BaseException:
             self.close()
             raise
@@ -191,11 +193,10 @@ class Devices:
             self._host["flags"] = 0
             self._host["heartbeat_ns"] = 0
 
-    def set_bands(self, bands: BandPlan) -> None:
-        """Take other DSCPs; all else must be as before."""
-        self.bands = bands
+    def set_dscp(self, dscp: Mapping[str, int]) -> None:
+        """Write other code points from the next packet on."""
         for port in self.ports:
-            port.bands = bands
+            port.dscp = dscp
             port.write_device_map()
 
     def set_configs(self, configs: Sequence[DeviceConfig]) -> None:

@@ -261,9 +261,7 @@ class Daemon:
         self._decoder.set_limits(merged.limits)
         self.engine.steering.rescuer.config = merged.rescue
         if "bands.dscp" in keys:
-            bands = wiring.with_dscp(self.devices.bands, merged.bands.dscp)
-            self.devices.set_bands(bands)
-            wiring.set_bands(self.engine, bands)
+            self.devices.set_dscp(merged.bands.dscp)
         if _touches(keys, "device["):
             self.devices.set_configs(merged.device)
         if _touches(keys, "daemon.log_"):

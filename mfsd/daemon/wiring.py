@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import LEVEL_NEW, BandPlan, Ladder
+from mfsd.bands import LEVEL_NEW, Bands, Ladder
 from mfsd.engine.connections import Connections
 from mfsd.engine.engine import Engine
 from mfsd.engine.rescue import Rescuer
@@ -17,7 +17,7 @@ from mfsd.host.routes import RouteLookup
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from mfsd.daemon.config import Config, PeerConfig
     from mfsd.daemon.devices import Devices, GuardedPort
@@ -45,31 +45,24 @@ RELOADABLE: Final = frozenset(
 RELOADABLE_SECTIONS: Final = frozenset({"policy", "limits", "rescue"})
 
 
-def bands_of(config: Config, policy: Policy) -> BandPlan:
+def bands_of(config: Config, policy: Policy) -> Bands:
     """The bands that a configuration asks for, with the default band where the policy wants it. Raises ValueError."""
-    b = config.bands
-    plan = BandPlan.build(
-        b.levels,
-        default_after=0,
-        lanes=b.lanes,
-        control_floor=b.control_floor,
-        default_floor=b.default_floor,
-        level_floors=b.floors,
-        scavenger_floor=b.scavenger_floor,
-        dscp=b.dscp,
-    )
+    plan = _bands(config, default_after=0)
     # A policy with more levels than there are bands counts in its own levels; the ladder says where those end.
     steps = Ladder(plan, policy.levels).band_of.tolist()
-    above = len(set(steps[: policy.default_after]))
-    return BandPlan.build(
+    return _bands(config, default_after=len(set(steps[: policy.default_after])))
+
+
+def _bands(config: Config, default_after: int) -> Bands:
+    b = config.bands
+    return Bands.build(
         b.levels,
-        default_after=above,
+        default_after=default_after,
         lanes=b.lanes,
         control_floor=b.control_floor,
         default_floor=b.default_floor,
         level_floors=b.floors,
         scavenger_floor=b.scavenger_floor,
-        dscp=b.dscp,
     )
 
 
@@ -186,15 +179,3 @@ def change_policy(engine: Engine, config: Config) -> bool:
     engine.requests.live("pruned")[:] = False
     engine.arrange_wanted = True
     return True
-
-
-def with_dscp(bands: BandPlan, dscp: Mapping[str, int]) -> BandPlan:
-    """The same bands with other code points."""
-    return BandPlan(tuple(replace(b, dscp=dscp.get(b.name)) for b in bands.bands))
-
-
-def set_bands(engine: Engine, bands: BandPlan) -> None:
-    """Give a running engine bands that differ in their code points only."""
-    steering = engine.steering
-    steering.bands = engine.connections.bands = steering.rescuer.bands = bands
-    steering.set_policy(steering.policy)

@@ -24,7 +24,7 @@ from mfsd.model import INF, CookieSelector, Endpoints, HintError, PortRange, Sel
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from mfsd.bands import BandPlan
+    from mfsd.bands import Bands
     from mfsd.model import Address
 
 IPPROTO_TCP: Final = 6
@@ -115,7 +115,7 @@ class Connections:
         table: FlowTable,
         keys: KeyMap,
         resolver: Resolver,
-        bands: BandPlan,
+        bands: Bands,
         port_of: Callable[[Endpoints | None], int] = lambda _: 0,
         far_rate: Callable[[Address], float] | None = None,
     ) -> None:

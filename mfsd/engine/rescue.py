@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from mfsd.bands import BandPlan, Role
+from mfsd.bands import Bands, Role
 from mfsd.engine.connections import IPPROTO_TCP
 from mfsd.engine.slots import NS
 
@@ -75,7 +75,7 @@ class Rescuer:
 
     ports: Sequence[LaneDriver]
     connections: Connections
-    bands: BandPlan
+    bands: Bands
     config: RescueConfig
     _stuck: dict[Connection, _Stuck] = field(default_factory=dict)
     _tokens: float = 0.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.bands import LEVEL_SCAVENGER, BandPlan, Ladder
+from mfsd.bands import LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.model import Event, EventKind, Stage
 from mfsd.policy.parts.still import stage_levels
 from mfsd.policy.views import I2, BatchView, LinkView, Policy, RequestView, TransferView
@@ -83,7 +83,7 @@ class Steering:
 
     connections: Connections
     policy: Policy
-    bands: BandPlan
+    bands: Bands
     ports: Sequence[Port]
     rescuer: Rescuer
     confirm: set[Connection] = field(default_factory=set)

@@ -22,8 +22,8 @@ from mfsd.lab.net import LabError
 from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.lab.results import summary
 from mfsd.lab.tcp import CONGESTION
-from mfsd.model import Rate
 from mfsd.policy.registry import DEFAULT
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -33,7 +33,7 @@ from mfsd.lab.models import Model, Scaled
 from mfsd.lab.rank import KV_LANES, P2D_LANES, Lanes, Rank
 from mfsd.lab.traffic import Frame, Lane, Server
 from mfsd.lab.workload import Job
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 PORT: Final = 7100
 ARRIVAL: Final = np.dtype([("at", "f8"), ("stage", "u1"), ("key", "u4"), ("size", "u4"), ("lane", "u1")])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from mfsd.model import Rate
+    from mfsd.units import Rate
 
 
 class Prefill(Protocol):

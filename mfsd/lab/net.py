@@ -28,7 +28,7 @@ from mfsd.lab.enter import NETNS_DIR, inside
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.model import Rate
+    from mfsd.units import Rate
 
 DEVICE: Final = "eth0"
 SWITCH: Final = "switch"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mfsd.lab.tcp import TcpInfo
-    from mfsd.model import Rate
+    from mfsd.units import Rate
 
 WINDOW_MS: Final = 10
 SHARE: Final = 0.9

@@ -10,8 +10,9 @@ from typing import Final
 
 import numpy as np
 
+from mfsd import units
 from mfsd.policy.mfs import mlu, rli
-from mfsd.policy.parts import bound, words
+from mfsd.policy.parts import bound
 from mfsd.policy.views import (
     B1,
     I2,
@@ -26,6 +27,7 @@ from mfsd.policy.views import (
     TransferView,
 )
 
+STAGES: Final = {0: "unstaged", 1: "KV reuse (stage 1)", 2: "collective (stage 2)", 3: "prefill-to-decode (stage 3)"}
 P2D: Final = 3
 """model.Stage.P2D, as the plain integer that numpy compares fastest."""
 
@@ -76,8 +78,8 @@ class PolicyBase(abc.ABC):
         if self.infeasible(transfers, requests, batches, link, now)[row]:
             out.reasons.append(
                 "Its request can't be in time even with the port to itself: it needs "
-                f"{words.seconds(out.figures['needed_s'])} or a sibling is late, and has "
-                f"{words.seconds(max(out.figures.get('time_left_s', 0.0), 0.0))}."
+                f"{units.duration(out.figures['needed_s'])} or a sibling is late, and has "
+                f"{units.duration(max(out.figures.get('time_left_s', 0.0), 0.0))}."
             )
         return out
 
@@ -133,20 +135,20 @@ def _figures(
 
 
 def _facts(row: int, transfers: TransferView, figures: dict[str, float]) -> list[str]:
-    stage = words.STAGES.get(int(transfers.stage[row]), "unknown stage")
-    ahead = f" behind {words.size(figures['bytes_ahead'])} on its connection" if figures["bytes_ahead"] else ""
-    far = f", the link into its peer {words.rate(figures['peer_rate'])}" if "peer_rate" in figures else ""
+    stage = STAGES.get(int(transfers.stage[row]), "unknown stage")
+    ahead = f" behind {units.size(figures['bytes_ahead'])} on its connection" if figures["bytes_ahead"] else ""
+    far = f", the link into its peer {units.rate(figures['peer_rate'])}" if "peer_rate" in figures else ""
     facts = [
         (
-            f"It is a {stage} transfer with {words.size(figures['bytes_left'])} of "
-            f"{words.size(float(transfers.size[row]))} left{ahead}; its port gives {words.rate(figures['port_rate'])}, "
+            f"It is a {stage} transfer with {units.size(figures['bytes_left'])} of "
+            f"{units.size(float(transfers.size[row]))} left{ahead}; its port gives {units.rate(figures['port_rate'])}, "
             f"{figures['rho']:.0%} of it taken lately{far}."
         )
     ]
     if "time_left_s" in figures:
         facts.append(
             f"Its deadline is {_when(figures['time_left_s'])}; alone at full rate it needs "
-            f"{words.seconds(figures['needed_s'])} (MLU {figures['mlu']:.3g})."
+            f"{units.duration(figures['needed_s'])} (MLU {figures['mlu']:.3g})."
         )
     else:
         facts.append("It has no deadline.")
@@ -154,4 +156,4 @@ def _facts(row: int, transfers: TransferView, figures: dict[str, float]) -> list
 
 
 def _when(time_left: float) -> str:
-    return f"in {words.seconds(time_left)}" if time_left > 0 else f"{words.seconds(-time_left)} ago"
+    return f"in {units.duration(time_left)}" if time_left > 0 else f"{units.duration(-time_left)} ago"

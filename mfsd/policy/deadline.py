@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd import units
 from mfsd.policy.base import P2D, PolicyBase, place
 from mfsd.policy.mfs import rli
-from mfsd.policy.parts import bound, buckets, pick, promote, words
+from mfsd.policy.parts import bound, buckets, pick, promote
 from mfsd.policy.parts.members import earliest, of_batch
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import LEVEL_NONE, LEVEL_SCAVENGER
@@ -159,7 +160,7 @@ class DeadlineLadder(PolicyBase):
             self._early_reasons(out, row, level, transfers)
         elif stage == P2D and doomed is not None and doomed.transfers[row]:
             out.reasons.append(
-                f"Its request is doomed (it needs {words.seconds(out.figures['needed_s'])} or a sibling is late): "
+                f"Its request is doomed (it needs {units.duration(out.figures['needed_s'])} or a sibling is late): "
                 f"{place(level)}, so that others make theirs. It comes back when reality beats the estimate."
             )
         else:
@@ -181,18 +182,18 @@ class DeadlineLadder(PolicyBase):
 
     def _deadline_reasons(self, out: Explanation, level: int, time_left: float, whose: str) -> None:
         step = level - self._base
-        left = f"{words.seconds(time_left)} remain to {whose}" if np.isfinite(time_left) else "It has no deadline"
+        left = f"{units.duration(time_left)} remain to {whose}" if np.isfinite(time_left) else "It has no deadline"
         upper = self._edges[step] if step < len(self._edges) else np.inf
         lower = self._edges[step - 1] if step else -np.inf
         if not lower <= time_left < upper:
             out.reasons.append(f"{left}; it keeps {place(level)} until it may change.")
         else:
-            above = f"{words.seconds(lower)} or more" if step else ""
-            below = f"less than {words.seconds(upper)}" if np.isfinite(upper) else ""
+            above = f"{units.duration(lower)} or more" if step else ""
+            below = f"less than {units.duration(upper)}" if np.isfinite(upper) else ""
             out.reasons.append(f"{left}: {place(level)} is for {' and '.join(filter(None, (above, below))) or 'all'}.")
         if step and self.promotion and np.isfinite(time_left):
             out.figures |= {"threshold": lower, "next_promotion_s": max(time_left - lower, 0.0)}
             out.reasons.append(
-                f"It is promoted in {words.seconds(out.figures['next_promotion_s'])}, when less than "
-                f"{words.seconds(lower)} remain."
+                f"It is promoted in {units.duration(out.figures['next_promotion_s'])}, when less than "
+                f"{units.duration(lower)} remain."
             )

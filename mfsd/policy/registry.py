@@ -61,7 +61,7 @@ def names() -> tuple[str, ...]:
 def make_policy(name: str, levels: int | None = None, params: Mapping[str, parameters.Value] | None = None) -> Policy:
     """Make the policy ``name`` with ``levels`` levels (None: its own default) and ``params`` by name.
 
-    ``levels`` should be what the devices' qdiscs can tell apart (len(BandPlan.level_bands)), so that the policy itself
+    ``levels`` should be what the devices' qdiscs can tell apart (len(Bands.level_bands)), so that the policy itself
     decides what to merge. Raises ValueError naming the key, the value and what is allowed.
     """
     entry = _ENTRIES.get(name)

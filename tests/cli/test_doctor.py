@@ -14,7 +14,7 @@ import pytest
 from support.ctl import run
 
 from mfsd import doctor
-from mfsd.bands import BandPlan
+from mfsd.bands import Bands
 from mfsd.daemon.config import Config, DaemonConfig, DeviceConfig
 from mfsd.datapath.bpf.attach import TCX_EGRESS, HookUser, attach
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfCalls, LibbpfLoader, object_path
@@ -23,7 +23,7 @@ from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Owner
 from mfsd.doctor import Context, Finding, Severity, checkup, device, host, kernel, leftovers, loaders, tcp
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -205,7 +205,7 @@ def test_leftovers(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.Mo
     cfg = config(tmp_path)
     context = Context(("v0",), cfg)
     assert only(leftovers.notes_left(context)).severity is Severity.OK
-    bands = BandPlan.build(2, default_after=1, lanes=2)
+    bands = Bands.build(2, default_after=1, lanes=2)
 
     def at_home(function: Callable[[], Iterable[Finding]]) -> Finding:
         return netns_pair.call(netns_pair.a, lambda: only(function()))

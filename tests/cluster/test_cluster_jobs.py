@@ -12,7 +12,7 @@ from mfsd.lab.cluster.jobs import MAX_TOKENS, MIN_TOKENS, Work, azure, jobs, lin
 from mfsd.lab.cluster.regimes import REGIMES, Cluster
 from mfsd.lab.models import MODELS, Scaled
 from mfsd.lab.trace import TraceError
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from pathlib import Path

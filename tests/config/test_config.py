@@ -12,7 +12,8 @@ import pytest
 
 from mfsd.daemon import config_text
 from mfsd.daemon.config import Config, ConfigError, DeviceConfig, PeerConfig, load, parse, render
-from mfsd.model import Mode, Rate
+from mfsd.model import Mode
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

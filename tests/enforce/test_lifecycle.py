@@ -22,7 +22,7 @@ from mfsd.datapath.qdisc.device import EnforceError, kernel_has
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer, restore_all
 from mfsd.datapath.qdisc.tree import Group, Node, differences
 from mfsd.datapath.undo.snapshot import read_tree
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from mfsd.datapath.qdisc.tree import Tree
@@ -263,9 +263,9 @@ OWNER: Final = """
 import sys, time
 from pathlib import Path
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.bands import BandPlan
-from mfsd.model import Rate
-bands = BandPlan.build(4, default_after=2, lanes=4)
+from mfsd.bands import Bands
+from mfsd.units import Rate
+bands = Bands.build(4, default_after=2, lanes=4)
 DeviceEnforcer(sys.argv[1], bands, "htb", Rate.parse("1gbit"), Path(sys.argv[2])).apply()
 print("applied", flush=True)
 time.sleep(600)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.benches import plan
 
-from mfsd.bands import BandPlan
+from mfsd.bands import Bands
 from mfsd.datapath import netlink as nl
 from mfsd.datapath.qdisc import htb, prio
 from mfsd.datapath.qdisc.tree import (
@@ -29,7 +29,7 @@ from mfsd.datapath.qdisc.tree import (
     ticks,
 )
 from mfsd.datapath.undo.snapshot import Saved, Snapshot, codel_request
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from mfsd.datapath.qdisc.tree import Tree
@@ -100,7 +100,7 @@ def test_lanes_have_limits() -> None:
 
 @given(levels=st.integers(1, 5), lanes=st.integers(1, 300), after=st.integers(0, 5))
 def test_classids_and_leaf_handles_never_collide(levels: int, lanes: int, after: int) -> None:
-    bands = BandPlan.build(levels, default_after=min(after, levels), lanes=lanes)
+    bands = Bands.build(levels, default_after=min(after, levels), lanes=lanes)
     tree = htb.build(bands, Rate.parse("10gbit"))
     handles = [n.handle for n in tree.nodes]
     assert len(set(handles)) == len(handles)

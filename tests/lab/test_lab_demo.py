@@ -14,7 +14,7 @@ import pytest
 from mfsd.lab.enter import NETNS_DIR
 from mfsd.lab.governor import environment
 from mfsd.lab.promotion import Settings, run
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,8 @@ from mfsd.lab.governor import environment
 from mfsd.lab.net import RTO_MIN, Fabric, LabError, plain_link, remove_link, remove_stale, run_id, tool
 from mfsd.lab.tcp import prepare, tcp_info
 from mfsd.lab.traffic import Frame, Lane, Server
-from mfsd.model import Rate, Stage
+from mfsd.model import Stage
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

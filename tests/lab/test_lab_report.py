@@ -14,7 +14,7 @@ from mfsd.lab import health, pictures, report, results, story
 from mfsd.lab.arm import Plan
 from mfsd.lab.levels import LevelChange
 from mfsd.lab.promotion import Trial, latency_ms
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 JOBS = [job(i, i % 2, at=float(i)) for i in range(10)]
 PLAN = Plan(JOBS, TINY)

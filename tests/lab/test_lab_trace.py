@@ -12,7 +12,7 @@ from support.labfakes import TINY, job
 
 from mfsd.lab import trace, workload
 from mfsd.lab.models import MIXTRAL, Scaled
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from pathlib import Path

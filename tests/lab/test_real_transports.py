@@ -15,7 +15,7 @@ from mfsd.lab.models import MIXTRAL, Scaled
 from mfsd.lab.real import run as real
 from mfsd.lab.real.memory import SLICE, Memory, Watch
 from mfsd.lab.workload import Job
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 SCALED = Scaled(MIXTRAL, Rate.parse("200mbit"), 2, 4)
 JOBS = [Job(0, 0.0, 0, 60_000, 512, 0, 0.1, 0.3), Job(1, 0.5, 1, 300, 300, 0, 0.1, 0.3)]

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandPlan, Ladder, Role
+from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, Bands, Ladder, Role
 from mfsd.policy import registry
 
 
-def _plan(bands: int, after: int = 1) -> BandPlan:
-    return BandPlan.build(bands, default_after=after, lanes=1)
+def _plan(bands: int, after: int = 1) -> Bands:
+    return Bands.build(bands, default_after=after, lanes=1)
 
 
 @given(bands=st.integers(1, 13), levels=st.integers(1, 4096), data=st.data())

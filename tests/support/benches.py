@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.bands import BandPlan
+from mfsd.bands import Bands
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     import contextlib
@@ -28,9 +28,9 @@ FRAME: Final = PAYLOAD + 8 + 20 + 14
 PORT: Final = 9000
 
 
-def plan(levels: int = 4, **changes: Any) -> BandPlan:
+def plan(levels: int = 4, **changes: Any) -> Bands:
     """Control, levels 0 and 1, default, the other levels, scavenger; four lanes."""
-    return BandPlan.build(levels, **({"default_after": 2, "lanes": 4} | changes))
+    return Bands.build(levels, **({"default_after": 2, "lanes": 4} | changes))
 
 
 @dataclass
@@ -40,15 +40,13 @@ class Bench:
     pair: NetnsPair
     state: Path
     stack: contextlib.ExitStack
-    bands: BandPlan = field(default_factory=plan)
+    bands: Bands = field(default_factory=plan)
 
     @property
     def dev(self) -> str:
         return self.pair.dev_a
 
-    def enforcer(
-        self, rate: str | None = "1gbit", backend: str = "htb", bands: BandPlan | None = None
-    ) -> DeviceEnforcer:
+    def enforcer(self, rate: str | None = "1gbit", backend: str = "htb", bands: Bands | None = None) -> DeviceEnforcer:
         parsed = None if rate is None else Rate.parse(rate)
         made = DeviceEnforcer(self.dev, bands or self.bands, backend, parsed, self.state)
         self.stack.callback(made.close)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
-from mfsd.bands import BandPlan
+from mfsd.bands import Bands
 from mfsd.daemon.config import LimitsConfig, RescueConfig
 from mfsd.daemon.wiring import far_rate_of
 from mfsd.engine.connections import OVERHEAD_V4, Connections
@@ -123,7 +123,7 @@ class Host:
     ) -> None:
         self.now = 1000.0
         chosen = make_policy(policy, 5, {"kv": "rli"} if policy == "deadline-ladder" else {})
-        self.bands = BandPlan.build(5, default_after=chosen.default_after, lanes=lanes, level_floors=floors)
+        self.bands = Bands.build(5, default_after=chosen.default_after, lanes=lanes, level_floors=floors)
         self.table = FlowTable(memory_rows(slots))
         self.keys = MemoryKeys()
         self.resolver = FakeResolver()

@@ -14,7 +14,8 @@ from mfsd.lab.host import ARRIVAL
 from mfsd.lab.models import Model, Scaled
 from mfsd.lab.rank import Lanes, Rank
 from mfsd.lab.workload import Job
-from mfsd.model import Rate, Stage
+from mfsd.model import Stage
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ from support.benches import plan
 
 from mfsd.datapath.qdisc.device import EnforceError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

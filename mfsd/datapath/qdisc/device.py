@@ -17,7 +17,7 @@ from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
 from mfsd.datapath import netlink as nl
 from mfsd.datapath.bpf.loader import DatapathError
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

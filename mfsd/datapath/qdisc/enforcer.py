@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from mfsd.bands import BandPlan
+    from mfsd.bands import Bands
     from mfsd.datapath.qdisc.tree import Difference, Filter
-    from mfsd.model import Rate
+    from mfsd.units import Rate
 
 __all__ = ["BAND_DTYPE", "DeviceEnforcer", "DevicePlan", "EnforceError", "Rescued", "Step", "restore_all"]
 
@@ -54,7 +54,7 @@ class DeviceEnforcer:
     does not exist. Close it when done; closing leaves the tree as it is.
     """
 
-    def __init__(self, ifname: str, bands: BandPlan, backend: str, rate: Rate | None, state_dir: Path) -> None:
+    def __init__(self, ifname: str, bands: Bands, backend: str, rate: Rate | None, state_dir: Path) -> None:
         self.ifname = ifname
         self.bands = bands
         self.backend = backend

@@ -24,7 +24,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import HTB_PRIOS, BandPlan, BandSpec, Role
+from mfsd.bands import HTB_PRIOS, Bands, BandSpec, Role
 from mfsd.datapath import netlink as nl
 from mfsd.datapath.qdisc.tree import (
     HTB_GLOB,
@@ -45,7 +45,7 @@ from mfsd.datapath.qdisc.tree import (
 )
 
 if TYPE_CHECKING:
-    from mfsd.model import Rate
+    from mfsd.units import Rate
 
 LINK_MINOR: Final = 1
 MAX_LANES: Final = 0xFFE
@@ -66,7 +66,7 @@ def burst(rate: int, smallest: int) -> int:
     return max(smallest, min(rate // 1000, 1 << 20), rate // 10_000)
 
 
-def build(bands: BandPlan, rate: Rate, *, gso: int = 65536) -> Tree:
+def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
     """The tree for a plan at a rate. ``gso``: largest packet the stack may hand down, in bytes.
 
     Raises ValueError for more bands than htb has priorities, or more lanes than minor numbers.

@@ -25,7 +25,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import PRIO_BANDS, BandPlan, BandSpec
+from mfsd.bands import PRIO_BANDS, Bands, BandSpec
 from mfsd.datapath import netlink as nl
 from mfsd.datapath.qdisc.device import EnforceError
 from mfsd.datapath.qdisc.tree import (
@@ -48,7 +48,7 @@ from mfsd.datapath.qdisc.tree import (
 )
 
 if TYPE_CHECKING:
-    from mfsd.model import Rate
+    from mfsd.units import Rate
 
 _PRIOMAP: Final = 16
 """TC_PRIO_MAX + 1: priorities that prio maps to bands."""
@@ -62,7 +62,7 @@ _PRIORITY: Final = 32
 _NO_RATE: Final = b"\0" * 12
 
 
-def build(bands: BandPlan, rate: Rate | None, *, lanes: bool, gso: int = 65536, limit: int = 1000) -> Tree:
+def build(bands: Bands, rate: Rate | None, *, lanes: bool, gso: int = 65536, limit: int = 1000) -> Tree:
     """The tree for a plan. ``lanes`` False: one queue per band. ``limit``: the device's queue length, in packets.
 
     Raises ValueError for more bands than prio has.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.datapath import netlink as nl
 from mfsd.datapath.qdisc.tree import HTB_GLOB, TCA_HTB_INIT, TCA_HTB_OFFLOAD, U32_MAX, settings
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -25,7 +25,7 @@ from mfsd.lab.machine import commit, end_on_sigterm, take_precedence
 from mfsd.lab.models import MODELS
 from mfsd.lab.net import LabError
 from mfsd.lab.real import run as real
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -27,10 +27,10 @@ from mfsd.policy.parts.still import stage_levels
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
-    from mfsd.bands import BandPlan
+    from mfsd.bands import Bands
     from mfsd.lab.cluster.arms import Arm
     from mfsd.lab.cluster.regimes import Cluster
-    from mfsd.model import Rate
+    from mfsd.units import Rate
 
 Setting = Literal["fifo", "classes", "levels"]
 SETTINGS: Final[tuple[Setting, ...]] = ("fifo", "classes", "levels")
@@ -161,7 +161,7 @@ def _urgent(arm: Arm) -> int:
     return collective + 1 if 0 <= collective < policy.levels - 1 or policy.levels == 1 else 1
 
 
-def _bands(arm: Arm) -> BandPlan:
+def _bands(arm: Arm) -> Bands:
     config = parse({"policy": {"name": arm.policy, **arm.params}, "bands": {"levels": arm.levels}})
     return bands_of(config, make_policy(arm.policy, arm.levels, arm.params))
 

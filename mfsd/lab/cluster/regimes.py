@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mfsd.lab.models import MODELS, Scaled
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 
 @dataclass(frozen=True, slots=True)

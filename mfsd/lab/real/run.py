@@ -28,7 +28,7 @@ from mfsd.lab.real.memory import SLICE, Memory
 from mfsd.lab.real.worker import Order, Role
 from mfsd.lab.results import added_up, mean_ms, percentiles_ms
 from mfsd.lab.tcp import EFFICIENCY
-from mfsd.model import Rate
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

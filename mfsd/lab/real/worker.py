@@ -34,7 +34,8 @@ from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.lab.real.engine import PORTS, Engine
 from mfsd.lab.real.memory import Memory, Watch
 from mfsd.lab.workload import Job, next_batch
-from mfsd.model import Rate, Stage
+from mfsd.model import Stage
+from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mfsd import units
 from mfsd.policy.base import P2D, PolicyBase, place
 from mfsd.policy.mfs import inter_request, mlu, rli
 from mfsd.policy.mfs.layout import ARBITRATION, Layout
-from mfsd.policy.parts import bound, pick, promote, words
+from mfsd.policy.parts import bound, pick, promote
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import (
     B1,
@@ -220,6 +221,6 @@ class Mfs(PolicyBase):
             out.figures["next_promotion_s"] = max(time_left * (1.0 - value / target), 0.0)
             out.reasons.append(
                 f"It is promoted when its MLU reaches {target:.3g}: in "
-                f"{words.seconds(out.figures['next_promotion_s'])} if nothing of it is sent until then"
+                f"{units.duration(out.figures['next_promotion_s'])} if nothing of it is sent until then"
                 + (" (at a layer boundary while its batch computes)." if self.when == "layer" else ".")
             )

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mfsd import units
 from mfsd.policy.base import P2D, PolicyBase, place
-from mfsd.policy.parts import buckets, words
+from mfsd.policy.parts import buckets
 from mfsd.policy.parts.members import deadlines
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import LEVEL_NONE
@@ -86,11 +87,11 @@ class Edf(PolicyBase):
             out.reasons.append(f"Its deadline is implicit: {place(level)}, below all stage 3; nothing promotes it.")
             return
         time_left = float(deadlines(transfers, requests, batches)[row]) - now
-        out.reasons.append(f"{words.seconds(time_left)} remain to the deadline: {place(level)}.")
+        out.reasons.append(f"{units.duration(time_left)} remain to the deadline: {place(level)}.")
         if level and not self.exact:
             edge = self._edges[level - 1]
             out.figures |= {"threshold": edge, "next_promotion_s": time_left - edge}
-            out.reasons.append(f"It is promoted when less than {words.seconds(edge)} remain.")
+            out.reasons.append(f"It is promoted when less than {units.duration(edge)} remain.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,4 +167,4 @@ class Karuna(PolicyBase):
             need = float(transfers.left[row]) / time_left
             out.figures["needed_rate"] = need
             side = "behind: on top until it has caught up" if level == 0 else "ahead: last until it falls behind"
-            out.reasons.append(f"To be just in time it needs {words.rate(need)} from now on. It is {side}.")
+            out.reasons.append(f"To be just in time it needs {units.rate(need)} from now on. It is {side}.")

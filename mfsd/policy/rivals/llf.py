@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from mfsd import units
 from mfsd.policy.base import P2D, PolicyBase, place
-from mfsd.policy.parts import bound, buckets, words
+from mfsd.policy.parts import bound, buckets
 from mfsd.policy.parts.members import earliest, of_batch
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import LEVEL_NONE, LEVEL_SCAVENGER
@@ -82,4 +83,4 @@ class Llf(PolicyBase):
     ) -> None:
         laxity = float(self.laxity(transfers, requests, batches, link, now)[row])
         out.figures["laxity_s"] = laxity
-        out.reasons.append(f"It has {words.seconds(laxity)} to spare: {place(level)} by rank.")
+        out.reasons.append(f"It has {units.duration(laxity)} to spare: {place(level)} by rank.")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd import units
 from mfsd.policy.base import PolicyBase, place
-from mfsd.policy.parts import buckets, words
+from mfsd.policy.parts import buckets
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import LEVEL_NONE
 
@@ -79,15 +80,15 @@ class BySize(PolicyBase):
     ) -> None:
         del requests, batches, link, now
         value = float(self._bytes(transfers)[row])
-        lower = words.size(self._edges[level - 1]) if 0 < level <= len(self._edges) else words.size(0)
-        upper = f"below {words.size(self._edges[level])}" if level < len(self._edges) else "up"
+        lower = units.size(self._edges[level - 1]) if 0 < level <= len(self._edges) else units.size(0)
+        upper = f"below {units.size(self._edges[level])}" if level < len(self._edges) else "up"
         span = "the rank of its size" if self.exact else f"for {lower} and {upper}"
-        out.reasons.append(f"It has {words.size(value)} ({MEANING[self._key]}): {place(level)} is {span}.")
+        out.reasons.append(f"It has {units.size(value)} ({MEANING[self._key]}): {place(level)} is {span}.")
         if self._key == "left" and level and not self.exact:
             out.figures["threshold"] = self._edges[level - 1]
             out.reasons.append(f"It is promoted when less than {lower} is left.")
         elif self._key == "sent" and level < len(self._edges):
             out.figures["threshold"] = self._edges[level]
-            out.reasons.append(f"It is demoted when {words.size(self._edges[level])} have been sent.")
+            out.reasons.append(f"It is demoted when {units.size(self._edges[level])} have been sent.")
         elif self._key == "size":
             out.reasons.append("Nothing promotes it.")

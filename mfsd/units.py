@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rates, sizes and durations: one type where units could be confused, and one wording for people.
+
+Sizes are bytes, durations seconds, rates bytes/s; words are decimal, as link rates are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_RATE_UNITS: Final = {"bit": 1 / 8, "kbit": 125.0, "mbit": 125e3, "gbit": 125e6, "tbit": 125e9, "bps": 1.0}
+_RATE_RE: Final = re.compile(r"\s*(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]+)\s*")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Rate:
+    """A data rate. One type, so that bits and bytes can't be confused.
+
+    Text form as tc's: ``100mbit``, ``2.5gbit``; ``bps`` means bytes per second, as in tc.
+    """
+
+    bytes_per_s: float
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        """Read a tc-style rate. Raises ValueError naming what is allowed."""
+        m = _RATE_RE.fullmatch(text.lower())
+        if m is None or m["unit"] not in _RATE_UNITS:
+            raise ValueError(
+                f"{text!r} is not a rate; write a number and one of {', '.join(_RATE_UNITS)}, e.g. '10gbit'"
+            )
+        value = float(m["value"]) * _RATE_UNITS[m["unit"]]
+        if value <= 0:
+            raise ValueError(f"{text!r}: a rate must be above zero")
+        return cls(value)
+
+    @property
+    def bits_per_s(self) -> float:
+        """The same in bit/s."""
+        return self.bytes_per_s * 8
+
+    def __str__(self) -> str:
+        bits = self.bits_per_s
+        for unit, size in (("tbit", 1e12), ("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
+            if bits >= size:
+                return f"{bits / size:g}{unit}"
+        return f"{bits:g}bit"
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _scaled(value: float, units: Sequence[str], step: float) -> str:
+    n = 0
+    while abs(value) >= step * 0.9995 and n < len(units) - 1:
+        value /= step
+        n += 1
+    text = f"{value:.0f}" if n == 0 or abs(value) >= 99.95 else f"{value:.3g}"
+    return f"{text} {units[n]}"
+
+
+def size(octets: float) -> str:
+    """1.5 MB; decimal, as link rates are."""
+    return _scaled(octets, ("B", "kB", "MB", "GB", "TB", "PB"), 1000)
+
+
+def rate(bytes_per_s: float) -> str:
+    """940 Mbit/s; a dash when unknown (0)."""
+    return _scaled(bytes_per_s * 8, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"), 1000) if bytes_per_s else "-"
+
+
+def count(n: int) -> str:
+    """12345, then 1.23 M."""
+    return str(n) if abs(n) < 100_000 else _scaled(n, ("", "k", "M", "G", "T"), 1000)
+
+
+def duration(seconds: float) -> str:
+    """180 ms, 2.5 s, 1 h 03 min; "for ever" and "never" for the infinities."""
+    if math.isinf(seconds):
+        return "for ever" if seconds > 0 else "never"
+    sign, s = ("-" if seconds < 0 else ""), abs(seconds)
+    if s < 0.9995:
+        return f"{sign}{s * 1e3:.3g} ms" if s >= 0.001 or s == 0 else f"{sign}{s * 1e6:.0f} us"
+    if s < 99.95:
+        return f"{sign}{s:.3g} s"
+    minutes = round(s / 60)
+    if minutes < 100:
+        return f"{sign}{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{sign}{hours} h {minutes:02d} min" if hours < 48 else f"{sign}{hours // 24} d {hours % 24} h"
