@@ -40,7 +40,7 @@ from bench.common import Figure, write
 from mfsd.client import cookie_of
 from mfsd.daemon import devices
 from mfsd.daemon.config import parse
-from mfsd.daemon.main import Daemon
+from mfsd.daemon.daemon import Daemon
 from mfsd.datapath import _abi
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc

@@ -18,23 +18,21 @@ import numpy as np
 
 from bench.common import Figure, write
 from mfsd.bands import Bands
-from mfsd.daemon.config import LimitsConfig, RescueConfig
-from mfsd.daemon.device import KernelKeys
+from mfsd.engine.settings import LimitsConfig, RescueConfig
+from mfsd.daemon.devices import KernelKeys
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.engine.connections import Connections
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
-from mfsd.engine.rescue import Rescuer
 from mfsd.engine.slots import FlowTable
-from mfsd.engine.steering import Steering
 from mfsd.model import BatchHint, CookieSelector, Endpoints, ProgressHint, RequestHint, Selector, Stage, TransferHint
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import numpy.typing as npt
+    from mfsd.engine.device import Reading
 
 COUNTS = (100, 1_000, 10_000)
 TICKS = 400
@@ -70,7 +68,7 @@ class Sockets:
         return {cookie: Simulated(cookie, endpoints) for cookie, endpoints in sockets}
 
 
-class SimulatedPort:
+class SimulatedDevice:
     """A link without a qdisc."""
 
     def __init__(self, bands: Bands) -> None:
@@ -78,7 +76,7 @@ class SimulatedPort:
         self.estimator = LinkEstimator(LINK, len(bands))
         self.enforced = self.floors = False
 
-    def read(self) -> tuple[int, int, npt.NDArray[np.float64]] | None:
+    def read(self) -> Reading | None:
         return None
 
     def backlog(self, band: int, lane: int) -> int:
@@ -96,9 +94,7 @@ def measure(n: int) -> tuple[float, float]:
         policy = make_policy("deadline-ladder", 5, {})
         bands = Bands.build(5, default_after=policy.default_after, lanes=32)
         connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), Sockets(), bands)
-        port = SimulatedPort(bands)
-        steering = Steering(connections, policy, bands, [port], Rescuer([port], connections, bands, RescueConfig()))
-        engine = Engine(connections, steering, LimitsConfig())
+        engine = Engine(connections, policy, bands, [SimulatedDevice(bands)], LimitsConfig(), RescueConfig())
         session = engine.session("bench", 0, 0.0)
         now = 100.0
         for i in range(n):
@@ -127,8 +123,8 @@ def measure(n: int) -> tuple[float, float]:
             start = time.perf_counter()
             engine.tick(now)
             took.append((time.perf_counter() - start) * 1000)
-        assert engine.transfers.n == n, "transfers must stay unfinished for the whole run"
-        engine.end_session(session)
+        assert engine.books.transfers.n == n, "transfers must stay unfinished for the whole run"
+        engine.end_session(session, now)
         return float(np.median(took)), float(np.percentile(took, 99))
 
 

@@ -34,7 +34,7 @@ from mfsd.model import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mfsd.daemon.config import LimitsConfig
+    from mfsd.engine.settings import LimitsConfig
     from mfsd.v1 import hints_pb2
 
 US: Final = 1e-6

@@ -95,7 +95,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             else:
                 accepted += 1
         reply.accepted = accepted
-        counters = engine.counters
+        counters = engine.books.counters
         counters.hints_accepted += accepted
         counters.hints_rejected += len(hints) - accepted
         if session.events:

@@ -30,6 +30,7 @@ from pydantic import (
 from mfsd.bands import CONTROL_FLOOR, DEFAULT_FLOOR, HTB_PRIOS, MAX_FLOORS, MAX_HTB_LEVELS, MAX_LEVELS, band_names
 from mfsd.daemon.config_text import explain, key, render, toml
 from mfsd.datapath import _abi
+from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
 from mfsd.model import Mode
 from mfsd.units import Rate
 
@@ -39,10 +40,8 @@ __all__ = [
     "ConfigError",
     "DaemonConfig",
     "DeviceConfig",
-    "LimitsConfig",
     "PeerConfig",
     "PolicyConfig",
-    "RescueConfig",
     "load",
     "parse",
     "render",
@@ -100,52 +99,47 @@ Share = Annotated[float, Field(ge=0.0, le=MAX_FLOORS)]
 Dscp = Annotated[int, Field(ge=0, le=63)]
 
 
-def _f(default: Any, doc: str, *, allowed: str | None = None, **constraints: Any) -> Any:
-    """A field with what it means (``doc``) and, where the type does not say it, what is allowed."""
-    extra: dict[str, Any] | None = {"allowed": allowed} if allowed else None
-    return Field(default, description=doc, json_schema_extra=extra, **constraints)
-
-
-class _Section(BaseModel):
-    # strict: in TOML a number in quotes or a bool for a number is a mistake, not something to convert silently.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class DaemonConfig(_Section):
+class DaemonConfig(Section):
     """``[daemon]``: process, endpoints, clock."""
 
-    socket: AbsolutePath = _f(
+    socket: AbsolutePath = setting(
         Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 107 bytes"
     )
-    socket_group: str | None = _f(
+    socket_group: str | None = setting(
         None, "Group that may use the socket (mode 0660). Unset: the daemon's own.", allowed="the name of a group"
     )
-    listen: str | None = _f(
+    listen: str | None = setting(
         None,
         "Second endpoint, plain TCP without authentication.",
         allowed='"host:port" with a loopback address; others need daemon.listen_remote = true',
     )
-    listen_remote: bool = _f(False, "Lets listen name an address that other hosts reach. They all become operators.")
-    state_dir: AbsolutePath = _f(
+    listen_remote: bool = setting(
+        False, "Lets listen name an address that other hosts reach. They all become operators."
+    )
+    state_dir: AbsolutePath = setting(
         Path("/run/mfsd"), "Snapshots of the qdiscs that were found, and the lock file.", allowed="an absolute path"
     )
-    mode: ModeValue = _f(
+    mode: ModeValue = setting(
         Mode.OBSERVE,
         "observe: classify, count and predict. enforce: also steer and install qdiscs.",
         allowed='"observe" or "enforce"',
     )
-    loader: Literal["auto", "libbpf", "bcc"] = _f("auto", "How the classifier gets into the kernel.")
-    attach: Literal["auto", "tcx", "clsact"] = _f("auto", "Hook of the classifier; auto: tcx where the kernel has it.")
-    slots: int = _f(_abi.DEFAULT_SLOTS, "Rows of the flow table: hinted connections at a time.", ge=16, le=1 << 20)
-    tick_ms: float = _f(10.0, "Period of the engine while transfers are under way.", ge=1.0, le=1000.0)
-    idle_tick_ms: float = _f(100.0, "Period of the engine while there are none.", ge=1.0, le=10_000.0)
-    heartbeat_ms: float = _f(100.0, "Longest time between two signs of life for the classifier.", ge=1.0, le=10_000.0)
-    heartbeat_timeout_ms: float = _f(
+    loader: Literal["auto", "libbpf", "bcc"] = setting("auto", "How the classifier gets into the kernel.")
+    attach: Literal["auto", "tcx", "clsact"] = setting(
+        "auto", "Hook of the classifier; auto: tcx where the kernel has it."
+    )
+    slots: int = setting(_abi.DEFAULT_SLOTS, "Rows of the flow table: hinted connections at a time.", ge=16, le=1 << 20)
+    tick_ms: float = setting(10.0, "Period of the engine while transfers are under way.", ge=1.0, le=1000.0)
+    idle_tick_ms: float = setting(100.0, "Period of the engine while there are none.", ge=1.0, le=10_000.0)
+    heartbeat_ms: float = setting(
+        100.0, "Longest time between two signs of life for the classifier.", ge=1.0, le=10_000.0
+    )
+    heartbeat_timeout_ms: float = setting(
         1000.0, "Without a sign of life for so long, the classifier leaves all packets alone.", ge=50.0, le=60_000.0
     )
-    on_exit: Literal["restore", "keep"] = _f("restore", "What becomes of the qdiscs on SIGTERM and SIGINT.")
-    log_format: Literal["console", "json"] = _f("console", "One line for people, or one JSON object, per event.")
-    log_level: Literal["debug", "info", "warning", "error"] = _f("info", "Least severe events to log.")
+    on_exit: Literal["restore", "keep"] = setting("restore", "What becomes of the qdiscs on SIGTERM and SIGINT.")
+    log_format: Literal["console", "json"] = setting("console", "One line for people, or one JSON object, per event.")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe events to log.")
 
     @field_validator("socket")
     @classmethod
@@ -162,22 +156,26 @@ class DaemonConfig(_Section):
         return value
 
 
-class DeviceConfig(_Section):
+class DeviceConfig(Section):
     """``[[device]]``: one network device to shape."""
 
-    name: str = _f(..., "The device.", allowed="the name of a network device: 1 to 15 characters, no '/' and no space")
-    backend: Literal["auto", "htb", "prio"] = _f(
+    name: str = setting(
+        ..., "The device.", allowed="the name of a network device: 1 to 15 characters, no '/' and no space"
+    )
+    backend: Literal["auto", "htb", "prio"] = setting(
         "auto", "Qdisc that enforces the bands. auto: htb when a rate is given, else prio."
     )
-    rate: RateValue | None = _f(
+    rate: RateValue | None = setting(
         None,
         "What the device may send; just below the bottleneck, so that the queue is here. Unset: htb takes 98 % of the "
         "link speed, prio sends at line rate.",
         allowed=A_RATE,
     )
-    overwrite_foreign: bool = _f(False, "Also steer packets whose priority names a class of somebody else's qdisc.")
-    control_unhinted: bool = _f(False, "Pure ACKs of unhinted TCP connections go to the control band, too.")
-    tiny_len: int = _f(
+    overwrite_foreign: bool = setting(
+        False, "Also steer packets whose priority names a class of somebody else's qdisc."
+    )
+    control_unhinted: bool = setting(False, "Pure ACKs of unhinted TCP connections go to the control band, too.")
+    tiny_len: int = setting(
         128, "Hinted packets other than TCP of at most so many bytes count as control; 0: none.", ge=0, le=1500
     )
 
@@ -189,36 +187,36 @@ class DeviceConfig(_Section):
         return value
 
 
-class PeerConfig(_Section):
+class PeerConfig(Section):
     """``[[peer]]``: links that are slower than ours, at the far end."""
 
-    network: NetworkValue = _f(
+    network: NetworkValue = setting(
         ..., "Addresses of the hosts behind such links.", allowed='a network, e.g. "10.1.2.0/24", or one address'
     )
-    rate: RateValue = _f(
+    rate: RateValue = setting(
         ...,
         "What the link into each of these hosts carries: bounds of what can be in time use it.",
         allowed=A_RATE,
     )
 
 
-class BandsConfig(_Section):
+class BandsConfig(Section):
     """``[bands]``: the strict-priority bands, the same on every device."""
 
-    levels: int = _f(
+    levels: int = setting(
         5,
         f"Bands for hinted traffic, besides control, default and scavenger. htb takes at most {MAX_HTB_LEVELS}.",
         ge=1,
         le=MAX_LEVELS,
     )
-    lanes: int = _f(32, "Leaf queues per band: a rescue purges only the packets of one lane.", ge=1, le=MAX_LANES)
-    control_floor: Share = _f(CONTROL_FLOOR, "Share of the link that control packets always get.")
-    default_floor: Share = _f(DEFAULT_FLOOR, "Share of the link that unhinted traffic always gets.")
-    floors: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = _f(
+    lanes: int = setting(32, "Leaf queues per band: a rescue purges only the packets of one lane.", ge=1, le=MAX_LANES)
+    control_floor: Share = setting(CONTROL_FLOOR, "Share of the link that control packets always get.")
+    default_floor: Share = setting(DEFAULT_FLOOR, "Share of the link that unhinted traffic always gets.")
+    floors: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = setting(
         (), "Share that each level always gets, most urgent first; none where it is short."
     )
-    scavenger_floor: Share = _f(0.0, "Share of the link that pruned and doomed requests always get.")
-    dscp: dict[str, Dscp] = _f({}, 'DSCP to write by band name, e.g. { "level 0" = 46 }; others are left alone.')
+    scavenger_floor: Share = setting(0.0, "Share of the link that pruned and doomed requests always get.")
+    dscp: dict[str, Dscp] = setting({}, 'DSCP to write by band name, e.g. { "level 0" = 46 }; others are left alone.')
 
     @property
     def names(self) -> list[str]:
@@ -231,7 +229,7 @@ class PolicyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    name: str = _f("deadline-ladder", "Scheduling policy; other keys of this section are its parameters.")
+    name: str = setting("deadline-ladder", "Scheduling policy; other keys of this section are its parameters.")
 
     @property
     def params(self) -> dict[str, float | int | bool | str]:
@@ -239,36 +237,7 @@ class PolicyConfig(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-class LimitsConfig(_Section):
-    """``[limits]``: how far hints are believed, and how much one client may ask."""
-
-    max_hints_per_batch: int = _f(1024, "Hints in one message.", ge=1, le=65_536)
-    max_requests_per_batch: int = _f(1024, "Members of one batch of requests.", ge=1, le=65_536)
-    max_deadline_s: float = _f(600.0, "Deadlines further away (or longer past) than this are refused.", gt=0, le=86_400)
-    min_deadline_ms: float = _f(1.0, "Nearer deadlines are moved to this one.", ge=0, le=60_000)
-    default_ttl_s: float = _f(30.0, "Life of a hint that names none.", gt=0, le=86_400)
-    max_ttl_s: float = _f(600.0, "Longer lives are cut to this one.", gt=0, le=86_400)
-    max_transfer_bytes: int = _f(1 << 40, "Size of one transfer.", ge=1, le=1 << 50)
-    max_layers: int = _f(4096, "Layers of a model.", ge=1, le=1 << 20)
-    max_id_bytes: int = _f(256, "Length of an identifier in UTF-8.", ge=1, le=4096)
-    max_sessions: int = _f(256, "Client processes at a time.", ge=1, le=65_536)
-    max_requests_per_session: int = _f(16_384, "Requests of one session at a time.", ge=1, le=1 << 20)
-    max_batches_per_session: int = _f(4096, "Batches of one session at a time.", ge=1, le=1 << 20)
-    max_transfers_per_session: int = _f(65_536, "Unfinished transfers of one session.", ge=1, le=1 << 22)
-    max_marks_per_session: int = _f(1024, "Connection marks of one session.", ge=1, le=65_536)
-
-
-class RescueConfig(_Section):
-    """``[rescue]``: promotions that take effect although packets sit in a starved queue."""
-
-    enabled: bool = _f(True, "Purge the old queue of a promoted TCP connection that does not move.")
-    stall_ms: float = _f(2.0, "A promoted connection that has sent nothing for so long is rescued.", ge=0, le=1000)
-    max_per_s: int = _f(
-        200, "Rescues per device and second; further promotions wait for their queues.", ge=1, le=10_000
-    )
-
-
-class Config(_Section):
+class Config(Section):
     """The whole file."""
 
     daemon: DaemonConfig = DaemonConfig()

@@ -1,87 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One shaped device as the engine sees it: classifier, qdiscs and link estimator behind one small interface."""
+"""One shaped device: its classifier, its qdiscs and its link estimator.
+
+The qdiscs come and go in a worker thread while the event loop reads counters and purges lanes. What the loop needs of
+them is one immutable value, ``Shape``, that is put in place or taken away as a whole; each method looks at it once.
+Failures of the device are noted and logged here, and never reach the engine.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
+import structlog
 
+from mfsd.api.operations import BandRow
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf.keys import cookie_key, tuple_key
+from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.engine.device import Reading
 from mfsd.engine.estimator import LinkEstimator
+from mfsd.logs import Seldom
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
 
     from mfsd.bands import Bands
     from mfsd.daemon.config import DeviceConfig
     from mfsd.datapath.bpf.attach import Attachment
     from mfsd.datapath.bpf.loader import Classifier
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-    from mfsd.model import Endpoints
+    from mfsd.datapath.qdisc.plan import DevicePlan
+
+STATS: Final = {
+    name.removeprefix("STAT_").lower(): number
+    for name, number in vars(_abi).items()
+    if name.startswith("STAT_") and name != "STAT_MAX"
+}
+"""Index by name of the classifier's counters (enum mfsd_stat in bpf/mfsd.h)."""
+
+log = structlog.get_logger(__name__)
 
 
-class KernelKeys:
-    """table.KeyMap on the classifier's hash maps, which all devices share."""
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Qdiscs of ours in force on a device."""
 
-    def __init__(self, classifier: Classifier) -> None:
-        self._cookies, self._tuples = classifier.cookies, classifier.tuples
+    enforcer: DeviceEnforcer
+    plan: DevicePlan
+    """What was planned before they were installed."""
+    lanes: tuple[tuple[int, int], ...]
+    """(classid of lane 0, number of lanes) per band."""
+    floors: bool
+    """Bands get their floors."""
 
-    def add_cookie(self, cookie: int, slot: int) -> None:
-        """See table.KeyMap."""
-        self._cookies.add(cookie_key(cookie), slot)
-
-    def delete_cookie(self, cookie: int) -> None:
-        """See table.KeyMap."""
-        self._cookies.delete(cookie_key(cookie))
-
-    def add_tuple(self, endpoints: Endpoints, slot: int) -> None:
-        """See table.KeyMap."""
-        self._tuples.add(tuple_key(endpoints), slot)
-
-    def delete_tuple(self, endpoints: Endpoints) -> None:
-        """See table.KeyMap."""
-        self._tuples.delete(tuple_key(endpoints))
+    @classmethod
+    def of(cls, enforcer: DeviceEnforcer, plan: DevicePlan) -> Shape:
+        """Of an enforcer that has applied its plan."""
+        return cls(enforcer, plan, tuple(enforcer.band_maps()), enforcer.floors)
 
 
-class Port:
-    """A device: ``enforcer`` is None while it is only observed."""
+class Device:
+    """A configured device (engine.device.Device). ``shape`` is None while it is only observed."""
 
     def __init__(
-        self,
-        config: DeviceConfig,
-        ifindex: int,
-        bands: Bands,
-        classifier: Classifier,
-        attachment: Attachment | None,
-        enforcer: DeviceEnforcer | None,
-        rate: float,
-        dscp: Mapping[str, int],
+        self, config: DeviceConfig, bands: Bands, classifier: Classifier, loader: str, dscp: Mapping[str, int]
     ) -> None:
-        """``rate`` in bytes/s, 0 if unknown: then nothing is known until the link has been busy.
-
-        ``dscp``: code points to write by name of the band.
-        """
+        """``dscp``: code points to write by name of the band."""
         self.config = config
         self.name = config.name
-        self.ifindex = ifindex
         self.bands = bands
         self.dscp = dscp
         self.classifier = classifier
-        self.attachment = attachment
-        self.enforcer = enforcer
+        self.loader = loader
+        self.ifindex = 0
+        """0 while there is no such device."""
+        self.attachment: Attachment | None = None
+        rate = config.rate.bytes_per_s if config.rate is not None else 0.0
         self.estimator = LinkEstimator(configured=rate, bands=len(bands))
+        self.notice = ""
+        """Why the device is only observed, or not even that; empty when all is as configured."""
+        self.failure = ""
+        """Why the last access to the qdiscs failed; empty when it did not."""
+        self.given_up = False
+        """The qdiscs were put back on request, or somebody replaced them: not to be installed again unasked."""
+        self._shape: Shape | None = None
+        self._seldom = Seldom()
 
     @property
-    def enforced(self) -> bool:
-        """Our qdiscs are on the device."""
-        return self.enforcer is not None
+    def shape(self) -> Shape | None:
+        """Bind it once and use the bound value: it may be taken away between two looks."""
+        return self._shape
 
-    def write_device_map(self) -> None:
+    def put_in_force(self, shape: Shape | None) -> None:
+        """Let packets go to these qdiscs, or to none."""
+        self._shape, self.failure = shape, ""
+        if shape is not None and shape.plan.rate is not None:
+            self.estimator.configured = shape.plan.rate.bytes_per_s
+        self.write_map()
+
+    def write_map(self) -> None:
         """Tell the classifier where the bands are; takes effect at the next packet."""
-        entry = np.zeros((), dtype=_abi.DEV_DTYPE)
+        shape, entry = self._shape, np.zeros((), dtype=_abi.DEV_DTYPE)
         flags = 0
         if self.config.overwrite_foreign:
             flags |= _abi.DEV_OVERWRITE_FOREIGN
@@ -91,48 +112,121 @@ class Port:
             flags |= _abi.DEV_MARK_DSCP
         entry["flags"], entry["tiny_len"] = flags, self.config.tiny_len
         entry["n_bands"], entry["control_band"] = len(self.bands), self.bands.control.index
-        maps = self.enforcer.band_maps() if self.enforcer is not None else [(0, 1)] * len(self.bands)
-        if self.enforcer is not None:
-            entry["major"] = self.enforcer.major
-        for spec, (classid, lanes) in zip(self.bands.bands, maps, strict=True):
+        entry["major"] = 0 if shape is None else shape.enforcer.major
+        for spec in self.bands.bands:
             row = entry["bands"][spec.index]
-            row["classid"], row["lanes"] = classid, lanes
+            row["classid"], row["lanes"] = (0, 1) if shape is None else shape.lanes[spec.index]
             row["dscp"] = self.dscp.get(spec.name, _abi.DSCP_KEEP)
         self.classifier.dev[0] = entry
 
-    # --- steering.Port ------------------------------------------------------------------------------------------------
+    # --- engine.device.Device -----------------------------------------------------------------------------------------
 
-    def read(self) -> tuple[int, int, npt.NDArray[np.float64]] | None:
-        """Bytes sent and queued by the root qdisc, and bytes offered per band, cumulative; None: not enforced."""
-        if self.enforcer is None:
-            return None
-        sent, backlog = self.enforcer.link_bytes()
-        offered: npt.NDArray[Any] = self.classifier.bands()["bytes"][: len(self.bands)]
-        return sent, backlog, offered.astype(np.float64)
-
-    # --- rescue.LaneDriver --------------------------------------------------------------------------------------------
+    @property
+    def enforced(self) -> bool:
+        """Our qdiscs are on the device."""
+        return self._shape is not None
 
     @property
     def floors(self) -> bool:
         """Bands get their floors on this device."""
-        return self.enforcer is not None and self.enforcer.floors
+        shape = self._shape
+        return shape is not None and shape.floors
+
+    def read(self) -> Reading | None:
+        """Counters now; None: not enforced, or the device can't be asked."""
+        shape = self._shape
+        if shape is None:
+            return None
+        try:
+            sent, backlog = shape.enforcer.link_bytes()
+            offered: npt.NDArray[Any] = self.classifier.bands()["bytes"][: len(self.bands)]
+        except (OSError, DatapathError) as e:
+            self._failed("read", shape, e)
+            return None
+        self.failure = ""
+        return Reading(sent, backlog, offered.astype(np.float64))
 
     def backlog(self, band: int, lane: int) -> int:
-        """Bytes queued in one lane now."""
-        return 0 if self.enforcer is None else int(self.enforcer.backlog(band, self._lane(band, lane))[0])
+        """Bytes queued in one lane now; 0 also when the device can't be asked."""
+        shape = self._shape
+        if shape is None:
+            return 0
+        try:
+            return int(shape.enforcer.backlog(band, _lane(shape, band, lane))[0])
+        except (OSError, DatapathError) as e:
+            self._failed("backlog", shape, e)
+            return 0
 
     def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
         """Free all packets of these (band, lane) pairs."""
-        if self.enforcer is not None:
-            self.enforcer.rescue([(band, self._lane(band, lane)) for band, lane in lanes])
+        shape = self._shape
+        if shape is None:
+            return
+        try:
+            shape.enforcer.purge([(band, _lane(shape, band, lane)) for band, lane in lanes])
+        except (OSError, DatapathError) as e:
+            self._failed("purge", shape, e)
 
-    def _lane(self, band: int, lane: int) -> int:
-        """As the classifier does: a band may have fewer lanes on this device than the table knows."""
-        assert self.enforcer is not None  # noqa: S101 - callers have checked; for the type checker
-        return lane % int(self.enforcer.band_maps()[band][1])
+    def _failed(self, what: str, shape: Shape, error: Exception) -> None:
+        if shape is not self._shape:
+            return  # taken away meanwhile, and closed: nothing is wrong
+        self.failure = f"{what}: {error}"
+        if self._seldom(what):
+            log.warning("device access failed", device=self.name, what=what, error=str(error))
 
-    def close(self) -> None:
-        """Detach the classifier."""
-        if self.attachment is not None:
-            self.attachment.detach()
-            self.attachment = None
+    # --- operators ----------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """Of the qdiscs in force; empty when only observed."""
+        shape = self._shape
+        return "" if shape is None else shape.plan.backend
+
+    @property
+    def hook(self) -> str:
+        """Where the classifier hangs; empty when it does not."""
+        return "" if self.attachment is None else self.attachment.method
+
+    def stats(self) -> dict[str, int]:
+        """The classifier's counters by name."""
+        counted = self.classifier.stats()
+        return {name: int(counted[number]) for name, number in STATS.items()}
+
+    def note(self, notice: str) -> None:
+        """Say why the device is not as configured, or (empty) that it is."""
+        if notice and notice != self.notice:
+            log.warning("device", device=self.name, notice=notice)
+        self.notice = notice
+
+    def band_rows(self) -> list[BandRow]:
+        """All bands: the qdisc's counters where we enforce, else what the classifier counted."""
+        shape, counted = self._shape, self.classifier.bands()
+        if shape is not None:
+            try:
+                counters = shape.enforcer.counters()
+            except (OSError, DatapathError) as e:
+                self._failed("counters", shape, e)
+            else:
+                return [
+                    BandRow(i, f"{classid >> 16:x}:{classid & 0xFFFF:x}", lanes, *map(int, list(row)[:4]))
+                    for i, ((classid, lanes), row) in enumerate(zip(shape.lanes, counters.tolist(), strict=True))
+                ]
+        return [
+            BandRow(b.index, "", b.lanes, int(counted["bytes"][b.index]), int(counted["packets"][b.index]), 0, 0)
+            for b in self.bands.bands
+        ]
+
+    def detach_quietly(self) -> None:
+        """Take the classifier off the device; where that fails, its heartbeat is lost and it does nothing."""
+        attachment, self.attachment = self.attachment, None
+        if attachment is None:
+            return
+        try:
+            attachment.detach()
+        except (OSError, DatapathError) as e:
+            log.warning("detaching failed", device=self.name, error=str(e))
+
+
+def _lane(shape: Shape, band: int, lane: int) -> int:
+    """As the classifier does: a band may have fewer lanes on this device than the table knows."""
+    return lane % shape.lanes[band][1]

@@ -3,22 +3,22 @@
 
 Everything here that touches a device blocks for some milliseconds and, because pyroute2 runs an event loop of its own,
 must not be called from the daemon's: the daemon calls it in a worker thread, one call at a time. What the event loop
-reads meanwhile (``Port.enforcer``) is assigned whole.
+reads meanwhile (``Device.shape``) is one immutable value.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from mfsd.daemon.device import KernelKeys, Port
+from mfsd.daemon.device import Device, Shape
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.attach import attach, remove_leftover
 from mfsd.datapath.bpf.bcc import BccLoader
+from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.loader import DatapathError, LoaderError
 from mfsd.datapath.netlink import TcSocket
@@ -27,13 +27,11 @@ from mfsd.datapath.qdisc.tree import is_ours
 from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.snapshot import read_tree, root_of
 from mfsd.engine.slots import MemoryKeys, SlotRows, memory_rows
-from mfsd.logs import Seldom
 from mfsd.model import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
     from mfsd.bands import Bands
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier, Loader
     from mfsd.datapath.qdisc.plan import DevicePlan
     from mfsd.engine.slots import KeyMap
+    from mfsd.model import Endpoints
 
 MS: Final = 1_000_000
 """Nanoseconds."""
@@ -48,96 +47,27 @@ MS: Final = 1_000_000
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class BandRow:
-    """One band of one device, as operators see it; bytes and packets are those sent, backlog those queued now."""
+class KernelKeys:
+    """engine.slots.KeyMap on the classifier's hash maps, which all devices share."""
 
-    index: int
-    classid: str
-    lanes: int
-    bytes: int
-    packets: int
-    drops: int
-    backlog: int
+    def __init__(self, classifier: Classifier) -> None:
+        self._cookies, self._tuples = classifier.cookies, classifier.tuples
 
+    def add_cookie(self, cookie: int, slot: int) -> None:
+        """See engine.slots.KeyMap."""
+        self._cookies.add(cookie_key(cookie), slot)
 
-class GuardedPort(Port):
-    """A port whose failures are noted and logged, and never reach the engine."""
+    def delete_cookie(self, cookie: int) -> None:
+        """See engine.slots.KeyMap."""
+        self._cookies.delete(cookie_key(cookie))
 
-    def __init__(
-        self, config: DeviceConfig, bands: Bands, classifier: Classifier, loader: str, dscp: Mapping[str, int]
-    ) -> None:
-        rate = config.rate.bytes_per_s if config.rate is not None else 0.0
-        super().__init__(config, 0, bands, classifier, None, None, rate, dscp)
-        self.loader = loader
-        self.notice = ""
-        """Why the device is only observed, or not even that; empty when all is as configured."""
-        self.failure = ""
-        """Why the last access to the qdiscs failed; empty when it did not."""
-        self.backend = ""
-        """Of the qdiscs in force; empty when only observed."""
-        self.given_up = False
-        """The qdiscs were put back on request, or somebody replaced them: not to be installed again unasked."""
-        self.plan: DevicePlan | None = None
-        """What was planned before the qdiscs in force were installed."""
-        self._seldom = Seldom()
+    def add_tuple(self, endpoints: Endpoints, slot: int) -> None:
+        """See engine.slots.KeyMap."""
+        self._tuples.add(tuple_key(endpoints), slot)
 
-    def read(self) -> tuple[int, int, npt.NDArray[np.float64]] | None:
-        """See Port; None also when the device can't be asked."""
-        try:
-            reading = super().read()
-        except (OSError, DatapathError) as e:
-            self._failed("read", e)
-            return None
-        self.failure = ""
-        return reading
-
-    def backlog(self, band: int, lane: int) -> int:
-        """See Port; 0 also when the device can't be asked."""
-        try:
-            return super().backlog(band, lane)
-        except (OSError, DatapathError) as e:
-            self._failed("backlog", e)
-            return 0
-
-    def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
-        """See Port."""
-        try:
-            super().purge(lanes)
-        except (OSError, DatapathError) as e:
-            self._failed("rescue", e)
-
-    def _failed(self, what: str, error: Exception) -> None:
-        self.failure = f"{what}: {error}"
-        if self._seldom(what):
-            log.warning("device access failed", device=self.name, what=what, error=str(error))
-
-    def band_rows(self) -> list[BandRow]:
-        """All bands: the qdisc's counters where we enforce, else what the classifier counted."""
-        counted = self.classifier.bands()
-        if self.enforcer is not None:
-            try:
-                counters = self.enforcer.counters()
-                maps = self.enforcer.band_maps()
-            except (OSError, DatapathError) as e:
-                self._failed("counters", e)
-            else:
-                return [
-                    BandRow(i, f"{classid >> 16:x}:{classid & 0xFFFF:x}", lanes, *map(int, list(row)[:4]))
-                    for i, ((classid, lanes), row) in enumerate(zip(maps, counters.tolist(), strict=True))
-                ]
-        return [
-            BandRow(b.index, "", b.lanes, int(counted["bytes"][b.index]), int(counted["packets"][b.index]), 0, 0)
-            for b in self.bands.bands
-        ]
-
-    def detach_quietly(self) -> None:
-        """Take the classifier off the device; where that fails, its heartbeat is lost and it does nothing."""
-        try:
-            self.close()
-        except (OSError, DatapathError) as e:
-            self.attachment = None
-            log.warning("detaching failed", device=self.name, error=str(e))
+    def delete_tuple(self, endpoints: Endpoints) -> None:
+        """See engine.slots.KeyMap."""
+        self._tuples.delete(tuple_key(endpoints))
 
 
 class Devices:
@@ -147,7 +77,7 @@ class Devices:
         """Load the classifiers. Without devices the table is plain memory. Raises LoaderError."""
         self.config = config
         self.bands = bands
-        self.ports: list[GuardedPort] = []
+        self.all: list[Device] = []
         self._host: npt.NDArray[Any] | None = None
         self.rows: SlotRows
         self.keys: KeyMap
@@ -157,14 +87,14 @@ class Devices:
         name, loader = _loader(config.daemon.loader)
         first: Classifier | None = None
         try:
-            for device in config.device:
+            for wanted in config.device:
                 classifier = loader.open_classifier(config.daemon.slots, first)
                 first = first or classifier
-                self.ports.append(GuardedPort(device, bands, classifier, name, config.bands.dscp))
+                self.all.append(Device(wanted, bands, classifier, name, config.bands.dscp))
         except BaseException:
             self.close()
             raise
-        shared = self.ports[0].classifier
+        shared = self.all[0].classifier
         self.rows, self.keys = shared.slots, KernelKeys(shared)
         self._host = shared.host
         self._host["abi_version"] = _abi.ABI_VERSION
@@ -195,15 +125,15 @@ class Devices:
 
     def set_dscp(self, dscp: Mapping[str, int]) -> None:
         """Write other code points from the next packet on."""
-        for port in self.ports:
-            port.dscp = dscp
-            port.write_device_map()
+        for device in self.all:
+            device.dscp = dscp
+            device.write_map()
 
     def set_configs(self, configs: Sequence[DeviceConfig]) -> None:
         """Take other classifier flags; names, backends and rates must be as before."""
-        for port, config in zip(self.ports, configs, strict=True):
-            port.config = config
-            port.write_device_map()
+        for device, config in zip(self.all, configs, strict=True):
+            device.config = config
+            device.write_map()
 
     # --- devices (a worker thread) ------------------------------------------------------------------------------------
 
@@ -213,81 +143,79 @@ class Devices:
         A device that is missing is looked for again, one that came back is set up again, and qdiscs that somebody
         else replaced are given up, with a notice: whoever did it wants them.
         """
-        for port in self.ports:
+        for device in self.all:
             try:
-                self._care(port, mode)
+                self._care(device, mode)
             except (OSError, DatapathError) as e:
-                self._note(port, str(e))
+                device.note(str(e))
 
-    def _care(self, port: GuardedPort, mode: Mode) -> None:
+    def _care(self, device: Device, mode: Mode) -> None:
         try:
-            ifindex = socket.if_nametoindex(port.name)
+            ifindex = socket.if_nametoindex(device.name)
         except OSError:
-            self._lost(port)
-            self._note(port, "there is no such device; it is set up when it appears")
+            self._lost(device)
+            device.note("there is no such device; it is set up when it appears")
             return
-        if ifindex != port.ifindex:
-            self._lost(port)
-            port.ifindex = ifindex
-        if port.attachment is None:
+        if ifindex != device.ifindex:
+            self._lost(device)
+            device.ifindex = ifindex
+        if device.attachment is None:
             remove_leftover(ifindex)  # of a daemon that was killed on a kernel without TCX
-            port.write_device_map()
-            port.attachment = attach(port.classifier, ifindex, self.config.daemon.attach)
-            log.info("attached", device=port.name, hook=port.attachment.method)
-        if port.enforcer is not None:
-            self._verify(port, port.enforcer)
-        elif mode is Mode.ENFORCE and not port.given_up:
-            self._enforce(port)
+            device.write_map()
+            device.attachment = attach(device.classifier, ifindex, self.config.daemon.attach)
+            log.info("attached", device=device.name, hook=device.attachment.method)
+        shape = device.shape
+        if shape is not None:
+            self._verify(device, shape.enforcer)
+        elif mode is Mode.ENFORCE and not device.given_up:
+            self._enforce(device)
         elif mode is Mode.OBSERVE:
-            self._note(port, "")
+            device.note("")
 
-    def _enforce(self, port: GuardedPort) -> None:
-        enforcer = self._enforcer(port)
+    def _enforce(self, device: Device) -> None:
+        enforcer = self._enforcer(device)
         try:
             plan = enforcer.plan()
             if plan.refusals:
-                self._note(port, f"observed only: {'; '.join(plan.refusals)}")
+                device.note(f"observed only: {'; '.join(plan.refusals)}")
                 enforcer.close()
                 return
             enforcer.apply()
         except BaseException:
             enforcer.close()
             raise
-        if plan.rate is not None:
-            port.estimator.configured = plan.rate.bytes_per_s
-        port.backend, port.plan = plan.backend, plan
-        port.enforcer = enforcer
-        port.write_device_map()
-        self._note(port, "")
+        device.put_in_force(Shape.of(enforcer, plan))
+        device.note("")
         log.info(
             "enforcing",
-            device=port.name,
+            device=device.name,
             backend=plan.backend,
             rate=str(plan.rate or "line rate"),
             adopted=enforcer.adopted,
         )
 
-    def _verify(self, port: GuardedPort, enforcer: DeviceEnforcer) -> None:
+    def _verify(self, device: Device, enforcer: DeviceEnforcer) -> None:
         problems = enforcer.verify()
         if not problems:
-            self._note(port, "")
+            device.note("")
             return
-        if self._root_is_ours(port.ifindex):
-            log.warning("repairing the qdiscs", device=port.name, problems=problems)
+        if self._root_is_ours(device.ifindex):
+            log.warning("repairing the qdiscs", device=device.name, problems=problems)
             try:
-                enforcer.apply()
+                plan = enforcer.apply()
             except DatapathError:
-                self._stop_enforcing(port)
+                device.put_in_force(None)
                 enforcer.close()
                 raise
-            port.write_device_map()
+            device.put_in_force(Shape.of(enforcer, plan))
             return
-        # Whoever replaced the root wants something else there, and would do it again.
-        self._stop_enforcing(port)
-        port.given_up = True
-        self._note(port, "observed only: somebody replaced the root qdisc; set the mode to enforce again to retry")
+        # Whoever replaced the root wants something else there, and would do it again. The classifier first, here and
+        # below, so that no packet is sent to classes that are about to go.
+        device.put_in_force(None)
+        device.given_up = True
+        device.note("observed only: somebody replaced the root qdisc; set the mode to enforce again to retry")
         for problem in enforcer.restore():
-            log.warning("after the root was replaced", device=port.name, problem=problem)
+            log.warning("after the root was replaced", device=device.name, problem=problem)
         enforcer.close()
 
     @staticmethod
@@ -296,84 +224,77 @@ class Devices:
             root = root_of(read_tree(sock, ifindex)[0])
         return root is not None and is_ours(root)
 
-    def _stop_enforcing(self, port: GuardedPort) -> None:
-        # The classifier first, so that no packet is sent to classes that are about to go.
-        port.enforcer = None
-        port.backend = ""
-        port.write_device_map()
-
-    def _lost(self, port: GuardedPort) -> None:
+    def _lost(self, device: Device) -> None:
         """The device is gone, and everything on it."""
-        enforcer, port.ifindex = port.enforcer, 0
-        self._stop_enforcing(port)
-        if enforcer is not None:
-            enforcer.close()
+        shape, device.ifindex = device.shape, 0
+        device.put_in_force(None)
+        if shape is not None:
+            shape.enforcer.close()
             # Its qdiscs went with it, also when it only moved to another namespace (dev_shutdown, net/core/dev.c).
-            notes.forget(self.config.daemon.state_dir, port.name)
-        port.detach_quietly()
+            notes.forget(self.config.daemon.state_dir, device.name)
+        device.detach_quietly()
 
     def retry(self) -> None:
         """Forget that enforcement was given up."""
-        for port in self.ports:
-            port.given_up = False
+        for device in self.all:
+            device.given_up = False
 
-    def plans(self, ports: Sequence[GuardedPort]) -> list[tuple[GuardedPort, DevicePlan | DatapathError]]:
+    def plans(self, names: Sequence[str]) -> list[tuple[Device, DevicePlan | DatapathError]]:
         """What enforcing would do, or has done."""
-        out: list[tuple[GuardedPort, DevicePlan | DatapathError]] = []
-        for port in ports:
-            if port.enforcer is not None and port.plan is not None:
-                out.append((port, port.plan))
+        out: list[tuple[Device, DevicePlan | DatapathError]] = []
+        for device in self._named(names):
+            shape = device.shape
+            if shape is not None:
+                out.append((device, shape.plan))
                 continue
             try:
-                with self._enforcer(port) as enforcer:
-                    out.append((port, enforcer.plan()))
+                with self._enforcer(device) as enforcer:
+                    out.append((device, enforcer.plan()))
             except DatapathError as e:
-                out.append((port, e))
+                out.append((device, e))
             except OSError as e:
-                out.append((port, DatapathError(f"device {port.name}", str(e))))
+                out.append((device, DatapathError(f"device {device.name}", str(e))))
         return out
 
-    def restore(self, ports: Sequence[GuardedPort]) -> tuple[list[str], list[str]]:
+    def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Put qdiscs back; names of the restored devices, and problems. They stay as they are until ``retry``."""
         restored: list[str] = []
         problems: list[str] = []
-        for port in ports:
-            port.given_up = True
-            enforcer = port.enforcer
-            if enforcer is None:
+        for device in self._named(names):
+            device.given_up = True
+            shape = device.shape
+            if shape is None:
                 continue
-            self._stop_enforcing(port)
+            device.put_in_force(None)
             try:
-                wrong = enforcer.restore()
+                wrong = shape.enforcer.restore()
             except (OSError, DatapathError) as e:
-                wrong = [f"{port.name}: {e}"]
-            enforcer.close()
+                wrong = [f"{device.name}: {e}"]
+            shape.enforcer.close()
             problems += wrong
             if not wrong:
-                restored.append(port.name)
-            log.info("restored", device=port.name, problems=wrong)
+                restored.append(device.name)
+            log.info("restored", device=device.name, problems=wrong)
         return restored, problems
+
+    def _named(self, names: Sequence[str]) -> list[Device]:
+        return [d for d in self.all if d.name in names]
 
     def close(self) -> None:
         """Detach and unload the classifiers; qdiscs stay as they are. Idempotent."""
         self.fall_silent()
         self._host = None
-        ports, self.ports = self.ports, []
-        for port in ports:
-            port.detach_quietly()
-            if port.enforcer is not None:
-                port.enforcer.close()
-            port.classifier.close()
+        devices, self.all = self.all, []
+        for device in devices:
+            device.detach_quietly()
+            shape = device.shape
+            if shape is not None:
+                shape.enforcer.close()
+            device.classifier.close()
 
-    def _enforcer(self, port: GuardedPort) -> DeviceEnforcer:
+    def _enforcer(self, device: Device) -> DeviceEnforcer:
         daemon = self.config.daemon
-        return DeviceEnforcer(port.name, self.bands, port.config.backend, port.config.rate, daemon.state_dir)
-
-    @staticmethod
-    def _note(port: GuardedPort, notice: str) -> None:
-        if notice and notice != port.notice:
-            log.warning("device", device=port.name, notice=notice)
-        port.notice = notice
+        return DeviceEnforcer(device.name, self.bands, device.config.backend, device.config.rate, daemon.state_dir)
 
 
 def _loader(wanted: str) -> tuple[str, Loader]:

@@ -133,7 +133,7 @@ class Ticker:
             self._schedule(max(self._period() - took, 0.0))
 
     def _period(self) -> float:
-        if self._engine.steering.rescuer.waiting:
+        if self._engine.rescue_due:
             return min(SOON_S, self.periods.busy)
         period = self.periods.idle if self._engine.idle else self.periods.busy
         return min(period, self.periods.heartbeat)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the engine knows: sessions, requests, batches, transfers and connections, as objects with a row each.
 
-The numbers that policies need live in columns (store.Dense); the objects carry identity and the links between them.
+The numbers that policies need live in columns (columns.Dense); the objects carry identity and the links between them.
+The books are passive. The ledger writes into them what hints say, delivery strikes out what is done, steering reads.
 A *transfer* is the unit of a hint, a *connection* the unit that the kernel can schedule; connections are shared and
 long-lived, and their byte stream is FIFO, so a connection holds its unfinished transfers in the order of their bytes.
 """
@@ -12,10 +13,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mfsd.model import Endpoints, Event, Selector, Stage
+from mfsd.engine.columns import Deferred, Dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mfsd.model import Endpoints, Event, Selector, Stage
 
 EVENTS_KEPT: Final = 1024
 """Undelivered events per session; older ones are dropped first, since a late warning is worth least."""
@@ -134,6 +137,13 @@ class Transfer:
     handed_over: bool = False
     row: int = -1
 
+    def another(self) -> Transfer:
+        """One more part of the same hint, for another connection."""
+        more = (self.own_deadline, self.request, self.batch, self.parts, self.total)
+        part = Transfer(self.id, self.session, self.selector, self.stage, *more)
+        part.target_layer, part.created, part.expires = self.target_layer, self.created, self.expires
+        return part
+
 
 @dataclass(slots=True, eq=False)
 class Mark:
@@ -162,7 +172,6 @@ class Connection:
     acked0: float | None = None
     """Bytes the peer had acknowledged, plus those already written, when offset 0 was set; None: not known."""
     mark: Mark | None = None
-    last_stage: Stage = Stage.NONE
     level: int = -1
     band: int = 0
     expires: float = 0.0
@@ -170,3 +179,116 @@ class Connection:
     rescues: int = 0
     selectors: set[Selector] = field(default_factory=set)
     """Selectors that have led here."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the engine was made; names as in proto ``mfsd.v1.Counters``."""
+
+    hints_accepted: int = 0
+    hints_rejected: int = 0
+    transfers_completed: int = 0
+    transfers_expired: int = 0
+    promotions: int = 0
+    rescues: int = 0
+    deadlines_met: int = 0
+    deadlines_missed: int = 0
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Rules whose sockets have not been found yet, by selector."""
+
+    rules: dict[Selector, list[Transfer | Mark]] = field(default_factory=dict)
+    since: float = 0.0
+    """When the youngest of them came."""
+    next_look: float = 0.0
+
+    def add(self, rule: Transfer | Mark, now: float) -> None:
+        """Look for its sockets at the next tick, and from then on."""
+        self.rules.setdefault(rule.selector, []).append(rule)
+        self.since, self.next_look = now, now
+
+    def drop(self, rule: Transfer | Mark) -> None:
+        """Not wanted any more. No error when it does not wait."""
+        rules = self.rules.get(rule.selector)
+        if rules is not None and rule in rules:
+            rules.remove(rule)
+            if not rules:
+                del self.rules[rule.selector]
+
+
+@dataclass(slots=True)
+class Books:
+    """All that the daemon knows, for all devices of the host."""
+
+    transfers: Deferred[Transfer] = field(default_factory=lambda: Deferred(TRANSFER_COLUMNS))
+    requests: Dense[Request] = field(default_factory=lambda: Dense(REQUEST_COLUMNS))
+    batches: Dense[Batch] = field(default_factory=lambda: Dense(BATCH_COLUMNS))
+    sessions: dict[str, Session] = field(default_factory=dict)
+    waiting: Waiting = field(default_factory=Waiting)
+    counters: Counters = field(default_factory=Counters)
+    arrange_wanted: bool = False
+    """A batch arrived or departed: the inter-request decision is due."""
+
+    def join(self, request: Request, batch: Batch) -> None:
+        """Make a request a member of a batch, and of no other."""
+        self.leave(request)
+        request.batch = batch
+        batch.requests.add(request)
+        self.requests.put(request, "batch", batch.row)
+        for transfer in request.transfers:
+            transfer.batch = batch
+            batch.transfers.add(transfer)
+            self.transfers.put(transfer, "batch", batch.row)
+        self.arrange_wanted = True
+
+    def leave(self, request: Request) -> None:
+        """Take a request out of its batch, if it has one."""
+        if request.batch is None:
+            return
+        request.batch.requests.discard(request)
+        request.batch.transfers -= request.transfers
+        self.requests.put(request, "batch", -1)
+        for transfer in request.transfers:
+            transfer.batch = None
+            self.transfers.put(transfer, "batch", -1)
+        request.batch = None
+        self.arrange_wanted = True
+
+    def strike_request(self, request: Request) -> None:
+        """Remove a request that has no transfers left."""
+        self.leave(request)
+        request.session.requests.pop(request.id, None)
+        moved = self.requests.remove(request)
+        if moved is not None:
+            for transfer in moved.transfers:
+                self.transfers.put(transfer, "request", moved.row)
+
+    def strike_batch(self, batch: Batch) -> None:
+        """Remove a batch; its members and transfers live on without one. No error when it is gone already."""
+        if batch.session.batches.pop(batch.id, None) is None:
+            return
+        for request in list(batch.requests):
+            self.leave(request)
+        for transfer in batch.transfers:
+            transfer.batch = None
+            self.transfers.put(transfer, "batch", -1)
+        moved = self.batches.remove(batch)
+        if moved is not None:
+            for transfer in moved.transfers:
+                self.transfers.put(transfer, "batch", moved.row)
+            for request in moved.requests:
+                self.requests.put(request, "batch", moved.row)
+        self.arrange_wanted = True
+
+    def strike_transfer(self, transfer: Transfer) -> None:
+        """Remove one part of a transfer from the columns and from all that names it, but for its connection."""
+        transfer.parts.remove(transfer)
+        if not transfer.parts:
+            transfer.session.transfers.pop(transfer.id, None)
+        if transfer.batch is not None:
+            transfer.batch.transfers.discard(transfer)
+        if transfer.request is not None:
+            transfer.request.transfers.discard(transfer)
+        self.transfers.remove(transfer)

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense columns: objects with a row each, stored as a structure of arrays without holes.
 
-Removing a row moves the last one into its place, so the first ``n`` elements of every column are always exactly the
-live rows and a policy can work on plain slices.
+Removing a row moves another one into its place, so the first ``n`` elements of every column are always exactly the
+live rows and a policy can work on plain slices. Which row an object has is therefore nobody's to keep: ask ``row``, or
+read and write single values by object (``get``, ``put``).
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy.typing as npt
 
 GONE: Final = -1
 """Row of an object that has been removed."""
@@ -18,7 +24,7 @@ FRESH: Final = -2
 
 
 class HasRow(Protocol):
-    """An object that knows its row."""
+    """An object in a store. ``row`` is the store's own note; others ask ``Dense.row``."""
 
     row: int
 
@@ -27,7 +33,7 @@ T = TypeVar("T", bound=HasRow)
 
 
 class Dense(Generic[T]):
-    """Columns by attribute: ``store.deadline[:store.n]``."""
+    """Columns of values by name, and the objects that they belong to."""
 
     def __init__(self, columns: dict[str, Any], capacity: int = 64) -> None:
         self._names = tuple(columns)
@@ -35,33 +41,45 @@ class Dense(Generic[T]):
         self._objects: list[T] = []
         self._columns = {name: np.zeros(capacity, dtype=dtype) for name, dtype in columns.items()}
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Bring the columns up to date. Everything that reads them does so first."""
 
     @property
     def n(self) -> int:
         """Live rows."""
-        self.settle()
+        self._settle()
         return self._n
 
     @property
     def objects(self) -> list[T]:
         """The objects in the order of their rows."""
-        self.settle()
+        self._settle()
         return self._objects
 
-    def __getattr__(self, name: str) -> Any:
-        # The whole column, capacity included; only the first n elements mean anything.
-        columns = self.__dict__.get("_columns", {})
-        if name not in columns:
-            raise AttributeError(name)
-        self.settle()
-        return columns[name]
-
     def live(self, name: str) -> Any:
-        """The live part of a column."""
-        self.settle()
+        """The live part of a column, shape (n,), writable. Raises KeyError for a column that does not exist."""
+        self._settle()
         return self._columns[name][: self._n]
+
+    def row(self, obj: T) -> int:
+        """Row of an object now; GONE after its removal."""
+        self._settle()
+        return obj.row
+
+    def rows(self, objects: Iterable[T]) -> npt.NDArray[np.int64]:
+        """Rows of objects that are in the store."""
+        self._settle()
+        return np.fromiter((o.row for o in objects), dtype=np.int64)
+
+    def get(self, obj: T, name: str) -> Any:
+        """One value of an object that is in the store."""
+        self._settle()
+        return self._columns[name][obj.row]
+
+    def put(self, obj: T, name: str, value: Any) -> None:
+        """Write one value of an object that is in the store."""
+        self._settle()
+        self._columns[name][obj.row] = value
 
     def add(self, obj: T, **values: Any) -> None:
         """Append a row; columns not named are zero."""
@@ -86,7 +104,7 @@ class Dense(Generic[T]):
             self._columns[name] = grown
 
     def remove(self, obj: T) -> T | None:
-        """Remove an object's row. Returns the object that moved into it, if any; its ``row`` is already right."""
+        """Remove an object's row. Returns the object that moved into it, if any."""
         row, last = obj.row, self._n - 1
         moved: T | None = None
         if row != last:
@@ -105,8 +123,7 @@ class Deferred(Dense[T]):
     """A store whose rows are written and removed many at a time.
 
     Writing sixteen numpy scalars costs more than all else that a hint does, so additions and removals are only noted,
-    and carried out in a few array operations when somebody looks. An object's ``row`` means something only after the
-    columns have been looked at: read the column first, then the row, as ``store.end[obj.row]`` does.
+    and carried out in a few array operations when somebody looks.
     """
 
     def __init__(self, columns: dict[str, Any], capacity: int = 1024) -> None:
@@ -129,7 +146,7 @@ class Deferred(Dense[T]):
             self._dead.append(obj.row)
         obj.row = GONE
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Carry out what was noted."""
         if self._dead:
             self._compact()

@@ -19,12 +19,13 @@ import numpy.typing as npt
 
 from mfsd.engine.books import Connection
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
-from mfsd.model import INF, CookieSelector, Endpoints, HintError, PortRange, Selector, TupleSelector
+from mfsd.model import INF, CookieSelector, Endpoints, HintError, PortRange, Selector, Stage, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mfsd.bands import Bands
+    from mfsd.engine.books import Mark, Transfer
     from mfsd.model import Address
 
 IPPROTO_TCP: Final = 6
@@ -34,6 +35,8 @@ LOCATE_RETRY_S: Final = 0.1
 OVERHEAD_V4: Final = 14 + 20 + 32
 """Wire bytes per segment that are not payload: Ethernet, IPv4, TCP with timestamps."""
 OVERHEAD_V6: Final = 14 + 40 + 32
+LONG_AGO: Final = -INF
+"""Since when a connection is at rest that nobody is expected to use again."""
 
 
 class SocketLike(Protocol):
@@ -99,6 +102,48 @@ class Position:
     written: float
 
 
+class Peers:
+    """Dense indices of the remote addresses of live connections, given back with the last connection to one."""
+
+    def __init__(self, far_rate: Callable[[Address], float] | None) -> None:
+        """``far_rate``: bytes/s of the link into a host, inf if unknown; None: nothing is known of any."""
+        self._far_rate = far_rate
+        self._index: dict[Address, int] = {}
+        self._users: list[int] = []
+        self._free: list[int] = []
+        self.rate: npt.NDArray[np.float64] = np.zeros(0)
+        """Bytes/s by peer, shape (indices in use at most,); stays empty while nothing is known of any."""
+
+    def __len__(self) -> int:
+        """Indices given out so far; more than live peers only where some have gone."""
+        return len(self._users)
+
+    def take(self, address: Address) -> int:
+        """Index of an address, for one more connection."""
+        index = self._index.get(address)
+        if index is None:
+            if self._free:
+                index = self._free.pop()
+            else:
+                index = len(self._users)
+                self._users.append(0)
+                if self._far_rate is not None:
+                    self.rate = np.append(self.rate, np.inf)
+            self._index[address] = index
+            if self._far_rate is not None:
+                self.rate[index] = self._far_rate(address)
+        self._users[index] += 1
+        return index
+
+    def give_back(self, address: Address) -> None:
+        """One connection to it is gone."""
+        index = self._index[address]
+        self._users[index] -= 1
+        if not self._users[index]:
+            del self._index[address]
+            self._free.append(index)
+
+
 @dataclass(slots=True)
 class _Search:
     """The search for the socket of a cookie."""
@@ -116,30 +161,31 @@ class Connections:
         keys: KeyMap,
         resolver: Resolver,
         bands: Bands,
-        port_of: Callable[[Endpoints | None], int] = lambda _: 0,
+        device_of: Callable[[Endpoints | None], int] = lambda _: 0,
         far_rate: Callable[[Address], float] | None = None,
     ) -> None:
-        """``far_rate``: bytes/s of the link into a host, inf if unknown; None: nothing is known of any."""
+        """``far_rate``: see Peers."""
         self.table = table
         self.keys = keys
         self.resolver = resolver
         self.bands = bands
-        self.port_of = port_of
+        self.device_of = device_of
         # By slot, like the offsets below: endpoints may become known long after transfers do.
-        self.port: npt.NDArray[np.int32] = np.zeros(len(table) + 1, dtype=np.int32)
+        self.device: npt.NDArray[np.int32] = np.zeros(len(table) + 1, dtype=np.int32)
         """Egress device of each slot, 0 while unknown."""
         self.peer: npt.NDArray[np.int32] = np.full(len(table) + 1, -1, dtype=np.int32)
         """Dense index of each slot's remote address, -1 while unknown."""
-        self._far_rate = far_rate
-        self.peer_rate: npt.NDArray[np.float64] = np.zeros(0)
-        """Bytes/s by peer, shape (peers,); stays empty while nothing is known of any."""
+        self.peers = Peers(far_rate)
+        self.last_stage: npt.NDArray[np.uint8] = np.zeros(len(table), dtype=np.uint8)
+        """By slot: stage of the last transfer announced there; bytes without a transfer of their own inherit it."""
+        self.mark_stage: npt.NDArray[np.uint8] = np.zeros(len(table), dtype=np.uint8)
+        """By slot: static mark; 0: none."""
         self.by_slot: dict[int, Connection] = {}
         self._by_cookie: dict[int, Connection] = {}
         self._by_tuple: dict[Endpoints, Connection] = {}
         self._cache: dict[Selector, list[Connection]] = {}
         self.unlocated: dict[Connection, _Search] = {}
         """Known by cookie only; their endpoints are looked up at the next tick, all in one dump."""
-        self._peers: dict[object, int] = {}
         self._lane_users = np.zeros(max(b.lanes for b in bands.level_bands), dtype=np.int64)
         """Connections per lane. A connection has the same lane in every band. With two lanes or more, lane 0 is for
         what must never be purged: anything but TCP."""
@@ -180,7 +226,7 @@ class Connections:
             found = [self._by_tuple.get(endpoints) or self._take(0, endpoints, expires, local=False)]
         return found
 
-    def match_pending(self, selectors: Iterable[Selector], expires: float) -> dict[Selector, list[Connection]]:
+    def match_waiting(self, selectors: Iterable[Selector], expires: float) -> dict[Selector, list[Connection]]:
         """Try selectors that matched nothing so far, with one dump per family; those that match now."""
         wanted = list(selectors)
         found: dict[Selector, list[Connection]] = {}
@@ -259,7 +305,7 @@ class Connections:
         conn = Connection(slot, cookie, None, lane, local, band=default, expires=expires)
         self._lane_users[lane] += 1
         self._base[slot] = self._sent[slot] = 0.0
-        self.port[slot], self.peer[slot] = 0, -1
+        self.device[slot], self.peer[slot] = 0, -1
         self._overhead[slot] = OVERHEAD_V4
         self.by_slot[slot] = conn
         if endpoints is not None:
@@ -287,16 +333,39 @@ class Connections:
             conn.lane = self._free_lane(tcp=False)
             self._lane_users[conn.lane] += 1
             self.table.lane[conn.slot] = conn.lane
-        self.port[conn.slot] = self.port_of(endpoints)
-        peer = self._peers.setdefault(endpoints.dst, len(self._peers))
-        self.peer[conn.slot] = peer
-        if self._far_rate is not None and peer == len(self.peer_rate):
-            self.peer_rate = np.append(self.peer_rate, self._far_rate(endpoints.dst))
+        self.device[conn.slot] = self.device_of(endpoints)
+        self.peer[conn.slot] = self.peers.take(endpoints.dst)
         self._overhead[conn.slot] = OVERHEAD_V6 if endpoints.dst.version == 6 else OVERHEAD_V4
 
-    def note_rest(self, conn: Connection, now: float) -> None:
-        """Tell whether the connection still has a reason to be known; call after every change of queue or mark."""
-        self.rest_since[conn.slot] = INF if conn.queue or conn.mark is not None else now
+    def note_rest(self, conn: Connection, now: float, *, linger: bool) -> None:
+        """Tell whether the connection still has a reason to be known; call after every change of queue or mark.
+
+        ``linger``: more is to be expected on it, so it keeps its slot for a while.
+        """
+        since = now if linger else LONG_AGO
+        self.rest_since[conn.slot] = INF if conn.queue or conn.mark is not None else since
+
+    def announce(self, conn: Connection, transfer: Transfer, size: float) -> float:
+        """Queue a transfer of ``size`` bytes behind all that is announced; returns the offset of its first byte."""
+        # Bytes that nobody announced may have moved the stream past the last announcement; and when everything
+        # announced has been retired, what is counted now is the truth.
+        sent = self.offset(conn)
+        start = max(conn.announced, sent) if conn.queue else sent
+        conn.announced = start + size
+        conn.queue.append(transfer)
+        self.rest_since[conn.slot] = INF
+        self.last_stage[conn.slot] = transfer.stage
+        return start
+
+    def set_mark(self, conn: Connection, mark: Mark | None, now: float) -> None:
+        """Put a mark on a connection in the place of the one it has, or take it away."""
+        if mark is not None:
+            if conn.mark is not None:
+                conn.mark.conns.discard(conn)
+            mark.conns.add(conn)
+        conn.mark = mark
+        self.mark_stage[conn.slot] = Stage.NONE if mark is None else mark.stage
+        self.note_rest(conn, now, linger=False)
 
     def idle(self, now: float, linger: float) -> list[Connection]:
         """Connections at rest for ``linger`` seconds, or past their expiry."""
@@ -310,9 +379,12 @@ class Connections:
         if conn.cookie:
             self.keys.delete_cookie(conn.cookie)
             self._by_cookie.pop(conn.cookie, None)
-        if conn.endpoints is not None and self._by_tuple.get(conn.endpoints) is conn:
-            self.keys.delete_tuple(conn.endpoints)
-            del self._by_tuple[conn.endpoints]
+        if conn.endpoints is not None:
+            if self._by_tuple.get(conn.endpoints) is conn:
+                self.keys.delete_tuple(conn.endpoints)
+                del self._by_tuple[conn.endpoints]
+            self.peers.give_back(conn.endpoints.dst)
+        self.last_stage[conn.slot] = self.mark_stage[conn.slot] = Stage.NONE
         self.unlocated.pop(conn, None)
         self.rest_since[conn.slot] = INF
         self.table.give_back(conn.slot)

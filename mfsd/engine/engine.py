@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: hints come in (ledger.py), levels go out (steering.py), and time passes (here).
+"""The engine: hints come in (ledger.py), bytes go out (delivery.py), levels follow (steering.py), time passes (here).
 
 ``tick`` keeps house - expiry, selectors that wait for their sockets, delivery, sockets that are gone - and then steers.
 One thread, no locks, no clock of its own: every call is given ``now`` (CLOCK_MONOTONIC seconds), so tests run it on a
@@ -8,14 +8,28 @@ fake clock.
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+import secrets
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
-from mfsd.engine.books import Mark
+from mfsd.engine.books import Books, Session
 from mfsd.engine.columns import Dense, HasRow
+from mfsd.engine.delivery import Delivery
 from mfsd.engine.ledger import Ledger
-from mfsd.model import INF, Event, EventKind, Mode
+from mfsd.engine.rescue import Rescuer
+from mfsd.engine.steering import Steering
+from mfsd.model import Event, EventKind, HintError, Mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mfsd.bands import Bands
+    from mfsd.engine.connections import Connections
+    from mfsd.engine.device import Device
+    from mfsd.engine.settings import LimitsConfig, RescueConfig
+    from mfsd.model import Hint
+    from mfsd.policy.views import Policy
 
 R = TypeVar("R", bound=HasRow)
 
@@ -24,98 +38,161 @@ HOUSEKEEPING_S: Final = 0.1
 SWEEP_S: Final = 1.0
 """How often idle connections are checked for sockets that are gone."""
 SWEEP_BATCH: Final = 256
-PENDING_S: Final = 0.02
+WAITING_S: Final = 0.02
 """How often selectors without a socket are tried again while one of them is young."""
-PENDING_YOUNG_S: Final = 1.0
-PENDING_OLD_S: Final = 0.25
+WAITING_YOUNG_S: Final = 1.0
+WAITING_OLD_S: Final = 0.25
 """How often when all are older: a look at all sockets of a busy host takes milliseconds."""
 LINGER_S: Final = 5.0
 """A connection without transfers keeps its slot this long, since the next transfer usually follows."""
 
 
-class Engine(Ledger):
-    """The ledger with a sense of time, and what operators may ask of it."""
+class Engine:
+    """Composes the books and those who work on them, and gives them a sense of time."""
 
-    _next_house = _next_sweep = 0.0
-    _sweep_from = 0
+    def __init__(
+        self,
+        connections: Connections,
+        policy: Policy,
+        bands: Bands,
+        devices: Sequence[Device],
+        limits: LimitsConfig,
+        rescue: RescueConfig,
+        *,
+        mode: Mode = Mode.ENFORCE,
+        watch: Callable[[int, Callable[[], None]], bool] = lambda _pid, _on_exit: True,
+        unwatch: Callable[[int], None] = lambda _pid: None,
+    ) -> None:
+        """``watch(pid, on_exit)`` starts watching a process and is False when there is none."""
+        self.connections = connections
+        self.books = Books()
+        self.rescuer = Rescuer(devices, connections, bands, rescue)
+        self.delivery = Delivery(self.books, connections, self.rescuer)
+        self.ledger = Ledger(self.books, connections, self.delivery, limits)
+        self.steering = Steering(self.books, connections, policy, bands, devices, self.rescuer)
+        self.mode = mode
+        self.paused = False
+        self.epoch = secrets.randbits(63) | 1
+        self._watch, self._unwatch = watch, unwatch
+        self._dead: list[Session] = []
+        """Sessions whose process has ended."""
+        self._next_house = self._next_sweep = 0.0
+        self._sweep_from = 0
+
+    def set_limits(self, limits: LimitsConfig, rescue: RescueConfig) -> None:
+        """Take other limits; they hold from now on."""
+        self.ledger.limits = limits
+        self.rescuer.config = rescue
+
+    # --- sessions and hints -------------------------------------------------------------------------------------------
+
+    def session(self, name: str, pid: int, now: float) -> Session:
+        """Find or open a client session. Raises HintError for an empty name, a dead pid, or too many sessions."""
+        sessions = self.books.sessions
+        found = sessions.get(name)
+        if found is not None:
+            found.seen = now
+            return found
+        if not name:
+            raise HintError("session", "is empty", "name the session, unique per process")
+        if len(sessions) >= self.ledger.limits.max_sessions:
+            raise HintError(
+                "session",
+                f"{len(sessions)} sessions are open already",
+                "raise limits.max_sessions, or let workers share a session",
+                exhausted=True,
+            )
+        new = Session(name, pid, seen=now)
+        if pid and not self._watch(pid, lambda: self._dead.append(new)):
+            raise HintError("pid", f"no process {pid}", "give the worker's own pid as this host sees it, or 0")
+        sessions[name] = new
+        return new
+
+    def end_session(self, session: Session, now: float) -> None:
+        """Free everything that a session said. No error when it has ended already."""
+        sessions = self.books.sessions
+        if sessions.pop(session.name, None) is None:
+            return
+        if session.pid and not any(s.pid == session.pid for s in sessions.values()):
+            self._unwatch(session.pid)
+        self.delivery.end_session(session, now)
+
+    def apply(self, session: Session, hint: Hint, now: float) -> None:
+        """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
+        self.ledger.apply(session, hint, now)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
     @property
     def idle(self) -> bool:
         """Nothing to schedule: the daemon may tick slowly."""
-        return not self.transfers.n and not self._pending and not self._dead
+        return not self.books.transfers.n and not self.books.waiting.rules and not self._dead
 
     @property
-    def pending_selectors(self) -> int:
-        """Rules that wait for their sockets."""
-        return len(self._pending)
+    def rescue_due(self) -> bool:
+        """A promotion may need help within the stall time: tick soon."""
+        return self.rescuer.waiting
 
     def tick(self, now: float) -> None:
         """Do everything that time brings: house-keeping, delivery, levels, rescue."""
         for session in self._dead:
-            self.end_session(session)
+            self.end_session(session, now)
         self._dead.clear()
-        if self._pending and now >= self._next_pending:
-            young = now < self._pending_since + PENDING_YOUNG_S
-            self._next_pending = now + (PENDING_S if young else PENDING_OLD_S)
-            self._try_pending(now)
+        waiting = self.books.waiting
+        if waiting.rules and now >= waiting.next_look:
+            young = now < waiting.since + WAITING_YOUNG_S
+            waiting.next_look = now + (WAITING_S if young else WAITING_OLD_S)
+            self._look_for_sockets(now)
         for conn in self.connections.locate(now):
-            self._drop_connection(conn, f"no socket has cookie {conn.cookie}")
-        for transfer in self.steering.delivered(self.transfers, now):
-            self._end_transfer(transfer, now, delivered=True)
-        for conn in self.steering.take_gone():
-            if conn.slot in self.connections.by_slot:
-                self._drop_connection(conn, "its socket is gone")
+            self.delivery.drop(conn, f"no socket has cookie {conn.cookie}", now)
+        self.delivery.run(now)
         if now >= self._next_house:
             self._next_house = now + HOUSEKEEPING_S
             self._expire(now)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
-            self._sweep()
-        self.steering.steer(self, now)
+            self._sweep(now)
+        self.steering.run(now, rescue=self.steers)
 
-    def _try_pending(self, now: float) -> None:
-        expires = now + self.limits.default_ttl_s
-        for selector, conns in self.connections.match_pending(self._pending, expires).items():
-            for waiting in self._pending.pop(selector):
-                if isinstance(waiting, Mark):
-                    for conn in conns:
-                        self._put_mark(waiting, conn)
-                else:
-                    self._found(waiting, conns)
+    def _look_for_sockets(self, now: float) -> None:
+        rules = self.books.waiting.rules
+        expires = now + self.ledger.limits.default_ttl_s
+        for selector, conns in self.connections.match_waiting(rules, expires).items():
+            for rule in rules.pop(selector):
+                self.ledger.found(rule, conns, now)
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""
-        for transfer in self._expired(self.transfers, now):
+        transfers = self._expired(self.books.transfers, now)
+        for transfer in transfers:
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.EXPIRED, owner, transfer.id, "not completed in its time to live"))
-            self._end_transfer(transfer, now, delivered=False)
-            self.counters.transfers_expired += 1
-        for request in self._expired(self.requests, now):
-            self._finish_request(request, request.delivered_at or INF, cancelled=False)
-        for batch in self._expired(self.batches, now):
+        self.books.counters.transfers_expired += len(transfers)
+        self.delivery.end(transfers, now, delivered=False)
+        for request in self._expired(self.books.requests, now):
+            self.delivery.finish(request, now)
+        for batch in self._expired(self.books.batches, now):
             if not batch.requests and not batch.transfers:
-                self._forget_batch(batch)
+                self.books.strike_batch(batch)
         self._expire_sessions(now)
         for conn in self.connections.idle(now, LINGER_S):
-            self._drop_connection(conn, "idle")
+            self.delivery.drop(conn, "idle", now)
 
     def _expire_sessions(self, now: float) -> None:
         """Renew what marks hold; end sessions without a process that have nothing left."""
-        for session in list(self.sessions.values()):
+        limits = self.ledger.limits
+        for session in list(self.books.sessions.values()):
             for mark in session.marks.values():
-                self.connections.renew(mark.conns, now + self.limits.max_ttl_s)
+                self.connections.renew(mark.conns, now + limits.max_ttl_s)
             said = session.requests or session.batches or session.transfers or session.marks
-            if not session.pid and not said and session.seen + self.limits.default_ttl_s < now:
-                self.end_session(session)
+            if not session.pid and not said and session.seen + limits.default_ttl_s < now:
+                self.end_session(session, now)
 
     @staticmethod
     def _expired(store: Dense[R], now: float) -> list[R]:
-        expires = store.live("expires")
-        return [store.objects[row] for row in np.flatnonzero(expires < now)] if store.n else []
+        return [store.objects[row] for row in np.flatnonzero(store.live("expires") < now)] if store.n else []
 
-    def _sweep(self) -> None:
+    def _sweep(self, now: float) -> None:
         """Look whether idle connections still exist; busy ones are asked anyway when they near their end."""
         slots = sorted(self.connections.by_slot)
         if not slots:
@@ -125,7 +202,7 @@ class Engine(Ledger):
         conns = [self.connections.by_slot[s] for s in window]
         for conn, position in self.connections.ask([c for c in conns if c.local]).items():
             if position is None:
-                self._drop_connection(conn, "its socket is gone")
+                self.delivery.drop(conn, "its socket is gone", now)
         self.connections.adopt(SWEEP_BATCH)
 
     # --- operators ----------------------------------------------------------------------------------------------------

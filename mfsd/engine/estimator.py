@@ -9,10 +9,13 @@ that needs a rate (MLU, give-up, RED's feasibility) asks here; two estimators wo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from mfsd.engine.device import Reading
 
 MIN_BUSY_S: Final = 0.010
 """Busy time to gather before it counts as one sample: shorter ones measure the granularity of GSO packets."""
@@ -51,9 +54,9 @@ class LinkEstimator:
         """Best knowledge of the rate, bytes/s."""
         return self.measured or self.configured
 
-    def observe(self, now: float, sent: int, backlog: int, band_bytes: npt.NDArray[np.float64]) -> None:
-        """Take a reading: bytes the qdisc has sent, bytes queued in it, bytes offered per band, all cumulative."""
-        busy = backlog > 0
+    def observe(self, now: float, reading: Reading) -> None:
+        """Take the device's counters as of ``now``."""
+        sent, busy, band_bytes = reading.sent, reading.backlog > 0, reading.offered
         if self._last is not None and self._band_bytes is not None:
             then, sent_then, busy_then = self._last
             dt, done = now - then, sent - sent_then

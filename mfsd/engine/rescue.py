@@ -18,7 +18,7 @@ for nothing, and never by others:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import Bands, Role
 from mfsd.engine.connections import IPPROTO_TCP
@@ -27,38 +27,14 @@ from mfsd.engine.slots import NS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mfsd.daemon.config import RescueConfig
     from mfsd.engine.books import Connection
     from mfsd.engine.connections import Connections
-    from mfsd.engine.estimator import LinkEstimator
+    from mfsd.engine.device import Device
+    from mfsd.engine.settings import RescueConfig
 
 
 SILENT_S: Final = 0.05
 """Longer than any queue that TCP small queues allow takes to drain at the rates we shape."""
-
-
-class LaneDriver(Protocol):
-    """What rescue needs of one device (mfsd.daemon.device.Port)."""
-
-    estimator: LinkEstimator
-
-    @property
-    def enforced(self) -> bool:
-        """False when the device is only observed: nothing is ever stuck there."""
-        ...
-
-    @property
-    def floors(self) -> bool:
-        """Bands get their floors on this device."""
-        ...
-
-    def backlog(self, band: int, lane: int) -> int:
-        """Bytes queued in one lane now."""
-        ...
-
-    def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
-        """Free all packets of these (band, lane) pairs."""
-        ...
 
 
 @dataclass(slots=True)
@@ -70,16 +46,29 @@ class _Stuck:
 
 
 @dataclass(slots=True)
+class _Budget:
+    """Rescues that one device may have now; refilled at ``max_per_s``, up to a second's worth."""
+
+    tokens: float = 0.0
+    refilled: float = 0.0
+
+    def refill(self, now: float, rate: float) -> int:
+        """How many are allowed now."""
+        self.tokens = min(self.tokens + (now - self.refilled) * rate, rate)
+        self.refilled = now
+        return int(self.tokens)
+
+
+@dataclass(slots=True)
 class Rescuer:
     """Watches promoted connections until their old lane is empty or purged."""
 
-    ports: Sequence[LaneDriver]
+    devices: Sequence[Device]
     connections: Connections
     bands: Bands
     config: RescueConfig
     _stuck: dict[Connection, _Stuck] = field(default_factory=dict)
-    _tokens: float = 0.0
-    _refilled: float = 0.0
+    _budgets: dict[int, _Budget] = field(default_factory=dict)
 
     @property
     def waiting(self) -> bool:
@@ -100,8 +89,8 @@ class Rescuer:
         tcp = conn.endpoints is None or conn.endpoints.protocol == IPPROTO_TCP
         return tcp and (conn.lane > 0 or self.bands.level_bands[0].lanes == 1)
 
-    def _port(self, conn: Connection) -> int:
-        return int(self.connections.port[conn.slot])
+    def _device(self, conn: Connection) -> int:
+        return int(self.connections.device[conn.slot])
 
     def forget(self, conn: Connection) -> None:
         """The connection is gone."""
@@ -114,46 +103,44 @@ class Rescuer:
         stall_s = self.config.stall_ms / 1000
         due: dict[int, list[tuple[Connection, _Stuck]]] = {}
         for conn, stuck in list(self._stuck.items()):
-            port = self._port(conn)
-            driver = self.ports[port]
-            if not driver.enforced:
+            index = self._device(conn)
+            device = self.devices[index]
+            if not device.enforced:
                 del self._stuck[conn]
                 continue
             silent = now - self.connections.table.last_ns[conn.slot] / NS
             if silent < stall_s and now - stuck.since < stall_s:
                 continue  # it was moving a moment ago: look again in a moment
-            backlog = driver.backlog(stuck.band, conn.lane)
+            backlog = device.backlog(stuck.band, conn.lane)
             del self._stuck[conn]
-            if backlog and not self._drains(conn, stuck.band, backlog, driver):
-                due.setdefault(port, []).append((conn, stuck))
-        return sum(self._purge(port, stuck, now) for port, stuck in due.items())
+            if backlog and not self._drains(conn, stuck.band, backlog, device):
+                due.setdefault(index, []).append((conn, stuck))
+        return sum(self._purge(index, stuck, now) for index, stuck in due.items())
 
-    def _drains(self, conn: Connection, band: int, backlog: int, driver: LaneDriver) -> bool:
+    def _drains(self, conn: Connection, band: int, backlog: int, device: Device) -> bool:
         """True when the band's floor empties the lane before a retransmission timer could repair a purge."""
-        floor = self.bands.bands[band].floor * driver.estimator.rate if driver.floors else 0.0
+        floor = self.bands.bands[band].floor * device.estimator.rate if device.floors else 0.0
         if not floor or not conn.local or conn.endpoints is None:
             return False
         tcp = self.connections.resolver.tcp_progress([(conn.cookie, conn.endpoints)]).get(conn.cookie)
         return tcp is not None and tcp.notsent == 0 and backlog / floor < tcp.rto_us / 1e6
 
-    def _purge(self, port: int, stuck: list[tuple[Connection, _Stuck]], now: float) -> int:
-        rate = float(self.config.max_per_s)
-        self._tokens = min(self._tokens + (now - self._refilled) * rate, rate)
-        self._refilled = now
-        allowed = stuck[: int(self._tokens)]
+    def _purge(self, index: int, stuck: list[tuple[Connection, _Stuck]], now: float) -> int:
+        budget = self._budgets.setdefault(index, _Budget())
+        allowed = stuck[: budget.refill(now, float(self.config.max_per_s))]
         for conn, late in stuck[len(allowed) :]:
             self._stuck[conn] = late
         if not allowed:
             return 0
-        self._tokens -= len(allowed)
-        self.ports[port].purge([(s.band, conn.lane) for conn, s in allowed])
+        budget.tokens -= len(allowed)
+        self.devices[index].purge([(s.band, conn.lane) for conn, s in allowed])
         for conn, _ in allowed:
             conn.rescues += 1
         return len(allowed)
 
     def lane_empty(self, conn: Connection, now: float) -> bool:
         """True when nothing of the connection can be queued any more. Without a qdisc to ask: when it is silent."""
-        driver = self.ports[self._port(conn)] if self.ports else None
-        if driver is not None and driver.enforced and self.bands.bands[conn.band].role in (Role.LEVEL, Role.SCAVENGER):
-            return driver.backlog(conn.band, conn.lane) == 0
+        device = self.devices[self._device(conn)] if self.devices else None
+        if device is not None and device.enforced and self.bands.bands[conn.band].role in (Role.LEVEL, Role.SCAVENGER):
+            return device.backlog(conn.band, conn.lane) == 0
         return now - float(self.connections.table.last_ns[conn.slot]) / NS > SILENT_S

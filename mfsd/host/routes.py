@@ -12,12 +12,11 @@ import os
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mfsd.daemon.devices import GuardedPort
     from mfsd.model import Address, Endpoints
 
 # include/uapi/linux/rtnetlink.h, include/uapi/linux/netlink.h
@@ -36,15 +35,21 @@ KEPT_S: Final = 5.0
 KEPT_MAX: Final = 65_536
 
 
+class HasIndex(Protocol):
+    """A device."""
+
+    ifindex: int
+
+
 class RouteLookup:
-    """Called with the endpoints of a connection; gives the index of its device among ``ports``, 0 if it is none.
+    """Called with the endpoints of a connection; gives the index of its device among ``devices``, 0 if it is none.
 
     Traffic that a shaped device carries for another one (a bridge, a bond, a VLAN above it) has the upper device's
     index here and counts as the first device's.
     """
 
-    def __init__(self, ports: Sequence[GuardedPort], clock: Callable[[], float] = time.monotonic) -> None:
-        self._ports = ports
+    def __init__(self, devices: Sequence[HasIndex], clock: Callable[[], float] = time.monotonic) -> None:
+        self._devices = devices
         self._clock = clock
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self._sock.bind((0, 0))
@@ -70,7 +75,7 @@ class RouteLookup:
             except OSError:
                 ifindex = 0  # no route (any more): its packets go nowhere
             known = self._known[key] = (now + KEPT_S, ifindex)
-        return next((i for i, p in enumerate(self._ports) if p.ifindex == known[1]), 0)
+        return next((i for i, p in enumerate(self._devices) if p.ifindex == known[1]), 0)
 
     def ifindex(self, src: Address, dst: Address) -> int:
         """Device of the route from ``src`` to ``dst``, 0 if the answer names none. Raises OSError with its errno."""

@@ -18,13 +18,13 @@ def test_bytes_stuck_in_the_qdisc_do_not_count_as_delivered() -> None:
     h.tick()
     h.send(s, 100_000, acked=False)
     h.tick(0.01)
-    assert h.engine.transfers.n == 1
-    view = h.engine.steering.views(h.engine, h.now).transfers
+    assert h.engine.books.transfers.n == 1
+    view = h.engine.steering.views(h.now).transfers
     assert view.left[0] == 100_000  # all of it may still be in the queue
     h.ack(s, 100_000)
     h.tick(0.01)
-    assert h.engine.transfers.n == 0
-    assert h.engine.counters.transfers_completed == 1
+    assert h.engine.books.transfers.n == 0
+    assert h.engine.books.counters.transfers_completed == 1
 
 
 def test_transfers_are_retired_in_the_order_of_their_bytes() -> None:
@@ -70,7 +70,7 @@ def test_a_connection_in_use_before_its_first_hint_starts_from_there() -> None:
     h.tick()
     h.send(s, 20 * MSS)
     h.tick(0.01)
-    assert h.engine.transfers.n == 0
+    assert h.engine.books.transfers.n == 0
 
 
 def test_completion_waits_for_what_tcp_still_holds() -> None:
@@ -82,12 +82,12 @@ def test_completion_waits_for_what_tcp_still_holds() -> None:
     h.send(s, 60 * MSS, acked=False)  # less than announced, and that is all there is
     h.engine.apply(h.session, EndHint(What.REQUEST, "r"), h.now)
     h.tick(0.01)
-    assert h.engine.transfers.n == 1
+    assert h.engine.books.transfers.n == 1
     h.ack(s, 60 * MSS)
     h.tick(0.01)
-    assert h.engine.transfers.n == 0
-    assert h.engine.requests.n == 0
-    assert h.engine.counters.deadlines_met == 1
+    assert h.engine.books.transfers.n == 0
+    assert h.engine.books.requests.n == 0
+    assert h.engine.books.counters.deadlines_met == 1
 
 
 def test_a_request_that_ends_late_counts_as_missed() -> None:
@@ -101,7 +101,7 @@ def test_a_request_that_ends_late_counts_as_missed() -> None:
     h.tick(0.1)
     h.ack(s, MSS)
     h.tick(0.01)
-    assert (h.engine.counters.deadlines_met, h.engine.counters.deadlines_missed) == (0, 1)
+    assert (h.engine.books.counters.deadlines_met, h.engine.books.counters.deadlines_missed) == (0, 1)
 
 
 def test_cancelling_closes_the_gap_for_those_behind() -> None:
@@ -129,7 +129,7 @@ def test_a_transfer_over_several_lanes_is_done_when_their_sum_is() -> None:
     h.transfer("t", any_lane, 400 * MSS)
     h.tick()
     assert [h.band(s) for s in lanes] == ["level 4"] * 4
-    assert h.engine.transfers.n == 4
+    assert h.engine.books.transfers.n == 4
     h.send(lanes[0], 390 * MSS)
     h.tick(0.01)
     assert h.session.transfers
@@ -137,7 +137,7 @@ def test_a_transfer_over_several_lanes_is_done_when_their_sum_is() -> None:
     h.tick(0.01)
     h.tick(0.01)
     assert not h.session.transfers
-    assert h.engine.counters.transfers_completed == 1
+    assert h.engine.books.counters.transfers_completed == 1
 
 
 def test_a_socket_of_elsewhere_is_matched_by_tuple_and_done_when_its_lane_is_empty() -> None:
@@ -151,12 +151,12 @@ def test_a_socket_of_elsewhere_is_matched_by_tuple_and_done_when_its_lane_is_emp
     row = h.table.rows[slot]
     row["bytes"] += 10 * (MSS + 66)
     row["segments"] += 10
-    h.port.queued[int(row["band"]), int(row["lane"])] = 5000
+    h.device.queued[int(row["band"]), int(row["lane"])] = 5000
     h.tick(0.1)
-    assert h.engine.transfers.n == 1
-    h.port.queued.clear()
+    assert h.engine.books.transfers.n == 1
+    h.device.queued.clear()
     h.tick(0.01)
-    assert h.engine.transfers.n == 0
+    assert h.engine.books.transfers.n == 0
 
 
 def test_a_dead_socket_is_noticed_and_its_slot_freed() -> None:
@@ -198,7 +198,7 @@ def test_a_hint_may_be_earlier_than_its_socket() -> None:
     h.send(s, MSS)
     h.tick(0.01)
     assert not h.session.transfers
-    assert h.engine.counters.transfers_completed == 1
+    assert h.engine.books.counters.transfers_completed == 1
 
 
 def test_a_rule_waits_for_its_socket() -> None:
@@ -209,11 +209,11 @@ def test_a_rule_waits_for_its_socket() -> None:
     rule = TupleSelector(None, s.endpoints.dst, PortRange(0, 65535), PortRange(6000, 6010), 6)
     h.transfer("t", rule, MSS, Stage.COLLECTIVE)
     h.tick()
-    assert h.engine.pending_selectors == 1
+    assert len(h.engine.books.waiting.rules) == 1
     assert h.table.taken == 0
     h.resolver.sockets.append(s)
     h.tick(0.05)
-    assert h.engine.pending_selectors == 0
+    assert not h.engine.books.waiting.rules
     assert h.band(s) == "level 0"
 
 

@@ -25,7 +25,7 @@ def test_a_loose_p2d_transfer_is_deferred_and_promoted_as_its_deadline_nears() -
         seen.append(h.band(s))
     order = list(dict.fromkeys(seen))
     assert order[:3] == ["level 4", "level 3", "level 2"]
-    assert h.engine.counters.promotions >= 2
+    assert h.engine.books.counters.promotions >= 2
 
 
 def test_the_rate_of_a_peers_link_decides_who_is_doomed() -> None:
@@ -69,7 +69,7 @@ def test_bytes_without_a_hint_inherit_the_last_stage() -> None:
     h.tick()
     h.send(s, 1448)
     h.tick(0.01)
-    assert h.engine.transfers.n == 0
+    assert h.engine.books.transfers.n == 0
     assert h.band(s) == "level 0"
 
 
@@ -132,18 +132,18 @@ def test_layers_of_a_batch_reach_the_policy() -> None:
     h.request("r", 50.0)
     h.engine.apply(h.session, BatchHint("b", ["r"], layers=32, current_layer=0, layer_compute=0.01), h.now)
     h.transfer("k", s, 1000, Stage.KV_REUSE, layer=30)
-    views = h.engine.steering.views(h.engine, h.now)
+    views = h.engine.steering.views(h.now)
     assert views.transfers.current_layer[0] == 0
     assert views.requests.compute_left[0] == pytest.approx(0.32)
     h.engine.apply(h.session, ProgressHint("b", 16), h.now)
-    views = h.engine.steering.views(h.engine, h.now)
+    views = h.engine.steering.views(h.now)
     assert views.transfers.current_layer[0] == 16
     assert views.transfers.layer_started[0]
     assert views.requests.compute_left[0] == pytest.approx(0.16)
     h.engine.apply(h.session, ProgressHint("b", 3), h.now)  # never goes back
-    assert h.engine.steering.views(h.engine, h.now).transfers.current_layer[0] == 16
+    assert h.engine.steering.views(h.now).transfers.current_layer[0] == 16
     h.engine.apply(h.session, ProgressHint("b", 31, compute_done=True), h.now)
-    views = h.engine.steering.views(h.engine, h.now)
+    views = h.engine.steering.views(h.now)
     assert views.requests.compute_left[0] == 0
     assert not views.transfers.computing[0]
 
@@ -152,9 +152,9 @@ def test_progress_of_a_lone_request_makes_it_its_own_batch() -> None:
     h = Host()
     h.request("r", 5.0)
     h.engine.apply(h.session, ProgressHint("r", 3), h.now)
-    assert h.engine.batches.n == 1
+    assert h.engine.books.batches.n == 1
     h.engine.apply(h.session, EndHint(What.REQUEST, "r"), h.now)
-    assert h.engine.batches.n == 0
+    assert h.engine.books.batches.n == 0
 
 
 def test_a_policy_change_takes_effect_at_the_next_tick() -> None:
@@ -189,8 +189,8 @@ def test_a_changed_policy_starts_from_fresh_levels() -> None:
     h.request("r", 0.01)
     h.transfer("t", s, 1000)
     h.tick()
-    assert h.engine.transfers.live("level")[0] == 0
+    assert h.engine.books.transfers.live("level")[0] == 0
     config = parse({"policy": {"name": "mfs"}, "bands": {"levels": 5, "lanes": 8}})
     h.engine.steering.bands = bands_of(config, policy_of(config))
     assert change_policy(h.engine, config)
-    assert h.engine.transfers.live("level")[0] == LEVEL_NEW
+    assert h.engine.books.transfers.live("level")[0] == LEVEL_NEW

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support.harness import Host
 
-from mfsd.daemon.config import LimitsConfig
+from mfsd.engine.settings import LimitsConfig
+from mfsd.engine.columns import Dense
 from mfsd.engine.engine import LINGER_S
 from mfsd.model import (
     BatchHint,
@@ -106,7 +109,7 @@ def test_the_end_of_a_process_frees_all_it_said() -> None:
     for on_exit in h.exits[7]:
         on_exit()  # type: ignore[operator]
     h.tick(0.01)
-    assert (h.engine.requests.n, h.engine.batches.n, h.engine.transfers.n) == (0, 0, 0)
+    assert (h.engine.books.requests.n, h.engine.books.batches.n, h.engine.books.transfers.n) == (0, 0, 0)
     h.tick(LINGER_S + 0.2)
     assert h.table.taken == 0
     assert not h.keys.cookies
@@ -119,10 +122,10 @@ def test_what_nobody_completes_expires() -> None:
     h.engine.apply(h.session, hint, h.now)
     h.tick()
     h.tick(3.5)
-    assert (h.engine.requests.n, h.engine.transfers.n) == (0, 0)
+    assert (h.engine.books.requests.n, h.engine.books.transfers.n) == (0, 0)
     assert EventKind.EXPIRED in [e.kind for e in h.session.events]
-    assert h.engine.counters.transfers_expired == 1
-    assert h.engine.counters.deadlines_missed == 1
+    assert h.engine.books.counters.transfers_expired == 1
+    assert h.engine.books.counters.deadlines_missed == 1
 
 
 def test_the_slot_expires_in_the_kernel_with_the_hint() -> None:
@@ -205,24 +208,25 @@ class Books(RuleBasedStateMachine):
     @invariant()
     def balanced(self) -> None:
         e = self.h.engine
-        for store in (e.transfers, e.requests, e.batches):
-            assert [o.row for o in store.objects] == list(range(store.n))
-        for t in e.transfers.objects:
+        stores: tuple[Dense[Any], ...] = (e.books.transfers, e.books.requests, e.books.batches)
+        for store in stores:
+            assert [store.row(o) for o in store.objects] == list(range(store.n))
+        for t in e.books.transfers.objects:
             assert t in t.parts
-            assert e.transfers.request[t.row] == (-1 if t.request is None else t.request.row)
-            assert e.transfers.batch[t.row] == (-1 if t.batch is None else t.batch.row)
-            assert e.transfers.conn[t.row] == (-1 if t.conn is None else t.conn.slot)
+            assert e.books.transfers.get(t, "request") == (-1 if t.request is None else t.request.row)
+            assert e.books.transfers.get(t, "batch") == (-1 if t.batch is None else t.batch.row)
+            assert e.books.transfers.get(t, "conn") == (-1 if t.conn is None else t.conn.slot)
             assert t.request is None or (t in t.request.transfers and t.request.row >= 0)
             assert t.batch is None or (t in t.batch.transfers and t.batch.row >= 0)
             assert t.conn is None or t in t.conn.queue
-        for r in e.requests.objects:
-            assert e.requests.batch[r.row] == (-1 if r.batch is None else r.batch.row)
+        for r in e.books.requests.objects:
+            assert e.books.requests.get(r, "batch") == (-1 if r.batch is None else r.batch.row)
         conns = e.connections.by_slot
         assert self.h.table.taken == len(conns) == len(self.h.keys.cookies)
-        assert sum(len(c.queue) for c in conns.values()) == e.transfers.n - sum(
-            1 for t in e.transfers.objects if t.conn is None
+        assert sum(len(c.queue) for c in conns.values()) == e.books.transfers.n - sum(
+            1 for t in e.books.transfers.objects if t.conn is None
         )
-        assert {t for parts in self.h.session.transfers.values() for t in parts} == set(e.transfers.objects)
+        assert {t for parts in self.h.session.transfers.values() for t in parts} == set(e.books.transfers.objects)
 
 
 Books.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

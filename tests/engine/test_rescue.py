@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from support.harness import MSS, FakeSocket, Host
 
-from mfsd.daemon.config import RescueConfig
+from mfsd.engine.settings import RescueConfig
 from mfsd.model import Endpoints, Mode
 
 
@@ -18,7 +18,7 @@ def deferred(h: Host, cookie: int = 1, left: float = 0.2) -> tuple[FakeSocket, t
     h.send(s, 90 * MSS, acked=False)
     row = h.table.rows[h.keys.cookies[cookie]]
     place = (int(row["band"]), int(row["lane"]))
-    h.port.queued[place] = 130_000
+    h.device.queued[place] = 130_000
     return s, place
 
 
@@ -32,8 +32,8 @@ def test_a_starved_promoted_connection_is_purged_in_its_old_lane() -> None:
     h = Host()
     s, place = deferred(h)
     promote(h)
-    assert h.port.purged[0] == place
-    assert h.engine.counters.rescues >= 1
+    assert h.device.purged[0] == place
+    assert h.engine.books.counters.rescues >= 1
     assert h.band(s) != h.bands.bands[place[0]].name
 
 
@@ -43,15 +43,15 @@ def test_only_its_own_lane_is_purged() -> None:
     _, other = deferred(h, 2, left=50.0)
     assert first[1] != other[1]
     promote(h)
-    assert set(h.port.purged) == {first}
+    assert set(h.device.purged) == {first}
 
 
 def test_an_empty_lane_needs_no_purge() -> None:
     h = Host()
     deferred(h)
-    h.port.queued.clear()
+    h.device.queued.clear()
     promote(h)
-    assert h.port.purged == []
+    assert h.device.purged == []
 
 
 def test_a_lane_that_drains_by_itself_is_left_alone() -> None:
@@ -64,9 +64,9 @@ def test_a_lane_that_drains_by_itself_is_left_alone() -> None:
         if h.table.band[h.keys.cookies[1]] < band:
             break
     h.tick(0.005)
-    h.port.queued[place] = 0  # served meanwhile
+    h.device.queued[place] = 0  # served meanwhile
     h.tick(0.05)
-    assert h.port.purged == []
+    assert h.device.purged == []
 
 
 def test_udp_is_never_purged() -> None:
@@ -80,9 +80,9 @@ def test_udp_is_never_purged() -> None:
     row = h.table.rows[h.keys.cookies[1]]
     assert row["lane"] == 0  # kept for what must not be purged
     h.send(s, 90 * MSS, acked=False)
-    h.port.queued[int(row["band"]), 0] = 130_000
+    h.device.queued[int(row["band"]), 0] = 130_000
     promote(h)
-    assert h.port.purged == []
+    assert h.device.purged == []
 
 
 def test_observing_purges_nothing() -> None:
@@ -90,15 +90,15 @@ def test_observing_purges_nothing() -> None:
     h.engine.set_mode(Mode.OBSERVE)
     deferred(h)
     promote(h)
-    assert h.engine.counters.promotions > 0
-    assert h.port.purged == []
+    assert h.engine.books.counters.promotions > 0
+    assert h.device.purged == []
 
 
 def test_disabled_purges_nothing() -> None:
     h = Host(rescue=RescueConfig(enabled=False))
     deferred(h)
     promote(h)
-    assert h.port.purged == []
+    assert h.device.purged == []
 
 
 def test_a_short_message_that_its_floor_drains_sooner_than_a_timer_is_not_purged() -> None:
@@ -106,20 +106,20 @@ def test_a_short_message_that_its_floor_drains_sooner_than_a_timer_is_not_purged
     h = Host(floors=floored)
     deferred(h)  # 130 kB at 5 % of 1 Gbit/s: 21 ms, against a timeout of 200 ms; and nothing unsent behind it
     promote(h)
-    assert h.port.purged == []
+    assert h.device.purged == []
     h = Host(floors=floored)
     s, _ = deferred(h)
     s.notsent = 1_000_000  # new data will bring the SACKs that repair a purge
     promote(h)
-    assert h.port.purged != []
+    assert h.device.purged != []
 
 
 def test_a_floor_that_the_device_cannot_give_drains_nothing() -> None:
     h = Host(floors=(0.0, 0.0, 0.05, 0.05, 0.05))
-    h.port.floors = False  # prio
+    h.device.floors = False  # prio
     deferred(h)
     promote(h)
-    assert h.port.purged != []
+    assert h.device.purged != []
 
 
 def test_rescues_are_bounded_per_second_and_the_rest_follow() -> None:
@@ -128,9 +128,9 @@ def test_rescues_are_bounded_per_second_and_the_rest_follow() -> None:
         deferred(h, cookie, left=0.3)
     for _ in range(100):
         h.tick(0.005)
-        if h.engine.counters.rescues:
+        if h.engine.books.counters.rescues:
             break
-    assert 0 < h.engine.counters.rescues <= 10
+    assert 0 < h.engine.books.counters.rescues <= 10
     for _ in range(400):
         h.tick(0.01)
-    assert len(set(h.port.purged)) == 20
+    assert len(set(h.device.purged)) == 20

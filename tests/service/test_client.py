@@ -15,7 +15,7 @@ from mfsd.api.decode import Decoder
 from mfsd.client import Client, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
 from mfsd.client.encode import encode
 from mfsd.client.ledger import Ledger
-from mfsd.daemon.config import LimitsConfig
+from mfsd.engine.settings import LimitsConfig
 from mfsd.model import (
     BatchHint,
     CookieSelector,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def known(daemon: Running, what: str) -> set[str]:
     """Names of what the daemon knows of the only session, by kind."""
-    return daemon.ask(lambda e: {n for s in e.sessions.values() for n in getattr(s, what)})
+    return daemon.ask(lambda e: {n for s in e.books.sessions.values() for n in getattr(s, what)})
 
 
 def test_every_call_arrives(running: Running, connection: tuple[socket.socket, socket.socket]) -> None:
@@ -54,8 +54,8 @@ def test_every_call_arrives(running: Running, connection: tuple[socket.socket, s
         stats = client.stats
         assert (stats.sent, stats.accepted, stats.rejected, stats.dropped) == (6, 6, 0, 0)
         assert known(running, "transfers") == {"t", "c"}
-        assert running.ask(lambda e: e.sessions["worker"].pid) == os.getpid()
-        assert running.ask(lambda e: int(e.batches.current_layer[0])) == 2
+        assert running.ask(lambda e: e.books.sessions["worker"].pid) == os.getpid()
+        assert running.ask(lambda e: int(e.books.batches.live("current_layer")[0])) == 2
         client.unmark(sock)
         client.cancel(transfer="t")
         client.cancel(batch="b")
@@ -165,8 +165,8 @@ def test_a_new_epoch_hears_again_what_is_alive_and_only_that(start: Callable[...
         assert known(second, "requests") == {"r1", "r2", "r4"}
         assert known(second, "transfers") == {"r1/t", "r2/t"}
         assert known(second, "batches") == {"b"}
-        assert second.ask(lambda e: len(e.sessions["worker"].marks)) == 1
-        assert second.ask(lambda e: int(e.batches.current_layer[0])) == 5
+        assert second.ask(lambda e: len(e.books.sessions["worker"].marks)) == 1
+        assert second.ask(lambda e: int(e.books.batches.live("current_layer")[0])) == 5
         stats = client.stats
         assert stats.connects == 2
         assert stats.announced_again >= 7
@@ -226,7 +226,7 @@ def test_several_threads_may_use_one_client(running: Running) -> None:
         for t in threads:
             t.join()
         assert client.flush(20)
-        assert running.ask(lambda e: e.requests.n) == 800
+        assert running.ask(lambda e: e.books.requests.n) == 800
 
 
 def test_the_child_of_a_fork_sends_nothing(running: Running) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,7 +43,7 @@ def inside(netns_pair: NetnsPair, tmp_path: Path) -> Iterator[Inside]:
             try:
                 body(devices)
             finally:
-                devices.restore(devices.ports)
+                devices.restore([d.name for d in devices.all])
                 devices.close()
 
         netns_pair.call(netns_pair.a, inner)
@@ -70,7 +72,7 @@ def root(device: str) -> str:
 
 def test_a_missing_device_is_noted_and_set_up_when_it_appears(inside: Inside) -> None:
     def body(devices: Devices) -> None:
-        v, w = devices.ports
+        v, w = devices.all
         devices.care(Mode.ENFORCE)
         assert (v.notice, v.backend, root("v0")) == ("", "htb", "htb")
         assert w.notice == "there is no such device; it is set up when it appears"
@@ -86,7 +88,7 @@ def test_a_missing_device_is_noted_and_set_up_when_it_appears(inside: Inside) ->
 
 def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> None:
     def body(devices: Devices) -> None:
-        v, w = devices.ports
+        v, w = devices.all
         add_w()
         devices.care(Mode.ENFORCE)
         assert (v.enforced, w.enforced) == (True, True)
@@ -109,7 +111,7 @@ def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> Non
 
 def test_a_foreign_root_is_respected_until_asked_again(inside: Inside) -> None:
     def body(devices: Devices) -> None:
-        v = devices.ports[0]
+        v = devices.all[0]
         devices.care(Mode.ENFORCE)
         tc("qdisc", "replace", "dev", "v0", "root", "pfifo", "limit", "77")
         devices.care(Mode.ENFORCE)
@@ -121,7 +123,7 @@ def test_a_foreign_root_is_respected_until_asked_again(inside: Inside) -> None:
         devices.retry()
         devices.care(Mode.ENFORCE)
         assert (v.enforced, v.notice, root("v0")) == (True, "", "htb")
-        assert devices.restore([v]) == (["v0"], [])
+        assert devices.restore(["v0"]) == (["v0"], [])
         assert "limit 77p" in tc("qdisc", "show", "dev", "v0", "root")
 
     inside(body)
@@ -129,7 +131,7 @@ def test_a_foreign_root_is_respected_until_asked_again(inside: Inside) -> None:
 
 def test_a_damaged_tree_is_repaired(inside: Inside) -> None:
     def body(devices: Devices) -> None:
-        v = devices.ports[0]
+        v = devices.all[0]
         devices.care(Mode.ENFORCE)
         lane = v.band_rows()[-1].classid
         tc("class", "del", "dev", "v0", "classid", lane)
@@ -141,14 +143,47 @@ def test_a_damaged_tree_is_repaired(inside: Inside) -> None:
     inside(body)
 
 
+def test_the_engine_may_ask_while_the_qdiscs_come_and_go(inside: Inside) -> None:
+    """The care of devices runs in a thread beside the event loop, which reads and purges all the time."""
+
+    def body(devices: Devices) -> None:
+        v = devices.all[0]
+        devices.care(Mode.ENFORCE)
+        shape = v.shape
+        assert shape is not None
+        over = threading.Event()
+
+        def come_and_go() -> None:
+            while not over.is_set():
+                v.put_in_force(None)
+                v.put_in_force(shape)
+
+        thread = threading.Thread(target=come_and_go)
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        thread.start()
+        try:
+            for _ in range(2000):
+                v.read()
+                v.backlog(3, 40)
+                v.purge([(3, 40)])
+                v.band_rows()
+        finally:
+            over.set()
+            thread.join()
+            sys.setswitchinterval(before)
+
+    inside(body)
+
+
 def test_observing_touches_no_qdisc(inside: Inside) -> None:
     def body(devices: Devices) -> None:
         before = root("v0")
         devices.care(Mode.OBSERVE)
-        v = devices.ports[0]
+        v = devices.all[0]
         assert v.attachment is not None
         assert (v.enforced, v.notice, root("v0")) == (False, "", before)
-        assert [(p.name, plan.ok) for p, plan in devices.plans([v])] == [("v0", True)]  # type: ignore[union-attr]
+        assert [(p.name, plan.ok) for p, plan in devices.plans(["v0"])] == [("v0", True)]  # type: ignore[union-attr]
         assert root("v0") == before
 
     inside(body)
@@ -156,7 +191,7 @@ def test_observing_touches_no_qdisc(inside: Inside) -> None:
 
 def test_a_refused_plan_leaves_the_device_observed(inside: Inside) -> None:
     def body(devices: Devices) -> None:
-        v = devices.ports[0]
+        v = devices.all[0]
         ip("link", "set", "v0", "down")
         devices.care(Mode.ENFORCE)
         assert not v.enforced
@@ -178,7 +213,7 @@ def test_the_route_says_which_device_carries_a_connection(inside: Inside, netns_
         ip("address", "add", "10.88.0.1/24", "dev", "w0")
         ip("address", "add", "fd88::1/64", "dev", "w0", "nodad")
         devices.care(Mode.OBSERVE)
-        lookup = RouteLookup(devices.ports)
+        lookup = RouteLookup(devices.all)
 
         def device(src: str, dst: str) -> int:
             return lookup(Endpoints(ip_address(src), 1, ip_address(dst), 2))

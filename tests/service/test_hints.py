@@ -14,7 +14,7 @@ from google.rpc import code_pb2
 from support.daemons import Api, Running, call_violation, connected, violation, wait_for
 
 from mfsd.client import cookie_of
-from mfsd.daemon.config import LimitsConfig
+from mfsd.engine.settings import LimitsConfig
 from mfsd.v1.hints_pb2 import (
     STAGE_COLLECTIVE,
     STAGE_KV_REUSE,
@@ -164,8 +164,8 @@ def test_a_bad_hint_costs_only_itself_and_names_its_field(
     assert code == code_pb2.INVALID_ARGUMENT
     assert where == field
     assert problem in description
-    assert running.ask(lambda e: set(e.sessions["test"].requests)) == {"r", "after"}
-    assert running.ask(lambda e: (e.counters.hints_accepted, e.counters.hints_rejected)) == (2, 1)
+    assert running.ask(lambda e: set(e.books.sessions["test"].requests)) == {"r", "after"}
+    assert running.ask(lambda e: (e.books.counters.hints_accepted, e.books.counters.hints_rejected)) == (2, 1)
 
 
 def test_good_hints_of_every_kind(api: Api, running: Running, connection: tuple[socket.socket, socket.socket]) -> None:
@@ -181,22 +181,31 @@ def test_good_hints_of_every_kind(api: Api, running: Running, connection: tuple[
     assert not reply.rejected
     assert reply.accepted == 6
     assert reply.epoch == running.ask(lambda e: e.epoch)
-    assert running.ask(lambda e: (e.requests.n, e.batches.n, e.transfers.n, len(e.connections))) == (1, 1, 2, 1)
-    assert running.ask(lambda e: int(e.batches.current_layer[0])) == 2
+    assert running.ask(lambda e: (e.books.requests.n, e.books.batches.n, e.books.transfers.n, len(e.connections))) == (
+        1,
+        1,
+        2,
+        1,
+    )
+    assert running.ask(lambda e: int(e.books.batches.live("current_layer")[0])) == 2
     reply = api.send(
         Hint(cancellation=Cancellation(transfer_id="t1")),
         Hint(connection=ConnectionMark(selector=Selector(cookie=cookie))),
         Hint(cancellation=Cancellation(request_id="r")),
     )
     assert not reply.rejected
-    assert running.ask(lambda e: (e.requests.n, e.transfers.n)) == (0, 0)
+    assert running.ask(lambda e: (e.books.requests.n, e.books.transfers.n)) == (0, 0)
 
 
 def test_deadlines_and_lives_are_clamped(api: Api, running: Running) -> None:
-    before = running.ask(lambda e: e.requests.n)
+    before = running.ask(lambda e: e.books.requests.n)
     api.send(request(id="late", ttft_left_us=-5_000_000, ttl_us=10**13))
     now, deadline, expires = running.ask(
-        lambda e: (running.daemon.ticker._clock(), float(e.requests.deadline[0]), float(e.requests.expires[0]))
+        lambda e: (
+            running.daemon.ticker._clock(),
+            float(e.books.requests.live("deadline")[0]),
+            float(e.books.requests.live("expires")[0]),
+        )
     )
     assert before == 0
     assert now - 20 < deadline < now + LIMITS.min_deadline_ms / 1000
@@ -255,7 +264,7 @@ def test_an_oversized_batch_fails_as_a_whole(start: Callable[..., Running]) -> N
             "hints",
             "3 hints in one batch; send at most 2 at a time (limits.max_hints_per_batch)",
         )
-        assert one.ask(lambda e: e.requests.n) == 0
+        assert one.ask(lambda e: e.books.requests.n) == 0
 
 
 def test_a_batch_without_session_or_of_a_dead_process_fails_as_a_whole(api: Api) -> None:
@@ -308,7 +317,7 @@ def test_a_stream_answers_every_batch_in_order(api: Api, running: Running) -> No
     replies = list(api.hints.Stream(batches(), timeout=20))
     assert [r.seq for r in replies] == list(range(1, 201))
     assert [len(r.rejected) for r in replies] == [int(seq % 3 == 0) for seq in range(1, 201)]
-    assert running.ask(lambda e: e.requests.n) == 200
+    assert running.ask(lambda e: e.books.requests.n) == 200
 
 
 def test_a_stream_is_of_one_session(api: Api) -> None:
@@ -351,12 +360,14 @@ def test_events_wait_for_the_next_call_when_no_stream_is_open(api: Api) -> None:
 def test_the_end_of_the_process_ends_its_session(api: Api, running: Running) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker, connected() as (sock, _):
         api.send(request(), transfer(selector=Selector(cookie=cookie_of(sock))), pid=worker.pid)
-        assert running.ask(lambda e: (len(e.sessions), e.requests.n, e.transfers.n)) == (1, 1, 1)
+        assert running.ask(lambda e: (len(e.books.sessions), e.books.requests.n, e.books.transfers.n)) == (1, 1, 1)
         worker.kill()
         worker.wait()
-        wait_for(lambda: running.ask(lambda e: (len(e.sessions), e.requests.n, e.transfers.n)) == (0, 0, 0))
+        wait_for(
+            lambda: running.ask(lambda e: (len(e.books.sessions), e.books.requests.n, e.books.transfers.n)) == (0, 0, 0)
+        )
 
 
 def test_the_end_of_a_stream_does_not_end_the_session(api: Api, running: Running) -> None:
     list(api.hints.Stream(iter([api.batch(request())]), timeout=20))
-    assert running.ask(lambda e: list(e.sessions["test"].requests)) == ["r"]
+    assert running.ask(lambda e: list(e.books.sessions["test"].requests)) == ["r"]

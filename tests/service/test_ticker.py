@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mfsd.daemon.config import Config
@@ -16,23 +16,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Rescuer:
-    waiting: bool = False
-
-
-@dataclass
-class Steering:
-    rescuer: Rescuer = field(default_factory=Rescuer)
-
-
-@dataclass
 class Engine:
     """Counts ticks and says what the ticker wants to know."""
 
     idle: bool = True
     busy_s: float = 0.0
     ticks: int = 0
-    steering: Steering = field(default_factory=Steering)
+    rescue_due: bool = False
     fail: bool = False
 
     def tick(self, _now: float) -> None:
@@ -104,7 +94,7 @@ def test_periods_follow_the_engine() -> None:
         assert ticker._period() == periods.busy
         ticker.periods = Periods(busy=1.0, idle=1.0, heartbeat=0.5)
         assert ticker._period() == 0.5
-        engine.steering.rescuer.waiting = True
+        engine.rescue_due = True
         assert ticker._period() < 0.01
 
     run(engine, periods, body)

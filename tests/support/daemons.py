@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from mfsd.daemon.config import parse
-from mfsd.daemon.main import Daemon
+from mfsd.daemon.daemon import Daemon
 from mfsd.v1 import control_pb2_grpc, hints_pb2, hints_pb2_grpc
 
 if TYPE_CHECKING:

@@ -8,14 +8,12 @@ from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 from mfsd.bands import Bands
-from mfsd.daemon.config import LimitsConfig, RescueConfig
+from mfsd.engine.settings import LimitsConfig, RescueConfig
 from mfsd.daemon.wiring import far_rate_of
 from mfsd.engine.connections import OVERHEAD_V4, Connections
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
-from mfsd.engine.rescue import Rescuer
 from mfsd.engine.slots import NS, FlowTable, MemoryKeys, memory_rows
-from mfsd.engine.steering import Steering
 from mfsd.model import (
     CookieSelector,
     Endpoints,
@@ -31,10 +29,8 @@ from mfsd.policy.registry import make_policy
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import numpy as np
-    import numpy.typing as npt
-
     from mfsd.daemon.config import PeerConfig
+    from mfsd.engine.device import Reading
 
 MSS = 1448
 
@@ -84,7 +80,7 @@ def _matches(selector: Selector, s: FakeSocket) -> bool:
 
 
 @dataclass
-class FakePort:
+class FakeDevice:
     """A device whose lanes hold what the test puts there."""
 
     estimator: LinkEstimator
@@ -94,7 +90,7 @@ class FakePort:
     queued: dict[tuple[int, int], int] = field(default_factory=dict)
     purged: list[tuple[int, int]] = field(default_factory=list)
 
-    def read(self) -> tuple[int, int, npt.NDArray[np.float64]] | None:
+    def read(self) -> Reading | None:
         return None
 
     def backlog(self, band: int, lane: int) -> int:
@@ -127,13 +123,19 @@ class Host:
         self.table = FlowTable(memory_rows(slots))
         self.keys = MemoryKeys()
         self.resolver = FakeResolver()
-        self.port = FakePort(LinkEstimator(rate, len(self.bands)))
+        self.device = FakeDevice(LinkEstimator(rate, len(self.bands)))
         self.connections = Connections(self.table, self.keys, self.resolver, self.bands, far_rate=far_rate_of(peers))
-        self.rescuer = Rescuer([self.port], self.connections, self.bands, rescue or RescueConfig())
-        steering = Steering(self.connections, chosen, self.bands, [self.port], self.rescuer)
         self.dead_pids: set[int] = set()
         self.exits: dict[int, list[object]] = {}
-        self.engine = Engine(self.connections, steering, limits or LimitsConfig(), watch=self._watch)
+        self.engine = Engine(
+            self.connections,
+            chosen,
+            self.bands,
+            [self.device],
+            limits or LimitsConfig(),
+            rescue or RescueConfig(),
+            watch=self._watch,
+        )
         self.session = self.engine.session("worker", 0, self.now)
 
     def _watch(self, pid: int, on_exit: object) -> bool:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the API asks of the daemon that serves it (mfsd.daemon.daemon.Daemon)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mfsd.engine.device import Device as EngineDevice
+    from mfsd.engine.engine import Engine
+    from mfsd.model import Mode
+    from mfsd.v1 import control_pb2 as pb
+
+    class Device(EngineDevice, Protocol):
+        """A configured device, as operators see it."""
+
+        dscp: Mapping[str, int]
+        ifindex: int
+        loader: str
+        notice: str
+        failure: str
+
+        @property
+        def backend(self) -> str:
+            """Of the qdiscs in force; empty when only observed."""
+            ...
+
+        @property
+        def hook(self) -> str:
+            """Where the classifier hangs; empty when it does not."""
+            ...
+
+        def band_rows(self) -> list[BandRow]:
+            """Counters of all bands."""
+            ...
+
+        def stats(self) -> dict[str, int]:
+            """The classifier's counters by name (enum mfsd_stat in bpf/mfsd.h)."""
+            ...
+
+
+@dataclass(frozen=True, slots=True)
+class BandRow:
+    """One band of one device, as operators see it; bytes and packets are those sent, backlog those queued now."""
+
+    index: int
+    classid: str
+    lanes: int
+    bytes: int
+    packets: int
+    drops: int
+    backlog: int
+
+
+class Operations(Protocol):
+    """What operators ask."""
+
+    engine: Engine
+    started: float
+
+    @property
+    def all_devices(self) -> Sequence[Device]:
+        """The configured devices."""
+        ...
+
+    def notices(self) -> list[str]:
+        """Things an operator should know."""
+        ...
+
+    def tick_durations(self) -> tuple[float, float]:
+        """Median and 99th percentile, seconds."""
+        ...
+
+    def steering_changed(self) -> None:
+        """Mode or pause have changed: tell the kernel."""
+        ...
+
+    async def set_mode(self, mode: Mode) -> None:
+        """Observe or enforce; the latter installs the qdiscs where they are not yet."""
+        ...
+
+    async def plans(self, names: Sequence[str]) -> list[pb.DevicePlan]:
+        """What enforcing changes, or has changed, on these devices."""
+        ...
+
+    async def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Put the qdiscs of these devices back; names of the restored ones, and problems."""
+        ...

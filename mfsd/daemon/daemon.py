@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon: life cycle, regular work, reload, and what operators ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import time
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+
+import sdnotify
+import structlog
+
+import mfsd
+from mfsd import logs
+from mfsd.api.control import ControlService
+from mfsd.api.decode import Decoder
+from mfsd.api.hints import HintsService
+from mfsd.api.server import Server
+from mfsd.daemon import config as configuration
+from mfsd.daemon import reload, wiring
+from mfsd.daemon.devices import Devices
+from mfsd.daemon.ticker import Periods, Ticker
+from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.host.processes import ProcessGoneError, ProcessWatch
+from mfsd.host.sockets import SocketResolver
+from mfsd.model import Mode
+from mfsd.v1 import control_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from mfsd.daemon.config import Config
+    from mfsd.daemon.device import Device
+
+CARE_S: Final = 5.0
+"""How often devices are looked after: missing, returned, or changed by somebody else."""
+STATUS_S: Final = 5.0
+"""How often the one-line status for systemctl is renewed."""
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class StartError(RuntimeError):
+    """The daemon can't start; the text says why and what to do."""
+
+
+class ProcessWatcher:
+    """Adapts ProcessWatch to the engine, which unwatches by pid."""
+
+    def __init__(self) -> None:
+        self._watch = ProcessWatch()
+        self._handles: dict[int, list[tuple[int, int]]] = {}
+
+    def add(self, pid: int, on_exit: Callable[[], None]) -> bool:
+        """False when there is no such process."""
+        try:
+            handle = self._watch.add(pid, on_exit)
+        except ProcessGoneError:
+            return False
+        self._handles.setdefault(pid, []).append(handle)
+        return True
+
+    def remove(self, pid: int) -> None:
+        """Nobody wants to know about this process any more."""
+        for handle in self._handles.pop(pid, []):
+            self._watch.remove(handle)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._watch.close()
+
+
+class Daemon:
+    """One running mfsd. ``run`` returns when a signal asks it to."""
+
+    def __init__(self, config: Config, path: Path | None) -> None:
+        self.config = config
+        self.path = path
+        self.started = time.monotonic()
+        # Without a service manager the package would leave an open socket behind.
+        self._systemd = sdnotify.SystemdNotifier() if os.environ.get("NOTIFY_SOCKET") else None
+        self.ready = asyncio.Event()
+        """The endpoints are open."""
+        self._stopping = asyncio.Event()
+        self._hand_over = False
+        self._reload_problems: list[str] = []
+        self._device_work = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lock_file = _lock(config.daemon.state_dir)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock_file.close)
+            policy = wiring.policy_of(config)
+            if self._systemd is not None and self._systemd.socket is not None:
+                # A manager that does not read must not stop the engine; the package drops what can't be sent.
+                self._systemd.socket.setblocking(False)
+                undo.callback(self._systemd.socket.close)
+            self.devices = Devices(config, wiring.bands_of(config, policy))
+            undo.callback(self.devices.close)
+            self._resolver = SocketResolver()
+            undo.callback(self._resolver.close)
+            self._watcher = ProcessWatcher()
+            undo.callback(self._watcher.close)
+            self.engine = wiring.engine_of(
+                config, self.devices, policy, self._resolver, self._watcher.add, self._watcher.remove
+            )
+            self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat)
+            self._decoder = Decoder(config.limits)
+            hints = HintsService(self.engine, self._decoder, on_hints=self.ticker.poke)
+            self._server = Server(hints, ControlService(self), config.daemon)
+            self._undo = undo.pop_all()
+        self._watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
+        self._next_watchdog = 0.0
+
+    # --- life cycle ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until told to stop. Raises ServerError when the endpoints can't be opened."""
+        with self._undo:
+            try:
+                self.devices.set_steering(steers=self.engine.steers)
+                self.devices.beat()
+                await self._care()
+                await self._server.start()
+                self.ticker.start()
+                self._tasks = [asyncio.create_task(self._keep_care()), asyncio.create_task(self._keep_status())]
+                self._tell_systemd(f"READY=1\n{self._status_line()}")
+                log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
+                self.ready.set()
+                await self._stopping.wait()
+            finally:
+                await self._shut_down()
+
+    async def _shut_down(self) -> None:
+        self._tell_systemd("STOPPING=1")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.stop()
+        self.ticker.stop()
+        keep = self._hand_over or self.config.daemon.on_exit == "keep"
+        # From here on packets are default traffic, whatever happens to the qdiscs.
+        self.devices.fall_silent()
+        if not keep:
+            _, problems = await self._on_devices(lambda: self.devices.restore([d.name for d in self.devices.all]))
+            for problem in problems:
+                log.error("not restored", problem=problem)
+        await self._on_devices(self.devices.close)
+        log.info("stopped", qdiscs="kept" if keep else "restored")
+
+    def stop(self) -> None:
+        """End, and put the qdiscs back (unless daemon.on_exit says to keep them)."""
+        self._stopping.set()
+
+    def hand_over(self) -> None:
+        """End and leave the qdiscs to the next daemon, which adopts them without a graft."""
+        self._hand_over = True
+        self._stopping.set()
+
+    def _tell_systemd(self, state: str) -> None:
+        if self._systemd is not None:
+            self._systemd.notify(state)
+
+    # --- regular work -------------------------------------------------------------------------------------------------
+
+    def _beat(self, now: float) -> None:
+        """After a successful tick: signs of life for the classifier and for systemd."""
+        self.devices.beat()
+        if self._watchdog_s and now >= self._next_watchdog:
+            self._next_watchdog = now + self._watchdog_s / 3
+            self._tell_systemd("WATCHDOG=1")
+
+    async def _on_devices(self, work: Callable[[], T]) -> T:
+        """Run blocking device work in a thread, one piece at a time."""
+        async with self._device_work:
+            return await asyncio.to_thread(work)
+
+    async def _care(self) -> None:
+        await self._on_devices(lambda: self.devices.care(self.engine.mode))
+
+    async def _keep_care(self) -> None:
+        seldom = logs.Seldom()
+        while True:
+            await asyncio.sleep(CARE_S)
+            try:
+                await self._care()
+            except Exception:  # devices must be looked after next time all the same
+                if seldom("care"):
+                    log.exception("looking after the devices failed")
+
+    async def _keep_status(self) -> None:
+        last = ""
+        while True:
+            await asyncio.sleep(STATUS_S)
+            line = self._status_line()
+            if line != last:
+                self._tell_systemd(line)
+                last = line
+
+    def _status_line(self) -> str:
+        e = self.engine
+        state = "paused" if e.paused else e.mode.value
+        devices = ", ".join(f"{p.name} ({p.backend or 'observed'})" for p in self.all_devices) or "no devices"
+        return f"STATUS={state}: {devices}; {len(e.connections)} connections, {e.books.transfers.n} transfers"
+
+    # --- reload -------------------------------------------------------------------------------------------------------
+
+    def reload_soon(self) -> None:
+        """Reload in the background, with the notes that systemd wants."""
+        self._tasks.append(asyncio.create_task(self._reload_notified()))
+
+    async def _reload_notified(self) -> None:
+        # MONOTONIC_USEC is what Type=notify-reload wants, see sd_notify(3).
+        self._tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            await self.reload()
+        finally:
+            self._tell_systemd(f"READY=1\n{self._status_line()}")
+
+    async def reload(self) -> None:
+        """Read the configuration again and change what can be changed; the rest is named in the log and the status.
+
+        A file with any problem changes nothing.
+        """
+        self._reload_problems = []
+        if self.path is None:
+            self._reload_problems = ["reload: there is no configuration file to read again"]
+            log.warning("reload", problem=self._reload_problems[0])
+            return
+        try:
+            new = configuration.load(self.path)
+        except configuration.ConfigError as e:
+            self._reload_problems = [f"reload refused, nothing changed: {p}" for p in e.problems]
+            log.warning("reload refused, nothing changed", problems=e.problems)
+            return
+        old = self.config
+        changes = reload.changes(old, new)
+        waiting = list(changes.restart)
+        waiting += await self._change(old, new, set(changes.now))
+        self._reload_problems = [f"{key}: changed in the file, takes effect at the next restart" for key in waiting]
+        log.info("reloaded", changed=[k for k in changes.now if k not in waiting], needs_restart=waiting)
+
+    async def _change(self, old: Config, new: Config, keys: set[str]) -> list[str]:
+        """Apply the changed keys; returns those that turn out to need a restart."""
+        self.config = merged = reload.merge(old, new)
+        self.devices.config = merged
+        waiting: list[str] = []
+        if _touches(keys, "policy.") and not wiring.change_policy(self.engine, merged):
+            waiting = sorted(k for k in keys if k.startswith("policy."))
+            self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
+        self.engine.set_limits(merged.limits, merged.rescue)
+        self._decoder.set_limits(merged.limits)
+        if "bands.dscp" in keys:
+            self.devices.set_dscp(merged.bands.dscp)
+        if _touches(keys, "device["):
+            self.devices.set_configs(merged.device)
+        if _touches(keys, "daemon.log_"):
+            logs.configure(merged.daemon.log_format, merged.daemon.log_level)
+        self.ticker.periods = Periods.of(merged.daemon)
+        self.devices.set_timeout(merged.daemon.heartbeat_timeout_ms)
+        if "daemon.mode" in keys:
+            await self.set_mode(merged.daemon.mode)
+        return waiting
+
+    # --- what operators ask (control.Operations) ----------------------------------------------------------------------
+
+    @property
+    def all_devices(self) -> Sequence[Device]:
+        """The configured devices."""
+        return self.devices.all
+
+    def notices(self) -> list[str]:
+        """Things an operator should know, most important first."""
+        out = [f"engine: the last tick failed: {self.ticker.failure}"] if self.ticker.failure else []
+        out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
+        out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
+        if not self.all_devices:
+            out.append("no [[device]] is configured: hints are taken, nothing is shaped")
+        return out + self._reload_problems
+
+    def tick_durations(self) -> tuple[float, float]:
+        """See Ticker."""
+        return self.ticker.durations()
+
+    def steering_changed(self) -> None:
+        """Mode or pause have changed."""
+        self.devices.set_steering(steers=self.engine.steers)
+        log.info("steering", mode=self.engine.mode.value, paused=self.engine.paused, steers=self.engine.steers)
+
+    async def set_mode(self, mode: Mode) -> None:
+        """Observe or enforce; enforcing tries again where it was given up before."""
+        self.engine.set_mode(mode)
+        if mode is Mode.ENFORCE:
+            self.devices.retry()
+            await self._care()
+        self.steering_changed()
+
+    async def plans(self, names: Sequence[str]) -> list[pb.DevicePlan]:
+        """What enforcing changes, or has changed, on these devices."""
+        return [_plan(device, plan) for device, plan in await self._on_devices(lambda: self.devices.plans(names))]
+
+    async def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Put qdiscs back. With none left to enforce on, the mode is observe from then on."""
+        out = await self._on_devices(lambda: self.devices.restore(names))
+        if not any(p.enforced for p in self.all_devices):
+            self.engine.set_mode(Mode.OBSERVE)
+            self.steering_changed()
+        return out
+
+
+def _touches(keys: set[str], prefix: str) -> bool:
+    return any(k.startswith(prefix) for k in keys)
+
+
+def _plan(device: Device, plan: Any) -> pb.DevicePlan:
+    if isinstance(plan, DatapathError):
+        return pb.DevicePlan(device=device.name, refusals=[str(plan)])
+    return pb.DevicePlan(
+        device=plan.ifname,
+        backend=plan.backend,
+        found=plan.found,
+        steps=[pb.PlanStep(what=s.text, command=s.command, done=device.enforced) for s in plan.steps],
+        refusals=plan.refusals,
+        undo=[f"{s.text}: {s.command}" for s in plan.undo],
+        reasons=plan.reasons,
+    )
+
+
+def _lock(state_dir: Path) -> IO[str]:
+    """Be the only daemon of a state directory. Raises StartError."""
+    path = state_dir / "mfsd.lock"
+    try:
+        state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        file = path.open("a+", encoding="ascii")
+    except OSError as e:
+        raise StartError(f'daemon.state_dir = "{state_dir}": {e}') from e
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        pid = file.read().strip() or "unknown"
+        file.close()
+        raise StartError(
+            f"another mfsd (pid {pid}) uses {state_dir}; stop it, or give this one its own daemon.state_dir and socket"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the policy sees: views of the books, the connections and the devices, as of one moment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mfsd.bands import Bands, Ladder
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
+    from mfsd.engine.device import Device
+
+STUCK_BYTES: Final = 2 * 65536
+"""What a starved TCP socket has in the qdisc: two GSO segments (TCP small queues, net/ipv4/tcp_output.c). These bytes
+have passed the classifier but not the link, so a transfer counts as having this much left until TCP says otherwise."""
+
+
+def views_of(
+    books: Books, connections: Connections, devices: Sequence[Device], bands: Bands, ladder: Ladder, now: float
+) -> Views:
+    """Everything that a policy may look at; arrays are copies or live columns, to be read only."""
+    requests, batches = _requests(books, now), _batches(books)
+    t = books.transfers
+    conn, start, end, size = t.live("conn"), t.live("start"), t.live("end"), t.live("size")
+    sent = connections.sent().take(conn)  # take: a third of the time of [], at 10,000 rows
+    batch, request = t.live("batch"), t.live("request")
+    current, computing = np.zeros(t.n, dtype=np.int32), np.zeros(t.n, dtype=np.bool_)
+    if len(batches):
+        owned = batch >= 0
+        current = batches.current_layer.take(batch) * owned
+        computing = owned & ~batches.compute_done.take(batch)
+    compute_left = requests.compute_left.take(request) * (request >= 0) if len(requests) else np.zeros(t.n)
+    transfers = TransferView(
+        stage=t.live("stage"),
+        size=size,
+        left=np.maximum(end - np.maximum(sent, start), np.minimum(size, STUCK_BYTES)),
+        ahead=np.maximum(start - sent, 0.0),  # without a connection both are 0
+        request=request,
+        batch=batch,
+        conn=conn,
+        target_layer=t.live("target_layer"),
+        current_layer=current,
+        computing=computing,
+        layer_started=current != t.live("seen_layer"),
+        deadline=t.live("deadline"),
+        compute_left=compute_left,
+        created=t.live("created"),
+        level=t.live("level"),
+        device=connections.device.take(conn),
+        peer=connections.peer.take(conn),
+    )
+    return Views(transfers, requests, batches, _link(connections, devices, bands, ladder), now)
+
+
+def _requests(books: Books, now: float) -> RequestView:
+    r, b = books.requests, books.batches
+    compute_left = np.maximum(r.live("compute_until") - now, 0.0)
+    batch = r.live("batch")
+    if b.n and r.n:
+        per_layer = b.live("layer_compute")
+        todo = (b.live("layers") - b.live("current_layer")) * per_layer
+        todo -= np.clip(now - b.live("layer_since"), 0.0, per_layer)  # the current layer, as far as it can be
+        todo = np.where(b.live("compute_done"), 0.0, np.maximum(todo, 0.0))
+        known = (b.live("layers") > 0) & (per_layer > 0) | b.live("compute_done")
+        compute_left = np.where((batch >= 0) & known.take(batch), todo.take(batch), compute_left)
+    return RequestView(
+        deadline=r.live("deadline"),
+        arrival=r.live("arrival"),
+        batch=batch,
+        compute_left=compute_left,
+        pruned=r.live("pruned"),
+    )
+
+
+def _batches(books: Books) -> BatchView:
+    b = books.batches
+    return BatchView(
+        layers=b.live("layers"),
+        current_layer=b.live("current_layer"),
+        layer_compute=b.live("layer_compute"),
+        compute_done=b.live("compute_done"),
+        arrival=b.live("arrival"),
+        rank=b.live("rank"),
+    )
+
+
+def _link(connections: Connections, devices: Sequence[Device], bands: Bands, ladder: Ladder) -> LinkView:
+    estimators = [d.estimator for d in devices]
+    load = np.array([e.band_load for e in estimators]) if estimators else np.zeros((1, len(bands)))
+    # Everything in bands above that of a level; one more column for "above the scavenger".
+    above = np.concatenate([np.zeros((len(load), 1)), np.cumsum(load, axis=1)], axis=1)
+    at = [*ladder.band_of, bands.scavenger.index]
+    return LinkView(
+        rate=np.array([e.rate for e in estimators] or [0.0]),
+        load=np.minimum(load.sum(axis=1), 1.0),
+        load_above=np.minimum(above[:, at], 1.0),
+        peer_rate=connections.peers.rate,
+    )
