@@ -11,8 +11,7 @@ from typing import Final
 import numpy as np
 
 from mfsd import units
-from mfsd.policy.mfs import mlu, rli
-from mfsd.policy.parts import bound
+from mfsd.policy.parts import bound, mlu, rli
 from mfsd.policy.views import (
     B1,
     I2,

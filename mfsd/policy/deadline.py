@@ -11,8 +11,7 @@ import numpy as np
 
 from mfsd import units
 from mfsd.policy.base import P2D, PolicyBase, place
-from mfsd.policy.mfs import rli
-from mfsd.policy.parts import bound, buckets, pick, promote
+from mfsd.policy.parts import bound, buckets, pick, promote, rli
 from mfsd.policy.parts.members import earliest, of_batch
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import LEVEL_NONE, LEVEL_SCAVENGER

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from support import policy_views as pv
 from support import reference as ref
 
-from mfsd.policy.mfs import inter_request, mlu, pruning, red, rli
+from mfsd.policy.mfs import inter_request, pruning, red
 from mfsd.policy.mfs.layout import ARBITRATION, Layout
-from mfsd.policy.parts import bound, buckets, pick
+from mfsd.policy.parts import bound, buckets, mlu, pick, rli
 
 finite = st.floats(min_value=-1e3, max_value=1e6, allow_nan=False)
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from mfsd import units
 from mfsd.policy.base import P2D, PolicyBase, place
-from mfsd.policy.mfs import inter_request, mlu, rli
+from mfsd.policy.mfs import inter_request
 from mfsd.policy.mfs.layout import ARBITRATION, Layout
-from mfsd.policy.parts import bound, pick, promote
+from mfsd.policy.parts import bound, mlu, pick, promote, rli
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import (
     B1,

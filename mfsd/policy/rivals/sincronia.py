@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mfsd.policy.base import P2D, PolicyBase, place
-from mfsd.policy.mfs.rli import COLLECTIVE
 from mfsd.policy.parts import bound
+from mfsd.policy.parts.rli import COLLECTIVE
 from mfsd.policy.views import LEVEL_NONE
 
 if TYPE_CHECKING:

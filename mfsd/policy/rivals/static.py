@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mfsd.policy.base import PolicyBase
-from mfsd.policy.mfs.rli import COLLECTIVE
 from mfsd.policy.parts.params import option
+from mfsd.policy.parts.rli import COLLECTIVE
 from mfsd.policy.views import I2, LEVEL_NONE, BatchView, Explanation, LinkView, RequestView, TransferView
 
 
