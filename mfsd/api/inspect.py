@@ -13,7 +13,7 @@ from mfsd.model import INF, Stage
 if TYPE_CHECKING:
     from mfsd.engine.books import Connection, Transfer
     from mfsd.engine.engine import Engine
-    from mfsd.engine.steering import Views
+    from mfsd.policy.views import Views
 
 SHOWN_SCAVENGER = -2
 """Level numbers as shown: -1 none, -2 scavenger (proto mfsd.v1.Connection.level)."""
@@ -107,7 +107,7 @@ def explain(
     if parts:
         level = engine.transfers.live("level")
         first = min(parts, key=lambda t: level[t.row])
-        why = engine.steering.policy.explain(first.row, views.transfers, views.requests, views.batches, views.link, now)
+        why = engine.steering.policy.explain(first.row, views)
         out.figures = why.figures
         if conn is not None and len(parts) > 1:
             out.reasons.append(f"its most urgent transfer is {first.id!r} (of {len(parts)}; the byte stream is FIFO)")
@@ -169,7 +169,7 @@ def _transfer(transfer: Transfer, views: Views, now: float) -> TransferInfo:
     row, view = transfer.row, views.transfers
     deadline = float(view.deadline[row])
     timed = deadline < INF
-    rate = float(views.link.rate[view.port[row]]) if len(views.link.rate) else 0.0
+    rate = float(views.link.rate[view.device[row]]) if len(views.link.rate) else 0.0
     late = transfer.stage is Stage.P2D
     mlu = None
     if late and timed and rate > 0:

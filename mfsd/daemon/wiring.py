@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mfsd.daemon.devices import Devices, GuardedPort
     from mfsd.engine.connections import Resolver
     from mfsd.model import Address, Endpoints
-    from mfsd.policy.views import Policy
+    from mfsd.policy.base import Policy
 
 RELOADABLE: Final = frozenset(
     {

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mfsd.bands import LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.model import Event, EventKind, Stage
 from mfsd.policy.parts.still import stage_levels
-from mfsd.policy.views import I2, BatchView, LinkView, Policy, RequestView, TransferView
+from mfsd.policy.views import I2, BatchView, LinkView, RequestView, TransferView, Views
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mfsd.engine.engine import Engine
     from mfsd.engine.estimator import LinkEstimator
     from mfsd.engine.rescue import Rescuer
+    from mfsd.policy.base import Policy
 
 STUCK_BYTES: Final = 2 * 65536
 """What a starved TCP socket has in the qdisc: two GSO segments (TCP small queues, net/ipv4/tcp_output.c). These bytes
@@ -50,16 +51,6 @@ class Port(Protocol):
     def read(self) -> tuple[int, int, npt.NDArray[np.float64]] | None:
         """Bytes sent and queued by the root qdisc, and bytes offered per band, cumulative; None: not enforced."""
         ...
-
-
-@dataclass(slots=True)
-class Views:
-    """What the policy was shown, kept for explain."""
-
-    transfers: TransferView
-    requests: RequestView
-    batches: BatchView
-    link: LinkView
 
 
 @dataclass(slots=True)
@@ -214,14 +205,13 @@ class Steering:
         views = self.views(engine, now)
         if engine.arrange_wanted:
             engine.arrange_wanted = False
-            arrangement = self.policy.arrange(views.transfers, views.requests, views.batches, views.link, now)
+            arrangement = self.policy.arrange(views)
             if arrangement is not None:
                 self._tell_pruned(engine, arrangement.pruned)
                 engine.batches.live("rank")[:] = arrangement.rank
                 engine.requests.live("pruned")[:] = arrangement.pruned
         if len(views.transfers):
-            levels = self.policy.evaluate(views.transfers, views.requests, views.batches, views.link, now)
-            engine.transfers.live("level")[:] = levels
+            engine.transfers.live("level")[:] = self.policy.evaluate(views).level
             engine.transfers.live("seen_layer")[:] = views.transfers.current_layer
             if now >= self._next_feasible:
                 self._next_feasible = now + FEASIBLE_S
@@ -258,10 +248,10 @@ class Steering:
             compute_left=compute_left,
             created=t.live("created"),
             level=t.live("level"),
-            port=self.connections.port.take(conn),
+            device=self.connections.port.take(conn),
             peer=self.connections.peer.take(conn),
         )
-        return Views(transfers, requests, batches, self._link_view())
+        return Views(transfers, requests, batches, self._link_view(), now)
 
     @staticmethod
     def _request_view(engine: Engine, now: float) -> RequestView:
@@ -350,7 +340,7 @@ class Steering:
     # --- the way back -------------------------------------------------------------------------------------------------
 
     def _tell_infeasible(self, engine: Engine, views: Views, now: float) -> None:
-        flags = self.policy.infeasible(views.transfers, views.requests, views.batches, views.link, now)
+        flags = self.policy.infeasible(views)
         known = engine.transfers.live("infeasible")
         for row in np.flatnonzero(flags != known):
             transfer = engine.transfers.objects[row]
