@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from mfsd.policy.views import B1, I2, Arrangement, Views
 
 STAGES: Final = {
-    UNSTAGED: "unstaged",
-    KV_REUSE: "KV reuse (stage 1)",
-    COLLECTIVE: "collective (stage 2)",
-    P2D: "prefill-to-decode (stage 3)",
+    UNSTAGED: "an unstaged",
+    KV_REUSE: "a KV reuse (stage 1)",
+    COLLECTIVE: "a collective (stage 2)",
+    P2D: "a prefill-to-decode (stage 3)",
 }
 
 
@@ -136,7 +136,7 @@ def _facts(row: int, view: Views, figures: dict[str, float]) -> list[str]:
     far = f", the link into its peer {units.rate(figures['peer_rate'])}" if "peer_rate" in figures else ""
     facts = [
         (
-            f"It is a {stage} transfer with {units.size(figures['bytes_left'])} of {units.size(whole)} left{ahead}; "
+            f"It is {stage} transfer with {units.size(figures['bytes_left'])} of {units.size(whole)} left{ahead}; "
             f"its device gives {units.rate(figures['device_rate'])}, {figures['rho']:.0%} of it taken lately{far}."
         )
     ]

@@ -66,7 +66,7 @@ def test_explain_names_the_slow_link_of_a_peer() -> None:
 def test_explain_what_has_no_stage() -> None:
     text, figures = _why("mfs", {}, stage=0, left=5e5)
     assert text.startswith(
-        "It has no stage: it stays in the default band. It is a unstaged transfer with 500 kB of 1 MB"
+        "It has no stage: it stays in the default band. It is an unstaged transfer with 500 kB of 1 MB"
     )
     assert figures["level"] == -1
 
