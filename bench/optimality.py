@@ -30,7 +30,7 @@ from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.sim.decide import simulate
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import Policy
+    from mfsd.policy.base import Policy
 
 PERIOD_S: Final = 0.010
 EXACT_LEVELS: Final = 4096

@@ -18,13 +18,13 @@ import numpy as np
 
 from bench.common import Figure, write
 from mfsd.bands import Bands
-from mfsd.engine.settings import LimitsConfig, RescueConfig
 from mfsd.daemon.devices import KernelKeys
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.engine.connections import Connections
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
+from mfsd.engine.settings import LimitsConfig, RescueConfig
 from mfsd.engine.slots import FlowTable
 from mfsd.model import BatchHint, CookieSelector, Endpoints, ProgressHint, RequestHint, Selector, Stage, TransferHint
 from mfsd.policy.registry import make_policy

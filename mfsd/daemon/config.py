@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -32,6 +33,7 @@ from mfsd.daemon.config_text import explain, key, render, toml
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
 from mfsd.model import Mode
+from mfsd.policy import registry
 from mfsd.units import Rate
 
 __all__ = [
@@ -328,30 +330,11 @@ def _limit_problems(limits: LimitsConfig) -> list[str]:
 
 
 def _policy_problems(c: Config) -> list[str]:
-    # Not in the model: only who runs a policy needs its modules (and numpy).
-    from mfsd.policy.registry import make_policy  # noqa: PLC0415 - see the line above
-
-    try:
-        make_policy(c.policy.name, c.bands.levels, c.policy.params)
-    except ValueError:
-        pass
-    else:
-        return []
-    # One by one, so that each faulty parameter is found, then together.
-    attempts = [{}, *({k: v} for k, v in c.policy.params.items()), c.policy.params]
-    out: list[str] = []
-    for params in attempts:
-        try:
-            make_policy(c.policy.name, c.bands.levels, params)
-        except ValueError as e:
-            text = str(e)
-            if text.startswith("policy = "):
-                return [text.replace("policy = ", "policy.name = ", 1)]
-            if text.startswith("levels = "):
-                return [f"bands.{text}"]
-            if f"policy.{text}" not in out:
-                out.append(f"policy.{text}")
-    return out
+    where = {"policy": "policy.name", "levels": "bands.levels"}
+    return [
+        str(replace(p, field=f"policy.{p.field}" if p.parameter else where[p.field]))
+        for p in registry.problems(c.policy.name, c.bands.levels, c.policy.params)
+    ]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mfsd.daemon.devices import Devices
     from mfsd.engine.connections import Resolver
     from mfsd.model import Address, Endpoints
-    from mfsd.policy.views import Policy
+    from mfsd.policy.base import Policy
 
 
 def bands_of(config: Config, policy: Policy) -> Bands:

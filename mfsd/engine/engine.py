@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mfsd.engine.device import Device
     from mfsd.engine.settings import LimitsConfig, RescueConfig
     from mfsd.model import Hint
-    from mfsd.policy.views import Policy
+    from mfsd.policy.base import Policy
 
 R = TypeVar("R", bound=HasRow)
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.rescue import Rescuer
-    from mfsd.policy.views import I2, Policy, Views
+    from mfsd.policy.base import Policy
+    from mfsd.policy.views import I2, Views
 
 OBSERVE_S: Final = 0.02
 """How often the devices' counters are read."""
@@ -83,7 +84,7 @@ class Steering:
             self.books.arrange_wanted = False
             self._arrange(views)
         if len(views.transfers):
-            self.books.transfers.live("level")[:] = self.policy.evaluate(views)
+            self.books.transfers.live("level")[:] = self.policy.evaluate(views).level
             self.books.transfers.live("seen_layer")[:] = views.transfers.current_layer
             if now >= self._next_feasible:
                 self._next_feasible = now + FEASIBLE_S

@@ -1,100 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all policies share: identity, the infeasibility bound, and the figures of an explanation."""
+"""What a policy is, and what all of them share: the infeasibility bound and the figures of an explanation.
+
+A policy is pure: no I/O, no clock of its own, no state. It imports numpy and the ground (model, units, bands) only.
+"""
 
 from __future__ import annotations
 
 import abc
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
 from mfsd import units
-from mfsd.policy.mfs import mlu, rli
-from mfsd.policy.parts import bound
-from mfsd.policy.views import (
-    B1,
-    I2,
-    LEVEL_NEW,
-    LEVEL_NONE,
-    LEVEL_SCAVENGER,
-    Arrangement,
-    BatchView,
-    Explanation,
-    LinkView,
-    RequestView,
-    TransferView,
-)
+from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.policy.parts import bound, mlu, pick, rli
+from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, UNSTAGED, Decision, Explanation
 
-STAGES: Final = {0: "unstaged", 1: "KV reuse (stage 1)", 2: "collective (stage 2)", 3: "prefill-to-decode (stage 3)"}
-P2D: Final = 3
-"""model.Stage.P2D, as the plain integer that numpy compares fastest."""
+if TYPE_CHECKING:
+    from mfsd.policy.views import B1, I2, Arrangement, Views
+
+STAGES: Final = {
+    UNSTAGED: "an unstaged",
+    KV_REUSE: "a KV reuse (stage 1)",
+    COLLECTIVE: "a collective (stage 2)",
+    P2D: "a prefill-to-decode (stage 3)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyBase(abc.ABC):
-    """Base of every policy: a frozen bag of parameters."""
+class Policy(abc.ABC):
+    """One scheduling policy: a frozen bag of parameters; all state is in the views.
+
+    Made by ``registry.make_policy``, which checks the parameters: the classes rely on that.
+    """
 
     name: str
+    """As in the config."""
     levels: int
+    """Number of levels it uses, 0 .. levels-1, besides NONE and SCAVENGER."""
+    clairvoyant: ClassVar[bool] = False
+    """True: only a simulator knows what it wants to be shown."""
+    takes_levels: ClassVar[tuple[str, ...]] = ()
+    """Parameters that ``least_levels`` depends on."""
+
+    @property
+    def least_levels(self) -> int:
+        """How many levels it needs with these parameters."""
+        return 1
 
     @property
     @abc.abstractmethod
     def default_after(self) -> int:
-        """How many of the levels stand above the default band (unhinted traffic)."""
+        """How many of its levels stand above the default band (unhinted traffic)."""
+
+    def evaluate(self, view: Views) -> Decision:
+        """Decide levels. Vectorised; called at layer boundaries and on the timer. What has no stage gets NONE."""
+        return Decision(pick.levels(view.transfers.stage == UNSTAGED, np.int16(LEVEL_NONE), self._level(view)))
 
     @abc.abstractmethod
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """Level of every transfer, shape (n,)."""
+    def _level(self, view: Views) -> I2:
+        """Level of every transfer, shape (n,); any of those without a stage."""
 
-    def arrange(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> Arrangement | None:
-        """No inter-request decision unless a policy has one."""
-        del transfers, requests, batches, link, now
+    def arrange(self, view: Views) -> Arrangement | None:
+        """Inter-request decision; called when a batch arrives or departs. None: the policy has none."""
+        del view
         return None
 
-    def infeasible(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> B1:
-        """Rows of requests that can't be in time even with the port to themselves (bound.py), shape (n,)."""
-        del batches
-        return bound.judge(transfers, requests, link, now).transfers
+    def infeasible(self, view: Views) -> B1:
+        """Rows of requests that can't be in time even with their devices to themselves (bound.py), shape (n,)."""
+        return bound.judge(view).transfers
 
-    def explain(
-        self, row: int, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> Explanation:
-        """Why row ``row`` is where it is: the policy's own reasons first, then the facts all policies share."""
-        level = int(self.evaluate(transfers, requests, batches, link, now)[row])
-        out = Explanation(figures=_figures(row, level, transfers, batches, link, now))
-        if transfers.stage[row]:
-            self._reasons(out, row, level, transfers, requests, batches, link, now)
+    def explain(self, row: int, view: Views) -> Explanation:
+        """Why row ``row`` is where it is, and what would promote it and when.
+
+        The policy's own reasons come first, then the facts that all policies share.
+        """
+        level = int(self.evaluate(view).level[row])
+        out = Explanation(figures=_figures(row, level, view))
+        if view.transfers.stage[row]:
+            self._reasons(out, row, level, view)
         else:
             out.reasons.append("It has no stage: it stays in the default band.")
-        out.reasons.extend(_facts(row, transfers, out.figures))
-        if self.infeasible(transfers, requests, batches, link, now)[row]:
+        out.reasons.extend(_facts(row, view, out.figures))
+        if self.infeasible(view)[row]:
             out.reasons.append(
-                "Its request can't be in time even with the port to itself: it needs "
+                "Its request can't be in time even with its device to itself: it needs "
                 f"{units.duration(out.figures['needed_s'])} or a sibling is late, and has "
                 f"{units.duration(max(out.figures.get('time_left_s', 0.0), 0.0))}."
             )
         return out
 
     @abc.abstractmethod
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
         """Append why ``row``, which has a stage, is at ``level`` and what would promote it; add figures."""
 
 
@@ -105,44 +104,40 @@ def place(level: int) -> str:
     return "the scavenger band" if level == LEVEL_SCAVENGER else f"level {level}"
 
 
-def _figures(
-    row: int, level: int, transfers: TransferView, batches: BatchView, link: LinkView, now: float
-) -> dict[str, float]:
-    batch = int(transfers.batch[row])
-    port = int(transfers.port[row])
-    old = int(transfers.level[row])
+def _figures(row: int, level: int, view: Views) -> dict[str, float]:
+    t, link = view.transfers, view.link
+    batch, device, old = int(t.batch[row]), int(t.device[row]), int(t.level[row])
     out = {
         "level": -2.0 if level == LEVEL_SCAVENGER else float(level),
-        "bytes_left": float(transfers.left[row]),
-        "bytes_ahead": float(transfers.ahead[row]),
-        "port_rate": float(link.rate[port]),
-        "rho": float(link.load[port]),
-        "needed_s": float(bound.seconds_needed(transfers, link)[row]),
-        "compute_left_s": float(transfers.compute_left[row]),
+        "bytes_left": float(t.left[row]),
+        "bytes_ahead": float(t.ahead[row]),
+        "device_rate": float(link.rate[device]),
+        "rho": float(link.load[device]),
+        "needed_s": float(bound.seconds_needed(view)[row]),
+        "compute_left_s": float(t.compute_left[row]),
     }
-    if len(link.peer_rate) and transfers.peer[row] >= 0 and math.isfinite(link.peer_rate[transfers.peer[row]]):
-        out["peer_rate"] = float(link.peer_rate[transfers.peer[row]])
+    if len(link.peer_rate) and t.peer[row] >= 0 and math.isfinite(link.peer_rate[t.peer[row]]):
+        out["peer_rate"] = float(link.peer_rate[t.peer[row]])
     if old not in (LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER):
         out["level_before"] = float(old)
-    if math.isfinite(transfers.deadline[row]):
-        out["time_left_s"] = float(transfers.deadline[row] - now)
-        out["mlu"] = float(mlu.mlu(transfers, link, now, "transfer", np.zeros(1))[row])
-    if transfers.stage[row] in (1, 2):
-        out["rli"] = float(rli.rli(transfers)[row])
+    if math.isfinite(t.deadline[row]):
+        out["time_left_s"] = float(t.deadline[row] - view.now)
+        out["mlu"] = float(mlu.mlu(view, "transfer", np.zeros(1))[row])
+    if t.stage[row] in (KV_REUSE, COLLECTIVE):
+        out["rli"] = float(rli.rli(t)[row])
     if batch >= 0:
-        out["red_rank"] = float(batches.rank[batch])
+        out["red_rank"] = float(view.batches.rank[batch])
     return out
 
 
-def _facts(row: int, transfers: TransferView, figures: dict[str, float]) -> list[str]:
-    stage = STAGES.get(int(transfers.stage[row]), "unknown stage")
+def _facts(row: int, view: Views, figures: dict[str, float]) -> list[str]:
+    stage, whole = STAGES[int(view.transfers.stage[row])], float(view.transfers.size[row])
     ahead = f" behind {units.size(figures['bytes_ahead'])} on its connection" if figures["bytes_ahead"] else ""
     far = f", the link into its peer {units.rate(figures['peer_rate'])}" if "peer_rate" in figures else ""
     facts = [
         (
-            f"It is a {stage} transfer with {units.size(figures['bytes_left'])} of "
-            f"{units.size(float(transfers.size[row]))} left{ahead}; its port gives {units.rate(figures['port_rate'])}, "
-            f"{figures['rho']:.0%} of it taken lately{far}."
+            f"It is {stage} transfer with {units.size(figures['bytes_left'])} of {units.size(whole)} left{ahead}; "
+            f"its device gives {units.rate(figures['device_rate'])}, {figures['rho']:.0%} of it taken lately{far}."
         )
     ]
     if "time_left_s" in figures:

@@ -3,28 +3,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
 from mfsd import units
-from mfsd.policy.base import P2D, PolicyBase, place
-from mfsd.policy.mfs import rli
-from mfsd.policy.parts import bound, buckets, pick, promote
+from mfsd.bands import LEVEL_SCAVENGER
+from mfsd.policy.base import Policy, place
+from mfsd.policy.parts import bound, buckets, pick, promote, rli
 from mfsd.policy.parts.members import earliest, of_batch
 from mfsd.policy.parts.params import option
-from mfsd.policy.views import LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.policy.views import COLLECTIVE, P2D
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import B1, F8, I2, BatchView, Explanation, LinkView, RequestView, TransferView
+    from mfsd.policy.views import B1, F8, I2, Explanation, Views
 
 KV: Final = ("deadline", "rli")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeadlineLadder(PolicyBase):
+class DeadlineLadder(Policy):
     """Beyond the MFS paper: deadline order with give-up. Source: docs/policies.md, chosen by measurement.
 
     Levels, most urgent first::
@@ -48,34 +48,35 @@ class DeadlineLadder(PolicyBase):
     requests of a batch run together.
     """
 
+    takes_levels: ClassVar[tuple[str, ...]] = ("kv", "early_levels", "doomed_levels")
     levels: int = 8
     kv: str = option("deadline", "order of stage 1: with stage 3 by deadline, or above it by RLI", choices=KV)
     early_levels: int = option(1, "levels for stage 1 if kv = 'rli'; 1: static", low=1, high=64)
     first_ms: float = option(12.5, "time to the deadline below which KV is most urgent", low=0.001)
-    last_ms: float = option(800.0, "time to the deadline above which KV is least urgent", low=0.001)
+    last_ms: float = option(
+        800.0, "time to the deadline above which KV is least urgent", low=0.001, at_least="first_ms"
+    )
     give_up: bool = option(default=True, doc="doomed stage-3 transfers go to the scavenger")
     margin: float = option(0.05, "share of the time left by which the bound must exceed it to give up", low=0.0)
     doomed_levels: int = option(0, "lowest levels that order the doomed by work left", low=0, high=64)
     doomed_first_ms: float = option(
-        2.0, "work (time at port rate) of the first doomed level; the next double", low=0.001
+        2.0, "work (time at the device's rate) of the first doomed level; the next double", low=0.001
     )
     promotion: bool = option(default=True, doc="off: a transfer keeps the level of its creation")
     when: str = option("tick", "when levels are re-evaluated", choices=promote.WHEN)
-    _edges: tuple[float, ...] = field(init=False, repr=False)
-    _doomed_edges: tuple[float, ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        steps = self._doomed_base - self._base
-        if steps < 1:
-            raise ValueError(
-                f"levels = {self.levels}: policy {self.name!r} needs at least {self.levels - steps + 1} "
-                "with these parameters"
-            )
-        if self.last_ms < self.first_ms:
-            raise ValueError(f"last_ms = {self.last_ms:g}: must be at least first_ms ({self.first_ms:g})")
-        object.__setattr__(self, "_edges", buckets.span(steps, self.first_ms / 1e3, self.last_ms / 1e3))
-        doomed = buckets.edges(self.doomed_levels + 1, self.doomed_first_ms / 1e3, 2.0)
-        object.__setattr__(self, "_doomed_edges", doomed)
+    @cached_property
+    def _edges(self) -> tuple[float, ...]:
+        return buckets.span(self._doomed_base - self._base, self.first_ms / 1e3, self.last_ms / 1e3)
+
+    @cached_property
+    def _doomed_edges(self) -> tuple[float, ...]:
+        return buckets.edges(self.doomed_levels + 1, self.doomed_first_ms / 1e3, 2.0)
+
+    @property
+    def least_levels(self) -> int:
+        """At least one bucket of deadlines."""
+        return self._base + 1 + self.doomed_levels
 
     @property
     def _base(self) -> int:
@@ -91,94 +92,76 @@ class DeadlineLadder(PolicyBase):
         """Unhinted traffic stands above the far half of the deadlines (kv = "deadline"), or above all stage 3."""
         return self._base if self.kv == "rli" else 1 + (self._doomed_base - 1) // 2
 
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """Level of every transfer, shape (n,)."""
-        doomed = self._judge(transfers, requests, link, now) if self.give_up else None
-        due_in = self._deadline(transfers, requests, batches, doomed) - now
+    def _level(self, view: Views) -> I2:
+        t, p2d = view.transfers, view.transfers.stage == P2D
+        doomed = self._judge(view) if self.give_up else None
+        due_in = self._deadline(view, doomed) - view.now
         wanted = np.int16(self._base) + buckets.bucket(due_in, self._edges)
         if self.kv == "rli":
             # Stage 1 starts a level below the collectives even when it is overdue.
-            early = 1 + np.clip(rli.rli(transfers) - 1, 0, self.early_levels - 1)
-            wanted = pick.levels(transfers.stage == P2D, wanted, early.astype(np.int16))
-        wanted = pick.levels(transfers.stage == rli.COLLECTIVE, np.int16(0), wanted)
-        old = transfers
+            early = 1 + np.clip(rli.rli(t) - 1, 0, self.early_levels - 1)
+            wanted = pick.levels(p2d, wanted, early.astype(np.int16))
+        wanted = pick.levels(t.stage == COLLECTIVE, np.int16(0), wanted)
+        old = t.level
         if self.doomed_levels:
             # Rows on the doomed levels count as on the scavenger: if they come back they start afresh.
-            level = pick.levels(self._given_up(transfers), np.int16(LEVEL_SCAVENGER), transfers.level)
-            old = dataclasses.replace(transfers, level=level)
+            old = pick.levels(self._given_up(old), np.int16(LEVEL_SCAVENGER), old)
         if self.when != "tick" or not self.promotion:
-            wanted = pick.levels(promote.due(old, self.when, enabled=self.promotion), wanted, old.level)
+            wanted = pick.levels(promote.may_change(t, old, self.when, enabled=self.promotion), wanted, old)
         if doomed is not None:
-            given_up = doomed.transfers & (transfers.stage == P2D)
-            wanted = pick.levels(given_up, self._doomed_level(transfers, link), wanted)
-        return pick.levels(transfers.stage == 0, np.int16(LEVEL_NONE), wanted)
+            wanted = pick.levels(doomed.transfers & p2d, self._doomed_level(view), wanted)
+        return wanted
 
-    def _deadline(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, doomed: bound.Verdict | None
-    ) -> F8:
+    def _deadline(self, view: Views, doomed: bound.Verdict | None) -> F8:
         """What each transfer is ordered by, monotonic seconds, shape (n,)."""
-        if self.kv == "rli" or not len(batches):
-            return transfers.deadline
-        live = requests.deadline if doomed is None else np.where(doomed.requests, np.inf, requests.deadline)
-        together = of_batch(transfers, earliest(live, requests, batches))
-        alone = (transfers.stage == P2D) | (transfers.batch < 0)
-        return pick.floats(alone, transfers.deadline, together)
+        t, due = view.transfers, view.requests.deadline
+        if self.kv == "rli" or not len(view.batches):
+            return t.deadline
+        live = due if doomed is None else np.where(doomed.requests, np.inf, due)
+        return pick.floats((t.stage == P2D) | (t.batch < 0), t.deadline, of_batch(view, earliest(view, live)))
 
-    def _given_up(self, transfers: TransferView) -> B1:
-        on_ladder = (transfers.level >= self._doomed_base) & (transfers.level < self.levels)
-        given_up: B1 = on_ladder | (transfers.level == LEVEL_SCAVENGER)
+    def _given_up(self, level: I2) -> B1:
+        on_ladder = (level >= self._doomed_base) & (level < self.levels)
+        given_up: B1 = on_ladder | (level == LEVEL_SCAVENGER)
         return given_up
 
-    def _judge(self, transfers: TransferView, requests: RequestView, link: LinkView, now: float) -> bound.Verdict:
-        return bound.judge(transfers, requests, link, now, self.margin, self._given_up(transfers))
+    def _judge(self, view: Views) -> bound.Verdict:
+        return bound.judge(view, self.margin, self._given_up(view.transfers.level))
 
-    def _doomed_level(self, transfers: TransferView, link: LinkView) -> I2:
+    def _doomed_level(self, view: Views) -> I2:
         if not self.doomed_levels:
             return np.full(1, LEVEL_SCAVENGER, dtype=np.int16)
-        work = bound.request_bytes(transfers, len(link.rate), transfers.left) / bound.path_rate(transfers, link)
+        work = bound.request_bytes(view, view.transfers.left) / bound.path_rate(view)
         step = buckets.bucket(work, self._doomed_edges)
         return np.where(step < self.doomed_levels, self._doomed_base + step, np.int16(LEVEL_SCAVENGER)).astype(np.int16)
 
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
-        doomed = self._judge(transfers, requests, link, now) if self.give_up else None
-        stage = int(transfers.stage[row])
-        if stage == rli.COLLECTIVE:
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        doomed = self._judge(view) if self.give_up else None
+        stage = view.transfers.stage[row]
+        if stage == COLLECTIVE:
             out.reasons.append("It is a collective: level 0, nothing stands above it.")
         elif stage != P2D and self.kv == "rli":
-            self._early_reasons(out, row, level, transfers)
+            self._early_reasons(out, row, level, view)
         elif stage == P2D and doomed is not None and doomed.transfers[row]:
             out.reasons.append(
                 f"Its request is doomed (it needs {units.duration(out.figures['needed_s'])} or a sibling is late): "
                 f"{place(level)}, so that others make theirs. It comes back when reality beats the estimate."
             )
         else:
-            deadline = float(self._deadline(transfers, requests, batches, doomed)[row])
+            deadline = float(self._deadline(view, doomed)[row])
             whose = "its deadline" if stage == P2D else "the first deadline of its batch that can still be met"
-            self._deadline_reasons(out, level, deadline - now, whose)
+            self._deadline_reasons(out, level, deadline - view.now, whose)
 
-    def _early_reasons(self, out: Explanation, row: int, level: int, transfers: TransferView) -> None:
+    def _early_reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
         if self.early_levels == 1:
             out.reasons.append(f"Stage 1 is static: {place(level)}, below the collectives and above stage 3.")
             return
+        target, current = int(view.transfers.target_layer[row]), int(view.transfers.current_layer[row])
         out.reasons.append(
-            f"It feeds layer {int(transfers.target_layer[row])} and layer {int(transfers.current_layer[row])} "
-            f"computes: RLI {out.figures['rli']:.0f} is {place(level)}."
+            f"It feeds layer {target} and layer {current} computes: RLI {out.figures['rli']:.0f} is {place(level)}."
         )
         if level > 1 and self.promotion:
-            layer = int(transfers.target_layer[row]) - (level - 1)
-            out.reasons.append(f"It is promoted when layer {layer} starts.")
+            out.reasons.append(f"It is promoted when layer {target - (level - 1)} starts.")
 
     def _deadline_reasons(self, out: Explanation, level: int, time_left: float, whose: str) -> None:
         step = level - self._base

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mfsd.policy.deadline import DeadlineLadder
 from mfsd.policy.mfs.mfs import Mfs
 from mfsd.policy.parts import params as parameters
+from mfsd.policy.parts.params import Problem
 from mfsd.policy.rivals.edf import Edf, Karuna
 from mfsd.policy.rivals.llf import Llf
 from mfsd.policy.rivals.sincronia import Sincronia
@@ -18,8 +19,7 @@ from mfsd.policy.rivals.static import Fair, TwoClass
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mfsd.policy.base import PolicyBase
-    from mfsd.policy.views import Policy
+    from mfsd.policy.base import Policy
 
 DEFAULT: Final = "deadline-ladder"
 """What measures best (docs/policies.md)."""
@@ -31,7 +31,7 @@ MAX_LEVELS: Final = 0x4000
 class Entry:
     """A policy class under a name, with parameters that differ from the class's defaults."""
 
-    cls: type[PolicyBase]
+    cls: type[Policy]
     preset: Mapping[str, parameters.Value] = field(default_factory=dict)
 
 
@@ -62,17 +62,40 @@ def make_policy(name: str, levels: int | None = None, params: Mapping[str, param
     """Make the policy ``name`` with ``levels`` levels (None: its own default) and ``params`` by name.
 
     ``levels`` should be what the devices' qdiscs can tell apart (len(Bands.level_bands)), so that the policy itself
-    decides what to merge. Raises ValueError naming the key, the value and what is allowed.
+    decides what to merge. Raises ValueError with one line per problem, which names key, value and what is allowed.
     """
+    policy, found = _make(name, levels, params or {})
+    if policy is None or found:
+        raise ValueError("\n".join(map(str, found)))
+    return policy
+
+
+def problems(
+    name: str, levels: int | None = None, params: Mapping[str, parameters.Value] | None = None
+) -> list[Problem]:
+    """Everything for which ``make_policy`` would refuse these arguments, also what is wrong only together."""
+    return _make(name, levels, params or {})[1]
+
+
+def _make(name: str, levels: int | None, params: Mapping[str, parameters.Value]) -> tuple[Policy | None, list[Problem]]:
+    """The policy, with defaults in place of faulty parameters, and every problem."""
     entry = _ENTRIES.get(name)
     if entry is None:
-        raise ValueError(f"policy = {name!r}: must be one of {', '.join(names())}")
-    kwargs: dict[str, Any] = {**entry.preset, **parameters.check(name, entry.cls, params or {})}
+        return None, [Problem("policy", name, f"must be one of {', '.join(names())}", parameter=False)]
+    good, found = parameters.check(name, entry.cls, {**entry.preset, **params})
     if levels is not None:
         if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= MAX_LEVELS:
-            raise ValueError(f"levels = {levels!r}: must be an integer from 1 to {MAX_LEVELS}")
-        kwargs["levels"] = levels
-    return entry.cls(name=name, **kwargs)
+            return None, [
+                *found,
+                Problem("levels", levels, f"must be an integer from 1 to {MAX_LEVELS}", parameter=False),
+            ]
+        good["levels"] = levels
+    policy = entry.cls(name=name, **good)
+    if policy.levels < policy.least_levels and not {p.field for p in found} & set(policy.takes_levels):
+        with_these = " with these parameters" if policy.takes_levels else ""
+        need = f"policy {name!r} needs at least {policy.least_levels}{with_these}"
+        found.append(Problem("levels", policy.levels, need, parameter=False))
+    return policy, found
 
 
 def describe(name: str) -> dict[str, str]:

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every policy sees and decides. Pure: no I/O, no clock of its own; time is an argument.
+"""What every policy sees and decides.
 
 The same policy serves the daemon, the tests and the simulator, so all comparisons differ in the policy alone. A view
 is a structure of numpy arrays (one element per row), so that a decision over 10,000 transfers is a handful of array
 operations. Rows are in the order of the engine's store; a policy must not depend on that order except to break ties
 (permuting rows permutes levels).
+
+The engine gives every column; ``of`` makes views of which only some columns matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.bands import LEVEL_NEW
+from mfsd.model import Stage
 
 F8 = npt.NDArray[np.float64]
 I4 = npt.NDArray[np.int32]
@@ -24,81 +27,88 @@ I2 = npt.NDArray[np.int16]
 U1 = npt.NDArray[np.uint8]
 B1 = npt.NDArray[np.bool_]
 
-__all__ = [
-    "B1",
-    "F8",
-    "I2",
-    "I4",
-    "LEVEL_NEW",
-    "LEVEL_NONE",
-    "LEVEL_SCAVENGER",
-    "U1",
-    "Arrangement",
-    "BatchView",
-    "Explanation",
-    "LinkView",
-    "Policy",
-    "PolicyParameters",
-    "RequestView",
-    "TransferView",
-]
+UNSTAGED: Final = int(Stage.NONE)
+KV_REUSE: Final = int(Stage.KV_REUSE)
+COLLECTIVE: Final = int(Stage.COLLECTIVE)
+P2D: Final = int(Stage.P2D)
+"""model.Stage as the plain integers that numpy compares fastest."""
+
+
+def _column(dtype: npt.DTypeLike, neutral: float = 0) -> dict[str, Any]:
+    """Metadata of a column: its type, and what stands in it where ``of`` is told nothing."""
+    return {"dtype": dtype, "neutral": neutral}
+
+
+class _Rows:
+    """A view with one element per row in every column."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, n: int, **columns: npt.ArrayLike) -> Self:
+        """``n`` rows with these columns, each one value for all rows or one per row, copied; the others are neutral."""
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(cls):  # type: ignore[arg-type] # of a subclass
+            out[f.name] = np.empty(n, f.metadata["dtype"])
+            out[f.name][:] = columns.pop(f.name, f.metadata["neutral"])
+        return cls(**out, **columns)
 
 
 @dataclass(slots=True)
-class TransferView:
+class TransferView(_Rows):
     """Unfinished transfers; every array has shape (n,)."""
 
-    stage: U1
+    stage: U1 = field(metadata=_column(np.uint8))
     """model.Stage."""
-    size: F8
+    size: F8 = field(metadata=_column(np.float64, 1))
     """Payload bytes in all."""
-    left: F8
+    left: F8 = field(metadata=_column(np.float64, 1))
     """Payload bytes not yet delivered, > 0. Bytes stuck in a starved queue count as left."""
-    ahead: F8
+    ahead: F8 = field(metadata=_column(np.float64))
     """Payload bytes of other transfers that leave before it on the same connection (FIFO)."""
-    request: I4
+    request: I4 = field(metadata=_column(np.int32, -1))
     """Row of its request in RequestView; -1 if it belongs to a batch only."""
-    batch: I4
+    batch: I4 = field(metadata=_column(np.int32, -1))
     """Row of its batch in BatchView; -1 if unknown."""
-    conn: I4
+    conn: I4 = field(metadata=_column(np.int32, -1))
     """Connection (slot); -1 while the selector has matched no socket."""
-    target_layer: I4
-    current_layer: I4
+    target_layer: I4 = field(metadata=_column(np.int32))
+    current_layer: I4 = field(metadata=_column(np.int32))
     """Layer that its batch computes now; 0 if unknown."""
-    computing: B1
+    computing: B1 = field(metadata=_column(np.bool_))
     """False once the forward pass of its batch has ended (or is unknown): then time, not layers, drives promotion."""
-    layer_started: B1
+    layer_started: B1 = field(metadata=_column(np.bool_, 1))
     """True when the current layer changed since the last evaluation (a layer boundary), or the row is new."""
-    deadline: F8
+    deadline: F8 = field(metadata=_column(np.float64, np.inf))
     """Monotonic seconds; the transfer's own or its request's; inf if none."""
-    compute_left: F8
+    compute_left: F8 = field(metadata=_column(np.float64))
     """Seconds of compute left before the request's first token, extrapolated to now; 0 if unknown or done."""
-    created: F8
+    created: F8 = field(metadata=_column(np.float64))
     """Monotonic seconds."""
-    level: I2
+    level: I2 = field(metadata=_column(np.int16, LEVEL_NEW))
     """Level decided last time; LEVEL_NEW for a new row."""
-    port: I4
-    """Egress port (device) of this host; 0 when there is one."""
-    peer: I4
-    """Dense index of the remote address: its ingress port; -1 unknown."""
+    device: I4 = field(metadata=_column(np.int32))
+    """Device of this host that it leaves by, a row of LinkView; 0 when there is one."""
+    peer: I4 = field(metadata=_column(np.int32, -1))
+    """Dense index of the remote address: the link into it; -1 unknown."""
 
     def __len__(self) -> int:
         return len(self.stage)
 
 
 @dataclass(slots=True)
-class RequestView:
+class RequestView(_Rows):
     """Requests that are alive; every array has shape (r,)."""
 
-    deadline: F8
+    deadline: F8 = field(metadata=_column(np.float64, np.inf))
     """TTFT deadline, monotonic seconds."""
-    arrival: F8
+    arrival: F8 = field(metadata=_column(np.float64))
     """When the first hint about it came."""
-    batch: I4
+    batch: I4 = field(metadata=_column(np.int32, -1))
     """-1 if none."""
-    compute_left: F8
+    compute_left: F8 = field(metadata=_column(np.float64))
     """Seconds, extrapolated to now."""
-    pruned: B1
+    pruned: B1 = field(metadata=_column(np.bool_))
     """What Arrangement.pruned said last."""
 
     def __len__(self) -> int:
@@ -106,16 +116,16 @@ class RequestView:
 
 
 @dataclass(slots=True)
-class BatchView:
+class BatchView(_Rows):
     """Batches that are alive; every array has shape (b,)."""
 
-    layers: I4
-    current_layer: I4
-    layer_compute: F8
+    layers: I4 = field(metadata=_column(np.int32, 1))
+    current_layer: I4 = field(metadata=_column(np.int32))
+    layer_compute: F8 = field(metadata=_column(np.float64))
     """Seconds per layer; 0 if unknown."""
-    compute_done: B1
-    arrival: F8
-    rank: I4
+    compute_done: B1 = field(metadata=_column(np.bool_))
+    arrival: F8 = field(metadata=_column(np.float64))
+    rank: I4 = field(metadata=_column(np.int32))
     """What Arrangement.rank said last: 0 is the most urgent."""
 
     def __len__(self) -> int:
@@ -124,16 +134,72 @@ class BatchView:
 
 @dataclass(slots=True)
 class LinkView:
-    """What the one link estimator knows. Arrays have shape (ports,)."""
+    """What the one link estimator knows. Arrays have shape (devices,)."""
 
     rate: F8
-    """Bytes/s that the port gives when busy (measured, else configured)."""
+    """Bytes/s that the device gives when busy (measured, else configured); 0 if unknown."""
     load: F8
     """rho: share of the rate taken lately by all traffic, 0..1."""
     load_above: F8
-    """Shape (ports, levels + 1): share taken lately by levels more urgent than this one, control included."""
+    """Shape (devices, levels + 1): share taken lately by levels more urgent than this one, control included."""
     peer_rate: F8 = field(default_factory=lambda: np.zeros(0))
     """Bytes/s of the link into each peer, shape (peers,), inf where nobody said; empty if no rate of any is known."""
+
+    @classmethod
+    def of(
+        cls,
+        rate: npt.ArrayLike,
+        levels: int,
+        *,
+        load: npt.ArrayLike = 0.0,
+        load_above: npt.ArrayLike = 0.0,
+        peer_rate: npt.ArrayLike = (),
+    ) -> Self:
+        """As many devices as ``rate`` has elements; loads are broadcast to their shapes. Everything is copied."""
+        rates = np.array(rate, dtype=np.float64, ndmin=1)
+        n = len(rates)
+        return cls(
+            rate=rates,
+            load=np.full(n, load, dtype=np.float64),
+            load_above=np.full((n, levels + 1), load_above, dtype=np.float64),
+            peer_rate=np.array(peer_rate, dtype=np.float64),
+        )
+
+
+@dataclass(slots=True)
+class Views:
+    """All that a policy is shown."""
+
+    transfers: TransferView
+    requests: RequestView
+    batches: BatchView
+    link: LinkView
+    now: float
+    """Monotonic seconds."""
+
+    @classmethod
+    def of(
+        cls,
+        transfers: TransferView,
+        link: LinkView,
+        *,
+        requests: RequestView | None = None,
+        batches: BatchView | None = None,
+        now: float = 0.0,
+    ) -> Self:
+        """A state without requests or without batches, unless they are given."""
+        none, nothing = RequestView.of(0), BatchView.of(0)
+        return cls(
+            transfers, none if requests is None else requests, nothing if batches is None else batches, link, now
+        )
+
+
+@dataclass(slots=True)
+class Decision:
+    """What a policy decides at every evaluation."""
+
+    level: I2
+    """Shape (n,): 0 .. levels-1, LEVEL_NONE or LEVEL_SCAVENGER."""
 
 
 @dataclass(slots=True)
@@ -154,49 +220,3 @@ class Explanation:
     """Sentences, most important first."""
     figures: dict[str, float] = field(default_factory=dict)
     """By name: mlu, threshold, rli, red_rank, rho, next_promotion_s ..."""
-
-
-class Policy(Protocol):
-    """One scheduling policy. Instances hold parameters only; all state is in the views."""
-
-    @property
-    def name(self) -> str:
-        """As in the config."""
-        ...
-
-    @property
-    def levels(self) -> int:
-        """Number of levels it uses, 0 .. levels-1, besides NONE and SCAVENGER."""
-        ...
-
-    @property
-    def default_after(self) -> int:
-        """How many of its levels stand above the default band (unhinted traffic)."""
-        ...
-
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """Level of every transfer, shape (n,). Vectorised; called at layer boundaries and on the timer."""
-        ...
-
-    def arrange(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> Arrangement | None:
-        """Inter-request decision; called when a batch arrives or departs. None: the policy has none."""
-        ...
-
-    def explain(
-        self, row: int, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> Explanation:
-        """Why row ``row`` is where it is, and what would promote it and when."""
-        ...
-
-    def infeasible(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> B1:
-        """Rows that can't be in time even with the port to themselves, shape (n,)."""
-        ...
-
-
-PolicyParameters = Mapping[str, float | int | bool | str]

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
-from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView
-from mfsd.sim.singlelink import COLLECTIVE, P2D, Case, Outcome, Run
+from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
+from mfsd.sim.singlelink import Case, Outcome, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mfsd.policy.views import F8, I2, I4, Policy
+    from mfsd.policy.base import Policy
+    from mfsd.policy.views import F8, I2, I4
 
 LOAD_TAU_S: Final = 0.1
 """Time constant of the load average, as in mfsd/engine/estimator.py."""
@@ -47,7 +48,7 @@ class PolicyDecider:
 
     def __init__(self, case: Case, policy: Policy) -> None:
         self.policy = policy
-        self._clairvoyant = bool(getattr(policy, "clairvoyant", False))
+        self._clairvoyant = policy.clairvoyant
         self._pruned = np.zeros(case.requests, dtype=np.bool_)
         self._rank = np.zeros(len(case.batches), dtype=np.int32)
         self._arranged = 0
@@ -59,16 +60,16 @@ class PolicyDecider:
         """Ask the policy; the default band stands after ``default_after`` levels."""
         active = np.array(run.active, dtype=np.int32)
         self._account(run)
-        transfers, requests, batches, link = self._views(run, active)
+        view = self._view(run, active)
         if self._arranged != run.arrivals_or_departures:
             self._arranged = run.arrivals_or_departures
-            arrangement = self.policy.arrange(transfers, requests, batches, link, run.now)
+            arrangement = self.policy.arrange(view)
             if arrangement is not None:
-                self._pruned[self._requests] = requests.pruned = arrangement.pruned
-                self._rank[self._batches] = batches.rank = arrangement.rank
-        level = self.policy.evaluate(transfers, requests, batches, link, run.now)
+                self._pruned[self._requests] = view.requests.pruned = arrangement.pruned
+                self._rank[self._batches] = view.batches.rank = arrangement.rank
+        level = self.policy.evaluate(view).level
         run.level[active] = level
-        run.seen_layer[active] = transfers.current_layer
+        run.seen_layer[active] = view.transfers.current_layer
         band = self._bands(level)
         self._last = (run.now, float(run.left[active].sum()), band[band == band.min()])
         return band.astype(np.float64)
@@ -89,9 +90,9 @@ class PolicyDecider:
         self._usage *= 1.0 - weight
         self._usage[bands[0]] += weight
 
-    # --- views --------------------------------------------------------------------------------------------------------
+    # --- view ---------------------------------------------------------------------------------------------------------
 
-    def _views(self, run: Run, active: I4) -> tuple[TransferView, RequestView, BatchView, LinkView]:
+    def _view(self, run: Run, active: I4) -> Views:
         case = run.case
         self._batches = np.array(
             [b for b in range(len(case.batches)) if run.arrived[b] and not run.departed[b]], dtype=np.int32
@@ -107,16 +108,18 @@ class PolicyDecider:
         layer = np.array([run.layer[b] for b in self._batches], dtype=np.int32)
         done = np.array([run.compute_done[b] for b in self._batches], dtype=np.bool_)
         compute = np.array([self._compute_left(run, int(b)) for b in self._batches])
-        batches = BatchView(
-            layers=np.array([len(s.collective) for s in specs], dtype=np.int32),
+        batches = BatchView.of(
+            len(specs),
+            layers=[len(s.collective) for s in specs],
             current_layer=layer,
-            layer_compute=np.array([s.compute for s in specs]),
+            layer_compute=[s.compute for s in specs],
             compute_done=done,
-            arrival=np.array([s.arrival for s in specs]),
+            arrival=[s.arrival for s in specs],
             rank=self._rank[self._batches],
         )
         of_batch = batch_row[run.batch_of[self._requests]]
-        requests = RequestView(
+        requests = RequestView.of(
+            len(of_batch),
             deadline=run.deadline[self._requests],
             arrival=batches.arrival[of_batch],
             batch=of_batch,
@@ -126,12 +129,11 @@ class PolicyDecider:
         request = request_row[run.request[active]]
         batch = batch_row[run.batch[active]]
         owned = request >= 0
-        n = len(active)
-        transfers = TransferView(
+        transfers = TransferView.of(
+            len(active),
             stage=run.stage[active],
             size=run.size[active],
             left=run.left[active],
-            ahead=np.zeros(n),
             request=request,
             batch=batch,
             conn=active,
@@ -143,20 +145,14 @@ class PolicyDecider:
             compute_left=np.where(owned, compute[batch], 0.0),
             created=run.created[active],
             level=run.level[active],
-            port=np.zeros(n, dtype=np.int32),
-            peer=np.full(n, -1, dtype=np.int32),
         )
-        return transfers, requests, batches, self._link(case)
+        return Views(transfers, requests, batches, self._link(case), run.now)
 
     def _link(self, case: Case) -> LinkView:
         above = np.concatenate([[0.0], np.cumsum(self._usage)])
         levels, after = self.policy.levels, self.policy.default_after
         at = np.concatenate([np.arange(after), np.arange(after + 1, levels + 1), [levels + 1]])
-        return LinkView(
-            rate=np.array([case.rate]),
-            load=np.minimum(above[-1:], 1.0),
-            load_above=np.minimum(above[at], 1.0)[np.newaxis],
-        )
+        return LinkView.of(case.rate, levels, load=np.minimum(above[-1], 1.0), load_above=np.minimum(above[at], 1.0))
 
     def _compute_left(self, run: Run, b: int) -> float:
         spec = run.case.batches[b]
@@ -177,6 +173,3 @@ class PolicyDecider:
         # The last layer's stage 3 can only be sent once all is computed.
         last = sum(float(run.size[f]) for f in run.p2d_of[b][-1])
         return (collectives + last) / run.case.rate
-
-
-__all__ = ["COLLECTIVE", "P2D", "FixedOrder", "PolicyDecider", "simulate"]

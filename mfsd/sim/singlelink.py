@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 
 from mfsd.bands import LEVEL_NEW
+from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D
 
 if TYPE_CHECKING:
     from mfsd.policy.views import B1, F8, I2
 
-KV, COLLECTIVE, P2D = 1, 2, 3
 DONE: Final = 1e-9
 """Share of a transfer's size below which what is left is rounding."""
 
@@ -134,7 +134,10 @@ class Run:
             owners = list(enumerate(spec.requests, request))
             self.first_request.append(request)
             self.kv_of.append(
-                [[f for i, r in owners for f in add(KV, r.kv[k] if r.kv else 0.0, i, b, k)] for k in range(layers)]
+                [
+                    [f for i, r in owners for f in add(KV_REUSE, r.kv[k] if r.kv else 0.0, i, b, k)]
+                    for k in range(layers)
+                ]
             )
             self.collective_of.append([f for k in range(layers) for f in add(COLLECTIVE, spec.collective[k], -1, b, k)])
             self.p2d_of.append(

@@ -215,6 +215,27 @@ def test_policy_is_checked_by_the_registry() -> None:
     assert parse({"policy": {"give_up": False}}).policy.params == {"give_up": False}
 
 
+def test_what_is_wrong_with_a_policy_is_told_at_once_and_where_it_is_written() -> None:
+    keys = {"nonsense": 3, "levels": 4, "policy": "x", "last_ms": 1.0}
+    found = problems({"policy": keys, "bands": {"levels": 1}})
+    assert [p.partition(": ")[0] for p in found] == [
+        "policy.nonsense = 3",
+        "policy.levels = 4",
+        "policy.policy = 'x'",
+        "policy.last_ms = 1",
+        "bands.levels = 1",
+    ]
+    assert found[3:] == [
+        "policy.last_ms = 1: must be at least first_ms (12.5)",
+        "bands.levels = 1: policy 'deadline-ladder' needs at least 2 with these parameters",
+    ]
+
+
+def test_a_right_parameter_is_no_problem_because_another_is_wrong() -> None:
+    found = problems({"policy": {"nonsense": 3, "first_ms": 1000.0, "last_ms": 8000.0}})
+    assert [p.partition(" = ")[0] for p in found] == ["policy.nonsense"]
+
+
 def test_policy_parameters_that_are_right_only_together() -> None:
     # Each of them alone contradicts the other's default.
     together = {"first_ms": 1000.0, "last_ms": 8000.0}

@@ -164,7 +164,7 @@ def test_a_policy_change_takes_effect_at_the_next_tick() -> None:
     s = h.socket(1)
     h.transfer("c", s, 1000, Stage.COLLECTIVE, request="")
     h.tick()
-    h.engine.steering.set_policy(make_policy("fair", 5, {}))
+    h.engine.steering.change_policy(make_policy("fair", 5, {}))
     h.tick(0.01)
     assert h.band(s) == "default"
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support.harness import Host
 
-from mfsd.engine.settings import LimitsConfig
-from mfsd.engine.columns import Dense
 from mfsd.engine.engine import LINGER_S
+from mfsd.engine.settings import LimitsConfig
 from mfsd.model import (
     BatchHint,
     CookieSelector,
@@ -28,6 +27,9 @@ from mfsd.model import (
     TransferHint,
     What,
 )
+
+if TYPE_CHECKING:
+    from mfsd.engine.columns import Dense
 
 
 def test_a_full_table_names_the_limit_and_frees_up_again() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import policy_views as pv
 from support import reference as ref
+from support import reference_rivals as rivals
 
 from mfsd.policy import registry
 from mfsd.policy.rivals import sincronia
@@ -43,18 +44,20 @@ MFS = [
     *[(13, {switch: False}) for switch in ("rli", "mlu", "red", "pruning", "promotion")],
 ]
 OTHERS: list[tuple[str, int, dict[str, Any], Callable[[ref.State, Any], list[int]]]] = [
-    ("sjf", 8, {}, ref.by_size),
-    ("sjf", 8, {"exact": True}, ref.by_size),
-    ("srpt", 5, {}, ref.by_size),
-    ("srpt", 4096, {"exact": True}, ref.by_size),
-    ("pias", 8, {}, ref.by_size),
-    ("pias", 2, {}, ref.by_size),
-    ("edf", 8, {}, ref.edf),
-    ("edf-all", 8, {}, ref.edf),
-    ("edf-all", 3, {"first_ms": 10.0, "factor": 4.0}, ref.edf),
-    ("karuna", 8, {}, ref.karuna),
-    ("llf", 4096, {}, ref.llf),
-    ("llf", 6, {"give_up": True, "quantum_ms": 20.0}, ref.llf),
+    ("sjf", 8, {}, rivals.by_size),
+    ("sjf", 8, {"exact": True}, rivals.by_size),
+    ("srpt", 5, {}, rivals.by_size),
+    ("srpt", 4096, {"exact": True}, rivals.by_size),
+    ("pias", 8, {}, rivals.by_size),
+    ("pias", 2, {}, rivals.by_size),
+    ("edf", 8, {}, rivals.edf),
+    ("edf-all", 8, {}, rivals.edf),
+    ("edf-all", 3, {"first_ms": 10.0, "factor": 4.0}, rivals.edf),
+    ("karuna", 8, {}, rivals.karuna),
+    ("sincronia", 8, {}, rivals.sincronia),
+    ("sincronia", 3, {}, rivals.sincronia),
+    ("llf", 4096, {}, rivals.llf),
+    ("llf", 6, {"give_up": True, "quantum_ms": 20.0}, rivals.llf),
 ]
 PARAMETERS = [
     *[pytest.param("deadline-ladder", n, p, ref.ladder, id=f"ladder-{n}-{p}") for n, p in LADDER],
@@ -68,12 +71,11 @@ def test_evaluate(name: str, levels: int, params: dict[str, Any], plain: Callabl
     policy = registry.make_policy(name, levels, params)
     rng = np.random.default_rng(4)
     for case in range(CASES):
-        n, ports = int(rng.integers(0, 14)), int(rng.integers(1, 4))
-        views = pv.random_views(rng, n, requests_n=int(rng.integers(1, 6)), ports=ports, levels=min(levels, 14))
-        views[3].load_above = np.sort(rng.uniform(0, 1, (ports, levels + 1)), axis=1)
-        got = policy.evaluate(*views, 0.0)
+        n, r, devices = int(rng.integers(0, 14)), int(rng.integers(1, 6)), int(rng.integers(1, 4))
+        view = pv.random_view(rng, n, requests_n=r, devices=devices, levels=levels)
+        got = policy.evaluate(view).level
         assert got.dtype == np.int16
-        assert got.tolist() == plain(ref.State(*views, 0.0), policy), f"case {case}"
+        assert got.tolist() == plain(ref.State(view), policy), f"case {case}"
 
 
 @pytest.mark.parametrize("robust", [True, False])
@@ -83,10 +85,10 @@ def test_arrange(robust: bool, share: float) -> None:  # noqa: FBT001 (parametri
     rng = np.random.default_rng(5)
     pruned_ever = 0
     for case in range(CASES):
-        views = pv.random_views(rng, int(rng.integers(0, 20)), ports=int(rng.integers(1, 4)))
-        arrangement = policy.arrange(*views, 0.0)
+        view = pv.random_view(rng, int(rng.integers(0, 20)), devices=int(rng.integers(1, 4)))
+        arrangement = policy.arrange(view)
         assert arrangement is not None
-        rank, pruned = ref.arrange(ref.State(*views, 0.0), robust=robust, budget=int(share * len(views[1])))
+        rank, pruned = ref.arrange(ref.State(view), robust=robust, budget=int(share * len(view.requests)))
         assert arrangement.rank.tolist() == rank, f"case {case}"
         assert arrangement.pruned.tolist() == pruned, f"case {case}"
         pruned_ever += sum(pruned)
@@ -98,8 +100,8 @@ def test_infeasible(name: str) -> None:
     policy = registry.make_policy(name)
     rng = np.random.default_rng(6)
     for _ in range(CASES):
-        views = pv.random_views(rng, int(rng.integers(0, 14)), ports=int(rng.integers(1, 4)))
-        assert policy.infeasible(*views, 0.0).tolist() == ref.doomed(ref.State(*views, 0.0))
+        view = pv.random_view(rng, int(rng.integers(0, 14)), devices=int(rng.integers(1, 4)))
+        assert policy.infeasible(view).tolist() == ref.doomed(ref.State(view))
 
 
 def test_sincronia_order() -> None:
@@ -107,7 +109,7 @@ def test_sincronia_order() -> None:
     for _ in range(CASES):
         demand = rng.uniform(0, 1, (int(rng.integers(1, 8)), int(rng.integers(1, 4))))
         demand[rng.random(demand.shape) < 0.3] = 0.0
-        assert sincronia.bssf(demand).tolist() == ref.sincronia_order(demand.tolist())
+        assert sincronia.bssf(demand).tolist() == rivals.sincronia_order(demand.tolist())
 
 
 def test_coflows_are_collectives_stage_1_sets_and_stage_3_sets() -> None:

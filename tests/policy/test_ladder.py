@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, Bands, Ladder, Role
+from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.policy import registry
 
 
@@ -46,15 +46,35 @@ def test_what_is_no_level_has_its_own_band() -> None:
 
 
 def test_the_most_urgent_of_a_set_is_a_minimum() -> None:
-    assert LEVEL_NONE < 0 < registry.MAX_LEVELS < LEVEL_NEW < LEVEL_SCAVENGER <= np.iinfo(np.int16).max
+    """Of any level that a policy may have, what no policy has looked at yet, and the given up."""
+    ranks = np.array([0, registry.MAX_LEVELS - 1, LEVEL_NEW, LEVEL_SCAVENGER], dtype=np.int16)
+    assert np.unique(ranks).tolist() == ranks.tolist()
+    assert LEVEL_NONE < 0
+
+
+DEFAULT_AFTER = {
+    "deadline-ladder": (3, 4, 7),
+    "mfs": (3, 4, 7),
+    "mfs-nop1": (2, 4, 6),
+    "mfs-giveup": (3, 4, 7),
+    "fair": (1, 1, 1),
+    "two-class": (1, 1, 1),
+    "sjf": (3, 4, 7),
+    "srpt": (3, 4, 7),
+    "pias": (3, 4, 7),
+    "edf": (4, 7, 12),
+    "edf-all": (3, 4, 7),
+    "karuna": (4, 7, 12),
+    "sincronia": (4, 7, 12),
+    "llf": (5, 8, 13),
+}
+"""Levels above unhinted traffic, of 5 (htb's 8 bands), 8 and 13 (prio's 16)."""
 
 
 @pytest.mark.parametrize("name", registry.names())
-@pytest.mark.parametrize("levels", [5, 8, 13])
-def test_every_policy_fits_htb_and_prio(name: str, levels: int) -> None:
-    """5 level bands of HTB's 8, 13 of prio's 16; unhinted traffic stands where the policy says."""
-    policy = registry.make_policy(name, levels)
-    bands = _plan(levels, policy.default_after)
-    assert Ladder(bands, policy.levels).band_of.tolist() == [b.index for b in bands.level_bands][: policy.levels]
-    default = bands.role(Role.DEFAULT).index
-    assert sum(b.index < default for b in bands.level_bands) == policy.default_after
+def test_unhinted_traffic_stands_where_each_policy_says(name: str) -> None:
+    policies = [registry.make_policy(name, levels) for levels in (5, 8, 13)]
+    assert tuple(p.default_after for p in policies) == DEFAULT_AFTER[name]
+    for policy in policies:
+        bands = _plan(policy.levels, policy.default_after)
+        assert len(set(Ladder(bands, policy.levels).band_of.tolist())) == policy.levels

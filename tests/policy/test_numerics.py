@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from support import policy_views as pv
 from support import reference as ref
 
-from mfsd.policy.mfs import inter_request, mlu, pruning, red, rli
+from mfsd.policy.mfs import inter_request, pruning, red
 from mfsd.policy.mfs.layout import ARBITRATION, Layout
-from mfsd.policy.parts import bound, buckets, pick
+from mfsd.policy.parts import bound, buckets, mlu, pick, rli
+
+if TYPE_CHECKING:
+    from mfsd.policy.views import RequestView, TransferView
 
 finite = st.floats(min_value=-1e3, max_value=1e6, allow_nan=False)
 
@@ -54,16 +58,29 @@ def test_dense_rank_keeps_the_order(keys: list[float], limit: int) -> None:
 
 
 def test_mlu_is_the_needed_share_of_what_is_left_of_the_link() -> None:
-    t = pv.transfers(1, left=50e6, deadline=1.0)
-    assert mlu.mlu(t, pv.link(1e8), 0.0, "transfer", np.array([0.0])) == pytest.approx(0.5)
-    assert mlu.mlu(t, pv.link(1e8), 0.0, "transfer", np.array([0.5])) == pytest.approx(1.0)
-    assert mlu.mlu(t, pv.link(1e8), 0.75, "transfer", np.array([0.0])) == pytest.approx(2.0)
+    view = pv.view(pv.transfers(1, left=50e6, deadline=1.0), net=pv.link(1e8))
+    assert mlu.mlu(view, "transfer", np.array([0.0])) == pytest.approx(0.5)
+    assert mlu.mlu(view, "transfer", np.array([0.5])) == pytest.approx(1.0)
+    view.now = 0.75
+    assert mlu.mlu(view, "transfer", np.array([0.0])) == pytest.approx(2.0)
+
+
+def test_mlu_counts_what_leaves_before_it_or_all_of_its_request() -> None:
+    t = pv.transfers(4, stage=[3, 3, 1, 3], request=[0, 0, 0, -1], left=2e7, ahead=[3e7, 0, 0, 0], deadline=1.0)
+    view = pv.view(t, net=pv.link(1e8))
+    assert mlu.mlu(view, "transfer", np.zeros(1)).tolist() == pytest.approx([0.5, 0.2, 0.2, 0.2])
+    assert mlu.mlu(view, "request", np.zeros(1)).tolist() == pytest.approx([0.5, 0.4, 0.4, 0.2])
 
 
 def test_mlu_at_its_ends() -> None:
     t = pv.transfers(3, deadline=[math.inf, 1.0, 0.5])
-    assert mlu.mlu(t, pv.link(1e8), 1.0, "transfer", np.zeros(1)).tolist() == [0.0, math.inf, math.inf]
-    assert mlu.mlu(t, pv.link(0.0), 0.0, "transfer", np.zeros(1)).tolist() == [0.0, 0.0, 0.0]  # rate unknown
+    for rate in (1e8, 0.0):
+        assert mlu.mlu(pv.view(t, net=pv.link(rate), now=1.0), "transfer", np.zeros(1)).tolist() == [
+            0,
+            math.inf,
+            math.inf,
+        ]
+    assert mlu.mlu(pv.view(t, net=pv.link(0.0)), "transfer", np.zeros(1)).tolist() == [0.0, 0.0, 0.0]  # rate unknown
 
 
 def test_thresholds_of_the_paper() -> None:
@@ -73,11 +90,20 @@ def test_thresholds_of_the_paper() -> None:
     assert steps.tolist() == [0, 0, 1, 1, 2, 3]
 
 
-def test_a_saturated_port_does_not_blow_up_rho() -> None:
-    t = pv.transfers(1, deadline=1.0)
-    link = pv.link(1e8, load=1.0, load_above=1.0)
+def test_a_saturated_device_does_not_blow_up_rho() -> None:
+    view = pv.view(pv.transfers(1, deadline=1.0), net=pv.link(1e8, load=1.0, load_above=1.0))
     for kind in ("all", "above"):
-        assert mlu.residual(t, link, kind, t.level).tolist() == [mlu.MAX_RHO]
+        assert mlu.residual(view, kind, view.transfers.level).tolist() == [0.99]
+
+
+def test_rho_is_that_of_the_device_and_of_the_levels_above() -> None:
+    above = [[0.0, 0.1, 0.2], [0.5, 0.6, 0.7]]
+    net = pv.link([1e8, 1e8], 2, load=[0.3, 0.8], load_above=above)
+    view = pv.view(pv.transfers(4, device=[0, 0, 1, 1]), net=net)
+    level = np.array([0, 1, 1, 9], dtype=np.int16)  # beyond the last one counts as the last
+    assert mlu.residual(view, "none", level).tolist() == [0.0]
+    assert mlu.residual(view, "all", level).tolist() == [0.3, 0.3, 0.8, 0.8]
+    assert mlu.residual(view, "above", level).tolist() == [0.0, 0.1, 0.6, 0.7]
 
 
 def test_rli() -> None:
@@ -92,56 +118,61 @@ def test_bound_takes_the_largest_of_compute_siblings_and_queue() -> None:
     t = pv.transfers(
         4, left=[1e6, 3e6, 1e6, 1e6], ahead=[0, 0, 9e6, 0], request=[0, 0, 1, 2], compute_left=[0, 0, 0, 0.5]
     )
-    assert bound.seconds_needed(t, pv.link(1e8)).tolist() == pytest.approx([0.04, 0.04, 0.1, 0.5])
+    assert bound.seconds_needed(pv.view(t, net=pv.link(1e8))).tolist() == pytest.approx([0.04, 0.04, 0.1, 0.5])
 
 
-def test_siblings_on_another_port_do_not_add_up() -> None:
-    t = pv.transfers(2, left=[1e6, 3e6], request=[0, 0], port=[0, 1])
-    assert bound.seconds_needed(t, pv.link([1e8, 1e8])).tolist() == pytest.approx([0.01, 0.03])
+def test_siblings_on_another_device_do_not_add_up() -> None:
+    t = pv.transfers(2, left=[1e6, 3e6], request=[0, 0], device=[0, 1])
+    assert bound.seconds_needed(pv.view(t, net=pv.link([1e8, 1e8]))).tolist() == pytest.approx([0.01, 0.03])
 
 
-def test_a_slow_peer_bounds_what_its_port_would_let_through() -> None:
+def test_a_slow_peer_bounds_what_the_device_would_let_through() -> None:
     t = pv.transfers(4, left=[1e6, 1e6, 1e6, 1e6], ahead=[0, 0, 0, 3e6], request=[0, 0, 0, -1], peer=[0, 0, 1, -1])
-    slow = pv.link(1e8, peer_rate=[2e7, np.inf])
-    # 2 MB of the request go to the slow peer, all 3 MB through the port; nobody knows the last one's peer.
-    assert bound.seconds_needed(t, slow).tolist() == pytest.approx([0.1, 0.1, 0.03, 0.04])
-    assert bound.path_rate(t, slow).tolist() == [2e7, 2e7, 1e8, 1e8]
-    assert bound.path_rate(t, pv.link(0.0, peer_rate=[2e7, np.inf])).tolist() == [2e7, 2e7, np.inf, np.inf]
     r = pv.requests(1, deadline=0.05)
+    slow = pv.view(t, r, pv.link(1e8, peer_rate=[2e7, np.inf]))
+    # 2 MB of the request go to the slow peer, all 3 MB through the device; nobody knows the last one's peer.
+    assert bound.seconds_needed(slow).tolist() == pytest.approx([0.1, 0.1, 0.03, 0.04])
+    assert bound.path_rate(slow).tolist() == [2e7, 2e7, 1e8, 1e8]
+    unknown = pv.view(t, net=pv.link(0.0, peer_rate=[2e7, np.inf]))
+    assert bound.path_rate(unknown).tolist() == [2e7, 2e7, np.inf, np.inf]
     t.deadline[:] = 0.05
-    assert not bound.judge(t, r, pv.link(1e8), 0.0).transfers.any()
-    assert bound.judge(t, r, slow, 0.0).transfers.tolist() == [True, True, True, False], "siblings are late with it"
+    assert not bound.judge(pv.view(t, r, pv.link(1e8))).transfers.any()
+    assert bound.judge(slow).transfers.tolist() == [True, True, True, False], "siblings are late with it"
 
 
 def test_inter_request_loads_count_a_slow_peer_at_its_own_rate() -> None:
     t = pv.transfers(2, left=1e6, request=[0, 1], peer=[0, 1])
-    loads = inter_request.port_loads(t, 2, 0, pv.link(1e8, peer_rate=[2e7, np.inf])).request
+    view = pv.view(t, pv.requests(2), pv.link(1e8, peer_rate=[2e7, np.inf]))
+    loads = inter_request.link_loads(view).request
     assert loads.tolist() == [[pytest.approx(0.01), pytest.approx(0.05), 0.0], [pytest.approx(0.01), 0.0, 0.01]]
 
 
 def test_one_late_transfer_spoils_its_request() -> None:
-    t = pv.transfers(3, left=[1e6, 9e7, 1e6], request=[0, 0, 1], port=[0, 1, 0], deadline=0.1)
+    t = pv.transfers(3, left=[1e6, 9e7, 1e6], request=[0, 0, 1], device=[0, 1, 0], deadline=0.1)
     r = pv.requests(2, deadline=0.1)
-    verdict = bound.judge(t, r, pv.link([1e8, 1e8]), 0.0)
+    verdict = bound.judge(pv.view(t, r, pv.link([1e8, 1e8])))
     assert verdict.transfers.tolist() == [True, True, False]
     assert verdict.requests.tolist() == [True, False]
 
 
 def test_margin_holds_between_giving_up_and_coming_back() -> None:
-    t, r, link = pv.transfers(1, left=1.04e7, deadline=0.1, request=0), pv.requests(1, deadline=0.1), pv.link(1e8)
-    given_up = np.ones(1, dtype=np.bool_)
-    assert not bound.judge(t, r, link, 0.0, 0.05).transfers[0]  # 4 % too late: not given up
-    assert bound.judge(t, r, link, 0.0, 0.05, given_up).transfers[0]  # but not taken back either
+    t = pv.transfers(1, left=1.04e7, deadline=0.1, request=0)
+    view, given_up = pv.view(t, pv.requests(1, deadline=0.1), pv.link(1e8)), np.ones(1, dtype=np.bool_)
+    assert not bound.judge(view, 0.05).transfers[0]  # 4 % too late: not given up
+    assert bound.judge(view, 0.05, given_up).transfers[0]  # but not taken back either
     t.left[:] = 0.99e7
-    assert not bound.judge(t, r, link, 0.0, 0.05, given_up).transfers[0]
+    assert not bound.judge(view, 0.05, given_up).transfers[0]
 
 
 def test_without_rate_or_deadline_nothing_is_infeasible_but_past_the_deadline_everything_is() -> None:
+    def late(t: TransferView, r: RequestView, rate: float, now: float) -> bool:
+        return bool(bound.judge(pv.view(t, r, pv.link(rate), now)).transfers[0])
+
     t, r = pv.transfers(1, deadline=1.0, request=0), pv.requests(1, deadline=1.0)
-    assert not bound.judge(t, r, pv.link(0.0), 0.999).transfers[0]
-    assert bound.judge(t, r, pv.link(0.0), 1.0).transfers[0]
-    assert bound.judge(pv.transfers(1, deadline=1.0), pv.requests(0), pv.link(0.0), 1.0).transfers[0]
-    assert not bound.judge(pv.transfers(1), pv.requests(0), pv.link(1.0), 1e9).transfers[0]
+    assert not late(t, r, 0.0, 0.999)
+    assert late(t, r, 0.0, 1.0)
+    assert late(pv.transfers(1, deadline=1.0), pv.requests(0), 0.0, 1.0)
+    assert not late(pv.transfers(1), pv.requests(0), 1.0, 1e9)
 
 
 # --- RED --------------------------------------------------------------------------------------------------------------
@@ -184,7 +215,7 @@ def _prune(load: list[list[float]], due_in: list[float], member: list[int], budg
 
 
 def test_pruning_takes_the_largest_on_the_bottleneck_even_of_a_more_urgent_batch() -> None:
-    # Batch 0 is in time; batch 1 isn't, because of what batch 0's second request has on port 1.
+    # Batch 0 is in time; batch 1 isn't, because of what batch 0's second request has on link 1.
     load = [[1.0, 0.0], [0.0, 6.0], [0.0, 3.0]]
     assert _prune(load, [7.0, 8.0], [0, 0, 1], 3) == [False, True, False]
 
@@ -215,32 +246,75 @@ def test_pruning_keeps_its_budget_and_leaves_the_feasible_alone(
 # --- the ladder of MFS ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("shape", "want"), ref.LAYOUTS.items(), ids=str)
+def test_layout_is_as_drawn(shape: tuple[int, str, bool, int], want: tuple[list[list[int]], list[int]]) -> None:
+    levels, arbitration, p1, classes = shape
+    lay = Layout.build(levels, p1=p1, arbitration=arbitration, red_classes=classes, late=0)
+    assert (_early(lay), _late(lay)) == want
+
+
+def test_layout_gives_stage_3_as_many_levels_as_are_asked_for() -> None:
+    lay = Layout.build(8, p1=True, arbitration="ladder", red_classes=1, late=2)
+    assert (_early(lay), _late(lay)) == ([[1], [2], [3], [4], [5]], [0, 6, 7])
+    assert lay.default_after == 6
+
+
+def _early(lay: Layout) -> list[list[int]]:
+    step = np.arange(lay.early, dtype=np.int16)
+    columns = [lay.early_level(step, np.full(lay.early, c, dtype=np.int16)).tolist() for c in range(lay.classes)]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _late(lay: Layout) -> list[int]:
+    return [int(x) for x in lay.late_level(np.arange(lay.late + lay.p1, dtype=np.int16))]
+
+
 @pytest.mark.parametrize("arbitration", ARBITRATION)
 @pytest.mark.parametrize("p1", [True, False])
 @pytest.mark.parametrize("classes", [0, 1, 2, 3])
-def test_layout_uses_its_levels_in_order(arbitration: str, p1: bool, classes: int) -> None:  # noqa: FBT001 (parametrised)
-    for levels in range(6, 41):
-        lay = Layout.build("mfs", levels, p1=p1, arbitration=arbitration, red_classes=classes, late=0)
-        early, late = ref.mfs_table(lay, arbitration)
-        step = np.arange(lay.early, dtype=np.int16)
-        for c in range(lay.classes):
-            got = lay.early_level(step, np.full(lay.early, c, dtype=np.int16))
-            assert got.tolist() == [row[c] for row in early]
-            assert lay.early_step(got).tolist() == step.tolist()
-        steps = np.arange(lay.late + lay.p1, dtype=np.int16)
-        assert lay.late_level(steps).tolist() == late
-        assert [lay.late_step(level) for level in late] == steps.tolist()
-        used = {level for row in early for level in row} | set(late)
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_layout_uses_its_levels_in_order(arbitration: str, p1: bool, classes: int, late: int) -> None:  # noqa: FBT001 (parametrised)
+    least = Layout.least(p1=p1, arbitration=arbitration, red_classes=classes, late=late)
+    for levels in range(least, 41):
+        lay = Layout.build(levels, p1=p1, arbitration=arbitration, red_classes=classes, late=late)
+        early, steps = _early(lay), _late(lay)
+        below = steps[p1:]  # P1 is not one of the ladder
+        flat = [level for row in early for level in row]
+        assert early
+        assert below
+        assert flat == sorted(set(flat))
+        assert steps == sorted(set(steps))
+        used = set(flat) | set(steps)
         assert used <= set(range(levels))
         assert len(used) >= levels - lay.classes  # at most an incomplete step is left unused
-        if p1:
-            assert not any(level == 0 for row in early for level in row)
-        assert p1 < lay.default_after <= levels
+        assert (0 in flat) == (not p1)
+        if arbitration == "ladder":
+            assert max(flat) < min(below) == lay.default_after
+        elif arbitration == "level":
+            assert all(max(row) < level for row, level in zip(early, below, strict=True))
+            assert all(level < min(row) for row, level in zip(early[1:], below, strict=False))
+            assert lay.default_after == max(early[0]) + 1
+        else:
+            assert below == flat
+            assert lay.default_after == flat[0] + 1
+        for c in range(lay.classes):
+            levels_of = np.array([row[c] for row in early], dtype=np.int16)
+            assert lay.early_step(levels_of).tolist() == list(range(lay.early))
+        assert [lay.late_step(level) for level in steps] == list(range(len(steps)))
 
 
-def test_layout_needs_a_level_for_each_kind() -> None:
-    with pytest.raises(ValueError, match="levels = 2: policy 'mfs' needs at least 3"):
-        Layout.build("mfs", 2, p1=True, arbitration="ladder", red_classes=0, late=0)
+@pytest.mark.parametrize("arbitration", ARBITRATION)
+@pytest.mark.parametrize("p1", [True, False])
+@pytest.mark.parametrize(("classes", "late", "least"), [(0, 0, (2, 2, 1)), (1, 0, (2, 2, 1)), (3, 2, (5, 4, 1))])
+def test_layout_needs_a_level_for_each_kind(
+    arbitration: str,
+    p1: bool,  # noqa: FBT001 (parametrised)
+    classes: int,
+    late: int,
+    least: tuple[int, int, int],
+) -> None:
+    got = Layout.least(p1=p1, arbitration=arbitration, red_classes=classes, late=late)
+    assert got == least[ARBITRATION.index(arbitration)] + p1
 
 
 # --- branch-free choice -----------------------------------------------------------------------------------------------

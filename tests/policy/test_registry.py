@@ -1,24 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing policies by name, their parameters, and what they say about themselves."""
+"""Choosing policies by name, their parameters, and worked levels."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from support import policy_views as pv
 
+from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER
 from mfsd.policy import registry
-from mfsd.policy.views import LEVEL_SCAVENGER, Policy
+from mfsd.policy.parts.params import Problem, options
+from mfsd.policy.parts.still import stage_levels
 
 if TYPE_CHECKING:
+    from mfsd.policy.base import Policy
     from mfsd.policy.parts import params
+    from mfsd.policy.views import RequestView, TransferView
 
 DEFAULT_FIRST = "deadline-ladder"
+
+
+def test_policies_and_the_simulator_need_numpy_and_the_ground_only() -> None:
+    code = "import sys, mfsd.policy.registry, mfsd.policy.parts.still, mfsd.sim.cases; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    ours = {name for name in loaded if name.split(".")[0] == "mfsd"}
+    ground = {"mfsd", "mfsd.model", "mfsd.units", "mfsd.bands"}
+    assert {n for n in ours - ground if not n.startswith(("mfsd.policy", "mfsd.sim"))} == set()
+    assert not {"grpc", "google.protobuf", "pydantic", "pyroute2", "psutil", "mfsd.datapath"} & set(loaded)
 
 
 def test_names() -> None:
@@ -29,16 +44,24 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", registry.names())
 def test_policies_are_frozen_and_cite_their_source(name: str) -> None:
-    policy: Policy = registry.make_policy(name)
+    policy = registry.make_policy(name)
     assert policy.name == name
-    assert policy.levels >= 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.levels = 3  # type: ignore[misc]
     doc = type(policy).__doc__ or ""
     assert any(word in doc for word in ("Source", "source", "(baseline", "SIGCOMM"))
-    for key, text in registry.describe(name).items():
-        assert text.startswith("default ")
-        assert key
+
+
+def test_parameters_are_described() -> None:
+    assert registry.describe("fair") == {}
+    kv_default = "default False, true or false: KV traffic stays in the default band"
+    assert registry.describe("two-class") == {"kv_default": kv_default}
+    mfs, nop1 = registry.describe("mfs"), registry.describe("mfs-nop1")
+    assert mfs["p1"].startswith("default True, true or false: ")
+    assert nop1["p1"].startswith("default False, true or false: ")
+    assert mfs["upper"].startswith("default 0.5, a number from 1e-06 to 1e+06: ")
+    assert mfs["rho"].startswith("default 'none', one of 'none', 'above', 'all': ")
+    assert registry.describe("edf")["factor"].startswith("default 2.0, a number of at least 1.01: ")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +70,7 @@ def test_policies_are_frozen_and_cite_their_source(name: str) -> None:
         ("fifo", None, {}, "policy = 'fifo': must be one of deadline-ladder, mfs"),
         ("mfs", None, {"uper": 1}, "uper = 1: policy 'mfs' has no such parameter; it has: arbitration, "),
         ("fair", None, {"levels": 3}, "levels = 3: policy 'fair' has no such parameter; it has: none"),
-        ("mfs", None, {"upper": 0}, "upper = 0.0: must be a number from 1e-06 to 1e+06"),
+        ("mfs", None, {"upper": 0}, "upper = 0: must be a number from 1e-06 to 1e+06"),
         ("mfs", None, {"upper": math.nan}, "upper = nan: must be a number"),
         ("mfs", None, {"upper": True}, "upper = True: must be a number"),
         ("mfs", None, {"origin": 0.5}, "origin = 0.5: must be an integer from 0 to 1"),
@@ -73,48 +96,144 @@ def test_errors_name_key_value_and_what_is_allowed(
         registry.make_policy(name, levels, given)
 
 
+def test_problems_are_found_at_once() -> None:
+    """Each by itself, and those that hold only together, as far as what they hold between is right."""
+    given: dict[str, Any] = {"nonsense": 3, "margin": "x", "first_ms": 50, "last_ms": 5.0, "doomed_levels": 2}
+    assert registry.problems("deadline-ladder", 3, given) == [
+        Problem(
+            "nonsense", 3, f"policy 'deadline-ladder' has no such parameter; it has: {_options('deadline-ladder')}"
+        ),
+        Problem("margin", "x", "must be a number of at least 0"),
+        Problem("last_ms", 5.0, "must be at least first_ms (50)"),
+        Problem("levels", 3, "policy 'deadline-ladder' needs at least 4 with these parameters", parameter=False),
+    ]
+    with pytest.raises(ValueError, match=r"^nonsense = 3: .*\nmargin = 'x': .*\nlast_ms = 5: .*\nlevels = 3: .*$"):
+        registry.make_policy("deadline-ladder", 3, given)
+
+
+def _options(name: str) -> str:
+    return ", ".join(sorted(registry.describe(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "given", "fields"),
+    [
+        ("deadline-ladder", 8, {"first_ms": 1000.0, "last_ms": 8000.0}, []),
+        ("deadline-ladder", 8, {"first_ms": 1000.0}, ["last_ms"]),
+        ("deadline-ladder", 8, {"first_ms": 1000.0, "last_ms": "x"}, ["last_ms"]),
+        ("deadline-ladder", 8, {"first_ms": "x", "last_ms": 1.0}, ["first_ms"]),
+        ("deadline-ladder", 2, {"kv": "rly", "early_levels": 4}, ["kv"]),
+        ("deadline-ladder", 2, {"kv": "rli", "early_levels": 4}, ["levels"]),
+        ("deadline-ladder", 8, {"doomed_levels": 64}, ["levels"]),
+        ("mfs", 2, {"p1": 0}, ["p1"]),
+        ("mfs", 2, {"p1": False}, []),
+        ("mfs", 2, {"upper": 0}, ["upper", "levels"]),
+        ("mfs", 6, {"late_levels": 4, "red": False}, []),
+        ("mfs", 6, {"late_levels": 4, "red_classes": 2}, ["levels"]),
+        ("mfs", 0, {"late_levels": 64, "upper": 0}, ["upper", "levels"]),
+        ("mfs-nop1", 2, {}, []),
+        ("edf", 1, {"everything": True}, []),
+        ("two-class", 1, {"levels": 3}, ["levels", "levels"]),
+        ("fifo", 0, {"x": 1}, ["policy"]),
+    ],
+)
+def test_nothing_is_a_problem_because_of_another(
+    name: str, levels: int, given: dict[str, Any], fields: list[str]
+) -> None:
+    assert [p.field for p in registry.problems(name, levels, given)] == fields
+
+
+def _others(policy: Policy, key: str) -> list[Any]:
+    """Other values of a parameter."""
+    old, choices = getattr(policy, key), options(type(policy))[key].metadata["choices"]
+    return [c for c in choices if c != old] or ([not old] if isinstance(old, bool) else [old * 3 + 1])
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_what_needs_levels_is_declared(name: str) -> None:
+    """So that a fault in any other parameter doesn't hide that there are too few levels."""
+    policy = registry.make_policy(name, 64)
+    bases = [dataclasses.replace(policy, **{k: v}) for k in registry.describe(name) for v in _others(policy, k)]
+    for base in [policy, *bases]:
+        for key in set(registry.describe(name)) - set(policy.takes_levels):
+            for value in _others(base, key):
+                assert dataclasses.replace(base, **{key: value}).least_levels == base.least_levels, key
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_least_levels_are_enough_and_one_less_is_refused(name: str) -> None:
+    least = registry.make_policy(name, 64).least_levels
+    view = pv.random_view(np.random.default_rng(1), 40, levels=least)
+    policy = registry.make_policy(name, least)
+    level = policy.evaluate(view).level
+    assert set(level[(level >= 0) & (level < LEVEL_NEW)].tolist()) <= set(range(least))
+    assert 0 <= policy.default_after <= least
+    assert [p.field for p in registry.problems(name, least - 1)] == ["levels"]
+
+
 def test_an_integer_is_a_number() -> None:
     assert registry.make_policy("mfs", None, {"upper": 1}) == registry.make_policy("mfs", None, {"upper": 1.0})
 
 
 def test_variants_differ_as_their_names_say() -> None:
     plain = registry.make_policy("mfs")
-    assert dataclasses.replace(registry.make_policy("mfs-nop1"), name="mfs", p1=True) == plain  # type: ignore[type-var]
+    nop1: Any = registry.make_policy("mfs-nop1")
     giveup: Any = registry.make_policy("mfs-giveup")
+    assert dataclasses.replace(nop1, name="mfs", p1=True) == plain
     assert dataclasses.replace(giveup, name="mfs", late_infeasible="top") == plain
 
 
 # --- worked levels ----------------------------------------------------------------------------------------------------
 
 
-def _levels(name: str, given: dict[str, params.Value], t: Any, r: Any, now: float = 0.0, levels: int = 8) -> list[int]:
+def _levels(
+    name: str, given: dict[str, params.Value], t: TransferView, r: RequestView | None = None, levels: int = 8
+) -> list[int]:
     policy = registry.make_policy(name, levels, given)
-    out = policy.evaluate(t, r, pv.batches(1), pv.link(1e9, levels=levels), now)
-    return [int(x) for x in out]
+    return [int(x) for x in policy.evaluate(pv.view(t, r, pv.link(1e9, levels))).level]
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("deadline-ladder", [-1, 4, 0, 4]),
+        ("mfs", [-1, 1, 1, 4]),
+        ("mfs-nop1", [-1, 0, 0, 4]),
+        ("fair", [-1, -1, -1, -1]),
+        ("two-class", [-1, 1, 0, 1]),
+        ("sjf", [-1, 0, 0, 0]),
+        ("pias", [-1, 0, 0, 0]),
+        ("edf", [-1, 4, 4, 3]),
+        ("edf-all", [-1, 4, 4, 4]),
+        ("karuna", [-1, 1, 1, 1]),
+    ],
+)
+def test_levels_of_stages_of_which_nothing_else_is_known(name: str, want: list[int]) -> None:
+    assert stage_levels(registry.make_policy(name, 5)).tolist() == want
 
 
 def test_two_class() -> None:
     t = pv.transfers(4, stage=[0, 1, 2, 3])
-    assert _levels("two-class", {}, t, pv.requests(0)) == [-1, 1, 0, 1]
-    assert _levels("two-class", {"kv_default": True}, t, pv.requests(0)) == [-1, -1, 0, -1]
+    assert _levels("two-class", {}, t) == [-1, 1, 0, 1]
+    assert _levels("two-class", {"kv_default": True}, t) == [-1, -1, 0, -1]
 
 
 def test_the_ladder_of_deadlines() -> None:
     """Edges of 8 levels from 12.5 to 400 ms double: 12.5, 25, 50, 100, 200, 400."""
     due = [0.005, 0.0125, 0.03, 0.09, 0.15, 0.3, 0.5, math.inf]
     t = pv.transfers(8, left=1e3, deadline=due)
-    assert _levels("deadline-ladder", {"last_ms": 400.0}, t, pv.requests(0)) == [1, 2, 3, 4, 5, 6, 7, 7]
+    assert _levels("deadline-ladder", {"last_ms": 400.0}, t) == [1, 2, 3, 4, 5, 6, 7, 7]
 
 
 def test_the_doomed_go_to_the_scavenger_and_come_back_when_reality_beats_the_bound() -> None:
     policy = registry.make_policy("deadline-ladder")
     t = pv.transfers(2, request=[0, 1], left=[2e8, 1e6], deadline=0.1)
-    r, b, link = pv.requests(2, deadline=0.1), pv.batches(0), pv.link(1e9)
-    t.level = policy.evaluate(t, r, b, link, 0.0)
-    assert t.level[0] == LEVEL_SCAVENGER
-    assert t.level[1] < LEVEL_SCAVENGER
+    view = pv.view(t, pv.requests(2, deadline=0.1))
+    t.level = policy.evaluate(view).level
+    assert t.level.tolist() == [LEVEL_SCAVENGER, 4]  # 100 ms of 12.5, 28.7, 66, 151 ...: less than 151
     t.left[0] = 5e7
-    assert policy.evaluate(t, r, b, link, 0.01)[0] < LEVEL_SCAVENGER
+    view.now = 0.01
+    assert policy.evaluate(view).level.tolist() == [4, 4]
 
 
 def test_doomed_levels_put_the_least_work_first() -> None:
@@ -143,79 +262,12 @@ def test_pruned_requests_are_demoted_and_restored() -> None:
 
 def test_switches_of_mfs_do_what_they_say() -> None:
     t = pv.transfers(4, stage=[1, 1, 3, 3], target_layer=[1, 9, 0, 0], left=[1e6, 1e6, 9e8, 1e3], deadline=1.0, batch=0)
-    r = pv.requests(0)
-    near, far, urgent, patient = _levels("mfs", {}, t, r, levels=13)
+    near, far, urgent, patient = _levels("mfs", {}, t, levels=13)
     assert near < far
     assert urgent == 0 < patient
-    near, far, *_ = _levels("mfs", {"rli": False}, t, r, levels=13)
+    near, far, *_ = _levels("mfs", {"rli": False}, t, levels=13)
     assert near == far
-    *_, urgent, patient = _levels("mfs", {"mlu": False}, t, r, levels=13)
+    *_, urgent, patient = _levels("mfs", {"mlu": False}, t, levels=13)
     assert urgent == patient == 12
     t.level[:] = patient
-    assert _levels("mfs", {"promotion": False}, t, r, levels=13) == [patient] * 4
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _why(name: str, given: dict[str, params.Value], **columns: Any) -> tuple[str, dict[str, float]]:
-    policy = registry.make_policy(name, 8, given)
-    t = pv.transfers(1, **columns)
-    r = pv.requests(1, batch=0, deadline=t.deadline[0], compute_left=t.compute_left[0])
-    b = pv.batches(2, layers=32, current_layer=3, rank=[1, 0])
-    why = policy.explain(0, t, r, b, pv.link(1e9, load=0.25), 0.0)
-    return " ".join(why.reasons), why.figures
-
-
-def test_explain_a_deferred_transfer() -> None:
-    text, figures = _why("deadline-ladder", {"last_ms": 400.0}, request=0, batch=0, left=1e6, deadline=0.08)
-    assert "80 ms remain to its deadline: level 4 is for 50 ms or more and less than 100 ms." in text
-    assert "It is promoted in 30 ms" in text
-    assert figures["next_promotion_s"] == pytest.approx(0.03)
-    assert figures["rho"] == 0.25
-    assert figures["red_rank"] == 1.0
-
-
-def test_explain_mlu() -> None:
-    text, figures = _why("mfs", {}, request=0, left=2e7, deadline=0.4)
-    assert figures["mlu"] == pytest.approx(0.05)
-    assert figures["threshold"] == pytest.approx(0.125)
-    # 20 MB take 20 ms; MLU is 0.125 when 160 ms are left.
-    assert figures["next_promotion_s"] == pytest.approx(0.24)
-    assert "It is promoted when its MLU reaches 0.125: in 240 ms if nothing of it is sent until then" in text
-
-
-def test_explain_rli() -> None:
-    text, figures = _why("mfs", {}, stage=1, request=0, batch=0, target_layer=9, current_layer=3, computing=True)
-    assert figures["rli"] == 6.0
-    assert "It feeds layer 9 and layer 3 computes: RLI 6 is level 3" in text
-    assert "It is promoted when layer 8 starts." in text
-
-
-def test_explain_the_doomed() -> None:
-    text, figures = _why("deadline-ladder", {}, request=0, left=1e9, deadline=0.5)
-    assert figures["level"] == -2.0
-    assert "the scavenger band" in text
-    assert "it needs 1 s" in text
-
-
-def test_explain_karuna_names_the_rate() -> None:
-    text, figures = _why("karuna", {}, request=0, left=1e6, size=1e6, deadline=0.1)
-    assert figures["needed_rate"] == pytest.approx(1e7)
-    assert "80 Mbit/s" in text
-
-
-def test_explain_leaves_its_views_alone() -> None:
-    rng = np.random.default_rng(1)
-    for name in registry.names():
-        views = pv.random_views(rng, 6)
-        before = pv.take(views[0], slice(None))
-        before = dataclasses.replace(
-            before, **{f.name: getattr(before, f.name).copy() for f in dataclasses.fields(before)}
-        )
-        policy = registry.make_policy(name)
-        policy.explain(0, *views, 0.0)
-        policy.arrange(*views, 0.0)
-        policy.evaluate(*views, 0.0)
-        for f in dataclasses.fields(before):
-            assert (getattr(before, f.name) == getattr(views[0], f.name)).all(), (name, f.name)
+    assert _levels("mfs", {"promotion": False}, t, levels=13) == [patient] * 4

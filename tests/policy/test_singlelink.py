@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from mfsd.policy import registry
 from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.sim.decide import FixedOrder, PolicyDecider, simulate
 from mfsd.sim.singlelink import BatchSpec, Case, RequestSpec, Run
+
+if TYPE_CHECKING:
+    from mfsd.policy.views import F8, Views
 
 TINY = Shape(batches=(2, 5), requests=(1, 3), layers=(1, 4), instances=2)
 
@@ -52,14 +56,29 @@ def test_levels_of_policies_are_served_as_on_the_plain_link() -> None:
             assert got.tolist() == pytest.approx([want[q] for q in range(case.requests)], rel=1e-9), name
 
 
+class Meter(PolicyDecider):
+    """Notes at every decision when it was, what was left of all transfers, and what of those that want the link."""
+
+    def __init__(self, case: Case, name: str) -> None:
+        super().__init__(case, registry.make_policy(name))
+        self.seen: list[tuple[float, float, float]] = []
+
+    def order(self, run: Run) -> F8:
+        self.seen.append((run.now, float(run.left.sum()), float(run.left[run.active].sum())))
+        return super().order(run)
+
+
 @pytest.mark.parametrize("name", registry.names())
 def test_the_link_is_never_idle_and_never_faster_than_it_is(name: str) -> None:
+    """From one decision to the next it sends at its rate, or all that there is."""
     for case in _cases(10):
-        run = Run(case)
-        decider = PolicyDecider(case, registry.make_policy(name))
-        outcome = run.go(decider, 0.005)
+        run, meter = Run(case), Meter(case, name)
+        outcome = run.go(meter, 0.005)
         assert not np.isnan(outcome.finish).any()
         assert (run.left == 0).all()
+        for (then, left_then, wanted), (now, left_now, _) in itertools.pairwise(meter.seen):
+            carried = case.rate * (now - then)
+            assert left_then - left_now == pytest.approx(min(wanted, carried), rel=1e-6, abs=1.0)
         arrival = np.array([b.arrival for b in case.batches for _ in b.requests])
         compute = np.array([b.compute * len(b.collective) for b in case.batches for _ in b.requests])
         own = np.array([sum(r.p2d) for b in case.batches for r in b.requests]) / case.rate
@@ -76,10 +95,10 @@ def test_the_views_tell_the_compute_left_and_the_clairvoyant_what_is_to_come() -
         told = seen.setdefault(name, {})
 
         class Probe(PolicyDecider):
-            def _views(self, run: Run, active: Any) -> Any:
-                views = super()._views(run, active)
-                told[run.now] = float(views[1].compute_left[0])  # noqa: B023 (used at once)
-                return views
+            def _view(self, run: Run, active: Any) -> Views:
+                view = super()._view(run, active)
+                told[run.now] = float(view.requests.compute_left[0])  # noqa: B023 (used at once)
+                return view
 
         assert Run(case).go(Probe(case, policy), 0.5).finish.tolist() == [7.0]
     # The collective of layer 0 from 0, of layer 1 from 3 s; layer 1 computes from 4 to 6; its stage 3 ends at 7.
@@ -163,9 +182,7 @@ def test_rli_order_minimises_the_makespan_of_a_prefill() -> None:
 
 
 def _makespans(case: Case) -> list[float]:
-    from itertools import permutations  # noqa: PLC0415 (only here)
-
-    orders = permutations(range(len(Run(case).size)))
+    orders = itertools.permutations(range(len(Run(case).size)))
     return [float(Run(case).go(FixedOrder(order), math.inf).finish[0]) for order in orders]
 
 

@@ -8,11 +8,11 @@ from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 from mfsd.bands import Bands
-from mfsd.engine.settings import LimitsConfig, RescueConfig
 from mfsd.daemon.wiring import far_rate_of
 from mfsd.engine.connections import OVERHEAD_V4, Connections
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
+from mfsd.engine.settings import LimitsConfig, RescueConfig
 from mfsd.engine.slots import NS, FlowTable, MemoryKeys, memory_rows
 from mfsd.model import (
     CookieSelector,

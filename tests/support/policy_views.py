@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builders of views for tests: small ones by hand, random ones by the thousand."""
+"""Views for tests: small ones by hand, random ones by the thousand."""
 
 from __future__ import annotations
 
@@ -8,88 +8,47 @@ from typing import Any
 
 import numpy as np
 
-from mfsd.policy.views import LEVEL_NEW, BatchView, LinkView, RequestView, TransferView
+from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER
+from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
-TRANSFER = {
-    "stage": (np.uint8, 3),
-    "size": (np.float64, 1e6),
-    "left": (np.float64, 1e6),
-    "ahead": (np.float64, 0.0),
-    "request": (np.int32, -1),
-    "batch": (np.int32, -1),
-    "conn": (np.int32, 0),
-    "target_layer": (np.int32, 0),
-    "current_layer": (np.int32, 0),
-    "computing": (np.bool_, False),
-    "layer_started": (np.bool_, True),
-    "deadline": (np.float64, np.inf),
-    "compute_left": (np.float64, 0.0),
-    "created": (np.float64, 0.0),
-    "level": (np.int16, LEVEL_NEW),
-    "port": (np.int32, 0),
-    "peer": (np.int32, -1),
-}
-REQUEST = {
-    "deadline": (np.float64, np.inf),
-    "arrival": (np.float64, 0.0),
-    "batch": (np.int32, -1),
-    "compute_left": (np.float64, 0.0),
-    "pruned": (np.bool_, False),
-}
-BATCH = {
-    "layers": (np.int32, 1),
-    "current_layer": (np.int32, 0),
-    "layer_compute": (np.float64, 0.0),
-    "compute_done": (np.bool_, False),
-    "arrival": (np.float64, 0.0),
-    "rank": (np.int32, 0),
-}
+PEERS = 5
 
 
-def _columns(n: int, schema: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    unknown = set(given) - set(schema)
-    assert not unknown, unknown
-    return {
-        name: np.broadcast_to(np.asarray(given.get(name, default), dtype=dtype), (n,)).copy()
-        for name, (dtype, default) in schema.items()
-    }
+def transfers(n: int, **columns: Any) -> TransferView:
+    """Stage 3, 1 MB, all of it left, unless said otherwise."""
+    return TransferView.of(n, **({"stage": 3, "size": 1e6, "left": 1e6} | columns))
 
 
-def transfers(n: int, **given: Any) -> TransferView:
-    return TransferView(**_columns(n, TRANSFER, given))
+requests, batches = RequestView.of, BatchView.of
 
 
-def requests(n: int, **given: Any) -> RequestView:
-    return RequestView(**_columns(n, REQUEST, given))
+def link(rate: Any = 1e9, levels: int = 8, **columns: Any) -> LinkView:
+    return LinkView.of(rate, levels, **columns)
 
 
-def batches(n: int, **given: Any) -> BatchView:
-    return BatchView(**_columns(n, BATCH, given))
+def view(t: TransferView, r: RequestView | None = None, net: LinkView | None = None, now: float = 0.0) -> Views:
+    """One idle batch, and a link of 1 GB/s unless another is given."""
+    return Views.of(t, net or link(), requests=r, batches=batches(1), now=now)
 
 
-def link(rate: Any = 1e9, load: Any = 0.0, levels: int = 8, load_above: Any = 0.0, peer_rate: Any = ()) -> LinkView:
-    rate = np.atleast_1d(np.asarray(rate, dtype=np.float64))
-    ports = len(rate)
-    return LinkView(
-        rate=rate,
-        load=np.broadcast_to(np.asarray(load, dtype=np.float64), (ports,)).copy(),
-        load_above=np.broadcast_to(np.asarray(load_above, dtype=np.float64), (ports, levels + 1)).copy(),
-        peer_rate=np.asarray(peer_rate, dtype=np.float64),
-    )
-
-
-def take(view: Any, rows: Any) -> Any:
+def take(rows_of: Any, rows: Any) -> Any:
     """The rows of a view, in that order."""
-    return type(view)(**{f.name: getattr(view, f.name)[rows] for f in dataclasses.fields(view)})
+    return type(rows_of)(**{f.name: getattr(rows_of, f.name)[rows] for f in dataclasses.fields(rows_of)})
 
 
-Views = tuple[TransferView, RequestView, BatchView, LinkView]
+def columns(v: Views) -> dict[str, bytes]:
+    """Every array of a view, to compare it before and after."""
+    parts: dict[str, Any] = {"transfer": v.transfers, "request": v.requests, "batch": v.batches, "link": v.link}
+    return {f"{k} {f.name}": getattr(p, f.name).tobytes() for k, p in parts.items() for f in dataclasses.fields(p)}
 
 
-def random_views(
-    rng: np.random.Generator, n: int, *, requests_n: int = 12, batches_n: int = 4, ports: int = 1, levels: int = 8
+def random_view(
+    rng: np.random.Generator, n: int, *, requests_n: int = 12, batches_n: int = 4, devices: int = 1, levels: int = 8
 ) -> Views:
-    """A consistent state: transfers point at requests, requests at batches; time 0 lies among the deadlines."""
+    """A consistent state: transfers point at requests, requests at batches; time 0 lies among the deadlines.
+
+    In about half of them the rates of some links into peers are known; a device's own rate may not be.
+    """
     b = batches(
         batches_n,
         layers=rng.integers(1, 40, batches_n),
@@ -111,7 +70,6 @@ def random_views(
     owner = rng.integers(-1, requests_n, n)
     own = rng.uniform(-0.01, 1, n)
     batch = np.where(owner >= 0, r.batch[owner], rng.integers(-1, batches_n, n))
-    current = np.where(batch >= 0, b.current_layer[batch], 0)
     size = rng.lognormal(13, 2, n)
     t = transfers(
         n,
@@ -123,16 +81,19 @@ def random_views(
         batch=batch,
         conn=rng.integers(-1, 8, n),
         target_layer=rng.integers(0, 40, n),
-        current_layer=current,
+        current_layer=np.where(batch >= 0, b.current_layer[batch], 0),
         computing=rng.random(n) < 0.6,
         layer_started=rng.random(n) < 0.5,
         deadline=np.where(owner >= 0, r.deadline[owner], np.where(rng.random(n) < 0.5, own, np.inf)),
         compute_left=np.where(owner >= 0, r.compute_left[owner], 0.0),
         created=rng.uniform(-1, 0, n),
-        level=rng.choice([LEVEL_NEW, 0x7FFF, *range(levels)], n),
-        port=rng.integers(0, ports, n),
-        peer=rng.integers(-1, 5, n),
+        level=rng.choice([LEVEL_NEW, LEVEL_SCAVENGER, *range(min(levels, 14))], n),
+        device=rng.integers(0, devices, n),
+        peer=rng.integers(-1, PEERS, n),
     )
-    above = np.sort(rng.uniform(0, 1, (ports, levels + 1)), axis=1)
-    net = link(rng.choice([1.25e8, 1e9], ports), above[:, -1], levels, above)
-    return t, r, b, net
+    above = np.sort(rng.uniform(0, 1, (devices, levels + 1)), axis=1)
+    slow = rng.choice([2e7, 2.5e8, np.inf], PEERS) if rng.random() < 0.5 else ()
+    net = link(
+        rng.choice([0.0, 1.25e8, 1e9, 1e9], devices), levels, load=above[:, -1], load_above=above, peer_rate=slow
+    )
+    return Views(t, r, b, net, 0.0)

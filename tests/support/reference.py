@@ -8,41 +8,51 @@ Written from the paper and the docstrings, not from the vectorised code. Times, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView
+    from mfsd.policy.views import Views
 
 NEW, NONE, SCAVENGER = 0x7FFE, -1, 0x7FFF
 KV, COLLECTIVE, P2D = 1, 2, 3
 
 
-@dataclass
 class State:
     """The views, by row."""
 
-    t: TransferView
-    r: RequestView
-    b: BatchView
-    link: LinkView
-    now: float
+    def __init__(self, view: Views) -> None:
+        self.t, self.r, self.b, self.link, self.now = view.transfers, view.requests, view.batches, view.link, view.now
 
     def rows(self) -> range:
         return range(len(self.t))
 
     def rate(self, i: int) -> float:
-        rate = float(self.link.rate[self.t.port[i]])
+        rate = float(self.link.rate[self.t.device[i]])
         return rate if rate > 0 else math.inf
 
+    def far(self, i: int) -> float:
+        """What is known of the link into its peer."""
+        peer = int(self.t.peer[i])
+        return float(self.link.peer_rate[peer]) if peer >= 0 and len(self.link.peer_rate) else math.inf
+
+    def path(self, i: int) -> float:
+        return min(self.rate(i), self.far(i))
+
     def of_request(self, i: int) -> list[int]:
-        """Transfers of the same request on the same port, itself included."""
+        """Transfers of the same request on the same device, itself included."""
         t = self.t
         if t.request[i] < 0:
             return [i]
-        return [j for j in self.rows() if t.request[j] == t.request[i] and t.port[j] == t.port[i]]
+        return [j for j in self.rows() if t.request[j] == t.request[i] and t.device[j] == t.device[i]]
+
+    def to_the_same_peer(self, i: int) -> list[int]:
+        """Transfers of the same request to the same peer, over whatever device, itself included."""
+        t = self.t
+        if t.request[i] < 0:
+            return [i]
+        return [j for j in self.rows() if t.request[j] == t.request[i] and t.peer[j] == t.peer[i]]
 
     def members(self, batch: int) -> list[int]:
         return [q for q in range(len(self.r)) if self.r.batch[q] == batch]
@@ -53,8 +63,9 @@ class State:
 
 def needed(s: State, i: int) -> float:
     own = s.t.left[i] + s.t.ahead[i]
-    together = sum(s.t.left[j] for j in s.of_request(i))
-    return float(max(max(own, together) / s.rate(i), s.t.compute_left[i]))
+    here = max(own, sum(s.t.left[j] for j in s.of_request(i))) / s.rate(i)
+    there = max(own, sum(s.t.left[j] for j in s.to_the_same_peer(i))) / s.far(i)
+    return float(max(here, there, s.t.compute_left[i]))
 
 
 def doomed_requests(s: State, margin: float = 0.0, given_up: Callable[[int], bool] = lambda _: False) -> set[int]:
@@ -112,9 +123,9 @@ def mlu(s: State, i: int, size: str, rho: float) -> float:
     time_left = s.t.deadline[i] - s.now
     if time_left <= 0:
         return math.inf
-    if math.isinf(time_left) or math.isinf(s.rate(i)):
+    if math.isinf(time_left) or math.isinf(s.path(i)):
         return 0.0
-    return float(left / (time_left * (s.rate(i) * (1 - rho))))
+    return float(left / (time_left * (s.path(i) * (1 - rho))))
 
 
 def red(deadlines: Sequence[float]) -> tuple[float, float]:
@@ -139,18 +150,22 @@ def dense(keys: Sequence[float]) -> list[int]:
 # --- across requests ------------------------------------------------------------------------------------------------
 
 
-Port = tuple[str, int]
+Link = tuple[str, int]
 
 
-def port_load(s: State, owner: Callable[[int], bool]) -> dict[Port, float]:
-    """Seconds of each port that the transfers chosen by ``owner`` need: egress ports, then known peers' ingress."""
-    out: dict[Port, float] = {("out", p): 0.0 for p in range(len(s.link.rate))}
+def link_load(s: State, owner: Callable[[int], bool], unknown: float = math.inf) -> dict[Link, float]:
+    """Seconds of each link that the transfers chosen by ``owner`` need: our devices, then the links into known peers.
+
+    ``unknown``: what a device of unknown rate counts as. A peer's link of unknown rate is like the device before it.
+    """
+    out: dict[Link, float] = {("out", p): 0.0 for p in range(len(s.link.rate))}
     out |= {("in", p): 0.0 for p in sorted(set(s.t.peer.tolist())) if p >= 0}
     for i in s.rows():
         if owner(i):
-            out["out", int(s.t.port[i])] += s.t.left[i] / s.rate(i)
+            rate = s.rate(i) if math.isfinite(s.rate(i)) else unknown
+            out["out", int(s.t.device[i])] += s.t.left[i] / rate
             if s.t.peer[i] >= 0:
-                out["in", int(s.t.peer[i])] += s.t.left[i] / s.rate(i)
+                out["in", int(s.t.peer[i])] += s.t.left[i] / (s.far(i) if math.isfinite(s.far(i)) else rate)
     return out
 
 
@@ -173,19 +188,19 @@ def rank_batches(s: State, *, robust: bool) -> list[int]:
 def arrange(s: State, *, robust: bool, budget: int) -> tuple[list[int], list[bool]]:
     """Rank of each batch and pruned requests (algorithm 1 of the paper)."""
     order = rank_batches(s, robust=robust)
-    request_load = [port_load(s, lambda i: bool(s.t.request[i] == q)) for q in range(len(s.r))]  # noqa: B023 (used at once)
+    request_load = [link_load(s, lambda i: bool(s.t.request[i] == q)) for q in range(len(s.r))]  # noqa: B023 (used at once)
     pruned = [False] * len(s.r)
-    before = port_load(s, lambda _: False)
+    before = link_load(s, lambda _: False)
     pool: list[int] = []
     for batch in order:
         mine = s.members(batch)
         loads = [request_load[q] for q in mine]
-        loads.append(port_load(s, lambda i: bool(s.t.request[i] < 0 and s.t.batch[i] == batch)))  # noqa: B023 (the same)
-        total = {port: x + sum(load[port] for load in loads) for port, x in before.items()}
+        loads.append(link_load(s, lambda i: bool(s.t.request[i] < 0 and s.t.batch[i] == batch)))  # noqa: B023 (the same)
+        total = {link: x + sum(load[link] for load in loads) for link, x in before.items()}
         pool += [q for q in mine if math.isfinite(s.r.deadline[q])]
         due_in = red([float(s.r.deadline[q]) for q in mine])[1] - s.now
         while sum(pruned) < budget and pool:
-            worst = max(total, key=lambda port: total[port])
+            worst = max(total, key=lambda link: total[link])
             if compute_left(s, batch) + total[worst] <= due_in:
                 break
             victim = max(pool, key=lambda q: request_load[q][worst])
@@ -193,7 +208,7 @@ def arrange(s: State, *, robust: bool, budget: int) -> tuple[list[int], list[boo
                 break
             pool.remove(victim)
             pruned[victim] = True
-            total = {port: x - request_load[victim][port] for port, x in total.items()}
+            total = {link: x - request_load[victim][link] for link, x in total.items()}
         before = total
     return [order.index(b) for b in range(len(s.b))], pruned
 
@@ -232,7 +247,7 @@ def ladder(s: State, p: Any) -> list[int]:
             out.append(NONE)
             continue
         if stage == P2D and lost_rows[i]:
-            work = sum(float(s.t.left[j]) for j in s.of_request(i)) / s.rate(i)
+            work = sum(float(s.t.left[j]) for j in s.of_request(i)) / s.path(i)
             step = bucket(work, [p.doomed_first_ms / 1e3 * 2**k for k in range(p.doomed_levels)])
             out.append(top_doomed + step if step < p.doomed_levels else SCAVENGER)
             continue
@@ -251,13 +266,13 @@ def ladder(s: State, p: Any) -> list[int]:
 
 
 def mfs(s: State, p: Any) -> list[int]:
-    """Mfs with ``p``'s parameters; ``p._layout`` only for how many steps there are, which its own tests check."""
-    lay = p._layout
-    early_levels, late_levels = mfs_table(lay, p.arbitration)
+    """Mfs with ``p``'s parameters, for the layouts that are written out below."""
+    early_levels, late_levels = LAYOUTS[p.levels, p.arbitration, p.p1, p.red_classes or (0 if p.red else 1)]
+    classes = len(early_levels[0])
     thresholds = [p.upper * p.ratio ** -(p.origin + k) for k in range(len(late_levels) - 1)]
     lost = doomed(s, p.margin, lambda i: s.t.level[i] == SCAVENGER)
     computing = sorted((int(s.b.rank[b]), b) for b in range(len(s.b)) if not s.b.compute_done[b])
-    red_class = {b: k * lay.classes // len(computing) for k, (_, b) in enumerate(computing)}
+    red_class = {b: k * classes // len(computing) for k, (_, b) in enumerate(computing)}
     out = []
     for i in s.rows():
         stage, old = int(s.t.stage[i]), int(s.t.level[i])
@@ -279,125 +294,29 @@ def mfs(s: State, p: Any) -> list[int]:
         else:
             step = rli(s, i) if p.rli else int(stage == KV)
             if not fresh(s, i):
-                step = min(step, max(k for k in range(lay.early) if k == 0 or early_levels[k][0] <= old))
-            step = min(step, lay.early - 1)
-            out.append(early_levels[step][red_class.get(int(s.t.batch[i]), lay.classes - 1)])
+                step = min(step, max(k for k in range(len(early_levels)) if k == 0 or early_levels[k][0] <= old))
+            step = min(step, len(early_levels) - 1)
+            out.append(early_levels[step][red_class.get(int(s.t.batch[i]), classes - 1)])
     return out
 
 
-def mfs_table(lay: Any, arbitration: str) -> tuple[list[list[int]], list[int]]:
-    """Level of each early step and class, and of each late step (P1 first if there is one), counted out by hand."""
-    level = lay.p1
-    early: list[list[int]] = []
-    late = [0] if lay.p1 else []
-    if arbitration == "ladder":
-        for _ in range(lay.early):
-            early.append(list(range(level, level + lay.classes)))
-            level += lay.classes
-        late += range(level, level + lay.late)
-    else:
-        for _ in range(lay.early):
-            early.append(list(range(level, level + lay.classes)))
-            if arbitration == "level":
-                level += lay.classes
-            late.append(level)
-            level += 1
-    return early, late
+LAYOUTS: dict[tuple[int, str, bool, int], tuple[list[list[int]], list[int]]] = {
+    (8, "ladder", True, 0): ([[1], [2], [3]], [0, 4, 5, 6, 7]),
+    (13, "ladder", True, 0): ([[1, 2], [3, 4], [5, 6]], [0, 7, 8, 9, 10, 11, 12]),
+    (13, "ladder", True, 1): ([[1], [2], [3], [4], [5], [6]], [0, 7, 8, 9, 10, 11, 12]),
+    (13, "ladder", False, 0): ([[0, 1], [2, 3], [4, 5]], [6, 7, 8, 9, 10, 11, 12]),
+    (13, "ladder", False, 3): ([[0, 1, 2], [3, 4, 5]], [6, 7, 8, 9, 10, 11, 12]),
+    (13, "level", True, 0): ([[1, 2], [4, 5], [7, 8], [10, 11]], [0, 3, 6, 9, 12]),
+    (13, "shared", True, 0): ([[k] for k in range(1, 13)], list(range(13))),
+}
+"""Levels, arbitration, P1, RED classes (0: as many as fit) -> level of each early step and class, and of each late step
+(P1 first if there is one), written down from the pictures in mfsd/policy/mfs/layout.py."""
 
 
 def rho_of(s: State, i: int, p: Any) -> float:
     if p.rho == "none":
         return 0.0
     if p.rho == "all":
-        return min(float(s.link.load[s.t.port[i]]), 0.99)
+        return min(float(s.link.load[s.t.device[i]]), 0.99)
     level = p.levels - 1 if fresh(s, i) else int(s.t.level[i])
-    return min(float(s.link.load_above[s.t.port[i], min(level, p.levels)]), 0.99)
-
-
-def by_size(s: State, p: Any) -> list[int]:
-    edges = geometric(p.levels, p.low_kb * 1024, p.high_kb * 1024)
-    value = {"sjf": lambda i: s.t.size[i], "srpt": lambda i: s.t.left[i], "pias": lambda i: s.t.size[i] - s.t.left[i]}
-    keys = [float(value[p.name](i)) for i in s.rows()]
-    levels = [min(k, p.levels - 1) for k in dense(keys)] if p.exact else [bucket(k, edges) for k in keys]
-    return [NONE if s.t.stage[i] == 0 else levels[i] for i in s.rows()]
-
-
-def earliest_of_batch(s: State, batch: int, key: Callable[[int], float]) -> float:
-    return min((key(q) for q in s.members(batch)), default=math.inf) if batch >= 0 else math.inf
-
-
-def edf(s: State, p: Any) -> list[int]:
-    ordered = p.levels if p.everything else p.levels - 1
-    edges = [p.first_ms / 1e3 * p.factor**k for k in range(ordered - 1)]
-    out = []
-    for i in s.rows():
-        due = float(s.t.deadline[i])
-        if p.everything and math.isinf(due):
-            due = earliest_of_batch(s, int(s.t.batch[i]), lambda q: float(s.r.deadline[q]))
-        if s.t.stage[i] == 0:
-            out.append(NONE)
-        elif s.t.stage[i] != P2D and not p.everything:
-            out.append(p.levels - 1)
-        else:
-            out.append(bucket(due - s.now, edges))
-    return out
-
-
-def karuna(s: State, p: Any) -> list[int]:
-    edges = geometric(p.levels - 2, p.low_kb * 1024, p.high_kb * 1024)
-    out = []
-    for i in s.rows():
-        time_left = float(s.t.deadline[i]) - s.now
-        if s.t.stage[i] == 0:
-            out.append(NONE)
-        elif s.t.stage[i] == P2D and 0 < time_left < math.inf:
-            fair_share_of_time = time_left / (float(s.t.deadline[i]) - float(s.t.created[i]))
-            out.append(0 if s.t.left[i] / s.t.size[i] > fair_share_of_time else p.levels - 1)
-        else:
-            out.append(1 + bucket(float(s.t.size[i]), edges))
-    return out
-
-
-def llf(s: State, p: Any) -> list[int]:
-    lost = doomed(s)
-    laxity = []
-    for i in s.rows():
-        own = s.t.left[i] + s.t.ahead[i]
-        if s.t.stage[i] == P2D:
-            own = max(own, sum(s.t.left[j] for j in s.of_request(i) if s.t.stage[j] == P2D))
-            due = float(s.t.deadline[i])
-        elif s.t.batch[i] >= 0:
-            due = earliest_of_batch(s, int(s.t.batch[i]), lambda q: float(s.r.deadline[q] - s.r.compute_left[q]))
-        else:
-            due = float(s.t.deadline[i] - s.t.compute_left[i])
-        laxity.append(due - own / s.rate(i) - s.now)
-    quantum = p.quantum_ms / 1e3
-    steps = [math.floor(x / quantum) if math.isfinite(x) else x for x in laxity]
-    ranks = dense(steps)
-    out = []
-    for i in s.rows():
-        if s.t.stage[i] == 0:
-            out.append(NONE)
-        elif p.give_up and s.t.stage[i] == P2D and lost[i]:
-            out.append(SCAVENGER)
-        else:
-            out.append(min(ranks[i], p.levels - 1))
-    return out
-
-
-def sincronia_order(demand: Sequence[Sequence[float]]) -> list[int]:
-    """Order of coflows by bottleneck-select-scale-iterate, first to last, unit weights."""
-    weight = dict.fromkeys(range(len(demand)), 1.0)
-    order: list[int] = []
-    while weight:
-        ports = range(len(demand[0]))
-        port = max(ports, key=lambda u: sum(demand[c][u] for c in weight))
-        if sum(demand[c][port] for c in weight) <= 0:
-            last = min(weight)
-        else:
-            last = min((c for c in weight if demand[c][port] > 0), key=lambda c: weight[c] / demand[c][port])
-            paid = weight[last] / demand[last][port]
-            weight = {c: w - paid * demand[c][port] for c, w in weight.items()}
-        del weight[last]
-        order.insert(0, last)
-    return order
+    return min(float(s.link.load_above[s.t.device[i], min(level, p.levels)]), 0.99)

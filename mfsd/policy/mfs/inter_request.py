@@ -3,33 +3,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from mfsd.policy.mfs import pruning, red
 from mfsd.policy.parts import bound
-from mfsd.policy.views import F8, Arrangement, BatchView, LinkView, RequestView, TransferView
+from mfsd.policy.views import Arrangement
+
+if TYPE_CHECKING:
+    from mfsd.policy.views import F8, Views
 
 
-def arrange(
-    transfers: TransferView,
-    requests: RequestView,
-    batches: BatchView,
-    link: LinkView,
-    now: float,
-    *,
-    robust: bool,
-    budget: int,
-) -> Arrangement:
+def arrange(view: Views, *, robust: bool, budget: int) -> Arrangement:
     """Rank the batches, by RED if ``robust`` else by earliest deadline, and prune at most ``budget`` requests."""
+    requests, batches = view.requests, view.batches
     effective = red.effective(requests.deadline, requests.batch, len(batches))
     rank = red.ranks(effective.red if robust else effective.tight, batches.arrival)
     pruned = np.zeros(len(requests), dtype=np.bool_)
     if budget > 0 and len(batches):
         pruned, _ = pruning.prune(
             np.argsort(rank).astype(np.int32),
-            effective.loose - now,
-            compute_left(requests, batches),
-            port_loads(transfers, len(requests), len(batches), link),
+            effective.loose - view.now,
+            compute_left(view),
+            link_loads(view),
             requests.batch,
             np.isfinite(requests.deadline),
             budget,
@@ -37,8 +34,9 @@ def arrange(
     return Arrangement(rank=rank, pruned=pruned)
 
 
-def compute_left(requests: RequestView, batches: BatchView) -> F8:
+def compute_left(view: Views) -> F8:
     """Seconds of compute until each batch's last first token, shape (b,): the requests' word, else the layers'."""
+    requests, batches = view.requests, view.batches
     layers = np.maximum(batches.layers - batches.current_layer, 0) * batches.layer_compute
     out = np.where(batches.compute_done, 0.0, layers)
     owned = requests.batch >= 0
@@ -46,28 +44,26 @@ def compute_left(requests: RequestView, batches: BatchView) -> F8:
     return out
 
 
-def port_loads(transfers: TransferView, requests: int, batches: int, link: LinkView) -> pruning.Loads:
-    """Port time per request and batch: this host's egress ports first, then the ingress ports of known peers.
+def link_loads(view: Views) -> pruning.Loads:
+    """Link time per request and batch: this host's devices first, then the links into known peers.
 
-    A peer's port whose rate isn't known is taken to be as fast as the port that leads to it.
+    A link into a peer whose rate isn't known is taken to be as fast as the device that leads to it.
     """
-    egress = len(link.rate)
-    peers = int(transfers.peer.max(initial=-1)) + 1
-    ports = egress + peers
+    t, requests = view.transfers, len(view.requests)
+    devices, peers = len(view.link.rate), int(view.transfers.peer.max(initial=-1)) + 1
+    links = devices + peers
     # Row of the matrix: its request, else its batch; one row in between for what belongs to nobody (batch -1).
-    owner = transfers.request * np.int32(ports)
-    alone = np.flatnonzero(transfers.request < 0)
-    owner[alone] = (transfers.batch[alone] + requests + 1) * ports
-    cells = (requests + 1 + batches) * ports
-    flat: F8 = np.bincount(owner + transfers.port, weights=transfers.left, minlength=cells).astype(
-        np.float64, copy=False
-    )
-    matrix = flat.reshape(-1, ports)
-    rate = np.where(link.rate > 0, link.rate, np.inf)
+    owner = t.request * np.int32(links)
+    alone = np.flatnonzero(t.request < 0)
+    owner[alone] = (t.batch[alone] + requests + 1) * links
+    cells = (requests + 1 + len(view.batches)) * links
+    flat: F8 = np.bincount(owner + t.device, weights=t.left, minlength=cells).astype(np.float64, copy=False)
+    matrix = flat.reshape(-1, links)
+    rate = np.where(view.link.rate > 0, view.link.rate, np.inf)
     matrix /= np.append(rate, np.ones(peers))
     if peers:
-        far = transfers.peer >= 0
-        seconds = transfers.left[far] / bound.peer_rates(transfers, link, far)
-        cell = owner[far] + transfers.peer[far] + egress
-        matrix += np.bincount(cell, weights=seconds, minlength=cells).reshape(-1, ports)
+        far = t.peer >= 0
+        seconds = t.left[far] / bound.peer_rates(view, far)
+        cell = owner[far] + t.peer[far] + devices
+        matrix += np.bincount(cell, weights=seconds, minlength=cells).reshape(-1, links)
     return pruning.Loads(request=matrix[:requests], batch=matrix[requests + 1 :])

@@ -45,29 +45,33 @@ class Layout:
     default_after: int
 
     @classmethod
-    def build(cls, policy: str, levels: int, *, p1: bool, arbitration: str, red_classes: int, late: int) -> Layout:
-        """Divide ``levels``. ``red_classes`` 0: two if there is room, else one. ``late`` 0: half (ladder only).
+    def build(cls, levels: int, *, p1: bool, arbitration: str, red_classes: int, late: int) -> Layout:
+        """Divide ``levels``, at least ``least``. ``red_classes`` 0: two if there is room, else one.
 
-        Raises ValueError when there are too few levels.
+        ``late`` 0: half (ladder only).
         """
         top = int(p1)
         rest = levels - top
         if arbitration == "shared":
-            _need(policy, levels, top + 1)
             return cls(top, 1, rest, rest, 1, top, 1, top + 1)
         if arbitration == "level":
             classes = red_classes or (2 if rest >= 9 else 1)
-            _need(policy, levels, top + classes + 1)
             steps = rest // (classes + 1)
             return cls(top, classes, steps, steps, classes + 1, top + classes, classes + 1, top + classes)
         early = rest - late if late else rest // 2
         classes = red_classes or (2 if early >= 4 else 1)
-        _need(policy, levels, top + classes + max(late, 1))
         if not late:
             early = max(early, classes)
         early //= classes
         base = top + early * classes
         return cls(top, classes, early, levels - base, classes, base, 1, base)
+
+    @staticmethod
+    def least(*, p1: bool, arbitration: str, red_classes: int, late: int) -> int:
+        """How many levels these parameters of ``build`` need: one step of each kind, or ``late`` of stage 3."""
+        if arbitration == "shared":
+            return int(p1) + 1
+        return int(p1) + max(red_classes, 1) + (max(late, 1) if arbitration == "ladder" else 1)
 
     def early_level(self, step: Integers, red_class: Integers) -> I2:
         """Level of an RLI step (0 .. early-1) and RED class, shape (n,)."""
@@ -86,8 +90,3 @@ class Layout:
     def late_step(self, level: int) -> int:
         """MLU step of a late level."""
         return 0 if level < self.late_base else self.p1 + (level - self.late_base) // self.late_stride
-
-
-def _need(policy: str, levels: int, least: int) -> None:
-    if levels < least:
-        raise ValueError(f"levels = {levels}: policy {policy!r} needs at least {least} with these parameters")

@@ -3,7 +3,7 @@
 
 Under overload the doomed take from those who could still be in time. Batches are walked in the order of their rank;
 each is charged the load of all before it. While a batch would end after its loose deadline, the request with the most
-load on its bottleneck port - of this batch or of a more urgent one - is pruned, until a global budget is used up.
+load on its bottleneck link - of this batch or of a more urgent one - is pruned, until a global budget is used up.
 Pruned means demoted to the scavenger, not dropped.
 """
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from mfsd.policy.views import B1, F8, I4
 
 
-PORTS_PER_BLOCK: Final = 16
+LINKS_PER_BLOCK: Final = 16
 
 
 @dataclass(slots=True)
 class Loads:
-    """Seconds of port time that is still to be sent. Ports are egress ports and, where known, peers' ingress ports."""
+    """Seconds of link time that is still to be sent, on this host's devices and, where known, the links into peers."""
 
     request: F8
-    """Shape (r, ports): bytes left over the port's rate."""
+    """Shape (r, links): bytes left over the link's rate."""
     batch: F8
-    """Shape (b, ports): what belongs to the batch as a whole (collectives) and can't be pruned."""
+    """Shape (b, links): what belongs to the batch as a whole (collectives) and can't be pruned."""
 
 
 def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable: B1, budget: int) -> tuple[B1, F8]:
@@ -42,7 +42,7 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
 
     Returns the pruned requests, shape (r,), and the estimated finish of each batch in seconds from now, shape (b,).
     """
-    requests, ports = loads.request.shape
+    requests, links = loads.request.shape
     pruned = np.zeros(requests, dtype=np.bool_)
     finish = np.zeros(len(order))
     # Requests in the order in which they join the pool, so that the pool is always a prefix of them.
@@ -53,10 +53,10 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
     ends = np.searchsorted(joins.take(joining), np.arange(len(order)), side="right").tolist()
     load = loads.request.take(joining, axis=0)
     barred = np.flatnonzero(~prunable[joining])
-    columns: list[F8 | None] = [None] * ports
-    """Per port: load of each request, -1 for who can't be pruned (any more). Made when first needed."""
+    columns: list[F8 | None] = [None] * links
+    """Per link: load of each request, -1 for who can't be pruned (any more). Made when first needed."""
     gone = [False] * requests
-    total = np.zeros(ports)
+    total = np.zeros(links)
     worst, seconds = total.argmax, total.item  # total is only ever changed in place
     begin = 0
     for i, end in zip(order.tolist(), ends, strict=True):
@@ -65,22 +65,22 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
         begin = end
         spare = float(due_in[i] - compute[i])
         while budget > 0:
-            port = int(worst())
-            if seconds(port) <= spare or end == 0:
+            link = int(worst())
+            if seconds(link) <= spare or end == 0:
                 break
-            column = columns[port]
+            column = columns[link]
             if column is None:
-                # Neighbouring ports share cache lines, so they are transposed together.
-                start = port - port % PORTS_PER_BLOCK
-                block = np.ascontiguousarray(load[:, start : start + PORTS_PER_BLOCK].T)
+                # Neighbouring links share cache lines, so they are transposed together.
+                start = link - link % LINKS_PER_BLOCK
+                block = np.ascontiguousarray(load[:, start : start + LINKS_PER_BLOCK].T)
                 block[:, barred] = -1.0
-                columns[start : start + PORTS_PER_BLOCK] = list(block)
-                column = block[port - start]
+                columns[start : start + LINKS_PER_BLOCK] = list(block)
+                column = block[link - start]
             victim = column[:end].argmax()
             if column.item(victim) <= 0.0:
                 break  # nothing on the bottleneck is left to prune
-            # Crossing a victim out on all ports at once would touch as many cache lines as there are ports, so it is
-            # done when a port comes across it.
+            # Crossing a victim out on all links at once would touch as many cache lines as there are links, so it is
+            # done when a link comes across it.
             column[victim] = -1.0
             if gone[victim]:
                 continue

@@ -4,9 +4,9 @@
 A request can't produce its first token before
 
 * its compute is over (profiled, ``compute_left``), nor before
-* all its bytes on a port have passed it, alone and at full rate, nor before
-* what stands before a transfer on its FIFO connection and the transfer itself have passed the port; and the same for
-  the link into the peer, where its rate is known: a slow receiver dooms what the port would let through.
+* all its bytes for a device have passed it, alone and at full rate, nor before
+* what stands before a transfer on its FIFO connection and the transfer itself have passed the device; and the same for
+  the link into the peer, where its rate is known: a slow receiver dooms what the device would let through.
 
 The bound is the maximum of the three. It is a lower bound: what it calls infeasible can't be saved by any order, as
 long as rate and compute estimates hold. One transfer that is too late spoils its request, so the siblings are
@@ -23,64 +23,65 @@ import numpy as np
 from mfsd.policy.parts import pick
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import B1, F8, LinkView, RequestView, TransferView
+    from mfsd.policy.views import B1, F8, Views
 
 
-def port_rate(transfers: TransferView, link: LinkView) -> F8:
-    """Bytes/s of each transfer's port, shape (n,) or (1,) when there is one port; unknown (0) counts as infinite."""
-    rate = np.where(link.rate > 0, link.rate, np.inf)
-    return rate if len(rate) == 1 else rate.take(transfers.port)
+def device_rate(view: Views) -> F8:
+    """Bytes/s of each transfer's device, shape (n,), or (1,) when there is one; unknown (0) counts as infinite."""
+    rate = np.where(view.link.rate > 0, view.link.rate, np.inf)
+    return rate if len(rate) == 1 else rate.take(view.transfers.device)
 
 
-def path_rate(transfers: TransferView, link: LinkView) -> F8:
-    """Bytes/s of the slower of port and peer's link, shape (n,) or (1,); inf where neither is known."""
-    rate = port_rate(transfers, link)
-    return np.minimum(rate, _far_rate(transfers, link)) if len(link.peer_rate) else rate
+def path_rate(view: Views) -> F8:
+    """Bytes/s of the slower of device and peer's link, shape (n,) or (1,); inf where neither is known."""
+    rate = device_rate(view)
+    return np.minimum(rate, _far_rate(view)) if len(view.link.peer_rate) else rate
 
 
-def _far_rate(transfers: TransferView, link: LinkView) -> F8:
+def _far_rate(view: Views) -> F8:
     """Bytes/s of the link into each transfer's peer, shape (n,); inf where it isn't known."""
-    return np.append(link.peer_rate, np.inf).take(transfers.peer)  # peer -1 takes the last
+    return np.append(view.link.peer_rate, np.inf).take(view.transfers.peer)  # peer -1 takes the last
 
 
-def peer_rates(transfers: TransferView, link: LinkView, far: B1, unknown: float = np.inf) -> F8:
-    """Bytes/s of the link into the peer of the transfers ``far``, which have one; where it isn't known, their port's.
+def peer_rates(view: Views, far: B1, unknown: float = np.inf) -> F8:
+    """Bytes/s of the link into the peer of the transfers ``far``, which have one; where it isn't known, their device's.
 
-    ``unknown``: what a port of unknown rate counts as. Shape (number of True in ``far``,).
+    ``unknown``: what a device of unknown rate counts as. Shape (number of True in ``far``,).
     """
-    rate = np.where(link.rate > 0, link.rate, unknown)[transfers.port[far]]
-    if not len(link.peer_rate):
+    rate = np.where(view.link.rate > 0, view.link.rate, unknown)[view.transfers.device[far]]
+    if not len(view.link.peer_rate):
         return rate
-    known = _far_rate(transfers, link)[far]
+    known = _far_rate(view)[far]
     return np.where(np.isfinite(known), known, rate)
 
 
-def request_bytes(transfers: TransferView, ports: int, weights: F8) -> F8:
-    """Sum of ``weights`` over the transfers of the same request and port, shape (n,); own weight without a request."""
+def request_bytes(view: Views, weights: F8) -> F8:
+    """Sum of ``weights`` over the transfers of its request on its device, shape (n,); own weight without a request."""
     # Rows without a request share the bins of request -1 and then take their own weight.
-    key = transfers.request + np.int32(1)
-    if ports > 1:
-        key = key * np.int32(ports) + transfers.port
+    request, devices = view.transfers.request, len(view.link.rate)
+    key = request + np.int32(1)
+    if devices > 1:
+        key = key * np.int32(devices) + view.transfers.device
     sums: F8 = np.bincount(key, weights=weights).astype(np.float64, copy=False).take(key)
-    return pick.floats(transfers.request >= 0, sums, weights)
+    return pick.floats(request >= 0, sums, weights)
 
 
-def seconds_needed(transfers: TransferView, link: LinkView) -> F8:
-    """Lower bound of the time from now to the end of each transfer's request on this port, seconds, shape (n,)."""
-    own = transfers.left + transfers.ahead
-    together = request_bytes(transfers, len(link.rate), transfers.left)
-    network = np.maximum(own, together) / port_rate(transfers, link)
-    if len(link.peer_rate):
-        network = np.maximum(network, _far_seconds(transfers, link, own))
-    return np.maximum(network, transfers.compute_left)
+def seconds_needed(view: Views) -> F8:
+    """Lower bound of the time from now to the end of each transfer's request on this device, seconds, shape (n,)."""
+    t = view.transfers
+    own = t.left + t.ahead
+    network = np.maximum(own, request_bytes(view, t.left)) / device_rate(view)
+    if len(view.link.peer_rate):
+        network = np.maximum(network, _far_seconds(view, own))
+    return np.maximum(network, t.compute_left)
 
 
-def _far_seconds(transfers: TransferView, link: LinkView, own: F8) -> F8:
+def _far_seconds(view: Views, own: F8) -> F8:
     """The same on the link into the peer: ``own`` bytes, or all of the request's for that peer, shape (n,)."""
-    peers = len(link.peer_rate)
-    key = (transfers.request + np.int64(1)) * (peers + 1) + transfers.peer + 1
-    together = np.bincount(key, weights=transfers.left).astype(np.float64, copy=False).take(key)
-    return np.maximum(own, pick.floats(transfers.request >= 0, together, own)) / _far_rate(transfers, link)
+    t = view.transfers
+    key = (t.request + np.int64(1)) * (len(view.link.peer_rate) + 1) + t.peer + 1
+    together = np.bincount(key, weights=t.left).astype(np.float64, copy=False).take(key)
+    return np.maximum(own, pick.floats(t.request >= 0, together, own)) / _far_rate(view)
 
 
 @dataclass(slots=True)
@@ -93,32 +94,26 @@ class Verdict:
     """Shape (r,)."""
 
 
-def judge(
-    transfers: TransferView,
-    requests: RequestView,
-    link: LinkView,
-    now: float,
-    margin: float = 0.0,
-    given_up: B1 | None = None,
-) -> Verdict:
+def judge(view: Views, margin: float = 0.0, given_up: B1 | None = None) -> Verdict:
     """Requests whose bound exceeds their time left by more than ``margin`` of it, and all their transfers.
 
     ``margin`` is a share of the time left (0.05: five per cent). ``given_up``, shape (n,): transfers judged infeasible
     before; their requests must fit without the margin to be feasible again, so that they don't flap. Without a deadline
     (inf) nothing is infeasible; past the deadline everything is.
     """
-    owned = transfers.request >= 0
+    request, requests = view.transfers.request, view.requests
+    owned = request >= 0
     per_request: F8 | float = 1.0 + margin
     own: F8 | float = per_request
     if given_up is not None and given_up.any():
         known = np.full(len(requests) + 1, 1.0 + margin)  # one more for transfers without a request (row -1)
-        known[transfers.request.take(np.flatnonzero(given_up & owned))] = 1.0
-        own = known.take(transfers.request)
+        known[request.take(np.flatnonzero(given_up & owned))] = 1.0
+        own = known.take(request)
         own[np.flatnonzero(given_up & ~owned)] = 1.0
         per_request = known[:-1]
-    time_left = transfers.deadline - now
-    late = (seconds_needed(transfers, link) > time_left * own) | (time_left <= 0)
-    left = requests.deadline - now
+    time_left = view.transfers.deadline - view.now
+    late = (seconds_needed(view) > time_left * own) | (time_left <= 0)
+    left = requests.deadline - view.now
     spoiled = np.append((requests.compute_left > left * per_request) | (left <= 0), False)
-    spoiled[transfers.request.take(np.flatnonzero(late & owned))] = True
-    return Verdict(late | spoiled.take(transfers.request), spoiled[:-1])
+    spoiled[request.take(np.flatnonzero(late & owned))] = True
+    return Verdict(late | spoiled.take(request), spoiled[:-1])

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import F8, BatchView, RequestView, TransferView
+    from mfsd.policy.views import F8, Views
 
 
-def earliest(values: F8, requests: RequestView, batches: BatchView) -> F8:
+def earliest(view: Views, values: F8) -> F8:
     """Least of ``values`` (one per request) among the requests of each batch, shape (b,); inf for empty batches."""
-    out = np.full(len(batches), np.inf)
-    owned = requests.batch >= 0
-    np.minimum.at(out, requests.batch[owned].astype(np.intp), values[owned])  # twice as fast as with int32
+    out, batch = np.full(len(view.batches), np.inf), view.requests.batch
+    owned = batch >= 0
+    np.minimum.at(out, batch[owned].astype(np.intp), values[owned])  # twice as fast as with int32
     return out
 
 
-def of_batch(transfers: TransferView, per_batch: F8) -> F8:
+def of_batch(view: Views, per_batch: F8) -> F8:
     """``per_batch`` at each transfer's batch, shape (n,); inf without one."""
-    return np.append(per_batch, np.inf).take(transfers.batch)
+    return np.append(per_batch, np.inf).take(view.transfers.batch)
 
 
-def deadlines(transfers: TransferView, requests: RequestView, batches: BatchView) -> F8:
+def deadlines(view: Views) -> F8:
     """Deadline of each transfer, shape (n,); collectives and whatever has none of its own take their batch's first."""
-    inherited = of_batch(transfers, earliest(requests.deadline, requests, batches))
-    return np.where(np.isinf(transfers.deadline), inherited, transfers.deadline)
+    own = view.transfers.deadline
+    return np.where(np.isinf(own), of_batch(view, earliest(view, view.requests.deadline)), own)

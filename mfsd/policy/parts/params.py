@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,11 +13,36 @@ if TYPE_CHECKING:
 Value = float | int | bool | str
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that keeps a policy from being made. As text: ``field = value: allowed``."""
+
+    field: str
+    """Name of a parameter; else "policy" (its name) or "levels"."""
+    value: Any
+    allowed: str
+    """What must be instead, in words."""
+    parameter: bool = True
+
+    def __str__(self) -> str:
+        # Whole numbers as people write them, whether they are kept as floats or not.
+        return f"{self.field} = {repr(self.value).removesuffix('.0')}: {self.allowed}"
+
+
 def option(
-    default: Value, doc: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+    default: Value,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    at_least: str = "",
+    choices: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field that a config may set. ``low`` and ``high`` are inclusive; ``choices`` are for strings."""
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
+    """A dataclass field that a config may set. ``low`` and ``high`` are inclusive; ``choices`` are for strings.
+
+    ``at_least`` names another option, which this one must not be below.
+    """
+    metadata = {"doc": doc, "low": low, "high": high, "at_least": at_least, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -39,33 +65,40 @@ def allowed(f: dataclasses.Field[Any]) -> str:
     return f"{kind} of at least {low:g}" if low is not None else kind
 
 
-def check(policy: str, cls: type, params: Mapping[str, Value]) -> dict[str, Value]:
-    """Return ``params`` as keyword arguments of ``cls``. Raises ValueError naming key, value and what is allowed."""
+def check(policy: str, cls: type, given: Mapping[str, Value]) -> tuple[dict[str, Any], list[Problem]]:
+    """What of ``given`` can be keyword arguments of ``cls``, and every problem that there is with it.
+
+    Options that depend on each other are compared if both of them are right by themselves.
+    """
     known = options(cls)
-    out: dict[str, Value] = {}
-    for key, value in params.items():
-        if key not in known:
+    good: dict[str, Any] = {}
+    found: list[Problem] = []
+    for key, value in given.items():
+        f = known.get(key)
+        if f is None:
             names = ", ".join(sorted(known)) or "none"
-            raise ValueError(f"{key} = {value!r}: policy {policy!r} has no such parameter; it has: {names}")
-        out[key] = _checked(key, value, known[key])
-    return out
+            found.append(Problem(key, value, f"policy {policy!r} has no such parameter; it has: {names}"))
+        elif not _fits(value, f):
+            found.append(Problem(key, value, f"must be {allowed(f)}"))
+        else:
+            good[key] = float(value) if isinstance(f.default, float) else value
+    faulty = {p.field for p in found}
+    for key, f in known.items():
+        other = f.metadata["at_least"]
+        if other and not {key, other} & faulty:
+            value, least = good.get(key, f.default), good.get(other, known[other].default)
+            if value < least:
+                found.append(Problem(key, value, f"must be at least {other} ({least:g})"))
+    return good, found
 
 
-def _checked(key: str, value: Value, f: dataclasses.Field[Any]) -> Value:
-    default, meta = f.default, f.metadata
-    if isinstance(default, bool) or isinstance(value, bool):
-        ok = isinstance(default, bool) and isinstance(value, bool)
-    elif isinstance(default, str):
-        ok = value in meta["choices"]
-    elif isinstance(default, int):
-        ok = isinstance(value, int)
-    else:
-        ok = isinstance(value, (int, float))
-        value = float(value) if ok else value
-    if ok and not isinstance(value, (bool, str)):
-        # Comparisons are written so that a NaN fails them.
-        low, high = meta["low"], meta["high"]
-        ok = (low is None or value >= low) and (high is None or value <= high) and value == value  # noqa: PLR0124 (NaN)
-    if not ok:
-        raise ValueError(f"{key} = {value!r}: must be {allowed(f)}")
-    return value
+def _fits(value: Any, f: dataclasses.Field[Any]) -> bool:
+    if isinstance(f.default, bool) or isinstance(value, bool):
+        return isinstance(f.default, bool) and isinstance(value, bool)
+    if isinstance(f.default, str):
+        return value in f.metadata["choices"]
+    if not isinstance(value, int if isinstance(f.default, int) else (int, float)):
+        return False
+    # Comparisons are written so that a NaN fails them.
+    low, high = f.metadata["low"], f.metadata["high"]
+    return (low is None or value >= low) and (high is None or value <= high) and value == value  # noqa: PLR0124 (NaN)

@@ -3,24 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from mfsd import units
-from mfsd.policy.base import P2D, PolicyBase, place
+from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import buckets
 from mfsd.policy.parts.members import deadlines
 from mfsd.policy.parts.params import option
-from mfsd.policy.views import LEVEL_NONE
+from mfsd.policy.views import P2D
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import B1, I2, BatchView, Explanation, LinkView, RequestView, TransferView
+    from mfsd.policy.views import B1, I2, Explanation, Views
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edf(PolicyBase):
+class Edf(Policy):
     """Earliest deadline first.
 
     ``edf`` (baseline "EDF" of the MFS paper, section 6): transfers with an explicit deadline, stage 3, strictly by the
@@ -33,60 +34,46 @@ class Edf(PolicyBase):
     deadline, for simulation.
     """
 
+    takes_levels: ClassVar[tuple[str, ...]] = ("everything",)
     levels: int = 8
     everything: bool = option(default=False, doc="stages 1 and 2 are ordered by deadline, too")
     first_ms: float = option(25.0, "time to the deadline of the first bucket", low=0.001)
     factor: float = option(2.0, "ratio of neighbouring buckets", low=1.01)
     exact: bool = option(default=False, doc="one level per distinct deadline: simulation only")
-    _edges: tuple[float, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self._ordered < 1:
-            raise ValueError(f"levels = {self.levels}: policy {self.name!r} needs at least 2")
-        object.__setattr__(self, "_edges", buckets.edges(self._ordered, self.first_ms / 1e3, self.factor))
 
     @property
     def _ordered(self) -> int:
         """Levels for transfers ordered by deadline; the last one is for the others."""
         return self.levels if self.everything else self.levels - 1
 
+    @cached_property
+    def _edges(self) -> tuple[float, ...]:
+        return buckets.edges(self._ordered, self.first_ms / 1e3, self.factor)
+
+    @property
+    def least_levels(self) -> int:
+        """One for those with a deadline; one more for the others, if they are apart."""
+        return 1 if self.everything else 2
+
     @property
     def default_after(self) -> int:
         """Unhinted traffic stands above the last level, or in the middle if all levels are ordered by deadline."""
         return (self.levels + 1) // 2 if self.everything else self._ordered
 
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """Bucket of every transfer's deadline, shape (n,); NONE without a stage."""
-        del link
-        deadline = deadlines(transfers, requests, batches) if self.everything else transfers.deadline
-        if not self.everything:
-            deadline = np.where(transfers.stage == P2D, deadline, np.inf)
+    def _level(self, view: Views) -> I2:
+        t = view.transfers
+        deadline = deadlines(view) if self.everything else np.where(t.stage == P2D, t.deadline, np.inf)
         if self.exact:
             level = buckets.dense_rank(deadline, self._ordered)
         else:
-            level = buckets.bucket(deadline - now, self._edges)
-        if not self.everything:
-            level = np.where(transfers.stage == P2D, level, np.int16(self.levels - 1))
-        return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
+            level = buckets.bucket(deadline - view.now, self._edges)
+        return level if self.everything else np.where(t.stage == P2D, level, np.int16(self.levels - 1))
 
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
-        del link
-        if transfers.stage[row] != P2D and not self.everything:
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        if view.transfers.stage[row] != P2D and not self.everything:
             out.reasons.append(f"Its deadline is implicit: {place(level)}, below all stage 3; nothing promotes it.")
             return
-        time_left = float(deadlines(transfers, requests, batches)[row]) - now
+        time_left = float(deadlines(view)[row]) - view.now
         out.reasons.append(f"{units.duration(time_left)} remain to the deadline: {place(level)}.")
         if level and not self.exact:
             edge = self._edges[level - 1]
@@ -95,7 +82,7 @@ class Edf(PolicyBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Karuna(PolicyBase):
+class Karuna(Policy):
     """Karuna: deadline flows get no more than they need, the rest goes by size.
 
     Source: Chen et al., "Scheduling mix-flows in commodity datacenters with Karuna", SIGCOMM 2016, as used in the MFS
@@ -111,60 +98,46 @@ class Karuna(PolicyBase):
 
     levels: int = 8
     low_kb: float = option(64.0, "upper edge of the first size class", low=1e-6)
-    high_kb: float = option(262144.0, "lower edge of the last size class", low=1e-6)
-    _edges: tuple[float, ...] = field(init=False, repr=False)
+    high_kb: float = option(262144.0, "lower edge of the last size class", low=1e-6, at_least="low_kb")
 
-    def __post_init__(self) -> None:
-        if self.levels < 3:
-            raise ValueError(f"levels = {self.levels}: policy {self.name!r} needs at least 3")
-        if self.high_kb < self.low_kb:
-            raise ValueError(f"high_kb = {self.high_kb:g}: must be at least low_kb ({self.low_kb:g})")
-        object.__setattr__(self, "_edges", buckets.span(self.levels - 2, self.low_kb * 1024, self.high_kb * 1024))
+    @cached_property
+    def _edges(self) -> tuple[float, ...]:
+        return buckets.span(self.levels - 2, self.low_kb * 1024, self.high_kb * 1024)
+
+    @property
+    def least_levels(self) -> int:
+        """Behind, a size class, ahead."""
+        return 3
 
     @property
     def default_after(self) -> int:
         """Unhinted traffic stands above the stage-3 transfers that are ahead of their schedule."""
         return self.levels - 1
 
+    def _level(self, view: Views) -> I2:
+        t, now = view.transfers, view.now
+        by_size = 1 + buckets.bucket(t.size, self._edges)
+        held = (t.stage == P2D) & (t.deadline > now) & np.isfinite(t.deadline)
+        paced = np.where(self._behind(view), 0, self.levels - 1)
+        return np.where(held, paced, by_size).astype(np.int16)
+
     @staticmethod
-    def _behind(transfers: TransferView, now: float) -> B1:
+    def _behind(view: Views) -> B1:
         """Rows that have more left than the straight line allows, shape (n,)."""
-        lifetime = transfers.deadline - transfers.created
+        t = view.transfers
         with np.errstate(invalid="ignore"):  # inf * 0 where there is no deadline
-            allowed = transfers.size * (transfers.deadline - now)
-            return transfers.left * lifetime > allowed
+            return t.left * (t.deadline - t.created) > t.size * (t.deadline - view.now)
 
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """Level of every transfer, shape (n,); NONE without a stage."""
-        del requests, batches, link
-        by_size = 1 + buckets.bucket(transfers.size, self._edges)
-        held = (transfers.stage == P2D) & (transfers.deadline > now) & np.isfinite(transfers.deadline)
-        paced = np.where(self._behind(transfers, now), 0, self.levels - 1)
-        level = np.where(held, paced, by_size).astype(np.int16)
-        return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
-
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
-        del requests, batches, link
-        time_left = float(transfers.deadline[row]) - now
-        if level == LEVEL_NONE:
-            out.reasons.append("It has no stage: it stays in the default band.")
-        elif transfers.stage[row] != P2D or time_left <= 0 or np.isinf(time_left):
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        time_left = float(view.transfers.deadline[row]) - view.now
+        if view.transfers.stage[row] != P2D or time_left <= 0 or np.isinf(time_left):
             late = " since its deadline has passed" if time_left <= 0 else ""
             out.reasons.append(f"It is ordered by its size{late}: {place(level)}; nothing promotes it.")
         else:
-            need = float(transfers.left[row]) / time_left
+            need = float(view.transfers.left[row]) / time_left
             out.figures["needed_rate"] = need
-            side = "behind: on top until it has caught up" if level == 0 else "ahead: last until it falls behind"
-            out.reasons.append(f"To be just in time it needs {units.rate(need)} from now on. It is {side}.")
+            side, until = ("behind", "has caught up") if level == 0 else ("ahead", "falls behind")
+            out.reasons.append(
+                f"To be just in time it needs {units.rate(need)} from now on. It is {side}: {place(level)} until it "
+                f"{until}."
+            )

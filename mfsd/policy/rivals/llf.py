@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mfsd import units
-from mfsd.policy.base import P2D, PolicyBase, place
+from mfsd.bands import LEVEL_SCAVENGER
+from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import bound, buckets
 from mfsd.policy.parts.members import earliest, of_batch
 from mfsd.policy.parts.params import option
-from mfsd.policy.views import LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.policy.views import P2D
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import F8, I2, BatchView, Explanation, LinkView, RequestView, TransferView
+    from mfsd.policy.views import F8, I2, Explanation, Views
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llf(PolicyBase):
+class Llf(Policy):
     """Clairvoyant least-laxity-first. For simulation only.
 
         laxity = deadline - now - time still needed downstream - bytes left / B
@@ -47,40 +48,24 @@ class Llf(PolicyBase):
         """Unhinted traffic comes last."""
         return self.levels
 
-    def laxity(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> F8:
+    def _laxity(self, view: Views) -> F8:
         """Seconds to spare, shape (n,); inf without any deadline."""
-        rate = bound.path_rate(transfers, link)
-        together = bound.request_bytes(transfers, len(link.rate), np.where(transfers.stage == P2D, transfers.left, 0.0))
-        late = transfers.deadline - np.maximum(together, transfers.left + transfers.ahead) / rate
-        downstream = of_batch(transfers, earliest(requests.deadline - requests.compute_left, requests, batches))
-        own = transfers.deadline - transfers.compute_left
-        early = np.where(transfers.batch >= 0, downstream, own) - (transfers.left + transfers.ahead) / rate
-        return np.where(transfers.stage == P2D, late, early) - now
+        t, requests, rate = view.transfers, view.requests, bound.path_rate(view)
+        own = t.left + t.ahead
+        together = bound.request_bytes(view, np.where(t.stage == P2D, t.left, 0.0))
+        late = t.deadline - np.maximum(together, own) / rate
+        downstream = of_batch(view, earliest(view, requests.deadline - requests.compute_left))
+        early = np.where(t.batch >= 0, downstream, t.deadline - t.compute_left) - own / rate
+        return np.where(t.stage == P2D, late, early) - view.now
 
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """Rank of every transfer's laxity, shape (n,); NONE without a stage."""
-        steps = np.floor(self.laxity(transfers, requests, batches, link, now) / (self.quantum_ms / 1e3))
-        level = buckets.dense_rank(steps, self.levels)
-        if self.give_up:
-            doomed = (transfers.stage == P2D) & bound.judge(transfers, requests, link, now).transfers
-            level = np.where(doomed, np.int16(LEVEL_SCAVENGER), level)
-        return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
+    def _level(self, view: Views) -> I2:
+        level = buckets.dense_rank(np.floor(self._laxity(view) / (self.quantum_ms / 1e3)), self.levels)
+        if not self.give_up:
+            return level
+        doomed = (view.transfers.stage == P2D) & bound.judge(view).transfers
+        return np.where(doomed, np.int16(LEVEL_SCAVENGER), level)
 
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
-        laxity = float(self.laxity(transfers, requests, batches, link, now)[row])
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        laxity = float(self._laxity(view)[row])
         out.figures["laxity_s"] = laxity
         out.reasons.append(f"It has {units.duration(laxity)} to spare: {place(level)} by rank.")

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mfsd.policy.base import P2D, PolicyBase, place
-from mfsd.policy.mfs.rli import COLLECTIVE
+from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import bound
-from mfsd.policy.views import LEVEL_NONE
+from mfsd.policy.views import COLLECTIVE, P2D
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import F8, I2, I4, BatchView, Explanation, LinkView, RequestView, TransferView
+    from mfsd.policy.views import F8, I2, I4, Explanation, TransferView, Views
 
 
 def coflows(transfers: TransferView) -> I4:
@@ -30,26 +29,26 @@ def coflows(transfers: TransferView) -> I4:
     return inverse.reshape(-1).astype(np.int32)
 
 
-def demands(transfers: TransferView, coflow: I4, link: LinkView) -> F8:
-    """Port time in seconds that each coflow still needs, shape (c, ports): egress ports, then peers' ingress ports."""
-    egress = len(link.rate)
-    ports = egress + int(transfers.peer.max(initial=-1)) + 1
-    rate = np.where(link.rate > 0, link.rate, 1.0)  # with an unknown rate, bytes serve as well: only ratios matter
-    seconds = transfers.left / rate[transfers.port]
+def demands(view: Views, coflow: I4) -> F8:
+    """Link time in seconds that each coflow still needs, shape (c, links): devices first, then the links into peers."""
+    t, devices = view.transfers, len(view.link.rate)
+    links = devices + int(t.peer.max(initial=-1)) + 1
+    rate = np.where(view.link.rate > 0, view.link.rate, 1.0)  # with an unknown rate, bytes serve as well: ratios matter
     count = int(coflow.max(initial=-1)) + 1
-    flat = np.bincount(coflow * ports + transfers.port, weights=seconds, minlength=count * ports)
-    far = transfers.peer >= 0
-    seconds = transfers.left[far] / bound.peer_rates(transfers, link, far, unknown=1.0)
-    flat += np.bincount(coflow[far] * ports + egress + transfers.peer[far], weights=seconds, minlength=count * ports)
-    matrix: F8 = flat.astype(np.float64).reshape(count, ports)
+    cells = count * links
+    flat = np.bincount(coflow * links + t.device, weights=t.left / rate[t.device], minlength=cells)
+    far = t.peer >= 0
+    seconds = t.left[far] / bound.peer_rates(view, far, unknown=1.0)
+    flat += np.bincount(coflow[far] * links + devices + t.peer[far], weights=seconds, minlength=cells)
+    matrix: F8 = flat.astype(np.float64).reshape(count, links)
     return matrix
 
 
 def bssf(demand: F8) -> I4:
     """Bottleneck-select-scale-iterate: the order of coflows, first to last, for unit weights. Shape (c,).
 
-    Filled from the back: on the port with the most demand, the coflow with the least weight per demand goes last; the
-    weights of the others on that port are scaled down by what it has paid; iterate.
+    Filled from the back: on the link with the most demand, the coflow with the least weight per demand goes last; the
+    weights of the others on that link are scaled down by what it has paid; iterate.
     """
     count = len(demand)
     weight = np.ones(count)
@@ -57,8 +56,7 @@ def bssf(demand: F8) -> I4:
     total = demand.sum(axis=0)
     order = np.empty(count, dtype=np.int32)
     for place_ in range(count - 1, -1, -1):
-        port = int(total.argmax())
-        column = demand[:, port]
+        column = demand[:, int(total.argmax())]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(alive & (column > 0), weight / column, np.inf)
         last = int(ratio.argmin())
@@ -73,7 +71,7 @@ def bssf(demand: F8) -> I4:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sincronia(PolicyBase):
+class Sincronia(Policy):
     """Coflows in Sincronia's order, which is within 4x of the best mean coflow completion time.
 
     Source: Agarwal et al., "Sincronia: near-optimal network design for coflows", SIGCOMM 2018: greedy order (BSSF),
@@ -91,39 +89,22 @@ class Sincronia(PolicyBase):
         """Unhinted traffic stands above the last level, where coflows wait for their turn."""
         return self.levels - 1
 
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """Position of each transfer's coflow, at most levels - 1, shape (n,); NONE without a stage."""
-        del requests, batches, now
-        if not len(transfers):
+    def _level(self, view: Views) -> I2:
+        if not len(view.transfers):
             return np.zeros(0, dtype=np.int16)
-        level = np.minimum(self._positions(transfers, link), self.levels - 1).astype(np.int16)
-        return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
+        return np.minimum(self._positions(view), self.levels - 1).astype(np.int16)
 
     @staticmethod
-    def _positions(transfers: TransferView, link: LinkView) -> I4:
-        coflow = coflows(transfers)
-        order = bssf(demands(transfers, coflow, link))
+    def _positions(view: Views) -> I4:
+        """Position of each transfer's coflow in the order, shape (n,)."""
+        coflow = coflows(view.transfers)
+        order = bssf(demands(view, coflow))
         position = np.empty_like(order)
         position[order] = np.arange(len(order), dtype=np.int32)
         return position[coflow]
 
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
-        del requests, batches, now
-        position = int(self._positions(transfers, link)[row])
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        position, count = int(self._positions(view)[row]), int(coflows(view.transfers).max()) + 1
         out.figures["coflow_position"] = float(position)
-        out.reasons.append(
-            f"Its coflow is number {position + 1} of {int(coflows(transfers).max()) + 1}: {place(level)}."
-        )
+        out.reasons.append(f"Its coflow is number {position + 1} of {count}: {place(level)}.")
         out.reasons.append("It moves up as coflows before it finish.")

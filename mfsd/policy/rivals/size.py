@@ -3,26 +3,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from mfsd import units
-from mfsd.policy.base import PolicyBase, place
+from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import buckets
 from mfsd.policy.parts.params import option
-from mfsd.policy.views import LEVEL_NONE
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import F8, I2, BatchView, Explanation, LinkView, RequestView, TransferView
+    from mfsd.policy.views import F8, I2, Explanation, TransferView, Views
 
 KEYS: Final = {"sjf": "size", "srpt": "left", "pias": "sent"}
 MEANING: Final = {"size": "bytes in all", "left": "bytes left", "sent": "bytes sent"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BySize(PolicyBase):
+class BySize(Policy):
     """Few bytes first, whatever the stage. One class, three rivals.
 
     ``sjf``: by the transfer's whole size, fixed at its creation (baseline "SJF" of the MFS paper, section 6).
@@ -37,16 +35,16 @@ class BySize(PolicyBase):
 
     levels: int = 8
     low_kb: float = option(64.0, "upper edge of the first size class", low=1e-6)
-    high_kb: float = option(262144.0, "lower edge of the last size class", low=1e-6)
+    high_kb: float = option(262144.0, "lower edge of the last size class", low=1e-6, at_least="low_kb")
     exact: bool = option(default=False, doc="one level per distinct size: simulation only")
-    _key: str = field(init=False, repr=False)
-    _edges: tuple[float, ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.high_kb < self.low_kb:
-            raise ValueError(f"high_kb = {self.high_kb:g}: must be at least low_kb ({self.low_kb:g})")
-        object.__setattr__(self, "_key", KEYS[self.name])
-        object.__setattr__(self, "_edges", buckets.span(self.levels, self.low_kb * 1024, self.high_kb * 1024))
+    @property
+    def _key(self) -> str:
+        return KEYS[self.name]
+
+    @cached_property
+    def _edges(self) -> tuple[float, ...]:
+        return buckets.span(self.levels, self.low_kb * 1024, self.high_kb * 1024)
 
     @property
     def default_after(self) -> int:
@@ -58,28 +56,12 @@ class BySize(PolicyBase):
             return transfers.size - transfers.left
         return transfers.left if self._key == "left" else transfers.size
 
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """Size class of every transfer, shape (n,); NONE without a stage."""
-        del requests, batches, link, now
-        keys = self._bytes(transfers)
-        level = buckets.dense_rank(keys, self.levels) if self.exact else buckets.bucket(keys, self._edges)
-        return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
+    def _level(self, view: Views) -> I2:
+        keys = self._bytes(view.transfers)
+        return buckets.dense_rank(keys, self.levels) if self.exact else buckets.bucket(keys, self._edges)
 
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
-        del requests, batches, link, now
-        value = float(self._bytes(transfers)[row])
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        value = float(self._bytes(view.transfers)[row])
         lower = units.size(self._edges[level - 1]) if 0 < level <= len(self._edges) else units.size(0)
         upper = f"below {units.size(self._edges[level])}" if level < len(self._edges) else "up"
         span = "the rank of its size" if self.exact else f"for {lower} and {upper}"

@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mfsd.policy.base import PolicyBase
-from mfsd.policy.mfs.rli import COLLECTIVE
+from mfsd.bands import LEVEL_NONE
+from mfsd.policy.base import Policy, place
 from mfsd.policy.parts.params import option
-from mfsd.policy.views import I2, LEVEL_NONE, BatchView, Explanation, LinkView, RequestView, TransferView
+from mfsd.policy.views import COLLECTIVE
+
+if TYPE_CHECKING:
+    from mfsd.policy.views import I2, Explanation, Views
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fair(PolicyBase):
+class Fair(Policy):
     """Fair sharing: no priorities, every transfer in the default band.
 
     Source: the baseline "Fair Sharing" (max-min) of the MFS paper, section 6. The shares of real connections are what
@@ -28,30 +32,16 @@ class Fair(PolicyBase):
         """The one level band stays empty."""
         return 1
 
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """NONE for all, shape (n,)."""
-        del requests, batches, link, now
-        return np.full(len(transfers), LEVEL_NONE, dtype=np.int16)
+    def _level(self, view: Views) -> I2:
+        return np.full(len(view.transfers), LEVEL_NONE, dtype=np.int16)
 
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
-        del row, level, transfers, requests, batches, link, now
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        del row, level, view
         out.reasons.append("The policy is fair sharing: every transfer stays in the default band, nothing promotes it.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoClass(PolicyBase):
+class TwoClass(Policy):
     """Static two-class: collectives strictly above all KV traffic, no order within the classes.
 
     Source: the traffic manager of DualPath (arXiv 2602.21548), which gives model communication about 99 % of a
@@ -62,38 +52,24 @@ class TwoClass(PolicyBase):
     levels: int = 2
     kv_default: bool = option(default=False, doc="KV traffic stays in the default band")
 
-    def __post_init__(self) -> None:
-        if self.levels < 2:
-            raise ValueError(f"levels = {self.levels}: policy {self.name!r} needs at least 2")
+    @property
+    def least_levels(self) -> int:
+        """One per class."""
+        return 2
 
     @property
     def default_after(self) -> int:
         """Unhinted traffic stands below the collectives."""
         return 1
 
-    def evaluate(
-        self, transfers: TransferView, requests: RequestView, batches: BatchView, link: LinkView, now: float
-    ) -> I2:
-        """0 for collectives, 1 (or NONE) for KV, NONE for what has no stage, shape (n,)."""
-        del requests, batches, link, now
+    def _level(self, view: Views) -> I2:
         kv = np.int16(LEVEL_NONE if self.kv_default else 1)
-        level = np.where(transfers.stage == COLLECTIVE, np.int16(0), kv)
-        return np.where(transfers.stage == 0, np.int16(LEVEL_NONE), level)
+        return np.where(view.transfers.stage == COLLECTIVE, np.int16(0), kv)
 
-    def _reasons(
-        self,
-        out: Explanation,
-        row: int,
-        level: int,
-        transfers: TransferView,
-        requests: RequestView,
-        batches: BatchView,
-        link: LinkView,
-        now: float,
-    ) -> None:
-        del transfers, requests, batches, link, now, row
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        del row, view
         out.reasons.append(
             "It is a collective: level 0, above all KV traffic."
             if level == 0
-            else "It is not a collective: it stays below all collectives, and nothing promotes it."
+            else f"It is not a collective: {place(level)}, below all collectives; nothing promotes it."
         )

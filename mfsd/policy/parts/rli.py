@@ -7,14 +7,14 @@ the prefill makespan on one link (theorem 1). A collective blocks the layer that
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mfsd.policy.views import COLLECTIVE
+
 if TYPE_CHECKING:
     from mfsd.policy.views import I4, TransferView
-
-COLLECTIVE: Final = 2
 
 
 def rli(transfers: TransferView) -> I4:

@@ -14,45 +14,46 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.policy.parts import bound, buckets
+from mfsd.policy.views import P2D
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import F8, I2, LinkView, TransferView
+    from mfsd.policy.views import F8, I2, Views
 
 RHO: Final = ("none", "above", "all")
 """Which load counts as immovable: none, that of more urgent levels, all of it."""
 SIZE: Final = ("transfer", "request")
 """Whose bytes count: the transfer's (and what leaves before it on its connection), or all its request has left."""
 MAX_RHO: Final = 0.99
-"""A saturated port would make every MLU infinite and all transfers alike."""
+"""A saturated device would make every MLU infinite and all transfers alike."""
 
 
-def residual(transfers: TransferView, link: LinkView, rho: str, level: npt.NDArray[np.integer[Any]]) -> F8:
-    """Share of the port that a transfer at ``level`` (>= 0) can't push aside, 0 .. MAX_RHO, shape (n,) or (1,)."""
+def residual(view: Views, rho: str, level: npt.NDArray[np.integer[Any]]) -> F8:
+    """Share of the device that a transfer at ``level`` (>= 0) can't push aside, 0 .. MAX_RHO, shape (n,) or (1,)."""
+    link, device = view.link, view.transfers.device
     if rho == "none":
         return np.zeros(1)
     if rho == "all":
-        load = link.load if len(link.load) == 1 else link.load.take(transfers.port)
+        load = link.load if len(link.load) == 1 else link.load.take(device)
         return np.clip(load, 0.0, MAX_RHO)
     columns = link.load_above.shape[1]
     share = np.clip(link.load_above, 0.0, MAX_RHO).ravel()
     cell = np.minimum(level, columns - 1)
-    taken: F8 = share.take(cell if len(link.rate) == 1 else transfers.port * np.int32(columns) + cell)
+    taken: F8 = share.take(cell if len(link.rate) == 1 else device * np.int32(columns) + cell)
     return taken
 
 
-def mlu(transfers: TransferView, link: LinkView, now: float, size: str, rho: F8) -> F8:
+def mlu(view: Views, size: str, rho: F8) -> F8:
     """MLU of every transfer, >= 0, shape (n,): 0 without a deadline, inf past it. ``rho`` as from ``residual``."""
-    left = transfers.left + transfers.ahead
+    t = view.transfers
+    left = t.left + t.ahead
     if size == "request":
-        p2d = np.where(transfers.stage == 3, transfers.left, 0.0)
-        left = np.maximum(left, bound.request_bytes(transfers, len(link.rate), p2d))
-    time_left = transfers.deadline - now
-    room = np.maximum(time_left, 0.0) * (bound.path_rate(transfers, link) * (1.0 - rho))
+        left = np.maximum(left, bound.request_bytes(view, np.where(t.stage == P2D, t.left, 0.0)))
+    time_left = t.deadline - view.now
     # left is > 0, so a room of zero gives inf and an infinite room gives 0: both are what is meant. NaN is past the
-    # deadline on a port of unknown rate.
+    # deadline on a device of unknown rate.
     with np.errstate(divide="ignore", invalid="ignore"):
-        out: F8 = left / room
-    if (link.rate <= 0).any():
+        out: F8 = left / (np.maximum(time_left, 0.0) * (bound.path_rate(view) * (1.0 - rho)))
+    if (view.link.rate <= 0).any():
         out[time_left <= 0] = np.inf
     return out
 
