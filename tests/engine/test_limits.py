@@ -140,6 +140,20 @@ def test_the_slot_expires_in_the_kernel_with_the_hint() -> None:
     assert h.table.expires_ns[slot] == pytest.approx((h.now + 3.0) * 1e9)
 
 
+def test_peers_that_are_gone_leave_no_trace() -> None:
+    h = Host(slots=4)
+    h.request("r", 1000.0)
+    for i in range(1, 200):
+        s = h.socket(i, dst=f"10.0.{i >> 4}.{i & 15}")
+        h.transfer(f"t{i}", s, 10)
+        h.tick()
+        h.resolver.sockets.remove(s)
+        h.send(s, 10)
+        h.tick(0.01)
+    assert h.table.taken == 0
+    assert len(h.connections.peers) <= 2
+
+
 def test_modes() -> None:
     h = Host()
     seen = [h.engine.steers]

@@ -9,16 +9,16 @@ from mfsd.engine.settings import RescueConfig
 from mfsd.model import Endpoints, Mode
 
 
-def deferred(h: Host, cookie: int = 1, left: float = 0.2) -> tuple[FakeSocket, tuple[int, int]]:
+def deferred(h: Host, cookie: int = 1, left: float = 0.2, device: int = 0) -> tuple[FakeSocket, tuple[int, int]]:
     """A starved connection and the (band, lane) in which its packets are stuck."""
-    s = h.socket(cookie)
+    s = h.socket(cookie, dst=f"10.0.{device}.2")
     h.request(f"r{cookie}", left)
     h.transfer(f"t{cookie}", s, 1_000_000, request=f"r{cookie}")
     h.tick()
     h.send(s, 90 * MSS, acked=False)
     row = h.table.rows[h.keys.cookies[cookie]]
     place = (int(row["band"]), int(row["lane"]))
-    h.device.queued[place] = 130_000
+    h.devices[device].queued[place] = 130_000
     return s, place
 
 
@@ -134,3 +134,16 @@ def test_rescues_are_bounded_per_second_and_the_rest_follow() -> None:
     for _ in range(400):
         h.tick(0.01)
     assert len(set(h.device.purged)) == 20
+
+
+def test_a_device_that_uses_up_its_rescues_leaves_the_others_theirs() -> None:
+    h = Host(slots=64, lanes=32, rescue=RescueConfig(max_per_s=10), devices=2)
+    for cookie in range(1, 21):
+        deferred(h, cookie, left=0.3)
+    deferred(h, 21, left=0.3, device=1)
+    for _ in range(100):
+        h.tick(0.005)
+        if h.device.purged:
+            break
+    assert len(h.device.purged) == 10  # all that it may have in its first second
+    assert len(h.devices[1].purged) == 1

@@ -116,22 +116,32 @@ class Host:
         rescue: RescueConfig | None = None,
         floors: tuple[float, ...] = (),
         peers: Sequence[PeerConfig] = (),
+        devices: int = 1,
     ) -> None:
+        """Peers 10.0.k.x are reached through device k."""
         self.now = 1000.0
         chosen = make_policy(policy, 5, {"kv": "rli"} if policy == "deadline-ladder" else {})
         self.bands = Bands.build(5, default_after=chosen.default_after, lanes=lanes, level_floors=floors)
         self.table = FlowTable(memory_rows(slots))
         self.keys = MemoryKeys()
         self.resolver = FakeResolver()
-        self.device = FakeDevice(LinkEstimator(rate, len(self.bands)))
-        self.connections = Connections(self.table, self.keys, self.resolver, self.bands, far_rate=far_rate_of(peers))
+        self.devices = [FakeDevice(LinkEstimator(rate, len(self.bands))) for _ in range(devices)]
+        self.device = self.devices[0]
+        self.connections = Connections(
+            self.table,
+            self.keys,
+            self.resolver,
+            self.bands,
+            lambda e: 0 if e is None else min(e.dst.packed[2], devices - 1),
+            far_rate_of(peers),
+        )
         self.dead_pids: set[int] = set()
         self.exits: dict[int, list[object]] = {}
         self.engine = Engine(
             self.connections,
             chosen,
             self.bands,
-            [self.device],
+            self.devices,
             limits or LimitsConfig(),
             rescue or RescueConfig(),
             watch=self._watch,
