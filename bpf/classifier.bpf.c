@@ -13,8 +13,8 @@
  *   2. Which slot? The socket's cookie, if the packet has a socket: one u64, no header is read, and it survives NAT.
  *	A packet without one (bridged containers, forwarding) is parsed and its 5-tuple looked up. A slot past its expiry
  *	is no slot.
- *   3. Count in the slot: wire bytes, segments, packets, time. This happens in observe mode, too: it is how the
- *	daemon learns the progress of a transfer.
+ *   3. Note in the slot: where TCP says the stream stands, wire bytes, packets, time, device. This happens in observe
+ *	mode, too: it is how the daemon learns the progress of a transfer.
  *   4. Which band? The slot's, except that a packet that carries no data but lets data flow (a pure ACK, a SYN) goes
  *	to the control band: behind deferred bulk it would stall the opposite direction. FIN and RST stay with the data:
  *	they take effect when they arrive, so overtaking the data before them would cost a recovery (FIN) or lose that
@@ -151,6 +151,52 @@ static __always_inline void send_to(struct __sk_buff *skb, struct scratch *s, st
 	}
 }
 
+/*
+ * Notes where the stream of a hinted connection stands, before this packet. The socket's own counters are exact, and it
+ * is locked while it sends, so plain stores do. Without a socket (forwarded packets) the TCP header says it, and for UDP
+ * the lengths add up; several CPUs may be at it then.
+ */
+static __always_inline void note_progress(struct __sk_buff *skb, struct scratch *s, struct mfsd_slot *slot)
+{
+	struct bpf_tcp_sock *tcp;
+	struct bpf_sock *sk = skb->sk;
+	__u32 *seq, payload, end;
+	__s32 ahead;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk) {
+		tcp = bpf_tcp_sock(sk);
+		if (tcp) {
+			s->position = tcp->bytes_acked + (tcp->snd_nxt - tcp->snd_una);
+			if (!slot->sent)
+				slot->origin = (__u32)s->position;
+			slot->acked = tcp->bytes_acked;
+			slot->sent = s->position;
+			return;
+		}
+	}
+	if (!s->parsed || s->h.fragment)
+		return;
+	seq = (__u32 *)s->raw;
+	if (s->h.proto == IPPROTO_UDP) {
+		__sync_fetch_and_add(&slot->sent, skb->len - s->h.l4 - 8);
+		return;
+	}
+	if (s->h.proto != IPPROTO_TCP || load_l4(skb, &s->h, 4, NOTE(s, raw), 12))
+		return;
+	MFSD_REREAD();
+	payload = (s->h.l4_len ? s->h.l4_len : skb->len - s->h.l4) - (s->raw[8] >> 4) * 4;
+	end = MFSD_NET32(*seq) + payload;
+	if (!slot->last_ns)
+		slot->origin = MFSD_NET32(*seq);
+	ahead = end - slot->origin;
+	if (ahead > 0) {
+		slot->origin = end;
+		__sync_fetch_and_add(&slot->sent, (__u64)ahead);
+	}
+}
+
 /* Where a band lies. The mask changes nothing, as callers have checked; the verifier wants to see it. */
 static __always_inline struct mfsd_band_map *band_map(struct mfsd_dev *dev, __u32 b)
 {
@@ -248,11 +294,12 @@ int mfsd_classify(struct __sk_buff *skb)
 	if (!slot || s->now > slot->expires_ns)
 		goto out;
 
+	note_progress(skb, s, slot);
 	/* Atomic: UDP sockets send from several CPUs at once, and so does a tuple that names a forwarded connection. */
 	__sync_fetch_and_add(&slot->bytes, wire_bytes(skb));
-	__sync_fetch_and_add(&slot->segments, skb->gso_segs ? skb->gso_segs : 1);
 	__sync_fetch_and_add(&slot->packets, 1);
 	slot->last_ns = s->now;
+	slot->ifindex = skb->ifindex;
 
 	b = slot->band;
 	s->stat = MFSD_STAT_OBSERVED;
@@ -268,7 +315,6 @@ int mfsd_classify(struct __sk_buff *skb)
 	if (s->parsed && control < MFSD_MAX_BANDS && control < dev->n_bands && is_control(skb, s, dev)) {
 		s->band = control;
 		s->lane = 0;
-		__sync_fetch_and_add(&slot->control, 1);
 		count_as(s, MFSD_STAT_CONTROL);
 	}
 	send_to(skb, s, band_map(dev, s->band));
