@@ -152,48 +152,67 @@ static __always_inline void send_to(struct __sk_buff *skb, struct scratch *s, st
 }
 
 /*
- * Notes where the stream of a hinted connection stands, before this packet. The socket's own counters are exact, and it
- * is locked while it sends, so plain stores do. Without a socket (forwarded packets) the TCP header says it, and for UDP
- * the lengths add up; several CPUs may be at it then.
+ * Reads sequence number, acknowledgement and data offset of a TCP packet into s->raw. Returns the length of all headers
+ * before TCP's, 0 if they are not where they lie in nearly all packets, and nobody has parsed this one.
+ */
+static __always_inline __u32 tcp_words(struct __sk_buff *skb, struct scratch *s)
+{
+	if (s->parsed)
+		return s->h.fragment || load_l4(skb, &s->h, 4, NOTE(s, raw), 12) ? 0 : s->h.l4;
+	if (skb->protocol == MFSD_NET16(ETH_P_IP)) {
+		if (!read_linear(skb, ETH_HLEN, NOTE(s, raw), 4) || s->raw[0] != 0x45)
+			return 0;
+		return read_linear(skb, ETH_HLEN + IP4_LEN + 4, NOTE(s, raw), 12) ? ETH_HLEN + IP4_LEN : 0;
+	}
+	if (skb->protocol != MFSD_NET16(ETH_P_IPV6) || !read_linear(skb, ETH_HLEN + 4, NOTE(s, raw), 4) ||
+	    s->raw[2] != IPPROTO_TCP)
+		return 0;
+	return read_linear(skb, ETH_HLEN + IP6_LEN + 4, NOTE(s, raw), 12) ? ETH_HLEN + IP6_LEN : 0;
+}
+
+/*
+ * Notes where the stream of a hinted connection stands with this packet. The socket's own counters are exact, and it is
+ * locked while it sends, so plain stores do. It counts the packet as sent only afterwards, hence the look at the header.
+ * Without a socket (forwarded packets) the header alone says it, and for UDP the lengths add up; several CPUs may be at
+ * it then.
  */
 static __always_inline void note_progress(struct __sk_buff *skb, struct scratch *s, struct mfsd_slot *slot)
 {
-	struct bpf_tcp_sock *tcp;
+	__u32 *seq = (__u32 *)s->raw, before, end, ahead, flight;
+	struct bpf_tcp_sock *tcp = 0;
 	struct bpf_sock *sk = skb->sk;
-	__u32 *seq, payload, end;
-	__s32 ahead;
 
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
-	if (sk) {
+	if (sk)
 		tcp = bpf_tcp_sock(sk);
-		if (tcp) {
-			s->position = tcp->bytes_acked + (tcp->snd_nxt - tcp->snd_una);
-			if (!slot->sent)
-				slot->origin = (__u32)s->position;
-			slot->acked = tcp->bytes_acked;
-			slot->sent = s->position;
-			return;
-		}
-	}
-	if (!s->parsed || s->h.fragment)
-		return;
-	seq = (__u32 *)s->raw;
-	if (s->h.proto == IPPROTO_UDP) {
+	if (!tcp && s->parsed && s->h.proto == IPPROTO_UDP) {
 		__sync_fetch_and_add(&slot->sent, skb->len - s->h.l4 - 8);
 		return;
 	}
-	if (s->h.proto != IPPROTO_TCP || load_l4(skb, &s->h, 4, NOTE(s, raw), 12))
+	if (!tcp && (!s->parsed || s->h.proto != IPPROTO_TCP))
 		return;
+	before = tcp_words(skb, s);
 	MFSD_REREAD();
-	payload = (s->h.l4_len ? s->h.l4_len : skb->len - s->h.l4) - (s->raw[8] >> 4) * 4;
-	end = MFSD_NET32(*seq) + payload;
-	if (!slot->last_ns)
-		slot->origin = MFSD_NET32(*seq);
-	ahead = end - slot->origin;
-	if (ahead > 0) {
-		slot->origin = end;
-		__sync_fetch_and_add(&slot->sent, (__u64)ahead);
+	/* Ethernet pads short frames, so these are measured by the IP length. */
+	end = s->parsed && s->h.l4_len ? s->h.l4_len : skb->len - before;
+	end = MFSD_NET32(*seq) + end - (s->raw[8] >> 4) * 4;
+	if (tcp) {
+		flight = tcp->snd_nxt - tcp->snd_una;
+		ahead = end - tcp->snd_una;
+		s->position = tcp->bytes_acked;
+		if (!slot->last_ns)
+			slot->origin = (__u32)s->position + flight;
+		slot->acked = s->position;
+		slot->sent = s->position + (before && (__s32)(ahead - flight) > 0 ? ahead : flight);
+	} else if (before) {
+		if (!slot->last_ns)
+			slot->origin = MFSD_NET32(*seq);
+		ahead = end - slot->origin;
+		if ((__s32)ahead > 0) {
+			slot->origin = end;
+			__sync_fetch_and_add(&slot->sent, (__u64)ahead);
+		}
 	}
 }
 

@@ -62,8 +62,8 @@ struct mfsd_slot {
 	__u64 packets;	   /* [kernel] packets as the qdisc sees them (a GSO packet counts once) */
 	__u64 last_ns;	   /* [kernel] when the last of them passed (coarse clock, a few ms of grain) */
 	__u64 acked;	   /* [kernel] tcpi_bytes_acked, if the packet's socket is at hand; else 0 */
-	__u64 sent;	   /* [kernel] payload handed down before the last packet, on the scale of acked; of UDP and of TCP
-			    * without a socket at hand: payload that has passed, retransmissions not counted */
+	__u64 sent;	   /* [kernel] payload that has passed, on the scale of acked, retransmissions not counted; of UDP
+			    * and of TCP without a socket at hand it begins at 0 with the first packet */
 	__u32 origin;	   /* [kernel] low half of sent before the first packet; without a socket: the next TCP sequence */
 	__u32 ifindex;	   /* [kernel] device that the last packet left by */
 };
