@@ -22,6 +22,8 @@ class Stage(enum.IntEnum):
     KV_REUSE = 1
     COLLECTIVE = 2
     P2D = 3
+    BACKGROUND = 4
+    """Stores, offload, prefetch, weights: nobody waits for them."""
 
     @property
     def early(self) -> bool:
@@ -173,6 +175,10 @@ class TransferHint:
     deadline: float = INF
     """Own deadline; INF: its request's."""
     ttl: float = 30.0
+    ordered: bool = True
+    """False: its bytes and those of others on the same connections are interleaved."""
+    position: int = 0
+    """Bytes that had been written to the socket when the transfer was first announced, on TCP's scale; 0: unknown."""
 
 
 class What(enum.IntEnum):
@@ -198,6 +204,7 @@ class MarkHint:
 
     selector: Selector
     stage: Stage
+    ordered: bool = True
 
 
 Hint = RequestHint | BatchHint | ProgressHint | TransferHint | EndHint | MarkHint

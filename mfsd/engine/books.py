@@ -3,8 +3,8 @@
 
 The numbers that policies need live in columns (columns.Dense); the objects carry identity and the links between them.
 The books are passive. The ledger writes into them what hints say, delivery strikes out what is done, steering reads.
-A *transfer* is the unit of a hint, a *connection* the unit that the kernel can schedule; connections are shared and
-long-lived, and their byte stream is FIFO, so a connection holds its unfinished transfers in the order of their bytes.
+A *transfer* is the unit of a hint, a *connection* the unit that the kernel can schedule, and a *stream* (streams.py) is
+what one session's transfers are intervals of: the bytes of one connection, or of several together.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mfsd.engine.columns import Deferred, Dense
+from mfsd.engine.streams import Stream, Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,11 +27,11 @@ EVENTS_KEPT: Final = 1024
 TRANSFER_COLUMNS: Final = {
     "stage": "u1",
     "size": "f8",
-    "start": "f8",  # offset of the first byte in the connection's announced stream
+    "start": "f8",  # offset of the first byte in its stream
     "end": "f8",
     "request": "i4",
     "batch": "i4",
-    "conn": "i4",
+    "stream": "i4",
     "target_layer": "i4",
     "deadline": "f8",
     "created": "f8",
@@ -38,6 +39,7 @@ TRANSFER_COLUMNS: Final = {
     "level": "i2",
     "seen_layer": "i4",  # layer of its batch at the last evaluation
     "infeasible": "?",
+    "ordered": "?",  # its bytes follow those before it in its stream
 }
 REQUEST_COLUMNS: Final = {
     "deadline": "f8",
@@ -64,17 +66,24 @@ class Session:
     """One client process."""
 
     name: str
-    pid: int
+    pid: int = 0
+    """In the daemon's pid namespace, on the kernel's word; 0: unknown."""
+    uid: int = -1
+    """On the kernel's word; -1: unknown."""
     requests: dict[str, Request] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
-    transfers: dict[str, list[Transfer]] = field(default_factory=dict)
-    """By id; one element per connection that carries it, see Transfer.parts."""
+    transfers: dict[str, Transfer] = field(default_factory=dict)
+    streams: dict[Selector, Stream] = field(default_factory=dict)
+    """What its transfers are intervals of, by what names it."""
+    watches: dict[Selector, Watch] = field(default_factory=dict)
     marks: dict[Selector, Mark] = field(default_factory=dict)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
     wake: Callable[[], None] | None = None
     """Called when an event was added; the stream that serves the session sets it."""
     seen: float = 0.0
     """Time of the last hint."""
+    over: bool = False
+    """Its process has ended; what TCP still delivers of it is waited for."""
 
     def tell(self, event: Event) -> None:
         """Queue an event for the worker."""
@@ -111,38 +120,20 @@ class Batch:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Bytes of one hint on one connection; numbers in TRANSFER_COLUMNS.
-
-    A selector may name several connections (Mooncake's lanes, UCX's workers), and the hint can't say how the bytes
-    are spread over them: then there is one Transfer per connection, each sized an equal share, and they are done when
-    all together have moved the whole.
-    """
+    """Bytes of one hint; numbers in TRANSFER_COLUMNS."""
 
     id: str
     session: Session
-    selector: Selector
     stage: Stage
     own_deadline: float
     request: Request | None
     batch: Batch | None
-    parts: list[Transfer]
-    """All unfinished parts of the hint, this one included; shared between them."""
-    total: int
-    """Payload bytes of the whole hint."""
-    target_layer: int = 0
-    created: float = 0.0
-    expires: float = 0.0
-    """As announced; TRANSFER_COLUMNS has what became of it."""
-    conn: Connection | None = None
+    stream: Stream
     handed_over: bool = False
+    """The worker said that all its bytes have been written."""
+    maybe_late: bool = False
+    """As many bytes as it has had just gone without a hint when it was announced: perhaps they were its."""
     row: int = -1
-
-    def another(self) -> Transfer:
-        """One more part of the same hint, for another connection."""
-        more = (self.own_deadline, self.request, self.batch, self.parts, self.total)
-        part = Transfer(self.id, self.session, self.selector, self.stage, *more)
-        part.target_layer, part.created, part.expires = self.target_layer, self.created, self.expires
-        return part
 
 
 @dataclass(slots=True, eq=False)
@@ -152,7 +143,30 @@ class Mark:
     session: Session
     selector: Selector
     stage: Stage
+    ordered: bool = True
     conns: set[Connection] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Watch:
+    """A selector that stays true for connections still to come (watches.py)."""
+
+    session: Session
+    selector: Selector
+    since: float
+    band: int
+    """Where its connections begin."""
+    expires: float = 0.0
+    mark: Mark | None = None
+    stream: Stream | None = None
+    seen: bool = False
+    """It has matched something."""
+    conns: set[Connection] = field(default_factory=set)
+
+    @property
+    def stream_in_use(self) -> bool:
+        """Transfers are announced on it."""
+        return self.stream is not None and bool(self.stream.queue)
 
 
 @dataclass(slots=True, eq=False)
@@ -163,22 +177,18 @@ class Connection:
     cookie: int
     endpoints: Endpoints | None
     lane: int
-    local: bool
-    """A socket of this host's namespace, so that its TCP state can be asked."""
-    queue: deque[Transfer] = field(default_factory=deque)
-    """Unfinished transfers in byte order."""
-    announced: float = 0.0
-    """End offset of the last announced byte."""
-    acked0: float | None = None
-    """Bytes the peer had acknowledged, plus those already written, when offset 0 was set; None: not known."""
-    mark: Mark | None = None
+    here: bool = False
+    """Its socket is in the daemon's network namespace, so that TCP can be asked."""
+    uid: int = -1
+    pid: int = 0
+    streams: set[Stream] = field(default_factory=set)
+    watches: set[Watch] = field(default_factory=set)
+    marks: set[Mark] = field(default_factory=set)
     level: int = -1
     band: int = 0
     expires: float = 0.0
     promotions: int = 0
     rescues: int = 0
-    selectors: set[Selector] = field(default_factory=set)
-    """Selectors that have led here."""
 
 
 @dataclass(slots=True)
@@ -196,37 +206,14 @@ class Counters:
 
 
 @dataclass(slots=True)
-class Waiting:
-    """Rules whose sockets have not been found yet, by selector."""
-
-    rules: dict[Selector, list[Transfer | Mark]] = field(default_factory=dict)
-    since: float = 0.0
-    """When the youngest of them came."""
-    next_look: float = 0.0
-
-    def add(self, rule: Transfer | Mark, now: float) -> None:
-        """Look for its sockets at the next tick, and from then on."""
-        self.rules.setdefault(rule.selector, []).append(rule)
-        self.since, self.next_look = now, now
-
-    def drop(self, rule: Transfer | Mark) -> None:
-        """Not wanted any more. No error when it does not wait."""
-        rules = self.rules.get(rule.selector)
-        if rules is not None and rule in rules:
-            rules.remove(rule)
-            if not rules:
-                del self.rules[rule.selector]
-
-
-@dataclass(slots=True)
 class Books:
     """All that the daemon knows, for all devices of the host."""
 
     transfers: Deferred[Transfer] = field(default_factory=lambda: Deferred(TRANSFER_COLUMNS))
     requests: Dense[Request] = field(default_factory=lambda: Dense(REQUEST_COLUMNS))
     batches: Dense[Batch] = field(default_factory=lambda: Dense(BATCH_COLUMNS))
+    streams: Streams = field(default_factory=Streams)
     sessions: dict[str, Session] = field(default_factory=dict)
-    waiting: Waiting = field(default_factory=Waiting)
     counters: Counters = field(default_factory=Counters)
     arrange_wanted: bool = False
     """A batch arrived or departed: the inter-request decision is due."""
@@ -283,10 +270,8 @@ class Books:
         self.arrange_wanted = True
 
     def strike_transfer(self, transfer: Transfer) -> None:
-        """Remove one part of a transfer from the columns and from all that names it, but for its connection."""
-        transfer.parts.remove(transfer)
-        if not transfer.parts:
-            transfer.session.transfers.pop(transfer.id, None)
+        """Remove a transfer from the columns and from all that names it, but for its stream."""
+        transfer.session.transfers.pop(transfer.id, None)
         if transfer.batch is not None:
             transfer.batch.transfers.discard(transfer)
         if transfer.request is not None:

@@ -7,13 +7,15 @@ at a clock or decides a level; engine.py does the one, steering.py the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import LEVEL_NEW
-from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer
+from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer, Watch
+from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
     INF,
     BatchHint,
+    CookieSelector,
     EndHint,
     Hint,
     HintError,
@@ -26,20 +28,42 @@ from mfsd.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sized
+    from collections.abc import Callable, Sized
 
     from mfsd.engine.connections import Connections
     from mfsd.engine.delivery import Delivery
+    from mfsd.engine.endings import Endings
     from mfsd.engine.settings import LimitsConfig
+    from mfsd.engine.streams import Stream
+    from mfsd.engine.watches import Watches
+    from mfsd.model import Selector
+
+LATE: Final = 0.9
+"""Share of a transfer's bytes that must have gone unannounced just before its hint for it to be suspected late."""
+LATE_S: Final = 5.0
+"""How long ago that may have been."""
 
 
 class Ledger:
     """Applies hints to the books, within limits."""
 
-    def __init__(self, books: Books, connections: Connections, delivery: Delivery, limits: LimitsConfig) -> None:
+    def __init__(
+        self,
+        books: Books,
+        connections: Connections,
+        watches: Watches,
+        delivery: Delivery,
+        endings: Endings,
+        band_of: Callable[[Stage], int],
+        limits: LimitsConfig,
+    ) -> None:
+        """``band_of``: where bytes begin of which nothing but the stage is known."""
         self.books = books
         self.connections = connections
+        self.watches = watches
         self.delivery = delivery
+        self.endings = endings
+        self.band_of = band_of
         self.limits = limits
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
@@ -145,7 +169,7 @@ class Ledger:
         self._bound("transfer.id", "unfinished transfers", session.transfers, "max_transfers_per_session")
         request = session.requests.get(hint.request_id) if hint.request_id else None
         batch = session.batches.get(hint.batch_id) if hint.batch_id else None
-        if request is None and batch is None and hint.stage is not Stage.COLLECTIVE:
+        if request is None and batch is None and hint.stage not in OWNERLESS:
             name = "transfer.request_id" if hint.request_id or not hint.batch_id else "transfer.batch_id"
             owner = hint.request_id or hint.batch_id
             raise HintError(name, f"no request or batch {owner!r} in this session", "announce it before its transfers")
@@ -155,104 +179,197 @@ class Ledger:
         if request is not None:
             deadline = min(deadline, float(self.books.requests.get(request, "deadline")))
         expires = (deadline if now < deadline < INF else now) + hint.ttl
-        conns = self.connections.match(hint.selector, expires)
-        transfer = Transfer(hint.id, session, hint.selector, hint.stage, hint.deadline, request, batch, [], hint.size)
-        transfer.target_layer, transfer.created, transfer.expires = hint.target_layer, now, expires
-        session.transfers[hint.id] = transfer.parts
-        if conns:
-            self._spread(transfer, conns, deadline)
-        else:
-            self._add_part(transfer, float(hint.size), deadline, None)
-            self.books.waiting.add(transfer, now)
-
-    def found(self, rule: Transfer | Mark, conns: list[Connection], now: float) -> None:
-        """The sockets of a waiting rule have appeared. A transfer's row is made anew, on them."""
-        if isinstance(rule, Mark):
-            for conn in conns:
-                self.connections.set_mark(conn, rule, now)
-            return
-        transfers = self.books.transfers
-        deadline, rule.expires = float(transfers.get(rule, "deadline")), float(transfers.get(rule, "expires"))
-        transfers.remove(rule)
-        rule.parts.clear()
-        self._spread(rule, conns, deadline)
-
-    def _spread(self, first: Transfer, conns: list[Connection], deadline: float) -> None:
-        """Put a transfer on its connections, in equal shares."""
-        share = first.total / len(conns)
-        self._add_part(first, share, deadline, conns[0])
-        for conn in conns[1:]:
-            self._add_part(first.another(), share, deadline, conn)
-
-    def _add_part(self, part: Transfer, size: float, deadline: float, conn: Connection | None) -> None:
-        """Add a row, and queue it at the end of its connection's announced stream."""
-        start, slot = 0.0, -1
-        if conn is not None:
-            start, slot = self.connections.announce(conn, part, size), conn.slot
-            part.conn = conn
-        request, batch = part.request, part.batch
+        stream = self._stream(session, hint, expires, now)
+        transfer = Transfer(hint.id, session, hint.stage, hint.deadline, request, batch, stream)
+        start = self._place(stream, transfer, hint, now)
         self.books.transfers.append(
-            part,
+            transfer,
             (  # in the order of books.TRANSFER_COLUMNS
-                part.stage,
-                size,
+                hint.stage,
+                hint.size,
                 start,
-                start + size,
+                start + hint.size,
                 -1 if request is None else self.books.requests.row(request),
                 -1 if batch is None else self.books.batches.row(batch),
-                slot,
-                part.target_layer,
+                stream.index,
+                hint.target_layer,
                 deadline,
-                part.created,
-                part.expires,
+                now,
+                expires,
                 LEVEL_NEW,
                 -1,  # seen_layer
                 False,  # infeasible
+                stream.ordered,
             ),
         )
-        part.parts.append(part)
+        session.transfers[hint.id] = transfer
         if request is not None:
-            request.transfers.add(part)
+            request.transfers.add(transfer)
         if batch is not None:
-            batch.transfers.add(part)
+            batch.transfers.add(transfer)
+
+    def _stream(self, session: Session, hint: TransferHint, expires: float, now: float) -> Stream:
+        """What carries the transfer; opened, and its connections made known, if it is the first one."""
+        stream = session.streams.get(hint.selector)
+        fresh = stream is None
+        band = self.band_of(hint.stage)
+        exact = exact_endpoints(hint.selector)
+        if stream is None:
+            if isinstance(hint.selector, CookieSelector):
+                conn = self.connections.of_cookie(hint.selector.cookie, expires)
+            elif exact is not None:
+                found = self.connections.sockets.exact(hint.selector)  # type: ignore[arg-type]  # exact, so a tuple
+                conn = (
+                    self.connections.of_tuple(exact, expires)
+                    if found is None
+                    else self.connections.of_socket(found, expires)
+                )
+            else:
+                conn = None
+            watch = None
+            if conn is None or exact is not None:
+                # An exact tuple, too, may name one connection after another.
+                watch = self.watches.get(session, hint.selector, band, expires, now)
+            stream = session.streams[hint.selector] = self.books.streams.open(session, hint.selector, watch)
+            stream.ordered = hint.ordered
+            if watch is not None:
+                watch.stream = stream
+                for known in watch.conns:
+                    self._join(stream, known, None)
+            if conn is not None:
+                self._join(stream, conn, hint.position or None)
+        elif stream.watch is not None:
+            self.watches.get(session, hint.selector, band, expires, now)
+        self.connections.renew(stream.members, expires)
+        if fresh and stream.members:
+            stream.announced = 0.0
+        return stream
+
+    def _place(self, stream: Stream, transfer: Transfer, hint: TransferHint, now: float) -> float:
+        """Queue a transfer behind all that is announced on its stream; returns the offset of its first byte."""
+        offset = self.books.streams.offset(stream, self.connections.sent())
+        if stream.queue and stream.queue[-1].maybe_late and offset <= stream.announced - self._size(stream.queue[-1]):
+            # Nothing has moved since: it was announced after its bytes had gone.
+            last = self.books.streams.slot[stream.index]
+            moved = float(self.connections.table.last_ns[last]) / 1e9 if last >= 0 else now
+            self.endings.end([stream.queue[-1]], now, delivered_at=moved)
+            stream.announced = offset
+        if not stream.ordered:
+            stream.queue.append(transfer)
+            self._note(stream, hint.stage)
+            return offset
+        start = offset
+        if hint.position and len(stream.members) == 1:
+            start = max(start, self.books.streams.offset_at(stream, hint.position))
+        if stream.queue:
+            start = max(start, stream.announced)
+        else:
+            unannounced = start - stream.announced
+            last = self.books.streams.slot[stream.index]
+            lately = last >= 0 and float(self.connections.table.last_ns[last]) / 1e9 > now - LATE_S
+            transfer.maybe_late = lately and unannounced >= LATE * hint.size
+        stream.announced = start + hint.size
+        stream.queue.append(transfer)
+        self._note(stream, hint.stage)
+        return start
+
+    def _size(self, transfer: Transfer) -> float:
+        return float(self.books.transfers.get(transfer, "size"))
+
+    def _note(self, stream: Stream, stage: Stage) -> None:
+        """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
+        for conn in stream.members:
+            self.connections.carries(conn, stage, self.band_of(stage))
+
+    def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
+        """A connection becomes part of a stream, from where the process has written to now."""
+        self.books.streams.join(stream, conn, self.connections.written(conn) if position is None else float(position))
+
+    def joined(self, watch: Watch, conn: Connection, position: float | None, now: float) -> None:
+        """A watch has found a connection, which stood at ``position`` (None: ask)."""
+        watch.seen = True
+        if conn not in watch.conns:
+            watch.conns.add(conn)
+            conn.watches.add(watch)
+            self.connections.renew((conn,), watch.expires if watch.mark is None else now + self.limits.max_ttl_s)
+        if watch.mark is not None and conn not in watch.mark.conns:
+            watch.mark.conns.add(conn)
+            self.connections.set_mark(conn, watch.mark, now, on=True)
+        if watch.stream is not None and conn not in watch.stream.members:
+            at = self.connections.written(conn) if position is None else position
+            self.books.streams.join(watch.stream, conn, at)
+            if watch.stream.queue:
+                self._note(watch.stream, watch.stream.queue[-1].stage)
+        self.connections.note_rest(conn, now, linger=True)
+
+    # --- ends ---------------------------------------------------------------------------------------------------------
 
     def _end(self, session: Session, hint: EndHint, now: float) -> None:
+        # What is not there has been retired by its bytes, or has expired and its worker was told: nothing to say.
         if hint.what is What.TRANSFER:
-            # A transfer that is not there has been retired by its bytes already: not an error.
-            self.delivery.hand_over(session.transfers.get(hint.id, ()), now, cancelled=hint.cancelled)
+            transfer = session.transfers.get(hint.id)
+            self._over(session, [] if transfer is None else [transfer], now, cancelled=hint.cancelled)
         elif hint.what is What.REQUEST:
             request = session.requests.get(hint.id)
             if request is None:
-                raise HintError("completion.request_id", f"no request {hint.id!r}", "it may have expired")
+                return
             request.completed = not hint.cancelled
-            self.delivery.hand_over(request.transfers, now, cancelled=hint.cancelled)
+            self._over(session, list(request.transfers), now, cancelled=hint.cancelled)
             if session.requests.get(hint.id) is request and not request.transfers:
-                self.delivery.finish(request, now, cancelled=hint.cancelled)
+                if hint.cancelled:
+                    self.endings.forget(request, now)
+                else:
+                    self.endings.finish(request, now)
         else:
             batch = session.batches.get(hint.id)
-            if batch is None:
-                raise HintError("completion.batch_id", f"no batch {hint.id!r}", "it may have expired")
-            self.delivery.end_batch(batch, now, cancelled=hint.cancelled)
+            if batch is not None:
+                own = [t for t in batch.transfers if t.request is None]
+                self._over(session, own, now, cancelled=hint.cancelled)
+                self.books.strike_batch(batch)
+
+    def _over(self, session: Session, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
+        del session
+        if cancelled:
+            self.endings.end(transfers, now)
+        else:
+            self.delivery.hand_over(transfers, now)
 
     # --- marks --------------------------------------------------------------------------------------------------------
 
     def _mark(self, session: Session, hint: MarkHint, now: float) -> None:
         old = session.marks.get(hint.selector)
-        if old is not None:
-            self.delivery.unmark(old, now)
         if hint.stage is Stage.NONE:
+            if old is not None:
+                self.endings.unmark(old, now)
             return
-        self._bound(
-            "connection.selector",
-            "marks already",
-            session.marks,
-            "max_marks_per_session",
-            "take back those that are not needed",
-        )
-        mark = Mark(session, hint.selector, hint.stage)
-        session.marks[hint.selector] = mark
-        conns = self.connections.match(hint.selector, now + self.limits.max_ttl_s)
-        for conn in conns:
-            self.connections.set_mark(conn, mark, now)
-        if not conns:
-            self.books.waiting.add(mark, now)
+        if old is None:
+            self._bound(
+                "connection.selector",
+                "marks already",
+                session.marks,
+                "max_marks_per_session",
+                "take back those that are not needed",
+            )
+        else:
+            self.endings.unmark(old, now)
+        self._put_mark(session, Mark(session, hint.selector, hint.stage, hint.ordered), now)
+
+    def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
+        expires = now + self.limits.max_ttl_s
+        selector: Selector = mark.selector
+        conn: Connection | None = None
+        if isinstance(selector, CookieSelector):
+            conn = self.connections.of_cookie(selector.cookie, expires)
+        else:
+            watch = self.watches.get(session, selector, self.band_of(mark.stage), expires, now)
+            watch.mark = mark
+            for known in list(watch.conns):
+                self.joined(watch, known, None, now)
+        session.marks[selector] = mark
+        if conn is not None:
+            mark.conns.add(conn)
+            self.connections.set_mark(conn, mark, now, on=True)
+
+
+OWNERLESS: Final = frozenset({Stage.COLLECTIVE, Stage.BACKGROUND})
+"""Stages whose transfers need no request or batch."""

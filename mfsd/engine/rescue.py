@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from mfsd.bands import Bands, Role
 from mfsd.engine.connections import IPPROTO_TCP
 from mfsd.engine.slots import NS
@@ -90,7 +92,7 @@ class Rescuer:
         return tcp and (conn.lane > 0 or self.bands.level_bands[0].lanes == 1)
 
     def _device(self, conn: Connection) -> int:
-        return int(self.connections.device[conn.slot])
+        return int(self.connections.device_of(np.array([conn.slot], dtype=np.int32))[0])
 
     def forget(self, conn: Connection) -> None:
         """The connection is gone."""
@@ -120,9 +122,9 @@ class Rescuer:
     def _drains(self, conn: Connection, band: int, backlog: int, device: Device) -> bool:
         """True when the band's floor empties the lane before a retransmission timer could repair a purge."""
         floor = self.bands.bands[band].floor * device.estimator.rate if device.floors else 0.0
-        if not floor or not conn.local or conn.endpoints is None:
+        if not floor or not conn.here or conn.endpoints is None:
             return False
-        tcp = self.connections.resolver.tcp_progress([(conn.cookie, conn.endpoints)]).get(conn.cookie)
+        tcp = self.connections.sockets.progress([(conn.cookie, conn.endpoints)]).get(conn.cookie)
         return tcp is not None and tcp.notsent == 0 and backlog / floor < tcp.rto_us / 1e6
 
     def _purge(self, index: int, stuck: list[tuple[Connection, _Stuck]], now: float) -> int:
