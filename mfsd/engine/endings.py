@@ -186,7 +186,7 @@ class Endings:
         self.closed(conn, acked, now, clean=clean)
 
     def _after(self, stream: Stream, now: float, reason: str, *, clean: bool) -> None:
-        """A member of a stream is gone: what can still come of its transfers?"""
+        """A member of a stream is gone: see what can still come of its transfers."""
         transfers = self.books.transfers
         offset = self.books.streams.offset(stream, self.connections.acked())
         start = [float(transfers.get(t, "start")) for t in stream.queue]
