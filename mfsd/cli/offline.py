@@ -15,7 +15,7 @@ from mfsd.daemon.config import Config, ConfigError, load
 from mfsd.daemon.wiring import bands_of, policy_of
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
 from mfsd.datapath.bpf.libbpf import LibbpfCalls
-from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath.errors import DatapathError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer, restore_all
 from mfsd.datapath.undo import notes
 from mfsd.v1 import control_pb2 as pb

@@ -16,7 +16,7 @@ import structlog
 
 from mfsd.api.operations import BandRow
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath.errors import DatapathError
 from mfsd.engine.device import Reading
 from mfsd.engine.estimator import LinkEstimator
 from mfsd.logs import Seldom

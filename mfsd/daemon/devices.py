@@ -20,7 +20,7 @@ from mfsd.datapath.bpf.attach import attach, remove_leftover
 from mfsd.datapath.bpf.bcc import BccLoader
 from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.loader import DatapathError, LoaderError
+from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.datapath.netlink import TcSocket
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.qdisc.tree import is_ours

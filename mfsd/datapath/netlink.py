@@ -21,7 +21,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
-from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath.errors import DatapathError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

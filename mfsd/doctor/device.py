@@ -11,7 +11,8 @@ from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 from mfsd.datapath import netlink as nl
 from mfsd.datapath.bpf.attach import hook_users
 from mfsd.datapath.bpf.libbpf import LibbpfCalls
-from mfsd.datapath.qdisc.device import EnforceError, read_device
+from mfsd.datapath.errors import EnforceError
+from mfsd.datapath.qdisc.device import read_device
 from mfsd.datapath.qdisc.tree import is_ours
 from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.snapshot import capture, obstacles, read_tree, root_of

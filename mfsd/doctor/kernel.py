@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from mfsd.datapath import netlink as nl
 from mfsd.datapath.bpf.attach import TCX_EGRESS
 from mfsd.datapath.bpf.libbpf import OLDEST_KERNEL, LibbpfCalls
-from mfsd.datapath.bpf.loader import LoaderError
+from mfsd.datapath.errors import LoaderError
 from mfsd.datapath.qdisc.device import kernel_has
 from mfsd.doctor.finding import Finding, Severity
 from mfsd.host.sockets import DiagError, SocketResolver

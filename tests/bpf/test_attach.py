@@ -17,11 +17,12 @@ import pytest
 from pyroute2 import IPRoute, netns
 
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, AttachError, attach, hook_users, remove_leftover
+from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, attach, hook_users, remove_leftover
 from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.bpf.loader import PROGRAM
 from mfsd.datapath.bpf.testrun import socket_cookie
+from mfsd.datapath.errors import AttachError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,7 +21,7 @@ from mfsd.datapath.bpf.attach import TCX_EGRESS
 from mfsd.datapath.bpf.bcc import BccLoader, check_headers
 from mfsd.datapath.bpf.calls import SyscallCalls
 from mfsd.datapath.bpf.libbpf import LibbpfCalls, LibbpfLoader
-from mfsd.datapath.bpf.loader import LoaderError
+from mfsd.datapath.errors import LoaderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

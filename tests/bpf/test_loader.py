@@ -20,8 +20,9 @@ from mfsd.datapath import _abi
 from mfsd.datapath.bpf import libbpf
 from mfsd.datapath.bpf.keys import MapFullError, cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, check_kernel, object_path, verdict
-from mfsd.datapath.bpf.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS, LoaderError
+from mfsd.datapath.bpf.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS
 from mfsd.datapath.bpf.testrun import run_packet
+from mfsd.datapath.errors import LoaderError
 from mfsd.model import Endpoints
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from support.benches import Bench, plan
 
 import mfsd
 from mfsd.datapath import netlink as nl
+from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import htb, prio
-from mfsd.datapath.qdisc.device import EnforceError, kernel_has
+from mfsd.datapath.qdisc.device import kernel_has
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer, restore_all
 from mfsd.datapath.qdisc.tree import Group, Node, differences
 from mfsd.datapath.undo.snapshot import read_tree

@@ -17,8 +17,8 @@ import pytest
 from support.benches import FRAME, Bench, plan, wait_until
 
 from mfsd.datapath import netlink as nl
+from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import prio
-from mfsd.datapath.qdisc.device import EnforceError
 from mfsd.datapath.qdisc.tree import Filter
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from mfsd.datapath.bpf.attach import attach, hook_users
 from mfsd.datapath.bpf.bcc import BccLoader, check_headers
 from mfsd.datapath.bpf.keys import MapFullError, cookie_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.loader import LoaderError
 from mfsd.datapath.bpf.testrun import run_packet, socket_cookie
+from mfsd.datapath.errors import LoaderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

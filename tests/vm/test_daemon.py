@@ -22,7 +22,7 @@ from mfsd.client import cookie_of, tuple_of
 from mfsd.datapath.bpf.attach import TCX_EGRESS, hook_users
 from mfsd.datapath.bpf.bcc import check_headers
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfCalls, object_path
-from mfsd.datapath.bpf.loader import LoaderError
+from mfsd.datapath.errors import LoaderError
 from mfsd.model import Stage
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from mfsd.datapath.bpf.loader import PROGRAM, BpfCalls, Classifier, DatapathError
+from mfsd.datapath.bpf.loader import PROGRAM, BpfCalls, Classifier
+from mfsd.datapath.errors import AttachError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,10 +51,6 @@ _ETH_P_ALL: Final = 3
 _SIOCGIFHWADDR: Final = 0x8927
 _ETHERNET: Final = {1: "ARPHRD_ETHER", 772: "ARPHRD_LOOPBACK"}
 """Hardware types (include/uapi/linux/if_arp.h) whose frames begin with an Ethernet header."""
-
-
-class AttachError(DatapathError):
-    """The classifier can't be hung on this device."""
 
 
 @dataclass(frozen=True, slots=True)

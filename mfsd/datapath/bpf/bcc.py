@@ -24,16 +24,8 @@ from typing import Any, Final
 
 from mfsd.datapath.bpf.calls import SyscallCalls
 from mfsd.datapath.bpf.libbpf import check_kernel, object_path
-from mfsd.datapath.bpf.loader import (
-    DEVICE_MAPS,
-    PROGRAM,
-    SHARED_MAPS,
-    Classifier,
-    LoaderError,
-    check_rows,
-    check_sizes,
-    own_copy,
-)
+from mfsd.datapath.bpf.loader import DEVICE_MAPS, PROGRAM, SHARED_MAPS, Classifier, check_rows, check_sizes, own_copy
+from mfsd.datapath.errors import LoaderError
 
 PACKAGE_FIX: Final = "install BCC's Python bindings: apt-get install python3-bpfcc, dnf install python3-bcc"
 _RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")

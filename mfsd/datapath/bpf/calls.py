@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 from typing import Any, Final
 
-from mfsd.datapath.bpf.loader import LoaderError
+from mfsd.datapath.errors import LoaderError
 
 SYSCALL: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 """__NR_bpf."""

@@ -22,16 +22,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Self
 
-from mfsd.datapath.bpf.loader import (
-    DEVICE_MAPS,
-    PROGRAM,
-    SHARED_MAPS,
-    Classifier,
-    LoaderError,
-    check_rows,
-    check_sizes,
-    own_copy,
-)
+from mfsd.datapath.bpf.loader import DEVICE_MAPS, PROGRAM, SHARED_MAPS, Classifier, check_rows, check_sizes, own_copy
+from mfsd.datapath.errors import LoaderError
 
 LIBRARY: Final = "libbpf.so.1"
 OLDEST_KERNEL: Final = (5, 11)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.keys import KeyMap
+from mfsd.datapath.errors import LoaderError
 
 PROGRAM: Final = "mfsd_classify"
 """Name of the program in the object, in the kernel's lists and of the clsact filter."""
@@ -43,24 +44,6 @@ MAP_SIZES: Final[dict[str, tuple[int, int]]] = {
 
 MAX_SLOTS: Final = 1 << 20
 """A bound against typing errors: 64 MiB of slots and about twice that in hash elements."""
-
-
-class DatapathError(RuntimeError):
-    """Something of the kernel side failed. ``what`` was tried, ``cause`` is why, ``fix`` is what to do about it."""
-
-    def __init__(self, what: str, cause: str, fix: str = "") -> None:
-        super().__init__(f"{what}: {cause}" + (f"; {fix}" if fix else ""))
-        self.what = what
-        self.cause = cause
-        self.fix = fix
-
-
-class LoaderError(DatapathError):
-    """The classifier can't be loaded. ``log_tail`` holds the last lines of the verifier's log, if it spoke."""
-
-    def __init__(self, what: str, cause: str, fix: str = "", log_tail: str = "") -> None:
-        super().__init__(what, cause, fix)
-        self.log_tail = log_tail
 
 
 class BpfCalls(Protocol):

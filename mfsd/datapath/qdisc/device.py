@@ -16,7 +16,7 @@ from pyroute2 import IPRoute
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath.errors import EnforceError
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
@@ -33,10 +33,6 @@ _PROBE_HANDLE: Final = 0x6D7F0000
 _ALWAYS_THERE: Final = "pfifo"
 """Part of CONFIG_NET_SCHED itself."""
 _SPEED_UNKNOWN: Final = (0, 0xFFFF, 0xFFFFFFFF, -1)
-
-
-class EnforceError(DatapathError):
-    """A device's qdiscs can't be set up, checked or put back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from mfsd.datapath import netlink as nl
+from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import plan as planning
 from mfsd.datapath.qdisc import prio
-from mfsd.datapath.qdisc.device import Device, EnforceError, read_device
+from mfsd.datapath.qdisc.device import Device, read_device
 from mfsd.datapath.qdisc.plan import DevicePlan, Step
 from mfsd.datapath.qdisc.purge import LanePurger, Rescued
 from mfsd.datapath.qdisc.tree import MAJOR, ROOT, How, Tree, differences, is_ours
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from mfsd.datapath.qdisc.tree import Difference, Filter
     from mfsd.units import Rate
 
-__all__ = ["BAND_DTYPE", "DeviceEnforcer", "DevicePlan", "EnforceError", "Rescued", "Step", "restore_all"]
+__all__ = ["BAND_DTYPE", "DeviceEnforcer", "DevicePlan", "Rescued", "Step", "restore_all"]
 
 BAND_DTYPE: Final = np.dtype(
     [("bytes", "u8"), ("packets", "u8"), ("drops", "u8"), ("backlog_bytes", "u8"), ("backlog_packets", "u8")]

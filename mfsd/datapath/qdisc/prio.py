@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import PRIO_BANDS, Bands, BandSpec
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.qdisc.device import EnforceError
+from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc.tree import (
     CHILD_MAJOR,
     MAJOR,

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.qdisc.device import EnforceError, read_device, set_txqlen
+from mfsd.datapath.errors import EnforceError
+from mfsd.datapath.qdisc.device import read_device, set_txqlen
 from mfsd.datapath.qdisc.tree import is_ours
 from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.snapshot import Saved, Snapshot, capture, read_tree, root_of
