@@ -14,7 +14,6 @@ from mfsd.cli.errors import CliError, NotPermittedError
 from mfsd.daemon.config import Config, ConfigError, load
 from mfsd.daemon.wiring import bands_of, policy_of
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
-from mfsd.datapath.bpf.libbpf import LibbpfCalls
 from mfsd.datapath.errors import DatapathError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer, restore_all
 from mfsd.datapath.undo import notes
@@ -75,7 +74,7 @@ def _take_off_classifier(name: str) -> list[str]:
     except OSError:
         return []  # the device has gone, and all that hung on it
     try:
-        if any(u.ours and u.hook == "clsact" for u in hook_users(LibbpfCalls(), index)):
+        if any(u.ours and u.hook == "clsact" for u in hook_users(index)):
             remove_leftover(index)
     except (DatapathError, NetlinkError, OSError) as e:
         return [f"{name}: its classifier is still there, without effect: {e}"]

@@ -10,7 +10,6 @@ from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
 from mfsd.datapath import netlink as nl
 from mfsd.datapath.bpf.attach import hook_users
-from mfsd.datapath.bpf.libbpf import LibbpfCalls
 from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc.device import read_device
 from mfsd.datapath.qdisc.tree import is_ours
@@ -257,7 +256,7 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
     """Others that see the packets before or after."""
     device = read_device(name)
     try:
-        users = [u for u in hook_users(LibbpfCalls(), device.ifindex) if not u.ours]
+        users = [u for u in hook_users(device.ifindex) if not u.ours]
     except OSError as e:
         yield Finding(
             f"device.hooks:{name}",
@@ -300,7 +299,7 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
 def leftover(context: Context, name: str) -> Iterator[Finding]:
     """A classifier on clsact outlives a daemon that was killed."""
     try:
-        ours = [u for u in hook_users(LibbpfCalls(), read_device(name).ifindex) if u.ours and u.hook == "clsact"]
+        ours = [u for u in hook_users(read_device(name).ifindex) if u.ours and u.hook == "clsact"]
     except OSError:
         return  # `hooks` says so
     state = notes.load(context.config.daemon.state_dir, name)

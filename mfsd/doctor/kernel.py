@@ -15,8 +15,9 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath import netlink as nl
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS
-from mfsd.datapath.bpf.libbpf import OLDEST_KERNEL, LibbpfCalls
+from mfsd.datapath.bpf.libbpf import OLDEST_KERNEL
 from mfsd.datapath.errors import LoaderError
 from mfsd.datapath.qdisc.device import kernel_has
 from mfsd.doctor.finding import Finding, Severity
@@ -72,7 +73,7 @@ def version(_: Context) -> Iterator[Finding]:
 def tcx(_: Context) -> Iterator[Finding]:
     """The better of the two hooks."""
     try:
-        LibbpfCalls().prog_query(LO, TCX_EGRESS)
+        syscall.prog_query(LO, TCX_EGRESS)
         has = True
     except LoaderError:
         has = release() >= TCX_KERNEL

@@ -7,16 +7,18 @@ Queues are filled before the link can drain them, so that orders and counts are 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import struct
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from support.benches import FRAME, Bench, plan, wait_until
 
 from mfsd.datapath import netlink as nl
+from mfsd.datapath.bpf.testrun import run_packet
 from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import prio
 from mfsd.datapath.qdisc.tree import Filter
@@ -283,3 +285,21 @@ def test_the_lane_filter_of_prio_names_the_class_by_the_major_number(bench: Benc
         bench.send(priority, count)
     wait_until(lambda: e.link_bytes()[0] == 25 * FRAME)
     assert e.counters()["packets"].tolist() == [0, 0, 3, 11, 0, 7, 4]
+
+
+@pytest.mark.bpf
+def test_the_lane_filter_loads_where_there_is_no_libbpf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hosts that the BCC loader is for. What the program computes is the kernel's word."""
+    real = ctypes.CDLL
+
+    def without(name: str | None, **more: Any) -> ctypes.CDLL:
+        if name is not None and "bpf" in name:
+            raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+        return real(name, **more)
+
+    monkeypatch.setattr(ctypes, "CDLL", without)
+    root = 0x6D660000
+    fd = prio.load_program(Filter(root, ((0x6D81, root | 2), (0x6D82, root | 3)), root | 7))
+    for priority, result in ((0x6D810009, root | 2), (0x6D82FFFF, root | 3), (0x6D830001, root | 7), (0, root | 7)):
+        assert run_packet(fd, bytes(60), priority=priority).verdict == result
+    os.close(fd)

@@ -196,32 +196,6 @@ def test_ticks_round_up_like_tc() -> None:
     assert ticks(1, 50_000_000_000) == 1
 
 
-def test_the_filter_is_what_its_instructions_compute() -> None:
-    want = Filter(ROOT, ((0x6D81, ROOT | 2), (0x6D82, ROOT | 3)), ROOT | 7)
-    for priority, result in ((0x6D810009, ROOT | 2), (0x6D82FFFF, ROOT | 3), (0x6D83_0001, ROOT | 7), (0, ROOT | 7)):
-        assert _run(prio.program(want), priority) == result
-
-
-def _run(code: bytes, priority: int) -> int:
-    """Enough of a BPF machine for the filter."""
-    r0, at = 0, 0
-    while True:
-        op, _, offset, value = struct.unpack_from("=BBhi", code, 8 * at)
-        at += 1
-        if op == 0x61:
-            assert offset == 32
-            r0 = priority
-        elif op == 0x77:
-            r0 >>= value
-        elif op == 0x55:
-            at += offset if r0 != value else 0
-        elif op == 0xB4:
-            r0 = value & 0xFFFFFFFF
-        else:
-            assert op == 0x95
-            return r0
-
-
 def stats_message(*, wide: bool, extra: bytes = b"") -> bytes:
     """A class as dumped: rate64 options or a 64-bit packet counter give messages of the same length."""
     basic = nl.attr(1, struct.pack("=QII", 1000, 10, 0))

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from mfsd.datapath.bpf.loader import PROGRAM, BpfCalls, Classifier
+from mfsd.datapath.bpf import syscall
+from mfsd.datapath.bpf.loader import PROGRAM, Classifier
 from mfsd.datapath.errors import AttachError
 
 if TYPE_CHECKING:
@@ -78,7 +79,6 @@ class HookUser:
 class Attachment:
     """A classifier at work on a device. Close it by :meth:`detach`; a TCX one also goes with the process."""
 
-    calls: BpfCalls
     ifindex: int
     method: Method
     link_fd: int = -1
@@ -91,7 +91,7 @@ class Attachment:
         what = f"replacing the classifier of device {self.ifindex}"
         try:
             if self.method == "tcx":
-                self.calls.link_update(self.link_fd, classifier.prog_fd)
+                syscall.link_update(self.link_fd, classifier.prog_fd)
             else:
                 with IPRoute() as ip:
                     _put_filter(ip, self.ifindex, classifier.prog_fd, made_qdisc=self.made_qdisc)
@@ -124,13 +124,13 @@ def attach(classifier: Classifier, ifindex: int, method: Literal["auto", "tcx", 
     _check_link_type(what, ifindex)
     if method != "clsact":
         try:
-            fd = classifier.calls.link_create(classifier.prog_fd, ifindex, TCX_EGRESS, _F_BEFORE)
+            fd = syscall.link_create(classifier.prog_fd, ifindex, TCX_EGRESS, _F_BEFORE)
         except OSError as e:
             # EINVAL: the kernel doesn't know the attach type, i.e. it is older than 6.6 or lacks CONFIG_NET_XGRESS
             if method == "tcx" or e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise _explain(what, e) from e
         else:
-            return Attachment(classifier.calls, ifindex, "tcx", fd)
+            return Attachment(ifindex, "tcx", fd)
     try:
         with IPRoute() as ip:
             fresh = _ensure_clsact(ip, ifindex)
@@ -145,7 +145,7 @@ def attach(classifier: Classifier, ifindex: int, method: Literal["auto", "tcx", 
                 raise
     except (OSError, NetlinkError) as e:
         raise _explain(what, e) from e
-    return Attachment(classifier.calls, ifindex, "clsact", made_qdisc=made)
+    return Attachment(ifindex, "clsact", made_qdisc=made)
 
 
 def remove_leftover(ifindex: int) -> bool:
@@ -168,12 +168,12 @@ def remove_leftover(ifindex: int) -> bool:
     return bool(found)
 
 
-def hook_users(calls: BpfCalls, ifindex: int) -> list[HookUser]:
+def hook_users(ifindex: int) -> list[HookUser]:
     """Everything on the egress hook of a device, TCX first, as packets meet them. Raises OSError, NetlinkError."""
     users = []
-    for prog_id in _tcx_ids(calls, ifindex):
+    for prog_id in _tcx_ids(ifindex):
         try:
-            name, _ = calls.prog_info(prog_id)
+            name, _ = syscall.prog_info(prog_id)
         except OSError as e:
             if e.errno == errno.ENOENT:  # gone meanwhile
                 continue
@@ -196,10 +196,10 @@ def hook_users(calls: BpfCalls, ifindex: int) -> list[HookUser]:
     return users
 
 
-def _tcx_ids(calls: BpfCalls, ifindex: int) -> list[int]:
+def _tcx_ids(ifindex: int) -> list[int]:
     """Ids of the TCX programs; none where the kernel has no TCX."""
     try:
-        return calls.prog_query(ifindex, TCX_EGRESS)
+        return syscall.prog_query(ifindex, TCX_EGRESS)
     except OSError as e:
         if e.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT):
             return []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.errors import EnforceError
+from mfsd.datapath.errors import DatapathError, EnforceError
 from mfsd.datapath.qdisc import plan as planning
 from mfsd.datapath.qdisc import prio
 from mfsd.datapath.qdisc.device import Device, read_device
@@ -106,7 +106,7 @@ class DeviceEnforcer:
         self.adopted = off is not None and all(d.how is not How.REBUILD for d in off)
         try:
             self._install(tree, off if self.adopted else None, replaces=off is not None)
-        except (EnforceError, nl.NetlinkError, OSError) as e:
+        except (DatapathError, OSError) as e:
             problems = put_back(self._sock, note, self.state_dir)
             self._tree = self._purger = None
             done = "rolled back" if not problems else f"rolling back failed, too: {'; '.join(problems)}"

@@ -19,15 +19,13 @@ There are no floors. Counters of a band of one lane belong to its leaf, so a res
 
 from __future__ import annotations
 
-import ctypes
-import os
 import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import PRIO_BANDS, Bands, BandSpec
 from mfsd.datapath import netlink as nl
-from mfsd.datapath.errors import EnforceError
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.qdisc.tree import (
     CHILD_MAJOR,
     MAJOR,
@@ -56,7 +54,6 @@ _ETH_P_ALL: Final = 0x0003
 _FILTER_HANDLE: Final = 1
 _TCA_BPF_FD: Final = 6
 _TCA_BPF_NAME: Final = 7
-_PROG_TYPE_SCHED_CLS: Final = 3
 _PRIORITY: Final = 32
 """Offset of struct __sk_buff.priority, include/uapi/linux/bpf.h."""
 _NO_RATE: Final = b"\0" * 12
@@ -165,20 +162,8 @@ def _insn(code: int, dst: int, src: int, offset: int, value: int) -> bytes:
 
 
 def load_program(want: Filter) -> int:
-    """Load the filter's program and return its descriptor. Raises EnforceError."""
-    code = program(want)
-    try:
-        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
-        load = lib.bpf_prog_load
-    except (OSError, AttributeError) as e:
-        fix = "install libbpf 1.x (Debian: libbpf1) or set lanes = 1"
-        raise EnforceError("load the filter that leads packets to their lanes", str(e), fix) from e
-    load.restype = ctypes.c_int
-    load.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p]
-    fd = int(load(_PROG_TYPE_SCHED_CLS, b"mfsd_lanes", b"GPL", code, len(code) // 8, None))
-    if fd < 0:
-        raise EnforceError("load the filter that leads packets to their lanes", os.strerror(ctypes.get_errno()))
-    return fd
+    """Load the filter's program and return its descriptor. Raises LoaderError."""
+    return syscall.prog_load(syscall.SCHED_CLS, "mfsd_lanes", program(want), "GPL")
 
 
 def filter_message(want: Filter, ifindex: int, fd: int) -> bytes:
