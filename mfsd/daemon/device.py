@@ -163,7 +163,7 @@ class Device:
         if shape is None:
             return
         try:
-            shape.enforcer.rescue([(band, _lane(shape, band, lane)) for band, lane in lanes])
+            shape.enforcer.purge([(band, _lane(shape, band, lane)) for band, lane in lanes])
         except (OSError, DatapathError) as e:
             self._failed("purge", shape, e)
 

@@ -28,3 +28,7 @@ class AttachError(DatapathError):
 
 class EnforceError(DatapathError):
     """A device's qdiscs can't be set up, checked or put back."""
+
+
+class NoDeviceError(EnforceError):
+    """There is no such device in this network namespace: the kernel's own word, not a guess from some failure."""

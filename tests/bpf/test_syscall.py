@@ -11,6 +11,7 @@ import re
 import socket
 import struct
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +128,13 @@ def test_threads_do_not_disturb_each_other(table: BpfMap) -> None:
             assert table.lookup(key) == value
             table.delete(key)
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_per_cpu_map_has_as_many_copies_as_we_think() -> None:

@@ -19,8 +19,9 @@ from mfsd.daemon.config import Config, DaemonConfig, DeviceConfig
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS, HookUser, attach
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
-from mfsd.datapath.qdisc.device import read_device
+from mfsd.datapath.facts import read_facts
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
+from mfsd.datapath.tc import TcSocket
 from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Owner
 from mfsd.doctor import Context, Finding, Severity, checkup, device, host, kernel, leftovers, loaders, tcp
@@ -292,7 +293,7 @@ def test_foreign_programs(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: py
             fd = obj.program_fd(name)
         try:
             return netns_pair.call(
-                netns_pair.a, lambda: syscall.link_create(fd, read_device("v0").ifindex, TCX_EGRESS, 0)
+                netns_pair.a, lambda: syscall.link_create(fd, read_facts("v0").ifindex, TCX_EGRESS, 0)
             )
         finally:
             os.close(fd)
@@ -324,7 +325,7 @@ def test_our_own_classifier_is_nobody_else(tmp_path: Path, netns_pair: NetnsPair
         for method in ("tcx", "clsact"):
 
             def look(method: str = method) -> Finding:
-                index = read_device("v0").ifindex
+                index = read_facts("v0").ifindex
                 with attach(classifier, index, method):  # type: ignore[arg-type]
                     return only(device.hooks(context, "v0"))
 
@@ -336,7 +337,7 @@ def test_cilium_with_its_bandwidth_manager(context: Context, monkeypatch: pytest
     user = HookUser("tcx", "cil_to_netdev", "bpf", 5)
     monkeypatch.setattr(device, "hook_users", lambda _index: [user])
     roots = [SimpleNamespace(kind="mq"), SimpleNamespace(kind="fq")]
-    monkeypatch.setattr(device, "read_tree", lambda _sock, _index: (roots, []))
+    monkeypatch.setattr(TcSocket, "tree", lambda _self, _index: (roots, []))
     found = only(device.hooks(context, "lo"))
     assert found.severity is Severity.WARN
     assert "bandwidth manager" in found.title

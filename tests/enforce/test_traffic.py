@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from support.benches import FRAME, Bench, plan, wait_until
 
-from mfsd.datapath import netlink as nl
+from mfsd.datapath import tc
 from mfsd.datapath.bpf.testrun import run_packet
 from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import prio
@@ -135,9 +135,9 @@ def test_a_rescue_frees_its_lane_and_no_other(bench: Bench) -> None:
     freed = {(LEVEL2, 1), (SCAVENGER, 2), (LEVEL3, 0)}
     drops = e.counters()["drops"].tolist()
 
-    done = e.rescue([(LEVEL2, 1), (SCAVENGER, 2), (LEVEL2, 1), (LEVEL3, 0)])
+    done = e.purge([(LEVEL2, 1), (SCAVENGER, 2), (LEVEL2, 1), (LEVEL3, 0)])
 
-    assert {(r.band, r.lane): (r.purged_bytes, r.purged_packets) for r in done} == {at: before[at] for at in freed}
+    assert {(r.band, r.lane): (r.bytes, r.packets) for r in done} == {at: before[at] for at in freed}
     assert {at: e.backlog(*at) for at in sent} == {at: (0, 0) if at in freed else before[at] for at in sent}
     assert e.counters()["drops"].tolist() == drops, "a purge is no tail drop"
     assert e.verify() == []
@@ -145,8 +145,8 @@ def test_a_rescue_frees_its_lane_and_no_other(bench: Bench) -> None:
     # The fresh leaves take packets, and can be freed again and again.
     for _ in range(3):
         bench.send(maps[LEVEL2][0] + 1, 5)
-        (again,) = e.rescue([(LEVEL2, 1)])
-        assert (again.purged_packets, e.backlog(LEVEL2, 1)) == (5, (0, 0))
+        (again,) = e.purge([(LEVEL2, 1)])
+        assert (again.packets, e.backlog(LEVEL2, 1)) == (5, (0, 0))
     assert e.restore() == []
 
 
@@ -155,15 +155,15 @@ def test_a_rescue_survives_somebody_elses_leaf(bench: Bench) -> None:
     bench.receiver()
     freeze(bench, e)
     classid = e.band_maps()[LEVEL2][0] + 2
-    e.rescue([(LEVEL2, 2)])
-    (handle,) = [q.handle for q in nl.objects(e._sock, nl.RTM_GETQDISC, e._ifindex) if q.parent == classid]
+    e.purge([(LEVEL2, 2)])
+    (handle,) = [q.handle for q in e._sock.objects(tc.RTM_GETQDISC, e._ifindex) if q.parent == classid]
     twin = (handle >> 16) ^ 1
-    bench.tc(f"qdisc replace dev DEV parent {nl.classid(classid)} handle {twin:x}: pfifo")
+    bench.tc(f"qdisc replace dev DEV parent {tc.classid(classid)} handle {twin:x}: pfifo")
     bench.send(classid, 5)
     held = e.backlog(LEVEL2, 2)
     assert held[1] >= 4
-    done = e.rescue([(LEVEL2, 2), (LEVEL2, 0)])
-    assert {(r.lane, r.purged_bytes, r.purged_packets) for r in done} == {(2, *held), (0, 0, 0)}
+    done = e.purge([(LEVEL2, 2), (LEVEL2, 0)])
+    assert {(r.lane, r.bytes, r.packets) for r in done} == {(2, *held), (0, 0, 0)}
     assert e.backlog(LEVEL2, 2) == (0, 0)
     assert e.verify() == []
 
@@ -175,7 +175,7 @@ def test_a_full_lane_counts_its_drops(bench: Bench) -> None:
     for packets in (1200, 100):  # as long as the device's queue, before a rescue and after
         bench.send(e.band_maps()[LEVEL2][0], packets)
         assert e.backlog(LEVEL2, 0)[1] == min(packets, 1000)
-        e.rescue([(LEVEL2, 0)])
+        e.purge([(LEVEL2, 0)])
     assert 199 <= e.counters()[LEVEL2]["drops"] <= 200
 
 
@@ -194,13 +194,13 @@ def test_only_lanes_of_hinted_traffic_can_be_freed(bench: Bench) -> None:
         (-1, 0, "bands 0 to 6"),
     ):
         with pytest.raises(ValueError, match=message):
-            e.rescue([(LEVEL2, 0), (band, lane)])
+            e.purge([(LEVEL2, 0), (band, lane)])
     with pytest.raises(ValueError, match="lanes 0 to 3"):
         e.backlog(LEVEL2, 4)
     with pytest.raises(ValueError, match="bands 0 to 6"):
         e.backlog(7, 0)
     assert e.backlog(LEVEL2, 0) == held
-    assert e.rescue([]) == []
+    assert e.purge([]) == []
 
 
 def test_many_lanes_in_one_call(bench: Bench) -> None:
@@ -208,7 +208,7 @@ def test_many_lanes_in_one_call(bench: Bench) -> None:
     bench.receiver()
     lanes = [(band, lane) for band in (LEVEL1, LEVEL2) for lane in range(150)]
     for turn in range(3):
-        assert [(r.band, r.lane) for r in e.rescue(lanes)] == lanes, turn
+        assert [(r.band, r.lane) for r in e.purge(lanes)] == lanes, turn
     assert e.verify() == []
     assert e.counters()["backlog_packets"].tolist() == [0] * 7
     assert e.restore() == []
@@ -263,7 +263,7 @@ def test_floors_are_given_under_saturation(bench: Bench) -> None:
 
 def test_before_apply_and_after_restore_there_is_nothing_to_ask(bench: Bench) -> None:
     e = bench.enforcer()
-    for call in (e.band_maps, e.counters, lambda: e.rescue([(1, 0)]), lambda: e.backlog(1, 0)):
+    for call in (e.band_maps, e.counters, lambda: e.purge([(1, 0)]), lambda: e.backlog(1, 0)):
         with pytest.raises(EnforceError, match="call apply first"):
             call()
     assert e.verify() == [f"{bench.dev}: nothing has been applied"]
@@ -278,8 +278,8 @@ def test_the_lane_filter_of_prio_names_the_class_by_the_major_number(bench: Benc
     maps = e.band_maps()
     want = Filter(0x6D660000, ((0x6D81, maps[LEVEL1][0]), (0x6D84, maps[SCAVENGER][0] + 1)), 0)
     fd = prio.load_program(want)
-    with nl.TcSocket() as sock:
-        sock.run([prio.filter_message(want, e._ifindex, fd)])
+    with tc.TcSocket() as sock:
+        sock.run([prio.filter_message(want, e._ifindex, fd)], "filter")
     os.close(fd)
     for priority, count in ((0x6D810003, 3), (0x6D84FFFF, 4), (0x6D820001, 5), (0, 6), (maps[LEVEL3][0], 7)):
         bench.send(priority, count)

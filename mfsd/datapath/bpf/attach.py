@@ -21,12 +21,10 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.loader import PROGRAM, Classifier
 from mfsd.datapath.errors import AttachError
+from mfsd.datapath.pyroute import iproute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +50,8 @@ _ETH_P_ALL: Final = 3
 _SIOCGIFHWADDR: Final = 0x8927
 _ETHERNET: Final = {1: "ARPHRD_ETHER", 772: "ARPHRD_LOOPBACK"}
 """Hardware types (include/uapi/linux/if_arp.h) whose frames begin with an Ethernet header."""
+_NO_DEVICE: Final = (errno.ENXIO, errno.ENODEV)
+"""What if_indextoname and the ioctl say then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ class Attachment:
             if self.method == "tcx":
                 syscall.link_update(self.link_fd, classifier.prog_fd)
             else:
-                with IPRoute() as ip:
+                with iproute("clsact") as ip:
                     _put_filter(ip, self.ifindex, classifier.prog_fd, made_qdisc=self.made_qdisc)
-        except (OSError, NetlinkError) as e:
+        except OSError as e:
             raise AttachError(what, str(e)) from e
 
     def detach(self) -> None:
@@ -132,7 +132,7 @@ def attach(classifier: Classifier, ifindex: int, method: Literal["auto", "tcx", 
         else:
             return Attachment(ifindex, "tcx", fd)
     try:
-        with IPRoute() as ip:
+        with iproute("clsact") as ip:
             fresh = _ensure_clsact(ip, ifindex)
             # A predecessor that made the qdisc and was killed leaves it to us, with its filter.
             made = fresh or any(_is_ours(f) and f["handle"] == _HANDLE_HOST for f in _filters(ip, ifindex, "egress"))
@@ -143,7 +143,7 @@ def attach(classifier: Classifier, ifindex: int, method: Literal["auto", "tcx", 
                 if fresh:
                     ip.tc("del", "clsact", ifindex)
                 raise
-    except (OSError, NetlinkError) as e:
+    except OSError as e:
         raise _explain(what, e) from e
     return Attachment(ifindex, "clsact", made_qdisc=made)
 
@@ -153,23 +153,23 @@ def remove_leftover(ifindex: int) -> bool:
 
     A clsact qdisc that came with the filter goes, too, unless somebody else has a filter there by now.
     """
-    with IPRoute() as ip:
-        try:
+    try:
+        with iproute("clsact") as ip:
             found = {f["handle"] for f in _filters(ip, ifindex, "egress") if _is_ours(f)}
             for handle in found:
                 ip.tc("del-filter", "bpf", ifindex, handle, parent=_PARENTS["egress"], prio=_PRIO, protocol=_ETH_P_ALL)
             made = _HANDLE_HOST in found and _clsact_kind(ip, ifindex) == "clsact"  # else somebody has deleted it
             if made and not any(True for side in _PARENTS for _ in _filters(ip, ifindex, side)):
                 ip.tc("del", "clsact", ifindex)
-        except NetlinkError as e:
-            if e.code in (errno.ENODEV, errno.ENOENT, errno.EINVAL) and not _device_exists(ifindex):
-                return False
-            raise AttachError(f"cleaning up device {ifindex}", str(e)) from e
+    except OSError as e:
+        if e.errno in (errno.ENODEV, errno.ENOENT, errno.EINVAL) and not _device_exists(ifindex):
+            return False
+        raise AttachError(f"cleaning up device {ifindex}", str(e)) from e
     return bool(found)
 
 
 def hook_users(ifindex: int) -> list[HookUser]:
-    """Everything on the egress hook of a device, TCX first, as packets meet them. Raises OSError, NetlinkError."""
+    """Everything on the egress hook of a device, TCX first, as packets meet them. Raises OSError."""
     users = []
     for prog_id in _tcx_ids(ifindex):
         try:
@@ -179,7 +179,7 @@ def hook_users(ifindex: int) -> list[HookUser]:
                 continue
             raise
         users.append(HookUser("tcx", name, "bpf", prog_id))
-    with IPRoute() as ip:
+    with iproute(f"look at the hooks of device {ifindex}") as ip:
         if not _clsact_kind(ip, ifindex):
             return users
         users += [
@@ -206,9 +206,8 @@ def _tcx_ids(ifindex: int) -> list[int]:
         raise
 
 
-def _explain(what: str, e: OSError | NetlinkError) -> AttachError:
+def _explain(what: str, e: OSError) -> AttachError:
     """Name the fix for the usual causes."""
-    code = e.code if isinstance(e, NetlinkError) else e.errno
     fixes: dict[int | None, str] = {
         errno.EPERM: "mfsd needs CAP_NET_ADMIN in the device's network namespace, and CAP_BPF",
         errno.ENODEV: "there is no such device in this network namespace",
@@ -217,7 +216,7 @@ def _explain(what: str, e: OSError | NetlinkError) -> AttachError:
         errno.ENOENT: "this kernel lacks CONFIG_NET_CLS_BPF or CONFIG_NET_SCH_INGRESS",
         errno.ERANGE: "64 programs hang on this hook already",
     }
-    return AttachError(what, str(e), fixes.get(code, ""))
+    return AttachError(what, str(e), fixes.get(e.errno, ""))
 
 
 def _check_link_type(what: str, ifindex: int) -> None:
@@ -228,7 +227,8 @@ def _check_link_type(what: str, ifindex: int) -> None:
             request = struct.pack("16sH22x", name.encode(), 0)
             (kind,) = struct.unpack_from("16xH", fcntl.ioctl(s, _SIOCGIFHWADDR, request))
     except OSError as e:
-        raise AttachError(what, str(e), "there is no such device in this network namespace") from e
+        gone = e.errno in _NO_DEVICE
+        raise AttachError(what, str(e), "there is no such device in this network namespace" if gone else "") from e
     if kind not in _ETHERNET:
         raise AttachError(
             what,
@@ -240,8 +240,8 @@ def _check_link_type(what: str, ifindex: int) -> None:
 def _device_exists(ifindex: int) -> bool:
     try:
         socket.if_indextoname(ifindex)
-    except OSError:
-        return False
+    except OSError as e:
+        return e.errno not in _NO_DEVICE
     return True
 
 
