@@ -122,7 +122,7 @@ def test_threads_do_not_disturb_each_other(table: BpfMap) -> None:
 
     def work(n: int) -> None:
         key = n.to_bytes(8, "little")
-        for i in range(3000):
+        for i in range(1000):
             value = (n << 16 | i).to_bytes(4, "little")
             table.update(key, value)
             assert table.lookup(key) == value

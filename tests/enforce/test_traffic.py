@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import os
 import struct
@@ -22,6 +23,7 @@ from mfsd.datapath.bpf.testrun import run_packet
 from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import prio
 from mfsd.datapath.qdisc.tree import Filter
+from mfsd.host.netlink import NetlinkError
 
 if TYPE_CHECKING:
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
@@ -166,6 +168,23 @@ def test_a_rescue_survives_somebody_elses_leaf(bench: Bench) -> None:
     assert {(r.lane, r.bytes, r.packets) for r in done} == {(2, *held), (0, 0, 0)}
     assert e.backlog(LEVEL2, 2) == (0, 0)
     assert e.verify() == []
+
+
+def test_a_lane_that_is_gone_stops_no_other(bench: Bench) -> None:
+    e = applied(bench, "100kbit")
+    bench.receiver()
+    freeze(bench, e)
+    first = e.band_maps()[LEVEL2][0]
+    bench.tc(f"class del dev DEV classid {tc.classid(first + 1)}")
+    for lane in (0, 2):
+        bench.send(first + lane, 5)
+    for _ in range(2):
+        with pytest.raises(NetlinkError, match=f"look at lane {tc.classid(first + 1)}: No such file") as caught:
+            e.purge([(LEVEL2, 0), (LEVEL2, 1), (LEVEL2, 2)])
+        assert caught.value.errno == errno.ENOENT
+        assert e.backlog(LEVEL2, 0) == e.backlog(LEVEL2, 2) == (0, 0)
+        bench.send(first, 5)
+    assert [(p.lane, p.packets) for p in e.purge([(LEVEL2, 2), (LEVEL2, 0)])] == [(2, 0), (0, 5)]
 
 
 def test_a_full_lane_counts_its_drops(bench: Bench) -> None:

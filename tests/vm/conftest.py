@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests for guests with stock kernels (`make test-vm`): collected only there, where the plugin `emulated` is loaded."""
+"""Tests for guests with stock kernels (`make test-vm`), collected only there; support/emulated.py is their plugin."""
 
 from __future__ import annotations
 
