@@ -21,3 +21,4 @@ enum mfsd_host_flags abi_host_flags;
 enum mfsd_dev_flags abi_dev_flags;
 enum mfsd_stat abi_stat;
 enum mfsd_event_kind abi_event_kind;
+enum mfsd_event_flags abi_event_flags;

@@ -96,8 +96,13 @@ struct mfsd_sock {
 
 enum mfsd_event_kind {
 	MFSD_EVENT_MATCHED = 1, /* a connection was made that a rule names */
-	MFSD_EVENT_BOUND,	/* a connection was made whose 5-tuple has a slot already */
+	MFSD_EVENT_BOUND,	/* a connection was made that has a slot already, by its cookie or its 5-tuple */
 	MFSD_EVENT_CLOSED,	/* a connection with a slot is over */
+};
+
+enum mfsd_event_flags {
+	MFSD_EVENT_ACTIVE = 1, /* MATCHED, BOUND: opened from here, so that TCP counts its SYN as a byte */
+	MFSD_EVENT_CLEAN = 2,  /* CLOSED: all that was written has been acknowledged, the FIN included */
 };
 
 /* What sockets.bpf.c tells the daemon, in the order in which it happened. [kernel] */
@@ -107,7 +112,7 @@ struct mfsd_event {
 	__u32 kind;  /* enum mfsd_event_kind */
 	__u32 slot;  /* or MFSD_NO_SLOT */
 	__u32 rule;  /* MATCHED: index of the rule */
-	__u32 clean; /* CLOSED: all that was written has been acknowledged, the FIN included */
+	__u32 flags; /* enum mfsd_event_flags */
 	struct mfsd_sock sock;
 };
 

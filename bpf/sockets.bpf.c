@@ -165,6 +165,18 @@ static __always_inline __u32 best_of(const struct mfsd_rules_of *list, const str
 	return best;
 }
 
+/* Undoes take_slot(), but for the key. */
+static __always_inline void give_back(__u32 *index)
+{
+	struct mfsd_slot *slot = MFSD_LOOKUP(mfsd_slots, index);
+
+	if (slot) {
+		slot->expires_ns = 0;
+		slot->band = MFSD_BAND_KEEP;
+	}
+	bpf_map_push_elem(&mfsd_free, index, 0);
+}
+
 /* Takes a free slot for a connection that a rule names; MFSD_NO_SLOT if there is none. */
 static __always_inline __u32 take_slot(__u64 cookie, const struct mfsd_rule *r)
 {
@@ -189,17 +201,16 @@ static __always_inline __u32 take_slot(__u64 cookie, const struct mfsd_rule *r)
 	slot->ifindex = 0;
 	slot->expires_ns = r->expires_ns;
 	if (bpf_map_update_elem(&mfsd_cookies, &cookie, &index, BPF_NOEXIST)) {
-		slot->expires_ns = 0;
-		bpf_map_push_elem(&mfsd_free, &index, 0);
+		give_back(&index);
 		return MFSD_NO_SLOT;
 	}
 	return index;
 }
 
-static __always_inline void tell(struct mfsd_event *e)
+/* 0 unless the ring is full. What is not told must not have happened: the callers see to that. */
+static __always_inline long tell(struct mfsd_event *e)
 {
-	/* A full ring loses the event; the daemon sees the gap in what it knows when it looks after its sockets. */
-	bpf_ringbuf_output(&mfsd_events, e, sizeof(*e), 0);
+	return bpf_ringbuf_output(&mfsd_events, e, sizeof(*e), 0);
 }
 
 static __always_inline void established(struct bpf_sock_ops *ctx, struct mfsd_event *e)
@@ -213,14 +224,18 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct mfsd_ev
 
 	describe(ctx, &e->sock);
 	bpf_map_update_elem(&mfsd_socks, &e->cookie, &e->sock, BPF_ANY);
-	if (MFSD_LOOKUP(mfsd_cookies, &e->cookie))
-		return; /* hinted by its cookie already, or the second call for one connection */
+	e->kind = MFSD_EVENT_BOUND;
+	slot = MFSD_LOOKUP(mfsd_cookies, &e->cookie);
+	if (slot) {
+		e->slot = *slot;
+		tell(e); /* else the daemon finds it in the directory */
+		return;
+	}
 	slot = MFSD_LOOKUP(mfsd_tuples, &e->sock.key);
 	if (slot) {
 		e->slot = *slot;
-		e->kind = MFSD_EVENT_BOUND;
-		if (!bpf_map_update_elem(&mfsd_cookies, &e->cookie, &e->slot, BPF_NOEXIST))
-			tell(e);
+		if (!bpf_map_update_elem(&mfsd_cookies, &e->cookie, &e->slot, BPF_NOEXIST) && tell(e))
+			bpf_map_delete_elem(&mfsd_cookies, &e->cookie); /* it goes on by its tuple */
 		return;
 	}
 	list = MFSD_LOOKUP(mfsd_rules_of, (struct in6_addr *)e->sock.key.daddr);
@@ -236,7 +251,10 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct mfsd_ev
 		return;
 	}
 	e->kind = MFSD_EVENT_MATCHED;
-	tell(e);
+	if (tell(e) && e->slot != MFSD_NO_SLOT) {
+		bpf_map_delete_elem(&mfsd_cookies, &e->cookie);
+		give_back(&e->slot);
+	}
 }
 
 static __always_inline void closed(struct bpf_sock_ops *ctx, struct mfsd_event *e)
@@ -251,9 +269,10 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, struct mfsd_event *
 		e->rule = MFSD_NO_RULE;
 		e->acked = ctx->bytes_acked;
 		/* Only a peer that has acknowledged our FIN brings a connection to these states; the FIN comes after all data. */
-		e->clean = ctx->snd_una == ctx->snd_nxt && (was == TCP_FIN_WAIT2 || was == TCP_TIME_WAIT ||
-							    was == TCP_LAST_ACK || was == TCP_CLOSING);
-		tell(e);
+		if (ctx->snd_una == ctx->snd_nxt &&
+		    (was == TCP_FIN_WAIT2 || was == TCP_TIME_WAIT || was == TCP_LAST_ACK || was == TCP_CLOSING))
+			e->flags = MFSD_EVENT_CLEAN;
+		tell(e); /* else the daemon finds out when it looks after its connections */
 	}
 	bpf_map_delete_elem(&mfsd_socks, &e->cookie);
 }
@@ -274,7 +293,7 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 		return ALLOW; /* can't be: an array of one */
 	e->cookie = bpf_get_socket_cookie(ctx);
 	e->acked = 0;
-	e->clean = 0;
+	e->flags = op == BPF_SOCK_OPS_TCP_CONNECT_CB ? MFSD_EVENT_ACTIVE : 0;
 	e->rule = MFSD_NO_RULE;
 	if (op == BPF_SOCK_OPS_STATE_CB) {
 		closed(ctx, e);

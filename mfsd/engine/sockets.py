@@ -56,11 +56,6 @@ class Progress(Protocol):
         """Since the last acknowledgement came."""
         ...
 
-    @property
-    def closing(self) -> bool:
-        """The process has closed it: what is written is all that will ever be."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class Established:

@@ -52,10 +52,6 @@ class FakeSocket:
     here: bool = True
 
     @property
-    def closing(self) -> bool:
-        return False
-
-    @property
     def told(self) -> Socket:
         return Socket(self.cookie, self.endpoints, self.uid, self.pid, self.here)
 
