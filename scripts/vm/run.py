@@ -31,7 +31,7 @@ from report import write_report
 LIMIT_SECONDS: Final = 1200
 """Of one guest. The target is 720 on two cores of their own."""
 WAIT_FACTOR: Final = 6
-"""How much longer than natively tests wait for a condition; see tests/e2e/rig.py."""
+"""How much longer than natively tests wait for a condition; see tests/support/rig.py."""
 PACKAGES: Final = {
     "qemu-system-x86_64": "qemu-system-x86",
     "busybox": "busybox-static",
@@ -80,7 +80,7 @@ def job(has: set[str], arguments: str) -> str:
 cd {ROOT}
 export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT}:{ROOT}/tests
 export MFSD_VM=1 MFSD_WAIT_FACTOR={WAIT_FACTOR} MFSD_VM_FEATURES="{" ".join(sorted(has))}"
-{python} -m pytest -p no:cacheprovider -p emulated -v --tb=short --durations=25 \\
+{python} -m pytest -p no:cacheprovider -p support.emulated -v --tb=short --durations=25 \\
     -o junit_family=xunit1 --junitxml=/results/junit.xml {arguments} > /results/pytest.txt 2>&1
 status=$?
 {python} -m mfsd.cli doctor > /results/doctor.txt 2>&1

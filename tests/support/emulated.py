@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plugin of pytest for guests with emulated processors: fewer examples, no deadlines, and a test's feature reported.
 
-Used as ``-p emulated`` with this folder on the path; natively it is not loaded.
+Used as ``-p support.emulated`` with tests/ on the path; natively it is not loaded.
 """
 
 from __future__ import annotations
