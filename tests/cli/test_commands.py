@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -245,9 +246,11 @@ def test_hints(rig: Rig) -> None:
             )
         ),
     )  # fmt: skip
-    process = sent(rig, "mark", "--stage", "collective", "--pid", "42", "--to", "[fd00::/64]:29500").connection
+    process = sent(
+        rig, "mark", "--stage", "collective", "--pid", str(os.getpid()), "--to", "[fd00::/64]:29500"
+    ).connection
     assert process.selector.process == hints_pb2.ProcessPeer(
-        pid=42, remote="fd00::/64", remote_port=hints_pb2.PortRange(first=29500)
+        pid=os.getpid(), remote="fd00::/64", remote_port=hints_pb2.PortRange(first=29500)
     )
     unmark = sent(rig, "mark", "--stage", "none", "--cookie", str(COOKIE)).connection
     assert (unmark.selector.cookie, unmark.stage) == (COOKIE, hints_pb2.STAGE_UNSPECIFIED)

@@ -69,6 +69,7 @@ os._exit(r.exit_code)
 """
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("closed", ["socket", "folder"])
 def test_not_permitted(rig: Rig, closed: str) -> None:
     if os.geteuid() != 0:
