@@ -41,10 +41,10 @@ demo: build ## the main job on real TCP in network namespaces: build/demo.json, 
 	$(PY) -m mfsd.lab.demo
 
 lab-quick: build ## the cluster lab, five policies at two loads, 4 minutes: build/lab/quick.json, quick.html
-	$(PY) -m mfsd.daemon lab quick
+	$(PY) -m mfsd.lab quick
 
 lab: build ## the whole cluster lab: hours, goes on where it was interrupted: build/lab/lab.json, lab.html
-	$(PY) -m mfsd.daemon lab full
+	$(PY) -m mfsd.lab full
 
 test: build ## all tests of this machine's kernel, as root; fails if a tier did not run
 	@mkdir -p build
