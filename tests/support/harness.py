@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mfsd.daemon.config import PeerConfig
-    from mfsd.engine.device import Reading
+    from mfsd.engine.estimator import Reading
 
 MSS = 1448
 
@@ -126,13 +126,13 @@ class Host:
         self.keys = MemoryKeys()
         self.resolver = FakeResolver()
         self.devices = [FakeDevice(LinkEstimator(rate, len(self.bands))) for _ in range(devices)]
-        self.device = self.devices[0]
+        self.device = self.devices[0] if self.devices else FakeDevice(LinkEstimator(rate, len(self.bands)))
         self.connections = Connections(
             self.table,
             self.keys,
             self.resolver,
             self.bands,
-            lambda e: 0 if e is None else min(e.dst.packed[2], devices - 1),
+            lambda e: 0 if e is None else max(min(e.dst.packed[2], devices - 1), 0),
             far_rate_of(peers),
         )
         self.dead_pids: set[int] = set()
