@@ -7,17 +7,15 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyroute2.netlink.exceptions import NetlinkError
-
 from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
 from mfsd.daemon.config import Config, ConfigError, load
 from mfsd.daemon.config_bands import bands_of, policy_of
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
-from mfsd.datapath.bpf.libbpf import LibbpfCalls
-from mfsd.datapath.bpf.loader import DatapathError
-from mfsd.datapath.qdisc.enforcer import DeviceEnforcer, restore_all
+from mfsd.datapath.errors import DatapathError
+from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.undo import notes
+from mfsd.datapath.undo.restore import restore_all
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -75,9 +73,9 @@ def _take_off_classifier(name: str) -> list[str]:
     except OSError:
         return []  # the device has gone, and all that hung on it
     try:
-        if any(u.ours and u.hook == "clsact" for u in hook_users(LibbpfCalls(), index)):
+        if any(u.ours and u.hook == "clsact" for u in hook_users(index)):
             remove_leftover(index)
-    except (DatapathError, NetlinkError, OSError) as e:
+    except (DatapathError, OSError) as e:
         return [f"{name}: its classifier is still there, without effect: {e}"]
     return []
 

@@ -23,7 +23,7 @@ from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, reload, wiring
 from mfsd.daemon.devices import Devices
 from mfsd.daemon.ticker import Periods, Ticker
-from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath.errors import DatapathError
 from mfsd.host.processes import ProcessGoneError, ProcessWatch
 from mfsd.host.sockets import SocketResolver
 from mfsd.model import Mode

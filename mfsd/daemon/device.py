@@ -16,7 +16,7 @@ import structlog
 
 from mfsd.api.operations import BandRow
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath.errors import DatapathError
 from mfsd.engine.estimator import LinkEstimator, Reading
 from mfsd.logs import Seldom
 
@@ -162,7 +162,7 @@ class Device:
         if shape is None:
             return
         try:
-            shape.enforcer.rescue([(band, _lane(shape, band, lane)) for band, lane in lanes])
+            shape.enforcer.purge([(band, _lane(shape, band, lane)) for band, lane in lanes])
         except (OSError, DatapathError) as e:
             self._failed("purge", shape, e)
 

@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from mfsd.daemon.device import Device, Shape
-from mfsd.datapath import _abi
+from mfsd.datapath import _abi, tc
 from mfsd.datapath.bpf.attach import attach, remove_leftover
 from mfsd.datapath.bpf.bcc import BccLoader
 from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.loader import DatapathError, LoaderError
-from mfsd.datapath.netlink import TcSocket
+from mfsd.datapath.errors import DatapathError, LoaderError
+from mfsd.datapath.handles import is_ours
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.datapath.qdisc.tree import is_ours
 from mfsd.datapath.undo import notes
-from mfsd.datapath.undo.snapshot import read_tree, root_of
 from mfsd.engine.slots import MemoryKeys, SlotRows, memory_rows
 from mfsd.model import Mode
 
@@ -203,7 +201,7 @@ class Devices:
             log.warning("repairing the qdiscs", device=device.name, problems=problems)
             try:
                 plan = enforcer.apply()
-            except DatapathError:
+            except (OSError, DatapathError):
                 device.put_in_force(None)
                 enforcer.close()
                 raise
@@ -220,8 +218,8 @@ class Devices:
 
     @staticmethod
     def _root_is_ours(ifindex: int) -> bool:
-        with TcSocket() as sock:
-            root = root_of(read_tree(sock, ifindex)[0])
+        with tc.TcSocket() as sock:
+            root = tc.root_of(sock.tree(ifindex)[0])
         return root is not None and is_ours(root)
 
     def _lost(self, device: Device) -> None:

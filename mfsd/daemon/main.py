@@ -18,7 +18,7 @@ from mfsd.api.server import ServerError
 from mfsd.daemon import config as configuration
 from mfsd.daemon.daemon import Daemon, StartError
 from mfsd.daemon.memory import keep_freed
-from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath.errors import DatapathError
 
 if TYPE_CHECKING:
     from mfsd.daemon.config import Config

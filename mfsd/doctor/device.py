@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 from pyroute2 import IPRoute
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
-from mfsd.datapath import netlink as nl
+from mfsd.datapath import tc
 from mfsd.datapath.bpf.attach import hook_users
-from mfsd.datapath.bpf.libbpf import LibbpfCalls
-from mfsd.datapath.qdisc.device import EnforceError, read_device
-from mfsd.datapath.qdisc.tree import is_ours
+from mfsd.datapath.errors import EnforceError
+from mfsd.datapath.facts import read_facts
+from mfsd.datapath.handles import is_ours
 from mfsd.datapath.undo import notes
-from mfsd.datapath.undo.snapshot import capture, obstacles, read_tree, root_of
+from mfsd.datapath.undo.snapshot import capture, obstacles
 from mfsd.doctor.finding import Finding, Severity
 from mfsd.doctor.leftovers import answers
 
@@ -48,7 +48,7 @@ def configured(context: Context, name: str) -> DeviceConfig | None:
 def exists(_: Context, name: str) -> list[Finding]:
     """Whether there is such a device; without one the other checks make no sense."""
     try:
-        device = read_device(name)
+        device = read_facts(name)
     except EnforceError as e:
         return [
             Finding(
@@ -80,7 +80,7 @@ def exists(_: Context, name: str) -> list[Finding]:
 def link_type(_: Context, name: str) -> Iterator[Finding]:
     """The classifier reads Ethernet headers."""
     with IPRoute() as ip:
-        link = ip.get_links(read_device(name).ifindex)[0]
+        link = ip.get_links(read_facts(name).ifindex)[0]
     if link["ifi_type"] not in _ETHERNET:
         yield Finding(
             f"device.link_type:{name}",
@@ -104,7 +104,7 @@ def link_type(_: Context, name: str) -> Iterator[Finding]:
 
 def queues(_: Context, name: str) -> Iterator[Finding]:
     """Strict order holds inside one qdisc only."""
-    n = read_device(name).tx_queues
+    n = read_facts(name).tx_queues
     if n <= 1:
         yield Finding(f"device.queues:{name}", Severity.OK, f"{name} has one transmit queue", meaning="order is strict")
         return
@@ -123,7 +123,7 @@ def queues(_: Context, name: str) -> Iterator[Finding]:
 
 def speed(context: Context, name: str) -> Iterator[Finding]:
     """A rate above the link's moves the queue out of mfsd's reach."""
-    device, config = read_device(name), configured(context, name)
+    device, config = read_facts(name), configured(context, name)
     rate = config.rate if config is not None else None
     nominal = " (nominal)" if device.speed is not None and device.virtual else ""
     known = f"link speed {device.speed or 'unknown'}{nominal}, configured rate {rate or 'none'}"
@@ -151,14 +151,15 @@ def speed(context: Context, name: str) -> Iterator[Finding]:
 
 def qdisc(context: Context, name: str) -> Iterator[Finding]:
     """Whether what is at the root can come back exactly."""
-    device = read_device(name)
-    with nl.TcSocket() as sock:
-        root = root_of(read_tree(sock, device.ifindex)[0])
+    device = read_facts(name)
+    with tc.TcSocket() as sock:
+        qdiscs, classes = sock.tree(device.ifindex)
+        root = tc.root_of(qdiscs)
         if root is not None and is_ours(root):
             yield from _own_root(context, name)
             return
-        problems = obstacles(sock, device.ifindex)
-        lines = "; ".join(capture(sock, device.ifindex, device.txqlen).lines()) if root is not None else "no root"
+        problems = obstacles(sock, device.ifindex, qdiscs, classes)
+        lines = "; ".join(capture(qdiscs, classes, device.txqlen).lines()) if root is not None else "no root"
     if problems and device.up:
         yield Finding(
             f"device.qdisc:{name}",
@@ -194,7 +195,7 @@ def offloads(_: Context, name: str) -> Iterator[Finding]:
         yield Finding(f"device.offloads:{name}", Severity.INFO, f"{name} doesn't tell its offloads", "ethtool -k fails")
         return
     on = [k for k in _SEGMENTATION if features.get(k)]
-    gso = read_device(name).gso
+    gso = read_facts(name).gso
     yield Finding(
         f"device.offloads:{name}",
         Severity.OK,
@@ -232,7 +233,7 @@ def _features(name: str) -> dict[str, bool]:
 
 def bql(context: Context, name: str) -> Iterator[Finding]:
     """Without byte queue limits the driver's ring is a queue beyond any band."""
-    device = read_device(name)
+    device = read_facts(name)
     base = context.root / "sys/class/net" / name
     # A sysfs that was mounted in another namespace shows other devices.
     if context.read(f"sys/class/net/{name}/ifindex") != str(device.ifindex) or device.virtual or name == "lo":
@@ -254,9 +255,9 @@ def bql(context: Context, name: str) -> Iterator[Finding]:
 
 def hooks(_: Context, name: str) -> Iterator[Finding]:
     """Others that see the packets before or after."""
-    device = read_device(name)
+    device = read_facts(name)
     try:
-        users = [u for u in hook_users(LibbpfCalls(), device.ifindex) if not u.ours]
+        users = [u for u in hook_users(device.ifindex) if not u.ours]
     except OSError as e:
         yield Finding(
             f"device.hooks:{name}",
@@ -272,8 +273,8 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
         return
     owners = sorted({owner for u in users if (owner := _owner(u))})
     seen = ", ".join(_describe(u) for u in users)
-    with nl.TcSocket() as sock:
-        kinds = {q.kind for q in read_tree(sock, device.ifindex)[0]}
+    with tc.TcSocket() as sock:
+        kinds = {q.kind for q in sock.tree(device.ifindex)[0]}
     if "Cilium" in owners and "fq" in kinds:
         yield Finding(
             f"device.hooks:{name}",
@@ -299,7 +300,7 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
 def leftover(context: Context, name: str) -> Iterator[Finding]:
     """A classifier on clsact outlives a daemon that was killed."""
     try:
-        ours = [u for u in hook_users(LibbpfCalls(), read_device(name).ifindex) if u.ours and u.hook == "clsact"]
+        ours = [u for u in hook_users(read_facts(name).ifindex) if u.ours and u.hook == "clsact"]
     except OSError:
         return  # `hooks` says so
     state = notes.load(context.config.daemon.state_dir, name)

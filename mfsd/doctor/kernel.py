@@ -14,11 +14,12 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING, Final
 
-from mfsd.datapath import netlink as nl
+from mfsd.datapath import tc
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS
-from mfsd.datapath.bpf.libbpf import OLDEST_KERNEL, LibbpfCalls
-from mfsd.datapath.bpf.loader import LoaderError
-from mfsd.datapath.qdisc.device import kernel_has
+from mfsd.datapath.bpf.libbpf import OLDEST_KERNEL
+from mfsd.datapath.errors import LoaderError
+from mfsd.datapath.facts import kernel_has
 from mfsd.doctor.finding import Finding, Severity
 from mfsd.host.sockets import DiagError, SocketResolver
 
@@ -72,7 +73,7 @@ def version(_: Context) -> Iterator[Finding]:
 def tcx(_: Context) -> Iterator[Finding]:
     """The better of the two hooks."""
     try:
-        LibbpfCalls().prog_query(LO, TCX_EGRESS)
+        syscall.prog_query(LO, TCX_EGRESS)
         has = True
     except LoaderError:
         has = release() >= TCX_KERNEL
@@ -177,7 +178,7 @@ def _probe(kind: str) -> bool | None:
     def ask() -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.unshare(CLONE_NEWNET) == 0:  # ends with the thread
-            with nl.TcSocket() as sock:
+            with tc.TcSocket() as sock:
                 answer.append(kernel_has(sock, kind))
 
     thread = threading.Thread(target=ask, name="doctor-probe")

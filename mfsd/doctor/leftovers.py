@@ -7,7 +7,7 @@ import errno
 import socket
 from typing import TYPE_CHECKING, Final
 
-from mfsd.datapath.qdisc.device import EnforceError
+from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.undo import notes
 from mfsd.doctor.finding import Finding, Severity
 

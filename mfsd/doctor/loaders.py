@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath.bpf.bcc import check_headers, interpreter
 from mfsd.datapath.bpf.libbpf import LibbpfLoader, library
-from mfsd.datapath.bpf.loader import DatapathError, LoaderError
+from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.doctor.finding import Finding, Severity
 
 if TYPE_CHECKING:

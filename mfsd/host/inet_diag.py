@@ -1,33 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wire format of inet_diag, as far as mfsd asks: exact lookups in batches, filtered dumps, ``tcp_info``.
 
-Why not pyroute2's ``DiagSocket``: it only dumps, has errors switched off (a lookup of a socket that is gone would not
-end), and takes hundreds of microseconds per message, where the engine asks how far many connections are on a tick.
+Why not pyroute2's ``DiagSocket``: it only dumps, and has errors switched off (a lookup of a socket that is gone would
+not end).
 
-Layouts: include/uapi/linux/{netlink,inet_diag,tcp}.h. Behaviour: net/ipv4/inet_diag.c.
+Layouts: include/uapi/linux/{inet_diag,tcp}.h. Behaviour: net/ipv4/inet_diag.c.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import socket
 import struct
-import threading
+from socket import ntohs
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
+from mfsd.host import netlink as nl
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from types import TracebackType
+    from collections.abc import Sequence
 
 NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
-NLM_F_REQUEST: Final = 0x1
-NLM_F_DUMP: Final = 0x300
-NLM_F_DUMP_INTR: Final = 0x10
-NLMSG_ERROR: Final = 2
-NLMSG_DONE: Final = 3
 INET_DIAG_REQ_BYTECODE: Final = 1
 INET_DIAG_INFO: Final = 2
 EXT_INFO: Final = 1 << (INET_DIAG_INFO - 1)
@@ -53,22 +47,21 @@ STATE_NAMES: Final = {
     CLOSING: "closing",
 }
 
-_NLMSGHDR: Final = struct.Struct("=IHHII")
 _ID: Final = "HH16s16sIII"  # sport, dport (both network order), src, dst, ifindex, cookie low, cookie high
-_REQUEST: Final = struct.Struct(f"=IHHII4BI{_ID}")  # nlmsghdr and inet_diag_req_v2
+_REQUEST: Final = struct.Struct(f"=4BI{_ID}")  # inet_diag_req_v2
+_LOOKUP: Final = nl.request(SOCK_DIAG_BY_FAMILY, 0, bytes(_REQUEST.size))[: nl.HEADER.size]
+"""Header of a lookup, the same for all."""
 _MESSAGE: Final = struct.Struct(f"=4B{_ID}5I")  # inet_diag_msg
-_ATTR: Final = struct.Struct("=HH")
-_ERRNO: Final = struct.Struct("=i")
 
 _BC_JMP, _BC_S_GE, _BC_S_LE, _BC_D_GE, _BC_D_LE = 1, 2, 3, 4, 5
 _BC_S_COND, _BC_D_COND = 7, 8
 _BC_OP: Final = struct.Struct("=BBH")
 _BC_HOST: Final = struct.Struct("=BBHi")
 
-_BATCH: Final = 64
+_IN_FLIGHT: Final = 64
 """Lookups per sendmsg. Replies queue up in the socket (about 2 KB each) before the first can be read, and what does not
 fit into the default receive buffer of 208 KB would be dropped."""
-_DUMP_TRIES: Final = 4
+_ANYWHERE: Final = b"\0" * 16
 
 
 class DiagError(OSError):
@@ -104,15 +97,16 @@ def _unmapped(packed: bytes) -> bytes:
     return packed[12:] if packed[:12] == b"\0\0\0\0\0\0\0\0\0\0\xff\xff" else packed
 
 
-def _row(buffer: memoryview, at: int) -> Row:
+def _row(m: nl.Message) -> Row:
     family, state, _, _, sport, dport, src, dst, ifindex, low, high, _, _, wqueue, uid, inode = _MESSAGE.unpack_from(
-        buffer, at
+        m.data, m.body
     )
     if family == socket.AF_INET:
         src, dst = src[:4], dst[:4]
     else:
         src, dst = _unmapped(src), _unmapped(dst)
-    return Row(state, socket.ntohs(sport), socket.ntohs(dport), src, dst, ifindex, low | high << 32, wqueue, uid, inode)
+    values = state, ntohs(sport), ntohs(dport), src, dst, ifindex, low | high << 32, wqueue, uid, inode
+    return tuple.__new__(Row, values)  # Row(...) goes through a function of Python: a third of all this
 
 
 class Tcp(NamedTuple):
@@ -148,10 +142,9 @@ def lookup_request(  # every field of the kernel's key is an argument
     cookie: int = NO_COOKIE,
     ext: int = 0,
 ) -> bytes:
-    """One exact lookup, to be sent by `Diag.lookup` (which fills in the sequence number)."""
+    """One exact lookup, to be sent by `Diag.lookup`."""
     family = socket.AF_INET if len(dst) == 4 else socket.AF_INET6
-    return _REQUEST.pack(
-        _REQUEST.size, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0,
+    return _LOOKUP + _REQUEST.pack(
         family, protocol, ext, 0, 0xFFF,
         socket.htons(sport), socket.htons(dport), src, dst, ifindex, cookie & 0xFFFFFFFF, cookie >> 32,
     )  # fmt: skip
@@ -207,19 +200,14 @@ class Diag:
 
     def __init__(self) -> None:
         try:
-            self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+            self._sock = nl.NetlinkSocket(NETLINK_SOCK_DIAG, in_flight=_IN_FLIGHT)
         except OSError as e:
             raise DiagError(
                 e.errno, f"no NETLINK_SOCK_DIAG socket ({e.strerror}); the kernel needs CONFIG_INET_DIAG"
             ) from e
         try:
-            self._sock.bind((0, 0))
-            self._lock = threading.Lock()
-            self._seq = 0
-            self._buffer = memoryview(bytearray(1 << 17))  # dumps come in parts of at most 32 KB
             # Without tcp_diag an exact lookup gives ENOENT, as for a socket that is gone; so list nothing once.
-            for _ in self.dump(socket.AF_INET, socket.IPPROTO_TCP, 1 << LISTEN, sport=1):
-                pass
+            self.dump(socket.AF_INET, socket.IPPROTO_TCP, 1 << LISTEN, sport=1)
         except BaseException:
             self._sock.close()
             raise
@@ -231,135 +219,48 @@ class Diag:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def fileno(self) -> int:
-        """Descriptor of the netlink socket; -1 when closed."""
-        return self._sock.fileno()
-
     def lookup(self, requests: Sequence[bytes]) -> list[Answer | None]:
-        """Answers to exact lookups, in order; None where there is no such socket.
+        """Answers to exact lookups, in order; None where there is no such socket. Raises DiagError.
 
-        The kernel handles a request inside sendmsg, so all replies of a batch are there when it returns, each with the
-        sequence number of its request. Mind that it also answers with a listener that would accept such a connection,
-        and with TIME_WAIT remains.
+        Mind that the kernel also answers with a listener that would accept such a connection, and with TIME_WAIT
+        remains.
         """
-        out: list[Answer | None] = [None] * len(requests)
-        with self._lock:
-            for start in range(0, len(requests), _BATCH):
-                self._lookup(requests[start : start + _BATCH], out, start)
-        return out
+        try:
+            return [_answer(m) for m in self._sock.batch(requests)]
+        except nl.NetlinkError as e:
+            raise DiagError(e.errno, str(e)) from e
 
-    def _lookup(self, batch: Sequence[bytes], out: list[Answer | None], start: int) -> None:
-        first = self._next_seq(len(batch))
-        blob = bytearray().join(batch)
-        for n in range(len(batch)):
-            struct.pack_into("=I", blob, n * _REQUEST.size + 8, first + n)
-        self._sock.send(blob)
-        waiting = len(batch)
-        while waiting:
-            try:
-                size = self._sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                raise DiagError(
-                    errno.ENOBUFS, f"the kernel left {waiting} of {len(batch)} socket lookups unanswered"
-                ) from None
-            at = 0
-            while at + _NLMSGHDR.size <= size:
-                length, kind, _, seq, _ = _NLMSGHDR.unpack_from(self._buffer, at)
-                n = seq - first
-                if 0 <= n < len(batch):  # else a leftover of a dump that was given up
-                    waiting -= 1
-                    if kind == SOCK_DIAG_BY_FAMILY:
-                        body = at + _NLMSGHDR.size
-                        out[start + n] = Answer(_row(self._buffer, body), self._tcp(body + _MESSAGE.size, at + length))
-                    elif kind == NLMSG_ERROR:
-                        self._check(_ERRNO.unpack_from(self._buffer, at + _NLMSGHDR.size)[0])
-                at += length + 3 & ~3
-
-    @staticmethod
-    def _check(code: int) -> None:
-        # ESTALE: other cookie. EINVAL: an IPv6 lookup in a kernel without IPv6.
-        if -code not in (0, errno.ENOENT, errno.ESTALE, errno.EINVAL):
-            raise DiagError(-code, f"socket lookup: {os.strerror(-code)}")
-
-    def _tcp(self, at: int, end: int) -> Tcp | None:
-        """INET_DIAG_INFO among the attributes between two offsets of the buffer."""
-        while at + _ATTR.size <= end:
-            length, kind = _ATTR.unpack_from(self._buffer, at)
-            if kind == INET_DIAG_INFO and length >= _ATTR.size + _TCP_INFO.size:
-                return Tcp._make(_TCP_INFO.unpack_from(self._buffer, at + _ATTR.size))
-            if length < _ATTR.size:
-                break
-            at += length + 3 & ~3
-        return None
-
-    def dump(self, family: int, protocol: int, states: int, program: bytes = b"", *, sport: int = 0) -> Iterator[Row]:
+    def dump(self, family: int, protocol: int, states: int, program: bytes = b"", *, sport: int = 0) -> list[Row]:
         """Sockets of a family (AF_INET6 includes IPv4-mapped ones) in any of ``states``, a mask of ``1 << state``.
 
         ``program`` comes from `bytecode`. A socket that changes its state meanwhile may be missed or come twice, as in
         ss(8). Raises DiagError.
         """
-        rows: list[Row] = []
-        with self._lock:
-            for _ in range(_DUMP_TRIES):
-                rows.clear()
-                if self._dump(family, protocol, states, program, sport, rows):
-                    break
-        return iter(rows)
-
-    def _dump(self, family: int, protocol: int, states: int, program: bytes, sport: int, rows: list[Row]) -> bool:
-        """Fill ``rows``; False when the kernel says that the dump is inconsistent."""
-        attr = _ATTR.pack(_ATTR.size + len(program), INET_DIAG_REQ_BYTECODE) + program if program else b""
-        none = b"\0" * 16
-        self._drain()
-        seq = self._next_seq(1)
-        self._sock.send(
-            _REQUEST.pack(
-                _REQUEST.size + len(attr), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, seq, 0,
-                family, protocol, 0, 0, states, socket.htons(sport), 0, none, none, 0, 0, 0,
-            ) + attr
-        )  # fmt: skip
-        consistent = True
-        while True:
-            size = self._sock.recv_into(self._buffer)
-            at = 0
-            while at + _NLMSGHDR.size <= size:
-                length, kind, flags, got, _ = _NLMSGHDR.unpack_from(self._buffer, at)
-                body = at + _NLMSGHDR.size
-                at += length + 3 & ~3
-                if got != seq:
-                    continue
-                consistent = consistent and not flags & NLM_F_DUMP_INTR
-                if kind == SOCK_DIAG_BY_FAMILY:
-                    rows.append(_row(self._buffer, body))
-                elif kind in (NLMSG_DONE, NLMSG_ERROR):
-                    code = -_ERRNO.unpack_from(self._buffer, body)[0]
-                    if code:
-                        raise self._dump_error(code, protocol)
-                    return consistent
-
-    @staticmethod
-    def _dump_error(code: int, protocol: int) -> DiagError:
+        body = _REQUEST.pack(
+            family, protocol, 0, 0, states, socket.htons(sport), 0, _ANYWHERE, _ANYWHERE, 0, 0, 0,
+        ) + (nl.attr(INET_DIAG_REQ_BYTECODE, program) if program else b"")  # fmt: skip
         module = "udp_diag" if protocol == socket.IPPROTO_UDP else "tcp_diag"
-        if code == errno.ENOENT:
-            return DiagError(
-                code, f"the kernel can't list sockets: module {module} is missing; run `modprobe {module}`"
-            )
-        return DiagError(code, f"listing sockets with {module}: {os.strerror(code)}")
+        request = nl.request(SOCK_DIAG_BY_FAMILY, nl.NLM_DUMP, body)
+        try:
+            return [_row(m) for m in self._sock.dump(request, f"listing sockets with {module}", torn=True)]
+        except nl.NetlinkError as e:
+            if e.errno == errno.ENOENT:
+                raise DiagError(
+                    e.errno, f"the kernel can't list sockets: module {module} is missing; run `modprobe {module}`"
+                ) from e
+            raise DiagError(e.errno, str(e)) from e
 
-    def _drain(self) -> None:
-        """Drop what an earlier call that raised has left unread."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
 
-    def _next_seq(self, count: int) -> int:
-        first = self._seq + 1
-        if first + count > 0xFFFFFFFF:
-            first = 1
-        self._seq = first + count - 1
-        return first
+def _answer(m: nl.Message) -> Answer | None:
+    """What an exact lookup found. Raises NetlinkError."""
+    if m.kind == nl.NLMSG_ERROR:
+        # ESTALE: other cookie. EINVAL: an IPv6 lookup in a kernel without IPv6.
+        if m.code not in (0, errno.ENOENT, errno.ESTALE, errno.EINVAL):
+            raise nl.NetlinkError(m.code, "socket lookup", m.note)
+        return None
+    at, length = nl.find(m.data, m.body + _MESSAGE.size, m.end, INET_DIAG_INFO)
+    has_info = length >= nl.ATTR.size + _TCP_INFO.size
+    return Answer(_row(m), Tcp._make(_TCP_INFO.unpack_from(m.data, at + nl.ATTR.size)) if has_info else None)

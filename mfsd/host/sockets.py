@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From selectors to live sockets, and how far their bytes have come.
 
-Everything is asked of inet_diag (mfsd/inet_diag.py) in the network namespace of the thread that makes the resolver.
+Everything is asked of inet_diag (inet_diag.py) in the network namespace of the thread that makes the resolver.
 No capability is needed, except that the sockets of another user's process (ProcessSelector) are only visible with
 CAP_SYS_PTRACE.
 """

@@ -17,11 +17,13 @@ import pytest
 from pyroute2 import IPRoute, netns
 
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, AttachError, attach, hook_users, remove_leftover
+from mfsd.datapath.bpf import syscall
+from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, attach, hook_users, remove_leftover
 from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.bpf.loader import PROGRAM
 from mfsd.datapath.bpf.testrun import socket_cookie
+from mfsd.datapath.errors import AttachError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,7 +122,7 @@ def runs(ns: Namespace, c: Classifier) -> bool:
 def has_tcx() -> bool:
     """Linux 6.6 and later."""
     try:
-        LibbpfLoader().calls.prog_query(1, TCX_EGRESS)  # lo
+        syscall.prog_query(1, TCX_EGRESS)  # lo
     except OSError as e:
         return e.errno != errno.EINVAL
     return True
@@ -135,14 +137,14 @@ def test_attach_and_detach_leave_nothing_behind(ns: Namespace, classifier: Class
     before, i = traces(ns), index(ns)
     a = ns.run(lambda: attach(classifier, i, method))
     assert runs(ns, classifier)
-    (user,) = ns.run(lambda: hook_users(classifier.calls, i))
+    (user,) = ns.run(lambda: hook_users(i))
     assert user.ours
     assert user.hook == a.method
     ns.run(a.detach)
     ns.run(a.detach)
     assert not runs(ns, classifier)
     assert traces(ns) == before
-    assert ns.run(lambda: hook_users(classifier.calls, i)) == []
+    assert ns.run(lambda: hook_users(i)) == []
 
 
 @TCX
@@ -158,7 +160,7 @@ def test_auto_falls_back_where_the_kernel_has_no_tcx(
     def no_tcx(*_: int) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(classifier.calls, "link_create", no_tcx)
+    monkeypatch.setattr(syscall, "link_create", no_tcx)
     i = index(ns)
     with pytest.raises(AttachError, match="use clsact"):
         ns.run(lambda: attach(classifier, i, "tcx"))
@@ -189,18 +191,17 @@ def test_cookie_of_a_real_socket_is_matched(ns: Namespace, classifier: Classifie
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_tcx_coexists_with_a_foreign_program(ns: Namespace, classifier: Classifier, foreign: int, when: str) -> None:
     i = index(ns)
-    calls = classifier.calls
     links = []
     if when == "before":
-        links.append(ns.run(lambda: calls.link_create(foreign, i, TCX_EGRESS, 0)))
+        links.append(ns.run(lambda: syscall.link_create(foreign, i, TCX_EGRESS, 0)))
     a = ns.run(lambda: attach(classifier, i))
     if when == "after":
-        links.append(ns.run(lambda: calls.link_create(foreign, i, TCX_EGRESS, 0)))
-    names = [u.name for u in ns.run(lambda: hook_users(calls, i))]
+        links.append(ns.run(lambda: syscall.link_create(foreign, i, TCX_EGRESS, 0)))
+    names = [u.name for u in ns.run(lambda: hook_users(i))]
     assert names == [PROGRAM, "mfsd_empty"], "ours is at the head"
     assert runs(ns, classifier)
     ns.run(a.detach)
-    assert [u.name for u in ns.run(lambda: hook_users(calls, i))] == ["mfsd_empty"]
+    assert [u.name for u in ns.run(lambda: hook_users(i))] == ["mfsd_empty"]
     for fd in links:
         os.close(fd)
 
@@ -211,8 +212,8 @@ def test_a_foreign_program_put_before_ours_runs_first_and_ours_still_runs(
 ) -> None:
     i = index(ns)
     a = ns.run(lambda: attach(classifier, i))
-    link = ns.run(lambda: classifier.calls.link_create(foreign, i, TCX_EGRESS, _F_BEFORE))
-    assert [u.name for u in ns.run(lambda: hook_users(classifier.calls, i))] == ["mfsd_empty", PROGRAM]
+    link = ns.run(lambda: syscall.link_create(foreign, i, TCX_EGRESS, _F_BEFORE))
+    assert [u.name for u in ns.run(lambda: hook_users(i))] == ["mfsd_empty", PROGRAM]
     assert runs(ns, classifier)
     ns.run(a.detach)
     os.close(link)
@@ -240,7 +241,7 @@ def test_foreign_clsact_filter_stays_and_sees_traffic(
         a = ns.run(lambda: attach(classifier, i, method))
         if when == "after":
             ns.run(lambda: add(other.prog_fd))
-        users = ns.run(lambda: hook_users(classifier.calls, i))
+        users = ns.run(lambda: hook_users(i))
         assert {(u.name, u.ours) for u in users} == {(PROGRAM, True), ("foreign", False)}
         if prio > 1 or when == "before":  # a bpf filter added later at our own priority goes in front of ours
             assert users[0].ours
@@ -249,7 +250,7 @@ def test_foreign_clsact_filter_stays_and_sees_traffic(
         ns.run(a.detach)
         assert not runs(ns, classifier)
         assert runs(ns, other)
-        (left,) = ns.run(lambda: hook_users(classifier.calls, i))
+        (left,) = ns.run(lambda: hook_users(i))
         assert (left.name, left.prio, left.hook) == ("foreign", prio, "clsact")
 
 
@@ -266,7 +267,7 @@ def test_detaching_when_somebody_deleted_the_qdisc(ns: Namespace, classifier: Cl
     a = ns.run(lambda: attach(classifier, i, "clsact"))
     ns.sh("tc qdisc del dev d0 clsact")
     ns.run(a.detach)
-    assert ns.run(lambda: hook_users(classifier.calls, i)) == []
+    assert ns.run(lambda: hook_users(i)) == []
 
 
 def test_clsact_of_ours_with_a_foreign_ingress_filter_stays(ns: Namespace, classifier: Classifier) -> None:
@@ -306,7 +307,7 @@ def test_update_replaces_the_program(ns: Namespace, classifier: Classifier, meth
         ns.run(lambda: a.update(successor))
         assert runs(ns, successor)
         assert not runs(ns, classifier)
-        assert len(ns.run(lambda: hook_users(classifier.calls, i))) == 1
+        assert len(ns.run(lambda: hook_users(i))) == 1
     ns.run(a.detach)
 
 
@@ -315,7 +316,7 @@ def test_leftover_of_a_crash_is_replaced_or_removed(ns: Namespace, classifier: C
     ns.run(lambda: attach(classifier, i, "clsact"))  # dropped on the floor: clsact has no link that would go with us
     with LibbpfLoader().open_classifier(64, classifier) as successor:
         a = ns.run(lambda: attach(successor, i, "clsact"))
-        assert len(ns.run(lambda: hook_users(classifier.calls, i))) == 1
+        assert len(ns.run(lambda: hook_users(i))) == 1
         assert runs(ns, successor)
         assert a.made_qdisc, "inherited from the one that was killed"
         assert ns.run(lambda: remove_leftover(i))
@@ -346,7 +347,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @TCX
-def test_tcx_link_goes_with_the_process(ns: Namespace, classifier: Classifier) -> None:
+def test_tcx_link_goes_with_the_process(ns: Namespace) -> None:
     argv = ["ip", "netns", "exec", ns.name, sys.executable, "-c", CRASHER]
     done = subprocess.run(
         argv,
@@ -358,7 +359,7 @@ def test_tcx_link_goes_with_the_process(ns: Namespace, classifier: Classifier) -
     assert done.stdout == "attached\n", done.stderr
     i = index(ns)
     deadline = time.monotonic() + 30
-    while ns.run(lambda: hook_users(classifier.calls, i)):  # the kernel may free the link a moment later
+    while ns.run(lambda: hook_users(i)):  # the kernel may free the link a moment later
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

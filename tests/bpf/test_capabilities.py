@@ -13,7 +13,7 @@ import pytest
 from support.privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
 
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.loader import LoaderError
+from mfsd.datapath.errors import LoaderError
 
 if TYPE_CHECKING:
     from support.namespaces import NetnsPair

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from support.frames import frame4, key4, key6
 
+from mfsd.bands import PRIO_BANDS
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import libbpf
 from mfsd.datapath.bpf.keys import MapFullError, cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, check_kernel, object_path, verdict
-from mfsd.datapath.bpf.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS, LoaderError
+from mfsd.datapath.bpf.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS
 from mfsd.datapath.bpf.testrun import run_packet
+from mfsd.datapath.errors import LoaderError
 from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
-    import ctypes
-
     from support.bpf_rig import Rig
 
 pytestmark = pytest.mark.bpf
@@ -87,27 +87,20 @@ def size_of(types: dict[int, dict[str, Any]], type_id: int) -> int:
     return int(t["size"])
 
 
-@pytest.mark.parametrize(
-    ("struct", "header", "mirror"),
-    [
-        ("bpf_object_open_opts", "libbpf.h", libbpf._OpenOpts),
-        ("bpf_link_create_opts", "bpf.h", libbpf._LinkCreateOpts),
-        ("bpf_test_run_opts", "bpf.h", libbpf.RunOpts),
-    ],
-)
-def test_ctypes_structs_are_those_of_libbpf(
-    tmp_path: Path, struct: str, header: str, mirror: type[ctypes.Structure]
-) -> None:
-    lines = [f"#include <bpf/{header}>", "#include <stddef.h>"]
-    for name, *_ in mirror._fields_:
+def test_the_open_options_are_those_of_libbpf(tmp_path: Path) -> None:
+    lines = ["#include <bpf/libbpf.h>", "#include <stddef.h>"]
+    for name, *_ in libbpf._OpenOpts._fields_:
         if name != "was_attach_prog_fd":  # has no name any more
-            lines.append(
-                f'_Static_assert(offsetof(struct {struct}, {name}) == {getattr(mirror, name).offset}, "{name}");'
-            )
+            at = getattr(libbpf._OpenOpts, name).offset
+            lines.append(f'_Static_assert(offsetof(struct bpf_object_open_opts, {name}) == {at}, "{name}");')
     source = tmp_path / "layout.c"
     source.write_text("\n".join(lines))
     done = subprocess.run(["clang", "-fsyntax-only", str(source)], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_there_is_room_for_all_bands_of_a_device() -> None:
+    assert _abi.MAX_BANDS == PRIO_BANDS
 
 
 def test_rows_of_the_slot_table_do_not_straddle_cache_lines() -> None:
@@ -252,7 +245,7 @@ def test_missing_library_names_the_package(monkeypatch: pytest.MonkeyPatch) -> N
     libbpf.library.cache_clear()
     try:
         with pytest.raises(LoaderError, match="libbpf1"):
-            libbpf.LibbpfCalls()
+            LibbpfLoader()
     finally:
         libbpf.library.cache_clear()
 

@@ -18,10 +18,12 @@ from support.ctl import run
 from mfsd import doctor
 from mfsd.bands import Bands
 from mfsd.daemon.config import Config, DaemonConfig, DeviceConfig
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS, HookUser, attach
-from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfCalls, LibbpfLoader, object_path
-from mfsd.datapath.qdisc.device import read_device
+from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
+from mfsd.datapath.facts import read_facts
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
+from mfsd.datapath.tc import TcSocket
 from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Owner
 from mfsd.doctor import Context, Finding, Severity, checkup, device, host, kernel, leftovers, loaders, tcp
@@ -287,7 +289,6 @@ def test_a_root_that_cannot_be_put_back(tmp_path: Path, netns_pair: NetnsPair) -
 @pytest.mark.bpf
 def test_foreign_programs(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.MonkeyPatch) -> None:
     context = Context(("v0",), config(tmp_path))
-    calls = LibbpfCalls()
 
     def hang_tcx(name: str) -> int:
         with BpfObject(object_path("empty")) as obj:
@@ -295,7 +296,7 @@ def test_foreign_programs(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: py
             fd = obj.program_fd(name)
         try:
             return netns_pair.call(
-                netns_pair.a, lambda: calls.link_create(fd, read_device("v0").ifindex, TCX_EGRESS, 0)
+                netns_pair.a, lambda: syscall.link_create(fd, read_facts("v0").ifindex, TCX_EGRESS, 0)
             )
         finally:
             os.close(fd)
@@ -313,7 +314,7 @@ def test_foreign_programs(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: py
         assert "mfsd_empty" in found.detail
         assert "tcx" in found.detail
         assert "Cilium" not in found.title
-        monkeypatch.setattr(LibbpfCalls, "prog_info", lambda _self, _id: ("cil_to_netdev", 3))
+        monkeypatch.setattr(syscall, "prog_info", lambda _id: ("cil_to_netdev", 3))
         assert "Cilium" in on_v0(netns_pair, context, device.hooks).title
     finally:
         os.close(link)
@@ -327,7 +328,7 @@ def test_our_own_classifier_is_nobody_else(tmp_path: Path, netns_pair: NetnsPair
         for method in ("tcx", "clsact"):
 
             def look(method: str = method) -> Finding:
-                index = read_device("v0").ifindex
+                index = read_facts("v0").ifindex
                 with attach(classifier, index, method):  # type: ignore[arg-type]
                     return only(device.hooks(context, "v0"))
 
@@ -337,9 +338,9 @@ def test_our_own_classifier_is_nobody_else(tmp_path: Path, netns_pair: NetnsPair
 def test_cilium_with_its_bandwidth_manager(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """This kernel has no fq, so what is at the root is made up here."""
     user = HookUser("tcx", "cil_to_netdev", "bpf", 5)
-    monkeypatch.setattr(device, "hook_users", lambda _calls, _index: [user])
+    monkeypatch.setattr(device, "hook_users", lambda _index: [user])
     roots = [SimpleNamespace(kind="mq"), SimpleNamespace(kind="fq")]
-    monkeypatch.setattr(device, "read_tree", lambda _sock, _index: (roots, []))
+    monkeypatch.setattr(TcSocket, "tree", lambda _self, _index: (roots, []))
     found = only(device.hooks(context, "lo"))
     assert found.severity is Severity.WARN
     assert "bandwidth manager" in found.title

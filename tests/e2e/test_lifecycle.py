@@ -20,8 +20,8 @@ import pytest
 from support.rig import Daemon, flows, running, tc_state, wait_for
 
 from mfsd.client import cookie_of
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS
-from mfsd.datapath.bpf.libbpf import LibbpfCalls
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ STALL_S = 0.050
 def has_tcx() -> bool:
     """Linux 6.6 and later; below, the classifier hangs in a clsact qdisc."""
     try:
-        LibbpfCalls().prog_query(1, TCX_EGRESS)  # lo
+        syscall.prog_query(1, TCX_EGRESS)  # lo
     except OSError as e:
         return e.errno != errno.EINVAL
     return True

@@ -16,12 +16,14 @@ import pytest
 from support.benches import Bench, plan
 
 import mfsd
-from mfsd.datapath import netlink as nl
+from mfsd.datapath import tc
+from mfsd.datapath.errors import EnforceError
+from mfsd.datapath.facts import kernel_has
 from mfsd.datapath.qdisc import htb, prio
-from mfsd.datapath.qdisc.device import EnforceError, kernel_has
-from mfsd.datapath.qdisc.enforcer import DeviceEnforcer, restore_all
+from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.qdisc.tree import Group, Node, differences
-from mfsd.datapath.undo.snapshot import read_tree
+from mfsd.datapath.undo.restore import restore_all
+from mfsd.host import netlink as nl
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
@@ -162,7 +164,7 @@ def test_a_successor_adopts_the_tree(bench: Bench) -> None:
     bench.send(first.band_maps()[2][0], 5)
     held = first.backlog(2, 0)
     assert held[1] >= 4
-    first.rescue([(4, 1)])
+    first.purge([(4, 1)])
     first.close()
 
     second = bench.enforcer("100kbit")
@@ -171,8 +173,8 @@ def test_a_successor_adopts_the_tree(bench: Bench) -> None:
     assert second.adopted
     assert second.backlog(2, 0) == held, "packets were lost"
     assert second.verify() == []
-    second.rescue([(4, 1), (4, 2)])
-    second.rescue([(4, 1), (4, 2)])
+    second.purge([(4, 1), (4, 2)])
+    second.purge([(4, 1), (4, 2)])
     assert second.restore() == []
     assert bench.shown() == before
 
@@ -346,7 +348,7 @@ def test_devices_that_cannot_be_shaped(bench: Bench) -> None:
 
 
 def test_choices_are_explained(bench: Bench) -> None:
-    with nl.TcSocket() as sock:
+    with tc.TcSocket() as sock:
         prio_too = kernel_has(sock, "prio")
     assert bench.enforcer(None, "auto").plan().backend == ("prio" if prio_too else "htb")
     dry = bench.enforcer(None, "htb").plan()
@@ -363,8 +365,8 @@ def test_choices_are_explained(bench: Bench) -> None:
 
 def test_a_queue_is_asked_for_without_a_trace(bench: Bench) -> None:
     before = bench.shown()
-    with nl.TcSocket() as sock, pytest.raises(nl.NetlinkError):
-        sock.run([nl.message(nl.RTM_NEWQDISC, nl.NLM_CREATE, (10_000, 0, nl.TC_H_ROOT, 0), nl.kind_attr("pfifo"))])
+    with tc.TcSocket() as sock, pytest.raises(nl.NetlinkError):
+        sock.run([tc.message(tc.RTM_NEWQDISC, nl.NLM_CREATE, 10_000, 0, tc.TC_H_ROOT, body=tc.kind_attr("pfifo"))], "x")
     bench.enforcer(None, "auto").plan()
     assert bench.shown() == before
     assert "noqueue 0: root" in bench.pair.run(bench.pair.a, "tc qdisc show dev lo")
@@ -376,15 +378,15 @@ def test_the_shaper_above_prio_is_taken_as_it_is_meant(bench: Bench, rate: str) 
     tree = prio.build(bench.bands, Rate.parse(rate), lanes=True)
     alone = dataclasses.replace(tree, groups=tree.groups[:1])
     e = bench.enforcer()
-    with nl.TcSocket() as sock:
-        sock.run([node.message(e._ifindex) for node in alone.nodes])
-        assert differences(alone, *read_tree(sock, e._ifindex)) == []
+    with tc.TcSocket() as sock:
+        sock.run([node.message(e._ifindex) for node in alone.nodes], "shaper")
+        assert differences(alone, *sock.tree(e._ifindex)) == []
     (shown,) = [line for line in bench.shown() if "qdisc tbf 6d67:" in line]
     assert f"rate {rate.replace('m', 'M').replace('g', 'G')}" in shown
 
 
 def test_a_kernel_without_prio_is_named(bench: Bench) -> None:
-    with nl.TcSocket() as sock:
+    with tc.TcSocket() as sock:
         if kernel_has(sock, "prio"):
             pytest.skip("this kernel has prio")
     (refusal,) = bench.enforcer(backend="prio").plan().refusals

@@ -7,19 +7,23 @@ Queues are filled before the link can drain them, so that orders and counts are 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import itertools
 import os
 import struct
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from support.benches import FRAME, Bench, plan, wait_until
 
-from mfsd.datapath import netlink as nl
+from mfsd.datapath import tc
+from mfsd.datapath.bpf.testrun import run_packet
+from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import prio
-from mfsd.datapath.qdisc.device import EnforceError
 from mfsd.datapath.qdisc.tree import Filter
+from mfsd.host.netlink import NetlinkError
 
 if TYPE_CHECKING:
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
@@ -133,9 +137,9 @@ def test_a_rescue_frees_its_lane_and_no_other(bench: Bench) -> None:
     freed = {(LEVEL2, 1), (SCAVENGER, 2), (LEVEL3, 0)}
     drops = e.counters()["drops"].tolist()
 
-    done = e.rescue([(LEVEL2, 1), (SCAVENGER, 2), (LEVEL2, 1), (LEVEL3, 0)])
+    done = e.purge([(LEVEL2, 1), (SCAVENGER, 2), (LEVEL2, 1), (LEVEL3, 0)])
 
-    assert {(r.band, r.lane): (r.purged_bytes, r.purged_packets) for r in done} == {at: before[at] for at in freed}
+    assert {(r.band, r.lane): (r.bytes, r.packets) for r in done} == {at: before[at] for at in freed}
     assert {at: e.backlog(*at) for at in sent} == {at: (0, 0) if at in freed else before[at] for at in sent}
     assert e.counters()["drops"].tolist() == drops, "a purge is no tail drop"
     assert e.verify() == []
@@ -143,8 +147,8 @@ def test_a_rescue_frees_its_lane_and_no_other(bench: Bench) -> None:
     # The fresh leaves take packets, and can be freed again and again.
     for _ in range(3):
         bench.send(maps[LEVEL2][0] + 1, 5)
-        (again,) = e.rescue([(LEVEL2, 1)])
-        assert (again.purged_packets, e.backlog(LEVEL2, 1)) == (5, (0, 0))
+        (again,) = e.purge([(LEVEL2, 1)])
+        assert (again.packets, e.backlog(LEVEL2, 1)) == (5, (0, 0))
     assert e.restore() == []
 
 
@@ -153,17 +157,34 @@ def test_a_rescue_survives_somebody_elses_leaf(bench: Bench) -> None:
     bench.receiver()
     freeze(bench, e)
     classid = e.band_maps()[LEVEL2][0] + 2
-    e.rescue([(LEVEL2, 2)])
-    (handle,) = [q.handle for q in nl.objects(e._sock, nl.RTM_GETQDISC, e._ifindex) if q.parent == classid]
+    e.purge([(LEVEL2, 2)])
+    (handle,) = [q.handle for q in e._sock.objects(tc.RTM_GETQDISC, e._ifindex) if q.parent == classid]
     twin = (handle >> 16) ^ 1
-    bench.tc(f"qdisc replace dev DEV parent {nl.classid(classid)} handle {twin:x}: pfifo")
+    bench.tc(f"qdisc replace dev DEV parent {tc.classid(classid)} handle {twin:x}: pfifo")
     bench.send(classid, 5)
     held = e.backlog(LEVEL2, 2)
     assert held[1] >= 4
-    done = e.rescue([(LEVEL2, 2), (LEVEL2, 0)])
-    assert {(r.lane, r.purged_bytes, r.purged_packets) for r in done} == {(2, *held), (0, 0, 0)}
+    done = e.purge([(LEVEL2, 2), (LEVEL2, 0)])
+    assert {(r.lane, r.bytes, r.packets) for r in done} == {(2, *held), (0, 0, 0)}
     assert e.backlog(LEVEL2, 2) == (0, 0)
     assert e.verify() == []
+
+
+def test_a_lane_that_is_gone_stops_no_other(bench: Bench) -> None:
+    e = applied(bench, "100kbit")
+    bench.receiver()
+    freeze(bench, e)
+    first = e.band_maps()[LEVEL2][0]
+    bench.tc(f"class del dev DEV classid {tc.classid(first + 1)}")
+    for lane in (0, 2):
+        bench.send(first + lane, 5)
+    for _ in range(2):
+        with pytest.raises(NetlinkError, match=f"look at lane {tc.classid(first + 1)}: No such file") as caught:
+            e.purge([(LEVEL2, 0), (LEVEL2, 1), (LEVEL2, 2)])
+        assert caught.value.errno == errno.ENOENT
+        assert e.backlog(LEVEL2, 0) == e.backlog(LEVEL2, 2) == (0, 0)
+        bench.send(first, 5)
+    assert [(p.lane, p.packets) for p in e.purge([(LEVEL2, 2), (LEVEL2, 0)])] == [(2, 0), (0, 5)]
 
 
 def test_a_full_lane_counts_its_drops(bench: Bench) -> None:
@@ -173,7 +194,7 @@ def test_a_full_lane_counts_its_drops(bench: Bench) -> None:
     for packets in (1200, 100):  # as long as the device's queue, before a rescue and after
         bench.send(e.band_maps()[LEVEL2][0], packets)
         assert e.backlog(LEVEL2, 0)[1] == min(packets, 1000)
-        e.rescue([(LEVEL2, 0)])
+        e.purge([(LEVEL2, 0)])
     assert 199 <= e.counters()[LEVEL2]["drops"] <= 200
 
 
@@ -192,13 +213,13 @@ def test_only_lanes_of_hinted_traffic_can_be_freed(bench: Bench) -> None:
         (-1, 0, "bands 0 to 6"),
     ):
         with pytest.raises(ValueError, match=message):
-            e.rescue([(LEVEL2, 0), (band, lane)])
+            e.purge([(LEVEL2, 0), (band, lane)])
     with pytest.raises(ValueError, match="lanes 0 to 3"):
         e.backlog(LEVEL2, 4)
     with pytest.raises(ValueError, match="bands 0 to 6"):
         e.backlog(7, 0)
     assert e.backlog(LEVEL2, 0) == held
-    assert e.rescue([]) == []
+    assert e.purge([]) == []
 
 
 def test_many_lanes_in_one_call(bench: Bench) -> None:
@@ -206,7 +227,7 @@ def test_many_lanes_in_one_call(bench: Bench) -> None:
     bench.receiver()
     lanes = [(band, lane) for band in (LEVEL1, LEVEL2) for lane in range(150)]
     for turn in range(3):
-        assert [(r.band, r.lane) for r in e.rescue(lanes)] == lanes, turn
+        assert [(r.band, r.lane) for r in e.purge(lanes)] == lanes, turn
     assert e.verify() == []
     assert e.counters()["backlog_packets"].tolist() == [0] * 7
     assert e.restore() == []
@@ -261,7 +282,7 @@ def test_floors_are_given_under_saturation(bench: Bench) -> None:
 
 def test_before_apply_and_after_restore_there_is_nothing_to_ask(bench: Bench) -> None:
     e = bench.enforcer()
-    for call in (e.band_maps, e.counters, lambda: e.rescue([(1, 0)]), lambda: e.backlog(1, 0)):
+    for call in (e.band_maps, e.counters, lambda: e.purge([(1, 0)]), lambda: e.backlog(1, 0)):
         with pytest.raises(EnforceError, match="call apply first"):
             call()
     assert e.verify() == [f"{bench.dev}: nothing has been applied"]
@@ -276,10 +297,28 @@ def test_the_lane_filter_of_prio_names_the_class_by_the_major_number(bench: Benc
     maps = e.band_maps()
     want = Filter(0x6D660000, ((0x6D81, maps[LEVEL1][0]), (0x6D84, maps[SCAVENGER][0] + 1)), 0)
     fd = prio.load_program(want)
-    with nl.TcSocket() as sock:
-        sock.run([prio.filter_message(want, e._ifindex, fd)])
+    with tc.TcSocket() as sock:
+        sock.run([prio.filter_message(want, e._ifindex, fd)], "filter")
     os.close(fd)
     for priority, count in ((0x6D810003, 3), (0x6D84FFFF, 4), (0x6D820001, 5), (0, 6), (maps[LEVEL3][0], 7)):
         bench.send(priority, count)
     wait_until(lambda: e.link_bytes()[0] == 25 * FRAME)
     assert e.counters()["packets"].tolist() == [0, 0, 3, 11, 0, 7, 4]
+
+
+@pytest.mark.bpf
+def test_the_lane_filter_loads_where_there_is_no_libbpf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hosts that the BCC loader is for. What the program computes is the kernel's word."""
+    real = ctypes.CDLL
+
+    def without(name: str | None, **more: Any) -> ctypes.CDLL:
+        if name is not None and "bpf" in name:
+            raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+        return real(name, **more)
+
+    monkeypatch.setattr(ctypes, "CDLL", without)
+    root = 0x6D660000
+    fd = prio.load_program(Filter(root, ((0x6D81, root | 2), (0x6D82, root | 3)), root | 7))
+    for priority, result in ((0x6D810009, root | 2), (0x6D82FFFF, root | 3), (0x6D830001, root | 7), (0, root | 7)):
+        assert run_packet(fd, bytes(60), priority=priority).verdict == result
+    os.close(fd)

@@ -13,22 +13,13 @@ from hypothesis import strategies as st
 from support.benches import plan
 
 from mfsd.bands import Bands
-from mfsd.datapath import netlink as nl
+from mfsd.datapath import tc
+from mfsd.datapath.formats import settings, ticks
+from mfsd.datapath.handles import CHILD_MAJOR, LEAF_MAJORS, ROOT, SHAPER_MAJOR
 from mfsd.datapath.qdisc import htb, prio
-from mfsd.datapath.qdisc.tree import (
-    CHILD_MAJOR,
-    LEAF_MAJORS,
-    PURGEABLE,
-    ROOT,
-    SHAPER_MAJOR,
-    Filter,
-    How,
-    Node,
-    differences,
-    settings,
-    ticks,
-)
+from mfsd.datapath.qdisc.tree import PURGEABLE, Filter, How, differences
 from mfsd.datapath.undo.snapshot import Saved, Snapshot, codel_request
+from mfsd.host import netlink as nl
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
@@ -37,12 +28,16 @@ if TYPE_CHECKING:
 SPEEDS = ("100mbit", "1gbit", "10gbit", "34.4gbit", "100gbit", "400gbit", "1.6tbit")
 
 
-def objects(tree: Tree) -> tuple[list[nl.TcObject], list[nl.TcObject]]:
+def only(raw: bytes) -> nl.Message:
+    (message,) = nl.messages(raw)
+    return message
+
+
+def objects(tree: Tree) -> tuple[list[tc.TcObject], list[tc.TcObject]]:
     """The tree as a kernel would dump it."""
-    out: dict[str, list[nl.TcObject]] = {"qdisc": [], "class": []}
+    out: dict[str, list[tc.TcObject]] = {"qdisc": [], "class": []}
     for node in tree.nodes:
-        raw = node.message(7)
-        ifindex, thing = nl.parse_object(raw, 0, len(raw))
+        ifindex, thing = tc.parse_object(only(node.message(7)))
         assert ifindex == 7
         out[node.type].append(thing)
     return out["qdisc"], out["class"]
@@ -74,7 +69,7 @@ def test_htb_classes_say_what_was_asked(speed: str) -> None:
 
 def test_htb_layout_has_parents_first_and_the_default_class_third() -> None:
     tree = htb.build(plan(), Rate.parse("1gbit"))
-    made = {nl.TC_H_ROOT}
+    made = {tc.TC_H_ROOT}
     for node in tree.nodes:
         assert node.parent in made
         made.add(node.handle)
@@ -119,7 +114,7 @@ def test_classids_and_leaf_handles_never_collide(levels: int, lanes: int, after:
 def test_prio_at_line_rate() -> None:
     tree = prio.build(plan(), None, lanes=False)
     (root,) = tree.nodes
-    assert (root.kind, root.handle, root.parent) == ("prio", ROOT, nl.TC_H_ROOT)
+    assert (root.kind, root.handle, root.parent) == ("prio", ROOT, tc.TC_H_ROOT)
     assert root.options == struct.pack("=i16B", 7, *[3] * 16)
     assert [(b.classid, b.lanes) for b in tree.bands] == [(ROOT | i + 1, 1) for i in range(7)]
     assert tree.filters == []
@@ -142,7 +137,7 @@ def test_tbf_above_prio_lets_large_packets_through_whole(speed: str) -> None:
     rate = Rate.parse(speed)
     tree = prio.build(plan(), rate, lanes=False)
     root, child = tree.nodes
-    assert (root.kind, root.handle, root.parent) == ("tbf", SHAPER_MAJOR << 16, nl.TC_H_ROOT)
+    assert (root.kind, root.handle, root.parent) == ("tbf", SHAPER_MAJOR << 16, tc.TC_H_ROOT)
     assert (child.kind, child.parent) == ("prio", SHAPER_MAJOR << 16 | 1)
     shown = settings("tbf", "qdisc", root.options)
     assert shown["rate"] == int(rate.bytes_per_s)
@@ -184,7 +179,7 @@ def test_differences_say_what_it_takes() -> None:
     (alien,) = differences(tree, qdiscs, [*classes, extra])
     assert alien.how is How.REBUILD
 
-    leaf = nl.TcObject("pfifo", 0x10000000, ROOT | 0x2001, 2, None, {})
+    leaf = tc.TcObject("pfifo", 0x10000000, ROOT | 0x2001, 2, None, {})
     assert differences(tree, [*qdiscs, leaf], classes) == []
     (wrong,) = differences(tree, [*qdiscs, dataclasses.replace(leaf, parent=ROOT | 0x4001)], classes)
     assert wrong.how is How.REBUILD, "a queue under the default band is not a rescue's"
@@ -196,65 +191,40 @@ def test_ticks_round_up_like_tc() -> None:
     assert ticks(1, 50_000_000_000) == 1
 
 
-def test_the_filter_is_what_its_instructions_compute() -> None:
-    want = Filter(ROOT, ((0x6D81, ROOT | 2), (0x6D82, ROOT | 3)), ROOT | 7)
-    for priority, result in ((0x6D810009, ROOT | 2), (0x6D82FFFF, ROOT | 3), (0x6D83_0001, ROOT | 7), (0, ROOT | 7)):
-        assert _run(prio.program(want), priority) == result
-
-
-def _run(code: bytes, priority: int) -> int:
-    """Enough of a BPF machine for the filter."""
-    r0, at = 0, 0
-    while True:
-        op, _, offset, value = struct.unpack_from("=BBhi", code, 8 * at)
-        at += 1
-        if op == 0x61:
-            assert offset == 32
-            r0 = priority
-        elif op == 0x77:
-            r0 >>= value
-        elif op == 0x55:
-            at += offset if r0 != value else 0
-        elif op == 0xB4:
-            r0 = value & 0xFFFFFFFF
-        else:
-            assert op == 0x95
-            return r0
-
-
 def stats_message(*, wide: bool, extra: bytes = b"") -> bytes:
     """A class as dumped: rate64 options or a 64-bit packet counter give messages of the same length."""
     basic = nl.attr(1, struct.pack("=QII", 1000, 10, 0))
     queue = nl.attr(3, struct.pack("=IIIII", 3, 300, 2, 0, 0))
     inner = basic + (nl.attr(8, struct.pack("=Q", 1 << 33)) if wide else b"") + queue
-    body = nl.kind_attr("htb") + extra + nl.attr(nl.TCA_STATS2, inner)
-    return nl.message(nl.RTM_NEWTCLASS, 0, (1, ROOT | 1, 0, 0), body)
+    body = tc.kind_attr("htb") + extra + nl.attr(tc.TCA_STATS2, inner)
+    return tc.message(tc.RTM_NEWTCLASS, 0, 1, ROOT | 1, 0, body=body)
 
 
 def test_counters_are_found_wherever_they_are() -> None:
-    narrow = stats_message(wide=False, extra=nl.attr(nl.TCA_OPTIONS, b"12345678"))
+    narrow = stats_message(wide=False, extra=nl.attr(tc.TCA_OPTIONS, b"12345678"))
     wide = stats_message(wide=True)
     assert len(narrow) == len(wide)
-    reader = nl.StatsReader()
+    reader = tc.StatsReader()
     for _ in range(2):
-        assert reader.read(b"pad!" + narrow, 4, len(narrow)) == nl.Stats(1000, 10, 2, 300, 3)
-        assert reader.read(wide, 0, len(wide)) == nl.Stats(1000, 1 << 33, 2, 300, 3)
-    empty = nl.message(nl.RTM_NEWTCLASS, 0, (1, ROOT | 1, 0, 0), nl.kind_attr("htb"))
-    assert reader.read(empty, 0, len(empty)) == nl.Stats(0, 0, 0, 0, 0)
+        first, second = nl.messages(narrow + wide)
+        assert reader.read(first) == tc.Stats(1000, 10, 2, 300, 3)
+        assert reader.read(second) == tc.Stats(1000, 1 << 33, 2, 300, 3)
+    empty = tc.message(tc.RTM_NEWTCLASS, 0, 1, ROOT | 1, 0, body=tc.kind_attr("htb"))
+    assert reader.read(only(empty)) == tc.Stats(0, 0, 0, 0, 0)
 
 
 @given(st.binary(max_size=200))
 def test_cut_or_garbled_attributes_never_raise(data: bytes) -> None:
     nl.attrs(data)
-    raw = nl.NLHDR.pack(36 + len(data), 40, 0, 0, 0) + nl.TCMSG.pack(0, 0, 0, 1, 2, 3, 4) + data
-    nl.parse_object(raw, 0, len(raw))
-    nl.StatsReader().read(raw, 0, len(raw))
+    m = only(nl.request(40, 0, tc.TCMSG.pack(0, 0, 0, 1, 2, 3, 4) + data))
+    tc.parse_object(m)
+    tc.StatsReader().read(m)
 
 
 def test_a_snapshot_survives_its_file_and_refuses_anything_else() -> None:
     snapshot = Snapshot(
-        (Saved("qdisc", "htb", 0x10000, nl.TC_H_ROOT, b"\1\2"), Saved("qdisc", "pfifo", 0, 0x10001, None)),
-        (Saved("class", "htb", 0x10001, nl.TC_H_ROOT, b"\3"),),
+        (Saved("qdisc", "htb", 0x10000, tc.TC_H_ROOT, b"\1\2"), Saved("qdisc", "pfifo", 0, 0x10001, None)),
+        (Saved("class", "htb", 0x10001, tc.TC_H_ROOT, b"\3"),),
         1000,
     )
     assert Snapshot.from_json(snapshot.to_json()) == snapshot
@@ -279,20 +249,14 @@ def test_a_replay_makes_parents_first_and_queues_with_their_class() -> None:
     def c(handle: int, parent: int) -> Saved:
         return Saved("class", "htb", handle, parent, None)
 
-    root = q(0x10000, nl.TC_H_ROOT)
-    classes = (c(0x10011, 0x10010), c(0x10010, 0x10001), c(0x10020, 0x10001), c(0x10001, nl.TC_H_ROOT))
+    root = q(0x10000, tc.TC_H_ROOT)
+    classes = (c(0x10011, 0x10010), c(0x10010, 0x10001), c(0x10020, 0x10001), c(0x10001, tc.TC_H_ROOT))
     order = Snapshot((root, q(0x300000, 0x10020), q(0x400000, 0x10011)), classes, 1).ordered()
     handles = [item.handle for item in order]
     assert handles[0] == 0x10000
     for item in order[1:]:
-        assert item.parent == nl.TC_H_ROOT or handles.index(item.parent) < handles.index(item.handle)
+        assert item.parent == tc.TC_H_ROOT or handles.index(item.parent) < handles.index(item.handle)
     assert handles.index(0x400000) == handles.index(0x10011) + 1
     assert handles.index(0x300000) == handles.index(0x10020) + 1
     with pytest.raises(ValueError, match="no parent"):
         Snapshot((root, q(0x300000, 0x990001)), (), 1).ordered()
-
-
-def test_a_node_changes_in_place_without_making() -> None:
-    node = Node("htb", ROOT | 1, ROOT, b"", "class", live=True)
-    _, _, flags, _, _ = nl.NLHDR.unpack_from(node.message(1, change=True))
-    assert not flags & (nl.NLM_CREATE | nl.NLM_EXCL)

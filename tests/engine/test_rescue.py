@@ -152,9 +152,11 @@ def test_a_device_that_uses_up_its_rescues_leaves_the_others_theirs() -> None:
 def test_without_devices_there_is_nothing_to_rescue() -> None:
     h = Host(devices=0)
     s = h.socket(1)
-    h.request("r", 0.5)
-    h.transfer("t", s, 1 << 40)
+    h.request("r", 1.0)
+    h.transfer("t", s, MSS)
     h.tick()
-    h.request("r", 5000.0)
-    h.tick(0.1)
+    promote(h)
+    promote(h)
+    promote(h)
+    promote(h)
     assert h.engine.books.counters.promotions > 0

@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from support.vanishing import vanishings
 
 from mfsd.daemon import config_bands
 from mfsd.daemon.config import parse
@@ -201,6 +202,49 @@ def test_a_refused_plan_leaves_the_device_observed(inside: Inside) -> None:
         assert (v.enforced, v.notice) == (True, "")
 
     inside(body)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["as it is set up", "as it is checked"])
+def test_a_device_that_vanishes_meanwhile_leaves_the_others_alone(
+    netns_pair: NetnsPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, known: bool
+) -> None:
+    """Whatever the kernel is asked about it, and whenever: what comes after it is cared for."""
+    config = parse(
+        {
+            "daemon": {"state_dir": str(tmp_path), "mode": "enforce", "slots": 64},
+            "device": [{"name": "w0", "rate": "100mbit"}, {"name": "v0", "rate": "1gbit"}],
+        }
+    )
+
+    def body() -> None:
+        devices = Devices(config, config_bands.bands_of(config, config_bands.policy_of(config)))
+        w, v = devices.all
+
+        def prepare() -> None:
+            devices.restore(["v0"])
+            devices.retry()
+            add_w()
+            if known:
+                devices.care(Mode.ENFORCE)
+                assert w.enforced
+                tc("class", "del", "dev", "w0", "classid", w.band_rows()[-1].classid)  # something to repair
+                devices.restore(["v0"])
+                devices.retry()
+
+        for vanishing in vanishings(monkeypatch, prepare, lambda: ip("link", "del", "w0")):
+            devices.care(Mode.ENFORCE)
+            assert (v.enforced, v.notice, root("v0")) == (True, "", "htb"), vanishing.asked
+            if (w.enforced, w.notice) == (True, ""):
+                break  # it has vanished too late to be noticed
+        assert vanishing.happened
+        assert vanishing.asked > 20
+        devices.care(Mode.ENFORCE)
+        assert (w.ifindex, w.enforced) == (0, False)
+        devices.restore(["v0"])
+        devices.close()
+
+    netns_pair.call(netns_pair.a, body)
+    assert not list(tmp_path.glob("qdisc-*"))
 
 
 def test_the_route_says_which_device_carries_a_connection(inside: Inside, netns_pair: NetnsPair) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.privileges import call_with
 from support.realnet import Net, cookie_of
 
 from mfsd.host.sockets import SocketResolver, process_sockets
@@ -145,13 +146,16 @@ def test_process_selector_sees_that_process_only(net: Net, resolver: SocketResol
     assert resolver.resolve_many([ProcessSelector(child.pid, None, ANY)]) == [[]]
 
 
-def test_hidden_process_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str) -> None:
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(HintError, match="CAP_SYS_PTRACE"):
-        process_sockets(os.getpid())
+def test_hidden_process_names_the_fix() -> None:
+    """Root without capabilities, and a process of somebody else."""
+    with subprocess.Popen(["sleep", "600"], user=65534) as child:
+        try:
+            with pytest.raises(HintError, match="CAP_SYS_PTRACE") as caught:
+                call_with(frozenset(), lambda: process_sockets(child.pid))
+            assert caught.value.field == "selector.process.pid"
+            assert process_sockets(child.pid) == set()
+        finally:
+            child.kill()
 
 
 @pytest.mark.parametrize(("host", "address", "family"), [("127.0.0.1", V4, 2), ("::1", V6, 10)])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mfsd.datapath import _abi
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS, attach, remove_leftover
 from mfsd.datapath.bpf.bcc import BccLoader
 from mfsd.datapath.bpf.keys import cookie_key
@@ -82,8 +83,8 @@ def main(device: str, address: str, by: str = "libbpf") -> None:
         for method in ("auto", "clsact"):
             with attach(one, index, method) as attachment:
                 if attachment.method == "tcx":
-                    ids = one.calls.prog_query(index, TCX_EGRESS)
-                    assert ids == [one.calls.prog_id(one.prog_fd)]
+                    ids = syscall.prog_query(index, TCX_EGRESS)
+                    assert ids == [syscall.prog_id(one.prog_fd)]
                 steers(one, sender, address)
                 attachment.update(two)
                 steers(two, sender, address)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests for guests with stock kernels (`make test-vm`): collected only there, where the plugin `emulated` is loaded."""
+"""Tests for guests with stock kernels (`make test-vm`), collected only there; support/emulated.py is their plugin."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from support.prio_benches import PrioBench, fixed_neighbours
 
-from mfsd.datapath import netlink as nl
-from mfsd.datapath.qdisc.device import kernel_has
+from mfsd.datapath import tc
+from mfsd.datapath.facts import kernel_has
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ def needs() -> Callable[..., None]:
     has = set(os.environ["MFSD_VM_FEATURES"].split())
 
     def check(*kinds: str) -> None:
-        with nl.TcSocket() as sock:
+        with tc.TcSocket() as sock:
             for kind in set(kinds) & set(QDISCS):
                 assert kernel_has(sock, kind) == (kind in has), kind
         for kind in kinds:

@@ -16,12 +16,13 @@ from support.frames import frame4, frame6, key4, key6
 from support.privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
 
 from mfsd.datapath import _abi
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import attach, hook_users
 from mfsd.datapath.bpf.bcc import BccLoader, check_headers
 from mfsd.datapath.bpf.keys import MapFullError, cookie_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.loader import LoaderError
 from mfsd.datapath.bpf.testrun import run_packet, socket_cookie
+from mfsd.datapath.errors import LoaderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,7 +142,7 @@ def test_it_works_on_a_device(netns_pair: NetnsPair, classifier: Classifier) -> 
         index = socket.if_nametoindex(pair.dev_a)
         before = pair.run(pair.a, "tc qdisc show")
         with attach(classifier, index):
-            (user,) = hook_users(classifier.calls, index)
+            (user,) = hook_users(index)
             assert user.ours
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
                 classifier.slots["expires_ns"][5] = 2**63
@@ -152,7 +153,7 @@ def test_it_works_on_a_device(netns_pair: NetnsPair, classifier: Classifier) -> 
             while classifier.slots["packets"][5] < 3:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-        assert hook_users(classifier.calls, index) == []
+        assert hook_users(index) == []
         assert pair.run(pair.a, "tc qdisc show") == before
 
 
@@ -194,6 +195,6 @@ def test_a_source_without_our_maps(loader: BccLoader, tmp_path: Path) -> None:  
 
 def test_calls_raise_the_kernels_errno(classifier: Classifier) -> None:
     with pytest.raises(OSError, match="No such file") as caught:
-        classifier.calls.map_delete(classifier.map_fds["mfsd_cookies"], cookie_key(1))
+        syscall.BpfMap(classifier.map_fds["mfsd_cookies"], 8, 4).delete(cookie_key(1))
     assert caught.value.errno == errno.ENOENT
-    assert classifier.calls.prog_info(classifier.calls.prog_id(classifier.prog_fd))[0] == "mfsd_classify"
+    assert syscall.prog_info(syscall.prog_id(classifier.prog_fd))[0] == "mfsd_classify"

@@ -19,10 +19,11 @@ from support.promotions import LONG_S, RATE_MBIT, GuestDaemon, compare, level_of
 from support.rig import Daemon, Flow, flows, running, tc_state, wait_for
 
 from mfsd.client import cookie_of, tuple_of
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS, hook_users
 from mfsd.datapath.bpf.bcc import check_headers
-from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfCalls, object_path
-from mfsd.datapath.bpf.loader import LoaderError
+from mfsd.datapath.bpf.libbpf import BpfObject, object_path
+from mfsd.datapath.errors import LoaderError
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -236,11 +237,10 @@ def test_programs_of_others_stay_and_go_on(
     needs("htb")
     pair = netns_pair
     has_tcx = "tcx" in os.environ["MFSD_VM_FEATURES"].split()
-    calls = LibbpfCalls()
     index = pair.call(pair.a, lambda: socket.if_nametoindex(pair.dev_a))
 
     def names() -> list[str]:
-        return [u.name for u in pair.call(pair.a, lambda: hook_users(calls, index)) if u.hook == "tcx"]
+        return [u.name for u in pair.call(pair.a, lambda: hook_users(index)) if u.hook == "tcx"]
 
     with contextlib.ExitStack() as stack:
         theirs = stack.enter_context(BpfObject(object_path("empty")))
@@ -254,7 +254,7 @@ def test_programs_of_others_stay_and_go_on(
             )
             if has_tcx:
                 link = pair.call(
-                    pair.a, lambda: calls.link_create(theirs.program_fd("mfsd_empty"), index, TCX_EGRESS, 0)
+                    pair.a, lambda: syscall.link_create(theirs.program_fd("mfsd_empty"), index, TCX_EGRESS, 0)
                 )
                 stack.callback(os.close, link)
 

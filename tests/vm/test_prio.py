@@ -12,7 +12,7 @@ import pytest
 from support.benches import FRAME, plan, wait_until
 from support.prio_benches import CONTROL, DEFAULT, LEVEL0, LEVEL1, LEVEL2, LEVEL3, SCAVENGER, PrioBench
 
-from mfsd.datapath import netlink as nl
+from mfsd.datapath import tc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,15 +58,15 @@ def test_a_priority_leads_to_its_lane(bench: PrioBench, rate: str | None, lanes:
         packets = n * (band + 1)
         assert got[band].tolist() == (packets * FRAME, packets, 0, 0, 0), band
         if n > 1:
-            drr = [c for c in nl.objects(e._sock, nl.RTM_GETTCLASS, e._ifindex) if c.handle >> 16 == classid >> 16]
-            sent = {c.handle: nl.StatsReader().read(*_message(e._sock, e._ifindex, c.handle)).packets for c in drr}
+            drr = [c for c in e._sock.objects(tc.RTM_GETTCLASS, e._ifindex) if c.handle >> 16 == classid >> 16]
+            sent = {c.handle: _packets(e._sock, e._ifindex, c.handle) for c in drr}
             assert sent == {classid + lane: band + 1 for lane in range(n)}
     assert e.restore() == []
     assert bench.shown() == before
 
 
-def _message(sock: nl.TcSocket, ifindex: int, handle: int) -> tuple[bytes, int, int]:
-    return sock.ask(nl.query(nl.RTM_GETTCLASS, ifindex, handle))
+def _packets(sock: tc.TcSocket, ifindex: int, handle: int) -> int:
+    return tc.StatsReader().read(sock.ask(tc.query(tc.RTM_GETTCLASS, ifindex, handle), "class")).packets
 
 
 @SHAPES
@@ -140,10 +140,10 @@ def test_a_rescue_frees_its_lane_and_no_other(bench: PrioBench, lanes: int) -> N
     assert held == {at: (count * FRAME, count) for at, count in sent.items()}
     passed = e.counters()
 
-    done = e.rescue([(LEVEL2, last), (LEVEL3, 0), (LEVEL2, last)])
+    done = e.purge([(LEVEL2, last), (LEVEL3, 0), (LEVEL2, last)])
 
     freed = {(LEVEL2, last), (LEVEL3, 0)}
-    assert {(r.band, r.lane): (r.purged_bytes, r.purged_packets) for r in done} == {at: held[at] for at in freed}
+    assert {(r.band, r.lane): (r.bytes, r.packets) for r in done} == {at: held[at] for at in freed}
     assert {at: e.backlog(*at) for at in sent} == {at: (0, 0) if at in freed else held[at] for at in sent}
     assert e.verify() == []
     now = e.counters()
@@ -154,10 +154,10 @@ def test_a_rescue_frees_its_lane_and_no_other(bench: PrioBench, lanes: int) -> N
     # The fresh leaves take packets, and can be freed again and again.
     for _ in range(3):
         bench.send(maps[LEVEL2][0] + last, 5)
-        (again,) = e.rescue([(LEVEL2, last)])
-        assert (again.purged_packets, e.backlog(LEVEL2, last)) == (5, (0, 0))
+        (again,) = e.purge([(LEVEL2, last)])
+        assert (again.packets, e.backlog(LEVEL2, last)) == (5, (0, 0))
     with pytest.raises(ValueError, match="never purged"):
-        e.rescue([(DEFAULT, 0)])
+        e.purge([(DEFAULT, 0)])
     assert e.restore() == []
 
 
@@ -170,7 +170,7 @@ def test_counters_survive_a_rescue(bench: PrioBench, lanes: int) -> None:
         for band in (LEVEL1, LEVEL3, SCAVENGER):
             bench.send(e.band_maps()[band][0], 20)
         wait_until(lambda turn=turn: int(e.counters()["packets"].sum()) == 60 * turn)  # type: ignore[misc]
-        e.rescue([(LEVEL1, 0), (LEVEL3, 0)])
+        e.purge([(LEVEL1, 0), (LEVEL3, 0)])
         assert e.counters()["packets"].tolist() == [0, 0, 20 * turn, 0, 0, 20 * turn, 20 * turn]
         assert e.counters()["bytes"].sum() == 60 * turn * FRAME
 
@@ -180,7 +180,7 @@ def test_many_lanes_in_one_call(bench: PrioBench) -> None:
     e = bench.applied("100mbit", 100)
     lanes = [(band, lane) for band in (LEVEL1, LEVEL2) for lane in range(100)]
     for turn in range(3):
-        assert [(r.band, r.lane) for r in e.rescue(lanes)] == lanes, turn
+        assert [(r.band, r.lane) for r in e.purge(lanes)] == lanes, turn
     assert e.verify() == []
     assert e.restore() == []
 
@@ -192,7 +192,7 @@ def test_a_successor_adopts_the_tree(bench: PrioBench, lanes: int) -> None:
     bench.receiver()
     bench.freeze(first)
     bench.send(first.band_maps()[LEVEL2][0], 5)
-    first.rescue([(LEVEL3, lanes - 1)])
+    first.purge([(LEVEL3, lanes - 1)])
     held = first.backlog(LEVEL2, 0)
     assert held[1] == 5
     first.close()

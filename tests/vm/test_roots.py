@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.benches import plan
 
-from mfsd.datapath.qdisc.device import EnforceError
+from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.units import Rate
 

@@ -21,10 +21,10 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
-from mfsd.datapath.bpf.loader import PROGRAM, BpfCalls, Classifier, DatapathError
+from mfsd.datapath.bpf import syscall
+from mfsd.datapath.bpf.loader import PROGRAM, Classifier
+from mfsd.datapath.errors import AttachError
+from mfsd.datapath.pyroute import iproute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,10 +50,8 @@ _ETH_P_ALL: Final = 3
 _SIOCGIFHWADDR: Final = 0x8927
 _ETHERNET: Final = {1: "ARPHRD_ETHER", 772: "ARPHRD_LOOPBACK"}
 """Hardware types (include/uapi/linux/if_arp.h) whose frames begin with an Ethernet header."""
-
-
-class AttachError(DatapathError):
-    """The classifier can't be hung on this device."""
+_NO_DEVICE: Final = (errno.ENXIO, errno.ENODEV)
+"""What if_indextoname and the ioctl say then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,6 @@ class HookUser:
 class Attachment:
     """A classifier at work on a device. Close it by :meth:`detach`; a TCX one also goes with the process."""
 
-    calls: BpfCalls
     ifindex: int
     method: Method
     link_fd: int = -1
@@ -94,11 +91,11 @@ class Attachment:
         what = f"replacing the classifier of device {self.ifindex}"
         try:
             if self.method == "tcx":
-                self.calls.link_update(self.link_fd, classifier.prog_fd)
+                syscall.link_update(self.link_fd, classifier.prog_fd)
             else:
-                with IPRoute() as ip:
+                with iproute("clsact") as ip:
                     _put_filter(ip, self.ifindex, classifier.prog_fd, made_qdisc=self.made_qdisc)
-        except (OSError, NetlinkError) as e:
+        except OSError as e:
             raise AttachError(what, str(e)) from e
 
     def detach(self) -> None:
@@ -127,15 +124,15 @@ def attach(classifier: Classifier, ifindex: int, method: Literal["auto", "tcx", 
     _check_link_type(what, ifindex)
     if method != "clsact":
         try:
-            fd = classifier.calls.link_create(classifier.prog_fd, ifindex, TCX_EGRESS, _F_BEFORE)
+            fd = syscall.link_create(classifier.prog_fd, ifindex, TCX_EGRESS, _F_BEFORE)
         except OSError as e:
             # EINVAL: the kernel doesn't know the attach type, i.e. it is older than 6.6 or lacks CONFIG_NET_XGRESS
             if method == "tcx" or e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise _explain(what, e) from e
         else:
-            return Attachment(classifier.calls, ifindex, "tcx", fd)
+            return Attachment(ifindex, "tcx", fd)
     try:
-        with IPRoute() as ip:
+        with iproute("clsact") as ip:
             fresh = _ensure_clsact(ip, ifindex)
             # A predecessor that made the qdisc and was killed leaves it to us, with its filter.
             made = fresh or any(_is_ours(f) and f["handle"] == _HANDLE_HOST for f in _filters(ip, ifindex, "egress"))
@@ -146,9 +143,9 @@ def attach(classifier: Classifier, ifindex: int, method: Literal["auto", "tcx", 
                 if fresh:
                     ip.tc("del", "clsact", ifindex)
                 raise
-    except (OSError, NetlinkError) as e:
+    except OSError as e:
         raise _explain(what, e) from e
-    return Attachment(classifier.calls, ifindex, "clsact", made_qdisc=made)
+    return Attachment(ifindex, "clsact", made_qdisc=made)
 
 
 def remove_leftover(ifindex: int) -> bool:
@@ -156,33 +153,33 @@ def remove_leftover(ifindex: int) -> bool:
 
     A clsact qdisc that came with the filter goes, too, unless somebody else has a filter there by now.
     """
-    with IPRoute() as ip:
-        try:
+    try:
+        with iproute("clsact") as ip:
             found = {f["handle"] for f in _filters(ip, ifindex, "egress") if _is_ours(f)}
             for handle in found:
                 ip.tc("del-filter", "bpf", ifindex, handle, parent=_PARENTS["egress"], prio=_PRIO, protocol=_ETH_P_ALL)
             made = _HANDLE_HOST in found and _clsact_kind(ip, ifindex) == "clsact"  # else somebody has deleted it
             if made and not any(True for side in _PARENTS for _ in _filters(ip, ifindex, side)):
                 ip.tc("del", "clsact", ifindex)
-        except NetlinkError as e:
-            if e.code in (errno.ENODEV, errno.ENOENT, errno.EINVAL) and not _device_exists(ifindex):
-                return False
-            raise AttachError(f"cleaning up device {ifindex}", str(e)) from e
+    except OSError as e:
+        if e.errno in (errno.ENODEV, errno.ENOENT, errno.EINVAL) and not _device_exists(ifindex):
+            return False
+        raise AttachError(f"cleaning up device {ifindex}", str(e)) from e
     return bool(found)
 
 
-def hook_users(calls: BpfCalls, ifindex: int) -> list[HookUser]:
-    """Everything on the egress hook of a device, TCX first, as packets meet them. Raises OSError, NetlinkError."""
+def hook_users(ifindex: int) -> list[HookUser]:
+    """Everything on the egress hook of a device, TCX first, as packets meet them. Raises OSError."""
     users = []
-    for prog_id in _tcx_ids(calls, ifindex):
+    for prog_id in _tcx_ids(ifindex):
         try:
-            name, _ = calls.prog_info(prog_id)
+            name, _ = syscall.prog_info(prog_id)
         except OSError as e:
             if e.errno == errno.ENOENT:  # gone meanwhile
                 continue
             raise
         users.append(HookUser("tcx", name, "bpf", prog_id))
-    with IPRoute() as ip:
+    with iproute(f"look at the hooks of device {ifindex}") as ip:
         if not _clsact_kind(ip, ifindex):
             return users
         users += [
@@ -199,19 +196,18 @@ def hook_users(calls: BpfCalls, ifindex: int) -> list[HookUser]:
     return users
 
 
-def _tcx_ids(calls: BpfCalls, ifindex: int) -> list[int]:
+def _tcx_ids(ifindex: int) -> list[int]:
     """Ids of the TCX programs; none where the kernel has no TCX."""
     try:
-        return calls.prog_query(ifindex, TCX_EGRESS)
+        return syscall.prog_query(ifindex, TCX_EGRESS)
     except OSError as e:
         if e.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT):
             return []
         raise
 
 
-def _explain(what: str, e: OSError | NetlinkError) -> AttachError:
+def _explain(what: str, e: OSError) -> AttachError:
     """Name the fix for the usual causes."""
-    code = e.code if isinstance(e, NetlinkError) else e.errno
     fixes: dict[int | None, str] = {
         errno.EPERM: "mfsd needs CAP_NET_ADMIN in the device's network namespace, and CAP_BPF",
         errno.ENODEV: "there is no such device in this network namespace",
@@ -220,7 +216,7 @@ def _explain(what: str, e: OSError | NetlinkError) -> AttachError:
         errno.ENOENT: "this kernel lacks CONFIG_NET_CLS_BPF or CONFIG_NET_SCH_INGRESS",
         errno.ERANGE: "64 programs hang on this hook already",
     }
-    return AttachError(what, str(e), fixes.get(code, ""))
+    return AttachError(what, str(e), fixes.get(e.errno, ""))
 
 
 def _check_link_type(what: str, ifindex: int) -> None:
@@ -231,7 +227,8 @@ def _check_link_type(what: str, ifindex: int) -> None:
             request = struct.pack("16sH22x", name.encode(), 0)
             (kind,) = struct.unpack_from("16xH", fcntl.ioctl(s, _SIOCGIFHWADDR, request))
     except OSError as e:
-        raise AttachError(what, str(e), "there is no such device in this network namespace") from e
+        gone = e.errno in _NO_DEVICE
+        raise AttachError(what, str(e), "there is no such device in this network namespace" if gone else "") from e
     if kind not in _ETHERNET:
         raise AttachError(
             what,
@@ -243,8 +240,8 @@ def _check_link_type(what: str, ifindex: int) -> None:
 def _device_exists(ifindex: int) -> bool:
     try:
         socket.if_indextoname(ifindex)
-    except OSError:
-        return False
+    except OSError as e:
+        return e.errno not in _NO_DEVICE
     return True
 
 

@@ -22,18 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from mfsd.datapath.bpf.calls import SyscallCalls
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.libbpf import check_kernel, object_path
-from mfsd.datapath.bpf.loader import (
-    DEVICE_MAPS,
-    PROGRAM,
-    SHARED_MAPS,
-    Classifier,
-    LoaderError,
-    check_rows,
-    check_sizes,
-    own_copy,
-)
+from mfsd.datapath.bpf.loader import DEVICE_MAPS, PROGRAM, SHARED_MAPS, Classifier, check_rows, check_sizes, own_copy
+from mfsd.datapath.errors import LoaderError
 
 PACKAGE_FIX: Final = "install BCC's Python bindings: apt-get install python3-bpfcc, dnf install python3-bcc"
 _RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
@@ -46,7 +38,6 @@ class BccLoader:
 
     def __init__(self, source: Path | None = None, modules: Path = Path("/lib/modules")) -> None:
         self.source = source or object_path("classifier").parent / "src" / "classifier.bpf.c"
-        self.calls = SyscallCalls()
         self._modules = modules
 
     def open_classifier(self, slots: int, share: Classifier | None = None) -> Classifier:
@@ -64,7 +55,7 @@ class BccLoader:
                 if name in SHARED_MAPS and share is not None:
                     fds[name] = own_copy(share.map_fds[name])
                 else:
-                    fds[name] = self._make(m, slots if name in _RESIZED else m["entries"])
+                    fds[name] = _make(m, slots if name in _RESIZED else m["entries"])
                 for at in m["uses"]:
                     struct.pack_into("=i", code, 8 * at + 4, fds[name])
             wanted = (*SHARED_MAPS, *DEVICE_MAPS)
@@ -72,18 +63,19 @@ class BccLoader:
                 if name not in maps:
                     raise LoaderError(f"BPF source {self.source}", f"has no map {name}", "reinstall mfsd")
                 check_sizes(name, maps[name]["key_size"], maps[name]["value_size"])
-            program = self.calls.prog_load(PROGRAM, bytes(code), compiled["licence"])
+            program = syscall.prog_load(syscall.SCHED_CLS, PROGRAM, bytes(code), compiled["licence"])
             undo.pop_all()
         for name in set(fds) - set(wanted):  # private to the program, which keeps them
             os.close(fds.pop(name))
-        return Classifier(self.calls, program, fds, rows=slots)
+        return Classifier(program, fds, rows=slots)
 
-    def _make(self, m: dict[str, Any], entries: int) -> int:
-        try:
-            return self.calls.map_create(m["type"], m["name"], m["key_size"], m["value_size"], entries, m["flags"])
-        except OSError as e:
-            fix = "choose fewer slots, or give the service a higher memory limit and CAP_BPF"
-            raise LoaderError(f"map {m['name']}", str(e), fix) from e
+
+def _make(m: dict[str, Any], entries: int) -> int:
+    try:
+        return syscall.map_create(m["type"], m["name"], m["key_size"], m["value_size"], entries, m["flags"])
+    except OSError as e:
+        fix = "choose fewer slots, or give the service a higher memory limit and CAP_BPF"
+        raise LoaderError(f"map {m['name']}", str(e), fix) from e
 
 
 def _close(fds: dict[str, int]) -> None:

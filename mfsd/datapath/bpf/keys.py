@@ -12,11 +12,11 @@ import ipaddress
 from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath import _abi
+from mfsd.datapath.bpf.syscall import BpfMap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mfsd.datapath.bpf.loader import BpfCalls
     from mfsd.model import Address, Endpoints
 
 _V4_MAPPED: Final = bytes(10) + b"\xff\xff"
@@ -30,22 +30,21 @@ class MapFullError(RuntimeError):
 class KeyMap:
     """One of the two key maps: key -> row. Every method is one bpf(2) call unless it says otherwise (about 1 us)."""
 
-    def __init__(self, calls: BpfCalls, fd: int, key_size: int) -> None:
-        self._calls = calls
-        self._fd = fd
+    def __init__(self, fd: int, key_size: int) -> None:
         self.key_size = key_size
+        self._map = BpfMap(fd, key_size, 4)
 
     def add(self, key: bytes, row: int) -> None:
-        """Insert a key, or point it to another row. Raises MapFullError, OSError."""
+        """Insert a key, or point it to another row. Raises MapFullError, OSError, ValueError (its size)."""
         try:
-            self._calls.map_update(self._fd, key, row.to_bytes(4, "little"))
+            self._map.update(key, row.to_bytes(4, "little"))
         except OSError as e:
             raise _full(e) from e
 
     def delete(self, key: bytes) -> bool:
         """Delete a key; False if it wasn't there. Raises OSError."""
         try:
-            self._calls.map_delete(self._fd, key)
+            self._map.delete(key)
         except OSError as e:
             if e.errno == errno.ENOENT:
                 return False
@@ -54,13 +53,13 @@ class KeyMap:
 
     def get(self, key: bytes) -> int | None:
         """Row of a key, None if it isn't there. Raises OSError."""
-        value = self._calls.map_lookup(self._fd, key, 4)
+        value = self._map.lookup(key)
         return None if value is None else int.from_bytes(value, "little")
 
     def __iter__(self) -> Iterator[bytes]:
         """All keys, one call each. Complete only if nobody deletes meanwhile (the kernel then starts over)."""
         key: bytes | None = None
-        while (key := self._calls.map_next_key(self._fd, key, self.key_size)) is not None:
+        while (key := self._map.next_key(key)) is not None:
             yield key
 
 

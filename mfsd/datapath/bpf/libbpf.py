@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The classifier through libbpf 1.x and ctypes: no compiler, no kernel headers, a few milliseconds.
 
+libbpf opens and loads the object file; what comes after goes by bpf(2) itself (syscall.py).
+
 No callback is ever handed to C: ctypes makes callbacks executable memory at run time, which systemd's
 MemoryDenyWriteExecute forbids. libbpf's messages are silenced by a NULL print function (libbpf.c, libbpf_print), and
 the verifier's log comes through a buffer.
 
-Declarations follow <bpf/libbpf.h> and <bpf/bpf.h> of libbpf 1.0. Its "opts" structs carry their own size, and newer
-libraries accept older, shorter ones.
+Declarations follow <bpf/libbpf.h> of libbpf 1.0. Its "opts" structs carry their own size, and newer libraries accept
+older, shorter ones.
 """
 
 from __future__ import annotations
@@ -22,16 +24,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Self
 
-from mfsd.datapath.bpf.loader import (
-    DEVICE_MAPS,
-    PROGRAM,
-    SHARED_MAPS,
-    Classifier,
-    LoaderError,
-    check_rows,
-    check_sizes,
-    own_copy,
-)
+from mfsd.datapath.bpf.loader import DEVICE_MAPS, PROGRAM, SHARED_MAPS, Classifier, check_rows, check_sizes, own_copy
+from mfsd.datapath.errors import LoaderError
 
 LIBRARY: Final = "libbpf.so.1"
 OLDEST_KERNEL: Final = (5, 11)
@@ -42,8 +36,6 @@ _NO_VERDICT: Final = re.compile(r"processed |\d+: |; |from \d|\s|.*:$|$")
 _LOG_BYTES: Final = 4 << 20
 _LOG_LINES: Final = 25
 _RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
-_INFO_NAME: Final = 64
-"""Offset of name in struct bpf_prog_info (include/uapi/linux/bpf.h); type is at 0, id at 4."""
 
 
 class _OpenOpts(ctypes.Structure):
@@ -63,44 +55,9 @@ class _OpenOpts(ctypes.Structure):
     )
 
 
-class _LinkCreateOpts(ctypes.Structure):
-    """struct bpf_link_create_opts, up to where the program types differ."""
-
-    _fields_ = (
-        ("sz", ctypes.c_size_t),
-        ("flags", ctypes.c_uint32),
-        ("iter_info", ctypes.c_void_p),
-        ("iter_info_len", ctypes.c_uint32),
-        ("target_btf_id", ctypes.c_uint32),
-    )
-
-
-class RunOpts(ctypes.Structure):
-    """struct bpf_test_run_opts."""
-
-    _fields_ = (
-        ("sz", ctypes.c_size_t),
-        ("data_in", ctypes.c_void_p),
-        ("data_out", ctypes.c_void_p),
-        ("data_size_in", ctypes.c_uint32),
-        ("data_size_out", ctypes.c_uint32),
-        ("ctx_in", ctypes.c_void_p),
-        ("ctx_out", ctypes.c_void_p),
-        ("ctx_size_in", ctypes.c_uint32),
-        ("ctx_size_out", ctypes.c_uint32),
-        ("retval", ctypes.c_uint32),
-        ("repeat", ctypes.c_int),
-        ("duration", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("cpu", ctypes.c_uint32),
-        ("batch_size", ctypes.c_uint32),
-    )
-
-
 _INT, _U32, _PTR, _STR = ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_char_p
 _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "libbpf_set_print": (_PTR, (_PTR,)),
-    "libbpf_num_possible_cpus": (_INT, ()),
     "bpf_object__open_file": (_PTR, (_STR, _PTR)),
     "bpf_object__load": (_INT, (_PTR,)),
     "bpf_object__close": (None, (_PTR,)),
@@ -112,16 +69,6 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_map__set_max_entries": (_INT, (_PTR, _U32)),
     "bpf_map__reuse_fd": (_INT, (_PTR, _INT)),
     "bpf_program__fd": (_INT, (_PTR,)),
-    "bpf_map_update_elem": (_INT, (_INT, _PTR, _PTR, ctypes.c_uint64)),
-    "bpf_map_delete_elem": (_INT, (_INT, _PTR)),
-    "bpf_map_lookup_elem": (_INT, (_INT, _PTR, _PTR)),
-    "bpf_map_get_next_key": (_INT, (_INT, _PTR, _PTR)),
-    "bpf_link_create": (_INT, (_INT, _INT, _INT, _PTR)),
-    "bpf_link_update": (_INT, (_INT, _INT, _PTR)),
-    "bpf_prog_query": (_INT, (_INT, _INT, _U32, _PTR, _PTR, _PTR)),
-    "bpf_prog_get_fd_by_id": (_INT, (_U32,)),
-    "bpf_obj_get_info_by_fd": (_INT, (_INT, _PTR, _PTR)),
-    "bpf_prog_test_run_opts": (_INT, (_INT, _PTR)),
 }
 
 
@@ -153,91 +100,15 @@ def _checked(code: int) -> int:
     return code
 
 
-class LibbpfCalls:
-    """bpf(2) commands through libbpf (see ``loader.BpfCalls``)."""
-
-    def __init__(self) -> None:
-        self._lib = library()
-
-    def map_update(self, fd: int, key: bytes, value: bytes) -> None:
-        """Insert or replace one element."""
-        _checked(self._lib.bpf_map_update_elem(fd, key, value, 0))
-
-    def map_delete(self, fd: int, key: bytes) -> None:
-        """Delete one element; ENOENT if there is none."""
-        _checked(self._lib.bpf_map_delete_elem(fd, key))
-
-    def map_lookup(self, fd: int, key: bytes, size: int) -> bytes | None:
-        """Value of one element, None if there is none."""
-        value = ctypes.create_string_buffer(size)
-        code = self._lib.bpf_map_lookup_elem(fd, key, value)
-        if code == -errno.ENOENT:
-            return None
-        _checked(code)
-        return value.raw
-
-    def map_next_key(self, fd: int, key: bytes | None, size: int) -> bytes | None:
-        """Key after ``key``, None at the end."""
-        following = ctypes.create_string_buffer(size)
-        code = self._lib.bpf_map_get_next_key(fd, key, following)
-        if code == -errno.ENOENT:
-            return None
-        _checked(code)
-        return following.raw
-
-    def possible_cpus(self) -> int:
-        """Copies that a per-CPU map has of each value."""
-        return _checked(self._lib.libbpf_num_possible_cpus())
-
-    def link_create(self, prog_fd: int, ifindex: int, attach_type: int, flags: int) -> int:
-        """Attach a program by a link; returns the link's descriptor."""
-        opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=flags)
-        return _checked(self._lib.bpf_link_create(prog_fd, ifindex, attach_type, ctypes.byref(opts)))
-
-    def link_update(self, link_fd: int, prog_fd: int) -> None:
-        """Replace the program of a link atomically."""
-        _checked(self._lib.bpf_link_update(link_fd, prog_fd, None))
-
-    def prog_query(self, ifindex: int, attach_type: int) -> list[int]:
-        """Ids of the programs on a hook, in the order in which they run (at most 64, the kernel's own limit)."""
-        ids = (ctypes.c_uint32 * 64)()  # BPF_MPROG_MAX, include/linux/bpf_mprog.h
-        count = ctypes.c_uint32(len(ids))
-        _checked(self._lib.bpf_prog_query(ifindex, attach_type, 0, None, ids, ctypes.byref(count)))
-        return list(ids[: count.value])
-
-    def prog_info(self, prog_id: int) -> tuple[str, int]:
-        """Name and program type of a loaded program."""
-        fd = _checked(self._lib.bpf_prog_get_fd_by_id(prog_id))
-        try:
-            info = self._info(fd)
-        finally:
-            os.close(fd)
-        name = info[_INFO_NAME : _INFO_NAME + 16].split(b"\0", 1)[0].decode(errors="replace")
-        return name, int.from_bytes(info[:4], "little")
-
-    def prog_id(self, prog_fd: int) -> int:
-        """Id of a loaded program."""
-        return int.from_bytes(self._info(prog_fd)[4:8], "little")
-
-    def test_run(self, prog_fd: int, opts: RunOpts) -> None:
-        """BPF_PROG_TEST_RUN; results come back in ``opts``."""
-        opts.sz = ctypes.sizeof(RunOpts)
-        _checked(self._lib.bpf_prog_test_run_opts(prog_fd, ctypes.byref(opts)))
-
-    def _info(self, prog_fd: int) -> bytes:
-        """Beginning of struct bpf_prog_info, up to the name."""
-        info = ctypes.create_string_buffer(_INFO_NAME + 16)
-        length = ctypes.c_uint32(len(info))
-        _checked(self._lib.bpf_obj_get_info_by_fd(prog_fd, info, ctypes.byref(length)))
-        return info.raw
-
-
 class LibbpfLoader:
-    """Loads the object that the build left in mfsd/datapath/_bpf (see ``loader.Loader``)."""
+    """Loads the object that the build left in mfsd/datapath/_bpf (see ``loader.Loader``).
+
+    Raises LoaderError where libbpf is missing or too old.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or object_path("classifier")
-        self.calls = LibbpfCalls()
+        library()  # missing: say so now, not at the first device
 
     def open_classifier(self, slots: int, share: Classifier | None = None) -> Classifier:
         """Load the classifier with a table of ``slots`` rows, or with the tables of ``share``. Raises LoaderError."""
@@ -252,7 +123,7 @@ class LibbpfLoader:
                     obj.resize_map(name, slots)
             obj.load()
             fds = {name: obj.map_fd(name) for name in (*SHARED_MAPS, *DEVICE_MAPS)}
-            return Classifier(self.calls, obj.program_fd(PROGRAM), fds, rows=slots)
+            return Classifier(obj.program_fd(PROGRAM), fds, rows=slots)
 
 
 def verdict(log: str) -> str:

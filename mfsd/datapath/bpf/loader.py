@@ -2,8 +2,8 @@
 """What any loader of the classifier gives to the rest: file descriptors, mapped tables, typed errors.
 
 A loader turns bpf/classifier.bpf.c into a program and its maps in the kernel. There are two: libbpf (``libbpf.py``)
-and BCC. Both hand out the same :class:`Classifier`, which knows nothing of how it came to be: a program descriptor,
-map descriptors by name, and :class:`BpfCalls` for the few bpf(2) commands that are needed afterwards.
+and BCC. Both hand out the same :class:`Classifier`, which knows nothing of how it came to be: a program descriptor
+and map descriptors by name.
 
 The first classifier makes the maps of the host (slots, keys, heartbeat). The classifiers of further devices share
 them and add their own device map, counters and program.
@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.keys import KeyMap
+from mfsd.datapath.bpf.syscall import BpfMap, possible_cpus
+from mfsd.datapath.errors import LoaderError
 
 PROGRAM: Final = "mfsd_classify"
 """Name of the program in the object, in the kernel's lists and of the clsact filter."""
@@ -43,58 +45,6 @@ MAP_SIZES: Final[dict[str, tuple[int, int]]] = {
 
 MAX_SLOTS: Final = 1 << 20
 """A bound against typing errors: 64 MiB of slots and about twice that in hash elements."""
-
-
-class DatapathError(RuntimeError):
-    """Something of the kernel side failed. ``what`` was tried, ``cause`` is why, ``fix`` is what to do about it."""
-
-    def __init__(self, what: str, cause: str, fix: str = "") -> None:
-        super().__init__(f"{what}: {cause}" + (f"; {fix}" if fix else ""))
-        self.what = what
-        self.cause = cause
-        self.fix = fix
-
-
-class LoaderError(DatapathError):
-    """The classifier can't be loaded. ``log_tail`` holds the last lines of the verifier's log, if it spoke."""
-
-    def __init__(self, what: str, cause: str, fix: str = "", log_tail: str = "") -> None:
-        super().__init__(what, cause, fix)
-        self.log_tail = log_tail
-
-
-class BpfCalls(Protocol):
-    """The bpf(2) commands used after loading. All raise OSError with the kernel's errno."""
-
-    def map_update(self, fd: int, key: bytes, value: bytes) -> None:
-        """Insert or replace one element."""
-
-    def map_delete(self, fd: int, key: bytes) -> None:
-        """Delete one element; ENOENT if there is none."""
-
-    def map_lookup(self, fd: int, key: bytes, size: int) -> bytes | None:
-        """Value of one element, ``size`` bytes (for per-CPU maps: of all CPUs), None if there is none."""
-
-    def map_next_key(self, fd: int, key: bytes | None, size: int) -> bytes | None:
-        """Key after ``key`` (None: the first), None at the end."""
-
-    def possible_cpus(self) -> int:
-        """Copies that a per-CPU map has of each value."""
-
-    def link_create(self, prog_fd: int, ifindex: int, attach_type: int, flags: int) -> int:
-        """Attach a program by a link; returns the link's descriptor."""
-
-    def link_update(self, link_fd: int, prog_fd: int) -> None:
-        """Replace the program of a link atomically."""
-
-    def prog_query(self, ifindex: int, attach_type: int) -> list[int]:
-        """Ids of the programs on a hook, in the order in which they run."""
-
-    def prog_info(self, prog_id: int) -> tuple[str, int]:
-        """Name and program type of a loaded program."""
-
-    def prog_id(self, prog_fd: int) -> int:
-        """Id of a loaded program."""
 
 
 class Loader(Protocol):
@@ -131,7 +81,6 @@ class Classifier:
     taken from here stay valid after :meth:`close`, but nothing reads them any more.
     """
 
-    calls: BpfCalls
     prog_fd: int
     map_fds: dict[str, int]
     """Descriptors by map name; all of this classifier's own, also those of shared maps."""
@@ -143,7 +92,9 @@ class Classifier:
     rows: int = 0
     """Rows of the slot table."""
     _mapped: list[Mapped] = field(init=False, default_factory=list)
-    _cpus: int = field(init=False, default=1)
+    _stats: BpfMap = field(init=False)
+    _bands: BpfMap = field(init=False)
+    _cpus: int = field(init=False, default_factory=possible_cpus)
     _closed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -155,29 +106,33 @@ class Classifier:
         for name, dtype, count in parts:
             self._mapped.append(Mapped.open(self.map_fds[name], dtype, count))
         self.slots, self.host, self.dev = (m.array for m in self._mapped)
-        self.cookies = KeyMap(self.calls, self.map_fds["mfsd_cookies"], MAP_SIZES["mfsd_cookies"][0])
-        self.tuples = KeyMap(self.calls, self.map_fds["mfsd_tuples"], MAP_SIZES["mfsd_tuples"][0])
-        self._cpus = self.calls.possible_cpus()
+        self.cookies, self.tuples = (
+            KeyMap(self.map_fds[name], MAP_SIZES[name][0]) for name in ("mfsd_cookies", "mfsd_tuples")
+        )
+        # Both value sizes are multiples of 8, so the kernel adds no padding between the copies.
+        self._stats, self._bands = (
+            BpfMap(self.map_fds[name], MAP_SIZES[name][0], MAP_SIZES[name][1] * self._cpus)
+            for name in ("mfsd_stats", "mfsd_bands")
+        )
 
     def stats(self) -> npt.NDArray[np.uint64]:
         """Packets per ``enum mfsd_stat`` on this device, all CPUs summed; shape (STAT_MAX,), uint64."""
-        per_cpu: npt.NDArray[np.uint64] = self._per_cpu("mfsd_stats", np.dtype(np.uint64), _abi.STAT_MAX)
+        per_cpu: npt.NDArray[np.uint64] = self._per_cpu(self._stats, np.dtype(np.uint64), _abi.STAT_MAX)
         out: npt.NDArray[np.uint64] = per_cpu.sum(axis=1, dtype=np.uint64)
         return out
 
     def bands(self) -> npt.NDArray[Any]:
         """What was sent to each band of this device, all CPUs summed; shape (MAX_BANDS,), COUNTER_DTYPE."""
-        per_cpu = self._per_cpu("mfsd_bands", _abi.COUNTER_DTYPE, _abi.MAX_BANDS)
+        per_cpu = self._per_cpu(self._bands, _abi.COUNTER_DTYPE, _abi.MAX_BANDS)
         out = np.zeros(_abi.MAX_BANDS, dtype=_abi.COUNTER_DTYPE)
         for name in ("packets", "bytes"):
             out[name] = per_cpu[name].sum(axis=1, dtype=np.uint64)
         return out
 
-    def _per_cpu(self, name: str, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    def _per_cpu(self, table: BpfMap, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
         """All copies of a per-CPU array; shape (count, possible CPUs)."""
-        size = dtype.itemsize * self._cpus  # both value sizes are multiples of 8, so the kernel adds no padding
-        rows = [self.calls.map_lookup(self.map_fds[name], i.to_bytes(4, "little"), size) for i in range(count)]
-        return np.frombuffer(b"".join(row or bytes(size) for row in rows), dtype=dtype).reshape(count, self._cpus)
+        rows = [table.lookup(i.to_bytes(4, "little")) or b"" for i in range(count)]  # an array has all its elements
+        return np.frombuffer(b"".join(rows), dtype=dtype).reshape(count, self._cpus)
 
     def close(self) -> None:
         """Give everything back. Maps and program live on while a link, a filter or another classifier uses them."""

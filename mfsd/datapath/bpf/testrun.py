@@ -7,7 +7,6 @@ a fresh socket for it; converts the fields below into the skb; runs the program;
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from mfsd.datapath.bpf.libbpf import LibbpfCalls, RunOpts
+from mfsd.datapath.bpf import syscall
 
 SK_BUFF: Final = np.dtype(
     {
@@ -46,23 +45,9 @@ def run_packet(
     """Run a SCHED_CLS program ``repeat`` times on one packet. Raises OSError, e.g. EINVAL for under 15 bytes."""
     ctx = np.zeros(1, dtype=SK_BUFF)
     ctx["priority"], ctx["wire_len"], ctx["gso_segs"] = priority, wire_len, gso_segs
-    data = ctypes.create_string_buffer(packet, len(packet))
-    out = ctypes.create_string_buffer(len(packet) + 256)
-    ctx_out = np.zeros(1, dtype=SK_BUFF)
-    opts = RunOpts(
-        data_in=ctypes.addressof(data),
-        data_size_in=len(packet),
-        data_out=ctypes.addressof(out),
-        data_size_out=len(out),
-        ctx_in=ctx.ctypes.data,
-        ctx_size_in=SK_BUFF.itemsize,
-        ctx_out=ctx_out.ctypes.data,
-        ctx_size_out=SK_BUFF.itemsize,
-        repeat=repeat,
-    )
-    LibbpfCalls().test_run(prog_fd, opts)
-    verdict = ctypes.c_int32(opts.retval).value
-    return Ran(verdict, int(ctx_out["priority"][0]), out.raw[: opts.data_size_out], opts.duration)
+    ran = syscall.prog_test_run(prog_fd, packet, ctx.tobytes(), repeat)
+    after = np.frombuffer(ran.context, dtype=SK_BUFF)
+    return Ran(ran.result, int(after["priority"][0]), ran.data, ran.ns)
 
 
 SO_COOKIE: Final = 57

@@ -5,7 +5,7 @@ The order is what makes it safe. What is on the device is read and judged first;
 nothing is touched. Then a note of it goes to the state directory, then the root is grafted (once: a root graft drops
 what is queued), then the rest of the tree grows under it. A daemon that is killed leaves a working tree without a
 classifier, in which everything is default traffic; the next one finds the note and the tree and carries on without a
-graft, or ``restore_all`` puts back what was there.
+graft, or ``undo.restore.restore_all`` puts back what was there.
 
 Everything acts in the network namespace that the calling thread was in when the object was made; plan, apply, verify
 and restore must be called from a thread in it, the calls of the running engine may come from any.
@@ -19,17 +19,19 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
-from mfsd.datapath import netlink as nl
+from mfsd.datapath import tc
+from mfsd.datapath.errors import DatapathError, EnforceError
+from mfsd.datapath.facts import DeviceFacts, read_facts
+from mfsd.datapath.handles import MAJOR, ROOT, is_ours
 from mfsd.datapath.qdisc import plan as planning
 from mfsd.datapath.qdisc import prio
-from mfsd.datapath.qdisc.device import Device, EnforceError, read_device
 from mfsd.datapath.qdisc.plan import DevicePlan, Step
-from mfsd.datapath.qdisc.purge import LanePurger, Rescued
-from mfsd.datapath.qdisc.tree import MAJOR, ROOT, How, Tree, differences, is_ours
+from mfsd.datapath.qdisc.purge import LanePurger, Purged
+from mfsd.datapath.qdisc.tree import How, Tree, differences
 from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Owner, State
-from mfsd.datapath.undo.restore import put_back, restore_all, taken
-from mfsd.datapath.undo.snapshot import Snapshot, capture, obstacles, read_tree, root_of
+from mfsd.datapath.undo.restore import put_back, taken
+from mfsd.datapath.undo.snapshot import Snapshot, capture, obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     from mfsd.bands import Bands
     from mfsd.datapath.qdisc.tree import Difference, Filter
     from mfsd.units import Rate
-
-__all__ = ["BAND_DTYPE", "DeviceEnforcer", "DevicePlan", "EnforceError", "Rescued", "Step", "restore_all"]
 
 BAND_DTYPE: Final = np.dtype(
     [("bytes", "u8"), ("packets", "u8"), ("drops", "u8"), ("backlog_bytes", "u8"), ("backlog_packets", "u8")]
@@ -63,13 +63,13 @@ class DeviceEnforcer:
         self.adopted = False
         """The last apply found its tree in place and grafted no root."""
         self._namespace = notes.namespace()
-        self._ifindex = read_device(ifname).ifindex
-        self._sock = nl.TcSocket()
+        self._ifindex = read_facts(ifname).ifindex
+        self._sock = tc.TcSocket()
         self._lock = threading.Lock()
         self._tree: Tree | None = None
         self._purger: LanePurger | None = None
-        self._reader = nl.StatsReader()
-        self._root_query = nl.query(nl.RTM_GETQDISC, self._ifindex, 0, nl.TC_H_ROOT)
+        self._reader = tc.StatsReader()
+        self._root_query = tc.query(tc.RTM_GETQDISC, self._ifindex, 0, tc.TC_H_ROOT)
 
     def close(self) -> None:
         """Idempotent."""
@@ -88,26 +88,27 @@ class DeviceEnforcer:
         return self._plan()[0]
 
     def apply(self) -> DevicePlan:
-        """Put the bands in force. Idempotent. Raises EnforceError with everything as it was, or nothing at all done."""
+        """Put the bands in force. Idempotent.
+
+        Raises EnforceError with everything as it was, or saying what is not; OSError when the kernel can't be asked.
+        """
         plan, tree, state = self._plan()
         if plan.refusals or tree is None:
             raise EnforceError(f"device {self.ifname}", "; ".join(plan.refusals))
         qdiscs, classes = self._read()
-        root = root_of(qdiscs)
-        if state is None:
-            device = read_device(self.ifname)
-            before = capture(self._sock, self._ifindex, device.txqlen)
-        else:
-            before = state.before
-        off = differences(tree, qdiscs, classes) if root is not None and is_ours(root) else None
+        root = tc.root_of(qdiscs)
+        if root is None:
+            raise EnforceError(f"device {self.ifname}", "it has no root qdisc any more")
+        before = state.before if state else capture(qdiscs, classes, read_facts(self.ifname).txqlen)
+        off = differences(tree, qdiscs, classes) if is_ours(root) else None
         note = State(self.ifname, self._ifindex, self._namespace, Owner.me(), plan.backend, before)
         notes.save(self.state_dir, note)
         self.adopted = off is not None and all(d.how is not How.REBUILD for d in off)
         try:
             self._install(tree, off if self.adopted else None, replaces=off is not None)
-        except (EnforceError, nl.NetlinkError, OSError) as e:
-            problems = put_back(self._sock, note, self.state_dir)
+        except (DatapathError, OSError) as e:
             self._tree = self._purger = None
+            problems = put_back(self._sock, note, self.state_dir)
             done = "rolled back" if not problems else f"rolling back failed, too: {'; '.join(problems)}"
             raise EnforceError(f"apply {plan.backend} to {self.ifname}", f"{e}; {done}") from e
         self._tree = tree
@@ -161,12 +162,12 @@ class DeviceEnforcer:
         out = np.zeros(len(tree.bands), dtype=BAND_DTYPE)
         rows = [[0] * 5 for _ in tree.bands]
         with self._lock:
-            for data, offset, length in self._sock.dump(nl.RTM_GETTCLASS, self._ifindex, ROOT):
-                handle = nl.TCMSG.unpack_from(data, offset + nl.NLHDR.size)[4]
+            for m in self._sock.parts(tc.RTM_GETTCLASS, self._ifindex, ROOT):
+                handle = tc.TCMSG.unpack_from(m.data, m.body)[4]
                 band = tree.counter_classes.get(handle)
                 if band is None:
                     continue
-                s = self._reader.read(data, offset, length)
+                s = self._reader.read(m)
                 row = rows[band]
                 row[0] += s.bytes
                 row[1] += s.packets
@@ -182,7 +183,7 @@ class DeviceEnforcer:
     def link_bytes(self) -> tuple[int, int]:
         """(bytes sent, bytes queued) of the root qdisc: one query."""
         with self._lock:
-            stats = self._reader.read(*self._sock.ask(self._root_query))
+            stats = self._reader.read(self._sock.ask(self._root_query, f"look at the root of {self.ifname}"))
         return stats.bytes, stats.backlog_bytes
 
     def backlog(self, band: int, lane: int) -> tuple[int, int]:
@@ -196,14 +197,15 @@ class DeviceEnforcer:
         with self._lock:
             return purger.backlog(queues.classid + lane, self._ifindex)
 
-    def rescue(self, lanes: Sequence[tuple[int, int]]) -> list[Rescued]:
-        """Free what is queued in these (band, lane) pairs, all in one system call.
+    def purge(self, lanes: Sequence[tuple[int, int]]) -> list[Purged]:
+        """Free what is queued in these (band, lane) pairs, up to 128 per system call.
 
-        Raises ValueError for a lane of the control or default band (or none at all) before anything is freed.
+        Raises ValueError for a lane of the control or default band (or none at all) before anything is freed;
+        NetlinkError when the kernel refuses one, which stops none of the others.
         """
         purger = self._applied()[1]
         with self._lock:
-            return purger.rescue(lanes)
+            return purger.purge(lanes)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -212,26 +214,26 @@ class DeviceEnforcer:
             raise EnforceError(f"device {self.ifname}", "nothing has been applied", "call apply first")
         return self._tree, self._purger
 
-    def _read(self) -> tuple[list[nl.TcObject], list[nl.TcObject]]:
-        return read_tree(self._sock, self._ifindex)
+    def _read(self) -> tuple[list[tc.TcObject], list[tc.TcObject]]:
+        return self._sock.tree(self._ifindex)
 
     def _differences(self, tree: Tree) -> list[str]:
         qdiscs, classes = self._read()
         out = [d.text for d in differences(tree, qdiscs, classes)]
-        out += [f"filter of {nl.classid(want.parent)} is missing" for want in tree.filters if not self._has(want)]
+        out += [f"filter of {tc.classid(want.parent)} is missing" for want in tree.filters if not self._has(want)]
         return out
 
     def _has(self, want: Filter) -> bool:
-        return bool(nl.objects(self._sock, nl.RTM_GETTFILTER, self._ifindex, want.parent))
+        return bool(self._sock.objects(tc.RTM_GETTFILTER, self._ifindex, want.parent))
 
     def _plan(self) -> tuple[DevicePlan, Tree | None, State | None]:
         if notes.namespace() != self._namespace:
             raise EnforceError(f"device {self.ifname}", "called from another network namespace than at first")
-        device = read_device(self.ifname)
+        device = read_facts(self.ifname)
         if device.ifindex != self._ifindex:
             raise EnforceError(f"device {self.ifname}", "it was replaced by another one of this name")
         qdiscs, classes = self._read()
-        root = root_of(qdiscs)
+        root = tc.root_of(qdiscs)
         refusals: list[str] = []
         state = notes.load(self.state_dir, self.ifname)
         if state is not None and state.taken:
@@ -247,10 +249,10 @@ class DeviceEnforcer:
                 f"{self.state_dir}: remove the tree (tc qdisc del dev {self.ifname} root)"
             )
         elif state is None and device.up:
-            refusals += obstacles(self._sock, self._ifindex)
+            refusals += obstacles(self._sock, self._ifindex, qdiscs, classes)
         choice = planning.choose(self._sock, device, self.bands, self.backend, self.rate)
         refusals += choice.refusals
-        before = capture(self._sock, self._ifindex, device.txqlen)
+        before = capture(qdiscs, classes, device.txqlen)
         steps: list[Step] = []
         if choice.tree is not None and not refusals:
             off = differences(choice.tree, qdiscs, classes) if ours else None
@@ -274,7 +276,7 @@ class DeviceEnforcer:
         ``replaces``: an older tree of ours has to go first, since a root can't be replaced by one of the same handle.
         """
         if off is None:
-            messages = [nl.message(nl.RTM_DELQDISC, 0, (self._ifindex, 0, nl.TC_H_ROOT, 0))] if replaces else []
+            messages = [tc.message(tc.RTM_DELQDISC, 0, self._ifindex, 0, tc.TC_H_ROOT)] if replaces else []
             messages += [node.message(self._ifindex) for node in tree.nodes]
         else:
             by_change = {d.node: d.how is How.CHANGE for d in off if d.node is not None}
@@ -285,7 +287,7 @@ class DeviceEnforcer:
                 continue
             fd = prio.load_program(want)
             try:
-                self._sock.run([prio.filter_message(want, self._ifindex, fd)], f"filter of {nl.classid(want.parent)}")
+                self._sock.run([prio.filter_message(want, self._ifindex, fd)], f"filter of {tc.classid(want.parent)}")
             finally:
                 os.close(fd)
         wrong = self._differences(tree)
@@ -293,7 +295,7 @@ class DeviceEnforcer:
             raise EnforceError(f"device {self.ifname}", f"the tree is not as wanted: {'; '.join(wrong)}")
 
 
-def _steps(device: Device, tree: Tree, off: list[Difference] | None) -> list[Step]:
+def _steps(device: DeviceFacts, tree: Tree, off: list[Difference] | None) -> list[Step]:
     if off is None:
         return [Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups]
     if not off:
@@ -309,7 +311,7 @@ def _steps(device: Device, tree: Tree, off: list[Difference] | None) -> list[Ste
     ]
 
 
-def _undo(device: Device, before: Snapshot) -> list[Step]:
+def _undo(device: DeviceFacts, before: Snapshot) -> list[Step]:
     if before.by_kernel:
         text = f"Delete the root; the kernel's default ({before.root.kind}) returns"
         return [Step(text, f"tc qdisc del dev {device.ifname} root")]

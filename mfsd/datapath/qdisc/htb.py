@@ -25,24 +25,22 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import HTB_PRIOS, Bands, BandSpec, Role
-from mfsd.datapath import netlink as nl
-from mfsd.datapath.qdisc.tree import (
+from mfsd.datapath import tc
+from mfsd.datapath.formats import (
     HTB_GLOB,
     HTB_OPT,
-    MAJOR,
-    ROOT,
+    HTB_VERSION,
     TCA_HTB_CEIL64,
     TCA_HTB_INIT,
     TCA_HTB_PARMS,
     TCA_HTB_RATE64,
     U32_MAX,
-    Group,
-    Node,
-    Tree,
-    number_leaves,
     ratespec,
     ticks,
 )
+from mfsd.datapath.handles import MAJOR, ROOT
+from mfsd.datapath.qdisc.tree import Group, Node, Tree, number_leaves
+from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from mfsd.units import Rate
@@ -52,7 +50,6 @@ MAX_LANES: Final = 0xFFE
 """Minor numbers per band, less the inner class."""
 NO_FLOOR: Final = 1
 """Bytes/s. htb refuses a rate of 0."""
-_HTB_VERSION: Final = 3
 _R2Q: Final = 10
 """rate2quantum, htb's default; without effect, since every quantum is explicit."""
 
@@ -87,7 +84,7 @@ def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
         Group(
             "Install htb at the root (the one graft), unknown packets to the default band",
             f"tc qdisc replace dev DEV root handle {MAJOR:x}: htb default {default & 0xFFFF:x} r2q {_R2Q}",
-            (Node("htb", ROOT, nl.TC_H_ROOT, _root_options(default)),),
+            (Node("htb", ROOT, tc.TC_H_ROOT, _root_options(default)),),
         ),
         maker.single("The link itself, which alone is paced", ROOT | LINK_MINOR, ROOT, link, 0),
     ]
@@ -112,7 +109,7 @@ def _inner(band: BandSpec) -> int:
 
 
 def _root_options(default: int) -> bytes:
-    return nl.attr(TCA_HTB_INIT, HTB_GLOB.pack(_HTB_VERSION, _R2Q, default & 0xFFFF, 0, 0))
+    return nl.attr(TCA_HTB_INIT, HTB_GLOB.pack(HTB_VERSION, _R2Q, default & 0xFFFF, 0, 0))
 
 
 class _Maker:
@@ -146,7 +143,7 @@ class _Maker:
     def command(self, classid: str, parent: int, rate: int, prio: int) -> str:
         own = self.ceil_burst if rate == self.link else 1 if rate == NO_FLOOR else burst(rate, 4096)
         return (
-            f"tc class add dev DEV parent {nl.classid(parent)} classid {classid} htb rate {rate * 8}bit "
+            f"tc class add dev DEV parent {tc.classid(parent)} classid {classid} htb rate {rate * 8}bit "
             f"ceil {self.link * 8}bit burst {own} cburst {self.ceil_burst} prio {prio} quantum {self.quantum}"
         )
 
@@ -156,7 +153,7 @@ class _Maker:
     def single(self, text: str, classid: int, parent: int, rate: int, prio: int) -> Group:
         return Group(
             text,
-            self.command(nl.classid(classid), parent, rate, prio),
+            self.command(tc.classid(classid), parent, rate, prio),
             (self.node(classid, parent, rate, prio),),
         )
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import HTB_PRIOS
+from mfsd.datapath.facts import kernel_has
 from mfsd.datapath.qdisc import htb, prio
-from mfsd.datapath.qdisc.device import kernel_has
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from mfsd.bands import Bands
-    from mfsd.datapath.netlink import TcSocket
-    from mfsd.datapath.qdisc.device import Device
+    from mfsd.datapath.facts import DeviceFacts
     from mfsd.datapath.qdisc.tree import Tree
+    from mfsd.datapath.tc import TcSocket
 
 BACKENDS: Final = ("auto", "htb", "prio")
 _SHARE: Final = 0.98
@@ -62,7 +62,7 @@ class Choice:
     refusals: list[str] = field(default_factory=list)
 
 
-def choose(sock: TcSocket, device: Device, bands: Bands, backend: str, rate: Rate | None) -> Choice:
+def choose(sock: TcSocket, device: DeviceFacts, bands: Bands, backend: str, rate: Rate | None) -> Choice:
     """Settle on a backend and build its tree. Raises ValueError for a backend that does not exist."""
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
@@ -109,7 +109,7 @@ def _auto(sock: TcSocket, bands: Bands, choice: Choice) -> None:
         choice.refusals.append("the kernel has neither htb nor prio (CONFIG_NET_SCH_HTB, CONFIG_NET_SCH_PRIO)")
 
 
-def _htb(sock: TcSocket, device: Device, bands: Bands, choice: Choice) -> None:
+def _htb(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> None:
     if not kernel_has(sock, "htb"):
         choice.refusals.append("backend = htb: the kernel has no htb (CONFIG_NET_SCH_HTB)")
         return
@@ -133,7 +133,7 @@ def _htb(sock: TcSocket, device: Device, bands: Bands, choice: Choice) -> None:
     choice.tree = htb.build(bands, choice.rate, gso=device.gso)
 
 
-def _prio(sock: TcSocket, device: Device, bands: Bands, choice: Choice) -> None:
+def _prio(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> None:
     needs = ["prio"] + (["tbf"] if choice.rate is not None else [])
     missing = [kind for kind in needs if not kernel_has(sock, kind)]
     if missing:

@@ -19,33 +19,17 @@ There are no floors. Counters of a band of one lane belong to its leaf, so a res
 
 from __future__ import annotations
 
-import ctypes
-import os
 import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import PRIO_BANDS, Bands, BandSpec
-from mfsd.datapath import netlink as nl
-from mfsd.datapath.qdisc.device import EnforceError
-from mfsd.datapath.qdisc.tree import (
-    CHILD_MAJOR,
-    MAJOR,
-    ROOT,
-    SHAPER_MAJOR,
-    TBF_QOPT,
-    TCA_DRR_QUANTUM,
-    TCA_TBF_PARMS,
-    TCA_TBF_RATE64,
-    U32_MAX,
-    Filter,
-    Group,
-    Node,
-    Tree,
-    number_leaves,
-    ratespec,
-    ticks,
-)
+from mfsd.datapath import tc
+from mfsd.datapath.bpf import syscall
+from mfsd.datapath.formats import TBF_QOPT, TCA_DRR_QUANTUM, TCA_TBF_PARMS, TCA_TBF_RATE64, U32_MAX, ratespec, ticks
+from mfsd.datapath.handles import CHILD_MAJOR, MAJOR, ROOT, SHAPER_MAJOR
+from mfsd.datapath.qdisc.tree import Filter, Group, Node, Tree, number_leaves
+from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from mfsd.units import Rate
@@ -56,7 +40,6 @@ _ETH_P_ALL: Final = 0x0003
 _FILTER_HANDLE: Final = 1
 _TCA_BPF_FD: Final = 6
 _TCA_BPF_NAME: Final = 7
-_PROG_TYPE_SCHED_CLS: Final = 3
 _PRIORITY: Final = 32
 """Offset of struct __sk_buff.priority, include/uapi/linux/bpf.h."""
 _NO_RATE: Final = b"\0" * 12
@@ -72,8 +55,8 @@ def build(bands: Bands, rate: Rate | None, *, lanes: bool, gso: int = 65536, lim
     groups: list[Group] = []
     if rate is not None:
         groups.append(_shaper(int(rate.bytes_per_s), gso, limit))
-    place = SHAPER_MAJOR << 16 | 1 if rate is not None else nl.TC_H_ROOT
-    where = f"parent {nl.classid(place)}" if rate is not None else "root"
+    place = SHAPER_MAJOR << 16 | 1 if rate is not None else tc.TC_H_ROOT
+    where = f"parent {tc.classid(place)}" if rate is not None else "root"
     default = bands.default.index
     options = struct.pack("=i16B", len(bands), *([default] * _PRIOMAP))
     groups.append(
@@ -116,7 +99,7 @@ def _shaper(rate: int, gso: int, limit: int) -> Group:
     return Group(
         "Install tbf at the root (the one graft), which paces the link",
         f"tc qdisc replace dev DEV root handle {SHAPER_MAJOR:x}: tbf rate {rate * 8}bit burst {bucket} limit {backlog}",
-        (Node("tbf", SHAPER_MAJOR << 16, nl.TC_H_ROOT, options),),
+        (Node("tbf", SHAPER_MAJOR << 16, tc.TC_H_ROOT, options),),
     )
 
 
@@ -133,7 +116,7 @@ def _drr(band: BandSpec, gso: int) -> list[Group]:
     return [
         Group(
             f"Band {band.index} ({band.name}): drr",
-            f"tc qdisc add dev DEV parent {nl.classid(parent)} handle {major:x}: drr",
+            f"tc qdisc add dev DEV parent {tc.classid(parent)} handle {major:x}: drr",
             (Node("drr", major << 16, parent, None),),
         ),
         Group(f"Its {band.lanes} lanes, served in turns", loop, lanes, (Filter(root, (), root | 1),)),
@@ -165,26 +148,14 @@ def _insn(code: int, dst: int, src: int, offset: int, value: int) -> bytes:
 
 
 def load_program(want: Filter) -> int:
-    """Load the filter's program and return its descriptor. Raises EnforceError."""
-    code = program(want)
-    try:
-        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
-        load = lib.bpf_prog_load
-    except (OSError, AttributeError) as e:
-        fix = "install libbpf 1.x (Debian: libbpf1) or set lanes = 1"
-        raise EnforceError("load the filter that leads packets to their lanes", str(e), fix) from e
-    load.restype = ctypes.c_int
-    load.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p]
-    fd = int(load(_PROG_TYPE_SCHED_CLS, b"mfsd_lanes", b"GPL", code, len(code) // 8, None))
-    if fd < 0:
-        raise EnforceError("load the filter that leads packets to their lanes", os.strerror(ctypes.get_errno()))
-    return fd
+    """Load the filter's program and return its descriptor. Raises LoaderError."""
+    return syscall.prog_load(syscall.SCHED_CLS, "mfsd_lanes", program(want), "GPL")
 
 
 def filter_message(want: Filter, ifindex: int, fd: int) -> bytes:
     """RTM_NEWTFILTER for a loaded program. The kernel keeps the program as long as the filter."""
     options = nl.attr(_TCA_BPF_FD, struct.pack("=I", fd)) + nl.attr(_TCA_BPF_NAME, b"mfsd_lanes\0")
-    body = nl.kind_attr("bpf") + nl.attr(nl.TCA_OPTIONS, options)
+    body = tc.kind_attr("bpf") + nl.attr(tc.TCA_OPTIONS, options)
     info = 1 << 16 | socket.htons(_ETH_P_ALL)
     flags = nl.NLM_CREATE | nl.NLM_EXCL
-    return nl.message(nl.RTM_NEWTFILTER, flags, (ifindex, _FILTER_HANDLE, want.parent, info), body)
+    return tc.message(tc.RTM_NEWTFILTER, flags, ifindex, _FILTER_HANDLE, want.parent, info, body)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rescue: free a promoted connection's packets from the starved queue that they sit in.
+"""Purge: free a promoted connection's packets from the starved queue that they sit in.
 
 Two GSO segments of a starved TCP connection stay in its old lane, and while they do, TCP sends nothing more
 (tcp_small_queue_check) and repeats nothing (skb_still_in_host_queue, net/ipv4/tcp_output.c). Grafting a fresh leaf onto
@@ -15,30 +15,29 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mfsd.datapath import netlink as nl
-from mfsd.datapath.qdisc.tree import LEAF_MAJORS, PURGEABLE
+from mfsd.datapath import tc
+from mfsd.datapath.handles import LEAF_MAJORS
+from mfsd.datapath.qdisc.tree import PURGEABLE
+from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mfsd.datapath.qdisc.tree import BandQueues, Tree
 
-_BATCH: Final = 128
-"""Lanes per sendmsg: some 15 kB of requests, and answers well inside the socket's buffer."""
-_ADDED: Final = nl.NLM_CREATE | nl.NLM_REPLACE | nl.NLM_EXCL | nl.NLM_ACK
+_ADDED: Final = nl.NLM_CREATE | nl.NLM_REPLACE | nl.NLM_EXCL
 _RETRY: Final = frozenset({errno.EEXIST, errno.EINVAL})
 
 
-@dataclass(frozen=True, slots=True)
-class Rescued:
-    """What a rescue freed. Counted right before the purge, so up to one packet per CPU may be missing."""
+class Purged(NamedTuple):
+    """What was freed in a lane. Counted right before the purge, so up to one packet per CPU may be missing."""
 
     band: int
     lane: int
-    purged_bytes: int
-    purged_packets: int
+    bytes: int
+    packets: int
 
 
 @dataclass(slots=True)
@@ -58,9 +57,9 @@ class LanePurger:
     belong to the leaf.
     """
 
-    def __init__(self, sock: nl.TcSocket, ifindex: int, tree: Tree) -> None:
+    def __init__(self, sock: tc.TcSocket, ifindex: int, tree: Tree) -> None:
         self._sock = sock
-        self._reader = nl.StatsReader()
+        self._reader = tc.StatsReader()
         self._bands = {b.spec.index: b for b in tree.bands}
         self._lanes = {
             (band.spec.index, lane): _lane(ifindex, band, lane)
@@ -71,7 +70,7 @@ class LanePurger:
         self._resets = tree.counters_reset
         self.gone: dict[int, tuple[int, int, int]] = {}
 
-    def sync(self, classes: Iterable[nl.TcObject]) -> None:
+    def sync(self, classes: Iterable[tc.TcObject]) -> None:
         """Learn from a class dump which of its two handles each lane's leaf has now."""
         leaf = {c.handle: c.info for c in classes}
         for lane in self._lanes.values():
@@ -80,20 +79,17 @@ class LanePurger:
 
     def backlog(self, classid: int, ifindex: int) -> tuple[int, int]:
         """(bytes, packets) queued in a class now. Raises NetlinkError."""
-        stats = self._reader.read(*self._sock.ask(nl.query(nl.RTM_GETTCLASS, ifindex, classid)))
+        answer = self._sock.ask(tc.query(tc.RTM_GETTCLASS, ifindex, classid), f"look at lane {tc.classid(classid)}")
+        stats = self._reader.read(answer)
         return stats.backlog_bytes, stats.backlog_packets
 
-    def rescue(self, lanes: Sequence[tuple[int, int]]) -> list[Rescued]:
+    def purge(self, lanes: Sequence[tuple[int, int]]) -> list[Purged]:
         """Purge (band, lane) pairs.
 
         Raises ValueError for a lane that must not be purged, before purging any; NetlinkError when the kernel refuses
         one, which stops none of the others.
         """
-        chosen = [self._find(band, lane) for band, lane in dict.fromkeys(lanes)]
-        out: list[Rescued] = []
-        for start in range(0, len(chosen), _BATCH):
-            out += self._batch(chosen[start : start + _BATCH])
-        return out
+        return self._purge([self._find(band, lane) for band, lane in dict.fromkeys(lanes)])
 
     def _find(self, band: int, lane: int) -> _Lane:
         found = self._lanes.get((band, lane))
@@ -106,39 +102,42 @@ class LanePurger:
             raise ValueError(f"lane {lane}: band {band} has lanes 0 to {queues.lanes - 1}")
         return found
 
-    def _batch(self, lanes: list[_Lane], *, again: bool = True) -> list[Rescued]:
-        raw = b"".join(part for lane in lanes for part in (lane.query, lane.purges[lane.turn]))
-        out: list[Rescued] = []
+    def _purge(self, lanes: list[_Lane], *, again: bool = True) -> list[Purged]:
+        answers = self._sock.batch([part for lane in lanes for part in (lane.query, lane.purges[lane.turn])])
+        out: list[Purged] = []
         refused: list[_Lane] = []
-        # Answers come in order, one per message: the class (or an error), then the acknowledgement of its purge.
-        answers = self._sock.exchange(raw, 2 * len(lanes))
-        for i, lane in enumerate(lanes):
-            data, offset, length, kind, _ = answers[2 * i]
-            if nl.is_error(kind):
-                raise nl.NetlinkError(nl.error_code(data, offset), f"look at lane {nl.classid(lane.classid)}")
-            before = self._reader.read(data, offset, length)
-            code = nl.error_code(*answers[2 * i + 1][:2])
-            if code in _RETRY and again:
+        refusal: nl.NetlinkError | None = None
+        for lane, held, done in zip(lanes, answers[::2], answers[1::2], strict=True):
+            if held.kind == nl.NLMSG_ERROR:
+                refusal = refusal or nl.NetlinkError(held.code, f"look at lane {tc.classid(lane.classid)}", held.note)
+                continue
+            if done.code in _RETRY and again:
                 lane.turn ^= 1
                 refused.append(lane)
                 continue
-            if code:
-                raise nl.NetlinkError(code, f"purge lane {nl.classid(lane.classid)}")
+            if done.code:
+                refusal = refusal or nl.NetlinkError(done.code, f"purge lane {tc.classid(lane.classid)}", done.note)
+                continue
             lane.turn ^= 1
-            out.append(Rescued(lane.band, lane.lane, before.backlog_bytes, before.backlog_packets))
+            before = self._reader.read(held)
+            out.append(Purged(lane.band, lane.lane, before.backlog_bytes, before.backlog_packets))
             if self._resets and self._bands[lane.band].lanes == 1:
                 b, p, d = self.gone.get(lane.band, (0, 0, 0))
                 self.gone[lane.band] = b + before.bytes, p + before.packets, d + before.drops
         # Somebody else gave the lane the handle whose turn it was: the other one is free.
-        return out + (self._batch(refused, again=False) if refused else [])
+        if refused:
+            out += self._purge(refused, again=False)
+        if refusal is not None:
+            raise refusal
+        return out
 
 
 def _lane(ifindex: int, band: BandQueues, lane: int) -> _Lane:
     classid = band.classid + lane
-    body = nl.kind_attr("pfifo")  # no options: as long as the device's transmit queue, like the leaf it replaces
+    body = tc.kind_attr("pfifo")  # no options: as long as the device's transmit queue, like the leaf it replaces
     first = LEAF_MAJORS.start + 2 * (band.first_leaf + lane)
     purges = [
-        nl.message(nl.RTM_NEWQDISC, _ADDED, (ifindex, (first + turn) << 16, classid, 0), body) for turn in range(2)
+        tc.message(tc.RTM_NEWQDISC, _ADDED, ifindex, (first + turn) << 16, classid, body=body) for turn in range(2)
     ]
-    query = nl.query(nl.RTM_GETTCLASS, ifindex, classid)
+    query = tc.query(tc.RTM_GETTCLASS, ifindex, classid)
     return _Lane(band.spec.index, lane, classid, query, (purges[0], purges[1]))

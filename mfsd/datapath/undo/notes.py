@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from mfsd.datapath.qdisc.device import EnforceError
+from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.undo.snapshot import Snapshot
 from mfsd.host import processes
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mfsd.datapath import netlink as nl
-from mfsd.datapath.qdisc.device import EnforceError, read_device, set_txqlen
-from mfsd.datapath.qdisc.tree import is_ours
+from mfsd.datapath import tc
+from mfsd.datapath.errors import DatapathError, NoDeviceError
+from mfsd.datapath.facts import read_facts, set_txqlen
+from mfsd.datapath.handles import is_ours
 from mfsd.datapath.undo import notes
-from mfsd.datapath.undo.snapshot import Saved, Snapshot, capture, read_tree, root_of
+from mfsd.datapath.undo.snapshot import Saved, Snapshot, capture
+from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +31,7 @@ def restore_all(state_dir: Path, ifname: str | None = None) -> dict[str, list[st
             continue
         try:
             out[name] = _restore_one(state_dir, name)
-        except (EnforceError, nl.NetlinkError, OSError) as e:
+        except (DatapathError, OSError) as e:
             out[name] = [str(e)]
     if ifname is not None and ifname not in out:
         out[ifname] = [f"{ifname}: no note in {state_dir}, so nothing to put back"]
@@ -47,43 +49,53 @@ def _restore_one(state_dir: Path, ifname: str) -> list[str]:
         text = f"{ifname}: the note is of another network namespace (inode {state.namespace}); run this inside it, "
         return [f"{text}or remove {file} if that namespace is gone"]
     try:
-        device = read_device(ifname)
-    except EnforceError:
+        device = read_facts(ifname)
+    except NoDeviceError:
         device = None
     if device is None or device.ifindex != state.ifindex:
         notes.forget(state_dir, ifname)
         return []
-    with nl.TcSocket() as sock:
+    with tc.TcSocket() as sock:
         return put_back(sock, state, state_dir)
 
 
-def put_back(sock: nl.TcSocket, state: State, state_dir: Path) -> list[str]:
+def put_back(sock: tc.TcSocket, state: State, state_dir: Path) -> list[str]:
     """Replay what was there, compare, forget the note; returns problems.
 
     Never leaves a half-made tree: the kernel's default is better than half of somebody's, so that is what stays when
-    the replay is refused, and the problems say so.
+    the replay is refused, and the problems say so. A device that is gone, or goes meanwhile, needs nothing. Raises
+    NetlinkError, EnforceError.
     """
-    qdiscs, _ = read_tree(sock, state.ifindex)
-    root = root_of(qdiscs)
+    try:
+        problems = _put_back(sock, state)
+    except NoDeviceError:
+        problems = []
+    notes.forget(state_dir, state.ifname)
+    return problems
+
+
+def _put_back(sock: tc.TcSocket, state: State) -> list[str]:
+    qdiscs, _ = sock.tree(state.ifindex)
+    root = tc.root_of(qdiscs)
     problems: list[str] = []
     if root is not None and is_ours(root):
         try:
             sock.run(state.before.replay(state.ifindex), f"put back the qdiscs of {state.ifname}")
         except nl.NetlinkError as e:
-            delete = nl.message(nl.RTM_DELQDISC, 0, (state.ifindex, 0, nl.TC_H_ROOT, 0))
-            sock.run_each([delete])
+            sock.batch([tc.message(tc.RTM_DELQDISC, 0, state.ifindex, 0, tc.TC_H_ROOT)])
             problems.append(f"{e}; the kernel's default is in place instead of {'; '.join(state.before.lines())}")
     elif root is not None and root.handle != state.before.root.handle:
-        text = f"{root.kind} {nl.classid(root.handle)}"
+        text = f"{root.kind} {tc.classid(root.handle)}"
         problems.append(f"{state.ifname}: somebody replaced mfsd's root by {text}; it was left alone")
-    device = read_device(state.ifname)
+    device = read_facts(state.ifname)
     if device.txqlen != state.before.txqlen:
         # Grafting a qdisc onto a device without a queue gives it one (sch_api.c, qdisc_create).
         set_txqlen(state.ifindex, state.before.txqlen)
     if not problems:
-        now = capture(sock, state.ifindex, state.before.txqlen)
-        problems += _compare(state, now)
-    notes.forget(state_dir, state.ifname)
+        qdiscs, classes = sock.tree(state.ifindex)
+        if tc.root_of(qdiscs) is None:
+            read_facts(state.ifname)  # is it still there?
+        problems += _compare(state, capture(qdiscs, classes, state.before.txqlen))
     return problems
 
 

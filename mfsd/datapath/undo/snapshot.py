@@ -15,12 +15,13 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from mfsd.datapath import netlink as nl
-from mfsd.datapath.qdisc.tree import HTB_GLOB, TCA_HTB_INIT, TCA_HTB_OFFLOAD, U32_MAX, settings
+from mfsd.datapath import tc
+from mfsd.datapath.formats import HTB_GLOB, HTB_VERSION, TCA_HTB_INIT, TCA_HTB_OFFLOAD, U32_MAX, settings
+from mfsd.host import netlink as nl
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 _FIFOS: Final = ("bfifo", "pfifo", "pfifo_fast", "pfifo_head_drop")
 REPLAYABLE: Final = frozenset(
@@ -30,7 +31,6 @@ REPLAYABLE: Final = frozenset(
 less than they need (red's and choke's table, netem's distribution) or talk to hardware (mqprio, taprio)."""
 EXPLICIT_CLASSES: Final = frozenset({"htb", "drr"})
 """Kinds whose classes are made by messages; the others make theirs with the qdisc, or dump flows as classes."""
-_HTB_VERSION: Final = 3
 _STRICT: Final = frozenset({"ets"})
 """Kinds that insist on the flag of nested attributes, which is missing in their own dumps (nla_parse_nested)."""
 _NESTED: Final = 0x8000
@@ -51,7 +51,7 @@ class Saved:
     options: bytes | None
 
     @classmethod
-    def of(cls, kind: str, thing: nl.TcObject) -> Self:
+    def of(cls, kind: str, thing: tc.TcObject) -> Self:
         """From a dump."""
         return cls(kind, thing.kind, thing.handle, thing.parent, thing.options)
 
@@ -108,14 +108,14 @@ class Snapshot:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Undo to_json. Raises KeyError, TypeError or ValueError on anything else."""
         qdiscs = tuple(Saved.from_json(q) for q in data["qdiscs"])
-        if not qdiscs or qdiscs[0].parent != nl.TC_H_ROOT:
+        if not qdiscs or qdiscs[0].parent != tc.TC_H_ROOT:
             raise ValueError("no root qdisc recorded")
         return cls(qdiscs, tuple(Saved.from_json(c) for c in data["classes"]), int(data["txqlen"]))
 
     def replay(self, ifindex: int) -> list[bytes]:
         """Messages that bring the tree back in place of ours. The first is the one root graft."""
         if self.by_kernel:
-            return [nl.message(nl.RTM_DELQDISC, 0, (ifindex, 0, nl.TC_H_ROOT, 0))]
+            return [tc.message(tc.RTM_DELQDISC, 0, ifindex, 0, tc.TC_H_ROOT)]
         return [_request(item, ifindex) for item in self.ordered()]
 
     def ordered(self) -> list[Saved]:
@@ -126,11 +126,11 @@ class Snapshot:
         placed: set[int] = set()
 
         def ready(item: Saved) -> bool:
-            if item.type == "qdisc" and item.parent == nl.TC_H_ROOT:
+            if item.type == "qdisc" and item.parent == tc.TC_H_ROOT:
                 return True
             if item.type == "class" and item.handle & 0xFFFF0000 not in placed:
                 return False
-            if item.parent == nl.TC_H_ROOT or item.parent in placed:
+            if item.parent == tc.TC_H_ROOT or item.parent in placed:
                 return True
             # Classes that come with their qdisc (mq, prio, tbf) are not in the list.
             return item.parent not in explicit and item.parent & 0xFFFF0000 in placed
@@ -155,30 +155,18 @@ class Snapshot:
         return tuple(item.text for item in (*self.qdiscs, *self.classes))
 
 
-def capture(sock: nl.TcSocket, ifindex: int, txqlen: int) -> Snapshot:
-    """Read a device's egress tree."""
-    qdiscs, classes = read_tree(sock, ifindex)
+def capture(qdiscs: Iterable[tc.TcObject], classes: Iterable[tc.TcObject], txqlen: int) -> Snapshot:
+    """From a device's egress tree; without a root where there is none (the device is down, or gone)."""
     saved = [Saved.of("qdisc", q) for q in qdiscs]
-    saved.sort(key=lambda q: (q.parent != nl.TC_H_ROOT, q.handle, q.parent))
+    saved.sort(key=lambda q: (q.parent != tc.TC_H_ROOT, q.handle, q.parent))
     return Snapshot(tuple(saved), tuple(Saved.of("class", c) for c in classes if c.kind in EXPLICIT_CLASSES), txqlen)
 
 
-def read_tree(sock: nl.TcSocket, ifindex: int) -> tuple[list[nl.TcObject], list[nl.TcObject]]:
-    """(qdiscs, classes) of the egress tree."""
-    qdiscs = nl.objects(sock, nl.RTM_GETQDISC, ifindex)
-    egress = [q for q in qdiscs if q.handle != nl.CLSACT_MAJOR and q.kind not in ("ingress", "clsact")]
-    return egress, nl.objects(sock, nl.RTM_GETTCLASS, ifindex)
-
-
-def root_of(qdiscs: Iterable[nl.TcObject]) -> nl.TcObject | None:
-    """The root among dumped qdiscs; None on a device without any (a bug of the driver, or a bridge port gone)."""
-    return next((q for q in qdiscs if q.parent == nl.TC_H_ROOT), None)
-
-
-def obstacles(sock: nl.TcSocket, ifindex: int) -> list[str]:
-    """Why the tree on a device could not be put back exactly; empty when it can."""
-    qdiscs, classes = read_tree(sock, ifindex)
-    root = root_of(qdiscs)
+def obstacles(
+    sock: tc.TcSocket, ifindex: int, qdiscs: Sequence[tc.TcObject], classes: Sequence[tc.TcObject]
+) -> list[str]:
+    """Why a device's egress tree could not be put back exactly; empty when it can. Asks for filters."""
+    root = tc.root_of(qdiscs)
     if root is None:
         return ["the device has no root qdisc"]
     if root.handle == 0:
@@ -187,21 +175,21 @@ def obstacles(sock: nl.TcSocket, ifindex: int) -> list[str]:
     out += [reason for c in classes if c.kind in EXPLICIT_CLASSES for reason in _obstacles("class", c)]
     holders = [q.handle for q in qdiscs if q.handle] + [c.handle for c in classes if c.kind in EXPLICIT_CLASSES]
     for holder in holders:
-        count = len(nl.objects(sock, nl.RTM_GETTFILTER, ifindex, holder))
+        count = len(sock.objects(tc.RTM_GETTFILTER, ifindex, holder))
         if count:
             out.append(
-                f"{nl.classid(holder)} has filters ({count} entries), which can't be put back exactly; "
-                f"remove them first (tc filter del dev DEV parent {nl.classid(holder)})"
+                f"{tc.classid(holder)} has filters ({count} entries), which can't be put back exactly; "
+                f"remove them first (tc filter del dev DEV parent {tc.classid(holder)})"
             )
     return out
 
 
-def _obstacles(kind: str, thing: nl.TcObject) -> list[str]:
-    name = f"{kind} {thing.kind} {nl.classid(thing.handle)}"
+def _obstacles(kind: str, thing: tc.TcObject) -> list[str]:
+    name = f"{kind} {thing.kind} {tc.classid(thing.handle)}"
     out = []
     if thing.kind not in REPLAYABLE:
         out.append(f"{name}: qdiscs of kind {thing.kind} can't be put back exactly")
-    if nl.TCA_STAB in thing.attributes:
+    if tc.TCA_STAB in thing.attributes:
         out.append(f"{name} has a size table (stab), whose contents the kernel does not give out")
     if thing.estimator:
         out.append(f"{name} has a rate estimator, whose parameters the kernel does not give out")
@@ -227,7 +215,7 @@ def _as_request(item: Saved) -> bytes | None:
     # The dump says version 0x30011, a request must say 3 (net/sched/sch_htb.c, htb_init and htb_dump).
     found = nl.attrs(item.options)
     _, r2q, default, _, _ = HTB_GLOB.unpack_from(found[TCA_HTB_INIT])
-    found[TCA_HTB_INIT] = HTB_GLOB.pack(_HTB_VERSION, r2q, default, 0, 0)
+    found[TCA_HTB_INIT] = HTB_GLOB.pack(HTB_VERSION, r2q, default, 0, 0)
     return b"".join(nl.attr(number, payload) for number, payload in found.items())
 
 
@@ -243,12 +231,11 @@ def codel_request(dumped: int) -> int:
 
 def _request(item: Saved, ifindex: int) -> bytes:
     options = _as_request(item)
-    number = nl.TCA_OPTIONS | (_NESTED if item.kind in _STRICT else 0)
-    body = nl.kind_attr(item.kind) + (b"" if options is None else nl.attr(number, options))
-    tcm = (ifindex, item.handle, item.parent, 0)
+    number = tc.TCA_OPTIONS | (_NESTED if item.kind in _STRICT else 0)
+    body = tc.kind_attr(item.kind) + (b"" if options is None else nl.attr(number, options))
     if item.type == "class":
-        return nl.message(nl.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL, tcm, body)
-    return nl.message(nl.RTM_NEWQDISC, nl.NLM_CREATE | nl.NLM_REPLACE, tcm, body)
+        return tc.message(tc.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL, ifindex, item.handle, item.parent, body=body)
+    return tc.message(tc.RTM_NEWQDISC, nl.NLM_CREATE | nl.NLM_REPLACE, ifindex, item.handle, item.parent, body=body)
 
 
 def _steady(item: Saved) -> bytes | None:
@@ -260,7 +247,7 @@ def _steady(item: Saved) -> bytes | None:
 
 def describe(item: Saved) -> str:
     """One line as tc shows it; of the options those that tell one tree from another."""
-    place = "root" if item.parent == nl.TC_H_ROOT else f"parent {nl.classid(item.parent)}"
+    place = "root" if item.parent == tc.TC_H_ROOT else f"parent {tc.classid(item.parent)}"
     values = settings(item.kind, item.type, item.options)
     raw = item.options or b""
     words = []
@@ -271,4 +258,4 @@ def describe(item: Saved) -> str:
         words.append(f"default {int(values['default']):#x}")
     if "prio" in values:
         words.append(f"prio {values['prio']!r}")
-    return " ".join([item.type, item.kind, nl.classid(item.handle) if item.handle else "0:", place, *words])
+    return " ".join([item.type, item.kind, tc.classid(item.handle) if item.handle else "0:", place, *words])

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pyroute2 import IPRoute
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
-from mfsd.datapath import netlink as nl
-from mfsd.datapath.bpf.loader import DatapathError
+from mfsd.datapath import tc
+from mfsd.datapath.errors import EnforceError, NoDeviceError
+from mfsd.datapath.pyroute import iproute
+from mfsd.host import netlink as nl
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
@@ -33,15 +35,13 @@ _PROBE_HANDLE: Final = 0x6D7F0000
 _ALWAYS_THERE: Final = "pfifo"
 """Part of CONFIG_NET_SCHED itself."""
 _SPEED_UNKNOWN: Final = (0, 0xFFFF, 0xFFFFFFFF, -1)
-
-
-class EnforceError(DatapathError):
-    """A device's qdiscs can't be set up, checked or put back."""
+_NAMED: Final = 20
+"""Devices that an error names, at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """One network device. ``speed`` is None where the driver knows none; ``gso`` is in bytes."""
+class DeviceFacts:
+    """One network device. ``speed`` is None where the driver knows none; ``gso`` is in bytes, ``txqlen`` in packets."""
 
     ifname: str
     ifindex: int
@@ -58,19 +58,23 @@ class Device:
         return self.kind in VIRTUAL_KINDS
 
 
-def read_device(ifname: str) -> Device:
-    """Ask the kernel. Raises EnforceError when there is no such device in this network namespace."""
-    with IPRoute() as ipr:
-        found = ipr.link_lookup(ifname=ifname)
-        if not found:
-            known = sorted(str(link.get("ifname")) for link in ipr.get_links())
-            raise EnforceError(f"device {ifname}", "no such device", f"devices here: {', '.join(known[:20])}")
-        link = ipr.get_links(found[0])[0]
+def read_facts(ifname: str) -> DeviceFacts:
+    """Ask the kernel. Raises NoDeviceError, and EnforceError when it can't be asked."""
+    what = f"device {ifname}"
+    try:
+        with iproute(what) as ip:
+            (link,) = ip.link("get", ifname=ifname)
+    except OSError as e:
+        if e.errno == errno.ENODEV:
+            raise _no_device(ifname) from e
+        raise EnforceError(what, str(e)) from e
+    if link.get("ifname") != ifname:  # the kernel also goes by alternative names
+        raise _no_device(ifname)
     gso = max(link.get("gso_max_size") or 0, link.get("gso_ipv4_max_size") or 0, GSO_MAX)
     speed, queues = _ethtool(ifname)
-    return Device(
+    return DeviceFacts(
         ifname=ifname,
-        ifindex=int(found[0]),
+        ifindex=int(link["index"]),
         up=bool(link["flags"] & _IFF_UP),
         kind=link.get(("linkinfo", "kind")) or "",
         txqlen=int(link.get("txqlen") or 0),
@@ -80,10 +84,19 @@ def read_device(ifname: str) -> Device:
     )
 
 
+def _no_device(ifname: str) -> NoDeviceError:
+    known = sorted(name for _, name in socket.if_nameindex())
+    return NoDeviceError(f"device {ifname}", "no such device", f"devices here: {', '.join(known[:_NAMED])}")
+
+
 def set_txqlen(ifindex: int, txqlen: int) -> None:
-    """Write the device's transmit queue length, in packets."""
-    with IPRoute() as ipr:
-        ipr.link("set", index=ifindex, txqlen=txqlen)
+    """Write the device's transmit queue length, in packets. Raises NoDeviceError, EnforceError."""
+    what = f"set the queue length of device {ifindex}"
+    try:
+        with iproute(what) as ip:
+            ip.link("set", index=ifindex, txqlen=txqlen)
+    except OSError as e:
+        raise (NoDeviceError if e.errno == errno.ENODEV else EnforceError)(what, str(e)) from e
 
 
 def _ethtool(ifname: str) -> tuple[Rate | None, int]:
@@ -108,28 +121,27 @@ def _ioctl(ifname: str) -> Iterator[IoctlEthtool]:
         tool.close()
 
 
-def kernel_has(sock: nl.TcSocket, kind: str) -> bool:
-    """True when the kernel has this qdisc, loading its module if need be. Changes nothing.
+def kernel_has(sock: tc.TcSocket, kind: str) -> bool:
+    """True when the kernel has this qdisc, loading its module if need be. Changes nothing. Raises NetlinkError.
 
     Asks for a qdisc on lo with a size table that lacks its base: an unknown kind is ENOENT, a known one gets as far
     as the size table and is refused there, before it is grafted (net/sched/sch_api.c, qdisc_create). Older kernels
     let the qdisc look at lo first, and some want more than one transmit queue: EOPNOTSUPP from mq, mqprio and taprio.
     A kernel without any qdiscs (CONFIG_NET_SCHED) answers that, too, but for every kind.
     """
-    code, note = _probe(sock, kind)
-    if code == errno.EOPNOTSUPP:
-        code, note = _probe(sock, _ALWAYS_THERE)
-    if code == errno.EINVAL:
+    refusal = _probe(sock, kind)
+    if refusal.code == errno.EOPNOTSUPP:
+        refusal = _probe(sock, _ALWAYS_THERE)
+    if refusal.code == errno.EINVAL:
         return True
-    if code in (errno.ENOENT, errno.EOPNOTSUPP):
+    if refusal.code in (errno.ENOENT, errno.EOPNOTSUPP):
         return False
-    raise nl.NetlinkError(code or errno.EPROTO, f"ask whether the kernel has qdisc {kind}", note)
+    raise nl.NetlinkError(refusal.code or errno.EPROTO, f"ask whether the kernel has qdisc {kind}", refusal.note)
 
 
-def _probe(sock: nl.TcSocket, kind: str) -> tuple[int, str]:
-    """(errno, the kernel's words) of the refused request."""
-    body = nl.kind_attr(kind) + nl.attr(nl.TCA_STAB)
+def _probe(sock: tc.TcSocket, kind: str) -> nl.Message:
+    """The kernel's refusal."""
+    body = tc.kind_attr(kind) + nl.attr(tc.TCA_STAB)
     flags = nl.NLM_CREATE | nl.NLM_REPLACE
-    raw = nl.message(nl.RTM_NEWQDISC, flags, (_LOOPBACK, _PROBE_HANDLE, nl.TC_H_ROOT, 0), body)
-    ((code, note, _),) = sock.run_each([raw])
-    return code, note
+    raw = tc.message(tc.RTM_NEWQDISC, flags, _LOOPBACK, _PROBE_HANDLE, tc.TC_H_ROOT, body=body)
+    return sock.batch([raw])[0]

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices that go away between two calls: whoever asks gets an error of ours, whenever it happens."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from support.vanishing import vanishings
+
+from mfsd.datapath.bpf.attach import attach, hook_users, remove_leftover
+from mfsd.datapath.bpf.libbpf import LibbpfLoader
+from mfsd.datapath.errors import AttachError, EnforceError, NoDeviceError
+from mfsd.datapath.facts import read_facts, set_txqlen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from support.namespaces import NetnsPair
+
+    from mfsd.datapath.bpf.loader import Classifier
+
+pytestmark = [pytest.mark.bpf, pytest.mark.netns]
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+
+def add() -> None:
+    ip("link add w0 type veth peer name w1")
+    ip("link set w0 up")
+
+
+def remove() -> None:
+    ip("link del w0")
+
+
+def index() -> int:
+    return socket.if_nametoindex("w0")
+
+
+@pytest.fixture
+def classifier(netns_pair: NetnsPair) -> Iterator[Classifier]:
+    """The test runs in a namespace."""
+    with LibbpfLoader().open_classifier(16) as c, netns_pair.inside(netns_pair.a):
+        yield c
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "fails"),
+    [
+        (lambda _: read_facts("w0"), EnforceError, True),
+        (lambda _: set_txqlen(index(), 5), NoDeviceError, True),
+        (lambda c: attach(c, index(), "auto").detach(), AttachError, True),
+        (lambda c: attach(c, index(), "clsact").detach(), AttachError, True),
+        (lambda c: attach(c, index(), "clsact").update(c), AttachError, True),
+        (lambda _: remove_leftover(index()), AttachError, False),  # what is gone leaves nothing
+        (lambda _: hook_users(index()), OSError, None),  # where there is TCX
+    ],
+    ids=[
+        "read_facts",
+        "set_txqlen",
+        "attach",
+        "clsact and detach",
+        "clsact and update",
+        "remove_leftover",
+        "hook_users",
+    ],
+)
+def test_whatever_is_asked(
+    classifier: Classifier,
+    monkeypatch: pytest.MonkeyPatch,
+    ask: Callable[[Classifier], object],
+    error: type[Exception],
+    *,
+    fails: bool | None,
+) -> None:
+    raised = 0
+    for vanishing in vanishings(monkeypatch, add, remove):
+        try:
+            ask(classifier)
+        except error:
+            assert vanishing.happened
+            raised += 1
+    assert vanishing.asked >= 1
+    assert fails is None or bool(raised) == fails
+
+
+def test_a_missing_device_is_told_from_one_that_cannot_be_asked(
+    classifier: Classifier,  # noqa: ARG001 - in its namespace
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A note of what was there is thrown away for a device that is gone, and for no other reason."""
+    with pytest.raises(NoDeviceError, match="no such device; devices here: lo, v0"):
+        read_facts("nosuch0")
+    with pytest.raises(NoDeviceError):
+        set_txqlen(2**30, 5)
+
+    def exhausted(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("mfsd.datapath.pyroute.IPRoute", exhausted)
+    with pytest.raises(EnforceError, match="Too many open files") as caught:
+        read_facts("v0")
+    assert not isinstance(caught.value, NoDeviceError)
+
+
+def test_an_alternative_name_is_no_name(classifier: Classifier) -> None:  # noqa: ARG001 - in its namespace
+    """Notes go by the name: a device must not have two."""
+    ip("link property add dev v0 altname other0")
+    assert read_facts("v0").ifname == "v0"
+    with pytest.raises(NoDeviceError):
+        read_facts("other0")
