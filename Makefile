@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Everything starts here. `make demo` and `make test` need nothing before them on a fresh Debian 12 machine as root.
+# Everything starts here; nothing needs to be done before. `make check` is for everybody. What needs more than Python
+# installs it first, which takes root: `make setup`, `demo`, `lab`, `test`, `bench`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,33 +8,45 @@ PY := $(VENV)/bin/python
 NAME ?=
 KERNEL ?= 6.1
 STAMP := $(VENV)/.mfsd-setup
+PURE := not (root or netns or bpf)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo lab lab-quick test test-vm bench lint format clean
+.NOTPARALLEL:
+.PHONY: help setup system generated build check demo lab lab-quick test test-vm coverage bench lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  benchmarks:       $$(ls bench/*.py | sed -e 's,bench/,,' -e 's,\.py,,' | grep -v -e __init__ -e common | tr '\n' ' ')"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  benchmarks:     $$(ls bench/*.py | sed -e 's,bench/,,' -e 's,\.py,,' | grep -v -e __init__ -e common | tr '\n' ' ')"
+
+system:
+	@sh scripts/setup.sh system
 
 $(STAMP): pyproject.toml scripts/setup.sh scripts/constraints.txt
-	PYTHON=$(PYTHON) sh scripts/setup.sh $(VENV)
+	PYTHON=$(PYTHON) sh scripts/setup.sh python $(VENV)
 	@touch $@
 
-setup: $(STAMP) ## Debian packages, virtual environment, generated code (idempotent)
-
-build: $(STAMP) ## protobuf code, BPF object, layouts (only what is out of date)
+generated: $(STAMP)
 	@$(PY) scripts/build.py
+
+check: lint ## first thing to run: lint and the tests that need no privileges, under a minute, as any user
+	@mkdir -p build
+	$(PY) -m pytest -q -n logical -m "$(PURE)" --junitxml=build/check.xml
+	@$(PY) scripts/check_tiers.py --pure build/check.xml
+
+setup: build ## Debian packages (as root), virtual environment, generated code: what of them is missing or out of date
+
+build: system generated ## the same as setup
 
 demo: build ## the main job on real TCP in network namespaces: build/demo.json, build/demo.html
 	$(PY) -m mfsd.lab.demo
 
 lab-quick: build ## the cluster lab, five policies at two loads, 4 minutes: build/lab/quick.json, quick.html
-	$(PY) -m mfsd.daemon lab quick
+	$(PY) -m mfsd.lab quick
 
 lab: build ## the whole cluster lab: hours, goes on where it was interrupted: build/lab/lab.json, lab.html
-	$(PY) -m mfsd.daemon lab full
+	$(PY) -m mfsd.lab full
 
-test: build ## all tests of this machine's kernel; fails if a tier did not run
+test: build ## all tests of this machine's kernel, as root; fails if a tier did not run
 	@mkdir -p build
 	$(PY) -m pytest --junitxml=build/junit.xml
 	@$(PY) scripts/check_tiers.py build/junit.xml
@@ -41,17 +54,25 @@ test: build ## all tests of this machine's kernel; fails if a tier did not run
 test-vm: build ## the kernel tests in guests, KERNEL=6.1|6.12|7.3|all: build/vm/; all: docs/kernels.md
 	$(PY) scripts/vm/run.py --report $(KERNEL)
 
+coverage: generated ## branches that the tests without privileges take in policy, engine, api and client
+	rm -rf build/coverage
+	$(VENV)/bin/coverage run -m pytest -q -n logical -m "$(PURE)"
+	@$(VENV)/bin/coverage combine -q
+	@for room in policy engine api client; do \
+		$(VENV)/bin/coverage report --skip-empty --skip-covered --include "mfsd/$$room/*"; echo; done
+
 bench: build ## one benchmark, NAME=...: build/bench/NAME.json and a table
 	@test -n "$(NAME)" || { echo "say which one: make bench NAME=promotion (make help lists them)"; exit 2; }
 	$(PY) -m bench.$(NAME)
 
-lint: build ## ruff and mypy --strict
+lint: generated ## ruff, the rooms' import contracts (pyproject.toml), mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --cache-dir build/import-linter
 	$(VENV)/bin/mypy
 	MYPYPATH=tests $(VENV)/bin/mypy --explicit-package-bases tests
 
-format: build ## let ruff format the code
+format: generated ## let ruff format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix-only .
 

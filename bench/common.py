@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from rich.console import Console
-from rich.table import Table
-
+from mfsd import tables
 from mfsd.lab.machine import commit, machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+HEADS: Final = (
+    ("figure", "left"), ("value", "right"), ("unit", "left"), ("baseline", "right"), ("ratio", "right"),
+    ("target", "right"), ("met", "left"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,11 @@ def write(name: str, figures: Sequence[Figure]) -> Path:
     report = {"name": name, "commit": commit(), "machine": machine(), "figures": [asdict(f) for f in figures]}
     path.write_text(json.dumps(report, indent=2) + "\n")
 
-    table = Table("figure", "value", "unit", "baseline", "ratio", "target", "met", title=f"bench {name}")
-    for f in figures:
+    def words(f: Figure) -> list[str]:
         numbers = ["" if x is None else f"{x:,.4g}" for x in (f.baseline, f.ratio, f.target)]
-        table.add_row(f.name, f"{f.value:,.4g}", f.unit, *numbers, {None: "", True: "yes", False: "NO"}[f.met])
-    console = Console()
-    console.print(table)
-    console.print(f"{path.relative_to(ROOT)}  on  {report['machine']}")
+        return [f.name, f"{f.value:,.4g}", f.unit, *numbers, {None: "", True: "yes", False: "NO"}[f.met]]
+
+    console = tables.console()
+    console.print(tables.table(HEADS, (words(f) for f in figures), f"bench {name}"))
+    console.print(f"{path.relative_to(ROOT)}  on  {report['machine']}", markup=False)
     return path

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from bench.common import Figure, write
+from mfsd import tables
 from mfsd.policy.registry import DEFAULT, make_policy
 from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.sim.decide import simulate
@@ -165,21 +164,20 @@ def figures(counts: Counts) -> list[Figure]:
 
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
     """Print an attainment table."""
-    out = Table("policy", *LOADS, "mean", title=title)
-    for label, row in rows.items():
-        out.add_row(label, *(f"{x:.3f}" for x in row.values()))
-    Console().print(out)
+    heads: list[tuple[str, tables.Side]] = [("policy", "left"), *((load, "right") for load in [*LOADS, "mean"])]
+    cells = ([label, *(f"{x:.3f}" for x in row.values())] for label, row in rows.items())
+    tables.console().print(tables.table(heads, cells, title))
 
 
 def main() -> None:
     """Measure and report."""
     counts = measure()
-    tables = {kind: table(counts, (kind,)) for kind in KINDS}
-    for kind, rows in tables.items():
+    shares = {kind: table(counts, (kind,)) for kind in KINDS}
+    for kind, rows in shares.items():
         requests = sum(counts["requests"][kind, load] for load in LOADS)
         show(f"{kind}: share of {requests} requests in time", rows)
     path = write("optimality", figures(counts))
-    report = json.loads(path.read_text()) | {"attainment": tables}
+    report = json.loads(path.read_text()) | {"attainment": shares}
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -32,7 +32,7 @@ from mfsd.policy.registry import make_policy
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from mfsd.engine.device import Reading
+    from mfsd.engine.estimator import Reading
 
 COUNTS = (100, 1_000, 10_000)
 TICKS = 400

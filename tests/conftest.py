@@ -4,13 +4,29 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import hypothesis
 import pytest
 from support.namespaces import NetnsPair, joined_namespaces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# No test asserts on time, which a busy machine has less of.
+hypothesis.settings.register_profile("mfsd", deadline=None)
+hypothesis.settings.load_profile("mfsd")
+
+MARKED_BY_FIXTURE: Final = {"netns_pair": "netns", "own_netns": "netns", "loaded": "bpf"}
+"""Fixtures that need privileges: whoever uses one has its marker, so that `make check` leaves it out."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark before -m selects."""
+    for item in items:
+        for fixture in MARKED_BY_FIXTURE.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKED_BY_FIXTURE[fixture])
 
 
 @pytest.fixture

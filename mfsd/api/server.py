@@ -7,7 +7,7 @@ import contextlib
 import grp
 import os
 import stat
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,7 +18,6 @@ from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2, hints_pb2_grpc
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mfsd.daemon.config import DaemonConfig
 
 HINTS: Final = hints_pb2.DESCRIPTOR.services_by_name["Hints"].full_name
 CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
@@ -33,11 +32,30 @@ class ServerError(RuntimeError):
     """An endpoint can't be opened."""
 
 
+class Where(Protocol):
+    """Where to serve; keys of the configuration's section [daemon]."""
+
+    @property
+    def socket(self) -> Path:
+        """Unix socket."""
+        ...
+
+    @property
+    def socket_group(self) -> str | None:
+        """Group that may use it; None: the daemon's own."""
+        ...
+
+    @property
+    def listen(self) -> str | None:
+        """Second endpoint, "host:port"; None: none."""
+        ...
+
+
 class Server:
     """One gRPC server with all services."""
 
     def __init__(
-        self, hints: hints_pb2_grpc.HintsServicer, control: control_pb2_grpc.ControlServicer, config: DaemonConfig
+        self, hints: hints_pb2_grpc.HintsServicer, control: control_pb2_grpc.ControlServicer, config: Where
     ) -> None:
         self._config = config
         self._bound = False

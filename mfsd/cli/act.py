@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
+from mfsd import tables
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
@@ -110,7 +111,7 @@ def _plan(g: Globals, device: str, config: str | None, *, offline: bool) -> pb.P
 
 
 def _print_plan(d: pb.DevicePlan) -> None:
-    console = output.console()
+    console = tables.console()
     console.print(Text(f"{d.device}{f': {d.backend}' if d.backend else ''}", style="bold"))
     _section(console, "found", d.found)
     _section(console, "mfsd will not touch it", d.refusals)

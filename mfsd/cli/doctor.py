@@ -11,6 +11,7 @@ import click
 from rich.text import Text
 
 from mfsd import doctor as checks
+from mfsd import tables
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.errors import Exit
@@ -44,7 +45,7 @@ def doctor(g: Globals, devices: tuple[str, ...], config: str | None, *, everythi
 
 
 def _print(findings: list[checks.Finding], *, everything: bool) -> None:
-    console = output.console()
+    console = tables.console()
     for f in findings:
         head = Text.assemble((f"{f.severity:<5}", STYLES[f.severity]), f"{f.title}  ", (f.id, "dim"))
         console.print(head)

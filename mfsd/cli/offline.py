@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
 from mfsd.daemon.config import Config, ConfigError, load
-from mfsd.daemon.wiring import bands_of, policy_of
+from mfsd.daemon.config_bands import bands_of, policy_of
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
 from mfsd.datapath.errors import DatapathError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer

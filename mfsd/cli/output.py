@@ -1,27 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in words, tables below 100 columns, JSON with the proto's own names."""
+"""Sentences and commands as lines, JSON with the proto's own names. Tables: mfsd/tables.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 from google.protobuf import json_format
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+from mfsd import tables
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from google.protobuf.message import Message
-
-WIDTH: Final = 99
 
 
 def as_dict(message: Message) -> dict[str, Any]:
@@ -40,43 +32,29 @@ def print_json(value: Message | dict[str, Any] | list[Any], *, lines: bool = Fal
     click.echo(json.dumps(data, indent=None if lines else 2, ensure_ascii=False))
 
 
-def console(*, err: bool = False) -> Console:
-    """At most 99 columns; colours and lines only on a terminal, and no colours with NO_COLOR (no-color.org)."""
-    stream = sys.stderr if err else sys.stdout
-    tty = stream.isatty()
-    width = min(os.get_terminal_size(stream.fileno()).columns, WIDTH) if tty else WIDTH
-    return Console(
-        file=stream, width=max(width, 40), highlight=False, emoji=False, soft_wrap=False, force_terminal=tty and None
+def paragraph(text: str, first: str = "") -> str:
+    """A sentence after ``first``: wrapped words on a terminal, which continue under the first one; else one line."""
+    width = tables.columns()
+    if width is None:
+        return first + " ".join(text.split())
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_on_hyphens=False,
+        break_long_words=False,
     )
 
 
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> Table:
-    """A table. Columns are (head, "left"|"right"|"fold"); fold: left, may wrap anywhere.
-
-    Cells are plain text: rich's markup in them is not interpreted.
-    """
-    t = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, show_edge=False)
-    for head, how in columns:
-        if how == "fold":
-            t.add_column(escape(head), overflow="fold", ratio=None)
-        else:
-            t.add_column(escape(head), justify="right" if how == "right" else "left", no_wrap=True)
-    for row in rows:
-        t.add_row(*(escape(cell) for cell in row))
-    return t
-
-
-def paragraph(text: str, first: str = "", rest: str | None = None) -> str:
-    """Wrapped words; ``first`` stands before the first line, ``rest`` (default: as many blanks) before the others."""
-    rest = " " * len(first) if rest is None else rest
-    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
-
-
 def shell(text: str, indent: str) -> str:
-    """A command over several lines that a shell still reads as one."""
+    """A command; on a terminal over several lines that a shell still reads as one."""
+    width = tables.columns()
+    if width is None:
+        return indent + text
     lines = textwrap.wrap(
         text,
-        WIDTH - 2,
+        width - 2,
         initial_indent=indent,
         subsequent_indent=f"{indent}  ",
         break_on_hyphens=False,

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from mfsd import units
+from mfsd import tables, units
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
@@ -64,7 +64,7 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
     seen = "  ".join(f"{name} {units.count(n)}" for name, n in sorted(d.stats.items()) if n)
     yield Text(f"packets: {seen or 'none yet'}")
     if d.bands:
-        yield output.table(
+        yield tables.table(
             [
                 ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"), ("conns", "right"),
                 ("sent", "right"), ("packets", "right"), ("drops", "right"), ("queued", "right"), ("dscp", "right"),
@@ -104,9 +104,9 @@ def render_connections(connections: Iterable[pb.Connection]) -> RenderableType:
     ]  # fmt: skip
     if not rows:
         return Text("no connections")
-    return output.table(
+    return tables.table(
         [
-            ("slot", "right"), ("connection", "fold"), ("stage", "left"), ("band", "left"), ("lane", "right"),
+            ("slot", "right"), ("connection", "left"), ("stage", "left"), ("band", "left"), ("lane", "right"),
             ("xfers", "right"), ("left", "right"), ("sent", "right"), ("pro/resc", "right"), ("expires", "right"),
         ],
         rows,
@@ -127,9 +127,9 @@ def render_transfers(transfers: Iterable[pb.TransferState]) -> RenderableType:
     ]  # fmt: skip
     if not rows:
         return Text("no transfers")
-    return output.table(
+    return tables.table(
         [
-            ("transfer", "fold"), ("owner", "fold"), ("stage", "left"), ("layer", "right"), ("left", "right"),
+            ("transfer", "left"), ("owner", "left"), ("stage", "left"), ("layer", "right"), ("left", "right"),
             ("due", "right"), ("mlu", "right"), ("rli", "right"), ("level", "right"), ("slot", "right"),
         ],
         rows,
@@ -144,7 +144,7 @@ def _help_stats(ctx: click.Context, _param: click.Parameter, value: bool) -> Non
         ctx.exit()
     for n, (title, _, texts) in enumerate(SECTIONS):
         click.echo(f"{chr(10) if n else ''}{title}")
-        formatter = click.HelpFormatter(width=output.WIDTH, indent_increment=2)
+        formatter = click.HelpFormatter(width=tables.WIDEST, indent_increment=2)
         with formatter.indentation():
             formatter.write_dl(list(texts.items()))
         click.echo(formatter.getvalue(), nl=False)
@@ -165,7 +165,7 @@ def print_status(g: Globals, answer: pb.Status) -> None:
     if g.json:
         output.print_json(answer)
     else:
-        output.console().print(render_status(answer))
+        tables.console().print(render_status(answer))
 
 
 @command("connections")
@@ -177,7 +177,7 @@ def connections(g: Globals, limit: int) -> None:
     if g.json:
         output.print_json(answer)
     else:
-        output.console().print(render_connections(answer.connections))
+        tables.console().print(render_connections(answer.connections))
 
 
 @command("transfers")
@@ -189,7 +189,7 @@ def transfers(g: Globals, limit: int) -> None:
     if g.json:
         output.print_json(answer)
     else:
-        output.console().print(render_transfers(answer.transfers))
+        tables.console().print(render_transfers(answer.transfers))
 
 
 @command("watch")
@@ -205,7 +205,7 @@ def watch(g: Globals, interval: float, *, with_connections: bool, count: int) ->
     with control(g.socket) as daemon, contextlib.suppress(KeyboardInterrupt):
         # No timeout: it would be one for the whole stream.
         answers = daemon.Watch(request)
-        console = output.console()
+        console = tables.console()
         in_place = console.is_terminal and not g.json
         with Live(console=console, auto_refresh=False) if in_place else contextlib.nullcontext() as live:
             for n, answer in enumerate(answers, 1):
@@ -250,7 +250,7 @@ def explain(g: Globals, transfer_id: str | None, slot: int | None, cookie: int |
     if g.json:
         output.print_json(answer)
         return
-    console = output.console()
+    console = tables.console()
     for reason in answer.reasons:
         click.echo(output.paragraph(reason, "- "))
     if answer.HasField("connection"):
@@ -259,4 +259,4 @@ def explain(g: Globals, transfer_id: str | None, slot: int | None, cookie: int |
         console.print("", render_transfers(answer.transfers))
     if answer.figures:
         figures = ([name, f"{value:.6g}"] for name, value in sorted(answer.figures.items()))
-        console.print("", output.table([("figure", "left"), ("value", "right")], figures))
+        console.print("", tables.table([("figure", "left"), ("value", "right")], figures))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon's configuration: a TOML file, checked as a whole before anything is touched.
 
-The defaults below are the only ones; systemd/mfsd.toml is generated from them (``python -m mfsd.daemon.config_text``).
+The defaults below are the only ones; systemd/mfsd.toml is generated from them (``python -m mfsd.daemon.config``).
 A
 faulty file gives one ConfigError that lists every problem as ``section.key = value: what is allowed``; the wording is
 in config_text.py.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from pydantic import (
 )
 
 from mfsd.bands import CONTROL_FLOOR, DEFAULT_FLOOR, HTB_PRIOS, MAX_FLOORS, MAX_HTB_LEVELS, MAX_LEVELS, band_names
-from mfsd.daemon.config_text import explain, key, render, toml
+from mfsd.daemon.config_text import example, explain, key, render, toml
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
 from mfsd.model import Mode
@@ -364,3 +365,7 @@ def parse(data: dict[str, Any]) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+if __name__ == "__main__":
+    sys.stdout.write(example(Config))

@@ -20,7 +20,7 @@ from mfsd.api.decode import Decoder
 from mfsd.api.hints import HintsService
 from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
-from mfsd.daemon import reload, wiring
+from mfsd.daemon import config_bands, reload, wiring
 from mfsd.daemon.devices import Devices
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
@@ -94,12 +94,12 @@ class Daemon:
         self._lock_file = _lock(config.daemon.state_dir)
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock_file.close)
-            policy = wiring.policy_of(config)
+            policy = config_bands.policy_of(config)
             if self._systemd is not None and self._systemd.socket is not None:
                 # A manager that does not read must not stop the engine; the package drops what can't be sent.
                 self._systemd.socket.setblocking(False)
                 undo.callback(self._systemd.socket.close)
-            self.devices = Devices(config, wiring.bands_of(config, policy))
+            self.devices = Devices(config, config_bands.bands_of(config, policy))
             undo.callback(self.devices.close)
             self._resolver = SocketResolver()
             undo.callback(self._resolver.close)

@@ -17,8 +17,7 @@ import structlog
 from mfsd.api.operations import BandRow
 from mfsd.datapath import _abi
 from mfsd.datapath.errors import DatapathError
-from mfsd.engine.device import Reading
-from mfsd.engine.estimator import LinkEstimator
+from mfsd.engine.estimator import LinkEstimator, Reading
 from mfsd.logs import Seldom
 
 if TYPE_CHECKING:

@@ -3,28 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    import numpy.typing as npt
-
-    from mfsd.engine.estimator import LinkEstimator
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Cumulative counters of a device."""
-
-    sent: int
-    """Bytes that the root qdisc has let out."""
-    backlog: int
-    """Bytes queued now."""
-    offered: npt.NDArray[np.float64]
-    """Bytes that the classifier sent to each band, shape (bands,)."""
+    from mfsd.engine.estimator import LinkEstimator, Reading
 
 
 class Device(Protocol):

@@ -9,13 +9,10 @@ that needs a rate (MLU, give-up, RED's feasibility) asks here; two estimators wo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from mfsd.engine.device import Reading
 
 MIN_BUSY_S: Final = 0.010
 """Busy time to gather before it counts as one sample: shorter ones measure the granularity of GSO packets."""
@@ -23,6 +20,18 @@ GAIN: Final = 0.25
 """Weight of a new sample in the exponential average."""
 LOAD_TAU_S: Final = 0.100
 """Time constant of the load average (rho)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Cumulative counters of a device."""
+
+    sent: int
+    """Bytes that the root qdisc has let out."""
+    backlog: int
+    """Bytes queued now."""
+    offered: npt.NDArray[np.float64]
+    """Bytes that the classifier sent to each band, shape (bands,)."""
 
 
 @dataclass(slots=True)

@@ -80,7 +80,12 @@ class Rescuer:
     def promoted(self, conn: Connection, was_band: int, now: float) -> None:
         """A connection left a band for a more urgent one."""
         spec = self.bands.bands[was_band]
-        if not self.config.enabled or spec.role not in (Role.LEVEL, Role.SCAVENGER) or not self._purgeable(conn):
+        if (
+            not self.devices
+            or not self.config.enabled
+            or spec.role not in (Role.LEVEL, Role.SCAVENGER)
+            or not self._purgeable(conn)
+        ):
             return
         known = self._stuck.get(conn)
         if known is None:

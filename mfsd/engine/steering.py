@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.engine.views import views_of
 from mfsd.model import Event, EventKind, Stage
-from mfsd.policy.parts.still import stage_levels
+from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server with canned answers."""
+"""A daemon to ask."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from support.canned import Canned
+import structlog
 from support.ctl import Rig
-
-from mfsd.v1 import control_pb2_grpc, hints_pb2_grpc
+from support.daemons import Running
+from support.tap import Tap, served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    canned = Canned()
-    server = grpc.server(ThreadPoolExecutor(4))
-    control_pb2_grpc.add_ControlServicer_to_server(canned, server)
-    hints_pb2_grpc.add_HintsServicer_to_server(canned, server)
-    path = tmp_path / "s"
-    server.add_insecure_port(f"unix:{path}")
-    server.start()
-    yield Rig(canned, path)
-    server.stop(None).wait()
+    """A real daemon without devices, in which nothing goes wrong; what mfsctl asks it is noted."""
+    with structlog.testing.capture_logs() as logged:  # it would log to the stdout that mfsctl has in this process
+        running = Running(tmp_path)
+        with grpc.insecure_channel(running.target) as channel:
+            tap = Tap(channel)
+            with served(tmp_path / "tap", tap):
+                yield Rig(tap, tmp_path / "tap")
+        running.stop()
+    assert not [event for event in logged if event["log_level"] not in ("debug", "info")]

@@ -44,7 +44,6 @@ def test_plan_from_the_configuration(netns_pair: NetnsPair, conf: Path) -> None:
     assert "htb, because a rate is given (1gbit)" in ran.out
     assert "tc qdisc replace dev v0 root handle 6d66:" in ran.out
     assert "tc qdisc del dev v0 root" in ran.out
-    assert max(map(len, ran.out.splitlines())) < 100
     made = inside(netns_pair, "plan", "v0", "--config", str(conf), "--json").json["devices"][0]
     assert (made["device"], made["backend"], made["refusals"]) == ("v0", "htb", [])
     assert not any(step["done"] for step in made["steps"])

@@ -212,6 +212,7 @@ def test_variants_are_compared_regime_by_regime_over_the_cells_that_all_have() -
     ]
 
 
+@pytest.mark.root  # the command takes precedence over other processes first
 def test_the_command_line_names_what_can_be_chosen() -> None:
     runner = CliRunner()
     found = runner.invoke(main, ["lab", "parts"])

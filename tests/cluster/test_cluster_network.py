@@ -30,8 +30,8 @@ from mfsd.lab.cluster.teller import Teller
 from mfsd.lab.machine import real_time
 from mfsd.lab.net import SWITCH, Fabric, LabError, run_id, tool
 from mfsd.model import Stage
-from mfsd.policy.parts.still import stage_levels
 from mfsd.policy.registry import make_policy
+from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -311,7 +311,7 @@ def test_render_reads_back_to_the_same_and_tells_defaults_apart(tmp_path: Path) 
 
 def test_the_example_file_is_the_defaults() -> None:
     text = (ROOT / "systemd" / "mfsd.toml").read_text()
-    assert text == config_text.example(Config), "run: python -m mfsd.daemon.config_text > systemd/mfsd.toml"
+    assert text == config_text.example(Config), "run: python -m mfsd.daemon.config > systemd/mfsd.toml"
     assert parse(tomllib.loads(text)) == Config()
     # With every key that has a default uncommented it still says the same.
     lines = [re.sub(r"^#(\w+ = .+)$", r"\1", line) for line in text.splitlines()]

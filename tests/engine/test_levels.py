@@ -8,7 +8,8 @@ from support.harness import Host
 
 from mfsd.bands import LEVEL_NEW
 from mfsd.daemon.config import parse
-from mfsd.daemon.wiring import bands_of, change_policy, policy_of
+from mfsd.daemon.config_bands import bands_of, policy_of
+from mfsd.daemon.wiring import change_policy
 from mfsd.model import BatchHint, CookieSelector, EndHint, MarkHint, ProgressHint, Stage, What
 
 

@@ -147,3 +147,16 @@ def test_a_device_that_uses_up_its_rescues_leaves_the_others_theirs() -> None:
             break
     assert len(h.device.purged) == 10  # all that it may have in its first second
     assert len(h.devices[1].purged) == 1
+
+
+def test_without_devices_there_is_nothing_to_rescue() -> None:
+    h = Host(devices=0)
+    s = h.socket(1)
+    h.request("r", 1.0)
+    h.transfer("t", s, MSS)
+    h.tick()
+    promote(h)
+    promote(h)
+    promote(h)
+    promote(h)
+    assert h.engine.books.counters.promotions > 0

@@ -94,6 +94,7 @@ def test_the_table_adds_up_runs_and_names_what_the_machine_spoilt() -> None:
     assert "the processors were 99% busy" in rows[1][-1]
 
 
+@pytest.mark.root  # the command takes precedence over other processes first
 @pytest.mark.skipif(INSTALLED, reason="the extra is installed")
 def test_without_the_extra_the_command_says_what_to_install() -> None:
     found = CliRunner().invoke(main, ["lab", "real"])

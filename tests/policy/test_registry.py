@@ -17,7 +17,7 @@ from support import policy_views as pv
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER
 from mfsd.policy import registry
 from mfsd.policy.parts.params import Problem, options
-from mfsd.policy.parts.still import stage_levels
+from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
     from mfsd.policy.base import Policy
@@ -28,7 +28,7 @@ DEFAULT_FIRST = "deadline-ladder"
 
 
 def test_policies_and_the_simulator_need_numpy_and_the_ground_only() -> None:
-    code = "import sys, mfsd.policy.registry, mfsd.policy.parts.still, mfsd.sim.cases; print(*sys.modules)"
+    code = "import sys, mfsd.policy.registry, mfsd.policy.still, mfsd.sim.cases; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     ours = {name for name in loaded if name.split(".")[0] == "mfsd"}
     ground = {"mfsd", "mfsd.model", "mfsd.units", "mfsd.bands"}

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from support import plain_link
 
+from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
 from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.sim.decide import FixedOrder, PolicyDecider, simulate
 from mfsd.sim.singlelink import BatchSpec, Case, RequestSpec, Run
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import F8, Views
+    from mfsd.policy.views import F8, I4, Views
 
 TINY = Shape(batches=(2, 5), requests=(1, 3), layers=(1, 4), instances=2)
 
@@ -95,9 +96,11 @@ def test_the_views_tell_the_compute_left_and_the_clairvoyant_what_is_to_come() -
         told = seen.setdefault(name, {})
 
         class Probe(PolicyDecider):
-            def _view(self, run: Run, active: Any) -> Views:
+            def _view(self, run: Run, active: I4) -> Views:
                 view = super()._view(run, active)
                 told[run.now] = float(view.requests.compute_left[0])  # noqa: B023 (used at once)
+                t = view.transfers
+                assert t.compute_left.tolist() == np.where(t.request < 0, 0.0, view.requests.compute_left[0]).tolist()
                 return view
 
         assert Run(case).go(Probe(case, policy), 0.5).finish.tolist() == [7.0]
@@ -111,6 +114,64 @@ def test_the_views_tell_the_compute_left_and_the_clairvoyant_what_is_to_come() -
     assert seen["llf"][0.0] == 4.0 + 1.0 + 1.0  # with the second collective and the last stage 3
     assert seen["llf"][3.5] == 2.0 + 1.0
     assert seen["llf"][6.5] == 0.0
+
+
+def test_the_views_tell_the_load_of_the_link_by_level() -> None:
+    """A collective of 1 s, then KV of 4 s on the level below it; the load is averaged over 0.1 s."""
+    case = Case(1.0, (BatchSpec(0.0, 0.0, (1.0,), (RequestSpec(99.0, kv=(4.0,)),)),))
+    policy = registry.make_policy("two-class")
+    seen: dict[float, Views] = {}
+
+    class Probe(PolicyDecider):
+        def _view(self, run: Run, active: I4) -> Views:
+            view = seen[run.now] = super()._view(run, active)
+            return view
+
+    assert Run(case).go(Probe(case, policy), 0.1).finish.tolist() == [pytest.approx(5.0)]
+    (first, early, late) = (seen[t] for t in (0.0, min(seen, key=lambda t: abs(t - 0.1)), max(seen)))
+    assert first.link.rate.tolist() == [1.0]
+    assert first.link.load_above.tolist() == [[0.0, 0.0, 0.0]]
+    # The share of level 0 stands above level 1 and the scavenger.
+    assert early.link.load_above[0].tolist() == pytest.approx([0.0, 1 - 1 / math.e, 1 - 1 / math.e])
+    assert early.link.load.tolist() == pytest.approx([1 - 1 / math.e])
+    assert late.link.load_above[0].tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-9)
+    assert early.transfers.stage.tolist() == [1, 2]
+    assert early.transfers.request.tolist() == [0, -1]
+    assert early.transfers.deadline.tolist() == [99.0, math.inf]
+
+
+def test_the_default_band_stands_where_the_policy_says() -> None:
+    decider = PolicyDecider(EXAMPLE, registry.make_policy("edf", 4))
+    assert decider._bands(np.array([LEVEL_NONE, 0, 2, 3, LEVEL_SCAVENGER], dtype=np.int16)).tolist() == [3, 0, 2, 4, 5]
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_cases_are_drawn_as_their_shape_says(load: str) -> None:
+    shape = Shape(batches=(3, 5), requests=(1, 2), layers=(2, 3), quiet=0.3, instances=2)
+    drawn = [draw(np.random.default_rng([5, i]), LOADS[load], shape) for i in range(200)]
+    assert {len(case.batches) for case in drawn} == {3, 4, 5}
+    latest = []
+    for case in drawn:
+        every = [r for b in case.batches for r in b.requests]
+        offered = sum(sum(r.kv) + sum(r.p2d) for r in every) + sum(sum(b.collective) for b in case.batches)
+        span = offered / case.rate / {"low": 0.4, "medium": 0.7, "high": 1.0, "overload": 1.4, "collapse": 2.0}[load]
+        latest.append(case.batches[-1].arrival / span)
+        assert [b.arrival for b in case.batches] == sorted(b.arrival for b in case.batches)
+        assert [b.instance for b in case.batches] == [i % 2 for i in range(len(case.batches))]
+        for b in case.batches:
+            alone = len(b.collective) * b.compute + sum(b.collective) / case.rate
+            slack = [(r.deadline - b.arrival) / (alone + (r.kv[0] + sum(r.p2d)) / case.rate) for r in b.requests]
+            assert all(1.5 <= x <= 4.0 for x in slack)
+            assert len(b.requests) in (1, 2)
+            assert len(b.collective) in (2, 3)
+    assert 0.9 < max(latest) <= 1.0  # arrivals are spread over the time in which the link could carry load x its rate
+    quiet = [not any(b.collective) for case in drawn for b in case.batches]
+    assert 0.2 < sum(quiet) / len(quiet) < 0.4
+
+
+def test_brute_force_meets_nobody_where_nobody_can_be_met() -> None:
+    lost = BatchSpec(0.0, 0.0, (0.0,), (RequestSpec(0.5, p2d=(1.0,)),))
+    assert brute_force(Case(1.0, (lost,))) == 0
 
 
 def test_same_case_same_outcome() -> None:

@@ -199,6 +199,7 @@ def test_a_file_in_the_place_of_the_socket_is_left_alone(config: Path) -> None:
     assert path.read_text() == "precious"
 
 
+@pytest.mark.root
 def test_the_socket_may_belong_to_a_group(spawn: Callable[[], Process], config: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root may give a socket to any group")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.vanishing import vanishings
 
-from mfsd.daemon import wiring
+from mfsd.daemon import config_bands
 from mfsd.daemon.config import parse
 from mfsd.daemon.devices import Devices
 from mfsd.host.routes import RouteLookup
@@ -40,7 +40,7 @@ def inside(netns_pair: NetnsPair, tmp_path: Path) -> Iterator[Inside]:
 
     def run(body: Callable[[Devices], None]) -> None:
         def inner() -> None:
-            devices = Devices(config, wiring.bands_of(config, wiring.policy_of(config)))
+            devices = Devices(config, config_bands.bands_of(config, config_bands.policy_of(config)))
             try:
                 body(devices)
             finally:
@@ -217,7 +217,7 @@ def test_a_device_that_vanishes_meanwhile_leaves_the_others_alone(
     )
 
     def body() -> None:
-        devices = Devices(config, wiring.bands_of(config, wiring.policy_of(config)))
+        devices = Devices(config, config_bands.bands_of(config, config_bands.policy_of(config)))
         w, v = devices.all
 
         def prepare() -> None:

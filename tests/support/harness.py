@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mfsd.daemon.config import PeerConfig
-    from mfsd.engine.device import Reading
+    from mfsd.engine.estimator import Reading
 
 MSS = 1448
 
@@ -201,7 +201,7 @@ class Host:
         self.keys = MemoryKeys()
         self.kernel = FakeKernel(self.table, self.keys)
         self.devices = [FakeDevice(LinkEstimator(rate, len(self.bands))) for _ in range(devices)]
-        self.device = self.devices[0]
+        self.device = self.devices[0] if self.devices else FakeDevice(LinkEstimator(rate, len(self.bands)))
         self.connections = Connections(
             self.table,
             self.keys,

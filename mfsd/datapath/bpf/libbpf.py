@@ -108,7 +108,7 @@ class LibbpfLoader:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or object_path("classifier")
-        library()
+        library()  # missing: say so now, not at the first device
 
     def open_classifier(self, slots: int, share: Classifier | None = None) -> Classifier:
         """Load the classifier with a table of ``slots`` rows, or with the tables of ``share``. Raises LoaderError."""

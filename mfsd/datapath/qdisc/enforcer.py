@@ -88,7 +88,10 @@ class DeviceEnforcer:
         return self._plan()[0]
 
     def apply(self) -> DevicePlan:
-        """Put the bands in force. Idempotent. Raises EnforceError with everything as it was, or nothing at all done."""
+        """Put the bands in force. Idempotent.
+
+        Raises EnforceError with everything as it was, or saying what is not; OSError when the kernel can't be asked.
+        """
         plan, tree, state = self._plan()
         if plan.refusals or tree is None:
             raise EnforceError(f"device {self.ifname}", "; ".join(plan.refusals))
@@ -104,8 +107,8 @@ class DeviceEnforcer:
         try:
             self._install(tree, off if self.adopted else None, replaces=off is not None)
         except (DatapathError, OSError) as e:
-            problems = put_back(self._sock, note, self.state_dir)
             self._tree = self._purger = None
+            problems = put_back(self._sock, note, self.state_dir)
             done = "rolled back" if not problems else f"rolling back failed, too: {'; '.join(problems)}"
             raise EnforceError(f"apply {plan.backend} to {self.ifname}", f"{e}; {done}") from e
         self._tree = tree

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bands and the policy that a configuration asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mfsd.bands import Bands, Ladder
+from mfsd.policy.registry import make_policy
+
+if TYPE_CHECKING:
+    from mfsd.daemon.config import Config
+    from mfsd.policy.base import Policy
+
+
+def bands_of(config: Config, policy: Policy) -> Bands:
+    """The bands that a configuration asks for, with the default band where the policy wants it. Raises ValueError."""
+    plan = _bands(config, default_after=0)
+    # A policy with more levels than there are bands counts in its own levels; the ladder says where those end.
+    steps = Ladder(plan, policy.levels).band_of.tolist()
+    return _bands(config, default_after=len(set(steps[: policy.default_after])))
+
+
+def _bands(config: Config, default_after: int) -> Bands:
+    b = config.bands
+    return Bands.build(
+        b.levels,
+        default_after=default_after,
+        lanes=b.lanes,
+        control_floor=b.control_floor,
+        default_floor=b.default_floor,
+        level_floors=b.floors,
+        scavenger_floor=b.scavenger_floor,
+    )
+
+
+def policy_of(config: Config) -> Policy:
+    """The configured policy. Raises ValueError naming the parameter."""
+    return make_policy(config.policy.name, config.bands.levels, config.policy.params)

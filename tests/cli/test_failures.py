@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No daemon, a dead one, one that refuses: a word with a fix, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import grpc
+import pytest
+from support.ctl import Rig, run
+from support.tap import Scripted, served
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EVERY_QUESTION: Final = [
+    ("status",),
+    ("connections",),
+    ("transfers",),
+    ("watch", "--count", "1", "--connections"),
+    ("explain", "t"),
+    ("observe",),
+    ("enforce",),
+    ("pause",),
+    ("resume",),
+    ("hint", "done", "transfer", "t"),
+]
+"""All commands that can't do without a daemon."""
+
+
+@pytest.mark.parametrize("args", EVERY_QUESTION, ids=lambda a: a[0])
+def test_no_daemon(tmp_path: Path, args: tuple[str, ...]) -> None:
+    ran = run("--socket", str(tmp_path / "none"), *args)
+    assert ran.code == 3
+    assert ran.out == ""
+    assert ran.err.startswith("mfsctl: mfsd is not running: there is no socket")
+    assert len(ran.err.splitlines()) == 1
+    assert "systemctl start mfsd" in ran.err
+
+
+def test_dead_socket(rig: Rig, tmp_path: Path) -> None:
+    path = tmp_path / "dead"
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(path))
+    ran = run("--socket", str(path), "status")
+    assert ran.code == 3
+    assert "nobody listens" in ran.err
+    assert "mfsctl restore" in ran.err
+    assert run("--socket", str(tmp_path), "status").code == 3  # a folder
+    assert run("--socket", "x/" * 100, "status").code == 3  # too long for a socket
+    assert run("--socket", "127.0.0.1:1", "status").code == 3
+    assert run("status", env={"MFSD_SOCKET": str(rig.socket)}).code == 0
+    assert run("status", "--socket", f"unix:{rig.socket}", env={"MFSD_SOCKET": "/nowhere"}).code == 0
+
+
+AS_NOBODY = """
+import os, sys
+import mfsd.cli.show  # while the interpreter's files are still readable
+from mfsd.cli.app import mfsctl
+from click.testing import CliRunner
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+r = CliRunner().invoke(mfsctl, ["--socket", sys.argv[1], "status"], catch_exceptions=False)
+print(r.stderr, end="")
+os._exit(r.exit_code)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("closed", ["socket", "folder"])
+def test_not_permitted(rig: Rig, closed: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become somebody else")
+    for folder in list(rig.socket.parents)[:-2]:  # pytest makes its folders 0700
+        folder.chmod(0o755)
+    (rig.socket if closed == "socket" else rig.socket.parent).chmod(0o660)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, str(rig.socket)], capture_output=True, text=True, check=False
+    )
+    rig.socket.parent.chmod(0o700)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert done.stdout.startswith("mfsctl: you may not use")
+    assert ("usermod -aG root" if closed == "socket" else "as root") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "words"),
+    [
+        (grpc.StatusCode.PERMISSION_DENIED, 4, "refuses"),
+        (grpc.StatusCode.UNAUTHENTICATED, 4, "does not know you"),
+        (grpc.StatusCode.UNAVAILABLE, 3, "no answer"),
+        (grpc.StatusCode.UNIMPLEMENTED, 1, "older"),
+        (grpc.StatusCode.INTERNAL, 1, "see its log"),
+        (grpc.StatusCode.INVALID_ARGUMENT, 1, "so it was told"),
+        (grpc.StatusCode.NOT_FOUND, 1, "so it was told"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, 3, "has not answered"),
+    ],
+)
+def test_errors_of_the_daemon(tmp_path: Path, code: grpc.StatusCode, expected: int, words: str) -> None:
+    def fail(_request: object, context: grpc.ServicerContext) -> NoReturn:
+        context.abort(code, "so it was told")
+
+    with served(tmp_path / "s", Scripted(GetStatus=fail, Watch=fail, Send=fail)):
+        for args in (("status",), ("watch",), ("hint", "done", "batch", "b")):
+            ran = run("--socket", str(tmp_path / "s"), *args)
+            assert ran.code == expected
+            assert words in ran.err
+            assert len(ran.err.splitlines()) == 1
