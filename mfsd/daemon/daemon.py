@@ -22,10 +22,10 @@ from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, reload, wiring
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
 from mfsd.host.processes import ProcessGoneError, ProcessWatch
-from mfsd.host.sockets import SocketResolver
 from mfsd.model import Mode
 from mfsd.v1 import control_pb2 as pb
 
@@ -101,12 +101,13 @@ class Daemon:
                 undo.callback(self._systemd.socket.close)
             self.devices = Devices(config, config_bands.bands_of(config, policy))
             undo.callback(self.devices.close)
-            self._resolver = SocketResolver()
-            undo.callback(self._resolver.close)
+            loop = asyncio.get_running_loop()
+            self._sockets = HostSockets(self.devices.teller, lambda: loop.call_soon_threadsafe(self._heard))
+            undo.callback(self._sockets.close)
             self._watcher = ProcessWatcher()
             undo.callback(self._watcher.close)
             self.engine = wiring.engine_of(
-                config, self.devices, policy, self._resolver, self._watcher.add, self._watcher.remove
+                config, self.devices, policy, self._sockets, self._watcher.add, self._watcher.remove
             )
             self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat)
             self._decoder = Decoder(config.limits)
@@ -127,6 +128,8 @@ class Daemon:
                 await self._care()
                 await self._server.start()
                 self.ticker.start()
+                if self.devices.teller is not None:
+                    asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
                 self._tasks = [asyncio.create_task(self._keep_care()), asyncio.create_task(self._keep_status())]
                 self._tell_systemd(f"READY=1\n{self._status_line()}")
                 log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
@@ -137,6 +140,8 @@ class Daemon:
 
     async def _shut_down(self) -> None:
         self._tell_systemd("STOPPING=1")
+        if self.devices.teller is not None:
+            asyncio.get_running_loop().remove_reader(self.devices.teller.fd)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -166,6 +171,11 @@ class Daemon:
             self._systemd.notify(state)
 
     # --- regular work -------------------------------------------------------------------------------------------------
+
+    def _heard(self) -> None:
+        """The kernel has told of connections, or a search for some is over."""
+        self.engine.hear(time.monotonic())
+        self.ticker.poke()
 
     def _beat(self, now: float) -> None:
         """After a successful tick: signs of life for the classifier and for systemd."""
@@ -278,6 +288,8 @@ class Daemon:
         out = [f"engine: the last tick failed: {self.ticker.failure}"] if self.ticker.failure else []
         out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
+        if self.devices.teller_problem:
+            out.append(self.devices.teller_problem)
         if not self.all_devices:
             out.append("no [[device]] is configured: hints are taken, nothing is shaped")
         return out + self._reload_problems
