@@ -102,7 +102,7 @@ class Daemon:
             self.devices = Devices(config, config_bands.bands_of(config, policy))
             undo.callback(self.devices.close)
             loop = asyncio.get_running_loop()
-            self._sockets = HostSockets(self.devices.teller, lambda: loop.call_soon_threadsafe(self._heard))
+            self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard))
             undo.callback(self._sockets.close)
             self._watcher = ProcessWatcher()
             undo.callback(self._watcher.close)
@@ -322,6 +322,12 @@ class Daemon:
             self.engine.set_mode(Mode.OBSERVE)
             self.steering_changed()
         return out
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Have the loop call, from any thread; nothing when it is over."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
 
 
 def _touches(keys: set[str], prefix: str) -> bool:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mfsd.engine.books import Connection
 from mfsd.engine.peers import Peers
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
+from mfsd.engine.streams import Moved, Streams
 from mfsd.model import INF, Endpoints, HintError, Stage
 
 if TYPE_CHECKING:
@@ -291,6 +292,10 @@ class Connections:
         """What the peer of each connection is known to have acknowledged, by slot; shape (high,)."""
         high = self.table.high
         return np.maximum(self.table.acked[:high], self._acked[:high])
+
+    def moved(self, streams: Streams) -> Moved:
+        """How far streams have come now."""
+        return Moved(streams.offsets(self.sent()), streams.offsets(self.acked()))
 
     def written(self, conn: Connection) -> float:
         """How far the process has written, on TCP's word if that can be had; inf: nobody knows yet, see ``placed``."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections, Position
     from mfsd.engine.endings import Endings
     from mfsd.engine.rescue import Rescuer
-    from mfsd.engine.streams import Stream
+    from mfsd.engine.streams import Moved, Stream
 
 ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
@@ -51,20 +51,18 @@ class Delivery:
         """Ask at the next tick how far this stream has got."""
         self._confirm[stream] = None
 
-    def run(self, now: float) -> None:
+    def run(self, moved: Moved, now: float) -> None:
         """Retire what has arrived."""
         if self.books.transfers.n or self._confirm:
-            self._run(now)
+            self._run(moved, now)
         self._last_run = now
 
-    def _run(self, now: float) -> None:
-        t, streams = self.books.transfers, self.books.streams
-        positions = self.connections.sent()
-        sent, acked = streams.offsets(positions), streams.offsets(self.connections.acked())
+    def _run(self, moved: Moved, now: float) -> None:
+        t = self.books.transfers
         stream, start, end = t.live("stream"), t.live("start"), t.live("end")
-        arrived = (end <= acked.take(stream) + SLACK) & t.live("ordered")
+        arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered")
         done = [t.objects[row] for row in np.flatnonzero(arrived)]
-        reach = sent.take(stream)
+        reach = moved.sent.take(stream)
         rows = np.flatnonzero(~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now)))
         if len(rows) > ASK_MAX:
             # Take turns: many starved transfers may wait here for a long time.

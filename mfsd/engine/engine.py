@@ -147,14 +147,15 @@ class Engine:
         self.hear(now)
         for conn in self.connections.search(now):
             self.endings.drop(conn, now, f"no socket has cookie {conn.cookie}")
-        self.delivery.run(now)
+        moved = self.connections.moved(self.books.streams)
+        self.delivery.run(moved, now)
         if now >= self._next_house:
             self._next_house = now + HOUSEKEEPING_S
             self._expire(now)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
             self._sweep(now)
-        self.steering.run(now, rescue=self.steers)
+        self.steering.run(moved, now, rescue=self.steers)
 
     def hear(self, now: float) -> None:
         """Take in what the kernel tells of connections."""

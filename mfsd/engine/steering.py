@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.rescue import Rescuer
+    from mfsd.engine.streams import Moved
     from mfsd.policy.base import Policy
     from mfsd.policy.views import I2, Views
 
@@ -77,11 +78,12 @@ class Steering:
         """Where bytes belong of which nothing but the stage is known."""
         return int(self._stage_band[stage])
 
-    def views(self, now: float) -> Views:
-        """What the policy sees now."""
-        return views_of(self.books, self.connections, self.devices, self.bands, self.ladder, now)
+    def views(self, now: float, moved: Moved | None = None) -> Views:
+        """What the policy sees now, given how far streams have come (None: look)."""
+        moved = self.connections.moved(self.books.streams) if moved is None else moved
+        return views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now)
 
-    def run(self, now: float, *, rescue: bool) -> None:
+    def run(self, moved: Moved, now: float, *, rescue: bool) -> None:
         """Decide all levels and write them. ``rescue``: packets follow the levels, so promotions may need help."""
         if now >= self._next_observe:
             self._next_observe = now + OBSERVE_S
@@ -89,7 +91,7 @@ class Steering:
                 reading = device.read()
                 if reading is not None:
                     device.estimator.observe(now, reading)
-        views = self.views(now)
+        views = self.views(now, moved)
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
             self._arrange(views)

@@ -65,6 +65,15 @@ class Stream:
     """False: the bytes of its transfers are interleaved."""
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How far every stream has come at one moment, by its index, bytes; the last element is 0, for "no stream"."""
+
+    sent: F8
+    acked: F8
+    """What the peers are known to have acknowledged."""
+
+
 class Streams:
     """All open streams, their columns, and how far each of them has come."""
 
