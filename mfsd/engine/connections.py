@@ -86,6 +86,7 @@ class Connections:
         self.bands = bands
         self.peers = Peers(far_rate)
         self._devices = devices
+        self._default = bands.default.index
         self.by_slot: dict[int, Connection] = {}
         self.by_cookie: dict[int, Connection] = {}
         self._by_tuple: dict[Endpoints, Connection] = {}
@@ -176,15 +177,14 @@ class Connections:
     # --- slots --------------------------------------------------------------------------------------------------------
 
     def _take(self, cookie: int, endpoints: Endpoints | None, expires: float, slot: int | None = None) -> Connection:
-        default = self.bands.default.index
         if slot is not None:
             lane, band = int(self.table.lane[slot]), int(self.table.band[slot])
             self.table.adopt(slot)
             self._lent -= 1
         else:
-            lane, band = self._free_lane(tcp=endpoints is None or endpoints.protocol == IPPROTO_TCP), default
+            lane, band = self._free_lane(tcp=endpoints is None or endpoints.protocol == IPPROTO_TCP), self._default
             try:
-                slot = self.table.take(default, lane, int(expires * NS))
+                slot = self.table.take(self._default, lane, int(expires * NS))
             except TableFullError:
                 raise HintError(
                     "selector",
@@ -293,6 +293,14 @@ class Connections:
         high = self.table.high
         return np.maximum(self.table.acked[:high], self._acked[:high])
 
+    def sent_by(self, conn: Connection) -> float:
+        """What has left one connection."""
+        return max(float(self.table.sent[conn.slot]), float(self._sent[conn.slot]))
+
+    def acked_by(self, conn: Connection) -> float:
+        """What the peer of one connection is known to have acknowledged."""
+        return max(float(self.table.acked[conn.slot]), float(self._acked[conn.slot]))
+
     def moved(self, streams: Streams) -> Moved:
         """How far streams have come now."""
         return Moved(streams.offsets(self.sent()), streams.offsets(self.acked()))
@@ -324,7 +332,7 @@ class Connections:
         """A stage has been announced on a connection. If it was unhinted so far, its packets leave the default band."""
         self.last_stage[conn.slot] = stage
         self.rest_since[conn.slot] = INF
-        if conn.band == self.bands.default.index:
+        if conn.band == self._default:
             conn.band = self.table.band[conn.slot] = band
 
     def origin(self, conn: Connection) -> float | None:

@@ -140,7 +140,7 @@ class Delivery:
     def _drained(self, stream: Stream, now: float) -> None:
         """Without a socket to ask: what has left is done once the connections' lanes are empty."""
         t = self.books.transfers
-        sent = self.books.streams.offset(stream, self.connections.sent())
+        sent = self.books.streams.offset(stream, self.connections.sent_by)
         past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
             self.endings.end(past, now, delivered_at=now)

@@ -62,7 +62,7 @@ class Endings:
         elif not delivered:
             rows = transfers.rows(stream.queue)
             start, end = transfers.live("start"), transfers.live("end")
-            offset = self.books.streams.offset(stream, self.connections.sent())
+            offset = self.books.streams.offset(stream, self.connections.sent_by)
             unsent = np.maximum(end[rows] - np.maximum(start[rows], offset), 0.0)
             gaps = np.cumsum(np.where([t in ended for t in stream.queue], unsent, 0.0))
             start[rows[1:]] -= gaps[:-1]
@@ -80,7 +80,7 @@ class Endings:
     def _uncount(self, stream: Stream, ended: dict[Transfer, None]) -> None:
         """Interleaved bytes: what the others have moved is what moved meanwhile, less what was these transfers'."""
         transfers = self.books.transfers
-        offset = self.books.streams.offset(stream, self.connections.sent())
+        offset = self.books.streams.offset(stream, self.connections.sent_by)
         for one in stream.queue:
             if one not in ended:
                 continue
@@ -181,14 +181,14 @@ class Endings:
     def lost(self, conn: Connection, now: float) -> None:
         """A connection is gone, and nobody has told how: what was known last is all there is."""
         table = self.connections.table
-        acked = float(self.connections.acked()[conn.slot])
+        acked = self.connections.acked_by(conn)
         clean = acked > 0 and acked + 1 >= float(table.sent[conn.slot])  # 1: a FIN
         self.closed(conn, acked, now, clean=clean)
 
     def _after(self, stream: Stream, now: float, reason: str, *, clean: bool) -> None:
         """A member of a stream is gone: see what can still come of its transfers."""
         transfers = self.books.transfers
-        offset = self.books.streams.offset(stream, self.connections.acked())
+        offset = self.books.streams.offset(stream, self.connections.acked_by)
         start = [float(transfers.get(t, "start")) for t in stream.queue]
         end = [float(transfers.get(t, "end")) for t in stream.queue]
         alive = bool(stream.members)
@@ -213,7 +213,7 @@ class Endings:
         if self.connections.by_slot.get(conn.slot) is not conn:
             return
         for stream in list(conn.streams):
-            self.books.streams.part(stream, conn, float(self.connections.acked()[conn.slot]))
+            self.books.streams.part(stream, conn, self.connections.acked_by(conn))
             self._after(stream, now, reason, clean=False)
         for watch in conn.watches:
             watch.conns.discard(conn)

@@ -247,7 +247,7 @@ class Ledger:
 
     def _place(self, stream: Stream, transfer: Transfer, hint: TransferHint, now: float) -> float:
         """Queue a transfer behind all that is announced on its stream; returns the offset of its first byte."""
-        offset = self.books.streams.offset(stream, self.connections.sent())
+        offset = self.books.streams.offset(stream, self.connections.sent_by)
         if stream.queue and stream.queue[-1].maybe_late and offset <= stream.announced - self._size(stream.queue[-1]):
             # Nothing has moved since: it was announced after its bytes had gone.
             last = self.books.streams.slot[stream.index]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mfsd.engine.columns import Dense
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from mfsd.engine.books import Connection, Session, Transfer, Watch
     from mfsd.engine.connections import Position
@@ -158,11 +158,11 @@ class Streams:
         out[:n] += self._gone[:n]
         return out
 
-    def offset(self, stream: Stream, positions: F8) -> float:
-        """How far one stream has come."""
+    def offset(self, stream: Stream, position: Callable[[Connection], float]) -> float:
+        """How far one stream has come, given the position of a connection."""
         out = float(self._gone[stream.index])
-        for member in stream.members.values():
-            out += max(float(positions[member.conn.slot] - self.members.get(member, "joined")), 0.0)
+        for conn, member in stream.members.items():
+            out += max(position(conn) - float(self.members.get(member, "joined")), 0.0)
         return out
 
     def offset_at(self, stream: Stream, position: float) -> float:
