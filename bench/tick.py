@@ -41,8 +41,9 @@ from mfsd.model import (
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from mfsd.engine.device import Rescue, Rescued
     from mfsd.engine.estimator import Reading
 
 COUNTS = (100, 1_000, 10_000)
@@ -105,12 +106,18 @@ class SimulatedDevice:
     def read(self) -> Reading | None:
         return None
 
-    def backlog(self, band: int, lane: int) -> int:
-        del band, lane
-        return 0
+    def rescue(self, orders: Sequence[Rescue]) -> None:
+        del orders
 
-    def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
-        del lanes
+    def rescued(self) -> list[Rescued]:
+        return []
+
+    def empty(self, band: int, lane: int) -> bool:
+        del band, lane
+        return True
+
+    def guarantee(self, rates: Mapping[int, float]) -> None:
+        del rates
 
 
 def measure(n: int) -> tuple[float, float]:

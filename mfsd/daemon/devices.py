@@ -311,6 +311,7 @@ class Devices:
         for device in devices:
             device.detach_quietly()
             shape = device.shape
+            device.close()
             if shape is not None:
                 shape.enforcer.close()
             device.classifier.close()

@@ -90,7 +90,7 @@ class Steering:
             for device in self.devices:
                 reading = device.read()
                 if reading is not None:
-                    device.estimator.observe(now, reading)
+                    device.estimator.observe(reading)
         views = self.views(now, moved)
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
@@ -102,7 +102,8 @@ class Steering:
                 self._next_feasible = now + FEASIBLE_S
                 self._tell_infeasible(views)
         self._write(now, rescue=rescue)
-        self.books.counters.rescues += self.rescuer.run(now)
+        self.rescuer.run(now)
+        self.books.counters.rescues += self.rescuer.rescued()
 
     def _arrange(self, views: Views) -> None:
         arrangement = self.policy.arrange(views)

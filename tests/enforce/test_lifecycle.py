@@ -391,3 +391,21 @@ def test_a_kernel_without_prio_is_named(bench: Bench) -> None:
             pytest.skip("this kernel has prio")
     (refusal,) = bench.enforcer(backend="prio").plan().refusals
     assert refusal == "backend = prio: the kernel has no prio (CONFIG_NET_SCH_PRIO)"
+
+
+def test_guarantees_are_written_into_the_living_tree_and_are_no_difference(bench: Bench) -> None:
+    e = bench.enforcer("1gbit")
+    e.apply()
+    plain = bench.shown()
+    e.guarantee({2: 5e6, 3: 0.0, 4: 1e12})
+    lines = {line.split()[2]: line for line in bench.shown() if line.startswith("class htb")}
+    assert "rate 40Mbit" in lines["6d66:3000"]
+    assert "rate 8bit" in lines["6d66:4001"], "a band of one lane is its own leaf"
+    assert "rate 1Gbit" in lines["6d66:5000"], "no more than there is"
+    assert e.verify() == []
+    e.close()
+    heir = bench.enforcer("1gbit")
+    assert any("replace" in step.command for step in heir.plan().steps)
+    heir.apply()
+    assert heir.adopted
+    assert bench.shown() == plain, "a successor begins with the floors"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mfsd.bands import Bands
 from mfsd.daemon.wiring import far_rate_of
 from mfsd.engine.connections import Connections
+from mfsd.engine.device import Rescued
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
 from mfsd.engine.settings import LimitsConfig, RescueConfig
@@ -28,9 +29,10 @@ from mfsd.model import (
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mfsd.daemon.config import PeerConfig
+    from mfsd.engine.device import Rescue
     from mfsd.engine.estimator import Reading
 
 MSS = 1448
@@ -165,16 +167,32 @@ class FakeDevice:
     queued: dict[tuple[int, int], int] = field(default_factory=dict)
     purged: list[tuple[int, int]] = field(default_factory=list)
 
+    guaranteed: dict[int, float] = field(default_factory=dict)
+    _done: list[Rescued] = field(default_factory=list)
+
     def read(self) -> Reading | None:
         return None
 
-    def backlog(self, band: int, lane: int) -> int:
-        return self.queued.get((band, lane), 0)
+    def rescue(self, orders: Sequence[Rescue]) -> None:
+        for order in orders:
+            place = order.band, order.lane
+            backlog = self.queued.get(place, 0)
+            if backlog and not (order.drains and backlog / order.drains < order.in_time_s):
+                self.purged.append(place)
+                self.queued[place] = 0
+            else:
+                backlog = 0
+            self._done.append(Rescued(order, backlog))
 
-    def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
-        for lane in lanes:
-            self.purged.append(lane)
-            self.queued[lane] = 0
+    def rescued(self) -> list[Rescued]:
+        done, self._done = self._done, []
+        return done
+
+    def empty(self, band: int, lane: int) -> bool:
+        return not self.queued.get((band, lane))
+
+    def guarantee(self, rates: Mapping[int, float]) -> None:
+        self.guaranteed.update(rates)
 
 
 class Host:

@@ -8,7 +8,7 @@ description. Nothing here talks to the kernel.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import Role
@@ -18,7 +18,7 @@ from mfsd.datapath.handles import LEAF_MAJORS
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mfsd.bands import BandSpec
 
@@ -96,6 +96,19 @@ class Tree:
     """Class -> band index, of the classes under ROOT whose counters add up to the bands'."""
     counters_reset: bool = False
     """A rescue starts the counters of a band of one lane anew: they are the leaf's, not the class's (sch_prio.c)."""
+    rated: Callable[[int, int], Node] | None = None
+    """(band index, bytes/s) -> the node that gives a band so much, to be changed in place; None: nothing can."""
+
+    def with_nodes(self, nodes: Iterable[Node]) -> Tree:
+        """The same tree with some nodes as given."""
+        new = {(n.type, n.handle): n for n in nodes}
+        groups = tuple(
+            replace(g, nodes=tuple(new.get((n.type, n.handle), n) for n in g.nodes))
+            if any((n.type, n.handle) in new for n in g.nodes)
+            else g
+            for g in self.groups
+        )
+        return replace(self, groups=groups)
 
     @property
     def floors(self) -> bool:
