@@ -178,7 +178,7 @@ static __always_inline __u32 tcp_words(struct __sk_buff *skb, struct scratch *s)
  */
 static __always_inline void note_progress(struct __sk_buff *skb, struct scratch *s, struct mfsd_slot *slot)
 {
-	__u32 *seq = (__u32 *)s->raw, before, end, ahead, flight;
+	__u32 *seq = (__u32 *)s->raw, before, end, ahead, flight, syn;
 	struct bpf_tcp_sock *tcp = 0;
 	struct bpf_sock *sk = skb->sk;
 
@@ -206,8 +206,10 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 		slot->acked = s->position;
 		slot->sent = s->position + (before && (__s32)(ahead - flight) > 0 ? ahead : flight);
 	} else if (before) {
+		syn = s->raw[9] >> 1 & 1; /* a SYN has a number of its own, but is no payload */
+		end += syn;
 		if (!slot->last_ns)
-			slot->origin = MFSD_NET32(*seq);
+			slot->origin = MFSD_NET32(*seq) + syn;
 		ahead = end - slot->origin;
 		if ((__s32)ahead > 0) {
 			slot->origin = end;
