@@ -79,6 +79,9 @@ class SimulatedSockets:
     def exact(self, selector: TupleSelector) -> Socket | None:
         raise NotImplementedError(selector)
 
+    def descends(self, pid: int, ancestor: int) -> bool:
+        return pid == ancestor
+
     def look(self, selectors: Sequence[Selector]) -> None:
         raise NotImplementedError(selectors)
 

@@ -104,31 +104,32 @@ class Watches:
         """The watches that mean a connection."""
         for peer in (socket.endpoints.dst, None):
             for watch in self._by_peer.get(peer, ()):
-                if _means(watch, socket):
+                if self._means(watch, socket):
                     yield watch
+
+    def _means(self, watch: Watch, socket: Socket) -> bool:
+        selector, e = watch.selector, socket.endpoints
+        if watch.session.uid >= 0 and socket.uid not in (-1, watch.session.uid):
+            return False
+        if isinstance(selector, TupleSelector):
+            return (
+                selector.dst == e.dst
+                and selector.src in (None, e.src)
+                and e.sport in selector.sport
+                and e.dport in selector.dport
+                and e.protocol == selector.protocol
+            )
+        if isinstance(selector, ProcessSelector):
+            return (
+                e.dport in selector.dport
+                and (selector.remote is None or e.dst in selector.remote)
+                and self._sockets.descends(socket.pid, selector.pid)
+            )
+        return isinstance(selector, CookieSelector) and selector.cookie == socket.cookie
 
 
 def _peer(selector: Selector) -> Address | None:
     return selector.dst if isinstance(selector, TupleSelector) else None
-
-
-def _means(watch: Watch, socket: Socket) -> bool:
-    selector, e = watch.selector, socket.endpoints
-    if watch.session.uid >= 0 and socket.uid not in (-1, watch.session.uid):
-        return False
-    if isinstance(selector, TupleSelector):
-        return (
-            selector.dst == e.dst
-            and selector.src in (None, e.src)
-            and e.sport in selector.sport
-            and e.dport in selector.dport
-            and e.protocol == selector.protocol
-        )
-    if isinstance(selector, ProcessSelector):
-        if socket.pid != selector.pid or e.dport not in selector.dport:
-            return False
-        return selector.remote is None or e.dst in selector.remote
-    return isinstance(selector, CookieSelector) and selector.cookie == socket.cookie
 
 
 def exact_endpoints(selector: Selector) -> Endpoints | None:

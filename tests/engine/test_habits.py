@@ -363,3 +363,14 @@ def test_what_matches_nothing_is_named_and_costs_nothing() -> None:
     h.socket(2)
     h.tick(0.01)
     assert not h.engine.watches.unseen(h.now)
+
+
+def test_connections_of_descendants_are_those_of_the_process() -> None:
+    h = Host()
+    h.kernel.descendants[77] = {78}
+    h.engine.apply(h.session, MarkHint(ProcessSelector(77, None, PortRange()), Stage.COLLECTIVE), h.now)
+    own, child, stranger = (h.socket(i, pid=pid) for i, pid in ((1, 77), (2, 78), (3, 79)))
+    h.tick()
+    assert h.band(own) == h.band(child)
+    assert 3 not in h.keys.cookies
+    assert stranger.pid == 79

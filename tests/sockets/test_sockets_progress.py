@@ -106,7 +106,8 @@ def test_sockets_that_are_gone_are_absent(net: Net, resolver: SocketResolver) ->
     alive = wait_for(
         lambda: resolver.tcp_progress(asked), lambda found: found[asked[2][0]].state == inet_diag.FIN_WAIT2
     )
-    assert set(alive) == {c for c, _ in asked[2:]}
+    assert set(alive) == {c for c, _ in asked[1:]}
+    assert [c for c, progress in alive.items() if progress is None] == [asked[1][0]], "over, and all acknowledged"
     assert alive[asked[2][0]].bytes_acked == 2  # SYN and FIN
 
 
