@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from mfsd.lab.governor import Governor
-from mfsd.lab.health import Probe
 from mfsd.lab.host import ARRIVAL, Order
-from mfsd.lab.levels import LevelWatch
+from mfsd.lab.hosts.governor import Governor
+from mfsd.lab.hosts.health import Probe
+from mfsd.lab.hosts.levels import LevelWatch
+from mfsd.lab.hosts.net import RTO_MIN, RTO_MIN_US, Fabric, LabError, plain_link
+from mfsd.lab.hosts.process import Process
 from mfsd.lab.models import RANKS, Scaled
-from mfsd.lab.net import RTO_MIN, RTO_MIN_US, Fabric, LabError, plain_link
-from mfsd.lab.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
 
-    from mfsd.lab.levels import LevelChange
-    from mfsd.lab.net import Host
+    from mfsd.lab.hosts.levels import LevelChange
+    from mfsd.lab.hosts.net import Host
     from mfsd.lab.workload import Job
 
 PREFILL: Final = [f"p{i}" for i in range(RANKS)]

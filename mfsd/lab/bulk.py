@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
-from mfsd.lab.enter import die_with_parent, enter, inside
-from mfsd.lab.governor import environment, python
-from mfsd.lab.net import LabError
-from mfsd.lab.tcp import CHUNK, prepare
+from mfsd.lab.hosts.enter import die_with_parent, enter, inside
+from mfsd.lab.hosts.governor import environment, python
+from mfsd.lab.hosts.net import LabError
+from mfsd.lab.hosts.tcp import CHUNK, prepare
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mfsd.lab.net import Host
+    from mfsd.lab.hosts.net import Host
 
 PORT: Final = 7000
 LOG: Final = 1 << 17

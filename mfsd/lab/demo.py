@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mfsd.lab import arm, promotion, report, story, trace, workload
-from mfsd.lab.machine import NICE, commit, end_on_sigterm, machine, take_precedence
+from mfsd.lab.hosts.machine import NICE, commit, end_on_sigterm, machine, take_precedence
+from mfsd.lab.hosts.net import LabError
+from mfsd.lab.hosts.tcp import CONGESTION
 from mfsd.lab.models import MIXTRAL, Scaled
-from mfsd.lab.net import LabError
 from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.lab.results import summary
-from mfsd.lab.tcp import CONGESTION
 from mfsd.policy.registry import DEFAULT
 from mfsd.units import Rate
 

@@ -27,7 +27,7 @@ import psutil
 
 from mfsd.client import Client
 from mfsd.client.selectors import cookie_of
-from mfsd.lab.enter import die_with_parent, enter
+from mfsd.lab.hosts.enter import die_with_parent, enter
 from mfsd.lab.messages import Messages
 from mfsd.lab.models import Model, Scaled
 from mfsd.lab.rank import KV_LANES, P2D_LANES, Lanes, Rank

@@ -22,9 +22,9 @@ import numpy as np
 
 from mfsd.client import Client, Stage, cookie_of
 from mfsd.lab.bulk import Bulk
-from mfsd.lab.governor import Governor
-from mfsd.lab.net import Fabric, LabError
-from mfsd.lab.tcp import FRAME, MSS, tcp_info
+from mfsd.lab.hosts.governor import Governor
+from mfsd.lab.hosts.net import Fabric, LabError
+from mfsd.lab.hosts.tcp import FRAME, MSS, tcp_info
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mfsd.lab.tcp import TcpInfo
+    from mfsd.lab.hosts.tcp import TcpInfo
     from mfsd.units import Rate
 
 WINDOW_MS: Final = 10

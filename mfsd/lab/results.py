@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from mfsd.lab.health import verdict
+from mfsd.lab.hosts.health import verdict
+from mfsd.lab.hosts.tcp import EFFICIENCY
 from mfsd.lab.models import RANKS
 from mfsd.lab.rank import P2D_LANES
-from mfsd.lab.tcp import EFFICIENCY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mfsd.lab.tcp import CHUNK, prepare
+from mfsd.lab.hosts.tcp import CHUNK, prepare
 from mfsd.model import Stage
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from mfsd.lab.cluster.arms import ARMS
 from mfsd.lab.cluster.hinter import Faults, Hinter
 from mfsd.lab.cluster.jobs import Job, Work
 from mfsd.lab.cluster.lanes import Meter, Plugboard
-from mfsd.lab.cluster.network import HIGH, LEVELS_FROM, LOW, Network, marks
 from mfsd.lab.cluster.regimes import REGIMES, Cluster
 from mfsd.lab.cluster.teller import Teller
-from mfsd.lab.machine import real_time
-from mfsd.lab.net import SWITCH, Fabric, LabError, run_id, tool
+from mfsd.lab.hosts.machine import real_time
+from mfsd.lab.hosts.net import SWITCH, Fabric, LabError, run_id, tool
+from mfsd.lab.hosts.network import HIGH, LEVELS_FROM, LOW, Network, marks
 from mfsd.model import Stage
 from mfsd.policy.registry import make_policy
 from mfsd.policy.still import stage_levels

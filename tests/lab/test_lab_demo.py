@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mfsd.lab.enter import NETNS_DIR
-from mfsd.lab.governor import environment
+from mfsd.lab.hosts.enter import NETNS_DIR
+from mfsd.lab.hosts.governor import environment
 from mfsd.lab.promotion import Settings, run
 from mfsd.units import Rate
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mfsd.lab.enter import NETNS_DIR, inside
-from mfsd.lab.governor import environment
-from mfsd.lab.net import RTO_MIN, Fabric, LabError, plain_link, remove_link, remove_stale, run_id, tool
-from mfsd.lab.tcp import prepare, tcp_info
+from mfsd.lab.hosts.enter import NETNS_DIR, inside
+from mfsd.lab.hosts.governor import environment
+from mfsd.lab.hosts.net import RTO_MIN, Fabric, LabError, plain_link, remove_link, remove_stale, run_id, tool
+from mfsd.lab.hosts.tcp import prepare, tcp_info
 from mfsd.lab.traffic import Frame, Lane, Server
 from mfsd.model import Stage
 from mfsd.units import Rate
@@ -144,10 +144,10 @@ RUNNER = """
 import os, signal, subprocess, sys, time
 # A shell starts background jobs with SIGINT ignored, and a job of a job inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from mfsd.lab.governor import python
-from mfsd.lab.net import Fabric
+from mfsd.lab.hosts.governor import python
+from mfsd.lab.hosts.net import Fabric
 with Fabric(["p0"]) as f:
-    command = [*python("mfsd.lab.enter"), f.hosts["p0"].namespace, str(os.getpid()), "sleep", "600"]
+    command = [*python("mfsd.lab.hosts.enter"), f.hosts["p0"].namespace, str(os.getpid()), "sleep", "600"]
     child = subprocess.Popen(command)
     print(child.pid, f.hosts["p0"].namespace, flush=True)
     time.sleep(600)

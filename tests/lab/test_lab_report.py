@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from support.labfakes import TINY, job, outcome
 
-from mfsd.lab import health, pictures, report, results, story
+from mfsd.lab import pictures, report, results, story
 from mfsd.lab.arm import Plan
-from mfsd.lab.levels import LevelChange
+from mfsd.lab.hosts import health
+from mfsd.lab.hosts.levels import LevelChange
 from mfsd.lab.promotion import Trial, latency_ms
 from mfsd.units import Rate
 

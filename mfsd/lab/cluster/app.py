@@ -19,11 +19,11 @@ from mfsd.lab.cluster.arms import ARMS
 from mfsd.lab.cluster.cell import Cell
 from mfsd.lab.cluster.cell import run as run_cell
 from mfsd.lab.cluster.jobs import SLO_SCALE, TRACES, Work
-from mfsd.lab.cluster.network import SETTINGS, Network, Setting
 from mfsd.lab.cluster.regimes import REGIMES
-from mfsd.lab.machine import commit, end_on_sigterm, take_precedence
+from mfsd.lab.hosts.machine import commit, end_on_sigterm, take_precedence
+from mfsd.lab.hosts.net import LabError
+from mfsd.lab.hosts.network import SETTINGS, Network, Setting
 from mfsd.lab.models import MODELS
-from mfsd.lab.net import LabError
 from mfsd.lab.real import run as real
 from mfsd.units import Rate
 

@@ -20,9 +20,9 @@ from mfsd.lab.cluster.lanes import BIN_S, Meter, Plugboard
 from mfsd.lab.cluster.regimes import REGIMES
 from mfsd.lab.cluster.serving import Instance, Log
 from mfsd.lab.cluster.teller import Teller
-from mfsd.lab.health import Probe, verdict
-from mfsd.lab.machine import real_time
-from mfsd.lab.tcp import EFFICIENCY
+from mfsd.lab.hosts.health import Probe, verdict
+from mfsd.lab.hosts.machine import real_time
+from mfsd.lab.hosts.tcp import EFFICIENCY
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mfsd.lab.cluster.arms import Arm
     from mfsd.lab.cluster.jobs import Job
     from mfsd.lab.cluster.lanes import Lane
-    from mfsd.lab.cluster.network import Network, Setting
     from mfsd.lab.cluster.regimes import Cluster, Regime
+    from mfsd.lab.hosts.network import Network, Setting
 
 WARM_UP_S: Final = 2.0
 """Requests that arrive sooner are served but not counted: they meet an empty cluster."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mfsd.lab import trace
-from mfsd.lab.net import LabError
-from mfsd.lab.tcp import EFFICIENCY
+from mfsd.lab.hosts.net import LabError
+from mfsd.lab.hosts.tcp import EFFICIENCY
 from mfsd.lab.trace import BLOCK, Prompt, TraceError
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.client.selectors import cookie_of
-from mfsd.lab.enter import inside
-from mfsd.lab.tcp import CHUNK, prepare
+from mfsd.lab.hosts.enter import inside
+from mfsd.lab.hosts.tcp import CHUNK, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mfsd.lab.net import Host
+    from mfsd.lab.hosts.net import Host
     from mfsd.model import Stage
 
 _ZEROS: Final = memoryview(bytes(CHUNK))

@@ -12,8 +12,8 @@ from mfsd.lab.cluster import arms
 from mfsd.lab.cluster.arms import ARMS
 from mfsd.lab.cluster.cell import PATIENCE_S, SETTLE_S, Cell, run
 from mfsd.lab.cluster.jobs import Work
-from mfsd.lab.cluster.network import Network
 from mfsd.lab.cluster.regimes import REGIMES
+from mfsd.lab.hosts.network import Network
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -18,9 +18,9 @@ from mfsd.lab.cluster.cell import PATIENCE_S, WARM_UP_S
 from mfsd.lab.cluster.evaluate import Table, at_level, key_of, summary
 from mfsd.lab.cluster.jobs import MAX_TOKENS, MIN_TOKENS
 from mfsd.lab.cluster.regimes import MEAN_OF, REGIMES
-from mfsd.lab.machine import machine
+from mfsd.lab.hosts.machine import machine
+from mfsd.lab.hosts.tcp import CONGESTION
 from mfsd.lab.rank import KV_LANES, P2D_LANES
-from mfsd.lab.tcp import CONGESTION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mfsd.lab.cluster.jobs import Job
     from mfsd.lab.cluster.lanes import Lane, Plugboard
     from mfsd.lab.cluster.regimes import Cluster
-    from mfsd.lab.net import Host
+    from mfsd.lab.hosts.net import Host
 
 
 @dataclass(slots=True)

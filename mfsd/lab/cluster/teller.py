@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from mfsd.client import Client
-from mfsd.lab.enter import die_with_parent
-from mfsd.lab.net import LabError
+from mfsd.lab.hosts.enter import die_with_parent
+from mfsd.lab.hosts.net import LabError
 from mfsd.lab.results import added_up
 
 if TYPE_CHECKING:

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mfsd.lab import trace, workload
-from mfsd.lab.governor import Governor
-from mfsd.lab.health import Probe, verdict
-from mfsd.lab.machine import commit, machine
+from mfsd.lab.hosts.governor import Governor
+from mfsd.lab.hosts.health import Probe, verdict
+from mfsd.lab.hosts.machine import commit, machine
+from mfsd.lab.hosts.net import RTO_MIN, RTO_MIN_US, Fabric, LabError, plain_link
+from mfsd.lab.hosts.process import Process
+from mfsd.lab.hosts.tcp import EFFICIENCY
 from mfsd.lab.models import MIXTRAL, RANKS, Scaled
-from mfsd.lab.net import RTO_MIN, RTO_MIN_US, Fabric, LabError, plain_link
-from mfsd.lab.process import Process
 from mfsd.lab.real.engine import PORTS
 from mfsd.lab.real.memory import SLICE, Memory
 from mfsd.lab.real.worker import Order, Role
 from mfsd.lab.results import added_up, mean_ms, percentiles_ms
-from mfsd.lab.tcp import EFFICIENCY
 from mfsd.units import Rate
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mfsd.client import Client, tuple_of
-from mfsd.lab.enter import die_with_parent, enter
 from mfsd.lab.host import fail, hear, say
+from mfsd.lab.hosts.enter import die_with_parent, enter
+from mfsd.lab.hosts.net import DEVICE
 from mfsd.lab.models import RANKS, Model, Scaled
-from mfsd.lab.net import DEVICE
 from mfsd.lab.rank import KV_LANES, P2D_LANES
 from mfsd.lab.real.engine import PORTS, Engine
 from mfsd.lab.real.memory import Memory, Watch

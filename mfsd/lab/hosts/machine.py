@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import mfsd
-from mfsd.lab.governor import ROOT
+from mfsd.lab.hosts.governor import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from mfsd.daemon.config import parse
 from mfsd.daemon.config_bands import bands_of
-from mfsd.lab.governor import Governor
-from mfsd.lab.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
+from mfsd.lab.hosts.governor import Governor
+from mfsd.lab.hosts.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
 from mfsd.lab.results import added_up
 from mfsd.model import Stage
 from mfsd.policy.registry import make_policy

@@ -23,7 +23,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from mfsd.lab.enter import NETNS_DIR, inside
+from mfsd.lab.hosts.enter import NETNS_DIR, inside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ import grpc
 import psutil
 
 from mfsd.daemon.config_text import toml
-from mfsd.lab.net import DEVICE, Host, LabError
+from mfsd.lab.hosts.net import DEVICE, Host, LabError
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 
@@ -31,7 +31,7 @@ CHANNEL: Final = [
     ("grpc.max_reconnect_backoff_ms", 100),
 ]
 """The socket appears while we wait for it."""
-ROOT: Final = Path(__file__).resolve().parents[2]
+ROOT: Final = Path(__file__).resolve().parents[3]
 """What must be on the path for ``python -m mfsd...``."""
 
 
@@ -88,7 +88,7 @@ class Governor:
         self.directory.mkdir(parents=True)
         config = self.directory / "mfsd.toml"
         config.write_text(self._text(), encoding="utf-8")
-        enter = [*python("mfsd.lab.enter"), self.host.namespace, str(os.getpid())]
+        enter = [*python("mfsd.lab.hosts.enter"), self.host.namespace, str(os.getpid())]
         with self.log.open("wb") as log:
             # S603: our own module, with names that we made.
             self._process = subprocess.Popen(  # noqa: S603

@@ -15,7 +15,7 @@ from mfsd.v1 import control_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mfsd.lab.governor import Governor
+    from mfsd.lab.hosts.governor import Governor
 
 PERIOD_S: Final = 0.02
 

@@ -9,8 +9,8 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
-from mfsd.lab.governor import environment, python
-from mfsd.lab.net import LabError
+from mfsd.lab.hosts.governor import environment, python
+from mfsd.lab.hosts.net import LabError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
