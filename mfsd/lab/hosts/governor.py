@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import grpc
 import psutil
 
-from mfsd.daemon.config_text import toml
+from mfsd.daemon import config as configuration
 from mfsd.lab.hosts.net import DEVICE, Host, LabError
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from mfsd.units import Rate
 
@@ -46,11 +46,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
+def added_up(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counters of several hosts, name by name."""
+    out: dict[str, int] = {}
+    for one in counters:
+        for name, value in one.items():
+            out[name] = out.get(name, 0) + value
+    return out
+
+
 class Governor:
     """mfsd in enforce mode on a host's eth0. A context manager: entering waits until it governs, leaving ends it.
 
-    ``directory`` holds its files and must be short enough for a socket path. ``options`` may set any other key,
-    ``device`` any other of the device's. Raises LabError with the end of its log when it does not come up.
+    ``directory`` holds its files and must be short enough for a socket path. ``tables`` are those of its configuration
+    file that differ from the defaults; ``device`` is added to what its device's says. Raises LabError with the end of
+    its log when it does not come up.
     """
 
     def __init__(
@@ -58,23 +68,22 @@ class Governor:
         host: Host,
         directory: Path,
         rate: Rate,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
+        tables: Mapping[str, Any] | None = None,
         device: Mapping[str, Any] | None = None,
-        peers: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.host = host
         self.directory = directory / host.name
         self.target = f"unix:{self.directory}/s"
         self.log = self.directory / "log"
-        self._sections: dict[str, dict[str, Any]] = {k: dict(v) for k, v in (options or {}).items()}
-        self._sections["daemon"] = {
-            "socket": f"{self.directory}/s",
-            "state_dir": str(self.directory),
-            "mode": "enforce",
-            **self._sections.get("daemon", {}),
-        }
-        self._device = {"name": DEVICE, "backend": "htb", "rate": str(rate), **(device or {})}
-        self._peers = peers
+        own = {"socket": f"{self.directory}/s", "state_dir": str(self.directory), "mode": "enforce"}
+        tables = tables or {}
+        self._config = configuration.parse(
+            {
+                **tables,
+                "daemon": {**own, **tables.get("daemon", {})},
+                "device": [{"name": DEVICE, "backend": "htb", "rate": str(rate), **(device or {})}],
+            }
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
 
@@ -87,7 +96,7 @@ class Governor:
         """Start the process without waiting for it: several can come up at the same time. ``ready`` must follow."""
         self.directory.mkdir(parents=True)
         config = self.directory / "mfsd.toml"
-        config.write_text(self._text(), encoding="utf-8")
+        config.write_text(configuration.render(self._config), encoding="utf-8")
         enter = [*python("mfsd.lab.hosts.enter"), self.host.namespace, str(os.getpid())]
         with self.log.open("wb") as log:
             # S603: our own module, with names that we made.
@@ -110,14 +119,6 @@ class Governor:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
-
-    def _text(self) -> str:
-        lines = []
-        for section, keys in self._sections.items():
-            lines += [f"[{section}]", *(f"{k} = {toml(v)}" for k, v in keys.items()), ""]
-        for name, table in (("device", self._device), *(("peer", peer) for peer in self._peers)):
-            lines += [f"[[{name}]]", *(f"{k} = {toml(v)}" for k, v in table.items()), ""]
-        return "\n".join(lines)
 
     def _wait(self) -> None:
         until = time.monotonic() + START_S

@@ -22,10 +22,10 @@ PERIOD_S: Final = 0.02
 
 @dataclass(frozen=True, slots=True)
 class LevelChange:
-    """From ``at`` (seconds since the beginning, when it was first seen) the lane's connection had this level."""
+    """From ``at`` (monotonic seconds, when it was first seen) the conduit had this level."""
 
     at: float
-    lane: int
+    conduit: int
     level: int
     """-1: the default band, -2: the scavenger."""
     rescues: int
@@ -33,11 +33,10 @@ class LevelChange:
 
 
 class LevelWatch:
-    """A thread that asks every ``PERIOD_S`` and keeps the changes. ``cookies``: lane -> socket cookie."""
+    """A thread that asks every ``PERIOD_S`` and keeps the changes. ``cookies``: conduit -> socket cookie."""
 
-    def __init__(self, governor: Governor, cookies: Mapping[str, int], begin: float) -> None:
-        self._lanes = {cookie: int(lane) for lane, cookie in cookies.items()}
-        self._control, self._begin = governor.control, begin
+    def __init__(self, governor: Governor, cookies: Mapping[int, int]) -> None:
+        self._control, self._conduits = governor.control, {cookie: number for number, cookie in cookies.items()}
         self._changes: list[LevelChange] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="levels", daemon=True)
@@ -56,10 +55,9 @@ class LevelWatch:
                 reply = self._control.ListConnections(pb.ListConnectionsRequest(), timeout=2.0)
             except grpc.RpcError:
                 continue
-            at = time.monotonic() - self._begin
+            at = time.monotonic()
             for connection in reply.connections:
-                lane = self._lanes.get(connection.cookie)
-                now = connection.level, connection.rescues
-                if lane is not None and last.get(lane) != now:
-                    last[lane] = now
-                    self._changes.append(LevelChange(at, lane, *now))
+                conduit, now = self._conduits.get(connection.cookie), (connection.level, connection.rescues)
+                if conduit is not None and last.get(conduit) != now:
+                    last[conduit] = now
+                    self._changes.append(LevelChange(at, conduit, *now))

@@ -43,7 +43,7 @@ TCP_SYSCTLS: Final[Mapping[str, str]] = {
 }
 """What every host of a lab has: no memory of earlier connections, and windows that survive a pause.
 
-The congestion control is set per socket (traffic.py): a namespace may only take one that the machine allows to all."""
+The congestion control is set per socket (tcp.py): a namespace may only take one that the machine allows to all."""
 RTO_MIN: Final = "net/ipv4/tcp_rto_min_us"
 """Since Linux 6.11; the receiver's delayed ACKs follow it, so set it at both ends or not at all."""
 RTO_MIN_US: Final = 5000
