@@ -135,7 +135,8 @@ class Bar:
         columns = (TextColumn("{task.description:52}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
         console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
         self._progress = Progress(*columns, TimeRemainingColumn(), console=console, speed_estimate_period=600)
-        self._task = self._progress.add_task("", total=max(total, 1.0))
+        self._total = max(total, 1.0)
+        self._task = self._progress.add_task("", total=self._total)
 
     def tell(self, text: str, past: float) -> None:
         """What is being done, and how far it is."""
@@ -146,6 +147,8 @@ class Bar:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if exc[0] is None:
+            self._progress.update(self._task, completed=self._total)
         self._progress.stop()
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from mfsd.lab.arms import arm_of
 from mfsd.lab.results.evaluate import Table, curve, figure
@@ -120,6 +121,10 @@ def distributions(results: Sequence[Result], panels: Sequence[str]) -> Figure:
                 ax.step(ends, np.arange(1, len(ends) + 1) / len(values), where="post", **styles[arm])
         if panel.log:
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+            ax.tick_params(axis="x", labelsize=8)
         else:
             ax.set_xlim(-2, 4)
         if panel.deadline is not None:
