@@ -122,7 +122,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _preset(name: str, given: dict[str, Any]) -> Settings:
-    return dataclasses.replace(PRESETS[name].settings, **{k: v for k, v in given.items() if v is not None}).check()
+    return dataclasses.replace(PRESETS[name].settings, **{k: v for k, v in given.items() if v is not None})
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def _complain(found: Sequence[Result]) -> None:
 @_guard
 def demo(arms: Sequence[str], promote: bool, out: Path, **given: Any) -> None:  # noqa: FBT001 - click passes flags so
     """The same requests over plain TCP and with mfsd: demo.html, in 90 seconds."""
-    cells = [dataclasses.replace(_preset("demo", given), arm=arm) for arm in ("none", arms[-1])]
+    cells = [dataclasses.replace(_preset("demo", given), arm=arm).check() for arm in ("none", arms[-1])]
     series = {"rescue": closer.RESCUE, "plain": closer.PLAIN} if promote else {}
     past = seconds(cells)
     seen: list[Played] = []
@@ -265,7 +265,7 @@ def full(out: Path, names: Sequence[str], report_only: bool, **given: Sequence[A
 @_guard
 def cell(out: Path, arms: Sequence[str], regime: str, **given: Any) -> None:
     """Run single cells on a cluster of your own: other sizes, rates, models, traces or transports."""
-    cells = [dataclasses.replace(_preset(regime, given), arm=arm) for arm in arms]
+    cells = [dataclasses.replace(_preset(regime, given), arm=arm).check() for arm in arms]
     with Bar(seconds(cells)) as bar:
         found = _run(_afresh(out / "cell", cells), cells, bar)
     _finish(out, "cell", found)
@@ -280,7 +280,7 @@ def real(out: Path, arms: Sequence[str], seed: Sequence[int], **given: Any) -> N
     """The three stages over gloo and Mooncake's transfer engine, with and without mfsd (extra: transports)."""
     check_extra()
     base = _preset("real", given)
-    cells = [dataclasses.replace(base, arm=arm, seed=s) for s in seed or [base.seed] for arm in arms]
+    cells = [dataclasses.replace(base, arm=arm, seed=s).check() for s in seed or [base.seed] for arm in arms]
     with Bar(seconds(cells)) as bar:
         found = _run(_afresh(out / "real", cells), cells, bar)
     _finish(out, "real", found)

@@ -111,7 +111,7 @@ class Settings:
     def check(self) -> Settings:
         """Itself. Raises LabError when it can't be run."""
         try:
-            arm_of(self.arm)
+            arm = arm_of(self.arm)
         except ValueError as e:
             raise LabError(str(e)) from e
         if self.cache == "stores" and not self.stores:
@@ -120,8 +120,8 @@ class Settings:
             raise LabError(
                 f"model = {self.model}: dense ones, whose ranks share every request, need transport = conduits"
             )
-        if self.transport == "real" and (self.instances != 1 or not self.stores):
-            raise LabError("transport = real: one instance, at least one store")
+        if self.transport == "real" and (self.instances != 1 or not self.stores or arm.background):
+            raise LabError("transport = real: one instance, at least one store, no cross traffic")
         return self
 
     @property

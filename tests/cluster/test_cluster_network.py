@@ -223,6 +223,7 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Settin
         plain, governed = (cells.run(network, dataclasses.replace(small, arm=arm))[0] for arm in ("none", "ladder"))
         namespace = f"mfsd-{run_id()}-{SWITCH}"
         stats = tool("tc", "-n", namespace, "-s", "class", "show", "dev", "p0")
+        apart = cells.run(network, dataclasses.replace(small, transport="sockets"))[0]
         network.govern(dataclasses.replace(ARMS["ladder"], peers=True), dataclasses.replace(small, switch="fifo"))
         told = tomllib.loads((network.governors["p0"].directory / "mfsd.toml").read_text())
         assert told["peer"] == [{"network": f"{network.fabric.hosts['d0'].address}/32", "rate": "100mbit"}]
@@ -230,7 +231,7 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Settin
         network.govern(ARMS["none"], small)
         with pytest.raises(KeyError):
             _ = network.targets["p0"]
-    for found in (plain, governed):
+    for found in (plain, governed, apart):
         assert [r.id for r in found.requests] == [r.id for r in wanted]
         for r in found.requests:
             assert r.began is not None
@@ -243,6 +244,11 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Settin
         assert found.fetch_waits
         assert set(found.used) == {f"{host} {way}" for host in small.hosts for way in ("in", "out")}
         assert RESULT.validate_json(RESULT.dump_json(found)) == found
+    # However they were batched, all tokens have been exchanged, and in both ways of playing.
+    tokens = sum(r.new for r in wanted)
+    for found in (plain, governed, apart):
+        moved = sum(size for _, _, size in found.collectives)
+        assert moved == pytest.approx(small.steps * small.scaled.exchange(tokens), rel=0.01)
     assert plain.hints == {}
     assert governed.hints["accepted"] > len(wanted)
     assert governed.hints["rejected"] == governed.hints["dropped"] == 0

@@ -142,6 +142,8 @@ def test_an_arm_may_be_any_policy_of_mfsd_and_nothing_else() -> None:
         ("one", {"stores": 0}, "stores = 0"),
         ("demo", {"model": "llama-3-8b"}, "need transport = conduits"),
         ("real", {"instances": 2}, "transport = real: one instance"),
+        ("real", {"arm": "none-cross"}, "no cross traffic"),
+        ("one", {"arm": "lader"}, "arm = lader: must be one of"),
     ],
 )
 def test_settings_that_can_not_be_run_are_refused(preset: str, given: dict[str, Any], complaint: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from multiprocessing import Pipe
@@ -73,7 +74,8 @@ class Child:
 
 
 def parent() -> Connection:
-    """The other end, in the child; the child dies with its parent."""
+    """The other end, in the child; the child dies with its parent, and leaves it to it what ^C means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pid, fd = (int(arg) for arg in sys.argv[1:3])
     die_with_parent(pid)
     return Connection(fd)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import grpc
 
@@ -33,20 +33,22 @@ class LevelChange:
 
 
 class LevelWatch:
-    """A thread that asks every ``PERIOD_S`` and keeps the changes. ``cookies``: conduit -> socket cookie."""
+    """A thread that asks every ``PERIOD_S``. ``cookies``: conduit -> socket cookie. A context manager."""
 
     def __init__(self, governor: Governor, cookies: Mapping[int, int]) -> None:
         self._control, self._conduits = governor.control, {cookie: number for number, cookie in cookies.items()}
-        self._changes: list[LevelChange] = []
+        self.changes: list[LevelChange] = []
+        """In order of time."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="levels", daemon=True)
-        self._thread.start()
 
-    def stop(self) -> list[LevelChange]:
-        """End the thread; the changes in order of time."""
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
-        return self._changes
 
     def _run(self) -> None:
         last: dict[int, tuple[int, int]] = {}
@@ -60,4 +62,4 @@ class LevelWatch:
                 conduit, now = self._conduits.get(connection.cookie), (connection.level, connection.rescues)
                 if conduit is not None and last.get(conduit) != now:
                     last[conduit] = now
-                    self._changes.append(LevelChange(at, conduit, *now))
+                    self.changes.append(LevelChange(at, conduit, *now))

@@ -13,8 +13,9 @@ import collections
 import functools
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from mfsd.lab.arms import arm_of
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from mfsd.lab.serving.management import Management
     from mfsd.lab.serving.wire import Ends, Sender
     from mfsd.lab.settings import Settings
+
+CROSS: Final = 65_536
+"""Bytes of cross traffic at a time."""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,16 @@ def receive_kv(settings: Settings, work: Sequence[Request], ends: Ends, log: Log
             log.done[request] = at
 
     ends.deliver |= {(Stage.P2D, i): on_frame for i in range(settings.instances)}
+
+
+async def cross_traffic(settings: Settings, ends: Ends) -> None:
+    """Unhinted bytes at a steady rate, if the arm has any, until cancelled; what does not fit waits."""
+    share, senders = arm_of(settings.arm).background, ends.group(Stage.NONE, 0)
+    while senders:
+        for sender in senders:
+            if sender.queued < 8 * CROSS:
+                sender.put(0, 0, CROSS)
+        await asyncio.sleep(CROSS * settings.prefill / (share * settings.rate_of("d0").bytes_per_s))
 
 
 class Conduits:

@@ -2,8 +2,8 @@
 """One process that plays all hosts of a cluster: an event loop stands for all GPUs.
 
 Sixteen ranks as processes would need sixteen processors to keep time, and two are all there is. One thread that runs
-whenever it wants to (SCHED_RR) serves them all, about 0.2 ms late per step of a pass: figures come from this driver.
-It can't show what processes on one host do to each other; processes.py can.
+whenever it wants to (SCHED_RR) serves them all, less than 0.1 ms late per step of a pass, so figures come from this
+driver. It can't show what processes on one host do to each other; processes.py can.
 """
 
 from __future__ import annotations
@@ -17,25 +17,20 @@ import psutil
 
 from mfsd.lab.arms import arm_of
 from mfsd.lab.hosts.machine import real_time
-from mfsd.lab.serving.conduits import Conduits, receive_kv
+from mfsd.lab.serving.conduits import Conduits, cross_traffic, receive_kv
 from mfsd.lab.serving.driver import Played
 from mfsd.lab.serving.forward import Instance, Log, replay
 from mfsd.lab.serving.hinter import Hinter
 from mfsd.lab.serving.teller import Teller
 from mfsd.lab.serving.wire import ARRIVAL, Ends
-from mfsd.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
     from mfsd.lab.serving.driver import Task
-    from mfsd.lab.serving.wire import Sender
-    from mfsd.lab.settings import Settings
 
 SETTLE_S: Final = 0.2
 LOOK_S: Final = 0.05
-CROSS: Final = 65_536
-"""Bytes of cross traffic at a time."""
 
 
 def play(task: Task) -> Played:
@@ -53,10 +48,7 @@ def play(task: Task) -> Played:
 async def _play(task: Task) -> Played:
     settings, work, hosts = task.settings, task.work, task.network.fabric.hosts
     loop, log, arm = asyncio.get_running_loop(), Log(), arm_of(settings.arm)
-    with (
-        Ends(settings.conduits(), hosts, settings.hosts) as ends,
-        Teller(task.network.targets) as teller,
-    ):
+    with Ends(settings.conduits(), hosts, settings.hosts) as ends, Teller(task.network.targets) as teller:
         ends.listen()
         ends.connect()
         receive_kv(settings, work, ends, log)
@@ -68,8 +60,7 @@ async def _play(task: Task) -> Played:
         # Real GPUs do not wait for a processor that the daemons of eight hosts are using.
         with task.measure, real_time():
             begin = loop.time() + SETTLE_S
-            endless = [i.run() for i in instances.values()]
-            endless += [_disturb(s, settings, arm.background) for s in ends.group(Stage.NONE, 0)]
+            endless = [*(i.run() for i in instances.values()), cross_traffic(settings, ends)]
             await _until_done(task, begin, log, [replay(work, begin, instances, log), *endless])
         own = sum(psutil.Process().cpu_times()[:2]) - own
         return Played(begin, log, np.array(ends.arrivals, dtype=ARRIVAL), teller.stats(), own)
@@ -88,12 +79,3 @@ async def _until_done(task: Task, begin: float, log: Log, all_of_it: Sequence[Co
                 raise failures[0]
         for each in running:
             each.cancel()
-
-
-async def _disturb(sender: Sender, settings: Settings, share: float) -> None:
-    """Unhinted bytes at a steady rate; what does not fit waits."""
-    each = share * settings.rate_of("d0").bytes_per_s / settings.prefill
-    while True:
-        if sender.queued < 8 * CROSS:
-            sender.put(0, 0, CROSS)
-        await asyncio.sleep(CROSS / each)

@@ -54,8 +54,10 @@ def _replay(task: Task, children: dict[str, Child]) -> Played:
     peers = {host: child.hear(READY_S) for host, child in children.items()}
     _tell(children, peers)
     cookies = {host: child.hear(END_S) for host, child in children.items()}
-    watches = [LevelWatch(g, cookies[host]) for host, g in task.network.governors.items() if cookies[host]]
-    with task.measure:
+    governors = task.network.governors.items()
+    with contextlib.ExitStack() as stack:
+        watches = [stack.enter_context(LevelWatch(g, cookies[host])) for host, g in governors if cookies[host]]
+        stack.enter_context(task.measure)
         begin = time.monotonic() + SETTLE_S
         _tell(children, begin)
         until = begin + task.work[-1].at + task.settings.patience
@@ -66,14 +68,13 @@ def _replay(task: Task, children: dict[str, Child]) -> Played:
             for child in children.values():
                 while child.heard():
                     done += child.hear(END_S)
-    levels = [change for watch in watches for change in watch.stop()]
     _tell(children, "stop")
     each = [_last(child) for child in children.values()]
     log = Log()
     for one in each:
         log.add(one.log)
     arrivals, hints = np.concatenate([one.arrivals for one in each]), added_up(one.hints for one in each)
-    return Played(begin, log, arrivals, hints, sum(one.cpu_s for one in each), levels)
+    return Played(begin, log, arrivals, hints, sum(one.cpu_s for one in each), [c for w in watches for c in w.changes])
 
 
 def _tell(children: dict[str, Child], message: Any) -> None:

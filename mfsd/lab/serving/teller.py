@@ -102,7 +102,7 @@ class Teller:
 def main() -> None:
     """Do what comes over the pipe until it is closed."""
     pipe = parent()
-    with Clients("teller", pipe.recv()) as clients, contextlib.suppress(EOFError, KeyboardInterrupt):
+    with Clients("teller", pipe.recv()) as clients, contextlib.suppress(EOFError):
         while True:
             for host, method, args, kwargs in pipe.recv():
                 if host:

@@ -27,7 +27,7 @@ import psutil
 from mfsd.lab.arms import arm_of
 from mfsd.lab.hosts.child import parent
 from mfsd.lab.hosts.enter import enter
-from mfsd.lab.serving.conduits import Sockets, receive_kv
+from mfsd.lab.serving.conduits import Sockets, cross_traffic, receive_kv
 from mfsd.lab.serving.driver import Part, Played
 from mfsd.lab.serving.forward import Instance, Log, Transport, replay
 from mfsd.lab.serving.hinter import Hinter
@@ -89,7 +89,16 @@ class TcpSide:
         return list(self._transports)
 
     async def look(self) -> None:
-        """What has to be done all the time."""
+        """Do what has to be done all the time."""
+        await cross_traffic(self._part.settings, self._ends)
+
+
+def _hear(pipe: Connection) -> Any:
+    """What the runner says next; without a runner there is nothing to do."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        os._exit(1)
 
 
 async def _progress(pipe: Connection, log: Log) -> None:
@@ -113,7 +122,7 @@ async def play(part: Part, pipe: Connection) -> None:
     s, log = part.settings, Log()
     side = RealSide(part, log) if s.transport == "real" else TcpSide(part, log)
     pipe.send(await side.open())
-    await side.connect(pipe.recv())
+    await side.connect(_hear(pipe))
     targets = {h: part.targets[h] for h in side.speaks_for if h in part.targets}
     with Clients(part.host, targets) as voice:
         hinter = Hinter(voice, s.scaled.rounds, arm_of(s.arm).faults, s.seed)
@@ -123,7 +132,7 @@ async def play(part: Part, pipe: Connection) -> None:
         }
         voice.settle()
         pipe.send(side.cookies)
-        part.begin = pipe.recv()
+        part.begin = _hear(pipe)
         gc.collect()
         gc.disable()  # a collection in the middle would look like a late machine
         async with asyncio.TaskGroup() as tasks:
@@ -134,7 +143,7 @@ async def play(part: Part, pipe: Connection) -> None:
                     tasks.create_task(instance.run())
                 mine = [r for r in part.work if part.host in r.ranks(s)]
                 tasks.create_task(replay(mine, part.begin, instances, log))
-            await asyncio.to_thread(pipe.recv)
+            await asyncio.to_thread(_hear, pipe)
             cpu = sum(psutil.Process().cpu_times()[:2])
             pipe.send(Played(part.begin, log, np.array(side.arrivals, dtype=ARRIVAL), voice.stats(), cpu))
             os._exit(0)  # libraries' threads are blocked and have nothing to lose
@@ -143,7 +152,7 @@ async def play(part: Part, pipe: Connection) -> None:
 def main() -> None:
     """Do what the runner says."""
     pipe = parent()
-    part: Part = pipe.recv()
+    part: Part = _hear(pipe)
     enter(part.hosts[part.host].namespace)
     try:
         asyncio.run(play(part, pipe))
