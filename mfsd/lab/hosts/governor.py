@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -48,11 +49,10 @@ def environment() -> dict[str, str]:
 
 def added_up(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Counters of several hosts, name by name."""
-    out: dict[str, int] = {}
+    out: Counter[str] = Counter()
     for one in counters:
-        for name, value in one.items():
-            out[name] = out.get(name, 0) + value
-    return out
+        out.update(one)
+    return dict(out)
 
 
 class Governor:
