@@ -119,8 +119,8 @@ class SimulatedDevice:
         del band, lane
         return True
 
-    def guarantee(self, rates: Mapping[int, float]) -> None:
-        del rates
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        del shares
 
 
 def measure(n: int) -> tuple[float, float]:

@@ -113,6 +113,19 @@ def attrs(data: bytes, start: int = 0, end: int | None = None) -> dict[int, byte
     return {kind: data[at + ATTR.size : at + length] for kind, (at, length) in found.items()}
 
 
+def listed(data: bytes) -> list[bytes]:
+    """Payloads of attributes that form a list, all of one number. Cut-short data ends it."""
+    out: list[bytes] = []
+    start = 0
+    while start + 4 <= len(data):
+        length, _ = _unpack_attr(data, start)
+        if length < 4 or start + length > len(data):
+            break
+        out.append(data[start + ATTR.size : start + length])
+        start += length + 3 & ~3
+    return out
+
+
 class Message(NamedTuple):
     """One received message: ``data`` holds what follows its header from ``body`` to ``end``."""
 

@@ -171,7 +171,7 @@ def test_the_engine_may_ask_while_the_qdiscs_come_and_go(inside: Inside) -> None
                 v.empty(3, 40)
                 v.rescue([order])
                 v.rescued()
-                v.guarantee({3: 1e6})
+                v.guarantee({3: 0.2})
                 v.band_rows()
         finally:
             over.set()

@@ -196,8 +196,8 @@ class FakeDevice:
     def empty(self, band: int, lane: int) -> bool:
         return not self.queued.get((band, lane))
 
-    def guarantee(self, rates: Mapping[int, float]) -> None:
-        self.guaranteed.update(rates)
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        self.guaranteed = dict(shares)
 
 
 class Host:

@@ -209,18 +209,17 @@ class DeviceEnforcer:
         with self._lock:
             return purger.backlog(queues.classid + lane, self._ifindex)
 
-    def guarantee(self, rates: Mapping[int, float]) -> None:
-        """Give bands (by index) so many bytes/s even when bands above them are busy, in place of their floors.
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        """Give bands (by index) so much of the link (0..1) even when bands above are busy, and all others their floors.
 
         Takes effect while they are backlogged. Nothing happens on a backend without floors, or where nothing changes.
         """
         with self._lock:
             tree, _ = self._applied()
-            if tree.rated is None:
+            if tree.guarantee is None:
                 return
             known = {(n.type, n.handle): n for n in tree.nodes}
-            nodes = [tree.rated(band, int(rate)) for band, rate in rates.items()]
-            nodes = [n for n in nodes if known.get((n.type, n.handle)) != n]
+            nodes = [n for n in tree.guarantee(shares) if known.get((n.type, n.handle)) != n]
             if nodes:
                 self._sock.run([n.message(self._ifindex, change=True) for n in nodes], f"guarantees on {self.ifname}")
                 self._tree = tree.with_nodes(nodes)
