@@ -35,6 +35,8 @@ _CAPPED: Final = 0x100
 _ACK_TLVS: Final = 0x200
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
+NLA_NESTED: Final = 0x8000
+"""Flag of an attribute that holds attributes; newer parsers insist on it."""
 _NLA_TYPE: Final = 0x3FFF
 _NLMSGERR_ATTR_MSG: Final = 1
 _SOL_NETLINK: Final = 270

@@ -47,7 +47,10 @@ class Node:
             "qdisc": (tc.RTM_NEWQDISC, nl.NLM_CREATE | nl.NLM_REPLACE),
             "class": (tc.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL),
         }[self.type]
-        body = tc.kind_attr(self.kind) + (nl.attr(tc.TCA_OPTIONS, self.options) if self.options is not None else b"")
+        body = tc.kind_attr(self.kind)
+        if self.options is not None:
+            # ets alone insists on the flag; prio's options begin with a struct.
+            body += nl.attr(tc.TCA_OPTIONS | (nl.NLA_NESTED if self.kind == "ets" else 0), self.options)
         flags = nl.NLM_REPLACE if change or self.made else flags
         return tc.message(kind, flags, ifindex, self.handle, self.parent, body=body)
 
