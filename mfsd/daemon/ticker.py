@@ -29,6 +29,8 @@ SHARE: Final = 0.25
 """Of the processor, for ticks that hints ask for."""
 BURST_S: Final = 0.005
 """Budget that an idle daemon has saved up."""
+WAIT_S: Final = 0.02
+"""How long replies wait for a tick at most; a little more than the budget ever makes hints wait."""
 SOON_S: Final = 0.001
 """Period while a rescue may be due; epoll waits in whole milliseconds."""
 KEPT_S: Final = 60.0
@@ -78,6 +80,10 @@ class Ticker:
         self._due = 0.0
         self._budget = BURST_S
         self._refilled = clock()
+        self.count = 0
+        """Ticks that succeeded."""
+        self._ticked: asyncio.Event | None = None
+        """The next one has ended, or has been waited for long enough; None: nobody waits."""
         self._took: deque[tuple[float, float]] = deque(maxlen=KEPT_MAX)
         self._seldom = Seldom()
         self._stopped = True
@@ -103,6 +109,16 @@ class Ticker:
         if self._handle is None or self._loop.time() + wait < self._due:
             self._schedule(wait)
 
+    async def ticked(self) -> None:
+        """Return after the next tick; or after WAIT_S, counted from when somebody began to wait for that tick."""
+        if self._ticked is None:
+            self._ticked = asyncio.Event()
+            self._loop.call_later(WAIT_S, self._ticked.set)
+        event = self._ticked
+        await event.wait()
+        if self._ticked is event:
+            self._ticked = None
+
     def _schedule(self, wait: float) -> None:
         if self._handle is not None:
             self._handle.cancel()
@@ -124,6 +140,10 @@ class Ticker:
                 log.exception("tick failed")
         else:
             self.failure = ""
+            self.count += 1
+            if self._ticked is not None:
+                self._ticked.set()
+                self._ticked = None
             self._beat(self._clock())
         took = self._clock() - now
         self._refill(now + took)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -135,6 +135,18 @@ class Deferred(Dense[T]):
         """Add a row with the values of all columns, in their order."""
         obj.row = FRESH
         self._fresh.append((obj, values))
+
+    def extend(self, objects: Sequence[T], values: Sequence[Any]) -> None:
+        """Add rows, given as columns in their order: arrays of shape (len(objects),), or one value for all rows."""
+        self._settle()
+        start, end = self._n, self._n + len(objects)
+        self._reserve(end)
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column[start:end] = value
+        for row, obj in enumerate(objects, start):
+            obj.row = row
+        self._objects += objects
+        self._n = end
 
     def add(self, obj: T, **values: Any) -> None:
         """Add a row; columns not named are zero."""

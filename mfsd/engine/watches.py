@@ -98,7 +98,11 @@ class Watches:
     def found(self, selector: Selector) -> list[Watch]:
         """The watches that wanted this answer."""
         self._looking.discard(selector)
-        return [w for w in self._by_peer.get(_peer(selector), ()) if w.selector == selector]
+        out = [w for w in self._by_peer.get(_peer(selector), ()) if w.selector == selector]
+        if selector not in self._to_look:  # else one of them was opened after the search had begun
+            for watch in out:
+                watch.looked = True
+        return out
 
     def matching(self, socket: Socket) -> Iterable[Watch]:
         """The watches that mean a connection."""

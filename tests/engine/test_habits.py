@@ -306,8 +306,7 @@ def test_a_worker_that_ends_right_after_its_last_byte_met_its_deadline() -> None
     h.engine.apply(session, TransferHint("t", "r", "", Stage.P2D, 0, 100 * MSS, CookieSelector(1)), h.now)
     h.engine.apply(session, TransferHint("u", "late", "", Stage.P2D, 0, 100 * MSS, CookieSelector(1)), h.now)
     h.send(s, 200 * MSS, acked=False)
-    for on_exit in h.exits[7]:
-        on_exit()  # type: ignore[operator]
+    h.engine.end_session(session, h.now)
     h.tick(0.05)
     h.ack(s, 100 * MSS)
     h.tick(0.01)

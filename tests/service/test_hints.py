@@ -132,15 +132,13 @@ CASES = [
         "transfer.selector.process.remote_port",
         "is no port range",
     ),
-    (on(Selector(process=ProcessPeer(pid=(1 << 22) - 7))), "transfer.selector.process.pid", "there is no process"),
+    (on(Selector(process=ProcessPeer(pid=1, remote="0.0.0.0"))), "transfer.selector.process.remote", "no peer's"),
     (Hint(completion=Completion()), "completion.transfer_id", "is empty, and no other id"),
     (
         Hint(completion=Completion(transfer_id="a", batch_id="b")),
         "completion.transfer_id",
         "set together with another id",
     ),
-    (Hint(completion=Completion(request_id="nobody")), "completion.request_id", "no request 'nobody'"),
-    (Hint(completion=Completion(batch_id="nobody")), "completion.batch_id", "no batch 'nobody'"),
     (Hint(cancellation=Cancellation()), "cancellation.transfer_id", "is empty, and no other id"),
     (Hint(cancellation=Cancellation(request_id=LONG)), "cancellation.request_id", "257 bytes"),
     (
