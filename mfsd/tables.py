@@ -52,9 +52,7 @@ def console(*, err: bool = False) -> Console:
     return Console(file=stream, width=width or _WHOLE, highlight=False, emoji=False, force_terminal=tty)
 
 
-def table(
-    heads: Sequence[tuple[str, Side]], rows: Iterable[Sequence[str]], title: str | None = None
-) -> RenderableType:
+def table(heads: Sequence[tuple[str, Side]], rows: Iterable[Sequence[str]], title: str | None = None) -> RenderableType:
     """A table for ``console()``. Cells are plain text: rich's markup in them is not interpreted."""
     lines = [[head for head, _ in heads], *rows]
     width = columns()

@@ -38,7 +38,7 @@ def status(daemon: Operations, now: float) -> pb.Status:
     """One screen."""
     engine, books = daemon.engine, daemon.engine.books
     p50, p99 = daemon.tick_durations()
-    unseen = engine.watches.unseen(now)
+    unseen = [w for w in engine.watches.unseen(now) if not _carried(engine, w)]
     return pb.Status(
         version=mfsd.__version__,
         uptime_s=now - daemon.started,
@@ -60,6 +60,12 @@ def status(daemon: Operations, now: float) -> pb.Status:
         tick_p99_ms=p99 * 1000,
         notices=[*daemon.notices(), *_unseen(unseen)],
     )
+
+
+def _carried(engine: Engine, watch: Watch) -> bool:
+    """Packets of an exact tuple pass, although no socket of this host is behind it (bridged pods)."""
+    packets = engine.connections.table.packets
+    return watch.stream is not None and any(packets[conn.slot] for conn in watch.stream.members)
 
 
 def _unseen(watches: Sequence[Watch]) -> Iterator[str]:
@@ -129,7 +135,8 @@ def connections(engine: Engine, now: float, which: Iterable[Connection]) -> list
     of, high = rows.live("stream"), streams.high
     left = np.bincount(of, weights=engine.steering.views(now).transfers.left, minlength=high).astype(np.float64)
     waiting = np.bincount(of, minlength=high).astype(np.int64)
-    return [_connection(engine, c, now, left, waiting) for c in which]
+    levels = engine.steering.levels()
+    return [_connection(engine, c, now, int(levels[c.slot]), left, waiting) for c in which]
 
 
 def transfers(engine: Engine, now: float, which: Iterable[int]) -> list[pb.TransferState]:
@@ -191,7 +198,12 @@ def _at_rest(engine: Engine, conn: Connection) -> str:
 
 
 def _connection(
-    engine: Engine, conn: Connection, now: float, left: npt.NDArray[np.float64], waiting: npt.NDArray[np.int64]
+    engine: Engine,
+    conn: Connection,
+    now: float,
+    level: int,
+    left: npt.NDArray[np.float64],
+    waiting: npt.NDArray[np.int64],
 ) -> pb.Connection:
     """``left`` and ``waiting``: bytes and transfers by stream. Those of several connections count for each of them."""
     known = engine.connections
@@ -200,7 +212,7 @@ def _connection(
         slot=conn.slot,
         cookie=conn.cookie,
         endpoints=str(conn.endpoints) if conn.endpoints is not None else f"cookie {conn.cookie}",
-        level=_shown_level(conn.level),
+        level=_shown_level(level),
         band=engine.steering.bands.bands[conn.band].name,
         lane=conn.lane,
         stage=int(known.last_stage[conn.slot]) if first is None else first.stage.value,  # type: ignore[arg-type]  # an open enum

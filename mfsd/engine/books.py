@@ -188,7 +188,6 @@ class Connection:
     streams: set[Stream] = field(default_factory=set)
     watches: set[Watch] = field(default_factory=set)
     marks: set[Mark] = field(default_factory=set)
-    level: int = -1
     band: int = 0
     expires: float = 0.0
     promotions: int = 0

@@ -132,7 +132,7 @@ CASES = [
         "transfer.selector.process.remote_port",
         "is no port range",
     ),
-    (on(Selector(process=ProcessPeer(pid=1, remote="0.0.0.0"))), "transfer.selector.process.remote", "no peer's"),
+    (on(Selector(process=ProcessPeer(pid=1, remote="::"))), "transfer.selector.process.remote", "no peer's"),
     (Hint(completion=Completion()), "completion.transfer_id", "is empty, and no other id"),
     (
         Hint(completion=Completion(transfer_id="a", batch_id="b")),
