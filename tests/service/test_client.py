@@ -12,7 +12,7 @@ import pytest
 from support.daemons import Running, connected, wait_for
 
 from mfsd.api.decode import Decoder
-from mfsd.client import Client, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
+from mfsd.client import Client, Cookie, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
 from mfsd.client.encode import encode
 from mfsd.client.ledger import Ledger
 from mfsd.engine.settings import LimitsConfig
@@ -48,7 +48,7 @@ def test_every_call_arrives(running: Running, connection: tuple[socket.socket, s
         client.batch("b", ["r"], layers=4, layer_compute_s=0.01)
         client.layer("b", 2)
         client.transfer("t", sock, 1 << 20, stage=Stage.P2D, request="r", layer=1, deadline_s=4.0)
-        client.transfer("c", cookie_of(sock), 100, stage=Stage.COLLECTIVE, batch="b")
+        client.transfer("c", Cookie(cookie_of(sock)), 100, stage=Stage.COLLECTIVE, batch="b")
         client.mark(sock, Stage.COLLECTIVE)
         assert client.flush(20)
         stats = client.stats
@@ -89,9 +89,9 @@ def test_nonsense_is_refused_at_the_call(connection: tuple[socket.socket, socket
         connection[0].close()
         with pytest.raises(OSError, match="Bad file descriptor"):
             client.mark(connection[0], Stage.COLLECTIVE)
-    with pytest.raises(ValueError, match=r"ports 2\.\.1"):
+    with pytest.raises(ValueError, match=r"dst_port: 2\.\.1 is no port range"):
         tuple_of("10.0.0.1", (2, 1))
-    with pytest.raises(ValueError, match="does not appear to be an IPv4 or IPv6 address"):
+    with pytest.raises(ValueError, match="dst_addr: 'somewhere' is no IP address"):
         tuple_of("somewhere", 1)
 
 
@@ -99,7 +99,7 @@ def test_rejections_reach_the_worker(running: Running) -> None:
     seen: list[Rejected] = []
     with Client(target=running.target, on_rejected=seen.append) as client:
         client.request("r", ttft_left_s=5.0)
-        client.transfer("t", 1, -1, stage=Stage.P2D, request="r")
+        client.transfer("t", Cookie(1), -1, stage=Stage.P2D, request="r")
         assert client.flush(20)
         wait_for(lambda: seen)
     assert isinstance(seen[0].hint, TransferHint)

@@ -72,7 +72,7 @@ def test_lists(api: Api, busy: int) -> None:
     assert {(t.request_id, t.stage, t.bytes, t.slot) for t in transfers} == {("r", hints_pb2.STAGE_P2D, 1000, one.slot)}
     assert all(0 < t.deadline_us <= 30_000_000 for t in transfers)
     assert not any(t.HasField("rli") for t in transfers)
-    assert len(api.control.ListTransfers(pb.ListTransfersRequest(limit=1)).transfers) == 1
+    assert len(api.control.ListTransfers(pb.ListTransfersRequest(page_size=1)).transfers) == 1
 
 
 def test_explain(api: Api, busy: int) -> None:
