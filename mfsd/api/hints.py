@@ -64,6 +64,8 @@ SETTLE_S: Final = 0.02
 """A reply waits for the engine no longer than this."""
 LOOK_S: Final = 0.1
 """A reply waits for a search of open connections no longer than this."""
+ROW: Final = -1
+"""Instead of a hint's index: it was a row of columns."""
 AHEAD: Final = 256
 """Batches of one stream that wait to be answered; no more are read meanwhile."""
 
@@ -78,8 +80,8 @@ class Answer:
     reply: pb.HintReply
     tick: int
     """The engine's count of ticks when the batch was applied."""
-    fresh: list[tuple[int, Watch]] = field(default_factory=list)
-    """Selectors that the session has not used before, by the index of their hint."""
+    fresh: dict[Watch, int] = field(default_factory=dict)
+    """Selectors that are marked, or that the session has not used before; index of the first hint that named it."""
 
 
 class HintsService(hints_pb2_grpc.HintsServicer):
@@ -175,7 +177,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     def _note(answer: Answer, index: int, hint: TransferHint | MarkHint, now: float) -> None:
         watch = answer.session.watches.get(hint.selector)
         if watch is not None and (isinstance(hint, MarkHint) or (watch.since == now and not watch.looked)):
-            answer.fresh.append((index, watch))
+            answer.fresh.setdefault(watch, index)
 
     def _progress(self, message: pb.ProgressColumns, answer: Answer, now: float) -> int:
         """Apply progress by columns; how many rows were rejected."""
@@ -217,7 +219,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         for selector in decoded.selectors:
             watch = None if selector is None else session.watches.get(selector)
             if watch is not None and watch.since == now and not watch.looked:
-                answer.fresh.append((-1, watch))
+                answer.fresh.setdefault(watch, ROW)
         return len(bad)
 
     def _failed(self, what: str, answer: Answer, error: Exception) -> pb.Error:
@@ -234,13 +236,13 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             now, fresh = self._clock(), answer.fresh
             until = now + SETTLE_S, now + LOOK_S
             while True:
-                if self._ticks.count > answer.tick and all(watch.looked for _, watch in fresh):
+                if self._ticks.count > answer.tick and all(watch.looked for watch in fresh):
                     break
                 if self._clock() >= until[bool(fresh)]:
                     break
                 await self._ticks.ticked()
-            for index, watch in fresh:
-                if watch.looked and index >= 0:
+            for watch, index in fresh.items():
+                if watch.looked and index != ROW:
                     answer.reply.matched.add(index=index, connections=len(watch.conns))
         return answer.reply
 
