@@ -78,8 +78,10 @@ class Answer:
 
     session: Session
     reply: pb.HintReply
+    at: float
+    """When the batch was applied."""
     tick: int
-    """The engine's count of ticks when the batch was applied."""
+    """The engine's count of ticks then."""
     fresh: dict[Watch, int] = field(default_factory=dict)
     """Selectors that are marked, or that the session has not used before; index of the first hint that named it."""
 
@@ -120,7 +122,9 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         engine, now = self.engine, self._clock()
         session = self._session(batch.session, peer, now)
         engine.hear(now)
-        answer = Answer(session, pb.HintReply(seq=batch.seq, epoch=engine.epoch, takes_columns=True), self._ticks.count)
+        answer = Answer(
+            session, pb.HintReply(seq=batch.seq, epoch=engine.epoch, takes_columns=True), now, self._ticks.count
+        )
         reply, rejected = answer.reply, 0
         if batch.hints:
             rejected += self._singly(batch, answer, now)
@@ -233,12 +237,10 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     async def settle(self, answer: Answer) -> pb.HintReply:
         """The reply, complete, once the kernel obeys what it answers; or when that takes too long."""
         if answer.reply.accepted:
-            now, fresh = self._clock(), answer.fresh
-            until = now + SETTLE_S, now + LOOK_S
-            while True:
-                if self._ticks.count > answer.tick and all(watch.looked for watch in fresh):
-                    break
-                if self._clock() >= until[bool(fresh)]:
+            fresh = answer.fresh
+            until = answer.at + (LOOK_S if fresh else SETTLE_S)
+            while self._ticks.count <= answer.tick or not all(watch.looked for watch in fresh):
+                if self._clock() >= until:
                     break
                 await self._ticks.ticked()
             for watch, index in fresh.items():

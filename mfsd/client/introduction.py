@@ -58,7 +58,7 @@ class Introduction:
     @staticmethod
     def _alive(sock: socket.socket) -> bool:
         try:
-            return bool(sock.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK))
+            return bool(sock.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return True  # nothing to read, so it is open
         except OSError:
@@ -76,10 +76,12 @@ def _connect(path: str) -> tuple[socket.socket, str]:
     try:
         sock.settimeout(TIMEOUT_S)
         _knock(sock, path)
-        return sock, _read(sock)
+        token = _read(sock)
+        sock.setblocking(False)
     except BaseException:
         sock.close()
         raise
+    return sock, token
 
 
 def _read(sock: socket.socket) -> str:

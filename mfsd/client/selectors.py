@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import os
 import socket
 import struct
 import termios
@@ -114,6 +116,8 @@ def name(connection: Connection) -> Named:
 @contextlib.contextmanager
 def _borrowed(fd: int) -> Iterator[socket.socket]:
     """A descriptor as a socket, which does not close it."""
+    if fd < 0:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     sock = socket.socket(fileno=fd)
     try:
         yield sock

@@ -75,8 +75,8 @@ def test_they_do_what_single_hints_do(
     ]  # fmt: skip
     one = api.send(REQUEST, batch, transfers=many, session="columns")
     other = api.send(REQUEST, batch, *singly, session="singly")
-    assert (one.accepted, one.rejected, one.takes_columns) == (6, [], True)
-    assert (other.accepted, other.rejected) == (6, [])
+    assert (one.accepted, len(one.rejected), one.takes_columns) == (6, 0, True)
+    assert (other.accepted, len(other.rejected)) == (6, 0)
 
     def state(session: str) -> list[Any]:
         def read(engine: Any) -> list[Any]:
