@@ -132,7 +132,13 @@ def test_what_comes_and_goes_between_pages_hides_nothing_else(api: Api, running:
         api.send(
             Hint(cancellation=hints_pb2.Cancellation(transfer_id=f"r0/{next(gone)}")),
             Hint(
-                transfer=Transfer(id=f"new{next(came)}", request_id="r0", stage=1, bytes=1, selector=Selector(cookie=1))
+                transfer=Transfer(
+                    id=f"new{next(came)}",
+                    request_id="r0",
+                    stage=hints_pb2.STAGE_KV_REUSE,
+                    bytes=1,
+                    selector=Selector(cookie=1),
+                )
             ),
         )
 
@@ -173,7 +179,10 @@ def test_selectors_that_match_nothing_are_named_and_a_few_only(api: Api, busy: i
         Selector(process=hints_pb2.ProcessPeer(pid=7, remote_port=hints_pb2.PortRange(first=3))),
     ]
     elsewhere = Selector(tuple=hints_pb2.Tuple(dst_addr="10.9.9.9", src_port=ports))
-    api.send(*map(mark, lost), Hint(transfer=Transfer(id="t", request_id="r", stage=3, bytes=1, selector=elsewhere)))
+    api.send(
+        *map(mark, lost),
+        Hint(transfer=Transfer(id="t", request_id="r", stage=hints_pb2.STAGE_P2D, bytes=1, selector=elsewhere)),
+    )
     assert set(named(4)) == {
         f"session test marks [fd00::1] -> [fd00::2]:5-9, {none}",
         f"session test marks process 7 -> 10.0.0.0/8, {none}",
