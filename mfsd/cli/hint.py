@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +19,7 @@ from mfsd.v1 import hints_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Body = Callable[..., pb.Hint | list[pb.Hint]]
+    Body = Callable[..., pb.Hint]
 
 STAGES: Final = {
     "kv-reuse": pb.STAGE_KV_REUSE,
@@ -41,13 +40,12 @@ def hint() -> None:
 
 
 def _hint(name: str) -> Callable[[Body], click.Command]:
-    """Declare a subcommand; its function makes the hint, or several."""
+    """Declare a subcommand; its function makes the hint."""
 
     def wrap(f: Body) -> click.Command:
         @functools.wraps(f)
         def run(g: Globals, session: str, **kwargs: Any) -> None:
-            made = f(**kwargs)
-            _send(g, session, made if isinstance(made, list) else [made])
+            _send(g, session, f(**kwargs))
 
         run = click.option("--session", default="mfsctl", show_default=True, help="Session that the hint belongs to.")(
             run
@@ -58,8 +56,8 @@ def _hint(name: str) -> Callable[[Body], click.Command]:
     return wrap
 
 
-def _send(g: Globals, session: str, bodies: list[pb.Hint]) -> None:
-    batch = pb.HintBatch(session=session, seq=1, hints=bodies)
+def _send(g: Globals, session: str, body: pb.Hint) -> None:
+    batch = pb.HintBatch(session=session, seq=1, hints=[body])
     with hints(g.socket) as daemon:
         reply = daemon.Send(batch, timeout=TIMEOUT_S)
     if g.json:
@@ -71,7 +69,7 @@ def _send(g: Globals, session: str, bodies: list[pb.Hint]) -> None:
         if reply.accepted:
             click.echo("accepted")
         for matched in reply.matched:
-            click.echo(_match(bodies[matched.index], matched.connections))
+            click.echo(_match(matched.connections))
         for rejection in reply.rejected:
             for line in _violations(rejection):
                 click.echo(f"mfsctl: rejected: {line}", err=True)
@@ -79,13 +77,11 @@ def _send(g: Globals, session: str, bodies: list[pb.Hint]) -> None:
         raise click.exceptions.Exit(Exit.BAD_NEWS)
 
 
-def _match(body: pb.Hint, connections: int) -> str:
+def _match(connections: int) -> str:
     """What its selector matches now, in words."""
-    selector = getattr(body, str(body.WhichOneof("body"))).selector
-    what = f"process {selector.process.pid}: " if selector.HasField("process") else ""
     if not connections:
-        return f"{what}no connection matches now; those still to come will"
-    return f"{what}{connections} connection{'s' if connections > 1 else ''} match{'' if connections > 1 else 'es'} now"
+        return "no connection matches now; those still to come will"
+    return "1 connection matches now" if connections == 1 else f"{connections} connections match now"
 
 
 def _violations(rejection: pb.Rejection) -> list[str]:
@@ -157,7 +153,7 @@ def progress(batch_id: str, layer: int, *, compute_done: bool) -> pb.Hint:
 def _selector_options(f: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--udp", is_flag=True, help="The tuple is UDP's."),
-        click.option("--pid", type=click.IntRange(1), help="Sockets of this process (mark: and of its children)."),
+        click.option("--pid", type=click.IntRange(1), help="Sockets of this process and its children."),
         click.option("--to", "to", type=ENDPOINT, help="Remote ADDRESS[:PORT[-PORT]]; with --pid also a network."),
         click.option("--from", "from_", type=ENDPOINT, help="Local [ADDRESS][:PORT[-PORT]]."),
         click.option("--cookie", type=click.IntRange(1), help="The socket with this SO_COOKIE."),
@@ -198,16 +194,6 @@ def _selector(
 
 def _ports(endpoint: Endpoint | None) -> pb.PortRange:
     return pb.PortRange() if endpoint is None else pb.PortRange(first=endpoint.first, last=endpoint.last)
-
-
-def _with_children(process: pb.ProcessPeer) -> list[pb.ProcessPeer]:
-    """The same of the process and of all that it has started, which are those that hold the sockets as a rule."""
-    import psutil  # noqa: PLC0415 - only here
-
-    pids = [process.pid]
-    with contextlib.suppress(psutil.Error):  # gone, or not to be seen: the daemon says so
-        pids += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    return [pb.ProcessPeer(pid=pid, remote=process.remote, remote_port=process.remote_port) for pid in pids]
 
 
 INTERLEAVED: Final = click.option(
@@ -276,16 +262,7 @@ def cancel(kind: str, id_: str) -> pb.Hint:
 @click.option("--stage", type=click.Choice([*STAGES, "none"]), required=True, help="none takes the mark back.")
 @INTERLEAVED
 @_selector_options
-def mark(stage: str, *, interleaved: bool, **options: Any) -> list[pb.Hint]:
-    """Say that what is sent on connections without a hint belongs to a stage.
-
-    --pid means a process and those that it has started so far.
-    """
-    selector = _selector(**options)
-    selectors = [selector]
-    if selector.HasField("process"):
-        selectors = [pb.Selector(process=p) for p in _with_children(selector.process)]
+def mark(stage: str, *, interleaved: bool, **selector: Any) -> pb.Hint:
+    """Say that what is sent on connections without a hint belongs to a stage, and how many those are now."""
     number = STAGES.get(stage, pb.STAGE_UNSPECIFIED)
-    return [
-        pb.Hint(connection=pb.ConnectionMark(selector=one, stage=number, interleaved=interleaved)) for one in selectors
-    ]
+    return pb.Hint(connection=pb.ConnectionMark(selector=_selector(**selector), stage=number, interleaved=interleaved))

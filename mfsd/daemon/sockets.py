@@ -217,7 +217,8 @@ class HostSockets:
             self._wake()
 
     def _family(self, selector: ProcessSelector) -> list[int]:
-        return [selector.pid, *self._descendants.get(selector.pid, ())]
+        grown = self._grown  # from any thread
+        return [selector.pid, *(grown[-1] if grown else self._descendants).get(selector.pid, ())]
 
     def lend(self, slots: Sequence[int]) -> None:
         """See Sockets."""
@@ -252,6 +253,9 @@ class HostSockets:
             self._failed("listing sockets", e)
 
     def _look(self, selectors: list[Selector]) -> None:
+        pids = {s.pid for s in selectors if isinstance(s, ProcessSelector)}
+        if pids - self._descendants.keys():
+            self._look_for_families(pids | self._descendants.keys())
         try:
             found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
         except OSError as e:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
+from mfsd.engine import bulk
 from mfsd.engine.books import Books, Session, Watch
 from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.delivery import Delivery
@@ -122,7 +123,7 @@ class Engine:
 
     def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
         """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
-        return self.ledger.transfers(session, columns, now)
+        return bulk.announce(self.ledger, session, columns, now)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 

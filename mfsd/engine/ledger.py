@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import LEVEL_NEW
-from mfsd.engine import bulk
 from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer, Watch
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
@@ -31,7 +30,6 @@ from mfsd.model import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mfsd.engine.bulk import TransferColumns
     from mfsd.engine.connections import Connections
     from mfsd.engine.delivery import Delivery
     from mfsd.engine.endings import Endings
@@ -164,10 +162,6 @@ class Ledger:
         return batch
 
     # --- transfers ----------------------------------------------------------------------------------------------------
-
-    def transfers(self, session: Session, columns: TransferColumns, now: float) -> bulk.Bad:
-        """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
-        return bulk.announce(self, session, columns, now)
 
     def check_new(self, session: Session, transfer_id: str, more: int = 0, *, known: bool = False) -> None:
         """Raise HintError unless a transfer may be added. ``more`` are about to be, ``known`` says that it is one."""
