@@ -169,7 +169,9 @@ class Deferred(Dense[T]):
         dead, self._dead = np.array(self._dead), []
         n = self._n - len(dead)
         holes = dead[dead < n]
-        tail = np.setdiff1d(np.arange(n, self._n), dead, assume_unique=True)
+        kept = np.ones(self._n - n, dtype=np.bool_)
+        kept[dead[dead >= n] - n] = False
+        tail = n + np.flatnonzero(kept)
         for column in self._columns.values():
             column[holes] = column[tail]
         objects = self._objects
