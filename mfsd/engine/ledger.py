@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import LEVEL_NEW
 from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer, Watch
+from mfsd.engine.slots import NS
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
     INF,
@@ -235,10 +236,11 @@ class Ledger:
     ) -> Stream:
         """What carries a transfer; opened, and its connections made known, if it is the first one."""
         stream = session.streams.get(selector)
-        fresh = stream is None
-        band = self.band_of(stage)
-        exact = exact_endpoints(selector)
-        if stream is None:
+        if stream is not None:
+            if stream.watch is not None:
+                self.watches.get(session, selector, self.band_of(stage), expires, now)
+        else:
+            exact = exact_endpoints(selector)
             if isinstance(selector, CookieSelector):
                 conn = self.connections.of_cookie(selector.cookie, expires)
             elif exact is not None:
@@ -253,7 +255,7 @@ class Ledger:
             watch = None
             if conn is None or exact is not None:
                 # An exact tuple, too, may name one connection after another.
-                watch = self.watches.get(session, selector, band, expires, now)
+                watch = self.watches.get(session, selector, self.band_of(stage), expires, now)
             stream = session.streams[selector] = self.books.streams.open(session, selector, watch)
             mark = session.marks.get(selector)
             stream.ordered = ordered and (mark is None or mark.ordered)
@@ -263,11 +265,7 @@ class Ledger:
                     self._join(stream, known, None)
             if conn is not None:
                 self._join(stream, conn, position or None)
-        elif stream.watch is not None:
-            self.watches.get(session, selector, band, expires, now)
         self.connections.renew(stream.members, expires)
-        if fresh and stream.members:
-            stream.announced = 0.0
         return stream
 
     def begin(self, stream: Stream, size: float, position: float, offset: float, now: float) -> tuple[float, bool]:
@@ -275,20 +273,25 @@ class Ledger:
 
         And whether as many bytes as it has went without a hint just before it.
         """
-        last = self.books.streams.slot[stream.index]
-        moved = float(self.connections.table.last_ns[last]) / 1e9 if last >= 0 else -INF
         before = stream.queue[-1] if stream.queue and stream.queue[-1].maybe_late else None
         if before is not None and offset <= stream.announced - float(self.books.transfers.get(before, "size")):
             # Nothing has moved since: it was announced after its bytes had gone.
-            self.endings.end([before], now, delivered_at=moved if last >= 0 else now)
+            moved = self._moved(stream)
+            self.endings.end([before], now, delivered_at=now if moved is None else moved)
             stream.announced = offset
         if not stream.ordered:
             return offset, False
         start, late = self.behind(stream, position, offset), False
-        if not stream.queue:
-            late = moved > now - LATE_S and start - stream.announced >= LATE * size
+        if not stream.queue and start - stream.announced >= LATE * size:
+            moved = self._moved(stream)
+            late = moved is not None and moved > now - LATE_S
         stream.announced = start + size
         return start, late
+
+    def _moved(self, stream: Stream) -> float | None:
+        """When the connection that joined last has sent something last; None: there is none."""
+        slot = self.books.streams.slot[stream.index]
+        return float(self.connections.table.last_ns[slot]) / NS if slot >= 0 else None
 
     def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
         """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
@@ -298,8 +301,9 @@ class Ledger:
 
     def note(self, stream: Stream, stage: Stage) -> None:
         """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
+        band = self.band_of(stage)
         for conn in stream.members:
-            self.connections.carries(conn, stage, self.band_of(stage))
+            self.connections.carries(conn, stage, band)
 
     def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
         """A connection becomes part of a stream, from where the process has written to now."""
