@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
         count: int
 
-        def poke(self) -> None:
-            """Hints have come: tick soon."""
+        def poke(self, *, waiting: bool = False) -> None:
+            """Hints have come: tick soon. ``waiting``: nothing more comes from there before."""
             ...
 
         async def ticked(self) -> None:
@@ -108,8 +108,11 @@ class HintsService(hints_pb2_grpc.HintsServicer):
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
-    def apply(self, batch: pb.HintBatch, peer: Peer | None) -> Answer:
-        """Apply a batch that ``peer`` says. Raises HintError or errors.Refused if no part of it can be."""
+    def apply(self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False) -> Answer:
+        """Apply a batch that ``peer`` says. Raises HintError or errors.Refused if no part of it can be.
+
+        ``alone``: the peer waits for the answer before it says more.
+        """
         rows, steps = len(batch.transfers.ids), len(batch.progress.batch_ids)
         limit, size = self.decoder.limits.max_hints_per_batch, len(batch.hints) + rows + steps
         if size > limit:
@@ -139,7 +142,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if session.events:
             _drain(session, reply)
         if reply.accepted:
-            self._ticks.poke()
+            self._ticks.poke(waiting=alone)
         return answer
 
     def _session(self, name: str, peer: Peer | None, now: float) -> Session:
@@ -273,7 +276,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - named by the proto
         """Unary call; see proto/mfsd/v1/hints.proto."""
         try:
-            return await self.settle(self.apply(request, self._peer(context)))
+            return await self.settle(self.apply(request, self._peer(context), alone=True))
         except (HintError, errors.Refused) as e:
             await errors.abort(context, errors.of_call(e))
 

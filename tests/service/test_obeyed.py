@@ -43,7 +43,7 @@ def band_of(daemon: Running, sock: socket.socket) -> str:
 def slow(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """A daemon that does not tick any more."""
     ticker = running.daemon.ticker
-    monkeypatch.setattr(ticker, "poke", lambda: None)
+    monkeypatch.setattr(ticker, "poke", lambda **_: None)
     monkeypatch.setattr(ticker, "_period", lambda: 3600.0)
     ticks = ticker.count
     wait_for(lambda: ticker.count > ticks)
