@@ -9,8 +9,9 @@ measured, one right after the other.
 
 *Stream*: per request 1 announcement, 1 layer progress, 31 transfers on 64 real TCP connections, and the 31 completions
 of the request before; packed into messages of 16 hints (and, with a suffix, of 1 and of 64), at most 256 messages
-unanswered (an answer waits for the engine's tick; a client of ours has 8192 hints unanswered at most). Hints answered per second. The message size decides the ratio to the echo service: all that the echo service
-does is per message, nearly all that mfsd does is per hint.
+unanswered (an answer waits for the engine's tick; a client of ours has 8192 hints unanswered at most). Hints answered
+per second. The message size decides the ratio to the echo service: all that the echo service does is per message,
+nearly all that mfsd does is per hint.
 
 *Columns*: per message a request, the completion of the one before, and 512 transfers of it by columns, on the same
 connections. Transfers answered per second.

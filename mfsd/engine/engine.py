@@ -184,6 +184,8 @@ class Engine:
 
     def _found(self, watch: Watch, sockets: Sequence[Socket], now: float) -> None:
         for socket in sockets:
+            if not self.watches.may(watch, socket):
+                continue
             try:
                 conn = self.connections.of_socket(socket, now + self.ledger.limits.default_ttl_s)
             except HintError:

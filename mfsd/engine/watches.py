@@ -104,6 +104,11 @@ class Watches:
                 watch.looked = True
         return out
 
+    @staticmethod
+    def may(watch: Watch, socket: Socket) -> bool:
+        """A session's selectors mean its user's sockets only, as far as one knows whose they are."""
+        return watch.session.uid < 0 or socket.uid in (-1, watch.session.uid)
+
     def matching(self, socket: Socket) -> Iterable[Watch]:
         """The watches that mean a connection."""
         for peer in (socket.endpoints.dst, None):
@@ -113,7 +118,7 @@ class Watches:
 
     def _means(self, watch: Watch, socket: Socket) -> bool:
         selector, e = watch.selector, socket.endpoints
-        if watch.session.uid >= 0 and socket.uid not in (-1, watch.session.uid):
+        if not self.may(watch, socket):
             return False
         if isinstance(selector, TupleSelector):
             return (
