@@ -66,6 +66,8 @@ class HostSockets:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mfsd-sockets")
         self._answers: list[Found] = []
         self._known: OrderedDict[int, Socket] = OrderedDict()
+        self._sought: set[CookieSelector] = set()
+        """Cookies that a search for is to begin."""
         self._rules: dict[tuple[Selector, int], _Rule] = {}
         self._wanted: dict[Match, int] = {}
         """How many selectors and users share a match."""
@@ -108,6 +110,8 @@ class HostSockets:
     def by_cookie(self, cookie: int) -> Socket | None:
         """See Sockets."""
         if self._teller is None:
+            if cookie not in self._known:
+                self._seek(cookie)
             return self._known.get(cookie)
         told = self._teller.find(cookie)
         return None if told is None else self._socket(told)
@@ -213,14 +217,30 @@ class HostSockets:
             self._wake()
 
     def _family(self, selector: ProcessSelector) -> list[int]:
-        return [selector.pid, *self._descendants.get(selector.pid, ())]
+        grown = self._grown  # from any thread
+        return [selector.pid, *(grown[-1] if grown else self._descendants).get(selector.pid, ())]
 
     def lend(self, slots: Sequence[int]) -> None:
         """See Sockets."""
         if self._teller is not None:
             self._teller.lend(slots)
 
+    def _seek(self, cookie: int) -> None:
+        """Have all cookies that are asked for until it begins searched for together."""
+        first = not self._sought
+        self._sought.add(CookieSelector(cookie))
+        if first:
+            self._thread.submit(self._look_for_cookies)
+
     # --- searches, in the thread --------------------------------------------------------------------------------------
+
+    def _look_for_cookies(self) -> None:
+        sought, self._sought = self._sought, set()
+        try:
+            self._from_listing(list(sought))
+        except OSError as e:
+            self._failed("listing sockets", e)
+        self._wake()
 
     def _enter_older(self) -> None:
         """Connections that were there before the kernel began to tell go into the directory, too."""
@@ -233,6 +253,9 @@ class HostSockets:
             self._failed("listing sockets", e)
 
     def _look(self, selectors: list[Selector]) -> None:
+        pids = {s.pid for s in selectors if isinstance(s, ProcessSelector)}
+        if pids - self._descendants.keys():
+            self._look_for_families(pids | self._descendants.keys())
         try:
             found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
         except OSError as e:

@@ -70,6 +70,8 @@ class Session:
     """In the daemon's pid namespace, on the kernel's word; 0: unknown."""
     uid: int = -1
     """On the kernel's word; -1: unknown."""
+    maker: object = None
+    """Who opened it, and alone may use it."""
     requests: dict[str, Request] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     transfers: dict[str, Transfer] = field(default_factory=dict)
@@ -161,6 +163,8 @@ class Watch:
     stream: Stream | None = None
     seen: bool = False
     """It has matched something."""
+    looked: bool = False
+    """The connections that were open when it was opened have been looked for."""
     conns: set[Connection] = field(default_factory=set)
 
     @property
@@ -184,7 +188,6 @@ class Connection:
     streams: set[Stream] = field(default_factory=set)
     watches: set[Watch] = field(default_factory=set)
     marks: set[Mark] = field(default_factory=set)
-    level: int = -1
     band: int = 0
     expires: float = 0.0
     promotions: int = 0

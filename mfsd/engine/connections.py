@@ -207,7 +207,9 @@ class Connections:
         return conn
 
     def lend(self) -> None:
-        """Keep the kernel supplied with slots that it may take by itself."""
+        """Keep the kernel supplied with slots that it may take by itself, if it does."""
+        if not self.sockets.tells:
+            return
         wanted = min(LENT, len(self.table) // 8)
         if self._lent <= wanted // 2:
             slots = self.table.reserve(wanted - self._lent)

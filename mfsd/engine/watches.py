@@ -98,7 +98,16 @@ class Watches:
     def found(self, selector: Selector) -> list[Watch]:
         """The watches that wanted this answer."""
         self._looking.discard(selector)
-        return [w for w in self._by_peer.get(_peer(selector), ()) if w.selector == selector]
+        out = [w for w in self._by_peer.get(_peer(selector), ()) if w.selector == selector]
+        if selector not in self._to_look:  # else one of them was opened after the search had begun
+            for watch in out:
+                watch.looked = True
+        return out
+
+    @staticmethod
+    def may(watch: Watch, socket: Socket) -> bool:
+        """A session's selectors mean its user's sockets only, as far as one knows whose they are."""
+        return watch.session.uid < 0 or socket.uid in (-1, watch.session.uid)
 
     def matching(self, socket: Socket) -> Iterable[Watch]:
         """The watches that mean a connection."""
@@ -109,7 +118,7 @@ class Watches:
 
     def _means(self, watch: Watch, socket: Socket) -> bool:
         selector, e = watch.selector, socket.endpoints
-        if watch.session.uid >= 0 and socket.uid not in (-1, watch.session.uid):
+        if not self.may(watch, socket):
             return False
         if isinstance(selector, TupleSelector):
             return (

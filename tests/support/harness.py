@@ -233,8 +233,6 @@ class Host:
             lambda: range(1, devices + 1),
             far_rate_of(peers),
         )
-        self.dead_pids: set[int] = set()
-        self.exits: dict[int, list[object]] = {}
         self.engine = Engine(
             self.connections,
             chosen,
@@ -242,15 +240,8 @@ class Host:
             self.devices,
             limits or LimitsConfig(),
             rescue or RescueConfig(),
-            watch=self._watch,
         )
         self.session = self.engine.session("worker", self.now)
-
-    def _watch(self, pid: int, on_exit: object) -> bool:
-        if pid in self.dead_pids:
-            return False
-        self.exits.setdefault(pid, []).append(on_exit)
-        return True
 
     def socket(self, cookie: int, port: int | None = None, dst: str = "10.0.0.2", **more: Any) -> FakeSocket:
         """Open a connection on this host."""
