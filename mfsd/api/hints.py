@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from mfsd.api.decode import Decoder
     from mfsd.api.identity import Identities, Peer
-    from mfsd.engine.books import Session, Watch
     from mfsd.engine.engine import Engine
+    from mfsd.engine.records import Session, Watch
 
     Context = grpc.aio.ServicerContext[Any, Any]
 

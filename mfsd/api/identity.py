@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mfsd.engine.books import Session
+    from mfsd.engine.records import Session
 
 SO_PEERPIDFD: Final = 77
 """include/uapi/asm-generic/socket.h."""

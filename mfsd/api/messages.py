@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mfsd.api.operations import BandRow, Device, Operations
-    from mfsd.engine.books import Connection, Transfer, Watch
     from mfsd.engine.engine import Engine
+    from mfsd.engine.records import Connection, Transfer, Watch
     from mfsd.model import Selector
     from mfsd.policy.views import Views
 

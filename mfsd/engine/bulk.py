@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.bands import LEVEL_NEW
-from mfsd.engine.books import Transfer
+from mfsd.engine.records import Transfer
 from mfsd.model import INF, HintError, Selector, Stage
 
 if TYPE_CHECKING:
-    from mfsd.engine.books import Batch, Request, Session
     from mfsd.engine.ledger import Ledger
-    from mfsd.engine.streams import Stream
+    from mfsd.engine.records import Batch, Request, Session, Stream
 
 I4 = npt.NDArray[np.int32]
 F8 = npt.NDArray[np.float64]

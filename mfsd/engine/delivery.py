@@ -23,11 +23,12 @@ from mfsd.engine.slots import NS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from mfsd.engine.books import Books, Connection, Transfer
-    from mfsd.engine.connections import Connections, Position
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
     from mfsd.engine.endings import Endings
+    from mfsd.engine.records import Connection, Position, Stream, Transfer
     from mfsd.engine.rescue import Rescuer
-    from mfsd.engine.streams import Moved, Stream
+    from mfsd.engine.streams import Moved
 
 ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""

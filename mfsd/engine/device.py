@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.engine.books import Connection
     from mfsd.engine.estimator import LinkEstimator, Reading
+    from mfsd.engine.records import Connection
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 
 from mfsd.engine import bulk
-from mfsd.engine.books import Books, Session, Watch
+from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import Endings
 from mfsd.engine.ledger import Ledger
+from mfsd.engine.records import Session, Watch
 from mfsd.engine.rescue import Rescuer
 from mfsd.engine.sockets import Closed, Established, Socket
 from mfsd.engine.steering import Steering

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import LEVEL_NEW
-from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer, Watch
+from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Transfer, Watch
 from mfsd.engine.slots import NS
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
@@ -31,11 +31,12 @@ from mfsd.model import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.delivery import Delivery
     from mfsd.engine.endings import Endings
+    from mfsd.engine.records import Stream
     from mfsd.engine.settings import LimitsConfig
-    from mfsd.engine.streams import Stream
     from mfsd.engine.watches import Watches
     from mfsd.model import Selector
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mfsd.engine.books import Watch
+from mfsd.engine.records import Watch
 from mfsd.engine.slots import NS
 from mfsd.model import CookieSelector, Endpoints, ProcessSelector, Selector, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mfsd.engine.books import Books, Session
+    from mfsd.engine.books import Books
+    from mfsd.engine.records import Session
     from mfsd.engine.sockets import Socket, Sockets
     from mfsd.model import Address
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.harness import MSS, Host, exact_tuple
 
-from mfsd.engine.books import TRANSFER_COLUMNS
 from mfsd.engine.bulk import TransferColumns
+from mfsd.engine.records import TRANSFER_COLUMNS
 from mfsd.engine.settings import LimitsConfig
 from mfsd.model import (
     INF,

@@ -9,13 +9,14 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from support.benches import wait_until
 from support.vanishing import vanishings
 
 from mfsd.daemon import config_bands
 from mfsd.daemon.config import parse
 from mfsd.daemon.devices import Devices
-from mfsd.engine.books import Connection
 from mfsd.engine.device import Rescue
+from mfsd.engine.records import Connection
 from mfsd.model import Mode
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> Non
         ip("link", "del", "w0")
         # The engine goes on asking before anybody has noticed.
         assert w.read() is None
-        assert w.failure
+        wait_until(lambda: w.failure != "")
         devices.care(Mode.ENFORCE)
         assert (v.enforced, w.enforced, w.attachment, w.ifindex) == (True, False, None, 0)
         assert (w.read(), w.failure) == (None, "")
