@@ -22,6 +22,8 @@ class Stage(enum.IntEnum):
     KV_REUSE = 1
     COLLECTIVE = 2
     P2D = 3
+    BACKGROUND = 4
+    """Stores, offload, prefetch, weights: nobody waits for them."""
 
     @property
     def early(self) -> bool:

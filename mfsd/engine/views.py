@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd.bands import Role
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def views_of(
         level=t.live("level"),
         device=connections.device.take(conn),
         peer=connections.peer.take(conn),
+        max_defer=np.full(t.n, np.inf),
+        infeasible=t.live("infeasible"),
     )
     return Views(transfers, requests, batches, _link(connections, devices, bands, ladder), now)
 
@@ -97,9 +100,15 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
     # Everything in bands above that of a level; one more column for "above the scavenger".
     above = np.concatenate([np.zeros((len(load), 1)), np.cumsum(load, axis=1)], axis=1)
     at = [*ladder.band_of, bands.scavenger.index]
+    # Floors by band, none where the device has none; the levels' own are no obstacle to what stands on a level.
+    floors = np.array([[b.floor for b in bands.bands]] * len(load))
+    floors *= np.array([[d.floors] for d in devices] or [[False]])
+    others = [b.index for b in bands.bands if b.role is not Role.LEVEL]
     return LinkView(
         rate=np.array([e.rate for e in estimators] or [0.0]),
         load=np.minimum(load.sum(axis=1), 1.0),
         load_above=np.minimum(above[:, at], 1.0),
+        floor=floors.sum(axis=1),
+        taken=np.minimum(load, floors)[:, others].sum(axis=1),
         peer_rate=connections.peers.rate,
     )

@@ -282,7 +282,7 @@ def test_a_policy_that_needs_other_bands_waits_for_a_restart(spawn: Callable[[],
     process.note_with("RELOADING=1")
     process.note_with("READY=1")
     status = process.status()
-    assert status.policy == "deadline-ladder"
+    assert status.policy == "demand-bound"
     assert list(status.notices)[-1] == "policy.name: changed in the file, takes effect at the next restart"
 
 
