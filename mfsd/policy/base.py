@@ -15,12 +15,23 @@ import numpy as np
 
 from mfsd import units
 from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER, Classes, Urgency
+from mfsd.model import Stage
 from mfsd.policy.parts import bound, mlu, pick, rli
-from mfsd.policy.parts.still import stage_levels
-from mfsd.policy.views import BACKGROUND, COLLECTIVE, KV_REUSE, P2D, UNSTAGED, Decision, Explanation
+from mfsd.policy.views import (
+    BACKGROUND,
+    COLLECTIVE,
+    KV_REUSE,
+    P2D,
+    UNSTAGED,
+    Decision,
+    Explanation,
+    LinkView,
+    TransferView,
+    Views,
+)
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import B1, I2, Arrangement, Views
+    from mfsd.policy.views import B1, I2, Arrangement
 
 STAGES: Final = {
     UNSTAGED: "an unstaged",
@@ -67,7 +78,7 @@ class Policy(abc.ABC):
 
         A policy that puts collectives last knows no order of stages: its first level is what it deems urgent.
         """
-        collective = int(stage_levels(self)[COLLECTIVE])
+        collective = int(self.unannounced()[COLLECTIVE])
         urgent = collective + 1 if 0 <= collective < self.levels - 1 else 1
         return Classes((Urgency.URGENT,) * urgent + (Urgency.MIDDLE,) * (self.levels - urgent))
 
@@ -89,12 +100,21 @@ class Policy(abc.ABC):
     def _level(self, view: Views) -> I2:
         """Level of every transfer, shape (n,)."""
 
-    def unannounced(self) -> I2 | None:
-        """Level per stage, shape (len(Stage),), of bytes of which only the stage is known: a static mark, for example.
+    def unannounced(self) -> I2:
+        """Level per stage, shape (len(Stage),), of bytes of which nothing but the stage is known.
 
-        None: that of a transfer of which nothing else is known (still.py).
+        What a static mark stands for, and what a connection's bytes get between its transfers: as a transfer without a
+        deadline that is due in the layer that computes. A policy that orders by what isn't known says what that means.
         """
-        return None
+        transfers = TransferView.of(len(Stage), stage=list(Stage))
+        return self.evaluate(Views.of(transfers, LinkView.of(1.0, self.levels))).level
+
+    def by_stage(self, *, kv_reuse: int, collective: int, p2d: int) -> I2:
+        """Levels by stage as ``unannounced`` returns them."""
+        out = np.zeros(len(Stage), dtype=np.int16)
+        stages = [UNSTAGED, KV_REUSE, COLLECTIVE, P2D, BACKGROUND]
+        out[stages] = (LEVEL_NONE, kv_reuse, collective, p2d, self.background)
+        return out
 
     def arrange(self, view: Views) -> Arrangement | None:
         """Inter-request decision; called when a batch arrives or departs. None: the policy has none."""

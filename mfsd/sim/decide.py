@@ -17,7 +17,6 @@ from mfsd.bands import (
     LEVEL_SCAVENGER,
     SCAVENGER_FLOOR,
 )
-from mfsd.policy.parts.still import stage_levels
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 from mfsd.sim.singlelink import Case, Order, Outcome, Run
 
@@ -77,7 +76,7 @@ class PolicyDecider:
         if floors:
             self._floors[self._level_bands] = LEVEL_FLOOR
             self._floors[self._other_bands] = (DEFAULT_FLOOR, BACKGROUND_FLOOR, SCAVENGER_FLOOR)
-        marks = stage_levels(policy)[[crowd.stage for crowd in case.crowds]] if case.crowds else np.zeros(0, np.int16)
+        marks = policy.unannounced()[[crowd.stage for crowd in case.crowds]] if case.crowds else np.zeros(0, np.int16)
         self._crowds = self._bands(marks).astype(np.float64)
         self._usage = np.zeros(levels + OTHERS)
         self._then = 0.0

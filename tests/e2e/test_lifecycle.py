@@ -247,7 +247,7 @@ def test_reload_changes_what_can_be_changed_and_names_what_needs_a_restart(daemo
     daemon.write_config(policy='name = "no-such-policy"')
     daemon.send_signal(signal.SIGHUP)
     wait_for(lambda: any("no-such-policy" in n for n in daemon.status().notices), "the refusal")
-    assert daemon.status().policy == "demand-bound"
+    assert daemon.status().policy == "deadline-ladder"
 
 
 def test_nothing_is_left_in_the_file_system(netns_pair: NetnsPair, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,9 @@ from support import policy_views as pv
 
 from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
-from mfsd.policy.views import I2, Views
+
+if TYPE_CHECKING:
+    from mfsd.policy.views import I2, Views
 
 seeds = st.integers(0, 2**32 - 1)
 NAMES = registry.names()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import policy_views as pv
 
-from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
 from mfsd.policy.parts.params import Problem, options
 from mfsd.policy.still import stage_levels

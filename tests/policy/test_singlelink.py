@@ -16,10 +16,10 @@ from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
 from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.sim.decide import FixedOrder, PolicyDecider, simulate
-from mfsd.sim.singlelink import BatchSpec, Case, RequestSpec, Run
+from mfsd.sim.singlelink import BatchSpec, Case, Order, RequestSpec, Run
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import F8, I4, Views
+    from mfsd.policy.views import I4, Views
 
 TINY = Shape(batches=(2, 5), requests=(1, 3), layers=(1, 4), instances=2)
 
@@ -64,7 +64,7 @@ class Meter(PolicyDecider):
         super().__init__(case, registry.make_policy(name))
         self.seen: list[tuple[float, float, float]] = []
 
-    def order(self, run: Run) -> F8:
+    def order(self, run: Run) -> Order:
         self.seen.append((run.now, float(run.left.sum()), float(run.left[run.active].sum())))
         return super().order(run)
 

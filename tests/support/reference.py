@@ -186,7 +186,7 @@ def link_load(
 
 
 def to_come(s: State, i: int) -> float:
-    """Bytes of the layers after the last one announced, each like that one: of a batch's collectives, of a request's P2D."""
+    """Bytes of layers after the last one announced, each like that one: collectives of a batch, P2D of a request."""
     stage, batch, request = int(s.t.stage[i]), int(s.t.batch[i]), int(s.t.request[i])
     owner, column = (batch, s.t.batch) if stage == COLLECTIVE else (request, s.t.request)
     if stage not in (COLLECTIVE, P2D) or batch < 0 or owner < 0 or s.b.compute_done[batch]:
@@ -217,7 +217,7 @@ def rank_batches(s: State, *, robust: bool) -> list[int]:
 
 
 def arrange(s: State, *, robust: bool, share: float) -> tuple[list[int], list[bool]]:
-    """Rank of each batch and pruned requests (algorithm 1 of the paper). ``share``: drop budget, of all live requests."""
+    """Rank of each batch and pruned requests (algorithm 1 of the paper). ``share``: drop budget, of live requests."""
     order = rank_batches(s, robust=robust)
     request_load = [
         link_load(s, lambda i: bool(s.t.request[i] == q), future=True)  # noqa: B023 (used at once)

@@ -14,7 +14,7 @@ from mfsd.policy.base import Policy
 from mfsd.policy.demand_bound.layout import Layout
 from mfsd.policy.demand_bound.load import Margin
 from mfsd.policy.demand_bound.verdict import NEAR_S, Verdict
-from mfsd.policy.demand_bound.words import explain
+from mfsd.policy.demand_bound.words import Case, explain
 from mfsd.policy.parts import buckets, pick
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, Decision
@@ -195,7 +195,21 @@ class DemandBound(Policy):
     # --- words --------------------------------------------------------------------------------------------------------
 
     def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
-        explain(self, out, row, level, view)
+        verdict = self.judge(view)
+        guarantee = self.evaluate(view).guarantee
+        assert guarantee is not None  # noqa: S101 (for mypy)
+        case = Case(
+            row=row,
+            level=level,
+            verdict=verdict,
+            needs=bool(self.needs(view, verdict)[row]),
+            granted=float(guarantee[view.transfers.device[row], : self.layout.deferred].sum()),
+            longest=float(self.longest(view)[row]),
+            layout=self.layout,
+            margin=self.margin,
+            defer_until=self.defer_until,
+        )
+        explain(case, out, view)
 
     def _verdict(self, out: Explanation, row: int, view: Views) -> None:
         """The reasons say it."""

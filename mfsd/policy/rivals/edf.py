@@ -14,7 +14,6 @@ from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import buckets
 from mfsd.policy.parts.members import deadlines
 from mfsd.policy.parts.params import option
-from mfsd.policy.parts.still import by_stage
 from mfsd.policy.rivals.size import size_edges
 from mfsd.policy.views import COLLECTIVE, P2D
 
@@ -79,10 +78,12 @@ class Edf(Policy):
         explicit: B1 = (t.stage == P2D) | ((t.stage == COLLECTIVE) & np.isfinite(t.deadline))
         return explicit
 
-    def unannounced(self) -> I2 | None:
+    def unannounced(self) -> I2:
         """Collectives first, if everything is ordered by deadline."""
         last = self.levels - 1
-        return by_stage(self, kv_reuse=last, collective=0, p2d=last) if self.everything else None
+        if self.everything:
+            return self.by_stage(kv_reuse=last, collective=0, p2d=last)
+        return super().unannounced()
 
     def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
         if not self.everything and not self._explicit(view)[row]:
@@ -135,7 +136,7 @@ class Karuna(Policy):
     def unannounced(self) -> I2:
         """In the middle of the size classes."""
         middle = 1 + (self.levels - 3) // 2
-        return by_stage(self, kv_reuse=middle, collective=middle, p2d=middle)
+        return self.by_stage(kv_reuse=middle, collective=middle, p2d=middle)
 
     @staticmethod
     def _behind(view: Views) -> B1:

@@ -11,7 +11,6 @@ import numpy as np
 
 from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import bound
-from mfsd.policy.parts.still import by_stage
 from mfsd.policy.views import BACKGROUND, COLLECTIVE, P2D
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class Sincronia(Policy):
     def unannounced(self) -> I2:
         """In the middle."""
         middle = (self.levels - 1) // 2
-        return by_stage(self, kv_reuse=middle, collective=middle, p2d=middle)
+        return self.by_stage(kv_reuse=middle, collective=middle, p2d=middle)
 
     @staticmethod
     def _positions(view: Views) -> I4:

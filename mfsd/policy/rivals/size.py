@@ -10,7 +10,6 @@ from mfsd import units
 from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import buckets
 from mfsd.policy.parts.params import option
-from mfsd.policy.parts.still import by_stage
 
 if TYPE_CHECKING:
     from mfsd.policy.views import F8, I2, Explanation, TransferView, Views
@@ -75,7 +74,7 @@ class BySize(Policy):
     def unannounced(self) -> I2:
         """In the middle, or last."""
         level = self.levels - 1 if self._key == "sent" else (self.levels - 1) // 2
-        return by_stage(self, kv_reuse=level, collective=level, p2d=level)
+        return self.by_stage(kv_reuse=level, collective=level, p2d=level)
 
     def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
         value, edges = float(self._bytes(view.transfers)[row]), self._edges(view)
