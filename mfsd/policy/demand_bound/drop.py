@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MOST: Final = 2048
 """Jobs that are looked at in one evaluation, by deadline on each link, to bound the time it takes; what is overloaded
 still is looked at in the next one."""
+ROUNDING: Final = 1.0 + 1e-9
+"""A sum that exceeds a limit by less does not."""
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ def most_work_first(
     start = np.concatenate([[0], np.flatnonzero(new) + 1])
     work = np.add.reduceat(work, start)
     job, lent, seconds = job.take(start), lent.take(start), seconds.take(start)
-    late = np.flatnonzero(np.cumsum(work) > seconds)
+    late = np.flatnonzero(np.cumsum(work) > seconds * ROUNDING)
     if not len(late):
         return set(), 0
     # All before the first that is late fit together.
@@ -117,7 +119,7 @@ class _Schedule:
             heapq.heappush(self._largest, (-self._size[job], job))
             if lent:
                 self._borrowed.setdefault(job, []).append((due, work))
-            while self._total > due and self._largest:
+            while self._total > due * ROUNDING and self._largest:
                 for part in self._drop_largest(due):
                     heapq.heappush(pending, part)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _BUCKET_BITS: Final = BUCKETS.bit_length()
 _PLACE_BITS: Final = 31
 """Of a float32 without its sign: good enough to see who is behind whom."""
+MANY: Final = 1 << 16
+"""Connections that are counted to see whether transfers share any."""
 
 
 def hurried_by(conn: I4, ahead: F8, due: F8) -> I4 | None:
@@ -26,11 +28,13 @@ def hurried_by(conn: I4, ahead: F8, due: F8) -> I4 | None:
     left, inf for none. Returns None if every row has only its own to meet, as is usual: transfers are announced in the
     order of their deadlines. Deadlines of one bucket (load.py) count as equal.
     """
-    if not (ahead > 0).any():
-        return None
     rows = np.flatnonzero(conn >= 0)
+    if not len(rows):
+        return None
     whole = len(rows) == len(conn)
     on, before, seconds = (conn, ahead, due) if whole else (conn.take(rows), ahead.take(rows), due.take(rows))
+    if on.max() < MANY and np.bincount(on).max() < 2:
+        return None  # nobody shares one
     # Connection, place and bucket in one number; who is due later comes first among those at one place.
     place = before.astype(np.float32).view(np.int32).astype(np.int64)
     key = ((on.astype(np.int64) << _PLACE_BITS | place) << _BUCKET_BITS) | (BUCKETS - bucket(seconds))

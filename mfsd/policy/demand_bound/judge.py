@@ -157,8 +157,8 @@ def _restore(view: Views, asked: Asked, waiting: Lost, room: F8, calm: float) ->
         if not returning:
             break
         tried = Asked.of(view, asked.lost.without(returning), calm)
-        theirs = returning.rows(view)
-        if not any(theirs[rows].any() for rows, _ in tried.overloaded(view, room, 1.0)):
+        hurried = tried.due < asked.due  # theirs, and stage 1 and what stands before them, which they hurry
+        if not any(hurried[rows].any() for rows, _ in tried.overloaded(view, room, 1.0)):
             return tried
     return asked
 

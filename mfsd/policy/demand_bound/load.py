@@ -63,7 +63,7 @@ class Margin:
 
     def leave(self, seconds: F8) -> F8:
         """What it leaves of ``seconds``."""
-        return seconds * (1.0 - self.share) - self.fixed
+        return seconds * (1.0 - self.share)
 
 
 @dataclass(slots=True)
@@ -124,7 +124,8 @@ class Need:
     @cached_property
     def _calm(self) -> F8:
         """Share of the rate that meets what is due so far, with the margin; 0 where that doesn't fit."""
-        calm: F8 = np.where(self._late, 0.0, self._load.total / np.where(self._late, 1.0, self._left))
+        none = self._late | (self._load.total == 0.0)
+        calm: F8 = np.where(none, 0.0, self._load.total / np.where(none, 1.0, self._left))
         return calm
 
     @cached_property

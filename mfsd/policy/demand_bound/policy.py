@@ -56,7 +56,7 @@ class DemandBound(Policy):
     levels: int = 5
     defer_until: float = option(0.5, "share of its link from which on a transfer is guaranteed it", low=0.05, high=1.0)
     most: float = option(
-        0.5, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
+        0.7, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
     )
     margin_ms: float = option(25.0, "time in hand, for ticks, rescues and TCP", low=0.0)
     margin_share: float = option(0.03, "the same as a share of the time left", low=0.0, high=0.4)
@@ -124,7 +124,8 @@ class DemandBound(Policy):
         """Transfers that need a guarantee, shape (n,)."""
         held = self.layout.guaranteed(view.transfers.level)
         needs = (verdict.need >= self.defer_until) | (held & (verdict.need >= HOLD * self.defer_until)) | verdict.late
-        needs &= verdict.asked.due < np.inf
+        stage = view.transfers.stage  # others have a deadline, too, if they stand before KV on its connection
+        needs &= (verdict.asked.due < np.inf) & ((stage == KV_REUSE) | (stage == P2D))
         return needs
 
     def _levels(self, view: Views, verdict: Verdict, needs: B1) -> I2:

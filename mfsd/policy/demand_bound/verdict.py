@@ -52,7 +52,7 @@ class Verdict:
     slow: B1
     """The link into its peer is scarcer than its device."""
     total: F8
-    """Share of the device that must go to KV."""
+    """Share of the device that must go to KV; 0 if that is so little that nobody needs a guarantee."""
     rush: F8
     """Share of the device that must go to what is late."""
 
@@ -63,6 +63,7 @@ class Verdict:
         asked = judge(view, give_up, calm)
         here, before = Need(asked.load, margin, 1.0 - link.taken), asked.load.before()
         was_urgent, was_first = t.level == layout.urgent, t.level == layout.first
+        most = np.maximum(here.steady(), here.rush())
         out = cls(
             asked=asked,
             lost=asked.lost.rows(view) & (t.stage != BACKGROUND),
@@ -73,7 +74,7 @@ class Verdict:
             laxity=here.laxity(),
             layer_need=np.zeros(len(t)),
             slow=np.zeros(len(t), dtype=np.bool_),
-            total=np.maximum(here.steady(), here.rush()),
+            total=np.where(most >= calm, most, 0.0),
             rush=here.rush(),
         )
         if asked.far is not None:
