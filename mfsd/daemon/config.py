@@ -349,6 +349,9 @@ def _limit_problems(limits: LimitsConfig) -> list[str]:
     if limits.min_deadline_ms > limits.max_deadline_s * 1000:
         out.append(f"limits.min_deadline_ms = {toml(limits.min_deadline_ms)}: at most limits.max_deadline_s"
                    f" ({limits.max_deadline_s:g} s)")  # fmt: skip
+    if limits.min_defer_ms > limits.max_defer_s * 1000:
+        out.append(f"limits.min_defer_ms = {toml(limits.min_defer_ms)}: at most limits.max_defer_s"
+                   f" ({limits.max_defer_s:g} s)")  # fmt: skip
     return out
 
 

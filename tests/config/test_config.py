@@ -201,6 +201,10 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
             {"limits": {"max_deadline_s": 1, "min_deadline_ms": 2000}},
             "limits.min_deadline_ms = 2000.0: at most limits.max_deadline_s (1 s)",
         ),
+        (
+            {"limits": {"max_defer_s": 1, "min_defer_ms": 2000}},
+            "limits.min_defer_ms = 2000.0: at most limits.max_defer_s (1 s)",
+        ),
     ],
 )
 def test_text(data: dict[str, Any], text: str) -> None:
