@@ -113,7 +113,8 @@ def _device(engine: Engine, index: int, device: Device) -> pb.Device:
 
 
 def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.Band:
-    spec = engine.steering.bands.bands[row.index]
+    steering = engine.steering
+    spec = steering.bands.bands[row.index]
     return pb.Band(
         index=row.index,
         name=spec.name,
@@ -126,6 +127,7 @@ def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.
         backlog_bytes=row.backlog,
         dscp=device.dscp.get(spec.name, -1),
         connections=connections,
+        urgency=steering.ladder.classes(steering.policy.classes)[row.index],
     )
 
 

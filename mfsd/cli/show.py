@@ -67,13 +67,14 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
         yield tables.table(
             [
                 ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"), ("conns", "right"),
-                ("sent", "right"), ("packets", "right"), ("drops", "right"), ("queued", "right"), ("dscp", "right"),
+                ("sent", "right"), ("packets", "right"), ("drops", "right"), ("queued", "right"),
+                ("fabric", "left"), ("dscp", "right"),
             ],
             (
                 [
                     b.name, b.classid or "-", str(b.lanes), units.rate(b.floor_bytes_per_s), str(b.connections),
                     units.size(b.bytes), units.count(b.packets), units.count(b.drops),
-                    units.size(b.backlog_bytes), "-" if b.dscp < 0 else str(b.dscp),
+                    units.size(b.backlog_bytes), b.urgency, "-" if b.dscp < 0 else str(b.dscp),
                 ]
                 for b in d.bands
             ),

@@ -21,7 +21,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     InstanceOf,
     PlainValidator,
     ValidationError,
@@ -29,20 +28,9 @@ from pydantic import (
     model_validator,
 )
 
-from mfsd.bands import (
-    BACKGROUND_FLOOR,
-    CONTROL_FLOOR,
-    DEFAULT_FLOOR,
-    HTB_PRIOS,
-    LEVEL_FLOOR,
-    MAX_FLOORS,
-    MAX_HTB_LEVELS,
-    MAX_LEVELS,
-    SCAVENGER_FLOOR,
-    band_names,
-    fill_floors,
-)
-from mfsd.daemon.config_text import example, explain, key, render, toml
+from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS
+from mfsd.daemon.bands_section import BandsConfig, as_tuple
+from mfsd.daemon.config_text import example, explain, render, toml
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
 from mfsd.model import Mode
@@ -66,8 +54,6 @@ DEFAULT_PATH: Final = Path("/etc/mfsd/mfsd.toml")
 IFNAMSIZ: Final = 16
 """Length of a device name, the final 0 included (include/uapi/linux/if.h)."""
 A_RATE: Final = 'a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"'
-MAX_LANES: Final = 256
-"""Minors of a band: its classids are 0xBBLL with band BB and lane LL."""
 
 
 class ConfigError(ValueError):
@@ -80,10 +66,6 @@ class ConfigError(ValueError):
 
 def _rate(value: Any) -> Any:
     return Rate.parse(value) if isinstance(value, str) else value
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _path(value: Any) -> Any:
@@ -110,8 +92,6 @@ RateValue = Annotated[InstanceOf[Rate], BeforeValidator(_rate)]
 NetworkValue = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
 AbsolutePath = Annotated[InstanceOf[Path], BeforeValidator(_path)]
 ModeValue = Annotated[InstanceOf[Mode], BeforeValidator(_mode)]
-Share = Annotated[float, Field(ge=0.0, le=MAX_FLOORS)]
-Dscp = Annotated[int, Field(ge=0, le=63)]
 
 
 class DaemonConfig(Section):
@@ -220,34 +200,6 @@ class PeerConfig(Section):
     )
 
 
-class BandsConfig(Section):
-    """``[bands]``: the strict-priority bands, the same on every device."""
-
-    levels: int = setting(
-        5,
-        "Bands for hinted traffic, besides control, default, background and scavenger. htb takes at most "
-        f"{MAX_HTB_LEVELS}.",
-        ge=1,
-        le=MAX_LEVELS,
-    )
-    lanes: int = setting(32, "Leaf queues per band: a rescue purges only the packets of one lane.", ge=1, le=MAX_LANES)
-    control_floor: Share = setting(CONTROL_FLOOR, "Share of the link that control packets always get.")
-    default_floor: Share = setting(DEFAULT_FLOOR, "Share of the link that unhinted traffic always gets.")
-    floors: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = setting(
-        (), f"Share that each level always gets, most urgent first; {LEVEL_FLOOR:g} where it is short."
-    )
-    background_floor: Share = setting(
-        BACKGROUND_FLOOR, "Share of the link that background traffic (stores, offload, prefetch, weights) always gets."
-    )
-    scavenger_floor: Share = setting(SCAVENGER_FLOOR, "Share of the link that pruned and doomed requests always get.")
-    dscp: dict[str, Dscp] = setting({}, 'DSCP to write by band name, e.g. { "level 0" = 46 }; others are left alone.')
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all bands that a DSCP may be given for."""
-        return band_names(self.levels)
-
-
 class PolicyConfig(BaseModel):
     """``[policy]``: the policy by name; every other key is a parameter of it."""
 
@@ -265,8 +217,8 @@ class Config(Section):
     """The whole file."""
 
     daemon: DaemonConfig = DaemonConfig()
-    device: Annotated[tuple[DeviceConfig, ...], BeforeValidator(_tuple)] = ()
-    peer: Annotated[tuple[PeerConfig, ...], BeforeValidator(_tuple)] = ()
+    device: Annotated[tuple[DeviceConfig, ...], BeforeValidator(as_tuple)] = ()
+    peer: Annotated[tuple[PeerConfig, ...], BeforeValidator(as_tuple)] = ()
     bands: BandsConfig = BandsConfig()
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -274,7 +226,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        problems = [*_daemon_problems(self.daemon), *_band_problems(self), *_limit_problems(self.limits)]
+        problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
+        problems += _limit_problems(self.limits)
         if problems:
             raise ConfigError(problems)
         return self
@@ -315,28 +268,15 @@ def _daemon_problems(d: DaemonConfig) -> list[str]:
     return out
 
 
-def _band_problems(c: Config) -> list[str]:
-    b = c.bands
-    out = [
-        f"bands.dscp.{key(name)} = {dscp}: no such band; allowed: {', '.join(b.names)}"
-        for name, dscp in b.dscp.items()
-        if name not in b.names
-    ]
-    if len(b.floors) > b.levels:
-        out.append(f"bands.floors = {toml(b.floors)}: at most one per level (bands.levels = {b.levels})")
-    total = b.control_floor + b.default_floor + b.background_floor + b.scavenger_floor
-    total += sum(fill_floors(b.floors, b.levels))
-    if total > MAX_FLOORS:
-        out.append(
-            f"bands.floors = {toml(b.floors)}: all floors together are {total:.2f} of the link; at most {MAX_FLOORS}"
-        )
+def _device_problems(c: Config) -> list[str]:
+    out = []
     names = [d.name for d in c.device]
     for i, device in enumerate(c.device):
         if device.name in names[:i]:
             out.append(f"device[{i}].name = {toml(device.name)}: each device once; device[{names.index(device.name)}]"
                        " has this name")  # fmt: skip
-        if device.backend == "htb" and b.levels > MAX_HTB_LEVELS:
-            out.append(f"bands.levels = {b.levels}: at most {MAX_HTB_LEVELS} with backend htb (device[{i}]),"
+        if device.backend == "htb" and c.bands.levels > MAX_HTB_LEVELS:
+            out.append(f"bands.levels = {c.bands.levels}: at most {MAX_HTB_LEVELS} with backend htb (device[{i}]),"
                        f" which has {HTB_PRIOS} priorities")  # fmt: skip
     return out
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from mfsd.daemon.config_bands import dscp_of
 from mfsd.daemon.device import Device, Shape
 from mfsd.datapath import _abi, tc
 from mfsd.datapath.bpf.attach import attach, remove_leftover
@@ -88,11 +89,12 @@ class Devices:
             return
         name, loader = _loader(config.daemon.loader)
         first: Classifier | None = None
+        dscp = dscp_of(config)
         try:
             for wanted in config.device:
                 classifier = loader.open_classifier(config.daemon.slots, first)
                 first = first or classifier
-                self.all.append(Device(wanted, bands, classifier, name, config.bands.dscp))
+                self.all.append(Device(wanted, bands, classifier, name, dscp))
         except BaseException:
             self.close()
             raise
