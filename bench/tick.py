@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.common import Figure, write
 from mfsd.bands import Bands
-from mfsd.daemon.devices import KernelKeys
+from mfsd.daemon.keys import KernelKeys
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.engine.connections import Connections

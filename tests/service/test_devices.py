@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from support.daemons import wait_for
 from support.vanishing import vanishings
 
 from mfsd.daemon import config_bands
@@ -96,8 +97,7 @@ def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> Non
         assert (v.enforced, w.enforced) == (True, True)
         ip("link", "del", "w0")
         # The engine goes on asking before anybody has noticed.
-        assert w.read() is None
-        assert w.failure
+        assert wait_for(lambda: w.read() is None and w.failure)
         devices.care(Mode.ENFORCE)
         assert (v.enforced, w.enforced, w.attachment, w.ifindex) == (True, False, None, 0)
         assert (w.read(), w.failure) == (None, "")
