@@ -83,6 +83,6 @@ def main(path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click
     keep_freed()
     try:
         asyncio.run(_serve(config, path))
-    except (StartError, ServerError, DatapathError) as e:
+    except (StartError, ServerError, DatapathError, OSError) as e:
         log.critical("can't start", reason=str(e))
         sys.exit(1)
