@@ -37,8 +37,8 @@ setup: build ## Debian packages (as root), virtual environment, generated code: 
 
 build: system generated ## the same as setup
 
-demo: build ## the main job on real TCP in network namespaces: build/demo.json, build/demo.html
-	$(PY) -m mfsd.lab.demo
+demo: build ## the main job on real TCP in network namespaces, 90 s: build/demo.json, build/demo.html
+	$(PY) -m mfsd.lab demo
 
 lab-quick: build ## the cluster lab, five policies at two loads, 4 minutes: build/lab/quick.json, quick.html
 	$(PY) -m mfsd.lab quick

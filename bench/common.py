@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from mfsd import tables
-from mfsd.lab.machine import commit, machine
+from mfsd.lab.hosts.machine import commit, machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -79,6 +79,9 @@ class SimulatedSockets:
     def exact(self, selector: TupleSelector) -> Socket | None:
         raise NotImplementedError(selector)
 
+    def descends(self, pid: int, ancestor: int) -> bool:
+        return pid == ancestor
+
     def look(self, selectors: Sequence[Selector]) -> None:
         raise NotImplementedError(selectors)
 
@@ -116,8 +119,8 @@ class SimulatedDevice:
         del band, lane
         return True
 
-    def guarantee(self, rates: Mapping[int, float]) -> None:
-        del rates
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        del shares
 
 
 def measure(n: int) -> tuple[float, float]:

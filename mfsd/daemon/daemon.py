@@ -17,6 +17,7 @@ from mfsd import logs
 from mfsd.api.control import ControlService
 from mfsd.api.decode import Decoder
 from mfsd.api.hints import HintsService
+from mfsd.api.identity import Identities
 from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, reload, wiring
@@ -25,7 +26,6 @@ from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
 from mfsd.host import clock
-from mfsd.host.processes import ProcessGoneError, ProcessWatch
 from mfsd.model import Mode
 from mfsd.v1 import control_pb2 as pb
 
@@ -47,32 +47,6 @@ log = structlog.get_logger(__name__)
 
 class StartError(RuntimeError):
     """The daemon can't start; the text says why and what to do."""
-
-
-class ProcessWatcher:
-    """Adapts ProcessWatch to the engine, which unwatches by pid."""
-
-    def __init__(self) -> None:
-        self._watch = ProcessWatch()
-        self._handles: dict[int, list[tuple[int, int]]] = {}
-
-    def add(self, pid: int, on_exit: Callable[[], None]) -> bool:
-        """False when there is no such process."""
-        try:
-            handle = self._watch.add(pid, on_exit)
-        except ProcessGoneError:
-            return False
-        self._handles.setdefault(pid, []).append(handle)
-        return True
-
-    def remove(self, pid: int) -> None:
-        """Nobody wants to know about this process any more."""
-        for handle in self._handles.pop(pid, []):
-            self._watch.remove(handle)
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._watch.close()
 
 
 class Daemon:
@@ -104,16 +78,14 @@ class Daemon:
             loop = asyncio.get_running_loop()
             self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard))
             undo.callback(self._sockets.close)
-            self._watcher = ProcessWatcher()
-            undo.callback(self._watcher.close)
-            self.engine = wiring.engine_of(
-                config, self.devices, policy, self._sockets, self._watcher.add, self._watcher.remove
-            )
+            self.engine = wiring.engine_of(config, self.devices, policy, self._sockets)
             # The engine's times stand in the table beside the kernel's: all of them are the kernel's.
             self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat, clock=clock.monotonic)
             self._decoder = Decoder(config.limits)
-            hints = HintsService(self.engine, self._decoder, on_hints=self.ticker.poke, clock=clock.monotonic)
-            self._server = Server(hints, ControlService(self, clock=clock.monotonic), config.daemon)
+            self._identities = Identities(config.limits.max_sessions)
+            hints = HintsService(self.engine, self._decoder, self._identities, self.ticker, clock=clock.monotonic)
+            control = ControlService(self, clock=clock.monotonic)
+            self._server = Server(hints, control, self._identities, config.daemon)
             self._undo = undo.pop_all()
         self._watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         self._next_watchdog = 0.0
@@ -266,6 +238,7 @@ class Daemon:
             self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
+        self._identities.limit = merged.limits.max_sessions
         if "bands.dscp" in keys:
             self.devices.set_dscp(merged.bands.dscp)
         if _touches(keys, "device["):

@@ -159,11 +159,11 @@ class Device:
         shape = self._shape
         return shape is None or self._hands.empty(shape, band, lane)
 
-    def guarantee(self, rates: Mapping[int, float]) -> None:
+    def guarantee(self, shares: Mapping[int, float]) -> None:
         """Give bands so much."""
         shape = self._shape
         if shape is not None and shape.floors:
-            self._hands.guarantee(shape, rates)
+            self._hands.guarantee(shape, shares)
 
     def _failed(self, what: str, shape: Any, error: Exception) -> None:
         """Called from any thread."""

@@ -59,7 +59,7 @@ class Hands:
         self._rescued: list[Rescued] = []
         self._looked: dict[tuple[int, int], tuple[float, int]] = {}
         self._looking: set[tuple[int, int]] = set()
-        self._rates: Mapping[int, float] | None = None
+        self._shares: Mapping[int, float] | None = None
 
     def close(self) -> None:
         """Idempotent."""
@@ -138,13 +138,13 @@ class Hands:
 
     # --- guarantees ---------------------------------------------------------------------------------------------------
 
-    def guarantee(self, shape: Shape, rates: Mapping[int, float]) -> None:
-        """Change the rates of bands. Orders that the thread has not come to yet are replaced by this one."""
-        waiting, self._rates = self._rates, rates
+    def guarantee(self, shape: Shape, shares: Mapping[int, float]) -> None:
+        """Change what bands are guaranteed. Orders that the thread has not come to yet are replaced by this one."""
+        waiting, self._shares = self._shares, shares
         if waiting is None:
             self._do("guarantee", shape, lambda: self._guarantee(shape.enforcer))
 
     def _guarantee(self, enforcer: DeviceEnforcer) -> None:
-        rates, self._rates = self._rates, None
-        if rates is not None:
-            enforcer.guarantee(rates)
+        shares, self._shares = self._shares, None
+        if shares is not None:
+            enforcer.guarantee(shares)

@@ -10,8 +10,10 @@ comes from inet_diag either way.
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -21,6 +23,7 @@ from mfsd.datapath import _abi
 from mfsd.datapath.bpf.keys import address_bytes
 from mfsd.datapath.bpf.rules import Match
 from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
+from mfsd.host.processes import Families
 from mfsd.host.sockets import DiagError, SocketResolver
 from mfsd.logs import Seldom
 from mfsd.model import CookieSelector, HintError, PortRange, ProcessSelector, Selector, TupleSelector
@@ -36,10 +39,21 @@ if TYPE_CHECKING:
     from mfsd.model import Endpoints
 
 IPPROTO_TCP: Final = 6
+FAMILIES_S: Final = 1.0
+"""How often descendants of processes that selectors name are looked for."""
 KNOWN_MAX: Final = 65_536
 """Sockets remembered from listings where the kernel doesn't tell."""
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Rule:
+    """What the kernel has been told for one selector of one user."""
+
+    matches: list[Match]
+    place: tuple[int, int, int]
+    """(band, lanes, expires_ns)."""
 
 
 class HostSockets:
@@ -52,9 +66,16 @@ class HostSockets:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mfsd-sockets")
         self._answers: list[Found] = []
         self._known: OrderedDict[int, Socket] = OrderedDict()
-        self._rules: dict[tuple[Selector, int], list[Match]] = {}
+        self._sought: set[CookieSelector] = set()
+        """Cookies that a search for is to begin."""
+        self._rules: dict[tuple[Selector, int], _Rule] = {}
         self._wanted: dict[Match, int] = {}
         """How many selectors and users share a match."""
+        self._families = Families()
+        self._descendants: Mapping[int, frozenset[int]] = {}
+        self._grown: list[Mapping[int, frozenset[int]]] = []
+        """Answers of the thread, the newest last."""
+        self._next_families = 0.0
         self._seldom = Seldom()
         if teller is not None:
             self._thread.submit(self._enter_older)
@@ -83,11 +104,14 @@ class HostSockets:
         if self._answers:
             answers, self._answers = self._answers, []
             out += answers
+        self._follow_families()
         return out
 
     def by_cookie(self, cookie: int) -> Socket | None:
         """See Sockets."""
         if self._teller is None:
+            if cookie not in self._known:
+                self._seek(cookie)
             return self._known.get(cookie)
         told = self._teller.find(cookie)
         return None if told is None else self._socket(told)
@@ -119,33 +143,104 @@ class HostSockets:
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
         """See Sockets."""
-        if self._teller is None:
-            return
-        matches = self._rules.get((selector, uid))
-        if matches is None:
-            matches = self._rules[selector, uid] = _matches(selector, uid)
-            for match in matches:
-                self._wanted[match] = self._wanted.get(match, 0) + 1
-        for match in matches:
-            if not self._teller.rules.put(match, band, lanes, expires_ns) and self._seldom("rules"):
-                log.warning("the kernel's table of rules is full; connections are placed after their first bytes")
+        rule = self._rules.get((selector, uid))
+        if rule is None:
+            rule = self._rules[selector, uid] = _Rule([], (band, lanes, expires_ns))
+            if isinstance(selector, ProcessSelector):
+                self._next_families = 0.0
+            self._put(rule, self._matches(selector, uid))
+        elif rule.place != (band, lanes, expires_ns):
+            rule.place = band, lanes, expires_ns
+            self._put(rule, rule.matches)
 
     def unwatch(self, selector: Selector, uid: int) -> None:
         """See Sockets."""
+        rule = self._rules.pop((selector, uid), None)
+        if rule is not None:
+            self._put(rule, [])
+
+    def _put(self, rule: _Rule, matches: list[Match]) -> None:
+        """Have the kernel match just these for a rule."""
+        before, rule.matches = rule.matches, matches
         if self._teller is None:
             return
-        for match in self._rules.pop((selector, uid), ()):
-            self._wanted[match] -= 1
-            if not self._wanted[match]:
-                del self._wanted[match]
-                self._teller.rules.drop(match)
+        for match in matches:
+            if match not in before:
+                self._wanted[match] = self._wanted.get(match, 0) + 1
+            if not self._teller.rules.put(match, *rule.place) and self._seldom("rules"):
+                log.warning("the kernel's table of rules is full; connections are placed after their first bytes")
+        for match in before:
+            if match not in matches:
+                self._wanted[match] -= 1
+                if not self._wanted[match]:
+                    del self._wanted[match]
+                    self._teller.rules.drop(match)
+
+    def descends(self, pid: int, ancestor: int) -> bool:
+        """See Sockets."""
+        return pid == ancestor or pid in self._descendants.get(ancestor, ())
+
+    def _matches(self, selector: Selector, uid: int) -> list[Match]:
+        """What the kernel has to match for a selector."""
+        if isinstance(selector, TupleSelector):
+            dst = ipaddress.ip_network(selector.dst)
+            return [Match(selector.src, dst, selector.sport, selector.dport, uid=uid)]
+        if isinstance(selector, ProcessSelector):
+            pids = self._family(selector)
+            return [Match(None, selector.remote, PortRange(), selector.dport, pid, uid) for pid in pids]
+        return []
+
+    def _follow_families(self) -> None:
+        """Let processes' descendants count like them: those that the thread has found, and have it look again."""
+        if self._grown:
+            before, self._descendants, self._grown = self._descendants, self._grown[-1], []
+            again: dict[Selector, None] = {}
+            for (selector, uid), rule in self._rules.items():
+                if isinstance(selector, ProcessSelector):
+                    family = self._descendants.get(selector.pid, frozenset())
+                    if family != before.get(selector.pid, frozenset()):
+                        self._put(rule, self._matches(selector, uid))
+                    if family - before.get(selector.pid, frozenset()):
+                        again[selector] = None
+            if again:
+                self._thread.submit(self._look, list(again))
+        now = time.monotonic()
+        if now >= self._next_families:
+            pids = {s.pid for s, _ in self._rules if isinstance(s, ProcessSelector)}
+            self._next_families = now + FAMILIES_S
+            if pids:
+                self._thread.submit(self._look_for_families, pids)
+
+    def _look_for_families(self, pids: set[int]) -> None:
+        self._grown.append(self._families.look(pids))
+        if self._grown[-1] != self._descendants:
+            self._wake()
+
+    def _family(self, selector: ProcessSelector) -> list[int]:
+        grown = self._grown  # from any thread
+        return [selector.pid, *(grown[-1] if grown else self._descendants).get(selector.pid, ())]
 
     def lend(self, slots: Sequence[int]) -> None:
         """See Sockets."""
         if self._teller is not None:
             self._teller.lend(slots)
 
+    def _seek(self, cookie: int) -> None:
+        """Have all cookies that are asked for until it begins searched for together."""
+        first = not self._sought
+        self._sought.add(CookieSelector(cookie))
+        if first:
+            self._thread.submit(self._look_for_cookies)
+
     # --- searches, in the thread --------------------------------------------------------------------------------------
+
+    def _look_for_cookies(self) -> None:
+        sought, self._sought = self._sought, set()
+        try:
+            self._from_listing(list(sought))
+        except OSError as e:
+            self._failed("listing sockets", e)
+        self._wake()
 
     def _enter_older(self) -> None:
         """Connections that were there before the kernel began to tell go into the directory, too."""
@@ -158,6 +253,9 @@ class HostSockets:
             self._failed("listing sockets", e)
 
     def _look(self, selectors: list[Selector]) -> None:
+        pids = {s.pid for s in selectors if isinstance(s, ProcessSelector)}
+        if pids - self._descendants.keys():
+            self._look_for_families(pids | self._descendants.keys())
         try:
             found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
         except OSError as e:
@@ -167,9 +265,16 @@ class HostSockets:
         self._wake()
 
     def _from_listing(self, selectors: Sequence[Selector]) -> list[list[Socket]]:
-        found = [[_listed(s) for s in sockets] for sockets in self._diag.resolve_many(selectors)]
-        for sockets in found:
-            for one in sockets:
+        single = [
+            (n, replace(s, pid=pid)) if isinstance(s, ProcessSelector) else (n, s)
+            for n, s in enumerate(selectors)
+            for pid in (self._family(s) if isinstance(s, ProcessSelector) else (0,))
+        ]
+        found: list[list[Socket]] = [[] for _ in selectors]
+        for (n, _), sockets in zip(single, self._diag.resolve_many([s for _, s in single]), strict=True):
+            found[n] += map(_listed, sockets)
+        for known in found:
+            for one in known:
                 self._known[one.cookie] = one
         while len(self._known) > KNOWN_MAX:
             self._known.popitem(last=False)
@@ -180,18 +285,20 @@ class HostSockets:
         cookies, rows = self._teller.all()
         out: list[list[Socket]] = []
         for selector in selectors:
-            picked = _pick(selector, rows)
+            family = self._family(selector) if isinstance(selector, ProcessSelector) else []
+            picked = _pick(selector, rows, family)
             found = [self._socket(t) for t in self._teller.told(cookies[picked], rows[picked])]
             if isinstance(selector, ProcessSelector):
                 # Of connections that are older than we are, the directory does not know whose they are.
                 known = {s.cookie for s in found}
-                found += [s for s in map(_listed, self._of_process(selector)) if s.cookie not in known]
+                for pid in family:
+                    found += [s for s in map(_listed, self._of_process(selector, pid)) if s.cookie not in known]
             out.append(found)
         return out
 
-    def _of_process(self, selector: ProcessSelector) -> list[Listed]:
+    def _of_process(self, selector: ProcessSelector, pid: int) -> list[Listed]:
         try:
-            return self._diag.resolve(selector)
+            return self._diag.resolve(replace(selector, pid=pid))
         except HintError:
             return []  # gone, or not ours to see
 
@@ -208,18 +315,8 @@ def _listed(found: Listed) -> Socket:
     return Socket(found.cookie, found.endpoints, found.uid, 0, here=True)
 
 
-def _matches(selector: Selector, uid: int) -> list[Match]:
-    """What the kernel has to match for a selector."""
-    if isinstance(selector, TupleSelector):
-        dst = ipaddress.ip_network(selector.dst)
-        return [Match(selector.src, dst, selector.sport, selector.dport, uid=uid)]
-    if isinstance(selector, ProcessSelector):
-        return [Match(None, selector.remote, PortRange(), selector.dport, selector.pid, uid)]
-    return []
-
-
-def _pick(selector: Selector, rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Which rows of the directory a selector means, shape (n,)."""
+def _pick(selector: Selector, rows: npt.NDArray[Any], pids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Which rows of the directory a selector means, shape (n,). ``pids``: the processes of a ProcessSelector."""
     if isinstance(selector, CookieSelector):
         return np.zeros(len(rows), dtype=np.bool_)
     key = rows["key"]
@@ -227,7 +324,7 @@ def _pick(selector: Selector, rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     dport = key["dport"].view(swap)
     out = (dport >= selector.dport.first) & (dport <= selector.dport.last)
     if isinstance(selector, ProcessSelector):
-        out &= rows["owner"]["pid"] == selector.pid
+        out &= np.isin(rows["owner"]["pid"], pids)
         if selector.remote is not None:
             out &= _within(key["daddr"], selector.remote)
         return out

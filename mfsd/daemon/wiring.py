@@ -26,8 +26,6 @@ def engine_of(
     devices: Devices,
     policy: Policy,
     sockets: Sockets,
-    watch: Callable[[int, Callable[[], None]], bool],
-    unwatch: Callable[[int], None],
 ) -> Engine:
     """An engine over the devices' table."""
     connections = Connections(
@@ -46,8 +44,6 @@ def engine_of(
         config.limits,
         config.rescue,
         mode=config.daemon.mode,
-        watch=watch,
-        unwatch=unwatch,
     )
 
 

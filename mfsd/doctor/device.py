@@ -198,8 +198,8 @@ def _own_root(context: Context, sock: tc.TcSocket, device: DeviceFacts) -> Itera
             f"{name} carries mfsd's bands, but nobody knows what was there before",
             lacks,
             "mfsd will not take them over, because it could not put the device back",
-            f"if state_dir is right, mfsctl restore {name} --delete (or tc qdisc del dev {name} root) removes them, and "
-            "the kernel's default returns",
+            f"if state_dir is right, mfsctl restore {name} --delete (or tc qdisc del dev {name} root) removes them, "
+            "and the kernel's default returns",
         )
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.engine.books import Connection
 from mfsd.engine.peers import Peers
+from mfsd.engine.records import Connection, Position
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
 from mfsd.engine.streams import Moved, Streams
 from mfsd.model import INF, Endpoints, HintError, Stage
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from mfsd.bands import Bands
-    from mfsd.engine.books import Mark
+    from mfsd.engine.records import Mark
     from mfsd.engine.sockets import Socket, Sockets
     from mfsd.model import Address
 
@@ -38,25 +38,6 @@ LONG_AGO: Final = -INF
 """Since when a connection is at rest that nobody is expected to use again."""
 LENT: Final = 256
 """Free slots that the kernel holds, to take by itself; at most an eighth of the table."""
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where a connection stands, from TCP."""
-
-    acked: float
-    """What the peer has acknowledged."""
-    written: float
-    """What the process has written."""
-    over: bool = False
-    """Closed, and all acknowledged."""
-    quiet_s: float = 0.0
-    """Since the last acknowledgement came."""
-
-    @property
-    def quiet(self) -> bool:
-        """Nothing is on its way."""
-        return self.acked >= self.written
 
 
 @dataclass(slots=True)
@@ -207,7 +188,9 @@ class Connections:
         return conn
 
     def lend(self) -> None:
-        """Keep the kernel supplied with slots that it may take by itself."""
+        """Keep the kernel supplied with slots that it may take by itself, if it does."""
+        if not self.sockets.tells:
+            return
         wanted = min(LENT, len(self.table) // 8)
         if self._lent <= wanted // 2:
             slots = self.table.reserve(wanted - self._lent)

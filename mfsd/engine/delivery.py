@@ -10,6 +10,7 @@ to it once the next one is announced (ledger.py).
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -22,11 +23,12 @@ from mfsd.engine.slots import NS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from mfsd.engine.books import Books, Connection, Transfer
-    from mfsd.engine.connections import Connections, Position
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
     from mfsd.engine.endings import Endings
+    from mfsd.engine.records import Connection, Position, Stream, Transfer
     from mfsd.engine.rescue import Rescuer
-    from mfsd.engine.streams import Moved, Stream
+    from mfsd.engine.streams import Moved
 
 ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
@@ -99,53 +101,107 @@ class Delivery:
                 self.endings.lost(conn, now)
             elif position.over:
                 self.endings.closed(conn, position.acked, now, clean=True)
+        for done, delivered_at in self._judge(asked, positions, now):
+            self.endings.end(done, now, delivered_at=delivered_at)
         for stream in asked:
-            if stream.queue:
-                self._judge(stream, positions, now)
+            if any(x.handed_over for x in stream.queue):
+                self.confirm(stream)
 
-    def _judge(self, stream: Stream, positions: Mapping[Connection, Position | None], now: float) -> None:
-        """Retire what the peer has acknowledged of one stream, and correct the intervals of the others."""
-        streams, t = self.books.streams, self.books.transfers
-        known = {c: positions.get(c) for c in stream.members}
-        told = {c: p for c, p in known.items() if p is not None}
-        if len(told) < len(known):
-            self._drained(stream, now)
-            return
-        acked, written = streams.total(stream, told, "acked"), streams.total(stream, told, "written")
-        if any(x.handed_over for x in stream.queue):
-            self.correct(stream, written)
-        quiet = acked + SLACK >= written
-        last = max((int(self.connections.table.last_ns[c.slot]) for c in stream.members), default=0)
-        stalled = quiet and last < int((now - STALLED_S) * NS)
-        done = [x for x in stream.queue if self._arrived(x, acked, quiet=quiet, stalled=stalled)]
-        if not stream.ordered and acked - float(t.get(stream.queue[0], "start")) + SLACK >= sum(
-            float(t.get(x, "size")) for x in stream.queue
-        ):
-            done = list(stream.queue)  # all that was announced has moved, in whatever order
-        if done:
-            moved_ago = min((p.quiet_s for p in told.values()), default=0.0)
-            self.endings.end(done, now, delivered_at=max(now - moved_ago, self._last_run) if quiet else now)
-        if any(x.handed_over for x in stream.queue):
-            self.confirm(stream)
+    def _judge(
+        self, asked: Iterable[Stream], positions: Mapping[Connection, Position | None], now: float
+    ) -> list[tuple[list[Transfer], float]]:
+        """What the peers have acknowledged, and when, by stream; corrects the intervals of the others.
 
-    def _arrived(self, transfer: Transfer, acked: float, *, quiet: bool, stalled: bool) -> bool:
+        All streams together, because columns are read and written in one go, and nothing is struck out meanwhile.
+        """
+        out: list[tuple[list[Transfer], float]] = []
+        known: list[tuple[Stream, dict[Connection, Position]]] = []
+        for stream in asked:
+            told = {c: p for c in stream.members if (p := positions.get(c)) is not None}
+            if not stream.queue:
+                continue
+            if len(told) < len(stream.members):
+                out.append((self._drained(stream, now), now))
+                continue
+            if stream.ordered and any(x.handed_over for x in stream.queue):
+                stream.queue = deque(sorted(stream.queue, key=lambda x: not x.handed_over))  # stable
+            known.append((stream, told))
         t = self.books.transfers
-        start, end, size = (float(t.get(transfer, name)) for name in ("start", "end", "size"))
-        if transfer.handed_over:
-            return quiet or end <= acked + SLACK
-        if not transfer.stream.ordered:
-            return False
-        return end <= acked + SLACK or (stalled and start < acked and end - acked <= REST * size)
+        rows = t.rows(x for stream, _ in known for x in stream.queue)
+        start, end, size = (t.live(name)[rows].tolist() for name in ("start", "end", "size"))
+        at = 0
+        for stream, told in known:
+            out.append(self._arrived(stream, told, start, end, size, at, now))
+            at += len(stream.queue)
+        t.live("start")[rows], t.live("end")[rows] = start, end
+        return out
 
-    def _drained(self, stream: Stream, now: float) -> None:
+    def _arrived(
+        self,
+        stream: Stream,
+        told: Mapping[Connection, Position],
+        start: list[float],
+        end: list[float],
+        size: list[float],
+        at: int,
+        now: float,
+    ) -> tuple[list[Transfer], float]:
+        """The same of one stream, whose transfers stand from ``at`` on in the lists."""
+        streams = self.books.streams
+        acked, written = streams.total(stream, told, "acked"), streams.total(stream, told, "written")
+        quiet = acked + SLACK >= written
+        last = max((int(self.connections.table.last_ns[c.slot]) for c in told), default=0)
+        stalled = quiet and last < int((now - STALLED_S) * NS)
+        self._correct(stream, written, start, end, size, at)
+        done = []
+        for i, transfer in enumerate(stream.queue, at):
+            if transfer.handed_over:
+                arrived = quiet or end[i] <= acked + SLACK
+            elif stream.ordered:
+                nearly = stalled and start[i] < acked and end[i] - acked <= REST * size[i]
+                arrived = end[i] <= acked + SLACK or nearly
+            else:
+                arrived = False
+            if arrived:
+                done.append(transfer)
+        if not stream.ordered and acked - start[at] + SLACK >= sum(size[at : at + len(stream.queue)]):
+            done = list(stream.queue)  # all that was announced has moved, in whatever order
+        moved_ago = min((p.quiet_s for p in told.values()), default=0.0)
+        return done, max(now - moved_ago, self._last_run) if quiet else now
+
+    @staticmethod
+    def _correct(
+        stream: Stream, written: float, start: list[float], end: list[float], size: list[float], at: int
+    ) -> None:
+        """What is handed over, and stands first, was written before anything else, and no further than ``written``."""
+        if not any(x.handed_over for x in stream.queue):
+            return
+        if not stream.ordered:
+            for i, transfer in enumerate(stream.queue, at):
+                if transfer.handed_over:
+                    end[i] = min(end[i], written)
+            return
+        position = min(start[at : at + len(stream.queue)])
+        for i, transfer in enumerate(stream.queue, at):
+            start[i] = position
+            if transfer.handed_over:
+                reach = position + (min(size[i], end[i] - position) if end[i] > position else size[i])
+                position = min(reach, max(written, position))
+            else:
+                position += size[i]
+            end[i] = position
+        stream.announced = position
+
+    def _drained(self, stream: Stream, now: float) -> list[Transfer]:
         """Without a socket to ask: what has left is done once the connections' lanes are empty."""
         t = self.books.transfers
         sent = self.books.streams.offset(stream, self.connections.sent_by)
         past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
-            self.endings.end(past, now, delivered_at=now)
-        elif past:
+            return past
+        if past:
             self.confirm(stream)
+        return []
 
     # --- what hints say about writing ---------------------------------------------------------------------------------
 
@@ -159,24 +215,3 @@ class Delivery:
             else:
                 nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
         self.endings.end(nowhere, now, delivered_at=now)
-
-    def correct(self, stream: Stream, written: float) -> None:
-        """What is handed over was written before anything else, and no further than ``written``."""
-        t = self.books.transfers
-        if not stream.ordered:
-            for transfer in stream.queue:
-                if transfer.handed_over:
-                    t.put(transfer, "end", min(float(t.get(transfer, "end")), written))
-            return
-        position = float(t.get(stream.queue[0], "start"))
-        ordered = sorted(stream.queue, key=lambda x: not x.handed_over)  # stable
-        for transfer in ordered:
-            size, end = float(t.get(transfer, "size")), float(t.get(transfer, "end"))
-            t.put(transfer, "start", position)
-            position += min(size, end - position) if transfer.handed_over and end > position else size
-            if transfer.handed_over:
-                position = min(position, max(written, float(t.get(transfer, "start"))))
-            t.put(transfer, "end", position)
-        stream.queue.clear()
-        stream.queue.extend(ordered)
-        stream.announced = position

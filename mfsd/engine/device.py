@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.engine.books import Connection
     from mfsd.engine.estimator import LinkEstimator, Reading
+    from mfsd.engine.records import Connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,6 @@ class Device(Protocol):
         """The lane was empty when it was last looked at, which was lately. False also when nobody has looked yet."""
         ...
 
-    def guarantee(self, rates: Mapping[int, float]) -> None:
-        """Give bands (by index) so many bytes/s even when bands above them are busy."""
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        """Give bands (by index) so much of the link (0..1) even when bands above them are busy, others their floors."""
         ...

@@ -14,10 +14,10 @@ from mfsd.model import INF, CookieSelector, Event, EventKind
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer, Watch
+    from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
+    from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Stream, Transfer, Watch
     from mfsd.engine.rescue import Rescuer
-    from mfsd.engine.streams import Stream
     from mfsd.engine.watches import Watches
 
 

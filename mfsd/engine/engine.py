@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
-from mfsd.engine.books import Books, Session, Watch
+from mfsd.engine import bulk
+from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import Endings
 from mfsd.engine.ledger import Ledger
+from mfsd.engine.records import Session, Watch
 from mfsd.engine.rescue import Rescuer
 from mfsd.engine.sockets import Closed, Established, Socket
 from mfsd.engine.steering import Steering
@@ -25,9 +27,10 @@ from mfsd.engine.watches import Watches
 from mfsd.model import Event, EventKind, HintError, Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from mfsd.bands import Bands
+    from mfsd.engine.bulk import Bad, TransferColumns
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.settings import LimitsConfig, RescueConfig
@@ -58,10 +61,7 @@ class Engine:
         rescue: RescueConfig,
         *,
         mode: Mode = Mode.ENFORCE,
-        watch: Callable[[int, Callable[[], None]], bool] = lambda _pid, _on_exit: True,
-        unwatch: Callable[[int], None] = lambda _pid: None,
     ) -> None:
-        """``watch(pid, on_exit)`` starts watching a process and is False when there is none."""
         self.connections = connections
         self.books = books = Books()
         self.rescuer = Rescuer(devices, connections, bands, rescue)
@@ -75,9 +75,6 @@ class Engine:
         self.mode = mode
         self.paused = False
         self.epoch = secrets.randbits(63) | 1
-        self._watch, self._unwatch = watch, unwatch
-        self._dead: list[Session] = []
-        """Sessions whose process has ended."""
         self._next_house = self._next_sweep = 0.0
         self._sweep_from = 0
 
@@ -88,8 +85,11 @@ class Engine:
 
     # --- sessions and hints -------------------------------------------------------------------------------------------
 
-    def session(self, name: str, now: float, *, pid: int = 0, uid: int = -1) -> Session:
-        """Find or open a client session. Raises HintError for an empty name, a dead pid, or too many sessions."""
+    def session(self, name: str, now: float, *, pid: int = 0, uid: int = -1, maker: object = None) -> Session:
+        """Find or open a client session. Raises HintError for an empty name, or too many sessions.
+
+        ``maker`` is who opens it: whoever asks looks whether the one found is its own.
+        """
         sessions = self.books.sessions
         found = sessions.get(name)
         if found is not None:
@@ -104,10 +104,7 @@ class Engine:
                 "raise limits.max_sessions, or let workers share a session",
                 exhausted=True,
             )
-        new = Session(name, pid, uid, seen=now)
-        if pid and not self._watch(pid, lambda: self._dead.append(new)):
-            raise HintError("pid", f"no process {pid}", "give the worker's own pid as this host sees it, or 0")
-        sessions[name] = new
+        new = sessions[name] = Session(name, pid, uid, maker, seen=now)
         return new
 
     def end_session(self, session: Session, now: float) -> None:
@@ -116,22 +113,25 @@ class Engine:
         What its sockets still deliver counts: the kernel sends what was written before a process ended.
         """
         sessions = self.books.sessions
-        if sessions.pop(session.name, None) is None:
+        if sessions.get(session.name) is not session:
             return
-        if session.pid and not any(s.pid == session.pid for s in sessions.values()):
-            self._unwatch(session.pid)
+        del sessions[session.name]
         self.delivery.hand_over(self.endings.end_session(session, now), now)
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
         self.ledger.apply(session, hint, now)
 
+    def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
+        """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
+        return bulk.announce(self.ledger, session, columns, now)
+
     # --- time ---------------------------------------------------------------------------------------------------------
 
     @property
     def idle(self) -> bool:
         """Nothing to schedule: the daemon may tick slowly."""
-        return not self.books.transfers.n and not self.watches.looking and not self._dead
+        return not self.books.transfers.n and not self.watches.looking
 
     @property
     def rescue_due(self) -> bool:
@@ -140,9 +140,6 @@ class Engine:
 
     def tick(self, now: float) -> None:
         """Do everything that time brings: house-keeping, delivery, levels, rescue."""
-        for session in self._dead:
-            self.end_session(session, now)
-        self._dead.clear()
         self.watches.look(now)
         self.hear(now)
         for conn in self.connections.search(now):
@@ -188,6 +185,8 @@ class Engine:
 
     def _found(self, watch: Watch, sockets: Sequence[Socket], now: float) -> None:
         for socket in sockets:
+            if not self.watches.may(watch, socket):
+                continue
             try:
                 conn = self.connections.of_socket(socket, now + self.ledger.limits.default_ttl_s)
             except HintError:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import LEVEL_NEW
-from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer, Watch
+from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Transfer, Watch
+from mfsd.engine.slots import NS
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
     INF,
@@ -28,13 +29,14 @@ from mfsd.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sized
+    from collections.abc import Callable
 
+    from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.delivery import Delivery
     from mfsd.engine.endings import Endings
+    from mfsd.engine.records import Stream
     from mfsd.engine.settings import LimitsConfig
-    from mfsd.engine.streams import Stream
     from mfsd.engine.watches import Watches
     from mfsd.model import Selector
 
@@ -82,12 +84,12 @@ class Ledger:
             self._mark(session, hint, now)
 
     def _bound(
-        self, field: str, what: str, have: Sized, limit: str, instead: str = "complete those that are done"
+        self, field: str, what: str, have: int, limit: str, instead: str = "complete those that are done"
     ) -> None:
         """Raise HintError when the session has as many as ``limits.<limit>`` allows."""
-        if len(have) >= getattr(self.limits, limit):
+        if have >= getattr(self.limits, limit):
             raise HintError(
-                field, f"the session has {len(have)} {what}", f"{instead}, or raise limits.{limit}", exhausted=True
+                field, f"the session has {have} {what}", f"{instead}, or raise limits.{limit}", exhausted=True
             )
 
     # --- requests and batches -----------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class Ledger:
         expires = max(hint.deadline, now) + hint.ttl
         requests, transfers = self.books.requests, self.books.transfers
         if request is None:
-            self._bound("request.id", "requests already", session.requests, "max_requests_per_session")
+            self._bound("request.id", "requests already", len(session.requests), "max_requests_per_session")
             request = Request(hint.id, session)
             session.requests[hint.id] = request
             requests.add(request, arrival=now, batch=-1)
@@ -152,7 +154,7 @@ class Ledger:
             self.books.batches.put(batch, "layer_since", now)
 
     def _new_batch(self, session: Session, batch_id: str, now: float) -> Batch:
-        self._bound("batch.id", "batches already", session.batches, "max_batches_per_session")
+        self._bound("batch.id", "batches already", len(session.batches), "max_batches_per_session")
         batch = Batch(batch_id, session)
         session.batches[batch_id] = batch
         batches = self.books.batches
@@ -163,25 +165,39 @@ class Ledger:
 
     # --- transfers ----------------------------------------------------------------------------------------------------
 
+    def check_new(self, session: Session, transfer_id: str, more: int = 0, *, known: bool = False) -> None:
+        """Raise HintError unless a transfer may be added. ``more`` are about to be, ``known`` says that it is one."""
+        if known or transfer_id in session.transfers:
+            raise HintError("transfer.id", f"{transfer_id!r} is announced already", "ids are unique within a session")
+        self._bound("transfer.id", "unfinished transfers", len(session.transfers) + more, "max_transfers_per_session")
+
+    @staticmethod
+    def no_owner(request_id: str, batch_id: str) -> HintError:
+        """The error of a transfer whose owner is not known."""
+        name = "transfer.request_id" if request_id or not batch_id else "transfer.batch_id"
+        owner = request_id or batch_id
+        return HintError(name, f"no request or batch {owner!r} in this session", "announce it before its transfers")
+
     def _transfer(self, session: Session, hint: TransferHint, now: float) -> None:
-        if hint.id in session.transfers:
-            raise HintError("transfer.id", f"{hint.id!r} is announced already", "ids are unique within a session")
-        self._bound("transfer.id", "unfinished transfers", session.transfers, "max_transfers_per_session")
+        self.check_new(session, hint.id)
         request = session.requests.get(hint.request_id) if hint.request_id else None
         batch = session.batches.get(hint.batch_id) if hint.batch_id else None
-        if request is None and batch is None and hint.stage not in OWNERLESS:
-            name = "transfer.request_id" if hint.request_id or not hint.batch_id else "transfer.batch_id"
-            owner = hint.request_id or hint.batch_id
-            raise HintError(name, f"no request or batch {owner!r} in this session", "announce it before its transfers")
+        if request is None and batch is None and not hint.stage.ownerless:
+            raise self.no_owner(hint.request_id, hint.batch_id)
         if batch is None and request is not None:
             batch = request.batch
         deadline = hint.deadline
         if request is not None:
             deadline = min(deadline, float(self.books.requests.get(request, "deadline")))
         expires = (deadline if now < deadline < INF else now) + hint.ttl
-        stream = self._stream(session, hint, expires, now)
-        transfer = Transfer(hint.id, session, hint.stage, hint.deadline, request, batch, stream)
-        start = self._place(stream, transfer, hint, now)
+        stream = self.stream_of(
+            session, hint.selector, hint.stage, expires, now, ordered=hint.ordered, position=hint.position
+        )
+        offset = self.books.streams.offset(stream, self.connections.sent_by)
+        start, late = self.begin(stream, hint.size, hint.position, offset, now)
+        transfer = Transfer(hint.id, session, hint.stage, hint.deadline, request, batch, stream, maybe_late=late)
+        stream.queue.append(transfer)
+        self.note(stream, hint.stage)
         self.books.transfers.append(
             transfer,
             (  # in the order of books.TRANSFER_COLUMNS
@@ -208,17 +224,28 @@ class Ledger:
         if batch is not None:
             batch.transfers.add(transfer)
 
-    def _stream(self, session: Session, hint: TransferHint, expires: float, now: float) -> Stream:
-        """What carries the transfer; opened, and its connections made known, if it is the first one."""
-        stream = session.streams.get(hint.selector)
-        fresh = stream is None
-        band = self.band_of(hint.stage)
-        exact = exact_endpoints(hint.selector)
-        if stream is None:
-            if isinstance(hint.selector, CookieSelector):
-                conn = self.connections.of_cookie(hint.selector.cookie, expires)
+    def stream_of(
+        self,
+        session: Session,
+        selector: Selector,
+        stage: Stage,
+        expires: float,
+        now: float,
+        *,
+        ordered: bool,
+        position: int,
+    ) -> Stream:
+        """What carries a transfer; opened, and its connections made known, if it is the first one."""
+        stream = session.streams.get(selector)
+        if stream is not None:
+            if stream.watch is not None:
+                self.watches.get(session, selector, self.band_of(stage), expires, now)
+        else:
+            exact = exact_endpoints(selector)
+            if isinstance(selector, CookieSelector):
+                conn = self.connections.of_cookie(selector.cookie, expires)
             elif exact is not None:
-                found = self.connections.sockets.exact(hint.selector)  # type: ignore[arg-type]  # exact, so a tuple
+                found = self.connections.sockets.exact(selector)  # type: ignore[arg-type]  # exact, so a tuple
                 conn = (
                     self.connections.of_tuple(exact, expires)
                     if found is None
@@ -229,57 +256,55 @@ class Ledger:
             watch = None
             if conn is None or exact is not None:
                 # An exact tuple, too, may name one connection after another.
-                watch = self.watches.get(session, hint.selector, band, expires, now)
-            stream = session.streams[hint.selector] = self.books.streams.open(session, hint.selector, watch)
-            stream.ordered = hint.ordered
+                watch = self.watches.get(session, selector, self.band_of(stage), expires, now)
+            stream = session.streams[selector] = self.books.streams.open(session, selector, watch)
+            mark = session.marks.get(selector)
+            stream.ordered = ordered and (mark is None or mark.ordered)
             if watch is not None:
                 watch.stream = stream
                 for known in watch.conns:
                     self._join(stream, known, None)
             if conn is not None:
-                self._join(stream, conn, hint.position or None)
-        elif stream.watch is not None:
-            self.watches.get(session, hint.selector, band, expires, now)
+                self._join(stream, conn, position or None)
         self.connections.renew(stream.members, expires)
-        if fresh and stream.members:
-            stream.announced = 0.0
         return stream
 
-    def _place(self, stream: Stream, transfer: Transfer, hint: TransferHint, now: float) -> float:
-        """Queue a transfer behind all that is announced on its stream; returns the offset of its first byte."""
-        offset = self.books.streams.offset(stream, self.connections.sent_by)
-        if stream.queue and stream.queue[-1].maybe_late and offset <= stream.announced - self._size(stream.queue[-1]):
+    def begin(self, stream: Stream, size: float, position: float, offset: float, now: float) -> tuple[float, bool]:
+        """Offset of a transfer's first byte, behind all that is announced on its stream, which is at ``offset`` now.
+
+        And whether as many bytes as it has went without a hint just before it.
+        """
+        before = stream.queue[-1] if stream.queue and stream.queue[-1].maybe_late else None
+        if before is not None and offset <= stream.announced - float(self.books.transfers.get(before, "size")):
             # Nothing has moved since: it was announced after its bytes had gone.
-            last = self.books.streams.slot[stream.index]
-            moved = float(self.connections.table.last_ns[last]) / 1e9 if last >= 0 else now
-            self.endings.end([stream.queue[-1]], now, delivered_at=moved)
+            moved = self._moved(stream)
+            self.endings.end([before], now, delivered_at=now if moved is None else moved)
             stream.announced = offset
         if not stream.ordered:
-            stream.queue.append(transfer)
-            self._note(stream, hint.stage)
-            return offset
-        start = offset
-        if hint.position and len(stream.members) == 1:
-            start = max(start, self.books.streams.offset_at(stream, hint.position))
-        if stream.queue:
-            start = max(start, stream.announced)
-        else:
-            unannounced = start - stream.announced
-            last = self.books.streams.slot[stream.index]
-            lately = last >= 0 and float(self.connections.table.last_ns[last]) / 1e9 > now - LATE_S
-            transfer.maybe_late = lately and unannounced >= LATE * hint.size
-        stream.announced = start + hint.size
-        stream.queue.append(transfer)
-        self._note(stream, hint.stage)
-        return start
+            return offset, False
+        start, late = self.behind(stream, position, offset), False
+        if not stream.queue and start - stream.announced >= LATE * size:
+            moved = self._moved(stream)
+            late = moved is not None and moved > now - LATE_S
+        stream.announced = start + size
+        return start, late
 
-    def _size(self, transfer: Transfer) -> float:
-        return float(self.books.transfers.get(transfer, "size"))
+    def _moved(self, stream: Stream) -> float | None:
+        """When the connection that joined last has sent something last; None: there is none."""
+        slot = self.books.streams.slot[stream.index]
+        return float(self.connections.table.last_ns[slot]) / NS if slot >= 0 else None
 
-    def _note(self, stream: Stream, stage: Stage) -> None:
+    def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
+        """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
+        if position and len(stream.members) == 1:
+            offset = max(offset, self.books.streams.offset_at(stream, position))
+        return max(offset, stream.announced) if stream.queue else offset
+
+    def note(self, stream: Stream, stage: Stage) -> None:
         """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
+        band = self.band_of(stage)
         for conn in stream.members:
-            self.connections.carries(conn, stage, self.band_of(stage))
+            self.connections.carries(conn, stage, band)
 
     def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
         """A connection becomes part of a stream, from where the process has written to now."""
@@ -299,7 +324,7 @@ class Ledger:
             at = self.connections.written(conn) if position is None else position
             self.books.streams.join(watch.stream, conn, at)
             if watch.stream.queue:
-                self._note(watch.stream, watch.stream.queue[-1].stage)
+                self.note(watch.stream, watch.stream.queue[-1].stage)
         self.connections.note_rest(conn, now, linger=True)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
@@ -346,7 +371,7 @@ class Ledger:
             self._bound(
                 "connection.selector",
                 "marks already",
-                session.marks,
+                len(session.marks),
                 "max_marks_per_session",
                 "take back those that are not needed",
             )
@@ -369,7 +394,3 @@ class Ledger:
         if conn is not None:
             mark.conns.add(conn)
             self.connections.set_mark(conn, mark, now, on=True)
-
-
-OWNERLESS: Final = frozenset({Stage.COLLECTIVE, Stage.BACKGROUND})
-"""Stages whose transfers need no request or batch."""

@@ -30,9 +30,9 @@ from mfsd.engine.slots import NS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mfsd.engine.books import Connection
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
+    from mfsd.engine.records import Connection
     from mfsd.engine.settings import RescueConfig
 
 

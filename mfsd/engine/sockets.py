@@ -110,8 +110,15 @@ class Sockets(Protocol):
         """The connection that an exact selector names; None if it isn't in the daemon's network namespace."""
         ...
 
+    def descends(self, pid: int, ancestor: int) -> bool:
+        """A process is another one, or was started by it or by one that descends from it, as far as is known."""
+        ...
+
     def look(self, selectors: Sequence[Selector]) -> None:
-        """Search for connections that are open already; the answer comes among the events."""
+        """Search for connections that are open already; the answer comes among the events.
+
+        A ProcessSelector is answered again, unasked, when the process has got descendants.
+        """
         ...
 
     def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None]:

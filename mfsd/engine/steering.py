@@ -120,7 +120,7 @@ class Steering:
         high = table.high
         if not high:
             return
-        level = self._levels(high)
+        level = self.levels()
         band, old = self.ladder.bands(level), table.band[:high]
         changed = np.flatnonzero((band != old) & table.used[:high])
         if not len(changed):
@@ -129,18 +129,19 @@ class Steering:
         table.band[changed] = band[changed]
         for slot, was in zip(changed.tolist(), before, strict=True):
             conn = self.connections.by_slot[slot]
-            conn.band, conn.level = int(band[slot]), int(level[slot])
+            conn.band = int(band[slot])
             if band[slot] < was:
                 conn.promotions += 1
                 self.books.counters.promotions += 1
                 if rescue:
                     self.rescuer.promoted(conn, was, now)
 
-    def _levels(self, high: int) -> I2:
+    def levels(self) -> I2:
         """Level by slot, shape (high,): of the most urgent transfer, else of the last stage; a mark is the least.
 
         A transfer's level is that of all connections of its stream: nobody can tell which of them its bytes take.
         """
+        high = self.connections.table.high
         level = np.full(high, LEVEL_SCAVENGER, dtype=np.int16)
         busy = np.zeros(high, dtype=np.bool_)
         transfers, streams = self.books.transfers, self.books.streams

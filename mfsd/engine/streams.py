@@ -12,57 +12,22 @@ scale, so nothing is counted twice and nothing depends on the size of headers.
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.columns import Dense
+from mfsd.engine.records import MEMBER_COLUMNS, Member, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from mfsd.engine.books import Connection, Session, Transfer, Watch
-    from mfsd.engine.connections import Position
+    from mfsd.engine.records import Connection, Position, Session, Watch
     from mfsd.model import Selector
 
 F8 = npt.NDArray[np.float64]
-
-MEMBER_COLUMNS: Final = {
-    "slot": "i4",
-    "stream": "i4",
-    "joined": "f8",  # position of the connection when it became a member
-}
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """A connection as part of a stream; numbers in MEMBER_COLUMNS."""
-
-    stream: Stream
-    conn: Connection
-    row: int = -1
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """See the module. ``index`` is its place in the columns of Streams, for as long as it is open."""
-
-    session: Session
-    selector: Selector
-    """What names it."""
-    watch: Watch | None
-    """What brings it new members; None: it is one connection, for good."""
-    index: int
-    queue: deque[Transfer] = field(default_factory=deque)
-    """Unfinished transfers in byte order."""
-    announced: float = 0.0
-    """End offset of the last announced byte."""
-    members: dict[Connection, Member] = field(default_factory=dict)
-    ordered: bool = True
-    """False: the bytes of its transfers are interleaved."""
 
 
 @dataclass(frozen=True, slots=True)

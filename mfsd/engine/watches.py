@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mfsd.engine.books import Watch
+from mfsd.engine.records import Watch
 from mfsd.engine.slots import NS
 from mfsd.model import CookieSelector, Endpoints, ProcessSelector, Selector, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mfsd.engine.books import Books, Session
+    from mfsd.engine.books import Books
+    from mfsd.engine.records import Session
     from mfsd.engine.sockets import Socket, Sockets
     from mfsd.model import Address
 
@@ -98,37 +99,47 @@ class Watches:
     def found(self, selector: Selector) -> list[Watch]:
         """The watches that wanted this answer."""
         self._looking.discard(selector)
-        return [w for w in self._by_peer.get(_peer(selector), ()) if w.selector == selector]
+        out = [w for w in self._by_peer.get(_peer(selector), ()) if w.selector == selector]
+        if selector not in self._to_look:  # else one of them was opened after the search had begun
+            for watch in out:
+                watch.looked = True
+        return out
+
+    @staticmethod
+    def may(watch: Watch, socket: Socket) -> bool:
+        """A session's selectors mean its user's sockets only, as far as one knows whose they are."""
+        return watch.session.uid < 0 or socket.uid in (-1, watch.session.uid)
 
     def matching(self, socket: Socket) -> Iterable[Watch]:
         """The watches that mean a connection."""
         for peer in (socket.endpoints.dst, None):
             for watch in self._by_peer.get(peer, ()):
-                if _means(watch, socket):
+                if self._means(watch, socket):
                     yield watch
+
+    def _means(self, watch: Watch, socket: Socket) -> bool:
+        selector, e = watch.selector, socket.endpoints
+        if not self.may(watch, socket):
+            return False
+        if isinstance(selector, TupleSelector):
+            return (
+                selector.dst == e.dst
+                and selector.src in (None, e.src)
+                and e.sport in selector.sport
+                and e.dport in selector.dport
+                and e.protocol == selector.protocol
+            )
+        if isinstance(selector, ProcessSelector):
+            return (
+                e.dport in selector.dport
+                and (selector.remote is None or e.dst in selector.remote)
+                and self._sockets.descends(socket.pid, selector.pid)
+            )
+        return isinstance(selector, CookieSelector) and selector.cookie == socket.cookie
 
 
 def _peer(selector: Selector) -> Address | None:
     return selector.dst if isinstance(selector, TupleSelector) else None
-
-
-def _means(watch: Watch, socket: Socket) -> bool:
-    selector, e = watch.selector, socket.endpoints
-    if watch.session.uid >= 0 and socket.uid not in (-1, watch.session.uid):
-        return False
-    if isinstance(selector, TupleSelector):
-        return (
-            selector.dst == e.dst
-            and selector.src in (None, e.src)
-            and e.sport in selector.sport
-            and e.dport in selector.dport
-            and e.protocol == selector.protocol
-        )
-    if isinstance(selector, ProcessSelector):
-        if socket.pid != selector.pid or e.dport not in selector.dport:
-            return False
-        return selector.remote is None or e.dst in selector.remote
-    return isinstance(selector, CookieSelector) and selector.cookie == socket.cookie
 
 
 def exact_endpoints(selector: Selector) -> Endpoints | None:

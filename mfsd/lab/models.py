@@ -8,34 +8,12 @@ layer each for dispatch and combine of expert parallelism.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from mfsd.units import Rate
 
-
-class Prefill(Protocol):
-    """What the sizes of a request depend on, in tokens."""
-
-    @property
-    def tokens(self) -> int:
-        """Of the prompt: all of its KV goes to the decode host."""
-        ...
-
-    @property
-    def new(self) -> int:
-        """Of them, to be computed."""
-        ...
-
-    @property
-    def remote(self) -> int:
-        """Of them, cached elsewhere and fetched."""
-        ...
-
-
-RANKS: Final = 2
-"""Of the demo's instance: hosts that share the experts and run their layers in lock step."""
 EFFECTIVE_FLOPS: Final = 0.4 * 990e12
 """Of one GPU: an H100's dense BF16 peak, at 40 %."""
 
@@ -53,8 +31,6 @@ class Model:
     states that an all-reduce adds up, of which a layer has two (after attention, after the feed-forward part)."""
     compute_s: float
     """Per token through all layers, on one GPU."""
-    link_bits: float
-    """Rate of the real NIC, bit/s."""
     dense: bool = False
     """Tensor-parallel: every rank has its share of each request's KV heads. Otherwise expert-parallel with
     data-parallel attention: a request's KV is on one rank."""
@@ -65,17 +41,12 @@ def _compute(active_parameters: float) -> float:
 
 
 MODELS: Final[dict[str, Model]] = {
-    "mixtral-8x7b": Model("Mixtral 8x7B, BF16", 32, 2 * 8 * 128 * 2, 2 * 4096 * 2, _compute(12.9e9), 100e9),
-    "dbrx": Model("DBRX, BF16", 40, 2 * 8 * 128 * 2, 4 * 6144 * 2, _compute(36e9), 100e9),
-    "qwen3-30b-a3b": Model("Qwen3-30B-A3B, BF16", 48, 2 * 4 * 128 * 2, 8 * 2048 * 2, _compute(3.3e9), 100e9),
-    "llama-3-8b": Model("Llama-3-8B, BF16", 32, 2 * 8 * 128 * 2, 4096 * 2, _compute(8e9), 100e9, dense=True),
+    "mixtral-8x7b": Model("Mixtral 8x7B, BF16", 32, 2 * 8 * 128 * 2, 2 * 4096 * 2, _compute(12.9e9)),
+    "dbrx": Model("DBRX, BF16", 40, 2 * 8 * 128 * 2, 4 * 6144 * 2, _compute(36e9)),
+    "qwen3-30b-a3b": Model("Qwen3-30B-A3B, BF16", 48, 2 * 4 * 128 * 2, 8 * 2048 * 2, _compute(3.3e9)),
+    "llama-3-8b": Model("Llama-3-8B, BF16", 32, 2 * 8 * 128 * 2, 4096 * 2, _compute(8e9), dense=True),
 }
 """Published configurations (layers, KV heads x head dimension, experts per token x hidden size, active parameters)."""
-
-MIXTRAL: Final = replace(
-    MODELS["mixtral-8x7b"], name="Mixtral 8x7B, BF16, expert-parallel over 2 ranks", link_bits=50e9
-)
-"""The demo's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +55,10 @@ class Scaled:
 
     model: Model
     link: Rate
-    ranks: int = RANKS
-    """Hosts of an instance."""
+    nic: Rate
+    """The real link that ``link`` stands for."""
+    ranks: int
+    """Hosts of an instance; they share the experts and run their layers in lock step."""
     steps: int = 0
     """The layers are emulated in so many equal groups; 0: each by itself."""
 
@@ -102,7 +75,7 @@ class Scaled:
     @property
     def scale(self) -> float:
         """Lab bytes per real byte."""
-        return self.link.bits_per_s / self.model.link_bits
+        return self.link.bytes_per_s / self.nic.bytes_per_s
 
     def kv(self, tokens: int) -> int:
         """KV bytes of one step."""
@@ -121,23 +94,24 @@ class Scaled:
         """Seconds of one step in which all ranks together compute ``tokens``: they share them evenly."""
         return tokens * self.model.compute_s / self.rounds / self.ranks
 
-    def unloaded_ttft(self, job: Prefill, *, decode: Rate | None = None, efficiency: float = 1.0) -> float:
+    def unloaded_ttft(self, tokens: int, new: int, remote: int, decode: Rate, efficiency: float) -> float:
         """Seconds to the first token of a request that is alone in the cluster, bytes at link rate.
 
+        Of its ``tokens`` ``new`` ones are to be computed, and ``remote`` ones to be fetched.
         Step by step: its cached KV must have come, then it computes, then exchanges; its KV goes to the decode host
         (whose link has the rate ``decode``) whenever the link is not needed for that. ``efficiency`` is the share of
         the rate that payload gets.
         """
         rate = self.link.bytes_per_s * efficiency
         senders = self.ranks if self.model.dense else 1
-        into = min(rate * senders, (decode or self.link).bytes_per_s * efficiency)
-        kv, moved = self.kv(job.tokens) / into, (self.ranks - 1) * self.exchange(job.new) / rate
-        fetch = self.kv(job.remote) / rate / senders if job.remote else 0.0
+        into = min(rate * senders, decode.bytes_per_s * efficiency)
+        kv, moved = self.kv(tokens) / into, (self.ranks - 1) * self.exchange(new) / rate
+        fetch = self.kv(remote) / rate / senders if remote else 0.0
         now = backlog = 0.0
         for step in range(self.rounds):
             started = max(now, (step + 1) * fetch)
-            backlog = max(backlog - (started - now) - self.compute(job.new), 0.0)
-            now = started + self.compute(job.new) + moved
+            backlog = max(backlog - (started - now) - self.compute(new), 0.0)
+            now = started + self.compute(new) + moved
             if into < rate * senders:
                 backlog = max(backlog - moved, 0.0)  # the decode host's slower link goes on while the ranks exchange
             backlog += kv

@@ -22,9 +22,9 @@ import numpy as np
 
 from mfsd.client import Client, Stage, cookie_of
 from mfsd.lab.bulk import Bulk
-from mfsd.lab.governor import Governor
-from mfsd.lab.net import Fabric, LabError
-from mfsd.lab.tcp import FRAME, MSS, tcp_info
+from mfsd.lab.hosts.governor import Governor
+from mfsd.lab.hosts.net import Fabric, LabError
+from mfsd.lab.hosts.tcp import FRAME, MSS, tcp_info
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mfsd.lab.tcp import TcpInfo
+    from mfsd.lab.hosts.tcp import TcpInfo
     from mfsd.units import Rate
 
 WINDOW_MS: Final = 10
@@ -82,7 +82,7 @@ class Trial:
     """Goodput of all other deferred flows together while A pauses before the promotion, Mbit/s."""
 
 
-def latency_ms(arrivals: npt.NDArray[np.uint64], since_ns: int, rate: Rate) -> float | None:
+def latency_ms(arrivals: npt.NDArray[np.int64], since_ns: int, rate: Rate) -> float | None:
     """Beginning of the first window with its share of the link's payload rate, ms after ``since_ns``; None: never.
 
     ``arrivals`` has shape (k, 2): monotonic ns and bytes. Windows begin at whole milliseconds.
@@ -90,7 +90,7 @@ def latency_ms(arrivals: npt.NDArray[np.uint64], since_ns: int, rate: Rate) -> f
     after = arrivals[arrivals[:, 0] >= since_ns]
     if not len(after):
         return None
-    at = ((after[:, 0] - np.uint64(since_ns)) // np.uint64(NS_PER_MS)).astype(np.int64)
+    at = (after[:, 0] - since_ns) // NS_PER_MS
     per_ms = np.bincount(at, weights=after[:, 1].astype(np.float64))
     totals = np.concatenate([[0.0], np.cumsum(per_ms), np.full(WINDOW_MS, per_ms.sum())])
     need = SHARE * rate.bytes_per_s * MSS / FRAME * WINDOW_MS / 1000
@@ -146,27 +146,27 @@ def _check_levels(governor: Governor, bulk: Bulk) -> None:
 class _Series:
     def __init__(self, settings: Settings, bulk: Bulk, client: Client) -> None:
         self.settings, self.bulk, self.client = settings, bulk, client
-        self.area = bulk.area
-        self.top = settings.flows
-        """Index of A."""
+        self.deferred, self.top = range(settings.flows), settings.flows
+        """Indices of the deferred flows, and of A."""
 
     def prepare(self) -> None:
         for i, s in enumerate(self.bulk.sockets):
             self.client.mark(s, Stage.KV_REUSE if i == self.top else Stage.P2D)
         if not self.client.flush(5.0) or self.client.stats.rejected:
             raise LabError(f"the daemon did not take the marks: {self.client.stats}")
-        self.area.wanted[: self.top] = 1
+        self.bulk.want(self.deferred)
         time.sleep(1.0)
 
     def trial(self) -> Trial:
         s, flow = self.settings, 0
-        others = list(range(1, s.flows))
-        self.area.wanted[self.top] = 0
-        before = self._received(others)
+        others = self.deferred[1:]
+        self.bulk.want(self.deferred)
+        before, _ = self.bulk.received()
         time.sleep(s.recover)
-        mbps = (self._received(others) - before) * 8e-6 / s.recover
-        self.area.watch(flow)
-        self.area.wanted[self.top] = 1
+        after, _ = self.bulk.received()
+        mbps = int((after - before)[others].sum()) * 8e-6 / s.recover
+        self.bulk.watch(flow)
+        self.bulk.want([*self.deferred, self.top])
         time.sleep(s.starve)
         info = self._infos()
         promoted_ns = time.monotonic_ns()
@@ -175,22 +175,19 @@ class _Series:
         later = self._infos()
         if s.watch > s.settle:
             time.sleep(s.watch - s.settle)
-        arrivals = self.area.arrivals()
+        _, arrivals = self.bulk.received()
         self.client.mark(self.bulk.sockets[flow], Stage.P2D)
         just_before = (arrivals[:, 0] >= promoted_ns - 10 * NS_PER_MS) & (arrivals[:, 0] < promoted_ns)
-        after = arrivals[arrivals[:, 0] >= promoted_ns, 0]
+        moved = arrivals[arrivals[:, 0] >= promoted_ns, 0]
         return Trial(
             latency_ms=latency_ms(arrivals, promoted_ns, s.rate),
-            first_ms=float(after[0] - np.uint64(promoted_ns)) / NS_PER_MS if len(after) else None,
+            first_ms=float(moved[0] - promoted_ns) / NS_PER_MS if len(moved) else None,
             leaked=int(arrivals[just_before, 1].sum()),
             retransmitted=later[flow].retransmitted - info[flow].retransmitted,
             rtos=later[flow].rtos - info[flow].rtos,
             bystander_rtos=sum(later[i].rtos - info[i].rtos for i in others),
             bystander_mbps=mbps,
         )
-
-    def _received(self, flows: list[int]) -> int:
-        return int(self.area.received[flows].sum())
 
     def _infos(self) -> list[TcpInfo]:
         return [tcp_info(s) for s in self.bulk.sockets[: self.settings.flows]]

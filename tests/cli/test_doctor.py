@@ -24,7 +24,6 @@ from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.facts import read_facts
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.tc import TcSocket
-from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Owner
 from mfsd.doctor import Context, Finding, Severity, checkup, device, host, kernel, leftovers, loaders, tcp
 from mfsd.units import Rate
@@ -86,14 +85,14 @@ def test_kernel_version(context: Context, monkeypatch: pytest.MonkeyPatch, relea
         (
             "CONFIG_NET_SCHED=y\nCONFIG_NET_SCH_HTB=y\n# CONFIG_NET_SCH_PRIO is not set\n",
             Severity.OK,
-            "htb yes, prio no",
+            "htb yes, ets no, prio no",
         ),
         (
             "CONFIG_NET_SCH_INGRESS=y\nCONFIG_NET_SCH_PRIO=n\n",
             Severity.FAIL,
-            "htb no, prio no, tbf no, drr no, clsact yes",
+            "htb no, ets no, prio no, tbf no, drr no, clsact yes",
         ),
-        ("CONFIG_NET_SCH_HTB=m\n", Severity.OK, "htb yes, prio no"),
+        ("CONFIG_NET_SCH_HTB=m\n", Severity.OK, "htb yes, ets no, prio no"),
     ],
 )
 def test_qdiscs_of_a_kernel_configuration(
@@ -225,9 +224,9 @@ def test_leftovers(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.Mo
     with monkeypatch.context() as m:
         m.setattr(Owner, "alive", property(lambda _: False))
         found = only(leftovers.notes_left(context))
+        assert "A daemon that is gone has left its qdiscs on v0" in at_home(lambda: leftovers.notes_left(context)).title
     assert found.severity is Severity.WARN
     assert "mfsctl restore" in found.fix
-        assert "A daemon that is gone has left its qdiscs on v0" in at_home(lambda: leftovers.notes_left(context)).title
     (note,) = cfg.daemon.state_dir.glob("qdisc-*.json")
     text = note.read_text()
     note.write_text("{")

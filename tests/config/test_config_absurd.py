@@ -261,7 +261,7 @@ def test_more_sections_than_there_are_devices() -> None:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-FILES = {
+FILES: dict[str, str | bytes] = {
     "lists in lists": "a = " + "[" * 100_000,
     "lists in lists, closed": "a = " + "[" * 50_000 + "]" * 50_000,
     "tables in tables": "a = " + "{a=" * 100_000,

@@ -306,8 +306,7 @@ def test_a_worker_that_ends_right_after_its_last_byte_met_its_deadline() -> None
     h.engine.apply(session, TransferHint("t", "r", "", Stage.P2D, 0, 100 * MSS, CookieSelector(1)), h.now)
     h.engine.apply(session, TransferHint("u", "late", "", Stage.P2D, 0, 100 * MSS, CookieSelector(1)), h.now)
     h.send(s, 200 * MSS, acked=False)
-    for on_exit in h.exits[7]:
-        on_exit()  # type: ignore[operator]
+    h.engine.end_session(session, h.now)
     h.tick(0.05)
     h.ack(s, 100 * MSS)
     h.tick(0.01)
@@ -363,3 +362,27 @@ def test_what_matches_nothing_is_named_and_costs_nothing() -> None:
     h.socket(2)
     h.tick(0.01)
     assert not h.engine.watches.unseen(h.now)
+
+
+def test_connections_of_descendants_are_those_of_the_process() -> None:
+    h = Host()
+    h.kernel.descendants[77] = {78}
+    h.engine.apply(h.session, MarkHint(ProcessSelector(77, None, PortRange()), Stage.COLLECTIVE), h.now)
+    own, child, stranger = (h.socket(i, pid=pid) for i, pid in ((1, 77), (2, 78), (3, 79)))
+    h.tick()
+    assert h.band(own) == h.band(child)
+    assert 3 not in h.keys.cookies
+    assert stranger.pid == 79
+
+
+def test_a_selector_means_its_users_sockets_only() -> None:
+    h = Host()
+    before = [h.socket(1, uid=1000), h.socket(2, uid=1001), h.socket(3, uid=-1)]
+    session = h.engine.session("w", h.now, pid=7, uid=1000)
+    h.engine.apply(session, MarkHint(peer(before[0]), Stage.COLLECTIVE), h.now)
+    h.tick()
+    after = [h.socket(4, uid=1000), h.socket(5, uid=1001)]
+    h.tick(0.01)
+    marked = {c.cookie for c in h.connections.by_slot.values() if c.marks}
+    assert marked == {1, 3, 4}
+    assert after[1].cookie not in h.keys.cookies

@@ -88,11 +88,8 @@ def test_batches_and_marks_are_bounded_per_session() -> None:
         h.engine.apply(h.session, MarkHint(CookieSelector(2), Stage.P2D), h.now)
 
 
-def test_sessions_are_bounded_and_need_a_live_process() -> None:
+def test_sessions_are_bounded() -> None:
     h = Host(limits=LimitsConfig(max_sessions=2))
-    h.dead_pids.add(99)
-    with pytest.raises(HintError, match="no process 99"):
-        h.engine.session("dead", h.now, pid=99)
     h.engine.session("second", h.now, pid=7)
     with pytest.raises(HintError, match="max_sessions"):
         h.engine.session("third", h.now, pid=8)
@@ -108,8 +105,11 @@ def test_the_end_of_a_process_frees_all_it_said() -> None:
     h.engine.apply(session, MarkHint(CookieSelector(1), Stage.P2D), h.now)
     h.tick()
     assert h.band(s).startswith("level")
-    for on_exit in h.exits[7]:
-        on_exit()  # type: ignore[operator]
+    h.engine.end_session(session, h.now)
+    again = h.engine.session("w", h.now)
+    h.engine.end_session(session, h.now)  # the second time, when another one has its name
+    assert h.engine.session("w", h.now) is again
+    h.engine.end_session(again, h.now)
     h.tick(0.01)
     assert (h.engine.books.requests.n, h.engine.books.batches.n, h.engine.books.transfers.n) == (0, 0, 0)
     h.tick(LINGER_S + 0.2)

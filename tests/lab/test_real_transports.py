@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab over gloo and Mooncake's transfer engine: everything but the transports, which are an extra."""
+"""The lab over gloo and Mooncake's transfer engine: everything but these, which are an extra."""
 
 from __future__ import annotations
 
-import importlib.util
+import asyncio
+import dataclasses
+import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from support.labfakes import Voice, request
 
-from mfsd.daemon.main import main
-from mfsd.lab.models import MIXTRAL, Scaled
-from mfsd.lab.real import run as real
-from mfsd.lab.real.memory import SLICE, Memory, Watch
-from mfsd.lab.workload import Job
-from mfsd.units import Rate
+from mfsd.client import tuple_of
+from mfsd.lab.arms import Faults
+from mfsd.lab.hosts.net import Host
+from mfsd.lab.serving.driver import Part
+from mfsd.lab.serving.forward import Inbox, Log
+from mfsd.lab.serving.hinter import Hinter
+from mfsd.lab.serving.mooncake import PORTS, SLICE, Memory, Watch
+from mfsd.lab.serving.real import Real, RealSide
+from mfsd.lab.settings import PRESETS
+from mfsd.model import Stage
 
-SCALED = Scaled(MIXTRAL, Rate.parse("200mbit"), 2, 4)
-JOBS = [Job(0, 0.0, 0, 60_000, 512, 0, 0.1, 0.3), Job(1, 0.5, 1, 300, 300, 0, 0.1, 0.3)]
-INSTALLED = all(importlib.util.find_spec(m) is not None for m in ("torch", "mooncake"))
+SETTINGS = dataclasses.replace(PRESETS["real"].settings, arm="ladder", steps=4)
+SCALED = SETTINGS.scaled
+WORK = [request(0, 0, new=60_000), request(1, 1, new=300)]
 
 
 def test_regions_lie_side_by_side_and_every_slice_is_watched() -> None:
-    memory = Memory.of(JOBS, SCALED)
-    large, small = (SCALED.kv(j.tokens) for j in JOBS)
+    memory = Memory.of(WORK, SCALED)
+    large, small = (SCALED.kv(r.tokens) for r in WORK)
     assert large > 2 * SLICE > SLICE > small
     assert memory.total == 4 * (large + small)
     assert memory.offset(0, 3) + large == memory.offset(1, 0)
@@ -36,67 +43,121 @@ def test_regions_lie_side_by_side_and_every_slice_is_watched() -> None:
 
 
 def test_a_request_is_complete_when_its_last_slice_is_there_wherever_that_lies() -> None:
-    memory = Memory.of(JOBS, SCALED)
+    memory = Memory.of(WORK, SCALED)
     data = np.zeros(memory.total, dtype=np.uint8)
     watch = Watch(memory, data)
     watch.expect(0)
     data[memory.offset(1, 0) :] = 1  # nobody has asked for it yet
     hole = memory.offset(0, 1)
     data[:hole] = data[hole + SLICE : memory.offset(1, 0)] = 1
-    watch.look(1.0)
-    assert watch.done == {}
+    ((number, before, complete),) = watch.look()
+    assert (number, complete) == (0, False)
     data[hole : hole + SLICE] = 1
     watch.expect(1)
-    watch.look(2.0)
-    assert watch.done == {0: 2.0, 1: 2.0}
-    assert [at for at, _ in watch.slices[0]] == [1.0, 2.0]
-    assert sum(n for _, n in watch.slices[0]) == len(memory.marks(0))
-    watch.look(3.0)
-    assert watch.done == {0: 2.0, 1: 2.0}
+    found = {number: (size, complete) for number, size, complete in watch.look()}
+    assert found[1] == (memory.total - memory.offset(1, 0), True)
+    assert found[0][1]
+    assert before + found[0][0] == pytest.approx(memory.offset(1, 0), abs=1)
+    assert watch.look() == []
 
 
-def _results(done: dict[str, float]) -> dict[str, Any]:
-    def log(*exchanges: float) -> dict[str, Any]:
-        return {"exchanges": list(exchanges), "fetch_waits": [0.25], "computed": 1.0, "overslept": 0.01}
+class Side(RealSide):
+    """A rank whose transports move nothing: a read or write ends when the test says so."""
 
-    return {
-        "p0": {"log": log(0.010, 0.030), "hints": [{"sent": 3}, {"sent": 1}]},
-        "p1": {"log": log(0.020, 0.010), "hints": [{"sent": 2}]},
-        "d0": {"done": done, "slices": {"0": [[1.02, 8], [1.07, 4]]}},
-        "s0": {},
-    }
+    def __init__(self, voice: Voice) -> None:
+        hosts = {name: Host(name, name, f"10.0.0.{i}") for i, name in enumerate(SETTINGS.hosts, 1)}
+        super().__init__(Part("p0", None, SETTINGS, hosts, {}, WORK), Log())  # type: ignore[arg-type]  # no directory
+        self.moved: list[tuple[str, str, int, int]] = []
+        self.gates: list[threading.Event] = []
+        self.hinter = Hinter(voice, 4, Faults(), 0)
+        self.group: Any = self
+        self.totals = [170]
 
+    async def total(self, number: int) -> int:
+        self.asked = number
+        return self.totals.pop(0)
 
-def test_figures_count_what_never_came_and_take_the_rank_that_did_not_wait() -> None:
-    plan = real.Plan(JOBS, SCALED)
-    health = {"cpu": 0.2, "timer_late_p99_ms": 1.0}
-    found = real.figures(plan, _results({"0": 10.25}), 10.0, 20.0, health)
-    assert (found["requests"], found["deadlines_met"], found["never_done"]) == (2, 1, 1)
-    assert found["ttft_p50_ms"] == pytest.approx(250.0)
-    assert found["ttft_p99_ms"] == pytest.approx(19_500.0)
-    assert found["collective_mean_ms"] == pytest.approx(10.0)
-    assert found["kv_reuse_stall_ms"] == pytest.approx(500.0)
-    assert found["hints"] == {"sent": 6}
-    each = 4 * SCALED.kv(60_000) / len(Memory.of(JOBS, SCALED).marks(0))
-    assert found["health"]["link_peak"] == pytest.approx(12 * each / (25e6 * 1448 / 1514 * 0.1), rel=1e-3)
-    assert found["health"]["ok"] == (found["health"]["link_peak"] >= 0.9)
+    def _move(self, *what: Any) -> None:
+        self.moved.append(what)
+        self.gates.append(threading.Event())
+        assert self.gates[-1].wait(10)
 
+    def read(self, holder: str, size: int) -> None:
+        self._move("read", holder, 0, size)
 
-def test_the_table_adds_up_runs_and_names_what_the_machine_spoilt() -> None:
-    plan = real.Plan(JOBS, SCALED)
-    results = _results({"0": 10.25, "1": 10.6})
-    runs = {
-        str(seed): real.figures(plan, results, 10.0, 20.0, {"cpu": cpu, "timer_late_p99_ms": 1.0})
-        for seed, cpu in ((0, 0.2), (1, 0.99))
-    }
-    rows = real.table({"none": runs})
-    assert rows[1][:3] == ["fair sharing (no mfsd)", "2", "4 of 4"]
-    assert "the processors were 99% busy" in rows[1][-1]
+    def write(self, decode: str, offset: int, size: int) -> None:
+        self._move("write", decode, offset, size)
 
 
-@pytest.mark.root  # the command takes precedence over other processes first
-@pytest.mark.skipif(INSTALLED, reason="the extra is installed")
-def test_without_the_extra_the_command_says_what_to_install() -> None:
-    found = CliRunner().invoke(main, ["lab", "real"])
-    assert found.exit_code == 1
-    assert "pip install 'mfsd[transports]'" in str(found.exception) + found.output
+async def until(condition: Any) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.002)
+
+
+def test_cached_kv_is_read_two_steps_at_a_time_announced_beforehand_and_done_in_any_order() -> None:
+    async def main() -> None:
+        voice = Voice(("p0", "s0"))
+        side = Side(voice)
+        transport = Real(side, side.hinter)
+        assert voice.of("mark") == [((tuple_of("10.0.0.2", 0), Stage.COLLECTIVE), {})]
+        cached = request(0, 0, held={"s0": 3000})
+        transport.fetch(cached)
+        store = tuple_of("10.0.0.1", 0, "10.0.0.4", PORTS)
+        told = voice.of("transfer", "s0")
+        assert [(args[1], args[2], k["layer"]) for args, k in told] == [(store, SCALED.kv(3000), i) for i in range(4)]
+        await until(lambda: len(side.moved) == 2)
+        await asyncio.sleep(0.02)
+        assert side.moved == [("read", "s0", 0, SCALED.kv(3000))] * 2, "two at a time"
+        second = asyncio.create_task(transport.fetched(cached, 1))
+        first = asyncio.create_task(transport.fetched(cached, 0))
+        side.gates[1].set()
+        await until(second.done)
+        await asyncio.sleep(0.02)
+        assert not first.done(), "a later step does not stand for this one"
+        side.gates[0].set()
+        await until(first.done)
+        await until(lambda: len(side.gates) == 4)
+        for gate in side.gates:
+            gate.set()
+        for step in (2, 3):
+            await transport.fetched(cached, step)
+        await until(lambda: len(voice.of("done", "s0")) == 5)
+        done = [k for _, k in voice.of("done", "s0")]
+        assert [k.get("transfer") for k in done[:2]] == [told[1][0][0], told[0][0][0]], "in the order in which they end"
+        assert done[-1] == {"request": "r0"}
+
+    asyncio.run(main())
+
+
+def test_kv_is_written_to_the_regions_of_its_steps() -> None:
+    async def main() -> None:
+        voice = Voice(("p0", "s0"))
+        side = Side(voice)
+        transport, memory = Real(side, side.hinter), Memory.of(WORK, SCALED)
+        for step in range(4):
+            transport.hand_over(WORK[0], step)
+        await until(lambda: len(side.gates) == 4)
+        assert sorted(offset for _, _, offset, _ in side.moved) == [memory.offset(0, step) for step in range(4)]
+        assert {(what, where, size) for what, where, _, size in side.moved} == {("write", "d0", SCALED.kv(60_000))}
+        for gate in side.gates:
+            gate.set()
+        await until(lambda: len(voice.of("done")) == 5)
+        assert {args[1] for args, _ in voice.of("transfer")} == {tuple_of("10.0.0.3", PORTS)}
+        assert side.log.conduit[0] in {c.number for c in SETTINGS.conduits() if (c.src, c.dst) == ("p0", "d0")}
+
+    asyncio.run(main())
+
+
+def test_a_pass_begins_when_any_rank_has_tokens() -> None:
+    async def main() -> None:
+        side = Side(Voice(()))
+        transport, inbox = Real(side, side.hinter), Inbox(100)
+        inbox.put(request(5, 0, new=70))
+        batch, tokens = await transport.agree(inbox)
+        assert ([r.id for r in batch], tokens) == ([5], 170)
+        side.totals = [0, 0, 30]
+        assert await transport.agree(inbox) == ([], 30), "another rank's"
+
+    asyncio.run(main())

@@ -9,14 +9,14 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from support.daemons import wait_for
+from support.benches import wait_until
 from support.vanishing import vanishings
 
 from mfsd.daemon import config_bands
 from mfsd.daemon.config import parse
 from mfsd.daemon.devices import Devices
-from mfsd.engine.books import Connection
 from mfsd.engine.device import Rescue
+from mfsd.engine.records import Connection
 from mfsd.model import Mode
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> Non
         assert (v.enforced, w.enforced) == (True, True)
         ip("link", "del", "w0")
         # The engine goes on asking before anybody has noticed.
-        assert wait_for(lambda: w.read() is None and w.failure)
+        wait_until(lambda: w.read() is None and w.failure != "")
         devices.care(Mode.ENFORCE)
         assert (v.enforced, w.enforced, w.attachment, w.ifindex) == (True, False, None, 0)
         assert (w.read(), w.failure) == (None, "")
@@ -171,7 +171,7 @@ def test_the_engine_may_ask_while_the_qdiscs_come_and_go(inside: Inside) -> None
                 v.empty(3, 40)
                 v.rescue([order])
                 v.rescued()
-                v.guarantee({3: 1e6})
+                v.guarantee({3: 0.2})
                 v.band_rows()
         finally:
             over.set()

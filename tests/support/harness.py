@@ -67,6 +67,7 @@ class FakeKernel:
         self.sockets: list[FakeSocket] = []
         self.rules: dict[tuple[Selector, int], tuple[int, int, int]] = {}
         self.lent: list[int] = []
+        self.descendants: dict[int, set[int]] = {}
         self.asked = 0
         """Sockets asked for TCP's word."""
         self._table, self._keys = table, keys
@@ -82,11 +83,14 @@ class FakeKernel:
         return next((s.told for s in self.sockets if s.cookie == cookie), None)
 
     def exact(self, selector: TupleSelector) -> Socket | None:
-        return next((s.told for s in self.sockets if s.here and _matches(selector, s)), None)
+        return next((s.told for s in self.sockets if s.here and self._matches(selector, s)), None)
+
+    def descends(self, pid: int, ancestor: int) -> bool:
+        return pid == ancestor or pid in self.descendants.get(ancestor, ())
 
     def look(self, selectors: Sequence[Selector]) -> None:
         for selector in selectors:
-            self._events.append(Found(selector, [s.told for s in self.sockets if _matches(selector, s)]))
+            self._events.append(Found(selector, [s.told for s in self.sockets if self._matches(selector, s)]))
 
     def progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, FakeSocket | None]:
         known = {s.cookie: s for s in self.sockets}
@@ -115,7 +119,9 @@ class FakeKernel:
                 self._keys.cookies[sock.cookie] = slot
         if slot is None:
             bands = [
-                b for (selector, uid), b in self.rules.items() if _matches(selector, sock) and uid in (-1, sock.uid)
+                b
+                for (selector, uid), b in self.rules.items()
+                if self._matches(selector, sock) and uid in (-1, sock.uid)
             ]
             if not bands:
                 return
@@ -140,20 +146,19 @@ class FakeKernel:
         """A connection is gone, and the event is lost."""
         self.sockets.remove(sock)
 
-
-def _matches(selector: Selector, s: FakeSocket) -> bool:
-    if isinstance(selector, CookieSelector):
-        return s.cookie == selector.cookie
-    if isinstance(selector, TupleSelector):
-        e = s.endpoints
-        return (
-            selector.dst == e.dst
-            and selector.src in (None, e.src)
-            and e.sport in selector.sport
-            and e.dport in selector.dport
-            and e.protocol == selector.protocol
-        )
-    return s.pid == selector.pid and (selector.remote is None or s.endpoints.dst in selector.remote)
+    def _matches(self, selector: Selector, s: FakeSocket) -> bool:
+        if isinstance(selector, CookieSelector):
+            return s.cookie == selector.cookie
+        if isinstance(selector, TupleSelector):
+            e = s.endpoints
+            return (
+                selector.dst == e.dst
+                and selector.src in (None, e.src)
+                and e.sport in selector.sport
+                and e.dport in selector.dport
+                and e.protocol == selector.protocol
+            )
+        return self.descends(s.pid, selector.pid) and (selector.remote is None or s.endpoints.dst in selector.remote)
 
 
 @dataclass
@@ -191,8 +196,8 @@ class FakeDevice:
     def empty(self, band: int, lane: int) -> bool:
         return not self.queued.get((band, lane))
 
-    def guarantee(self, rates: Mapping[int, float]) -> None:
-        self.guaranteed.update(rates)
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        self.guaranteed = dict(shares)
 
 
 class Host:
@@ -228,8 +233,6 @@ class Host:
             lambda: range(1, devices + 1),
             far_rate_of(peers),
         )
-        self.dead_pids: set[int] = set()
-        self.exits: dict[int, list[object]] = {}
         self.engine = Engine(
             self.connections,
             chosen,
@@ -237,15 +240,8 @@ class Host:
             self.devices,
             limits or LimitsConfig(),
             rescue or RescueConfig(),
-            watch=self._watch,
         )
         self.session = self.engine.session("worker", self.now)
-
-    def _watch(self, pid: int, on_exit: object) -> bool:
-        if pid in self.dead_pids:
-            return False
-        self.exits.setdefault(pid, []).append(on_exit)
-        return True
 
     def socket(self, cookie: int, port: int | None = None, dst: str = "10.0.0.2", **more: Any) -> FakeSocket:
         """Open a connection on this host."""

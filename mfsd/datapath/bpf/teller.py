@@ -14,13 +14,13 @@ import socket
 import struct
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
+from mfsd.datapath.bpf.cgroup import open_root
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import SHARED_MAPS, Mapped
 from mfsd.datapath.bpf.ring import Ring
@@ -31,6 +31,7 @@ from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     import numpy.typing as npt
 
@@ -79,13 +80,12 @@ class Teller:
 
     def __init__(self, classifier: Classifier, cgroup: Path | None = None) -> None:
         """``classifier``: whose slots and keys are used. ``cgroup``: where to hang; None: the root of cgroup v2."""
-        root = cgroup if cgroup is not None else cgroup_root()
         self._fds: list[int] = []
         self._links: list[int] = []
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
-            self._attach(root)
+            self._attach(cgroup)
             self.netns = netns_cookie()
             undo.pop_all()
 
@@ -106,18 +106,14 @@ class Teller:
         self.fd = maps["mfsd_events"]
         """Readable when there are events."""
 
-    def _attach(self, root: Path) -> None:
-        what = f"attaching to {root}"
-        try:
-            fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as e:
-            raise LoaderError(what, str(e), "mount cgroup v2, or let mfsd read it") from e
+    def _attach(self, root: Path | None) -> None:
+        fd = open_root(root)
         try:
             for program, hook in zip(self._programs, (_CGROUP_SOCK_CREATE, _CGROUP_SOCK_OPS), strict=True):
                 self._links.append(syscall.link_create(program, fd, hook, 0))
         except OSError as e:
             fix = "mfsd needs CAP_NET_ADMIN and CAP_BPF, and the kernel CONFIG_CGROUP_BPF"
-            raise LoaderError(what, str(e), fix) from e
+            raise LoaderError("attaching to the root of cgroup v2", str(e), fix) from e
         finally:
             os.close(fd)
 
@@ -204,18 +200,6 @@ def _told(cookie: int, row: Any) -> Told:
     )
     pid = int(owner["pid"])
     return Told(cookie, endpoints, int(row["netns"]), pid, int(owner["uid"]) if pid else -1, int(owner["cgroup"]))
-
-
-def cgroup_root() -> Path:
-    """Where the root of the cgroup v2 hierarchy is mounted. Raises LoaderError."""
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        # mountinfo, proc(5): ... root mount-point options [optional fields] - type source options
-        front, _, back = line.partition(" - ")
-        if back.split(" ", 1)[0] == "cgroup2" and front.split(" ")[3] == "/":
-            return Path(front.split(" ")[4].encode().decode("unicode_escape"))
-    raise LoaderError(
-        "socket events", "no cgroup v2 hierarchy is mounted here", "mount -t cgroup2 none /sys/fs/cgroup/unified"
-    )
 
 
 def netns_cookie() -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mfsd.datapath.facts import DeviceFacts
-    from mfsd.datapath.qdisc.tree import Node, Tree
+    from mfsd.datapath.qdisc.tree import Tree
     from mfsd.units import Rate
 
 
@@ -51,6 +51,6 @@ def remarks(made: DeviceFacts, now: DeviceFacts, rate: Rate | None) -> list[str]
     return out
 
 
-def rated(tree: Tree, rates: Mapping[int, float]) -> list[Node]:
-    """The nodes that give bands (by index) so many bytes/s."""
-    return [tree.rated(band, int(rate)) for band, rate in rates.items()] if tree.rated is not None else []
+def guaranteed(tree: Tree, shares: Mapping[int, float]) -> Tree:
+    """The same tree with so much of the link (0..1) guaranteed to bands, by index."""
+    return tree.with_nodes(tree.guarantee(shares)) if shares and tree.guarantee is not None else tree

@@ -77,7 +77,7 @@ class DeviceEnforcer:
         """What the tree was made for."""
         self._seen: DeviceFacts | None = None
         """What it was when it was last verified."""
-        self._rates: dict[int, float] = {}
+        self._shares: dict[int, float] = {}
         """Guarantees by band."""
         self._state: State | None = None
         """The note of the tree, so that it can be undone without a descriptor to read the file."""
@@ -180,7 +180,7 @@ class DeviceEnforcer:
     def _restore(self) -> list[str]:
         state, self._state = self._state, None
         self._tree = self._purger = None
-        self._rates = {}
+        self._shares = {}
         if state is None:
             try:
                 state = notes.find(self.state_dir, self._ifindex, self.ifname, self._namespace)
@@ -259,18 +259,18 @@ class DeviceEnforcer:
         with self._lock:
             return purger.backlog(queues.classid + lane, self._ifindex)
 
-    def guarantee(self, rates: Mapping[int, float]) -> None:
-        """Give bands (by index) so many bytes/s even when bands above them are busy, in place of their floors.
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        """Give bands (by index) so much of the link (0..1) even when bands above are busy, and all others their floors.
 
         Takes effect while they are backlogged. Nothing happens on a backend without floors, or where nothing changes.
         """
         with self._lock:
             tree, _ = self._applied()
-            if tree.rated is None:
+            if tree.guarantee is None:
                 return
-            self._rates |= rates
+            self._shares = dict(shares)
             known = {(n.type, n.handle): n for n in tree.nodes}
-            nodes = [n for n in care.rated(tree, rates) if known.get((n.type, n.handle)) != n]
+            nodes = [n for n in tree.guarantee(shares) if known.get((n.type, n.handle)) != n]
             if nodes:
                 self._sock.run([n.message(self._ifindex, change=True) for n in nodes], f"guarantees on {self.ifname}")
                 self._tree = tree.with_nodes(nodes)
@@ -304,7 +304,7 @@ class DeviceEnforcer:
         choice = planning.choose(self._sock, device, self.bands, self.backend, self.rate)
         if choice.tree is None or choice.backend != tree.backend:
             return tree
-        return choice.tree.with_nodes(care.rated(choice.tree, self._rates))
+        return care.guaranteed(choice.tree, self._shares)
 
     def _plan(self) -> tuple[DevicePlan, Tree | None, State | None, DeviceFacts]:
         if not Namespace.of(self._sock).same(self._namespace):
@@ -333,7 +333,7 @@ class DeviceEnforcer:
         steps: list[Step] = []
         tree = choice.tree
         if tree is not None and not refusals:
-            tree = tree.with_nodes(care.rated(tree, self._rates))
+            tree = care.guaranteed(tree, self._shares)
             steps = steps_of(device, tree, self._off(tree) if ours else None)
         plan = DevicePlan(
             ifname=self.ifname,

@@ -96,7 +96,9 @@ def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
         tuple(groups),
         number_leaves((b, _leaf(b), b.lanes) for b in bands.bands),
         {_leaf(b) + i: b.index for b in bands.bands for i in range(b.lanes)},
-        rated=lambda index, rate: maker.rated(bands.bands[index], rate),
+        guarantee=lambda guaranteed: [
+            maker.rated(b, int(link * max(guaranteed.get(b.index, 0.0), b.floor))) for b in bands.bands
+        ],
     )
 
 
