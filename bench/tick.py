@@ -79,6 +79,9 @@ class SimulatedSockets:
     def exact(self, selector: TupleSelector) -> Socket | None:
         raise NotImplementedError(selector)
 
+    def sends(self, endpoints: Endpoints, uid: int) -> bool:
+        raise NotImplementedError(endpoints, uid)
+
     def descends(self, pid: int, ancestor: int) -> bool:
         return pid == ancestor
 

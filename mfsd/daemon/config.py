@@ -32,6 +32,7 @@ from mfsd.bands import (
 from mfsd.daemon.config_text import example, explain, key, render, shown, toml
 from mfsd.daemon.config_values import (
     DeviceName,
+    FilePath,
     FolderPath,
     GroupName,
     ListenAddress,
@@ -39,6 +40,7 @@ from mfsd.daemon.config_values import (
     NetworkValue,
     RateValue,
     SocketPath,
+    UserName,
     as_tuple,
     host_port,
     loopback,
@@ -97,15 +99,31 @@ class DaemonConfig(Section):
         Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 107 bytes"
     )
     socket_group: GroupName | None = setting(
-        None, "Group that may use the socket (mode 0660). Unset: the daemon's own.", allowed="the name of a group"
+        None,
+        "Group that may use the socket (mode 0660), to send hints. Unset: the daemon's own.",
+        allowed="the name of a group",
+    )
+    operator_group: GroupName | None = setting(
+        None,
+        "Group whose members may use mfsctl: see everything, pause, restore. Besides root and the daemon's own user.",
+        allowed="the name of a group",
+    )
+    trusted_users: Annotated[tuple[UserName, ...], BeforeValidator(as_tuple)] = setting(
+        (), "Users who may hint anybody's connections, as root may; others hint their own.", allowed="names of users"
+    )
+    anonymous: bool = setting(
+        False, "Believe hints of callers who have not said who they are, as if they were root: any local process."
     )
     listen: ListenAddress | None = setting(
         None,
-        "Second endpoint, plain TCP without authentication.",
-        allowed='"host:port" with a loopback address; others need daemon.listen_remote = true',
+        "Second endpoint, TCP: with the three tls keys for operators who have a certificate, without them for health "
+        "checks (and, with daemon.anonymous, for hints).",
+        allowed='"host:port" with a loopback address; others need the tls keys',
     )
-    listen_remote: bool = setting(
-        False, "Lets listen name an address that other hosts reach. They all become operators."
+    tls_cert: FilePath | None = setting(None, "Certificate of that endpoint, PEM.", allowed="an absolute path")
+    tls_key: FilePath | None = setting(None, "Its private key, PEM.", allowed="an absolute path")
+    tls_client_ca: FilePath | None = setting(
+        None, "Who has signed its clients' certificates, PEM. They all are operators.", allowed="an absolute path"
     )
     state_dir: FolderPath = setting(
         Path("/run/mfsd"), "Snapshots of the qdiscs that were found, and the lock file.", allowed="an absolute path"
@@ -250,10 +268,16 @@ def _daemon_problems(d: DaemonConfig) -> list[str]:
             f"daemon.socket = {toml(d.socket)}: must be another file than daemon.state_dir ({toml(d.state_dir)}), those"
             f" above it, and {LOCK} in it"
         )
-    if d.listen is not None and not d.listen_remote and not loopback(host_port(d.listen)[0]):
+    tls = {"tls_cert": d.tls_cert, "tls_key": d.tls_key, "tls_client_ca": d.tls_client_ca}
+    unset = [name for name, path in tls.items() if path is None]
+    if unset and len(unset) < len(tls):
+        out += [f"daemon.{name} = unset: must be set, as the other tls keys are" for name in unset]
+    if d.listen is None and not unset:
+        out.append("daemon.listen = unset: must be set, because the tls keys are for it")
+    if d.listen is not None and unset and not loopback(host_port(d.listen)[0]):
         out.append(
-            f"daemon.listen = {toml(d.listen)}: must be a loopback address; "
-            "set daemon.listen_remote = true to let other hosts in (there is no authentication)"
+            f"daemon.listen = {toml(d.listen)}: must be a loopback address; set daemon.tls_cert, tls_key and "
+            "tls_client_ca to let other hosts in"
         )
     if d.idle_tick_ms < d.tick_ms:
         out.append(f"daemon.idle_tick_ms = {toml(d.idle_tick_ms)}: must be at least daemon.tick_ms ({d.tick_ms:g})")

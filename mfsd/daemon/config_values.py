@@ -118,6 +118,12 @@ def _group(name: str) -> str:
     return printable(name)
 
 
+def _user(name: str) -> str:
+    if not name or name != name.strip() or set(name) & set(":/"):
+        raise Unfit("the name of a user")
+    return printable(name)
+
+
 def host_port(text: str) -> tuple[str, int]:
     """(host, port) of "host:port", of which an IPv6 address stands in brackets. Raises ValueError."""
     host, colon, port = text.rpartition(":")
@@ -153,8 +159,10 @@ def as_tuple(value: Any) -> Any:
 RateValue = Annotated[InstanceOf[Rate], BeforeValidator(_rate)]
 NetworkValue = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
 SocketPath = Annotated[InstanceOf[Path], BeforeValidator(_file), AfterValidator(_socket)]
+FilePath = Annotated[InstanceOf[Path], BeforeValidator(_file)]
 FolderPath = Annotated[InstanceOf[Path], BeforeValidator(_path), AfterValidator(_folder)]
 ModeValue = Annotated[InstanceOf[Mode], BeforeValidator(_mode)]
 DeviceName = Annotated[str, AfterValidator(_device)]
 GroupName = Annotated[str, AfterValidator(_group)]
+UserName = Annotated[str, AfterValidator(_user)]
 ListenAddress = Annotated[str, AfterValidator(_listen)]

@@ -22,6 +22,7 @@ from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, reload, wiring
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.rights import rights_of
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
@@ -82,8 +83,19 @@ class Daemon:
             # The engine's times stand in the table beside the kernel's: all of them are the kernel's.
             self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat, clock=clock.monotonic)
             self._decoder = Decoder(config.limits)
-            self._identities = Identities(config.limits.max_sessions)
-            hints = HintsService(self.engine, self._decoder, self._identities, self.ticker, clock=clock.monotonic)
+            try:
+                rights = rights_of(config.daemon)
+            except LookupError as e:
+                raise StartError(str(e)) from None
+            self._identities = Identities(config.limits.max_sessions_per_user, rights=rights)
+            hints = HintsService(
+                self.engine,
+                self._decoder,
+                self._identities,
+                self.ticker,
+                anonymous=config.daemon.anonymous,
+                clock=clock.monotonic,
+            )
             control = ControlService(self, clock=clock.monotonic)
             self._server = Server(hints, control, self._identities, config.daemon)
             self._undo = undo.pop_all()
@@ -238,7 +250,7 @@ class Daemon:
             self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
-        self._identities.limit = merged.limits.max_sessions
+        self._identities.limit = merged.limits.max_sessions_per_user
         if "bands.dscp" in keys:
             self.devices.set_dscp(merged.bands.dscp)
         if _touches(keys, "device["):

@@ -205,8 +205,8 @@ def test_groups(group: Any) -> None:
     ids=ascii_id,
 )
 def test_addresses_to_listen_on(listen: str) -> None:
-    for remote in (False, True):
-        text = only({"daemon": {"listen": listen, "listen_remote": remote}})
+    for tls in ({}, {"tls_cert": "/c", "tls_key": "/k", "tls_client_ca": "/ca"}):
+        text = only({"daemon": {"listen": listen} | tls})
         assert text.startswith("daemon.listen = ")
         assert '"host:port"' in text
 
