@@ -107,14 +107,15 @@ def _device(engine: Engine, index: int, device: Device) -> pb.Device:
         rate_bytes_per_s=device.estimator.configured,
         measured_bytes_per_s=device.estimator.measured,
         utilisation=device.estimator.utilisation,
-        bands=[_band(engine, device, row, int(users[row.index])) for row in device.band_rows()],
+        bands=[_band(engine, device, index, row, int(users[row.index])) for row in device.band_rows()],
         stats=device.stats(),
     )
 
 
-def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.Band:
-    steering = engine.steering
+def _band(engine: Engine, device: Device, index: int, row: BandRow, connections: int) -> pb.Band:
+    steering, rate = engine.steering, device.estimator.rate
     spec = steering.bands.bands[row.index]
+    shares = steering.guarantees.shares(index) if device.floors else {}
     return pb.Band(
         index=row.index,
         name=spec.name,
@@ -128,6 +129,8 @@ def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.
         dscp=device.dscp.get(spec.name, -1),
         connections=connections,
         urgency=steering.ladder.classes(steering.policy.classes)[row.index],
+        guaranteed_bytes_per_s=shares.get(row.index, 0.0) * device.estimator.configured,
+        got_bytes_per_s=float(device.estimator.band_load[row.index]) * rate,
     )
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field
 
@@ -21,17 +21,13 @@ from mfsd.bands import (
     fill_floors,
 )
 from mfsd.daemon.config_text import key, toml
+from mfsd.daemon.config_values import as_tuple
 from mfsd.engine.settings import Section, setting
 
 MAX_LANES: Final = 256
 """Minors of a band: its classids are 0xBBLL with band BB and lane LL."""
 CLASSES: Final = tuple(map(str, Urgency))
 """What ``bands.dscp`` may name besides bands."""
-
-
-def as_tuple(value: Any) -> Any:
-    """For lists, which TOML gives and no frozen model should hold."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 Share = Annotated[float, Field(ge=0.0, le=MAX_FLOORS)]
