@@ -58,6 +58,12 @@ class Simulated:
     """TCP's word on a socket that exists only here."""
 
     bytes_acked: int = 0
+    busy_us: int = 0
+    rwnd_limited_us: int = 0
+    sndbuf_limited_us: int = 0
+    app_limited: bool = False
+    slow_start: bool = False
+    queued: int = 0
     unsent_plus_unacked: int = 1 << 40
     notsent: int = 1 << 40
     rto_us: int = 200_000

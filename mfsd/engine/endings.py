@@ -14,6 +14,7 @@ from mfsd.model import INF, CookieSelector, Event, EventKind
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mfsd.engine.audit import Audit
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Stream, Transfer, Watch
@@ -35,6 +36,7 @@ class Endings:
     connections: Connections
     watches: Watches
     rescuer: Rescuer
+    audit: Audit
 
     # --- transfers ----------------------------------------------------------------------------------------------------
 
@@ -44,6 +46,7 @@ class Endings:
         for stream in {t.stream for t in ended}:
             self._unqueue(stream, ended, now, delivered=delivered_at is not None)
         for transfer in ended:
+            self.audit.ended(transfer, delivered_at)
             self.books.strike_transfer(transfer)
             request = transfer.request
             if delivered_at is None:

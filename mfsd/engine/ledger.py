@@ -246,6 +246,7 @@ class Ledger:
                 LEVEL_NEW,
                 -1,  # seen_layer
                 False,  # infeasible
+                False,  # given_up
                 stream.ordered,
             ),
         )

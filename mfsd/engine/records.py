@@ -36,6 +36,7 @@ TRANSFER_COLUMNS: Final = {
     "level": "i2",
     "seen_layer": "i4",  # layer of its batch at the last evaluation
     "infeasible": "?",
+    "given_up": "?",  # infeasible at some time by a learnt rate: audit.py
     "ordered": "?",  # its bytes follow those before it in its stream
 }
 REQUEST_COLUMNS: Final = {

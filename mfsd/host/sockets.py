@@ -68,7 +68,11 @@ class TcpProgress:
     ``bytes_acked + unsent_plus_unacked`` grows exactly by what the process writes (and by 1 for the FIN) always holds.
     ``notsent`` is the part of ``unsent_plus_unacked`` that was never handed to the device. ``total_retrans`` counts
     segments, ``cwnd`` is in segments, ``state`` as in include/net/tcp_states.h (`inet_diag.STATE_NAMES`);
-    ``last_ack_ms`` is the time since the last acknowledgement came.
+    ``last_ack_ms`` is the time since the last acknowledgement came. ``busy_us`` is for how long there has been
+    something to send or to be acknowledged, of it ``rwnd_limited_us`` with the receiver's window closed and
+    ``sndbuf_limited_us`` with too small a send buffer; ``app_limited``: the process gave too little when the rate was
+    measured last; ``slow_start``: no loss or delay has ended it yet; ``queued`` is the memory of packets that are below
+    TCP and have not left the host's queues.
     """
 
     bytes_acked: int
@@ -79,6 +83,12 @@ class TcpProgress:
     cwnd: int
     state: int
     last_ack_ms: int
+    busy_us: int
+    rwnd_limited_us: int
+    sndbuf_limited_us: int
+    app_limited: bool
+    slow_start: bool
+    queued: int
 
 
 class SocketResolver:
@@ -164,7 +174,7 @@ class SocketResolver:
                     e.dport,
                     ifindex=bound.get(cookie, 0) if bound else 0,
                     cookie=cookie,
-                    ext=inet_diag.EXT_INFO,
+                    ext=inet_diag.EXT_INFO | inet_diag.EXT_MEMORY,
                 )
                 for cookie, e in wanted
             ]
@@ -187,6 +197,12 @@ class SocketResolver:
                 tcp.snd_cwnd,
                 row.state,
                 tcp.last_ack_ms,
+                tcp.busy_us,
+                tcp.rwnd_limited_us,
+                tcp.sndbuf_limited_us,
+                bool(tcp.flags & inet_diag.APP_LIMITED),
+                tcp.snd_cwnd < tcp.snd_ssthresh,
+                answer.queued,
             )
         return out
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A receiver whose port is slower than ours: its rate is learnt from TCP's own words, and shown."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from support.rig import RATE_MBIT, Daemon, Flow, running, wait_for
+
+from mfsd.model import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from support.namespaces import NetnsPair
+
+    from mfsd.v1 import control_pb2 as pb
+
+pytestmark = pytest.mark.netns
+
+SLOW_MBIT = RATE_MBIT // 2
+SLOW = "10.78.0.2"
+OTHER = "10.77.0.3"
+
+
+@contextlib.contextmanager
+def slow_receiver(pair: NetnsPair) -> Iterator[NetnsPair]:
+    """A host behind ``b``, the port to which gives half of what ``a``'s does; ``b`` of the pair that is returned."""
+    name = f"{pair.b}-far"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        pair.run(
+            pair.b,
+            f"ip link add w0 type veth peer name w1 netns {name}; ip addr add 10.78.0.1/24 dev w0; ip link set w0 up; "
+            f"sysctl -qw net.ipv4.ip_forward=1; ip addr add {OTHER}/24 dev {pair.dev_b}; "
+            f"tc qdisc add dev w0 root tbf rate {SLOW_MBIT}mbit burst 128k limit 1m",
+        )
+        pair.run(
+            name,
+            f"ip addr add {SLOW}/24 dev w1; ip link set w1 up; ip link set lo up; ip route add default via 10.78.0.1",
+        )
+        pair.run(pair.a, f"ip route add 10.78.0.0/24 via {pair.addr_b}")
+        yield dataclasses.replace(pair, b=name, addr_b=SLOW)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def known(daemon: Daemon) -> dict[str, pb.Peer]:
+    return {p.address: p for p in daemon.status().peers}
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_the_rate_of_a_slow_receivers_port_is_learnt(
+    netns_pair: NetnsPair, tmp_path: Path, *, configured: bool
+) -> None:
+    extra = f'[[peer]]\nnetwork = "{SLOW}"\nrate = "{SLOW_MBIT}mbit"' if configured else ""
+    with slow_receiver(netns_pair) as far, running(Daemon(netns_pair, tmp_path, extra=extra)) as daemon:
+        near = [netns_pair, dataclasses.replace(netns_pair, addr_b=OTHER)]
+        flows = [Flow.open(pair) for pair in (far, *near)]
+        try:
+            with daemon.client() as client:
+                for flow in flows:
+                    client.mark(flow.sender, Stage.P2D)
+                assert client.flush(5)
+                flows[0].saturate()
+                wanted = SLOW_MBIT * 125_000
+                if configured:
+                    wait_for(lambda: flows[0].received > wanted, "traffic of a second")
+                    peer = known(daemon)[SLOW]
+                    assert (peer.configured_bytes_per_s, peer.used_bytes_per_s) == (wanted, wanted)
+                    assert (peer.sightings, peer.learnt_bytes_per_s) == (0, 0)
+                    return
+                wait_for(
+                    lambda: SLOW in known(daemon) and known(daemon)[SLOW].used_bytes_per_s, "the rate to be learnt"
+                )
+                wait_for(lambda: known(daemon)[SLOW].sightings >= 20, "more windows")
+                peer = known(daemon)[SLOW]
+                assert 0.85 * wanted < peer.learnt_bytes_per_s < 1.3 * wanted
+                assert peer.used_bytes_per_s == peer.learnt_bytes_per_s
+                assert str(ipaddress.ip_address(SLOW)) in daemon.mfsctl("--socket", str(daemon.socket), "status").stdout
+        finally:
+            for flow in flows:
+                flow.close()
