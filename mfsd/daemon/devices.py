@@ -17,6 +17,7 @@ import structlog
 
 from mfsd.daemon import hook, leftovers
 from mfsd.daemon.device import Device, Shape
+from mfsd.daemon.drain import drain
 from mfsd.daemon.keys import KernelKeys
 from mfsd.daemon.reserve import Reserve
 from mfsd.datapath import _abi, links, tc
@@ -346,6 +347,7 @@ class Devices:
         device.put_in_force(None)
         try:
             if shape is not None:
+                drain(shape.enforcer, self.bands)
                 return shape.enforcer.restore()
             return leftovers.undo(self._sock, self.config.daemon.state_dir, device.ifindex, device.name)
         except (OSError, DatapathError) as e:
@@ -357,6 +359,13 @@ class Devices:
     def _spare(self) -> contextlib.AbstractContextManager[None]:
         """Have descriptors for the work, whoever holds the others."""
         return self._reserve.given_up() if self._reserve is not None else contextlib.nullcontext()
+
+    def drain(self) -> None:
+        """Packets go nowhere but to the default band from now on: let out what is queued in the others, if it goes."""
+        for device in self.all:
+            shape = device.shape
+            if shape is not None:
+                drain(shape.enforcer, self.bands)
 
     def _named(self, names: Sequence[str]) -> list[Device]:
         return [d for d in self.all if d.name in names]
