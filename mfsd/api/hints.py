@@ -2,9 +2,10 @@
 """The Hints service: what workers say, handed to the engine one hint at a time.
 
 Everything runs on the daemon's one event loop, together with the engine: there are no threads and no locks around it.
-A batch is applied without giving way, so a stream's replies and the engine's state are always in the order of the
-batches. A bad hint costs only itself. A reply is sent when the kernel obeys what it answers: after the engine's next
-tick, for which all the batches that have come before it wait together.
+A batch gives way only between hints, when it takes long, and the next one of its stream waits for it, so a stream's
+replies and the engine's state are always in the order of the batches. A bad hint costs only itself. A reply is sent
+when the kernel obeys what it answers: after the engine's next tick, for which all the batches that have come before it
+wait together.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ LOOK_S: Final = 0.1
 """A reply waits for a search of open connections no longer than this."""
 ROW: Final = -1
 """Instead of a hint's index: it was a row of columns."""
+TURN_S: Final = 0.005
+"""A batch is applied for so long before others have their turn."""
 AHEAD: Final = 256
 """Batches of one stream that wait to be answered; no more are read meanwhile."""
 
@@ -111,10 +114,10 @@ class HintsService(hints_pb2_grpc.HintsServicer):
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
-    def apply(self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False) -> Answer:
+    async def apply(self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False) -> Answer:
         """Apply a batch that ``peer`` says. Raises HintError or errors.Refused if no part of it can be.
 
-        ``alone``: the peer waits for the answer before it says more.
+        ``alone``: the peer waits for the answer before it says more. Others have their turn when it takes long.
         """
         rows, steps = len(batch.transfers.ids), len(batch.progress.batch_ids)
         limit, size = self.decoder.limits.max_hints_per_batch, len(batch.hints) + rows + steps
@@ -133,9 +136,9 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         )
         reply, rejected = answer.reply, 0
         if batch.hints:
-            rejected += self._singly(batch, answer, now)
+            rejected += await self._singly(batch, answer, now)
         if steps:
-            rejected += self._progress(batch.progress, answer, now)
+            rejected += await self._progress(batch.progress, answer, now)
         if rows:
             rejected += self._transfers(batch.transfers, answer, now)
         reply.accepted = size - rejected
@@ -166,11 +169,16 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             peer.sessions = [s for s in peer.sessions if sessions.get(s.name) is s] + [session]
         return session
 
-    def _singly(self, batch: pb.HintBatch, answer: Answer, now: float) -> int:
+    async def _singly(self, batch: pb.HintBatch, answer: Answer, now: float) -> int:
         """Apply hints one by one; how many were rejected."""
         session, reply = answer.session, answer.reply
-        decode, apply = self.decoder.decode, self.engine.apply
+        decode, apply, turn = self.decoder.decode, self.engine.apply, time.perf_counter() + TURN_S
         for index, message in enumerate(batch.hints):
+            if time.perf_counter() > turn:
+                await asyncio.sleep(0)
+                turn = time.perf_counter() + TURN_S
+            if session.over:
+                raise _ended(session)
             try:
                 hint = decode(message, now)
                 apply(session, hint, now)
@@ -189,14 +197,20 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if watch is not None and (isinstance(hint, MarkHint) or (watch.since == now and not watch.looked)):
             answer.fresh.setdefault(watch, index)
 
-    def _progress(self, message: pb.ProgressColumns, answer: Answer, now: float) -> int:
+    async def _progress(self, message: pb.ProgressColumns, answer: Answer, now: float) -> int:
         """Apply progress by columns; how many rows were rejected."""
         part, rejected = pb.Rejection.PROGRESS, 0
         try:
             hints = list(columns.progress(self.decoder, message, now))
         except HintError as e:
             return _whole(answer.reply, part, len(message.batch_ids), e)
+        turn = time.perf_counter() + TURN_S
         for row, hint in enumerate(hints):
+            if time.perf_counter() > turn:
+                await asyncio.sleep(0)
+                turn = time.perf_counter() + TURN_S
+            if answer.session.over:
+                raise _ended(answer.session)
             error = errors.rejection(hint) if isinstance(hint, HintError) else self._step(answer, hint, row, now)
             if error is not None:
                 rejected += 1
@@ -278,7 +292,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - named by the proto
         """Unary call; see proto/mfsd/v1/hints.proto."""
         try:
-            return await self.settle(self.apply(request, self._peer(context), alone=True))
+            return await self.settle(await self.apply(request, self._peer(context), alone=True))
         except (HintError, errors.Refused) as e:
             await errors.abort(context, errors.of_call(e))
 
@@ -291,7 +305,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             peer = self._peer(context)
             async for batch in request_iterator:
                 answers.check(batch.session)
-                await answers.put(self.apply(batch, peer))
+                await answers.put(await self.apply(batch, peer))
             await answers.finish()
         except (HintError, errors.Refused) as e:
             await answers.finish()
@@ -363,6 +377,10 @@ class _Answers:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await self._task
+
+
+def _ended(session: Session) -> errors.Refused:
+    return errors.Refused(code_pb2.UNAUTHENTICATED, f"session {session.name!r} has ended meanwhile")
 
 
 def _whole(reply: pb.HintReply, part: pb.Rejection.Part.ValueType, rows: int, error: HintError) -> int:

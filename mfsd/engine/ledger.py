@@ -370,27 +370,26 @@ class Ledger:
         # What is not there has been retired by its bytes, or has expired and its worker was told: nothing to say.
         if hint.what is What.TRANSFER:
             transfer = session.transfers.get(hint.id)
-            self._over(session, [] if transfer is None else [transfer], now, cancelled=hint.cancelled)
+            self._over([] if transfer is None else [transfer], now, cancelled=hint.cancelled)
         elif hint.what is What.REQUEST:
             request = session.requests.get(hint.id)
             if request is None:
                 return
             request.completed = not hint.cancelled
-            self._over(session, list(request.transfers), now, cancelled=hint.cancelled)
+            if hint.cancelled:
+                self.endings.forget(request, now)
+                return
+            self.delivery.hand_over(list(request.transfers), now)
             if session.requests.get(hint.id) is request and not request.transfers:
-                if hint.cancelled:
-                    self.endings.forget(request, now)
-                else:
-                    self.endings.finish(request, now)
+                self.endings.finish(request, now)
         else:
             batch = session.batches.get(hint.id)
             if batch is not None:
                 own = [t for t in batch.transfers if t.request is None]
-                self._over(session, own, now, cancelled=hint.cancelled)
+                self._over(own, now, cancelled=hint.cancelled)
                 self.books.strike_batch(batch)
 
-    def _over(self, session: Session, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
-        del session
+    def _over(self, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
         if cancelled:
             self.endings.end(transfers, now)
         else:
