@@ -67,8 +67,12 @@ LOOK_S: Final = 0.1
 """A reply waits for a search of open connections no longer than this."""
 ROW: Final = -1
 """Instead of a hint's index: it was a row of columns."""
-TURN_S: Final = 0.005
+TURN_S: Final = 0.001
 """A batch is applied for so long before others have their turn."""
+REST: Final = 3.0
+"""So many times as long it waits then, if there are others: their calls take several rounds of the loop."""
+LATELY_S: Final = 0.1
+"""There are others if they have sent something within that time."""
 AHEAD: Final = 256
 """Batches of one stream that wait to be answered; no more are read meanwhile."""
 
@@ -87,6 +91,23 @@ class Answer:
     """The engine's count of ticks then."""
     fresh: dict[Watch, int] = field(default_factory=dict)
     """Selectors that are marked, or that the session has not used before; index of the first hint that named it."""
+
+
+class _Turn:
+    """Time that a batch may take at a stretch."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    @property
+    def over(self) -> bool:
+        return time.perf_counter() - self._since > TURN_S
+
+    async def give(self, *, contended: bool) -> None:
+        """Let others have theirs."""
+        took = time.perf_counter() - self._since
+        await asyncio.sleep(min(REST * took, SETTLE_S) if contended else 0)
+        self._since = time.perf_counter()
 
 
 class HintsService(hints_pb2_grpc.HintsServicer):
@@ -111,6 +132,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         self._ticks = ticks
         self._clock = clock
         self._seldom = Seldom()
+        self._latest = self._before = ("", 0.0)
+        """The session that has sent something last, the one before it, and when."""
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +153,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             )
         engine, now = self.engine, self._clock()
         session = self._session(batch.session, peer, now)
+        self._heard(session.name)
         engine.hear(now)
         answer = Answer(
             session, pb.HintReply(seq=batch.seq, epoch=engine.epoch, takes_columns=True), now, self._ticks.count
@@ -171,25 +195,43 @@ class HintsService(hints_pb2_grpc.HintsServicer):
 
     async def _singly(self, batch: pb.HintBatch, answer: Answer, now: float) -> int:
         """Apply hints one by one; how many were rejected."""
-        session, reply = answer.session, answer.reply
-        decode, apply, turn = self.decoder.decode, self.engine.apply, time.perf_counter() + TURN_S
-        for index, message in enumerate(batch.hints):
-            if time.perf_counter() > turn:
-                await asyncio.sleep(0)
-                turn = time.perf_counter() + TURN_S
-            if session.over:
-                raise _ended(session)
+        turn, engine, index, hints = _Turn(), self.engine, 0, batch.hints
+        while index < len(hints):
+            if answer.session.over:
+                raise _ended(answer.session)
+            engine.gather(now, on=True)
             try:
-                hint = decode(message, now)
-                apply(session, hint, now)
-            except HintError as e:
-                reply.rejected.add(index=index, status=errors.rejection(e, _full_path(e.field, message)))
-            except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
-                reply.rejected.add(index=index, status=self._failed(f"hints[{index}]", answer, e))
-            else:
-                if isinstance(hint, (TransferHint, MarkHint)) and not isinstance(hint.selector, CookieSelector):
-                    self._note(answer, index, hint, now)
-        return len(reply.rejected)
+                while index < len(hints) and not turn.over:
+                    self._one(hints[index], index, answer, now)
+                    index += 1
+            finally:
+                engine.gather(now, on=False)
+            if index < len(hints):
+                await turn.give(contended=self._contended(answer.session.name))
+        return len(answer.reply.rejected)
+
+    def _one(self, message: pb.Hint, index: int, answer: Answer, now: float) -> None:
+        session, reply = answer.session, answer.reply
+        try:
+            hint = self.decoder.decode(message, now)
+            self.engine.apply(session, hint, now)
+        except HintError as e:
+            reply.rejected.add(index=index, status=errors.rejection(e, _full_path(e.field, message)))
+        except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
+            reply.rejected.add(index=index, status=self._failed(f"hints[{index}]", answer, e))
+        else:
+            if isinstance(hint, (TransferHint, MarkHint)) and not isinstance(hint.selector, CookieSelector):
+                self._note(answer, index, hint, now)
+
+    def _contended(self, name: str) -> bool:
+        """Another session has sent something lately."""
+        other, at = self._latest if self._latest[0] != name else self._before
+        return other != "" and time.perf_counter() - at < LATELY_S
+
+    def _heard(self, name: str) -> None:
+        if self._latest[0] != name:
+            self._before = self._latest
+        self._latest = name, time.perf_counter()
 
     @staticmethod
     def _note(answer: Answer, index: int, hint: TransferHint | MarkHint, now: float) -> None:
@@ -204,11 +246,10 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             hints = list(columns.progress(self.decoder, message, now))
         except HintError as e:
             return _whole(answer.reply, part, len(message.batch_ids), e)
-        turn = time.perf_counter() + TURN_S
+        turn = _Turn()
         for row, hint in enumerate(hints):
-            if time.perf_counter() > turn:
-                await asyncio.sleep(0)
-                turn = time.perf_counter() + TURN_S
+            if turn.over:
+                await turn.give(contended=self._contended(answer.session.name))
             if answer.session.over:
                 raise _ended(answer.session)
             error = errors.rejection(hint) if isinstance(hint, HintError) else self._step(answer, hint, row, now)

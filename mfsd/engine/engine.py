@@ -135,8 +135,14 @@ class Engine:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
         self.ledger.apply(session, hint, now)
 
+    def gather(self, now: float, *, on: bool) -> None:
+        """Between on and off, and no longer than till others have their turn, cancellations are gathered."""
+        self.ledger.gathering = on
+        self.ledger.settle(now)
+
     def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
         """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
+        self.ledger.settle(now)
         return bulk.announce(self.ledger, session, columns, now)
 
     # --- time ---------------------------------------------------------------------------------------------------------

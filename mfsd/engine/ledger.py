@@ -67,9 +67,24 @@ class Ledger:
         self.endings = endings
         self.band_of = band_of
         self.limits = limits
+        self.gathering = False
+        """Cancellations that follow each other take effect together, at ``settle`` at the latest."""
+        self._cancelled: dict[Transfer, None] = {}
+
+    def settle(self, now: float) -> None:
+        """Have gathered cancellations take effect: each alone would cost a pass over its stream."""
+        if self._cancelled:
+            ended, self._cancelled = self._cancelled, {}
+            self.endings.end(ended, now)
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
+        if self.gathering and isinstance(hint, EndHint) and hint.cancelled and hint.what is What.TRANSFER:
+            transfer = session.transfers.get(hint.id)
+            if transfer is not None:
+                self._cancelled[transfer] = None
+            return
+        self.settle(now)
         if isinstance(hint, TransferHint):
             self._transfer(session, hint, now)
         elif isinstance(hint, ProgressHint):
