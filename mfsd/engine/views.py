@@ -139,7 +139,7 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
         rate=np.array([e.rate for e in estimators] or [0.0]),
         load=np.minimum(load.sum(axis=1), 1.0),
         load_above=np.minimum(above[:, at], 1.0),
-        floor=floors[:, others].sum(axis=1),
+        floor=floors.sum(axis=1),
         taken=np.minimum(load, floors)[:, others].sum(axis=1),
         peer_rate=connections.peers.rate,
     )
