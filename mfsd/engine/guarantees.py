@@ -44,7 +44,7 @@ class Guarantees:
     devices: Sequence[Device]
     bands: Bands
     collectives: int = -1
-    """Index of the band where collectives are: it is guaranteed nothing, and needs no standing rate. -1: there is none."""
+    """Index of the band of collectives, which is guaranteed nothing and needs no standing rate; -1: none."""
     _told: dict[int, tuple[float, dict[int, float]]] = field(default_factory=dict)
     """When, and the share by index of the band, by row of the device."""
 
