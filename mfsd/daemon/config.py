@@ -106,7 +106,7 @@ class DaemonConfig(Section):
     """``[daemon]``: process, endpoints, clock."""
 
     socket: AbsolutePath = setting(
-        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 107 bytes"
+        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 104 bytes"
     )
     socket_group: str | None = setting(
         None, "Group that may use the socket (mode 0660). Unset: the daemon's own.", allowed="the name of a group"
@@ -152,7 +152,8 @@ class DaemonConfig(Section):
     @field_validator("socket")
     @classmethod
     def _socket_fits(cls, value: Path) -> Path:
-        if len(os.fsencode(value)) > 107:  # sun_path is 108 bytes with its final 0 (unix(7))
+        # sun_path is 108 bytes with its final 0 (unix(7)), and the socket beside it is called the same with .id behind.
+        if len(os.fsencode(value)) > 104:
             raise ValueError("too long")
         return value
 

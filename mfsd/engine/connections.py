@@ -34,10 +34,20 @@ IPPROTO_TCP: Final = 6
 LOCATE_S: Final = 1.0
 """A cookie that no socket has for so long is reported as gone."""
 LOCATE_RETRY_S: Final = 0.1
+SYN: Final = 1
+"""Bytes, as TCP counts."""
+SILENT_S: Final = 3.0
+"""So is one that has sent nothing but acknowledgements since it was hinted, and those so long ago: its socket was being
+closed. One that has sent more lives where nobody can look, such as an unconnected UDP socket, or one in a network
+namespace other than the daemon's that is older than the daemon."""
 LONG_AGO: Final = -INF
 """Since when a connection is at rest that nobody is expected to use again."""
 LENT: Final = 256
 """Free slots that the kernel holds, to take by itself; at most an eighth of the table."""
+
+
+class UnknownError(Exception):
+    """The kernel can't be asked now: nothing follows from that."""
 
 
 @dataclass(slots=True)
@@ -46,6 +56,8 @@ class _Search:
 
     next_try: float = 0.0
     give_up: float = INF
+    over: bool = False
+    """It had one, which could not be connected."""
 
 
 class Connections:
@@ -139,6 +151,14 @@ class Connections:
         if conn.endpoints is None:
             self._set_endpoints(conn, socket.endpoints)
 
+    def unlocate(self, conn: Connection) -> None:
+        """It could not be established. Should its socket not try again soon, ``search`` reports it as gone."""
+        if conn.endpoints is not None:
+            self._forget_endpoints(conn, conn.endpoints)
+            conn.endpoints = None
+            self.peer[conn.slot] = -1
+        self._unlocated[conn] = _Search(over=True)
+
     def search(self, now: float) -> list[Connection]:
         """Look again for the sockets of cookies. Returns those that do not show up for LOCATE_S."""
         gone = []
@@ -151,9 +171,16 @@ class Connections:
                 continue
             search.give_up = min(search.give_up, now + LOCATE_S)
             search.next_try = now + LOCATE_RETRY_S
-            if now >= search.give_up and not self.table.last_ns[conn.slot]:
+            if now >= search.give_up and (search.over or self._silent(conn.slot, now)):
                 gone.append(conn)
         return gone
+
+    def _silent(self, slot: int, now: float) -> bool:
+        last = int(self.table.last_ns[slot])
+        moved = int(self.table.sent[slot])
+        if self.table.acked[slot]:  # else counted from 0 on: what acknowledges in TIME_WAIT is no full socket
+            moved = (moved - int(self.table.origin[slot])) & 0xFFFFFFFF
+        return not last or (moved <= SYN and last < int((now - SILENT_S) * NS))
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
@@ -218,10 +245,7 @@ class Connections:
             self.keys.delete_cookie(conn.cookie)
             self.by_cookie.pop(conn.cookie, None)
         if conn.endpoints is not None:
-            if self._by_tuple.get(conn.endpoints) is conn:
-                self.keys.delete_tuple(conn.endpoints)
-                del self._by_tuple[conn.endpoints]
-            self.peers.give_back(conn.endpoints.dst)
+            self._forget_endpoints(conn, conn.endpoints)
         self.last_stage[conn.slot] = Stage.NONE
         self.mark_stages[conn.slot] = 0
         self._unlocated.pop(conn, None)
@@ -230,6 +254,12 @@ class Connections:
         self.table.give_back(conn.slot)
         self._lane_users[conn.lane] -= 1
         del self.by_slot[conn.slot]
+
+    def _forget_endpoints(self, conn: Connection, endpoints: Endpoints) -> None:
+        if self._by_tuple.get(endpoints) is conn:
+            self.keys.delete_tuple(endpoints)
+            del self._by_tuple[endpoints]
+        self.peers.give_back(endpoints.dst)
 
     # --- what holds a connection --------------------------------------------------------------------------------------
 
@@ -284,13 +314,17 @@ class Connections:
         """What the peer of one connection is known to have acknowledged."""
         return max(float(self.table.acked[conn.slot]), float(self._acked[conn.slot]))
 
+    def moved_at(self, conn: Connection) -> float:
+        """When its last packet left; 0: it has sent none."""
+        return float(self.table.last_ns[conn.slot]) / NS
+
     def moved(self, streams: Streams) -> Moved:
         """How far streams have come now."""
         return Moved(streams.offsets(self.sent()), streams.offsets(self.acked()))
 
     def written(self, conn: Connection) -> float:
         """How far the process has written, on TCP's word if that can be had; inf: nobody knows yet, see ``placed``."""
-        position = self.ask([conn]).get(conn)
+        position = self._ask_one(conn)
         if position is not None:
             return position.written
         if self.table.last_ns[conn.slot]:
@@ -304,7 +338,7 @@ class Connections:
         for conn in list(self._unplaced):
             position = self.origin(conn)
             if position is None and conn.here:
-                told = self.ask([conn]).get(conn)
+                told = self._ask_one(conn)
                 position = None if told is None else told.written
             if position is not None:
                 del self._unplaced[conn]
@@ -345,10 +379,12 @@ class Connections:
     def ask(self, conns: Sequence[Connection]) -> dict[Connection, Position | None]:
         """Where connections stand now, on TCP's word; None: the socket is gone, nobody knows how.
 
-        Connections whose sockets are elsewhere (or not located yet) are absent.
+        Connections whose sockets are elsewhere (or not located yet) are absent. Raises UnknownError.
         """
         askable = [c for c in conns if c.here and c.endpoints is not None and c.endpoints.protocol == IPPROTO_TCP]
         answers = self.sockets.progress([(c.cookie, c.endpoints) for c in askable if c.endpoints is not None])
+        if answers is None:
+            raise UnknownError
         out: dict[Connection, Position | None] = {}
         for conn in askable:
             if conn.cookie not in answers:
@@ -365,6 +401,9 @@ class Connections:
             out[conn] = Position(float(p.bytes_acked), written, quiet_s=p.last_ack_ms / 1000)
         return out
 
-    def forget_progress(self, conn: Connection, acked: float) -> None:
-        """The last word on a connection that is over."""
-        self._sent[conn.slot] = self._acked[conn.slot] = acked
+    def _ask_one(self, conn: Connection) -> Position | None:
+        """Where one stands; None: nobody knows."""
+        try:
+            return self.ask([conn]).get(conn)
+        except UnknownError:
+            return None

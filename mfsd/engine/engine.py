@@ -16,6 +16,7 @@ import numpy as np
 from mfsd.engine import bulk
 from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
+from mfsd.engine.connections import UnknownError
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import Endings
 from mfsd.engine.ledger import Ledger
@@ -161,8 +162,13 @@ class Engine:
                 self._established(event, now)
             elif isinstance(event, Closed):
                 conn = self.connections.by_cookie.get(event.cookie)
-                if conn is not None:
+                if conn is not None and not event.acked and not event.clean:
+                    # Nobody has answered: it was never established, and its process may connect it again.
+                    self.connections.unlocate(conn)
+                elif conn is not None:
                     self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean)
+            elif event.sockets is None:
+                self.watches.failed(event.selector, now)
             else:
                 for watch in self.watches.found(event.selector):
                     self._found(watch, event.sockets, now)
@@ -200,7 +206,7 @@ class Engine:
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.EXPIRED, owner, transfer.id, "not completed in its time to live"))
         self.books.counters.transfers_expired += len(transfers)
-        self.endings.end(transfers, now)
+        self.endings.end(transfers, now, lost=True)
         for request in self._expired(self.books.requests, now):
             self.endings.finish(request, now)
         for batch in self._expired(self.books.batches, now):
@@ -237,7 +243,11 @@ class Engine:
         window = [s for s in slots if s >= self._sweep_from][:SWEEP_BATCH] or slots[:SWEEP_BATCH]
         self._sweep_from = window[-1] + 1
         conns = [self.connections.by_slot[s] for s in window]
-        for conn, position in self.connections.ask([c for c in conns if c.here]).items():
+        try:
+            positions = self.connections.ask([c for c in conns if c.here])
+        except UnknownError:
+            return
+        for conn, position in positions.items():
             if position is None:
                 self.endings.lost(conn, now)
             elif position.over:

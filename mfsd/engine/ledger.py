@@ -44,6 +44,9 @@ LATE: Final = 0.9
 """Share of a transfer's bytes that must have gone unannounced just before its hint for it to be suspected late."""
 LATE_S: Final = 5.0
 """How long ago that may have been."""
+WAITED_S: Final = 0.05
+"""A worker that has announced bytes and not begun to write them for so long had written them before. One that announces
+several transfers one right after the other has not."""
 
 
 class Ledger:
@@ -239,7 +242,7 @@ class Ledger:
         stream = session.streams.get(selector)
         if stream is not None:
             if stream.watch is not None:
-                self.watches.get(session, selector, self.band_of(stage), expires, now)
+                self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
         else:
             exact = exact_endpoints(selector)
             if isinstance(selector, CookieSelector):
@@ -256,7 +259,7 @@ class Ledger:
             watch = None
             if conn is None or exact is not None:
                 # An exact tuple, too, may name one connection after another.
-                watch = self.watches.get(session, selector, self.band_of(stage), expires, now)
+                watch = self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
             stream = session.streams[selector] = self.books.streams.open(session, selector, watch)
             mark = session.marks.get(selector)
             stream.ordered = ordered and (mark is None or mark.ordered)
@@ -269,30 +272,45 @@ class Ledger:
         self.connections.renew(stream.members, expires)
         return stream
 
+    def _begins(self, session: Session, selector: Selector, stage: Stage) -> int:
+        """The band of a selector's new connections: that of the stage that is said now, or of the mark above it."""
+        watch = session.watches.get(selector)
+        band = self.band_of(stage)
+        return band if watch is None or watch.mark is None else min(band, self.band_of(watch.mark.stage))
+
     def begin(self, stream: Stream, size: float, position: float, offset: float, now: float) -> tuple[float, bool]:
         """Offset of a transfer's first byte, behind all that is announced on its stream, which is at ``offset`` now.
 
         And whether as many bytes as it has went without a hint just before it.
         """
         before = stream.queue[-1] if stream.queue and stream.queue[-1].maybe_late else None
-        if before is not None and offset <= stream.announced - float(self.books.transfers.get(before, "size")):
-            # Nothing has moved since: it was announced after its bytes had gone.
+        if before is not None and self._was_late(before, offset, now):
             moved = self._moved(stream)
-            self.endings.end([before], now, delivered_at=now if moved is None else moved)
-            stream.announced = offset
+            self.endings.end([before], now, delivered_at=moved or now)
+            stream.announced, stream.debt = offset, 0.0
         if not stream.ordered:
             return offset, False
         start, late = self.behind(stream, position, offset), False
-        if not stream.queue and start - stream.announced >= LATE * size:
-            moved = self._moved(stream)
-            late = moved is not None and moved > now - LATE_S
+        if not stream.queue:
+            stream.debt = 0.0
+            late = start - stream.announced >= LATE * size and self._moved(stream) > now - LATE_S
+            if late:
+                stream.debt = size
+                self.delivery.doubt(stream)
         stream.announced = start + size
         return start, late
 
-    def _moved(self, stream: Stream) -> float | None:
-        """When the connection that joined last has sent something last; None: there is none."""
+    def _was_late(self, transfer: Transfer, offset: float, now: float) -> bool:
+        """Nothing has moved since it was announced, though it had the time to; the stream is at ``offset``."""
+        rows = self.books.transfers
+        before = offset <= transfer.stream.announced - float(rows.get(transfer, "size"))
+        return before and float(rows.get(transfer, "created")) < now - WAITED_S
+
+    def _moved(self, stream: Stream) -> float:
+        """When something has moved last, on the connection that joined last or on one that is gone; 0: never."""
         slot = self.books.streams.slot[stream.index]
-        return float(self.connections.table.last_ns[slot]) / NS if slot >= 0 else None
+        gone = self.books.streams.parted(stream)
+        return max(float(self.connections.table.last_ns[slot]) / NS, gone) if slot >= 0 else gone
 
     def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
         """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
@@ -375,9 +393,10 @@ class Ledger:
                 "max_marks_per_session",
                 "take back those that are not needed",
             )
-        else:
-            self.endings.unmark(old, now)
         self._put_mark(session, Mark(session, hint.selector, hint.stage, hint.ordered), now)
+        if old is not None:
+            # Not before: the kernel knows the selector all the time, so that no new connection is missed.
+            self.endings.lift(old, now)
 
     def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
         expires = now + self.limits.max_ttl_s

@@ -101,7 +101,7 @@ class Request:
     completed: bool = False
     """The worker said that all its bytes have been handed over."""
     delivered_at: float = 0.0
-    """When its last byte so far was seen delivered; 0: none yet."""
+    """When its last byte so far was seen delivered; 0: none yet; inf: some will never be."""
     row: int = -1
 
 
@@ -223,6 +223,8 @@ class Stream:
     members: dict[Connection, Member] = field(default_factory=dict)
     ordered: bool = True
     """False: the bytes of its transfers are interleaved."""
+    debt: float = 0.0
+    """Size of a transfer on it that was perhaps announced after its bytes had gone (Transfer.maybe_late)."""
 
 
 @dataclass(frozen=True, slots=True)

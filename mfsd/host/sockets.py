@@ -84,9 +84,10 @@ class TcpProgress:
 class SocketResolver:
     """Finds sockets. Holds one netlink descriptor until `close`; may be shared by threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: SocketResolver | None = None) -> None:
+        """``like``: whose knowledge of interfaces to share; each has a descriptor, and a turn to take, of its own."""
         self._diag = Diag()
-        self._bound: dict[int, int] = {}
+        self._bound: dict[int, int] = {} if like is None else like._bound  # noqa: SLF001 - of our own class
         """Interface by cookie, of sockets bound to one (SO_BINDTODEVICE, VRF, link-local): part of the lookup key."""
 
     def close(self) -> None:
@@ -109,9 +110,8 @@ class SocketResolver:
         unconnected UDP sockets, because their cookie would stand for all their peers: the classifier matches both
         by the tuple itself.
 
-        Raises HintError when the selector can't match, naming its field, and DiagError.
+        Raises HintError when a process can't be looked at, and DiagError.
         """
-        _validate(selector)
         if isinstance(selector, ProcessSelector):
             inodes = process_sockets(selector.pid)
             return self._resolve([selector], {0: inodes})[0]
@@ -302,30 +302,6 @@ def _packed(address: Address) -> bytes:
     if address.version == 6 and address.ipv4_mapped is not None:
         return address.ipv4_mapped.packed
     return address.packed
-
-
-def _validate(selector: Selector) -> None:
-    """Raise HintError for what no socket can ever match."""
-    if isinstance(selector, CookieSelector):
-        if not 0 < selector.cookie < inet_diag.NO_COOKIE:
-            raise HintError(
-                "selector.cookie", f"{selector.cookie} is no socket cookie", "send what getsockopt(SO_COOKIE) gives"
-            )
-        return
-    if isinstance(selector, ProcessSelector):
-        return
-    if selector.protocol not in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
-        raise HintError("selector.tuple.protocol", f"{selector.protocol} can't be shaped", "send 6 (TCP) or 17 (UDP)")
-    if selector.protocol == socket.IPPROTO_UDP and not selector.exact:
-        raise HintError(
-            "selector.tuple",
-            "UDP needs one source address and exact ports",
-            "set src_addr, src_port and dst_port, or mark TCP",
-        )
-    if selector.src is not None and len(_packed(selector.src)) != len(_packed(selector.dst)):
-        raise HintError(
-            "selector.tuple.src_addr", "is of another address family than dst_addr", "send both as IPv4 or both as IPv6"
-        )
 
 
 def process_sockets(pid: int) -> set[int]:

@@ -146,6 +146,10 @@ class FakeKernel:
         """A connection is gone, and the event is lost."""
         self.sockets.remove(sock)
 
+    def fail(self, selectors: Sequence[Selector]) -> None:
+        """A search can't be made."""
+        self._events += [Found(selector, None) for selector in selectors]
+
     def _matches(self, selector: Selector, s: FakeSocket) -> bool:
         if isinstance(selector, CookieSelector):
             return s.cookie == selector.cookie
