@@ -106,6 +106,10 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         self._clock = clock
         self._seldom = Seldom()
 
+    def now(self) -> float:
+        """On the engine's clock."""
+        return self._clock()
+
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def apply(self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False) -> Answer:
@@ -319,9 +323,12 @@ class _Answers:
 
     async def put(self, answer: Answer) -> None:
         """Answer one more batch, and deliver its session's events from now on: the latest stream of a session does."""
-        if answer.session.wake is not self._wake:
+        if self._session is not answer.session:
+            self._detach()
             self._session = answer.session
-            answer.session.wake = self._wake
+            self._session.attached += 1
+            self._session.kept = True
+        answer.session.wake = self._wake
         self._due.append(answer)
         self._happened.set()
         while len(self._due) >= AHEAD and not self._task.done():
@@ -355,12 +362,19 @@ class _Answers:
 
     async def close(self) -> None:
         """Stop; events that come later wait for the session's next stream or call. Idempotent."""
-        session, self._session = self._session, None
-        if session is not None and session.wake is self._wake:
-            session.wake = None
+        self._detach()
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await self._task
+
+    def _detach(self) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        session.attached -= 1
+        session.seen = self._service.now()
+        if session.wake is self._wake:
+            session.wake = None
 
 
 def _whole(reply: pb.HintReply, part: pb.Rejection.Part.ValueType, rows: int, error: HintError) -> int:

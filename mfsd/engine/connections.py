@@ -390,7 +390,7 @@ class Connections:
             if conn.cookie not in answers:
                 out[conn] = None
                 continue
-            p = answers[conn.cookie]
+            p, conn.missing = answers[conn.cookie], False
             if p is None:
                 end = max(float(self.table.sent[conn.slot]), self._sent[conn.slot])
                 out[conn] = Position(end, end, over=True)

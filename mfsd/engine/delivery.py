@@ -123,11 +123,14 @@ class Delivery:
         except UnknownError:
             self._confirm |= dict.fromkeys(asked)  # what is not known is asked again
             return
+        again: dict[Stream, None] = {}
         for conn, position in positions.items():
-            if position is None:
-                self.endings.lost(conn, now)
-            elif position.over:
+            if position is None and not self.endings.lost(conn, now):
+                again |= dict.fromkeys(conn.streams)
+            elif position is not None and position.over:
                 self.endings.closed(conn, position.acked, now, clean=True)
+        self._confirm |= again
+        asked = [s for s in asked if s not in again]
         for done, delivered_at in self._judge(asked, positions, now):
             self.endings.end(done, now, delivered_at=delivered_at)
         for stream in asked:

@@ -193,12 +193,19 @@ class Endings:
                 self.unwatch(watch, now)
         self.drop(conn, now)
 
-    def lost(self, conn: Connection, now: float) -> None:
-        """A connection is gone, and nobody has told how: what was known last is all there is."""
+    def lost(self, conn: Connection, now: float) -> bool:
+        """A connection is gone, and nobody has told how: what was known last is all there is.
+
+        False: not yet, because how it ended may have been told meanwhile, but not heard.
+        """
+        if self.connections.sockets.tells and not conn.missing:
+            conn.missing = True
+            return False
         table = self.connections.table
         acked = self.connections.acked_by(conn)
         clean = acked > 0 and acked + 1 >= float(table.sent[conn.slot])  # 1: a FIN
         self.closed(conn, acked, now, clean=clean)
+        return True
 
     def _after(self, stream: Stream, now: float, reason: str, *, clean: bool) -> None:
         """A member of a stream is gone: see what can still come of its transfers."""

@@ -219,7 +219,7 @@ class Engine:
             self.endings.drop(conn, now)
 
     def _expire_sessions(self, now: float) -> None:
-        """Renew what marks hold; end sessions without a process that have nothing left."""
+        """Renew what marks hold; end the sessions of those whose end nobody sees."""
         limits = self.ledger.limits
         for session in list(self.books.sessions.values()):
             for mark in session.marks.values():
@@ -227,9 +227,11 @@ class Engine:
                 watch = session.watches.get(mark.selector)
                 if watch is not None:
                     self.watches.get(session, mark.selector, watch.band, now + limits.max_ttl_s, now)
-            said = session.requests or session.batches or session.transfers or session.marks
-            if not session.pid and not said and session.seen + limits.default_ttl_s < now:
-                self.end_session(session, now)
+            if session.maker is None and not session.attached:
+                # Who has had a stream may come again with another one. Single calls say nothing of their caller's end.
+                said = session.requests or session.batches or session.transfers or session.marks
+                if (session.kept or not said) and session.seen + limits.default_ttl_s < now:
+                    self.end_session(session, now)
 
     @staticmethod
     def _expired(store: Dense[R], now: float) -> list[R]:

@@ -67,7 +67,11 @@ class Session:
     uid: int = -1
     """On the kernel's word; -1: unknown."""
     maker: object = None
-    """Who opened it, and alone may use it."""
+    """Who opened it, and alone may use it; None: nobody whom the kernel vouches for."""
+    attached: int = 0
+    """Streams of the API that are open for it."""
+    kept: bool = False
+    """It has had one, so that the end of the last one is that of its client."""
     requests: dict[str, Request] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     transfers: dict[str, Transfer] = field(default_factory=dict)
@@ -188,6 +192,8 @@ class Connection:
     expires: float = 0.0
     promotions: int = 0
     rescues: int = 0
+    missing: bool = False
+    """TCP knew nothing of its socket when it was asked last."""
 
 
 MEMBER_COLUMNS: Final = {

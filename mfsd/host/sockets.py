@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.host import inet_diag
-from mfsd.host.inet_diag import Diag, DiagError, Filter, Row
+from mfsd.host.inet_diag import Answer, Diag, DiagError, Filter, Row
 from mfsd.model import (
     Address,
     CookieSelector,
@@ -140,7 +140,8 @@ class SocketResolver:
     def tcp_progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, TcpProgress | None]:
         """Progress by cookie of TCP sockets given as (cookie, endpoints); those that are gone are absent.
 
-        None: in TIME_WAIT, so all has been acknowledged. One exact lookup each, several per system call. A reused tuple
+        None: in TIME_WAIT, or waiting for no more than the FIN of the peer, so all has been acknowledged. One exact
+        lookup each, several per system call. A reused tuple
         has another cookie and counts as gone.
         """
         wanted = [(c, e) for c, e in sockets if e.protocol == socket.IPPROTO_TCP]
@@ -162,7 +163,7 @@ class SocketResolver:
         )
         out: dict[int, TcpProgress | None] = {}
         for (cookie, _), answer in zip(wanted, answers, strict=True):
-            if answer is not None and answer.row.state == inet_diag.TIME_WAIT:
+            if answer is not None and _over(answer):
                 out[cookie] = None
                 continue
             if answer is None or answer.tcp is None or not _PROGRESS >> answer.row.state & 1:
@@ -302,6 +303,13 @@ def _packed(address: Address) -> bytes:
     if address.version == 6 and address.ipv4_mapped is not None:
         return address.ipv4_mapped.packed
     return address.packed
+
+
+def _over(answer: Answer) -> bool:
+    """What is left of a closed socket whose FIN has been acknowledged (struct inet_timewait_sock, tcp_time_wait())."""
+    return answer.row.state == inet_diag.TIME_WAIT or (
+        answer.row.state == inet_diag.FIN_WAIT2 and answer.tcp is None  # a full socket has something to say
+    )
 
 
 def process_sockets(pid: int) -> set[int]:

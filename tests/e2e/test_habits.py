@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How real clients use connections: kept, closed at once, opened anew for each transfer, hinted early and late.
 
-The same on a fake kernel, with the variants: tests/engine/test_habits.py. Who speaks and which device: the files beside.
+The same on a fake kernel, with more variants: tests/engine/test_habits.py. Who speaks, and which way: the files beside.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def test_a_connection_per_transfer_closed_right_behind_its_last_byte(
     for i in range(20):
         with dial(daemon.pair) as s:
             client.request(f"r{i}", ttft_left_s=5.0)
-            client.transfer("t%d" % i, s, 256 * KIB, stage=Stage.P2D, request=f"r{i}")
+            client.transfer(f"t{i}", s, 256 * KIB, stage=Stage.P2D, request=f"r{i}")
             assert client.flush(5)
             s.sendall(bytes(256 * KIB))
             client.done(request=f"r{i}")
     settled(daemon, (20, 20, 0))
-    assert not events
+    assert not events, events
     assert sink.received == 20 * 256 * KIB
     wait_for(lambda: daemon.status().connections == 0, "the slots to be free")
 
@@ -186,9 +186,7 @@ def test_marking_again_leaves_no_gap(daemon: Daemon, client: Client, sink: Sink)
 
 
 @pytest.mark.parametrize("ends", ["closed", "reset"])
-def test_a_stranger_with_the_ports_of_a_dead_connection(
-    daemon: Daemon, client: Client, sink: Sink, ends: str
-) -> None:
+def test_a_stranger_with_the_ports_of_a_dead_connection(daemon: Daemon, client: Client, sink: Sink, ends: str) -> None:
     pair, port = daemon.pair, 45_017
     client.transfer("t", tuple_of(pair.addr_b, PORT, pair.addr_a, port), MB, stage=Stage.COLLECTIVE)
     assert client.flush(5)
@@ -224,19 +222,27 @@ def test_a_stranger_with_the_ports_of_a_dead_connection(
 # --- hints that are wrong ---------------------------------------------------------------------------------------------
 
 
-def test_a_hint_that_comes_a_second_after_its_bytes(daemon: Daemon, client: Client, sink: Sink) -> None:
+@pytest.mark.parametrize("at_once", [False, True], ids=["alone", "with the next"])
+def test_a_hint_that_comes_a_second_after_its_bytes(
+    daemon: Daemon, client: Client, sink: Sink, *, at_once: bool
+) -> None:
+    """Announced together with the next one, it may be true: that comes out when all is quiet."""
     client.request("r", ttft_left_s=60)
     with dial(daemon.pair) as s:
         s.sendall(bytes(200 * KB))
         wait_for(lambda: sink.received == 200 * KB, "arrival")
         time.sleep(1)
         client.transfer("late", s, 200 * KB, stage=Stage.P2D, request="r")
+        if not at_once:
+            assert client.flush(5)
+            time.sleep(0.1)
         for i in range(6):
             client.transfer(f"t{i}", s, 200 * KB, stage=Stage.P2D, request="r")
             assert client.flush(5)
             s.sendall(bytes(200 * KB))
             wait_for(lambda i=i: sink.received == (2 + i) * 200 * KB, "arrival")  # type: ignore[misc]
-            wait_for(lambda: set(transfers(daemon)) <= {"late"}, "what has arrived to be done")
+            if not at_once:
+                wait_for(lambda: not transfers(daemon), "what has arrived to be done")
         settled(daemon, (7, 0, 0))
 
 

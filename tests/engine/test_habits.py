@@ -526,7 +526,7 @@ def test_what_is_not_known_ends_nothing() -> None:
     h.send(s, 10 * MSS, acked=False)
     done(h, "t")
     progress = h.kernel.progress
-    h.kernel.progress = lambda sockets: None  # type: ignore[method-assign,assignment,return-value]
+    h.kernel.progress = lambda _: None  # type: ignore[method-assign,assignment,return-value]
     for _ in range(30):
         h.tick(0.1)
     assert list(h.session.transfers) == ["t"]
@@ -542,7 +542,7 @@ def test_a_search_that_fails_is_made_again() -> None:
     h = Host()
     s = h.socket(1)
     look = h.kernel.look
-    h.kernel.look = lambda selectors: h.kernel.fail(selectors)  # type: ignore[method-assign]
+    h.kernel.look = h.kernel.fail  # type: ignore[method-assign]
     h.engine.apply(h.session, MarkHint(peer(s), Stage.COLLECTIVE), h.now)
     for _ in range(5):
         h.tick(0.01)
