@@ -103,12 +103,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         self._identities = identities
         identities.ended = self._gone
         self._ticks = ticks
-        self._clock = clock
+        self.clock = clock
         self._seldom = Seldom()
-
-    def now(self) -> float:
-        """On the engine's clock."""
-        return self._clock()
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
@@ -126,7 +122,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
                 f"send at most {limit} at a time (limits.max_hints_per_batch)",
                 exhausted=True,
             )
-        engine, now = self.engine, self._clock()
+        engine, now = self.engine, self.clock()
         session = self._session(batch.session, peer, now)
         engine.hear(now)
         answer = Answer(
@@ -247,7 +243,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             fresh = answer.fresh
             until = answer.at + (LOOK_S if fresh else SETTLE_S)
             while self._ticks.count <= answer.tick or not all(watch.looked for watch in fresh):
-                if self._clock() >= until:
+                if self.clock() >= until:
                     break
                 await self._ticks.ticked()
             for watch, index in fresh.items():
@@ -259,7 +255,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
 
     def _gone(self, peer: Peer) -> None:
         """A client has closed its connection, or has ended."""
-        now = self._clock()
+        now = self.clock()
         for session in peer.sessions:
             self.engine.end_session(session, now)
         peer.sessions.clear()
@@ -372,7 +368,7 @@ class _Answers:
         if session is None:
             return
         session.attached -= 1
-        session.seen = self._service.now()
+        session.seen = self._service.clock()
         if session.wake is self._wake:
             session.wake = None
 

@@ -8,12 +8,12 @@ connection. Both are on TCP's own scale, on which a connection begins at 0 and i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.engine.locating import Unlocated
 from mfsd.engine.peers import Peers
 from mfsd.engine.records import Connection, Position
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
@@ -31,15 +31,6 @@ if TYPE_CHECKING:
 F8 = npt.NDArray[np.float64]
 
 IPPROTO_TCP: Final = 6
-LOCATE_S: Final = 1.0
-"""A cookie that no socket has for so long is reported as gone."""
-LOCATE_RETRY_S: Final = 0.1
-SYN: Final = 1
-"""Bytes, as TCP counts."""
-SILENT_S: Final = 3.0
-"""So is one that has sent nothing but acknowledgements since it was hinted, and those so long ago: its socket was being
-closed. One that has sent more lives where nobody can look, such as an unconnected UDP socket, or one in a network
-namespace other than the daemon's that is older than the daemon."""
 LONG_AGO: Final = -INF
 """Since when a connection is at rest that nobody is expected to use again."""
 LENT: Final = 256
@@ -48,16 +39,6 @@ LENT: Final = 256
 
 class UnknownError(Exception):
     """The kernel can't be asked now: nothing follows from that."""
-
-
-@dataclass(slots=True)
-class _Search:
-    """The search for the socket of a cookie."""
-
-    next_try: float = 0.0
-    give_up: float = INF
-    over: bool = False
-    """It had one, which could not be connected."""
 
 
 class Connections:
@@ -83,7 +64,7 @@ class Connections:
         self.by_slot: dict[int, Connection] = {}
         self.by_cookie: dict[int, Connection] = {}
         self._by_tuple: dict[Endpoints, Connection] = {}
-        self._unlocated: dict[Connection, _Search] = {}
+        self._unlocated = Unlocated(table)
         """Known by cookie only."""
         self._unplaced: dict[Connection, None] = {}
         """Joined to streams at a position that nobody knows."""
@@ -118,7 +99,7 @@ class Connections:
             found = self.sockets.by_cookie(cookie)
             if found is None:
                 # An unconnected socket, perhaps: its key works at once, and its addresses follow.
-                self._unlocated[conn] = _Search()
+                self._unlocated.add(conn)
             else:
                 self.locate(conn, found)
         self.renew((conn,), expires)
@@ -146,7 +127,7 @@ class Connections:
 
     def locate(self, conn: Connection, socket: Socket) -> None:
         """Its addresses have become known."""
-        self._unlocated.pop(conn, None)
+        self._unlocated.discard(conn)
         conn.here, conn.uid, conn.pid = socket.here, socket.uid, socket.pid
         if conn.endpoints is None:
             self._set_endpoints(conn, socket.endpoints)
@@ -157,30 +138,18 @@ class Connections:
             self._forget_endpoints(conn, conn.endpoints)
             conn.endpoints = None
             self.peer[conn.slot] = -1
-        self._unlocated[conn] = _Search(over=True)
+        self._unlocated.add(conn, over=True)
 
     def search(self, now: float) -> list[Connection]:
-        """Look again for the sockets of cookies. Returns those that do not show up for LOCATE_S."""
+        """Look again for the sockets of cookies. Returns those that do not show up."""
         gone = []
-        for conn, search in list(self._unlocated.items()):
-            if now < search.next_try:
-                continue
+        for conn in self._unlocated.due(now):
             found = self.sockets.by_cookie(conn.cookie)
             if found is not None:
                 self.locate(conn, found)
-                continue
-            search.give_up = min(search.give_up, now + LOCATE_S)
-            search.next_try = now + LOCATE_RETRY_S
-            if now >= search.give_up and (search.over or self._silent(conn.slot, now)):
+            elif self._unlocated.given_up(conn, now):
                 gone.append(conn)
         return gone
-
-    def _silent(self, slot: int, now: float) -> bool:
-        last = int(self.table.last_ns[slot])
-        moved = int(self.table.sent[slot])
-        if self.table.acked[slot]:  # else counted from 0 on: what acknowledges in TIME_WAIT is no full socket
-            moved = (moved - int(self.table.origin[slot])) & 0xFFFFFFFF
-        return not last or (moved <= SYN and last < int((now - SILENT_S) * NS))
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
@@ -248,7 +217,7 @@ class Connections:
             self._forget_endpoints(conn, conn.endpoints)
         self.last_stage[conn.slot] = Stage.NONE
         self.mark_stages[conn.slot] = 0
-        self._unlocated.pop(conn, None)
+        self._unlocated.discard(conn)
         self._unplaced.pop(conn, None)
         self.rest_since[conn.slot] = INF
         self.table.give_back(conn.slot)
@@ -398,8 +367,15 @@ class Connections:
             written = float(p.bytes_acked + p.unsent_plus_unacked)
             self._sent[conn.slot] = written - p.notsent
             self._acked[conn.slot] = p.bytes_acked
-            out[conn] = Position(float(p.bytes_acked), written, quiet_s=p.last_ack_ms / 1000)
+            out[conn] = Position(
+                float(p.bytes_acked), written, quiet_s=p.last_ack_ms / 1000, sent_ago_s=p.last_sent_ms / 1000
+            )
         return out
+
+    def sent_ago(self, conn: Connection) -> float:
+        """Seconds since a connection has sent data, as far as anybody can tell; inf: nobody can."""
+        position = self._ask_one(conn)
+        return INF if position is None else position.sent_ago_s
 
     def _ask_one(self, conn: Connection) -> Position | None:
         """Where one stands; None: nobody knows."""

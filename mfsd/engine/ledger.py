@@ -7,11 +7,12 @@ at a clock or decides a level; engine.py does the one, steering.py the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mfsd.bands import LEVEL_NEW
+from mfsd.engine.late import Lateness
+from mfsd.engine.locating import SYN
 from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Transfer, Watch
-from mfsd.engine.slots import NS
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
     INF,
@@ -40,14 +41,6 @@ if TYPE_CHECKING:
     from mfsd.engine.watches import Watches
     from mfsd.model import Selector
 
-LATE: Final = 0.9
-"""Share of a transfer's bytes that must have gone unannounced just before its hint for it to be suspected late."""
-LATE_S: Final = 5.0
-"""How long ago that may have been."""
-WAITED_S: Final = 0.05
-"""A worker that has announced bytes and not begun to write them for so long had written them before. One that announces
-several transfers one right after the other has not."""
-
 
 class Ledger:
     """Applies hints to the books, within limits."""
@@ -68,6 +61,7 @@ class Ledger:
         self.watches = watches
         self.delivery = delivery
         self.endings = endings
+        self.late = Lateness(books, connections, delivery)
         self.band_of = band_of
         self.limits = limits
 
@@ -283,34 +277,13 @@ class Ledger:
 
         And whether as many bytes as it has went without a hint just before it.
         """
-        before = stream.queue[-1] if stream.queue and stream.queue[-1].maybe_late else None
-        if before is not None and self._was_late(before, offset, now):
-            moved = self._moved(stream)
-            self.endings.end([before], now, delivered_at=moved or now)
-            stream.announced, stream.debt = offset, 0.0
+        offset = self.late.settle(stream, offset, now)
         if not stream.ordered:
             return offset, False
-        start, late = self.behind(stream, position, offset), False
-        if not stream.queue:
-            stream.debt = 0.0
-            late = start - stream.announced >= LATE * size and self._moved(stream) > now - LATE_S
-            if late:
-                stream.debt = size
-                self.delivery.doubt(stream)
+        start = self.behind(stream, position, offset)
+        late = self.late.suspect(stream, size, start, now)
         stream.announced = start + size
         return start, late
-
-    def _was_late(self, transfer: Transfer, offset: float, now: float) -> bool:
-        """Nothing has moved since it was announced, though it had the time to; the stream is at ``offset``."""
-        rows = self.books.transfers
-        before = offset <= transfer.stream.announced - float(rows.get(transfer, "size"))
-        return before and float(rows.get(transfer, "created")) < now - WAITED_S
-
-    def _moved(self, stream: Stream) -> float:
-        """When something has moved last, on the connection that joined last or on one that is gone; 0: never."""
-        slot = self.books.streams.slot[stream.index]
-        gone = self.books.streams.parted(stream)
-        return max(float(self.connections.table.last_ns[slot]) / NS, gone) if slot >= 0 else gone
 
     def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
         """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
@@ -326,7 +299,10 @@ class Ledger:
 
     def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
         """A connection becomes part of a stream, from where the process has written to now."""
-        self.books.streams.join(stream, conn, self.connections.written(conn) if position is None else float(position))
+        at = self.connections.written(conn) if position is None else float(position)
+        self.books.streams.join(stream, conn, at)
+        if len(stream.members) == 1 and at < INF:
+            stream.before = at - SYN
 
     def joined(self, watch: Watch, conn: Connection, position: float | None, now: float) -> None:
         """A watch has found a connection, which stood at ``position`` (None: ask)."""

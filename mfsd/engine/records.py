@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from mfsd.model import INF
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -229,6 +231,8 @@ class Stream:
     members: dict[Connection, Member] = field(default_factory=dict)
     ordered: bool = True
     """False: the bytes of its transfers are interleaved."""
+    before: float = 0.0
+    """Bytes that had been written on its first connection when it was opened, none of which it knows."""
     debt: float = 0.0
     """Size of a transfer on it that was perhaps announced after its bytes had gone (Transfer.maybe_late)."""
 
@@ -245,6 +249,8 @@ class Position:
     """Closed, and all acknowledged."""
     quiet_s: float = 0.0
     """Since the last acknowledgement came."""
+    sent_ago_s: float = INF
+    """Since data were sent last."""
 
     @property
     def quiet(self) -> bool:

@@ -56,6 +56,11 @@ class Progress(Protocol):
         """Since the last acknowledgement came."""
         ...
 
+    @property
+    def last_sent_ms(self) -> int:
+        """Since data were sent last."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Established:

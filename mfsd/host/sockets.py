@@ -68,7 +68,7 @@ class TcpProgress:
     ``bytes_acked + unsent_plus_unacked`` grows exactly by what the process writes (and by 1 for the FIN) always holds.
     ``notsent`` is the part of ``unsent_plus_unacked`` that was never handed to the device. ``total_retrans`` counts
     segments, ``cwnd`` is in segments, ``state`` as in include/net/tcp_states.h (`inet_diag.STATE_NAMES`);
-    ``last_ack_ms`` is the time since the last acknowledgement came.
+    ``last_sent_ms`` is the time since data were sent last, ``last_ack_ms`` since the last acknowledgement came.
     """
 
     bytes_acked: int
@@ -79,6 +79,7 @@ class TcpProgress:
     cwnd: int
     state: int
     last_ack_ms: int
+    last_sent_ms: int
 
 
 class SocketResolver:
@@ -179,6 +180,7 @@ class SocketResolver:
                 tcp.snd_cwnd,
                 row.state,
                 tcp.last_ack_ms,
+                tcp.last_sent_ms,
             )
         return out
 

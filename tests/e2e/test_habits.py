@@ -30,7 +30,7 @@ from support.habits import (
 )
 from support.rig import Daemon, running, wait_for
 
-from mfsd.client import Client, Event, EventKind, Fd, Stage, cookie_of, tuple_of
+from mfsd.client import Client, Event, EventKind, Stage, tuple_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,8 +105,8 @@ def test_a_selector_announced_before_each_connection(daemon: Daemon, client: Cli
             s.sendall(bytes(64 * KIB))
     client.done(request="r")
     settled(daemon, (50, 1, 0))
-    assert grown.wrong(50 * 64 * KIB) <= WRONG
-    assert sink.received == 50 * 64 * KIB
+    assert grown.wrong(50 * 64 * KIB) <= WRONG  # all of it has gone by now, then
+    wait_for(lambda: sink.received == 50 * 64 * KIB, "arrival")
 
 
 def test_sockets_marked_and_closed_leave_room(daemon: Daemon, client: Client, sink: Sink) -> None:
@@ -385,5 +385,3 @@ def test_a_daemon_killed_when_a_transfer_is_nearly_through(netns_pair: NetnsPair
             client.done(request="r")
             settled(daemon, (1, 1, 0))
         assert not [e for e in seen if e.kind is EventKind.INFEASIBLE]
-        assert cookie_of  # the socket was named by it
-        assert Fd

@@ -205,9 +205,9 @@ def test_a_request_that_ends_meanwhile_moves_no_rows_of_others() -> None:
     h.now += 0.1  # nothing is written meanwhile
     row = TransferHint("next", "r", "", Stage.P2D, 0, MSS, CookieSelector(1))
     assert not h.engine.transfers(h.session, columns([row]), h.now)
+    h.tick()
     assert set(h.session.transfers) == {"next"}
     assert set(h.session.requests) == {"r"}
-    h.tick()
     t = h.engine.books.transfers
     assert h.engine.books.requests.objects[int(t.live("request")[0])].id == "r"
 

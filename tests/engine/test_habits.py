@@ -553,3 +553,41 @@ def test_a_search_that_fails_is_made_again() -> None:
     h.tick(0.01)
     assert watch.looked
     assert h.band(s) == "level 0"
+
+
+@pytest.mark.parametrize("position", [0, 1 + 100 * MSS])
+def test_the_first_hint_of_a_connection_may_be_late_too(position: int) -> None:
+    h = Host()
+    s = h.socket(1)
+    s.bytes_acked, s.last_sent_ms = 1 + 100 * MSS, 1000
+    h.request("r", 60.0)
+    h.transfer("late", s, 100 * MSS, position=position)
+    h.tick(0.1)
+    for i in range(5):
+        h.transfer(str(i), s, 100 * MSS)
+        h.tick(0.001)
+        h.send(s, 100 * MSS)
+        h.tick(0.01)
+        assert not h.session.transfers
+    assert counted(h)[0] == 6
+
+
+def test_bytes_of_a_late_hint_are_done_when_they_have_arrived() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("0", s, MSS)
+    h.send(s, MSS)
+    h.tick(0.01)
+    h.send(s, 100 * MSS, acked=False)
+    h.transfer("late", s, 100 * MSS)
+    h.tick(0.1)
+    h.transfer("next", s, 100 * MSS)
+    h.tick(0.01)
+    assert list(h.session.transfers) == ["late", "next"]
+    h.ack(s, 100 * MSS)
+    h.tick(0.01)
+    assert list(h.session.transfers) == ["next"]
+    h.send(s, 100 * MSS)
+    h.tick(0.01)
+    assert counted(h)[0] == 3

@@ -49,6 +49,7 @@ class FakeSocket:
     notsent: int = 0
     rto_us: int = 200_000
     last_ack_ms: int = 0
+    last_sent_ms: int = 0
     uid: int = 0
     pid: int = 0
     here: bool = True
