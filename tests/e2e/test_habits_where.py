@@ -131,7 +131,7 @@ def test_the_device_is_the_one_that_the_packets_use(netns_pair: NetnsPair, tmp_p
     pair.run(pair.b, THERE)
     pair.run(pair.a, BOTH)
     second = f'[[device]]\nname = "w0"\nbackend = "htb"\nrate = "{RATE_MBIT}mbit"\n'
-    through = replace(pair, addr_b="10.99.0.1")
+    through = replace(pair, addr_a="0.0.0.0", addr_b="10.99.0.1")  # noqa: S104 - the route decides on the source
     with (
         contextlib.ExitStack() as stack,
         running(Daemon(pair, tmp_path, extra=second)) as daemon,
