@@ -14,7 +14,8 @@ the engine's, with the sockets, as the daemon reports it.
 
 *First bytes*: transfers of 64 KB, each announced by ``Client.transfer``, ``flush`` and sent: ``_kept`` on one
 connection that is kept, ``_each`` on a connection of its own for each. What the other bands' queues have sent
-meanwhile, over what was hinted, is the share in the wrong band; ``first_byte_share`` is the worse one, with the sockets.
+meanwhile, over what was hinted, is the share in the wrong band; ``first_byte_share`` is the worse one, with the
+sockets.
 """
 
 from __future__ import annotations

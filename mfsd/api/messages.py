@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 
 import mfsd
-from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.engine.slots import NS
 from mfsd.model import INF, Mode, PortRange, ProcessSelector, Stage, TupleSelector
 from mfsd.v1 import control_pb2 as pb
@@ -29,8 +29,8 @@ NAMED: Final = 8
 """Selectors without a connection that the notices name."""
 SHOWN: Final = 1000
 """Transfers that an explanation lists."""
-SHOWN_SCAVENGER: Final = -2
-"""Level numbers as shown: -1 none or not decided yet, -2 scavenger (proto mfsd.v1.Connection.level)."""
+_SHOWN_LEVEL: Final = {LEVEL_NEW: -1, LEVEL_NONE: -1, LEVEL_SCAVENGER: -2, LEVEL_BACKGROUND: -3}
+"""Level numbers as shown: -1 none or not decided yet, -2 scavenger, -3 background (proto mfsd.v1.Connection.level)."""
 _PROCESS: Final = psutil.Process()
 
 
@@ -107,13 +107,14 @@ def _device(engine: Engine, index: int, device: Device, figures: Figures) -> pb.
         rate_bytes_per_s=device.estimator.configured,
         measured_bytes_per_s=device.estimator.measured,
         utilisation=device.estimator.utilisation,
-        bands=[_band(engine, device, row, int(users[row.index])) for row in figures.bands],
+        bands=[_band(engine, device, index, row, int(users[row.index])) for row in figures.bands],
         stats=figures.stats,
     )
 
 
-def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.Band:
-    spec = engine.steering.bands.bands[row.index]
+def _band(engine: Engine, device: Device, index: int, row: BandRow, connections: int) -> pb.Band:
+    spec, rate = engine.steering.bands.bands[row.index], device.estimator.rate
+    shares = engine.steering.guarantees.shares(index) if device.floors else {}
     return pb.Band(
         index=row.index,
         name=spec.name,
@@ -126,6 +127,8 @@ def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.
         backlog_bytes=row.backlog,
         dscp=device.dscp.get(spec.name, -1),
         connections=connections,
+        guaranteed_bytes_per_s=shares.get(row.index, 0.0) * device.estimator.configured,
+        got_bytes_per_s=float(device.estimator.band_load[row.index]) * rate,
     )
 
 
@@ -252,6 +255,4 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
 
 
 def _shown_level(level: int) -> int:
-    if level == LEVEL_SCAVENGER:
-        return SHOWN_SCAVENGER
-    return LEVEL_NONE if level in (LEVEL_NEW, LEVEL_NONE) else level
+    return _SHOWN_LEVEL.get(level, level)

@@ -130,6 +130,16 @@ class HostSockets:
             return None
         return _listed(found[0]) if found else None
 
+    def sends(self, endpoints: Endpoints, uid: int) -> bool:
+        """See Sockets."""
+        if endpoints.protocol == IPPROTO_TCP:
+            return False
+        try:
+            return self._asked.owner(endpoints) == uid
+        except OSError as e:
+            self._failed("looking up a socket", e)
+            return False
+
     def look(self, selectors: Sequence[Selector]) -> None:
         """See Sockets."""
         wanted = list(selectors)
@@ -264,7 +274,7 @@ class HostSockets:
         assert self._teller is not None  # noqa: S101 - for the type checker
         for listed in self._diag.all():
             if self._teller.find(listed.cookie) is None:
-                self._teller.add(listed.cookie, listed.endpoints)
+                self._teller.add(listed.cookie, listed.endpoints, listed.uid)
 
     def _look(self, selectors: list[Selector]) -> None:
         pids = {s.pid for s in selectors if isinstance(s, ProcessSelector)}

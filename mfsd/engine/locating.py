@@ -43,6 +43,9 @@ class Unlocated:
     table: FlowTable
     _searches: dict[Connection, _Search] = field(default_factory=dict)
 
+    def __contains__(self, conn: object) -> bool:
+        return conn in self._searches
+
     def add(self, conn: Connection, *, over: bool = False) -> None:
         """Search for a socket from now on. ``over``: the one that there was could not be connected."""
         self._searches[conn] = _Search(over)
