@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sockets are also used for: half-closed, refused, bound, spliced, written to without a reader, in any direction."""
+"""What sockets are also used for: half-closed, refused, bound, spliced, without a reader, in either direction."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -117,8 +118,8 @@ def test_what_is_done_but_not_read_is_not_delivered(daemon: Daemon, client: Clie
     with dial(daemon.pair) as s:
         s.settimeout(0.3)
         sent = 0
-        with pytest.raises(TimeoutError):
-            for _ in range(1000):
+        with contextlib.suppress(TimeoutError):
+            while True:
                 sent += s.send(bytes(64 * KB))
         client.transfer("t", s, 100 * KB, stage=Stage.P2D, request="r")
         assert client.flush(5)
@@ -227,10 +228,9 @@ def test_what_the_accepting_side_sends(daemon: Daemon, client: Client) -> None:
     listeners = [pair.call(pair.a, listen) for _ in range(3)]
     client.mark(tuple_of(pair.addr_b, 0, pair.addr_a, 6500), Stage.COLLECTIVE)
     assert client.flush(5)
-    grown, opened = Grown(daemon), []
+    grown = Grown(daemon)
+    opened = [pair.call(pair.b, lambda: socket.create_connection((pair.addr_a, 6500))) for _ in range(12)]
     try:
-        for _ in range(12):
-            opened.append(pair.call(pair.b, lambda: socket.create_connection((pair.addr_a, 6500))))
         accepted = []
         for listener in listeners:
             listener.settimeout(0.2)
