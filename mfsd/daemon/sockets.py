@@ -324,6 +324,8 @@ class HostSockets:
 
     def _socket(self, told: Told) -> Socket:
         assert self._teller is not None  # noqa: S101 - for the type checker
+        if told.bound:
+            self._asked.bound_to(told.cookie, told.bound)
         return Socket(told.cookie, told.endpoints, told.uid, told.pid, told.netns == self._teller.netns)
 
     def _failed(self, what: str, error: Exception) -> None:

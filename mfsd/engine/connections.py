@@ -373,6 +373,10 @@ class Connections:
         """A stage has been announced on a connection. If it was unhinted so far, its packets leave the default band."""
         self.last_stage[conn.slot] = stage
         self.rest_since[conn.slot] = INF
+        self.leave_default(conn, band)
+
+    def leave_default(self, conn: Connection, band: int) -> None:
+        """Packets of a connection that was unhinted so far go to a band at once; the next tick decides what is best."""
         if conn.band == self._default:
             conn.band = self.table.band[conn.slot] = band
 

@@ -351,6 +351,7 @@ class Ledger:
         if watch.mark is not None and conn not in watch.mark.conns:
             watch.mark.conns.add(conn)
             self.connections.set_mark(conn, watch.mark, now, on=True)
+            self.connections.leave_default(conn, self.band_of(watch.mark.stage))
         if watch.stream is not None and conn not in watch.stream.members:
             at = self.connections.written(conn) if position is None else position
             self.books.streams.join(watch.stream, conn, at)

@@ -141,6 +141,11 @@ class SocketResolver:
                     inodes[n] = set()
         return self._resolve(selectors, inodes)
 
+    def bound_to(self, cookie: int, ifindex: int) -> None:
+        """A socket is bound to an interface, which is part of what it is looked up by."""
+        if len(self._bound) < _BOUND_MAX:
+            self._bound[cookie] = ifindex
+
     def all(self) -> Iterator[Socket]:
         """Every TCP socket that has, or may yet get, bytes to send."""
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -240,8 +245,8 @@ class SocketResolver:
                     out[n][row.cookie] = self._socket(row, protocol)
 
     def _socket(self, row: Row, protocol: int) -> Socket:
-        if row.ifindex and len(self._bound) < _BOUND_MAX:
-            self._bound[row.cookie] = row.ifindex
+        if row.ifindex:
+            self.bound_to(row.cookie, row.ifindex)
         src, dst = ipaddress.ip_address(row.src), ipaddress.ip_address(row.dst)
         return Socket(row.cookie, Endpoints(src, row.sport, dst, row.dport, protocol), row.uid, row.inode)
 

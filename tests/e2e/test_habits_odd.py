@@ -290,6 +290,7 @@ def test_bytes_that_never_were_in_the_process(daemon: Daemon, client: Client, si
         file.flush()
         client.transfer("t", s, 2 * MB, stage=Stage.P2D, request="r")
         assert client.flush(5)
+        s.settimeout(None)  # these calls know no other
         if how == "sendfile":
             at = 0
             while at < 2 * MB:
@@ -358,7 +359,7 @@ def test_one_transfer_over_many_connections(daemon: Daemon, client: Client, sink
         s.sendall(bytes(MB - 1))
     wait_for(lambda: sink.received == 8 * MB - 4, "arrival")
     time.sleep(0.1)
-    assert transfers(daemon) == {"t": 4}
+    assert list(transfers(daemon)) == ["t"]
     opened[0].sendall(bytes(4))
     settled(daemon, (1, 0, 0))
     assert grown.wrong(8 * MB) <= WRONG

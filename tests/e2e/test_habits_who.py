@@ -273,7 +273,7 @@ hear()
 def test_hints_by_a_session_without_an_owner_end_with_its_stream(netns_pair: NetnsPair, tmp_path: Path) -> None:
     """Over TCP nobody vouches for a client, so the end of its stream must do."""
     daemon = Daemon(netns_pair, tmp_path)
-    daemon.write_config("[limits]\ndefault_ttl_s = 1.0", daemon='listen = "127.0.0.1:7171"')
+    daemon.write_config("[limits]\ndefault_ttl_s = 1.0", daemon='listen = "127.0.0.1:7171"\nanonymous = true')
     body = """
 client = Client(target="127.0.0.1:7171")
 client.mark(tuple_of(host, port), Stage.COLLECTIVE)

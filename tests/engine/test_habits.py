@@ -590,3 +590,23 @@ def test_bytes_of_a_late_hint_are_done_when_they_have_arrived() -> None:
     h.send(s, 100 * MSS)
     h.tick(0.01)
     assert counted(h)[0] == 3
+
+
+def test_a_late_hint_of_a_connection_that_is_closed_already_is_done_when_its_worker_says_so() -> None:
+    h = Host()
+    first = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("a", peer(first), 100 * MSS)
+    h.tick(0.01)
+    h.send(first, 100 * MSS)
+    h.kernel.close(first)
+    second = FakeSocket(2, first.endpoints)
+    h.kernel.connect(second)
+    h.send(second, 100 * MSS)
+    h.tick(0.01)
+    h.transfer("b", peer(first), 100 * MSS)
+    done(h, "r", What.REQUEST)
+    h.kernel.close(second)
+    h.tick(0.01)
+    assert counted(h) == (2, 1, 0)
+    assert not h.session.events

@@ -129,7 +129,11 @@ def dial(
             s.bind(("::" if v6 else "0.0.0.0", source_port))  # noqa: S104 - of a throw-away namespace
         before(s)
         s.settimeout(WAIT_S)
-        s.connect((address or (pair.addr6_b if v6 else pair.addr_b), port))
+        try:
+            s.connect((address or (pair.addr6_b if v6 else pair.addr_b), port))
+        except OSError:
+            s.close()
+            raise
         return s
 
     return pair.call(pair.a, connect)
