@@ -219,7 +219,7 @@ class Endings:
         for transfer, began, ends in zip(stream.queue, start, end, strict=True):
             # The others of a selector may bring what is missing, unless that is so little that it was never written.
             final = one or transfer.handed_over or ends - offset <= REST * (ends - began)
-            # All that was written has arrived: that is all of what was said to have been, however late it was announced.
+            # All that was written has arrived: all of what was said to have been, however late it was announced.
             whole = not alive and clean and (transfer.handed_over or (began < offset and final))
             if ends <= offset + SLACK or whole:
                 done.append(transfer)
