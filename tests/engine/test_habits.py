@@ -610,3 +610,24 @@ def test_a_late_hint_of_a_connection_that_is_closed_already_is_done_when_its_wor
     h.tick(0.01)
     assert counted(h) == (2, 1, 0)
     assert not h.session.events
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_session_that_nobody_vouches_for_ends_with_its_stream(*, streamed: bool) -> None:
+    """Single calls have no end, so what they mark stays."""
+    h = Host()
+    s = h.socket(1)
+    h.engine.apply(h.session, MarkHint(peer(s), Stage.COLLECTIVE), h.now)
+    h.session.attached, h.session.kept = (1, True) if streamed else (0, False)
+    for _ in range(100):
+        h.tick(1.0)
+    assert h.band(s) == "level 0"
+    if streamed:
+        h.session.attached, h.session.seen = 0, h.now
+        h.tick(20.0)
+        assert h.band(s) == "level 0"  # it may come again
+        h.tick(20.0)
+        h.tick(0.1)
+        assert not h.engine.books.sessions
+        assert not h.kernel.rules
+        assert h.table.taken == 0
