@@ -54,12 +54,15 @@ SECONDS: Final = 20.0
 HERE: Final = "10.97.0.1"
 THERE: Final = "10.97.0.2"
 PORT: Final = 6000
+HELD: Final = 7000
+"""First port of those that only hold connections."""
 SMALL: Final = 4096
 SIZE: Final = 64 << 10
 TRANSFERS: Final = 400
 """Of 64 KB, kept and each."""
 RATE_MBIT: Final = 2000
-FILES: Final = 65_536
+EACH: Final = 2500
+"""Connections that one pair of processes holds, within the usual limit of descriptors."""
 RESET: Final = struct.pack("ii", 1, 0)
 """SO_LINGER: leave no TIME_WAIT behind."""
 
@@ -92,8 +95,8 @@ def sink(namespace: str, port: int = PORT, *, crowd: bool = False) -> None:
             sock.close()
 
 
-def crowd(namespace: str, count: int) -> None:
-    """Open connections over the loopback of a namespace, and hold them."""
+def crowd(namespace: str, number: int, count: int) -> None:
+    """Open connections over the loopback of a namespace, and hold them. ``number`` tells several such apart."""
     held = []
     with inside(namespace):
         for i in range(count):
@@ -101,8 +104,8 @@ def crowd(namespace: str, count: int) -> None:
             # A connection's ports are free again for the next one with another peer only; so name them.
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            s.bind(("127.0.1.1", 1024 + i))
-            s.connect((HERE, 7000))
+            s.bind((f"127.0.1.{number + 1}", 1024 + i))
+            s.connect((HERE, HELD + number))
             held.append(s)
     print("ready", flush=True)
     sys.stdin.read()
@@ -256,7 +259,10 @@ def measure(sockets: int, seconds: float) -> list[Figure]:
     """Without the sockets, and with them."""
     with namespaces() as (a, b), helper("sink", b):
         alone = phase(a, seconds)
-        with helper("hold", a), helper("crowd", a, sockets // 2):
+        with contextlib.ExitStack() as stack:
+            for number, start in enumerate(range(0, sockets // 2, EACH)):
+                stack.enter_context(helper("hold", a, HELD + number))
+                stack.enter_context(helper("crowd", a, number, min(EACH, sockets // 2 - start)))
             many = phase(a, seconds)
     p50, p99 = (float(v) * 1000 for v in np.percentile(many["calls"], [50, 99]))
     alone50, alone99 = (float(v) * 1000 for v in np.percentile(alone["calls"], [50, 99]))
@@ -276,13 +282,14 @@ def measure(sockets: int, seconds: float) -> list[Figure]:
 
 def main() -> None:
     """Run and write build/bench/sockets.json; or be one of the other processes."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, max(FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if sys.argv[1:2] == ["sink"]:
         sink(sys.argv[2])
     elif sys.argv[1:2] == ["hold"]:
-        sink(sys.argv[2], 7000, crowd=True)
+        sink(sys.argv[2], int(sys.argv[3]), crowd=True)
     elif sys.argv[1:2] == ["crowd"]:
-        crowd(sys.argv[2], int(sys.argv[3]))
+        crowd(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--sockets", type=int, default=SOCKETS)

@@ -89,8 +89,8 @@ int mfsd_socket(struct bpf_sock *sk)
 static __always_inline void describe(struct bpf_sock_ops *ctx, struct mfsd_sock *sock)
 {
 	struct mfsd_tuple *key = &sock->key;
-	struct bpf_sock *sk = ctx->sk;
 	struct mfsd_owner *owner;
+	struct bpf_sock *sk;
 	__u32 *s = (__u32 *)key->saddr, *d = (__u32 *)key->daddr, peer;
 
 	if (ctx->family == AF_INET) {
@@ -115,9 +115,13 @@ static __always_inline void describe(struct bpf_sock_ops *ctx, struct mfsd_sock 
 	key->proto = IPPROTO_TCP;
 	__builtin_memset(key->pad, 0, sizeof(key->pad));
 	sock->netns = bpf_get_netns_cookie(ctx);
-	sock->bound = sk ? sk->bound_dev_if : 0;
+	sock->bound = 0;
 	sock->pad = 0;
-	owner = sk ? bpf_sk_storage_get(&mfsd_owners, sk, 0, 0) : 0;
+	sk = ctx->sk; /* and again below: kept on the stack, it could not be proven to be whole */
+	if (sk)
+		sock->bound = sk->bound_dev_if;
+	MFSD_REREAD();
+	owner = ctx->sk ? bpf_sk_storage_get(&mfsd_owners, ctx->sk, 0, 0) : 0;
 	if (owner)
 		sock->owner = *owner;
 	else
