@@ -96,7 +96,7 @@ class DaemonConfig(Section):
     """``[daemon]``: process, endpoints, clock."""
 
     socket: SocketPath = setting(
-        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 107 bytes"
+        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 104 bytes"
     )
     socket_group: GroupName | None = setting(
         None,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from mfsd.api.operations import Figures
     from mfsd.daemon.config import Config
     from mfsd.daemon.device import Device
 
@@ -271,6 +272,10 @@ class Daemon:
     def all_devices(self) -> Sequence[Device]:
         """The configured devices."""
         return self.devices.all
+
+    async def figures(self) -> list[Figures]:
+        """Of all devices, read by their threads."""
+        return list(await asyncio.gather(*(asyncio.wrap_future(d.figures()) for d in self.all_devices)))
 
     def notices(self) -> list[str]:
         """Things an operator should know, most important first."""

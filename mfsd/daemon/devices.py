@@ -59,7 +59,7 @@ class Devices:
         """What is wrong with no configured device in particular: notes, devices that have lost their name."""
         self.teller: Teller | None = None
         self.teller_problem = ""
-        """Why the kernel does not tell of connections, though it should."""
+        """Why the kernel does not tell of connections; empty where it does."""
         self._host: npt.NDArray[Any] | None = None
         self._open = contextlib.ExitStack()
         self._reserve: Reserve | None = None
@@ -96,15 +96,19 @@ class Devices:
     def _listen(self, classifier: Classifier) -> None:
         """Have the kernel tell of connections, if it can and shall. Raises LoaderError where it must."""
         wanted = self.config.daemon.sockets
-        if wanted == "listing":
-            return
-        try:
-            self.teller = Teller(classifier)
-        except LoaderError as e:
-            if wanted == "kernel":
-                raise
-            self.teller_problem = f"the kernel does not tell of connections, so they are listed again and again: {e}"
-            log.warning("sockets", problem=str(e))
+        why = 'daemon.sockets = "listing"'
+        if wanted != "listing":
+            try:
+                self.teller = Teller(classifier)
+            except LoaderError as e:
+                if wanted == "kernel":
+                    raise
+                why = str(e)
+                log.warning("sockets", problem=why)
+        if self.teller is None:
+            self.teller_problem = (
+                f"the kernel does not tell of connections, so inet_diag lists them again and again: {why}"
+            )
 
     # --- the host map (any thread) ------------------------------------------------------------------------------------
 
