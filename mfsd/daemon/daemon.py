@@ -121,7 +121,9 @@ class Daemon:
         keep = self._hand_over or self.config.daemon.on_exit == "keep"
         # From here on packets are default traffic, whatever happens to the qdiscs.
         self.devices.fall_silent()
-        if not keep:
+        if keep:
+            await self._on_devices(self.devices.drain)
+        else:
             _, problems = await self._on_devices(lambda: self.devices.restore([d.name for d in self.devices.all]))
             for problem in problems:
                 log.error("not restored", problem=problem)

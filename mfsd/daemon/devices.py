@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from mfsd.bands import HINTED
 from mfsd.daemon.device import Device, Shape
 from mfsd.datapath import _abi, tc
 from mfsd.datapath.bpf.attach import attach, remove_leftover
@@ -25,6 +26,7 @@ from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.datapath.handles import is_ours
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.undo import notes
+from mfsd.engine.guarantees import draining
 from mfsd.engine.slots import MemoryKeys, SlotRows, memory_rows
 from mfsd.model import Mode
 
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 
 MS: Final = 1_000_000
 """Nanoseconds."""
+DRAIN_S: Final = 0.25
+"""How long qdiscs may take to let out what is queued before they go."""
+DRAIN_LOOK_S: Final = 0.005
 
 log = structlog.get_logger(__name__)
 
@@ -286,6 +291,7 @@ class Devices:
             if shape is None:
                 continue
             device.put_in_force(None)
+            self._drain(shape.enforcer)
             try:
                 wrong = shape.enforcer.restore()
             except (OSError, DatapathError) as e:
@@ -296,6 +302,23 @@ class Devices:
                 restored.append(device.name)
             log.info("restored", device=device.name, problems=wrong)
         return restored, problems
+
+    def drain(self) -> None:
+        """Packets go nowhere but to the default band from now on: let out what is queued in the others, if it goes."""
+        for device in self.all:
+            shape = device.shape
+            if shape is not None:
+                self._drain(shape.enforcer)
+
+    def _drain(self, enforcer: DeviceEnforcer) -> None:
+        """A deferred connection must not stay behind in a lane: with the tree its packets go, or they wait for long."""
+        until = time.monotonic() + DRAIN_S
+        try:
+            enforcer.guarantee(draining(self.bands))
+            while enforcer.queued(HINTED) and time.monotonic() < until:
+                time.sleep(DRAIN_LOOK_S)
+        except (OSError, DatapathError) as e:
+            log.warning("draining failed", device=enforcer.ifname, error=str(e))
 
     def _named(self, names: Sequence[str]) -> list[Device]:
         return [d for d in self.all if d.name in names]

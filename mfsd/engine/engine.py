@@ -152,7 +152,7 @@ class Engine:
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
             self._sweep(now)
-        self.steering.run(moved, now, rescue=self.steers)
+        self.steering.run(moved, now, steers=self.steers)
 
     def hear(self, now: float) -> None:
         """Take in what the kernel tells of connections."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from mfsd.bands import Bands
+    from mfsd.bands import Bands, Role
     from mfsd.datapath.qdisc.tree import Difference, Filter
     from mfsd.units import Rate
 
@@ -191,6 +191,11 @@ class DeviceEnforcer:
                     rows[band][i] += value
         out[:] = [tuple(row) for row in rows]
         return out
+
+    def queued(self, roles: frozenset[Role]) -> int:
+        """Bytes queued in all bands of these roles now: one dump of the classes."""
+        counters = self.counters()
+        return sum(int(counters["backlog_bytes"][b.index]) for b in self.bands.bands if b.role in roles)
 
     def link_bytes(self) -> tuple[int, int]:
         """(bytes sent, bytes queued) of the root qdisc: one query."""

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy guarantees reaches the devices as shares of their bands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.harness import FakeDevice
+
+from mfsd.bands import HINTED, Bands, Ladder
+from mfsd.engine.estimator import LinkEstimator
+from mfsd.engine.guarantees import REPEAT_S, STEP, WIRE, Guarantees, draining
+
+RATE = 25e6
+
+
+def _bands(levels: int = 5) -> Bands:
+    return Bands.build(levels, default_after=min(levels, 4), lanes=4)
+
+
+def _one(bands: Bands, rate: float = RATE) -> tuple[Guarantees, FakeDevice]:
+    device = FakeDevice(LinkEstimator(rate, len(bands)))
+    return Guarantees([device], bands), device
+
+
+@given(st.lists(st.floats(0, RATE), min_size=5, max_size=5), st.sampled_from([1, 2, 3, 5]))
+def test_each_band_gets_at_least_what_its_levels_are_guaranteed(asked: list[float], levels: int) -> None:
+    """On the wire, on top of its floor, but never more than the link; other bands are not named."""
+    bands = _bands(levels)
+    guarantees, device = _one(bands)
+    ladder = Ladder(bands, 5)
+    guarantees.give(np.array([asked]), ladder, 1.0)
+    for band in bands.bands:
+        of = sum(a for level, a in enumerate(asked) if ladder.band_of[level] == band.index) * WIRE / RATE
+        share = device.guaranteed.get(band.index, 0.0)
+        if of:
+            assert min(of + band.floor, 1.0) <= share + 1e-9 <= min(of + band.floor + STEP, 1.0) + 2e-9
+        else:
+            assert share == 0.0
+
+
+def test_a_device_is_told_when_it_changes_and_once_in_a_while() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands)
+    ladder, asked = Ladder(bands, 5), np.array([[0.0, 0.0, 0.31 * RATE, 0.0, 0.0]])
+    told = []
+    for now, factor in (
+        (0.0, 1.0),
+        (0.1, 1.0),
+        (0.2, 1.001),
+        (0.3, 1.5),
+        (0.4, 0.0),
+        (0.5, 0.0),
+        (0.6 + REPEAT_S, 0.0),
+    ):
+        device.guaranteed = {-1: 1.0}
+        guarantees.give(asked * factor, ladder, now)
+        told.append(device.guaranteed != {-1: 1.0})
+    assert told == [True, False, False, True, True, False, True]
+    assert device.guaranteed == {}
+
+
+def test_what_is_only_observed_is_told_when_it_is_enforced() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands)
+    device.enforced = False
+    asked = np.array([[0.0, 0.0, 0.5 * RATE, 0.0, 0.0]])
+    guarantees.give(asked, Ladder(bands, 5), 0.0)
+    assert (device.guaranteed, guarantees.shares(0)) == ({}, {})
+    device.enforced = True
+    guarantees.give(asked, Ladder(bands, 5), 0.01)
+    assert device.guaranteed == guarantees.shares(0) == {3: pytest.approx(0.54)}
+
+
+def test_draining_puts_all_hinted_bands_before_unhinted_traffic() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands)
+    guarantees.drain(0.0)
+    assert device.guaranteed == draining(bands)
+    assert {bands.bands[i].role for i in device.guaranteed} == HINTED
+    guarantees.give(None, Ladder(bands, 5), 0.01)
+    assert device.guaranteed == {}
+
+
+def test_without_a_known_rate_there_is_nothing_to_share_out() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands, 0.0)
+    guarantees.give(np.full((1, 5), RATE), Ladder(bands, 5), 0.0)
+    assert device.guaranteed == {}
