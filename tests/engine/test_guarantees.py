@@ -11,9 +11,11 @@ from support.harness import FakeDevice
 
 from mfsd.bands import HINTED, Bands, Ladder
 from mfsd.engine.estimator import LinkEstimator
-from mfsd.engine.guarantees import REPEAT_S, STEP, WIRE, Guarantees, draining
+from mfsd.engine.guarantees import MOST_STANDING, REPEAT_S, STEP, WIRE, Guarantees, draining
 
-RATE = 25e6
+RATE = 1e12
+"""So fast that no standing rate is needed."""
+SLOW = 25e6
 
 
 def _bands(levels: int = 5) -> Bands:
@@ -72,6 +74,23 @@ def test_what_is_only_observed_is_told_when_it_is_enforced() -> None:
     device.enforced = True
     guarantees.give(asked, Ladder(bands, 5), 0.01)
     assert device.guaranteed == guarantees.shares(0) == {3: pytest.approx(0.54)}
+
+
+def test_on_slow_links_bands_above_the_default_one_have_a_standing_rate() -> None:
+    """A packet of 68 kB takes 20 ms at 3.4 MB/s: 13.6 % of 200 Mbit/s, which is too much, and 0.34 % of 8 Gbit/s."""
+    bands = _bands()
+    none = np.zeros((1, 5))
+    guarantees, device = _one(bands, SLOW)
+    guarantees.give(none, Ladder(bands, 5), 0.0)
+    assert device.guaranteed == dict.fromkeys((1, 2, 3, 4), MOST_STANDING)
+    guarantees.give(np.array([[0, 0, SLOW / 2, 0, 0]]), Ladder(bands, 5), 0.0)
+    assert device.guaranteed[3] == pytest.approx(0.54)
+    fast, device = _one(bands, 125e6)
+    fast.give(none, Ladder(bands, 5), 0.0)
+    assert device.guaranteed[1] == pytest.approx(0.0272)
+    without, device = _one(bands, SLOW)
+    without.give(None, Ladder(bands, 5), 0.0)
+    assert device.guaranteed == {}
 
 
 def test_draining_puts_all_hinted_bands_before_unhinted_traffic() -> None:

@@ -50,12 +50,6 @@ MAX_LANES: Final = 0xFFE
 """Minor numbers per band, less the inner class."""
 NO_FLOOR: Final = 1
 """Bytes/s. htb refuses a rate of 0."""
-DEBT_S: Final = 0.02
-"""Longest time for which a packet may leave its band in debt. A guarantee raises a band's rate, but htb keeps what the
-band owes as time, at the rate that it had when it sent (htb_accnt_tokens): a band that idles at a tiny rate would wait
-for long after one packet of 64 KB. So level bands idle at a standing rate, at slow links more than their floor."""
-MOST_STANDING: Final = 0.08
-"""Of the link."""
 _R2Q: Final = 10
 """rate2quantum, htb's default; without effect, since every quantum is explicit."""
 
@@ -102,7 +96,7 @@ def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
         number_leaves((b, _leaf(b), b.lanes) for b in bands.bands),
         {_leaf(b) + i: b.index for b in bands.bands for i in range(b.lanes)},
         guarantee=lambda guaranteed: [
-            maker.rated(b, max(int(link * guaranteed.get(b.index, 0.0)), maker.standing(b))) for b in bands.bands
+            maker.rated(b, int(link * max(guaranteed.get(b.index, 0.0), b.floor))) for b in bands.bands
         ],
     )
 
@@ -134,13 +128,6 @@ class _Maker:
         # (net/core/dev.c, qdisc_pkt_len_init): some 4 % at an MSS of 1448.
         self.quantum = gso + gso // 16
         self.ceil_burst = burst(link, gso)
-
-    def standing(self, band: BandSpec) -> int:
-        """Rate of a band to which nothing is guaranteed, bytes/s."""
-        floor = self.link * band.floor
-        if band.role is Role.LEVEL:
-            floor = max(floor, min(self.quantum / DEBT_S, self.link * MOST_STANDING))
-        return max(int(floor), NO_FLOOR)
 
     def options(self, rate: int, prio: int) -> bytes:
         own = self.ceil_burst if rate == self.link else 1 if rate == NO_FLOOR else burst(rate, 4096)
@@ -183,8 +170,8 @@ class _Maker:
         return self.node(where, ROOT | LINK_MINOR, min(max(rate, NO_FLOOR), self.link), band.prio)
 
     def band(self, band: BandSpec) -> list[Group]:
-        floor = self.standing(band)
-        share = f"floor {floor / self.link:.1%} of the link" if floor > NO_FLOOR else "no floor"
+        floor = max(int(self.link * band.floor), NO_FLOOR)
+        share = f"floor {band.floor:.1%} of the link" if band.floor else "no floor"
         link = ROOT | LINK_MINOR
         if band.lanes == 1:
             return [self.single(f"Band {band.index} ({band.name}): {share}", _leaf(band), link, floor, band.prio)]

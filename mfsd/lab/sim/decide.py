@@ -17,8 +17,8 @@ from mfsd.bands import (
     LEVEL_SCAVENGER,
     SCAVENGER_FLOOR,
 )
+from mfsd.lab.sim.singlelink import Case, Order, Outcome, Run
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
-from mfsd.sim.singlelink import Case, Order, Outcome, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
