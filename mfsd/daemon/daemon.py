@@ -254,8 +254,8 @@ class Daemon:
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
         self._identities.limit = merged.limits.max_sessions_per_user
-        if "bands.dscp" in keys:
-            self.devices.set_dscp(merged.bands.dscp)
+        if "bands.dscp" in keys or _touches(keys, "policy."):  # whose classes its levels are
+            self.devices.set_dscp(config_bands.dscp_of(self.config))
         if _touches(keys, "device["):
             self.devices.set_configs(merged.device)
         if _touches(keys, "daemon.log_"):
@@ -340,6 +340,7 @@ def _plan(device: Device, plan: Any) -> pb.DevicePlan:
         refusals=plan.refusals,
         undo=[f"{s.text}: {s.command}" for s in plan.undo],
         reasons=plan.reasons,
+        marks=config_bands.marks_in_words(device.dscp, device.bands),
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from mfsd.daemon import hook, leftovers
+from mfsd.daemon.config_bands import dscp_of
 from mfsd.daemon.device import Device, Shape
 from mfsd.daemon.drain import drain
 from mfsd.daemon.keys import KernelKeys
@@ -71,13 +72,14 @@ class Devices:
             return
         name, loader = _loader(config.daemon.loader)
         first: Classifier | None = None
+        dscp = dscp_of(config)
         try:
             self._sock = self._open.enter_context(tc.TcSocket())
             self._departures = self._open.enter_context(links.Departures())
             for wanted in config.device:
                 classifier = loader.open_classifier(config.daemon.slots, first)
                 first = first or classifier
-                self.all.append(Device(wanted, bands, classifier, name, config.bands.dscp))
+                self.all.append(Device(wanted, bands, classifier, name, dscp))
         except BaseException:
             self.close()
             raise

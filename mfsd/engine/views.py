@@ -66,7 +66,7 @@ def views_of(
         level=t.live("level"),
         device=connections.device_of(slot),
         peer=connections.peer.take(slot),
-        max_defer=np.full(t.n, np.inf),
+        max_defer=t.live("hold_until") - t.live("created"),
         infeasible=t.live("infeasible"),
     )
     np.maximum(transfers.left, 1.0, out=transfers.left)  # acknowledged, but not retired yet
