@@ -12,7 +12,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
-import tomllib
+from collections.abc import Sequence  # noqa: TC003 - pydantic reads annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from mfsd.bands import CONTROL_FLOOR, DEFAULT_FLOOR, HTB_PRIOS, MAX_FLOORS, MAX_HTB_LEVELS, MAX_LEVELS, band_names
+from mfsd.daemon import config_files
 from mfsd.daemon.config_text import example, explain, key, render, toml
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
@@ -61,9 +62,12 @@ MAX_LANES: Final = 256
 class ConfigError(ValueError):
     """A configuration that can't be used; the text has one line per problem."""
 
-    def __init__(self, problems: list[str], path: Path | None = None) -> None:
-        super().__init__("\n".join(f"{path}: {p}" if path else p for p in problems))
+    def __init__(self, problems: list[str], paths: Sequence[Path] = ()) -> None:
+        """``paths``: the file of each problem, where there are files."""
         self.problems = problems
+        self.lines = [f"{path}: {p}" for path, p in zip(paths, problems, strict=True)] if paths else problems
+        """Problems with their files."""
+        super().__init__("\n".join(self.lines))
 
 
 def _rate(value: Any) -> Any:
@@ -342,17 +346,16 @@ def _policy_problems(c: Config) -> list[str]:
 
 
 def load(path: Path) -> Config:
-    """Read and check a file. Raises ConfigError with every problem that can be found in one go."""
+    """Read and check a file and its drop-ins. Raises ConfigError with every problem that can be found in one go."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError([f"can't be read: {e.strerror}"], path) from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError([f"is not TOML: {e}"], path) from e
+        merged = config_files.read(path)
+    except config_files.UnreadableError as e:
+        raise ConfigError([e.problem], [e.path]) from e
     try:
-        return parse(data)
+        return parse(merged.data)
     except ConfigError as e:
-        raise ConfigError(e.problems, path) from None
+        placed = [merged.place(p) for p in e.problems]
+        raise ConfigError([p for _, p in placed], [file or path for file, _ in placed]) from None
 
 
 def parse(data: dict[str, Any]) -> Config:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from mfsd.daemon.device import Device, Shape
+from mfsd.daemon.predecessor import HOST, Predecessor, link_name
 from mfsd.datapath import _abi, tc
-from mfsd.datapath.bpf.attach import attach, remove_leftover
+from mfsd.datapath.bpf.attach import Attachment, attach, remove_leftover
 from mfsd.datapath.bpf.bcc import BccLoader
 from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.errors import DatapathError, LoaderError
+from mfsd.datapath.errors import AttachError, DatapathError, LoaderError
 from mfsd.datapath.handles import is_ours
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.undo import notes
@@ -71,8 +72,9 @@ class KernelKeys:
 class Devices:
     """All devices of one daemon, and the table and keys that their classifiers share."""
 
-    def __init__(self, config: Config, bands: Bands) -> None:
+    def __init__(self, config: Config, bands: Bands, predecessor: Predecessor | None = None) -> None:
         """Load the classifiers. Without devices the table is plain memory. Raises LoaderError."""
+        self.predecessor = predecessor or Predecessor({})
         self.config = config
         self.bands = bands
         self.all: list[Device] = []
@@ -139,8 +141,27 @@ class Devices:
         """Bring every device to the state it should be in. Called at the start, on a change of mode, and regularly.
 
         A device that is missing is looked for again, one that came back is set up again, and qdiscs that somebody
-        else replaced are given up, with a notice: whoever did it wants them.
+        else replaced are given up, with a notice: whoever did it wants them. Nothing is touched while classifiers of
+        the daemon before are at work.
         """
+        if not self.predecessor.at_work:
+            self._care_for_all(mode)
+
+    def succeed(self, mode: Mode) -> None:
+        """Take over from the daemon before."""
+        try:
+            self._care_for_all(mode)
+        finally:
+            self.predecessor.retire()
+
+    def descriptors(self) -> dict[str, int]:
+        """By name, what has to outlive this process for another to take over."""
+        if not self.all:
+            return {}
+        links = {link_name(d.ifindex): d.attachment.link_fd for d in self.all if d.attachment is not None}
+        return {HOST: self.all[0].classifier.map_fds[HOST]} | {name: fd for name, fd in links.items() if fd >= 0}
+
+    def _care_for_all(self, mode: Mode) -> None:
         for device in self.all:
             try:
                 self._care(device, mode)
@@ -158,9 +179,14 @@ class Devices:
             self._lost(device)
             device.ifindex = ifindex
         if device.attachment is None:
-            remove_leftover(ifindex)  # of a daemon that was killed on a kernel without TCX
             device.write_map()
-            device.attachment = attach(device.classifier, ifindex, self.config.daemon.attach)
+            if self.predecessor.at_work:
+                # The qdiscs first: until the classifiers change places, packets follow the old one into them.
+                if mode is Mode.ENFORCE and not device.given_up:
+                    self._enforce(device)
+            else:
+                remove_leftover(ifindex)  # of a daemon that was killed on a kernel without TCX
+            device.attachment = self._attach(device)
             log.info("attached", device=device.name, hook=device.attachment.method)
         shape = device.shape
         if shape is not None:
@@ -169,6 +195,19 @@ class Devices:
             self._enforce(device)
         elif mode is Mode.OBSERVE:
             device.note("")
+
+    def _attach(self, device: Device) -> Attachment:
+        link = self.predecessor.link(device.ifindex)
+        if link >= 0:
+            attachment = Attachment(device.ifindex, "tcx", link)
+            try:
+                attachment.update(device.classifier)
+            except AttachError:  # it was another device's, which is gone
+                attachment.detach()
+            else:
+                return attachment
+        # With clsact this puts the program into the filter that is there.
+        return attach(device.classifier, device.ifindex, self.config.daemon.attach)
 
     def _enforce(self, device: Device) -> None:
         enforcer = self._enforcer(device)
@@ -278,8 +317,13 @@ class Devices:
     def _named(self, names: Sequence[str]) -> list[Device]:
         return [d for d in self.all if d.name in names]
 
+    def leave(self) -> None:
+        """End with everything at work, for the next daemon to take over; ``close`` does nothing from then on."""
+        self._host, self.all = None, []
+
     def close(self) -> None:
         """Detach and unload the classifiers; qdiscs stay as they are. Idempotent."""
+        self.predecessor.retire()
         self.fall_silent()
         self._host = None
         devices, self.all = self.all, []
