@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import zipfile
 from email.utils import formatdate
 from pathlib import Path
 from typing import Final
@@ -42,7 +43,7 @@ TOOLS: Final = {
     "/usr/bin/dh": "debhelper",
     "/usr/bin/go-md2man": "go-md2man",
 }
-UNUSED: Final = ("**/tests", "**/test", "**/*.pyi", "**/*.h", "**/*.a", "**/*.proto", "**/*.pxd", "**/*.pyx", "bin")
+UNUSED: Final = ("**/tests", "**/test", "**/*.pyi", "**/*.h", "**/*.a", "**/*.proto", "**/*.pxd", "**/*.pyx")
 """What nothing imports."""
 LARGE: Final = 1 << 16
 """Files of at least so many bytes are kept once where both Pythons have the same (numpy's OpenBLAS)."""
@@ -80,7 +81,7 @@ def for_python(python: str) -> list[str]:
 
 
 def pip(*argv: str | Path) -> str:
-    """pip of this environment."""
+    """Pip of this environment."""
     return run(sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *argv)
 
 
@@ -104,6 +105,15 @@ def lock() -> None:
     print(f"deb: {len(hashes)} packages -> {LOCK.relative_to(ROOT)}")
 
 
+def unpack(wheel: Path, target: Path) -> None:
+    """Several wheels share the folder google/, which pip install --target would replace each time."""
+    with zipfile.ZipFile(wheel) as archive:
+        members = [
+            m for m in archive.namelist() if ".data/" not in m.partition("/")[0] + "/" and not m.endswith("RECORD")
+        ]
+        archive.extractall(target, members)
+
+
 def collect(tree: Path) -> None:
     """Unpack the wheels: lib/ for any Python, cp311/ and cp313/ for one."""
     with tempfile.TemporaryDirectory() as folder:
@@ -117,30 +127,33 @@ def collect(tree: Path) -> None:
                 target = tree / (short if own else "lib")
                 if not own and python != PYTHONS[0]:
                     continue  # unpacked already
-                pip("install", "--target", target, "--no-deps", "--no-compile", "--upgrade", *for_python(python), wheel)
+                unpack(wheel, target)
     for part in sorted(tree.iterdir()):
-        for pattern in UNUSED:
-            for path in sorted(part.glob(pattern)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in part.rglob("direct_url.json"):  # says where the wheel lay while the package was built
-            path.unlink()
-        for path in part.rglob("RECORD"):
-            path.unlink()
+        for path in [p for pattern in UNUSED for p in part.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    _share(tree)
+
+
+def _share(tree: Path) -> None:
+    """Keep large files once that are the same for both Pythons."""
     first, *others = sorted(tree.glob("cp*"))
-    for other in others:
-        for path in sorted(other.rglob("*")):
-            twin = first / path.relative_to(other)
-            if path.is_file() and path.stat().st_size >= LARGE and twin.is_file():
-                if path.read_bytes() == twin.read_bytes():
-                    path.unlink()
-                    path.symlink_to(os.path.relpath(twin, path.parent))
+    for path in (p for other in others for p in sorted(other.rglob("*"))):
+        twin = first / Path(*path.relative_to(tree).parts[1:])
+        if not path.is_file() or path.stat().st_size < LARGE or not twin.is_file():
+            continue
+        if path.read_bytes() == twin.read_bytes():
+            path.unlink()
+            path.symlink_to(os.path.relpath(twin, path.parent))
 
 
 # --- the package ------------------------------------------------------------------------------------------------------
 
 
 def version_and_date() -> tuple[str, int]:
-    """0.2.0 for the commit that is tagged so, else a version that is older than that and newer than earlier commits'."""
+    """0.2.0 for the commit that is tagged so, else a version that is older than that and newer than earlier ones'."""
     base = re.search(r'__version__ = "(.*)"', (ROOT / "mfsd" / "__init__.py").read_text())
     if base is None:
         sys.exit("deb: no version in mfsd/__init__.py")
@@ -164,12 +177,9 @@ def stage(version: str, date: int) -> Path:
     env = os.environ | {"SOURCE_DATE_EPOCH": str(date), "PYTHONPATH": str(ROOT)}
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", BUILD, ROOT, env=env)
     (wheel,) = BUILD.glob("mfsd-*.whl")
-    pip("install", "--target", tree / "lib", "--no-deps", "--no-compile", "--upgrade", wheel)
-    for left_out in ("lib/mfsd/lab", "lib/mfsd/sim", "lib/bin"):  # the lab needs a dozen packages more
-        shutil.rmtree(tree / left_out)
-    for path in (tree / "lib").glob("mfsd-*.dist-info/*"):
-        if path.name in ("direct_url.json", "RECORD"):
-            path.unlink()
+    unpack(wheel, tree / "lib")
+    for left_out in ("lab", "sim"):  # the lab needs a dozen packages more
+        shutil.rmtree(tree / "lib/mfsd" / left_out)
     for what in ("man", "completions"):
         run(sys.executable, ROOT / "scripts" / "reference.py", what, source / what, env=env)
     debian = source / "debian"
@@ -196,7 +206,12 @@ def build() -> Path:
     """The package, in dist/."""
     version, date = version_and_date()
     source = stage(version, date)
-    env = os.environ | {"SOURCE_DATE_EPOCH": str(date), "TZ": "UTC", "LC_ALL": "C.UTF-8", "DEB_BUILD_OPTIONS": "nocheck"}
+    env = os.environ | {
+        "SOURCE_DATE_EPOCH": str(date),
+        "TZ": "UTC",
+        "LC_ALL": "C.UTF-8",
+        "DEB_BUILD_OPTIONS": "nocheck",
+    }
     run("dpkg-buildpackage", "-us", "-uc", "-b", "-d", cwd=source, env=env)
     (made,) = BUILD.glob("mfsd_*.deb")
     dist = ROOT / "dist"

@@ -12,7 +12,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class BuildHook(BuildHookInterface):  # type: ignore[misc]  # hatchling is there only while a wheel is built
+class BuildHook(BuildHookInterface[Any]):
     """Runs scripts/build.py."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
