@@ -98,8 +98,8 @@ def lock() -> None:
                 name, version, *_ = parse_wheel_filename(wheel.name)
                 hashes.setdefault(f"{name}=={version}", set()).add(hashlib.sha256(wheel.read_bytes()).hexdigest())
     lines = ["# Wheels in the Debian package, for Python 3.11 and 3.13 on amd64. Made by packaging/deb.py --lock."]
-    for name in sorted(hashes):
-        lines += [f"{name} \\", *[f"    --hash=sha256:{h} \\" for h in sorted(hashes[name])]]
+    for pinned in sorted(hashes):
+        lines += [f"{pinned} \\", *[f"    --hash=sha256:{h} \\" for h in sorted(hashes[pinned])]]
         lines[-1] = lines[-1].removesuffix(" \\")
     LOCK.write_text("\n".join(lines) + "\n")
     print(f"deb: {len(hashes)} packages -> {LOCK.relative_to(ROOT)}")

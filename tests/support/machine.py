@@ -108,8 +108,8 @@ def booted(suite: str, netns: str, folder: Path) -> Iterator[Machine]:
     group.mkdir()
     argv = [
         "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--boot", f"--machine={name}",
-        f"--directory={root}", f"--network-namespace-path=/run/netns/{netns}", "--capability=all", "--system-call-filter=bpf",
-        "--console=pipe", "--link-journal=no",
+        f"--directory={root}", f"--network-namespace-path=/run/netns/{netns}", "--capability=all",
+        "--system-call-filter=bpf", "--console=pipe", "--link-journal=no",
     ]  # fmt: skip
     script = f'echo $$ > {group}/cgroup.procs && mount -t cgroup2 cgroup2 {CGROUP} && exec "$@"'
     with (folder / "console.txt").open("w") as console:

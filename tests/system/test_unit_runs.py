@@ -92,7 +92,6 @@ def test_reload(machine: Machine) -> None:
     machine.write("/etc/mfsd/conf.d/90-level.toml", '[daemon]\nlog_level = "debug"\nslots = 1024\n')
     machine.run("systemctl reload mfsd")
     (entry,) = journal(machine, "reloaded")[-1:]
-    print(entry)
     assert "daemon.log_level" in entry["MFSD_CHANGED"]
     assert "daemon.slots" in entry["MFSD_NEEDS_RESTART"]
     machine.write("/etc/mfsd/conf.d/90-level.toml", "[daemon]\nslots = 1\n")
