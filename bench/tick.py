@@ -26,12 +26,24 @@ from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
 from mfsd.engine.settings import LimitsConfig, RescueConfig
 from mfsd.engine.slots import FlowTable
-from mfsd.model import BatchHint, CookieSelector, Endpoints, ProgressHint, RequestHint, Selector, Stage, TransferHint
+from mfsd.engine.sockets import Event, Socket
+from mfsd.model import (
+    BatchHint,
+    CookieSelector,
+    Endpoints,
+    ProgressHint,
+    RequestHint,
+    Selector,
+    Stage,
+    TransferHint,
+    TupleSelector,
+)
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
+    from mfsd.engine.device import Rescue, Rescued
     from mfsd.engine.estimator import Reading
 
 COUNTS = (100, 1_000, 10_000)
@@ -43,29 +55,47 @@ LINK = 1.25e9
 
 @dataclass(frozen=True)
 class Simulated:
-    """A socket that exists only here."""
+    """TCP's word on a socket that exists only here."""
 
-    cookie: int
-    endpoints: Endpoints
     bytes_acked: int = 0
     unsent_plus_unacked: int = 1 << 40
-    notsent: int = 1 << 39
+    notsent: int = 1 << 40
     rto_us: int = 200_000
+    last_ack_ms: int = 0
 
 
-class Sockets:
-    """connections.Resolver that knows every cookie."""
+class SimulatedSockets:
+    """engine.sockets.Sockets that knows every cookie."""
 
-    def resolve(self, selector: Selector) -> list[Simulated]:
-        assert isinstance(selector, CookieSelector)
-        here, there = ip_address("10.0.0.1"), ip_address(f"10.1.{selector.cookie >> 8 & 255}.{selector.cookie & 255}")
-        return [Simulated(selector.cookie, Endpoints(here, 1024 + selector.cookie % 60000, there, 6000))]
+    tells = True
 
-    def resolve_many(self, selectors: Sequence[Selector]) -> list[list[Simulated]]:
-        return [self.resolve(s) for s in selectors]
+    def events(self) -> list[Event]:
+        return []
 
-    def tcp_progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, Simulated]:
-        return {cookie: Simulated(cookie, endpoints) for cookie, endpoints in sockets}
+    def by_cookie(self, cookie: int) -> Socket | None:
+        here, there = ip_address("10.0.0.1"), ip_address(f"10.1.{cookie >> 8 & 255}.{cookie & 255}")
+        return Socket(cookie, Endpoints(here, 1024 + cookie % 60000, there, 6000), 0, 0, here=True)
+
+    def exact(self, selector: TupleSelector) -> Socket | None:
+        raise NotImplementedError(selector)
+
+    def descends(self, pid: int, ancestor: int) -> bool:
+        return pid == ancestor
+
+    def look(self, selectors: Sequence[Selector]) -> None:
+        raise NotImplementedError(selectors)
+
+    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> dict[int, Simulated]:
+        return {cookie: Simulated() for cookie, _ in sockets}
+
+    def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
+        raise NotImplementedError(selector, uid, band, lanes, expires_ns)
+
+    def unwatch(self, selector: Selector, uid: int) -> None:
+        raise NotImplementedError(selector, uid)
+
+    def lend(self, slots: Sequence[int]) -> None:
+        del slots
 
 
 class SimulatedDevice:
@@ -79,12 +109,18 @@ class SimulatedDevice:
     def read(self) -> Reading | None:
         return None
 
-    def backlog(self, band: int, lane: int) -> int:
-        del band, lane
-        return 0
+    def rescue(self, orders: Sequence[Rescue]) -> None:
+        del orders
 
-    def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
-        del lanes
+    def rescued(self) -> list[Rescued]:
+        return []
+
+    def empty(self, band: int, lane: int) -> bool:
+        del band, lane
+        return True
+
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        del shares
 
 
 def measure(n: int) -> tuple[float, float]:
@@ -93,9 +129,9 @@ def measure(n: int) -> tuple[float, float]:
     with LibbpfLoader().open_classifier(16_384) as classifier:
         policy = make_policy("deadline-ladder", 5, {})
         bands = Bands.build(5, default_after=policy.default_after, lanes=32)
-        connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), Sockets(), bands)
+        connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), SimulatedSockets(), bands)
         engine = Engine(connections, policy, bands, [SimulatedDevice(bands)], LimitsConfig(), RescueConfig())
-        session = engine.session("bench", 0, 0.0)
+        session = engine.session("bench", 0.0)
         now = 100.0
         for i in range(n):
             if i % PER_BATCH == 0:
@@ -109,14 +145,14 @@ def measure(n: int) -> tuple[float, float]:
             engine.apply(session, hint, now)
         engine.tick(now)
         took = []
-        rows = classifier.slots[:n]
+        rows, slots = classifier.slots, np.array(sorted(connections.by_slot))
         for k in range(TICKS):
             now += TICK_S
             # What the kernel does between two ticks.
             sent = rng.integers(0, 100_000, n)
-            rows["bytes"] += sent.astype(np.uint64)
-            rows["segments"] += (sent // 1448).astype(np.uint64)
-            rows["last_ns"] = int(now * 1e9)
+            for name in ("bytes", "sent", "acked"):
+                rows[name][slots] += sent.astype(np.uint64)
+            rows["last_ns"][slots] = int(now * 1e9)
             if k % 4 == 0:
                 batch = int(rng.integers(0, (n + PER_BATCH - 1) // PER_BATCH))
                 engine.apply(session, ProgressHint(f"b{batch}", k // 8), now)

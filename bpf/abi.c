@@ -10,8 +10,15 @@ struct mfsd_tuple abi_tuple;
 struct mfsd_host abi_host;
 struct mfsd_dev abi_dev;
 struct mfsd_counter abi_counter;
+struct mfsd_owner abi_owner;
+struct mfsd_sock abi_sock;
+struct mfsd_event abi_event;
+struct mfsd_rule abi_rule;
+struct mfsd_rules_of abi_rules_of;
 
 enum mfsd_consts abi_consts;
 enum mfsd_host_flags abi_host_flags;
 enum mfsd_dev_flags abi_dev_flags;
 enum mfsd_stat abi_stat;
+enum mfsd_event_kind abi_event_kind;
+enum mfsd_event_flags abi_event_flags;

@@ -13,8 +13,8 @@
  *   2. Which slot? The socket's cookie, if the packet has a socket: one u64, no header is read, and it survives NAT.
  *	A packet without one (bridged containers, forwarding) is parsed and its 5-tuple looked up. A slot past its expiry
  *	is no slot.
- *   3. Count in the slot: wire bytes, segments, packets, time. This happens in observe mode, too: it is how the
- *	daemon learns the progress of a transfer.
+ *   3. Note in the slot: where TCP says the stream stands, wire bytes, packets, time, device. This happens in observe
+ *	mode, too: it is how the daemon learns the progress of a transfer.
  *   4. Which band? The slot's, except that a packet that carries no data but lets data flow (a pure ACK, a SYN) goes
  *	to the control band: behind deferred bulk it would stall the opposite direction. FIN and RST stay with the data:
  *	they take effect when they arrive, so overtaking the data before them would cost a recovery (FIN) or lose that
@@ -151,6 +151,73 @@ static __always_inline void send_to(struct __sk_buff *skb, struct scratch *s, st
 	}
 }
 
+/*
+ * Reads sequence number, acknowledgement and data offset of a TCP packet into s->raw. Returns the length of all headers
+ * before TCP's, 0 if they are not where they lie in nearly all packets, and nobody has parsed this one.
+ */
+static __always_inline __u32 tcp_words(struct __sk_buff *skb, struct scratch *s)
+{
+	if (s->parsed)
+		return s->h.fragment || load_l4(skb, &s->h, 4, NOTE(s, raw), 12) ? 0 : s->h.l4;
+	if (skb->protocol == MFSD_NET16(ETH_P_IP)) {
+		if (!read_linear(skb, ETH_HLEN, NOTE(s, raw), 4) || s->raw[0] != 0x45)
+			return 0;
+		return read_linear(skb, ETH_HLEN + IP4_LEN + 4, NOTE(s, raw), 12) ? ETH_HLEN + IP4_LEN : 0;
+	}
+	if (skb->protocol != MFSD_NET16(ETH_P_IPV6) || !read_linear(skb, ETH_HLEN + 4, NOTE(s, raw), 4) ||
+	    s->raw[2] != IPPROTO_TCP)
+		return 0;
+	return read_linear(skb, ETH_HLEN + IP6_LEN + 4, NOTE(s, raw), 12) ? ETH_HLEN + IP6_LEN : 0;
+}
+
+/*
+ * Notes where the stream of a hinted connection stands with this packet. The socket's own counters are exact, and it is
+ * locked while it sends, so plain stores do. It counts the packet as sent only afterwards, hence the look at the header.
+ * Without a socket (forwarded packets) the header alone says it, and for UDP the lengths add up; several CPUs may be at
+ * it then.
+ */
+static __always_inline void note_progress(struct __sk_buff *skb, struct scratch *s, struct mfsd_slot *slot)
+{
+	__u32 *seq = (__u32 *)s->raw, before, end, ahead, flight, syn;
+	struct bpf_tcp_sock *tcp = 0;
+	struct bpf_sock *sk = skb->sk;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk)
+		tcp = bpf_tcp_sock(sk);
+	if (!tcp && s->parsed && s->h.proto == IPPROTO_UDP) {
+		__sync_fetch_and_add(&slot->sent, skb->len - s->h.l4 - 8);
+		return;
+	}
+	if (!tcp && (!s->parsed || s->h.proto != IPPROTO_TCP))
+		return;
+	before = tcp_words(skb, s);
+	MFSD_REREAD();
+	/* Ethernet pads short frames, so these are measured by the IP length. */
+	end = s->parsed && s->h.l4_len ? s->h.l4_len : skb->len - before;
+	end = MFSD_NET32(*seq) + end - (s->raw[8] >> 4) * 4;
+	if (tcp) {
+		flight = tcp->snd_nxt - tcp->snd_una;
+		ahead = end - tcp->snd_una;
+		s->position = tcp->bytes_acked;
+		if (!slot->last_ns)
+			slot->origin = (__u32)s->position + flight;
+		slot->acked = s->position;
+		slot->sent = s->position + (before && (__s32)(ahead - flight) > 0 ? ahead : flight);
+	} else if (before) {
+		syn = s->raw[9] >> 1 & 1; /* a SYN has a number of its own, but is no payload */
+		end += syn;
+		if (!slot->last_ns)
+			slot->origin = MFSD_NET32(*seq) + syn;
+		ahead = end - slot->origin;
+		if ((__s32)ahead > 0) {
+			slot->origin = end;
+			__sync_fetch_and_add(&slot->sent, (__u64)ahead);
+		}
+	}
+}
+
 /* Where a band lies. The mask changes nothing, as callers have checked; the verifier wants to see it. */
 static __always_inline struct mfsd_band_map *band_map(struct mfsd_dev *dev, __u32 b)
 {
@@ -248,11 +315,12 @@ int mfsd_classify(struct __sk_buff *skb)
 	if (!slot || s->now > slot->expires_ns)
 		goto out;
 
+	note_progress(skb, s, slot);
 	/* Atomic: UDP sockets send from several CPUs at once, and so does a tuple that names a forwarded connection. */
 	__sync_fetch_and_add(&slot->bytes, wire_bytes(skb));
-	__sync_fetch_and_add(&slot->segments, skb->gso_segs ? skb->gso_segs : 1);
 	__sync_fetch_and_add(&slot->packets, 1);
 	slot->last_ns = s->now;
+	slot->ifindex = skb->ifindex;
 
 	b = slot->band;
 	s->stat = MFSD_STAT_OBSERVED;
@@ -268,7 +336,6 @@ int mfsd_classify(struct __sk_buff *skb)
 	if (s->parsed && control < MFSD_MAX_BANDS && control < dev->n_bands && is_control(skb, s, dev)) {
 		s->band = control;
 		s->lane = 0;
-		__sync_fetch_and_add(&slot->control, 1);
 		count_as(s, MFSD_STAT_CONTROL);
 	}
 	send_to(skb, s, band_map(dev, s->band));

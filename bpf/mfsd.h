@@ -18,11 +18,18 @@
 #endif
 
 enum mfsd_consts {
-	MFSD_ABI_VERSION = 1,
+	MFSD_ABI_VERSION = 2,
 	MFSD_MAX_BANDS = 16,	  /* what a prio qdisc can have (TCQ_PRIO_BANDS) */
 	MFSD_DSCP_KEEP = 0xff,	  /* band_map.dscp: leave the packet's DSCP alone */
 	MFSD_BAND_KEEP = 0xff,	  /* slot.band: count, but leave skb->priority alone */
 	MFSD_DEFAULT_SLOTS = 16384, /* rows of the slot table unless the loader resizes it */
+	MFSD_SOCKETS = 65536,	  /* sockets that the directory remembers; the least recently used go first */
+	MFSD_RULES = 4096,	  /* rules that the kernel can match */
+	MFSD_RULES_PER_PEER = 30, /* of them that name one peer, or that name none */
+	MFSD_EVENT_BYTES = 1 << 18, /* size of the ring buffer of events */
+	MFSD_NO_SLOT = 0xffffffff, /* event.slot: there was no free slot, or none is wanted */
+	MFSD_NO_RULE = 0xffffffff, /* event.rule: matched by its 5-tuple, or unmatched */
+	MFSD_ANY_ID = 0xffffffff, /* rule.uid, rule.pid: anybody's */
 };
 
 /* mfsd_host.flags [user] */
@@ -39,20 +46,26 @@ enum mfsd_dev_flags {
 
 /*
  * One row per hinted connection. A slot is free when expires_ns is 0. The daemon takes a slot by writing the user
- * half first and inserting the key (cookie or tuple) last; it frees one by deleting the keys first.
+ * half first and inserting the key (cookie or tuple) last; it frees one by deleting the keys first. Free slots that it
+ * has put into mfsd_free may be taken by the kernel itself (sockets.bpf.c), which then tells it.
+ *
+ * Where the stream stands is TCP's own word as of the last packet, never a sum over packets: retransmissions, segment
+ * headers and devices that a packet passes twice don't matter. 64 bytes, one cache line.
  */
 struct mfsd_slot {
 	__u64 expires_ns;  /* [user] past it the packet goes on as if there were no slot */
-	__u64 cookie;	   /* [user] socket cookie, 0 if matched by tuple only (information, not used) */
 	__u32 generation;  /* [user] counts the reuses of this row */
 	__u16 lane;	   /* [user] leaf within the band, modulo the lanes that the device has there */
 	__u8 band;	   /* [user] index into mfsd_dev.bands, or MFSD_BAND_KEEP */
 	__u8 flags;	   /* [user] reserved, 0 */
 	__u64 bytes;	   /* [kernel] wire bytes: every segment's headers counted, retransmissions included */
-	__u64 segments;	   /* [kernel] wire segments (a GSO packet counts gso_segs) */
 	__u64 packets;	   /* [kernel] packets as the qdisc sees them (a GSO packet counts once) */
 	__u64 last_ns;	   /* [kernel] when the last of them passed (coarse clock, a few ms of grain) */
-	__u64 control;	   /* [kernel] of the packets: pure ACKs and other tiny ones, sent to the control band */
+	__u64 acked;	   /* [kernel] tcpi_bytes_acked, if the packet's socket is at hand; else 0 */
+	__u64 sent;	   /* [kernel] payload that has passed, on the scale of acked, retransmissions not counted; of UDP
+			    * and of TCP without a socket at hand it begins at 0 with the first packet */
+	__u32 origin;	   /* [kernel] low half of sent before the first packet; without a socket: the next TCP sequence */
+	__u32 ifindex;	   /* [kernel] device that the last packet left by */
 };
 
 /* Key of the tuple map. Addresses are 16 bytes for both families: IPv4 is ::ffff:a.b.c.d (RFC 4291 2.5.5.2). */
@@ -63,6 +76,66 @@ struct mfsd_tuple {
 	__u16 dport; /* network order */
 	__u8 proto;  /* IPPROTO_TCP or IPPROTO_UDP */
 	__u8 pad[3]; /* 0 */
+};
+
+/* Who made a socket, or the socket that it was accepted from. All 0 where nobody knows (older than the daemon). */
+struct mfsd_owner {
+	__u64 cgroup; /* id of the cgroup (v2) */
+	__u32 pid;    /* thread group, as the initial pid namespace counts */
+	__u32 tid;    /* thread */
+	__u32 uid;    /* in the initial user namespace */
+	__u32 pad;
+};
+
+/* A TCP connection of this host, in any network namespace; value of the directory mfsd_socks. */
+struct mfsd_sock {
+	struct mfsd_tuple key;	 /* as its packets leave: saddr and sport are ours */
+	__u64 netns;		 /* cookie of the network namespace (SO_NETNS_COOKIE) */
+	struct mfsd_owner owner;
+};
+
+enum mfsd_event_kind {
+	MFSD_EVENT_MATCHED = 1, /* a connection was made that a rule names */
+	MFSD_EVENT_BOUND,	/* a connection was made that has a slot already, by its cookie or its 5-tuple */
+	MFSD_EVENT_CLOSED,	/* a connection with a slot is over */
+};
+
+enum mfsd_event_flags {
+	MFSD_EVENT_ACTIVE = 1, /* MATCHED, BOUND: opened from here, so that TCP counts its SYN as a byte */
+	MFSD_EVENT_CLEAN = 2,  /* CLOSED: all that was written has been acknowledged, the FIN included */
+};
+
+/* What sockets.bpf.c tells the daemon, in the order in which it happened. [kernel] */
+struct mfsd_event {
+	__u64 cookie;
+	__u64 acked; /* CLOSED: tcpi_bytes_acked at the end */
+	__u32 kind;  /* enum mfsd_event_kind */
+	__u32 slot;  /* or MFSD_NO_SLOT */
+	__u32 rule;  /* MATCHED: index of the rule */
+	__u32 flags; /* enum mfsd_event_flags */
+	struct mfsd_sock sock;
+};
+
+/* Connections to be hinted from their first packet on. All conditions must hold. [user] */
+struct mfsd_rule {
+	__u8 saddr[16], smask[16];
+	__u8 daddr[16], dmask[16];
+	__u64 cgroup;	  /* 0: any */
+	__u64 expires_ns; /* of the slots that it makes */
+	__u32 pid, uid;	  /* MFSD_ANY_ID: any */
+	__u16 sport_first, sport_last; /* host order, inclusive */
+	__u16 dport_first, dport_last;
+	__u16 lanes;	  /* that connections are spread over: 1 .. lanes - 1; lane 0 alone if it is 1 */
+	__u8 band;	  /* where its connections begin */
+	__u8 used;
+	__u8 pad[4];
+};
+
+/* Indices of the rules that name one peer (key: its address), or (key: all 0) none in particular. [user] */
+struct mfsd_rules_of {
+	__u16 n; /* above MFSD_RULES_PER_PEER: too many for the kernel, which reports every connection */
+	__u16 rule[MFSD_RULES_PER_PEER];
+	__u16 pad;
 };
 
 /* The daemon as a whole; one element, shared by the classifiers of all devices. */

@@ -22,11 +22,18 @@ class Stage(enum.IntEnum):
     KV_REUSE = 1
     COLLECTIVE = 2
     P2D = 3
+    BACKGROUND = 4
+    """Stores, offload, prefetch, weights: nobody waits for them."""
 
     @property
     def early(self) -> bool:
         """Stages 1 and 2 feed the prefill computation: their deadlines are implicit."""
         return self in (Stage.KV_REUSE, Stage.COLLECTIVE)
+
+    @property
+    def ownerless(self) -> bool:
+        """Its transfers need no request or batch."""
+        return self in (Stage.COLLECTIVE, Stage.BACKGROUND)
 
 
 class Mode(enum.StrEnum):
@@ -46,6 +53,10 @@ class HintError(ValueError):
         self.fix = fix
         self.exhausted = exhausted
         """True: a limit of the daemon was reached (RESOURCE_EXHAUSTED), the hint itself is well formed."""
+
+    def below(self, path: str) -> HintError:
+        """The same error, of a field that stands below ``path``."""
+        return HintError(f"{path}.{self.field}", self.problem, self.fix, exhausted=self.exhausted)
 
 
 # --- selectors --------------------------------------------------------------------------------------------------------
@@ -104,6 +115,100 @@ class ProcessSelector:
 
 
 Selector = CookieSelector | TupleSelector | ProcessSelector
+
+NO_COOKIE: Final = (1 << 64) - 1
+"""INET_DIAG_NOCOOKIE twice, include/uapi/linux/inet_diag.h: "any socket" to the kernel."""
+PID_MAX: Final = 1 << 22
+"""Largest pid_max of 64-bit kernels (proc_sys_kernel(5))."""
+PORT_MAX: Final = 65535
+
+
+def cookie_selector(cookie: int) -> CookieSelector:
+    """One socket. Raises HintError for what is no cookie; so do the others, for what could never match.
+
+    Nothing else makes selectors of what people and programs say. Field names are those of proto ``mfsd.v1.Selector``.
+    """
+    if not 0 < cookie < NO_COOKIE:
+        raise HintError("cookie", f"{cookie} is no socket cookie", "give what getsockopt(SO_COOKIE) says")
+    return CookieSelector(cookie)
+
+
+def tuple_selector(
+    dst: str, dport: tuple[int, int] = (0, 0), src: str = "", sport: tuple[int, int] = (0, 0), protocol: int = 6
+) -> TupleSelector:
+    """Endpoints as the device sees them. Ports as for ``port_range``; no source: any local address."""
+    there = _peer("dst_addr", dst)
+    here = _address("src_addr", src) if src else None
+    if here is not None and here.is_unspecified:
+        here = None  # a socket bound to it has an address of its own once it is connected
+    if here is not None and here.version != there.version:
+        raise HintError("src_addr", f"{here} and {there} are of different families", "use one family for both")
+    if protocol not in (6, 17):
+        raise HintError("protocol", f"unknown protocol {protocol}", "use 6 (TCP) or 17 (UDP)")
+    ports = port_range("src_port", *sport), port_range("dst_port", *dport)
+    if protocol == 17 and (here is None or not (ports[0].exact and ports[1].exact)):
+        raise HintError(
+            "src_addr" if here is None else "dst_port" if ports[0].exact else "src_port",
+            "is not exact",
+            "UDP needs both addresses and exact ports: its sockets may have many peers",
+        )
+    return TupleSelector(here, there, *ports, protocol)
+
+
+def process_selector(pid: int, remote: str = "", port: tuple[int, int] = (0, 0)) -> ProcessSelector:
+    """TCP sockets of a process, towards an address or a prefix (empty: any)."""
+    if not 0 < pid <= PID_MAX:
+        raise HintError("pid", f"{pid} is no process id", f"1 to {PID_MAX}")
+    return ProcessSelector(pid, _network("remote", remote) if remote else None, port_range("remote_port", *port))
+
+
+def port_range(field_name: str, first: int, last: int = 0) -> PortRange:
+    """``last`` 0: exactly ``first``. Both 0: any port."""
+    if not first and not last:
+        return PortRange()
+    last = last or first
+    if not 0 <= first <= last <= PORT_MAX:
+        raise HintError(
+            field_name, f"{first}..{last} is no port range", f"first <= last <= {PORT_MAX}; last 0: exactly first"
+        )
+    return PortRange(first, last)
+
+
+def _address(field_name: str, text: str) -> Address:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise HintError(field_name, f"{text!r} is no IP address", "give an IPv4 or IPv6 address, no name") from None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            raise HintError(field_name, f"{text!r} has a zone", "leave out the part from % on")
+        # A dual-stack socket talks IPv4 on the wire, and the classifier sees the wire.
+        return address.ipv4_mapped or address
+    return address
+
+
+def _peer(field_name: str, text: str) -> Address:
+    if not text:
+        raise HintError(field_name, "is empty", "give the peer's address")
+    address = _address(field_name, text)
+    if address.is_unspecified or address.is_multicast:
+        raise HintError(field_name, f"{address} is no peer's address", "give a unicast address")
+    return address
+
+
+def _network(field_name: str, text: str) -> Network:
+    if "/" not in text:
+        return ipaddress.ip_network(_peer(field_name, text))
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as e:
+        raise HintError(
+            field_name, str(e), "give an address or a prefix without host bits, such as 10.0.0.0/24"
+        ) from None
+    mapped = network.network_address.ipv4_mapped if network.version == 6 else None
+    if mapped is not None and network.prefixlen >= 96:
+        return ipaddress.ip_network((mapped, network.prefixlen - 96))
+    return network
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +278,10 @@ class TransferHint:
     deadline: float = INF
     """Own deadline; INF: its request's."""
     ttl: float = 30.0
+    ordered: bool = True
+    """False: its bytes and those of others on the same connections are interleaved."""
+    position: int = 0
+    """Bytes that had been written to the socket when the transfer was first announced, on TCP's scale; 0: unknown."""
 
 
 class What(enum.IntEnum):
@@ -198,6 +307,7 @@ class MarkHint:
 
     selector: Selector
     stage: Stage
+    ordered: bool = True
 
 
 Hint = RequestHint | BatchHint | ProgressHint | TransferHint | EndHint | MarkHint

@@ -26,8 +26,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gen"
 PROTOS = ["mfsd/v1/hints.proto", "mfsd/v1/control.proto"]
-ABI_STRUCTS = ["mfsd_slot", "mfsd_tuple", "mfsd_host", "mfsd_dev", "mfsd_band_map", "mfsd_counter"]
-ABI_ENUMS = ["mfsd_consts", "mfsd_host_flags", "mfsd_dev_flags", "mfsd_stat"]
+ABI_STRUCTS = [
+    "mfsd_slot", "mfsd_tuple", "mfsd_host", "mfsd_band_map", "mfsd_dev", "mfsd_counter",
+    "mfsd_owner", "mfsd_sock", "mfsd_event", "mfsd_rule", "mfsd_rules_of",
+]  # fmt: skip
+ABI_ENUMS = ["mfsd_consts", "mfsd_host_flags", "mfsd_dev_flags", "mfsd_stat", "mfsd_event_kind", "mfsd_event_flags"]
 
 
 def tool(name: str, package: str) -> str:
@@ -159,11 +162,12 @@ def build_abi() -> None:
         "",
     ]
     for enum in ABI_ENUMS:
-        values = btf.named["ENUM", enum]["values"]
-        lines += [f"{v['name'].removeprefix('MFSD_')}: Final = {v['val']}" for v in values]
+        t = btf.named["ENUM", enum]
+        # bpftool prints values of 2^31 and more as negative numbers of 64 bits.
+        mask = (1 << 8 * t["size"]) - 1
+        lines += [f"{v['name'].removeprefix('MFSD_')}: Final = {v['val'] & mask}" for v in t["values"]]
         lines.append("")
-    ordered = sorted(ABI_STRUCTS, key=lambda s: s == "mfsd_dev")  # the one that contains another comes last
-    for struct in ordered:
+    for struct in ABI_STRUCTS:  # those that contain others come after them
         t = btf.named["STRUCT", struct]
         members = t["members"]
         lines += [

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from google.rpc import code_pb2, status_pb2
 
-from mfsd.api import errors, messages
-from mfsd.model import Mode
+from mfsd.api import errors, messages, pages
+from mfsd.model import HintError, Mode
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 
@@ -44,20 +44,24 @@ class ControlService(control_pb2_grpc.ControlServicer):
     async def ListConnections(  # noqa: N802 - as generated
         self,
         request: pb.ListConnectionsRequest,
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> pb.ListConnectionsReply:
         """Connections, most urgent first."""
-        return pb.ListConnectionsReply(
-            connections=messages.connections(self._daemon.engine, self._clock(), request.limit)
-        )
+        try:
+            return pages.connections(self._daemon.engine, self._clock(), request)
+        except HintError as e:
+            await errors.abort(context, errors.of_call(e))
 
     async def ListTransfers(  # noqa: N802 - as generated
         self,
         request: pb.ListTransfersRequest,
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> pb.ListTransfersReply:
         """Unfinished transfers, most urgent first."""
-        return pb.ListTransfersReply(transfers=messages.transfers(self._daemon.engine, self._clock(), request.limit))
+        try:
+            return pages.transfers(self._daemon.engine, self._clock(), request)
+        except HintError as e:
+            await errors.abort(context, errors.of_call(e))
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchReply]:  # noqa: N802 - as generated
         """Status every interval, until the client hangs up."""
@@ -66,10 +70,9 @@ class ControlService(control_pb2_grpc.ControlServicer):
             await _invalid(context, "interval_us", f"{interval} us", f"at least {WATCH_MIN_US}, or 0 for one second")
         while True:
             now = self._clock()
-            yield pb.WatchReply(
-                status=messages.status(self._daemon, now),
-                connections=messages.connections(self._daemon.engine, now) if request.connections else (),
-            )
+            first = pb.ListConnectionsRequest()
+            page = pages.connections(self._daemon.engine, now, first).connections if request.connections else ()
+            yield pb.WatchReply(status=messages.status(self._daemon, now), connections=page)
             await asyncio.sleep(interval / 1e6)
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:  # noqa: N802 - as generated

@@ -7,28 +7,24 @@ once, and selectors decoded once and then found by their serialized bytes.
 
 from __future__ import annotations
 
-import ipaddress
 from typing import TYPE_CHECKING, Final
 
 from mfsd.model import (
     INF,
-    Address,
     BatchHint,
-    CookieSelector,
     EndHint,
     Hint,
     HintError,
     MarkHint,
-    Network,
-    PortRange,
-    ProcessSelector,
     ProgressHint,
     RequestHint,
     Selector,
     Stage,
     TransferHint,
-    TupleSelector,
     What,
+    cookie_selector,
+    process_selector,
+    tuple_selector,
 )
 
 if TYPE_CHECKING:
@@ -40,12 +36,9 @@ if TYPE_CHECKING:
 US: Final = 1e-6
 SELECTORS_CACHED: Final = 65_536
 """Distinct selectors to remember; the cache starts over when it is full, which costs a few microseconds each."""
-PID_MAX: Final = 1 << 22
-"""Largest pid_max of 64-bit kernels (proc_sys_kernel(5))."""
-NO_COOKIE: Final = (1 << 64) - 1
-"""INET_DIAG_NOCOOKIE twice, include/uapi/linux/inet_diag.h: "any socket" to the kernel."""
 STAGES: Final = {int(s): s for s in Stage if s is not Stage.NONE}
-STAGES_TEXT: Final = "use STAGE_KV_REUSE (1), STAGE_COLLECTIVE (2) or STAGE_P2D (3)"
+STAGES_TEXT: Final = "use STAGE_KV_REUSE (1), STAGE_COLLECTIVE (2), STAGE_P2D (3) or STAGE_BACKGROUND (4)"
+OWNER_TEXT: Final = "is empty, and so is batch_id", "name the request or the batch"
 
 
 class Decoder:
@@ -136,11 +129,11 @@ class Decoder:
     def _transfer(self, hint: hints_pb2.Hint, now: float) -> TransferHint:
         m = hint.transfer
         request_id, batch_id, size, own = m.request_id, m.batch_id, m.bytes, m.deadline_us
-        if not request_id and not batch_id:
-            raise HintError("transfer.request_id", "is empty, and so is batch_id", "name the request or the batch")
         stage = STAGES.get(m.stage)
         if stage is None:
             raise HintError("transfer.stage", f"unknown stage {m.stage}", STAGES_TEXT)
+        if not request_id and not batch_id and not stage.ownerless:
+            raise HintError("transfer.request_id", *OWNER_TEXT)
         if not 0 < size <= self._max_bytes:
             raise HintError(
                 "transfer.bytes", f"{size} bytes", f"1 to {self._max_bytes} (limits.max_transfer_bytes) are allowed"
@@ -155,6 +148,8 @@ class Decoder:
             self._selector("transfer.selector", m.selector),
             self._deadline("transfer.deadline_us", own, now) if own else INF,
             self._ttl(m.ttl_us),
+            not m.interleaved,
+            m.position,
         )
 
     def _completion(self, hint: hints_pb2.Hint, _now: float) -> EndHint:
@@ -179,7 +174,7 @@ class Decoder:
         stage = STAGES.get(m.stage, Stage.NONE)
         if stage is Stage.NONE and m.stage:
             raise HintError("connection.stage", f"unknown stage {m.stage}", f"{STAGES_TEXT}, or 0 to take a mark back")
-        return MarkHint(self._selector("connection.selector", m.selector), stage)
+        return MarkHint(self._selector("connection.selector", m.selector), stage, not m.interleaved)
 
     # --- values -------------------------------------------------------------------------------------------------------
 
@@ -233,74 +228,18 @@ class Decoder:
 def decode_selector(field: str, m: hints_pb2.Selector) -> Selector:
     """Decode a selector found at ``field`` of its hint. Raises HintError."""
     kind = m.WhichOneof("kind")
-    if kind == "cookie":
-        if not 0 < m.cookie < NO_COOKIE:
-            raise HintError(
-                f"{field}.cookie", f"{m.cookie} is no socket cookie", "give what getsockopt(SO_COOKIE) says"
-            )
-        return CookieSelector(m.cookie)
-    if kind == "tuple":
-        return _tuple(f"{field}.tuple", m.tuple)
-    if kind == "process":
-        return _process(f"{field}.process", m.process)
+    try:
+        if kind == "cookie":
+            return cookie_selector(m.cookie)
+        if kind == "tuple":
+            t = m.tuple
+            return tuple_selector(t.dst_addr, _ports(t.dst_port), t.src_addr, _ports(t.src_port), t.protocol or 6)
+        if kind == "process":
+            return process_selector(m.process.pid, m.process.remote, _ports(m.process.remote_port))
+    except HintError as e:
+        raise e.below(field if kind == "cookie" else f"{field}.{kind}") from None
     raise HintError(field, "is not set", "name the connection by cookie, tuple or process")
 
 
-def _tuple(field: str, m: hints_pb2.Tuple) -> TupleSelector:
-    if not m.dst_addr:
-        raise HintError(f"{field}.dst_addr", "is empty", "give the peer's address")
-    dst = _address(f"{field}.dst_addr", m.dst_addr)
-    src = _address(f"{field}.src_addr", m.src_addr) if m.src_addr else None
-    if dst.is_unspecified or dst.is_multicast:
-        raise HintError(f"{field}.dst_addr", f"{dst} is no peer's address", "give a unicast address")
-    if src is not None and src.version != dst.version:
-        raise HintError(f"{field}.src_addr", f"{src} and {dst} are of different families", "use one family for both")
-    protocol = m.protocol or 6
-    if protocol not in (6, 17):
-        raise HintError(f"{field}.protocol", f"unknown protocol {protocol}", "use 6 (TCP, also 0) or 17 (UDP)")
-    sport, dport = _ports(f"{field}.src_port", m.src_port), _ports(f"{field}.dst_port", m.dst_port)
-    if protocol == 17 and (src is None or not (sport.exact and dport.exact)):
-        name = "src_addr" if src is None else "dst_port" if sport.exact else "src_port"
-        raise HintError(
-            f"{field}.{name}",
-            "is not exact",
-            "UDP needs both addresses and exact ports: its sockets may have many peers",
-        )
-    return TupleSelector(src, dst, sport, dport, protocol)
-
-
-def _process(field: str, m: hints_pb2.ProcessPeer) -> ProcessSelector:
-    if not 0 < m.pid <= PID_MAX:
-        raise HintError(f"{field}.pid", f"{m.pid} is no process id", f"1 to {PID_MAX}")
-    remote: Network | None = None
-    if m.remote:
-        try:
-            remote = ipaddress.ip_network(m.remote)
-        except ValueError as e:
-            raise HintError(
-                f"{field}.remote", str(e), "give an address or a prefix without host bits, such as 10.0.0.0/24"
-            ) from None
-    return ProcessSelector(m.pid, remote, _ports(f"{field}.remote_port", m.remote_port))
-
-
-def _address(field: str, text: str) -> Address:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        raise HintError(field, f"{text!r} is no IP address", "give an IPv4 or IPv6 address, no name") from None
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.scope_id is not None:
-            raise HintError(field, f"{text!r} has a zone", "leave out the part from % on")
-        # A dual-stack socket talks IPv4 on the wire, and the classifier sees the wire.
-        return address.ipv4_mapped or address
-    return address
-
-
-def _ports(field: str, m: hints_pb2.PortRange) -> PortRange:
-    first, last = m.first, m.last
-    if not first and not last:
-        return PortRange()
-    last = last or first
-    if not first <= last <= 65535:
-        raise HintError(field, f"{first}..{last} is no port range", "first <= last <= 65535; last 0: exactly first")
-    return PortRange(first, last)
+def _ports(m: hints_pb2.PortRange) -> tuple[int, int]:
+    return m.first, m.last

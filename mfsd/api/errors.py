@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from mfsd.v1 import hints_pb2 as pb
+
 if TYPE_CHECKING:
     import grpc
 
     from mfsd.model import HintError
+
+
+class Refused(Exception):  # noqa: N818 - it is no error of ours
+    """A call that this peer may not make; ``code`` is a google.rpc.Code."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.code = code
 
 
 def violation(code: int, field: str, problem: str, fix: str = "") -> Any:
@@ -27,10 +37,30 @@ def violation(code: int, field: str, problem: str, fix: str = "") -> Any:
     return status
 
 
-def of_hint(error: HintError, field: str = "") -> Any:
-    """The google.rpc.Status of a HintError; ``field`` replaces the error's own path."""
+def of_call(error: HintError | Refused) -> Any:
+    """The google.rpc.Status of a call that failed as a whole."""
+    if isinstance(error, Refused):
+        return status_pb2.Status(code=error.code, message=str(error))
+    return _of_hint(error, error.field)
+
+
+def rejection(error: HintError, field: str = "") -> pb.Error:
+    """The same of a single hint; ``field`` replaces the error's own path."""
+    return _as_error(_of_hint(error, field or error.field))
+
+
+def failure(field: str) -> pb.Error:
+    """A hint that we have tripped over."""
+    return _as_error(violation(code_pb2.INTERNAL, field, "mfsd failed; see its log"))
+
+
+def _of_hint(error: HintError, field: str) -> Any:
     code = code_pb2.RESOURCE_EXHAUSTED if error.exhausted else code_pb2.INVALID_ARGUMENT
-    return violation(code, field or error.field, error.problem, error.fix)
+    return violation(code, field, error.problem, error.fix)
+
+
+def _as_error(status: Any) -> pb.Error:
+    return pb.Error(code=status.code, message=status.message, details=status.details)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], status: Any) -> NoReturn:

@@ -3,7 +3,8 @@
 
 Everything runs on the daemon's one event loop, together with the engine: there are no threads and no locks around it.
 A batch is applied without giving way, so a stream's replies and the engine's state are always in the order of the
-batches. A bad hint costs only itself.
+batches. A bad hint costs only itself. A reply is sent when the kernel obeys what it answers: after the engine's next
+tick, for which all the batches that have come before it wait together.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from google.rpc import code_pb2
 
-from mfsd.api import errors
+from mfsd.api import columns, errors
+from mfsd.api.identity import TOKEN
 from mfsd.logs import Seldom
-from mfsd.model import Event, HintError
-from mfsd.v1 import hints_pb2, hints_pb2_grpc
+from mfsd.model import CookieSelector, Event, HintError, MarkHint, ProgressHint, TransferHint
+from mfsd.v1 import hints_pb2 as pb
+from mfsd.v1 import hints_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable
@@ -28,165 +33,343 @@ if TYPE_CHECKING:
     import grpc
 
     from mfsd.api.decode import Decoder
-    from mfsd.engine.books import Session
+    from mfsd.api.identity import Identities, Peer
     from mfsd.engine.engine import Engine
+    from mfsd.engine.records import Session, Watch
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+    class Ticks(Protocol):
+        """When the engine has ticked (mfsd.daemon.ticker.Ticker)."""
+
+        count: int
+
+        def poke(self, *, waiting: bool = False) -> None:
+            """Hints have come: tick soon. ``waiting``: nothing more comes from there before."""
+            ...
+
+        async def ticked(self) -> None:
+            """Return after the next tick, or soon anyway."""
+            ...
 
     class _Stream(Protocol):
         """Part of grpc.aio.ServicerContext that a streaming handler uses; the stubs leave it untyped."""
 
-        async def write(self, message: hints_pb2.HintReply) -> None: ...
+        async def write(self, message: pb.HintReply) -> None: ...
 
 
 EVENTS_PER_REPLY: Final = 256
 """Bounds the size of a reply; the others follow in the next one."""
+SETTLE_S: Final = 0.02
+"""A reply waits for the engine no longer than this."""
+LOOK_S: Final = 0.1
+"""A reply waits for a search of open connections no longer than this."""
+ROW: Final = -1
+"""Instead of a hint's index: it was a row of columns."""
+AHEAD: Final = 256
+"""Batches of one stream that wait to be answered; no more are read meanwhile."""
 
 log = structlog.get_logger(__name__)
 
 
-class HintsService(hints_pb2_grpc.HintsServicer):
-    """Serves mfsd.v1.Hints.
+@dataclass(slots=True)
+class Answer:
+    """A reply on its way."""
 
-    ``on_hints`` is called after each batch that changed something, so that the daemon can tick soon.
-    """
+    session: Session
+    reply: pb.HintReply
+    at: float
+    """When the batch was applied."""
+    tick: int
+    """The engine's count of ticks then."""
+    fresh: dict[Watch, int] = field(default_factory=dict)
+    """Selectors that are marked, or that the session has not used before; index of the first hint that named it."""
+
+
+class HintsService(hints_pb2_grpc.HintsServicer):
+    """Serves mfsd.v1.Hints."""
 
     def __init__(
         self,
         engine: Engine,
         decoder: Decoder,
+        identities: Identities,
+        ticks: Ticks,
         *,
-        on_hints: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.decoder = decoder
-        self._on_hints = on_hints
+        self._identities = identities
+        identities.ended = self._gone
+        self._ticks = ticks
         self._clock = clock
         self._seldom = Seldom()
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
-    def apply(self, batch: hints_pb2.HintBatch) -> tuple[Session, hints_pb2.HintReply]:
-        """Apply a batch. Raises HintError if no part of it can be (session, pid, size)."""
-        limit = self.decoder.limits.max_hints_per_batch
-        hints = batch.hints
-        if len(hints) > limit:
+    def apply(self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False) -> Answer:
+        """Apply a batch that ``peer`` says. Raises HintError or errors.Refused if no part of it can be.
+
+        ``alone``: the peer waits for the answer before it says more.
+        """
+        rows, steps = len(batch.transfers.ids), len(batch.progress.batch_ids)
+        limit, size = self.decoder.limits.max_hints_per_batch, len(batch.hints) + rows + steps
+        if size > limit:
             raise HintError(
                 "hints",
-                f"{len(hints)} hints in one batch",
+                f"{size} hints in one batch",
                 f"send at most {limit} at a time (limits.max_hints_per_batch)",
                 exhausted=True,
             )
-        engine, decode = self.engine, self.decoder.decode
-        now = self._clock()
-        session = engine.session(batch.session, batch.pid, now)
-        apply = engine.apply
-        reply = hints_pb2.HintReply(seq=batch.seq, epoch=engine.epoch)
-        accepted = 0
-        for index, hint in enumerate(hints):
-            try:
-                apply(session, decode(hint, now), now)
-            except HintError as e:
-                reply.rejected.add(index=index).status.CopyFrom(errors.of_hint(e, _full_path(e.field, hint)))
-            except Exception:  # what one hint trips over must cost neither the others nor the stream
-                if self._seldom("hint"):
-                    log.exception("hint failed", session=batch.session, seq=batch.seq, index=index)
-                status = errors.violation(code_pb2.INTERNAL, f"hints[{index}]", "mfsd failed; see its log")
-                reply.rejected.add(index=index).status.CopyFrom(status)
-            else:
-                accepted += 1
-        reply.accepted = accepted
+        engine, now = self.engine, self._clock()
+        session = self._session(batch.session, peer, now)
+        engine.hear(now)
+        answer = Answer(
+            session, pb.HintReply(seq=batch.seq, epoch=engine.epoch, takes_columns=True), now, self._ticks.count
+        )
+        reply, rejected = answer.reply, 0
+        if batch.hints:
+            rejected += self._singly(batch, answer, now)
+        if steps:
+            rejected += self._progress(batch.progress, answer, now)
+        if rows:
+            rejected += self._transfers(batch.transfers, answer, now)
+        reply.accepted = size - rejected
         counters = engine.books.counters
-        counters.hints_accepted += accepted
-        counters.hints_rejected += len(hints) - accepted
+        counters.hints_accepted += size - rejected
+        counters.hints_rejected += rejected
         if session.events:
             _drain(session, reply)
-        if accepted:
-            self._on_hints()
-        return session, reply
+        if reply.accepted:
+            self._ticks.poke(waiting=alone)
+        return answer
+
+    def _session(self, name: str, peer: Peer | None, now: float) -> Session:
+        """The session of that name, if it is the peer's. Raises HintError or errors.Refused."""
+        if peer is not None and peer.gone:
+            raise errors.Refused(code_pb2.UNAUTHENTICATED, "the connection that its token was given on is closed")
+        known = self.engine.books.sessions.get(name)
+        if known is not None and known.maker is not peer:
+            whose = "somebody without a token" if known.maker is None else f"process {known.pid} of user {known.uid}"
+            raise errors.Refused(
+                code_pb2.PERMISSION_DENIED, f"session {name!r} is that of {whose}; choose another name"
+            )
+        if peer is None:
+            return self.engine.session(name, now)
+        session = self.engine.session(name, now, pid=peer.pid, uid=peer.uid, maker=peer)
+        if known is None:
+            sessions = self.engine.books.sessions
+            peer.sessions = [s for s in peer.sessions if sessions.get(s.name) is s] + [session]
+        return session
+
+    def _singly(self, batch: pb.HintBatch, answer: Answer, now: float) -> int:
+        """Apply hints one by one; how many were rejected."""
+        session, reply = answer.session, answer.reply
+        decode, apply = self.decoder.decode, self.engine.apply
+        for index, message in enumerate(batch.hints):
+            try:
+                hint = decode(message, now)
+                apply(session, hint, now)
+            except HintError as e:
+                reply.rejected.add(index=index, status=errors.rejection(e, _full_path(e.field, message)))
+            except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
+                reply.rejected.add(index=index, status=self._failed(f"hints[{index}]", answer, e))
+            else:
+                if isinstance(hint, (TransferHint, MarkHint)) and not isinstance(hint.selector, CookieSelector):
+                    self._note(answer, index, hint, now)
+        return len(reply.rejected)
+
+    @staticmethod
+    def _note(answer: Answer, index: int, hint: TransferHint | MarkHint, now: float) -> None:
+        watch = answer.session.watches.get(hint.selector)
+        if watch is not None and (isinstance(hint, MarkHint) or (watch.since == now and not watch.looked)):
+            answer.fresh.setdefault(watch, index)
+
+    def _progress(self, message: pb.ProgressColumns, answer: Answer, now: float) -> int:
+        """Apply progress by columns; how many rows were rejected."""
+        part, rejected = pb.Rejection.PROGRESS, 0
+        try:
+            hints = list(columns.progress(self.decoder, message, now))
+        except HintError as e:
+            return _whole(answer.reply, part, len(message.batch_ids), e)
+        for row, hint in enumerate(hints):
+            error = errors.rejection(hint) if isinstance(hint, HintError) else self._step(answer, hint, row, now)
+            if error is not None:
+                rejected += 1
+                answer.reply.rejected.add(index=row, part=part, status=error)
+        return rejected
+
+    def _step(self, answer: Answer, hint: ProgressHint, row: int, now: float) -> pb.Error | None:
+        try:
+            self.engine.apply(answer.session, hint, now)
+        except HintError as e:
+            return errors.rejection(columns.of_progress_row(e, row))
+        except Exception as e:  # noqa: BLE001 - as above
+            return self._failed(f"progress[{row}]", answer, e)
+        return None
+
+    def _transfers(self, message: pb.TransferColumns, answer: Answer, now: float) -> int:
+        """Apply transfers by columns; how many rows were rejected."""
+        part, session = pb.Rejection.TRANSFERS, answer.session
+        try:
+            decoded, bad = columns.transfers(self.decoder, message, now)
+            refused = self.engine.transfers(session, decoded, now)
+        except HintError as e:
+            return _whole(answer.reply, part, len(message.ids), e)
+        except Exception as e:  # noqa: BLE001 - as above
+            answer.reply.rejected.add(part=part, rows=len(message.ids), status=self._failed("transfers", answer, e))
+            return len(message.ids)
+        bad += [(row, columns.of_transfer_row(e, row)) for row, e in refused]
+        for row, error in sorted(bad, key=lambda one: one[0]):
+            answer.reply.rejected.add(index=row, part=part, status=errors.rejection(error))
+        for selector in decoded.selectors:
+            watch = None if selector is None else session.watches.get(selector)
+            if watch is not None and watch.since == now and not watch.looked:
+                answer.fresh.setdefault(watch, ROW)
+        return len(bad)
+
+    def _failed(self, what: str, answer: Answer, error: Exception) -> pb.Error:
+        """Log a fault of ours; what the worker is told."""
+        if self._seldom("hint"):
+            log.error("hint failed", what=what, session=answer.session.name, seq=answer.reply.seq, exc_info=error)
+        return errors.failure(what)
+
+    # --- when the kernel obeys ----------------------------------------------------------------------------------------
+
+    async def settle(self, answer: Answer) -> pb.HintReply:
+        """The reply, complete, once the kernel obeys what it answers; or when that takes too long."""
+        if answer.reply.accepted:
+            fresh = answer.fresh
+            until = answer.at + (LOOK_S if fresh else SETTLE_S)
+            while self._ticks.count <= answer.tick or not all(watch.looked for watch in fresh):
+                if self._clock() >= until:
+                    break
+                await self._ticks.ticked()
+            for watch, index in fresh.items():
+                if watch.looked and index != ROW:
+                    answer.reply.matched.add(index=index, connections=len(watch.conns))
+        return answer.reply
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    async def Send(  # noqa: N802 - named by the proto
-        self, request: hints_pb2.HintBatch, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> hints_pb2.HintReply:
+    def _gone(self, peer: Peer) -> None:
+        """A client has closed its connection, or has ended."""
+        now = self._clock()
+        for session in peer.sessions:
+            self.engine.end_session(session, now)
+        peer.sessions.clear()
+        self._ticks.poke()
+
+    def _peer(self, context: Context) -> Peer | None:
+        """Who calls; None: somebody without a token. Raises errors.Refused."""
+        for key, value in context.invocation_metadata() or ():
+            if key == TOKEN:
+                found = self._identities.of(str(value))
+                if found is None:
+                    raise errors.Refused(
+                        code_pb2.UNAUTHENTICATED, "its token is not known; connect to the socket ending in .id again"
+                    )
+                return found
+        return None
+
+    async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - named by the proto
         """Unary call; see proto/mfsd/v1/hints.proto."""
         try:
-            return self.apply(request)[1]
-        except HintError as e:
-            await errors.abort(context, errors.of_hint(e))
+            return await self.settle(self.apply(request, self._peer(context), alone=True))
+        except (HintError, errors.Refused) as e:
+            await errors.abort(context, errors.of_call(e))
 
     async def Stream(  # type: ignore[override]  # noqa: N802 - named by the proto; grpc.aio takes writers, too
-        self, request_iterator: AsyncIterable[hints_pb2.HintBatch], context: grpc.aio.ServicerContext[Any, Any]
+        self, request_iterator: AsyncIterable[pb.HintBatch], context: Context
     ) -> None:
         """Streaming call: one reply per batch, in order, and events in between."""
-        feed = _EventFeed(self.engine, context)
+        answers = _Answers(self, context)
         try:
+            peer = self._peer(context)
             async for batch in request_iterator:
-                feed.check(batch.session)
-                session, reply = self.apply(batch)
-                feed.follow(session)
-                await feed.write(reply)
-        except HintError as e:
-            await feed.close()
-            await errors.abort(context, errors.of_hint(e))
+                answers.check(batch.session)
+                await answers.put(self.apply(batch, peer))
+            await answers.finish()
+        except (HintError, errors.Refused) as e:
+            await answers.finish()
+            await errors.abort(context, errors.of_call(e))
         finally:
-            await feed.close()
+            await answers.close()
 
 
-class _EventFeed:
-    """Writes a stream's replies, and its session's events as soon as they occur."""
+class _Answers:
+    """Writes a stream's replies when they are due, and its session's events as soon as they occur."""
 
-    def __init__(self, engine: Engine, stream: _Stream) -> None:
-        self._engine = engine
+    def __init__(self, service: HintsService, stream: _Stream) -> None:
+        self._service = service
         self._stream = stream
         self._session: Session | None = None
+        self._due: deque[Answer] = deque()
         self._happened = asyncio.Event()
         self._wake = self._happened.set
-        self._writing = asyncio.Lock()  # gRPC allows one outstanding write per call
-        self._task: asyncio.Task[None] | None = None
+        self._room = asyncio.Event()
+        self._over = False
+        self._task = asyncio.create_task(self._run())
 
     def check(self, name: str) -> None:
         """Raise HintError when a batch is of another session than the batches before it."""
         if self._session is not None and name != self._session.name:
             raise HintError("session", f"{name!r} on the stream of {self._session.name!r}", "open a stream for each")
 
-    def follow(self, session: Session) -> None:
-        """Deliver this session's events from now on. The latest stream of a session gets them."""
-        if session.wake is not self._wake:
-            self._session = session
-            session.wake = self._wake
-        if self._task is None:
-            self._task = asyncio.create_task(self._push())
+    async def put(self, answer: Answer) -> None:
+        """Answer one more batch, and deliver its session's events from now on: the latest stream of a session does."""
+        if answer.session.wake is not self._wake:
+            self._session = answer.session
+            answer.session.wake = self._wake
+        self._due.append(answer)
+        self._happened.set()
+        while len(self._due) >= AHEAD and not self._task.done():
+            self._room.clear()
+            await self._room.wait()
 
-    async def write(self, reply: hints_pb2.HintReply) -> None:
-        """Write one reply."""
-        async with self._writing:
-            await self._stream.write(reply)
+    async def _run(self) -> None:
+        try:
+            while self._due or not self._over:
+                await self._happened.wait()
+                self._happened.clear()
+                while self._due:
+                    await self._stream.write(await self._service.settle(self._due[0]))
+                    self._due.popleft()
+                    self._room.set()
+                session = self._session
+                while session is not None and session.events:
+                    reply = pb.HintReply(epoch=self._service.engine.epoch)
+                    _drain(session, reply)
+                    await self._stream.write(reply)
+        finally:
+            self._room.set()
 
-    async def _push(self) -> None:
-        while True:
-            await self._happened.wait()
-            self._happened.clear()
-            session = self._session
-            while session is not None and session.events:
-                reply = hints_pb2.HintReply(epoch=self._engine.epoch)
-                _drain(session, reply)
-                await self.write(reply)
+    async def finish(self) -> None:
+        """Answer what has been read."""
+        self._over = True
+        self._happened.set()
+        # The stream may be gone already, which a write in progress reports in gRPC's own ways.
+        with contextlib.suppress(Exception):
+            await self._task
 
     async def close(self) -> None:
         """Stop; events that come later wait for the session's next stream or call. Idempotent."""
         session, self._session = self._session, None
         if session is not None and session.wake is self._wake:
             session.wake = None
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            # The stream may be gone already, which a write in progress reports in gRPC's own ways.
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await self._task
 
 
-def _drain(session: Session, reply: hints_pb2.HintReply) -> None:
+def _whole(reply: pb.HintReply, part: pb.Rejection.Part.ValueType, rows: int, error: HintError) -> int:
+    """Reject all rows of columns for one reason; how many they are."""
+    reply.rejected.add(part=part, rows=rows, status=errors.rejection(error))
+    return rows
+
+
+def _drain(session: Session, reply: pb.HintReply) -> None:
     """Move events from a session into a reply."""
     for _ in range(min(len(session.events), EVENTS_PER_REPLY)):
         event: Event = session.events.popleft()
@@ -198,6 +381,6 @@ def _drain(session: Session, reply: hints_pb2.HintReply) -> None:
         )
 
 
-def _full_path(field: str, hint: hints_pb2.Hint) -> str:
+def _full_path(field: str, hint: pb.Hint) -> str:
     """Path from the hint down; what resolves selectors does not know in which kind of hint they stood."""
     return f"{hint.WhichOneof('body')}.{field}" if field.startswith("selector") else field

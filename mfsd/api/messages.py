@@ -11,15 +11,24 @@ import psutil
 import mfsd
 from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.engine.slots import NS
-from mfsd.model import INF, Mode, Stage
+from mfsd.model import INF, Mode, PortRange, ProcessSelector, Stage, TupleSelector
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import numpy.typing as npt
+
     from mfsd.api.operations import BandRow, Device, Operations
-    from mfsd.engine.books import Connection, Transfer
     from mfsd.engine.engine import Engine
+    from mfsd.engine.records import Connection, Transfer, Watch
+    from mfsd.model import Selector
     from mfsd.policy.views import Views
 
+NAMED: Final = 8
+"""Selectors without a connection that the notices name."""
+SHOWN: Final = 1000
+"""Transfers that an explanation lists."""
 SHOWN_SCAVENGER: Final = -2
 """Level numbers as shown: -1 none or not decided yet, -2 scavenger (proto mfsd.v1.Connection.level)."""
 _PROCESS: Final = psutil.Process()
@@ -29,6 +38,7 @@ def status(daemon: Operations, now: float) -> pb.Status:
     """One screen."""
     engine, books = daemon.engine, daemon.engine.books
     p50, p99 = daemon.tick_durations()
+    unseen = [w for w in engine.watches.unseen(now) if not _carried(engine, w)]
     return pb.Status(
         version=mfsd.__version__,
         uptime_s=now - daemon.started,
@@ -43,18 +53,51 @@ def status(daemon: Operations, now: float) -> pb.Status:
         transfers=books.transfers.n,
         connections=len(engine.connections),
         slots=len(engine.connections.table),
-        pending_selectors=len(books.waiting.rules),
+        pending_selectors=len(unseen),
         counters=pb.Counters(**{f.name: getattr(books.counters, f.name) for f in pb.Counters.DESCRIPTOR.fields}),
         rss_bytes=_PROCESS.memory_info().rss,
         tick_p50_ms=p50 * 1000,
         tick_p99_ms=p99 * 1000,
-        notices=daemon.notices(),
+        notices=[*daemon.notices(), *_unseen(unseen)],
     )
 
 
+def _carried(engine: Engine, watch: Watch) -> bool:
+    """Packets of an exact tuple pass, although no socket of this host is behind it (bridged pods)."""
+    packets = engine.connections.table.packets
+    return watch.stream is not None and any(packets[conn.slot] for conn in watch.stream.members)
+
+
+def _unseen(watches: Sequence[Watch]) -> Iterator[str]:
+    """Selectors that match nothing, in words; a few of them."""
+    for watch in watches[:NAMED]:
+        kind = "marks" if watch.mark is not None else "announces transfers on"
+        yield f"session {watch.session.name} {kind} {_words(watch.selector)}, which matches no connection"
+    if len(watches) > NAMED:
+        yield f"{len(watches) - NAMED} more selectors match no connection"
+
+
+def _words(selector: Selector) -> str:
+    if isinstance(selector, TupleSelector):
+        src = "" if selector.src is None else str(selector.src)
+        return f"{_host(src, selector.sport)} -> {_host(str(selector.dst), selector.dport)}"
+    if isinstance(selector, ProcessSelector):
+        remote = "anywhere" if selector.remote is None else str(selector.remote)
+        return f"process {selector.pid} -> {_host(remote, selector.dport)}"
+    return f"cookie {selector.cookie}"
+
+
+def _host(address: str, ports: PortRange) -> str:
+    text = f"[{address}]" if ":" in address else address or "any"
+    if ports == PortRange():
+        return text
+    return f"{text}:{ports.first}" if ports.exact else f"{text}:{ports.first}-{ports.last}"
+
+
 def _device(engine: Engine, index: int, device: Device) -> pb.Device:
-    on, table = engine.connections.device[: engine.connections.table.high], engine.connections.table
-    users = np.bincount(table.band[: table.high][table.used[: table.high] & (on == index)], minlength=256)
+    table = engine.connections.table
+    used = np.flatnonzero(table.used[: table.high]).astype(np.int32)
+    users = np.bincount(table.band[used[engine.connections.device_of(used) == index]], minlength=256)
     return pb.Device(
         name=device.name,
         ifindex=device.ifindex,
@@ -86,17 +129,20 @@ def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.
     )
 
 
-def connections(engine: Engine, now: float, limit: int = 0) -> list[pb.Connection]:
-    """Known connections, most urgent first; ``limit`` 0: all."""
-    ordered = sorted(engine.connections.by_slot.values(), key=lambda c: (c.band, c.slot))
-    return [_connection(engine, c, now) for c in (ordered[:limit] if limit else ordered)]
+def connections(engine: Engine, now: float, which: Iterable[Connection]) -> list[pb.Connection]:
+    """Connections as shown, in the order given."""
+    streams, rows = engine.books.streams, engine.books.transfers
+    of, high = rows.live("stream"), streams.high
+    left = np.bincount(of, weights=engine.steering.views(now).transfers.left, minlength=high).astype(np.float64)
+    waiting = np.bincount(of, minlength=high).astype(np.int64)
+    levels = engine.steering.levels()
+    return [_connection(engine, c, now, int(levels[c.slot]), left, waiting) for c in which]
 
 
-def transfers(engine: Engine, now: float, limit: int = 0) -> list[pb.TransferState]:
-    """Unfinished transfers, most urgent first; ``limit`` 0: all."""
-    views, rows = engine.steering.views(now), engine.books.transfers
-    ordered = np.lexsort((rows.live("deadline"), rows.live("level")))
-    return [_transfer(rows.objects[row], row, views) for row in (ordered[:limit] if limit else ordered).tolist()]
+def transfers(engine: Engine, now: float, which: Iterable[int]) -> list[pb.TransferState]:
+    """Unfinished transfers as shown, by row, in the order given."""
+    views, objects = engine.steering.views(now), engine.books.transfers.objects
+    return [_transfer(objects[row], row, views) for row in which]
 
 
 def explanation(
@@ -107,11 +153,11 @@ def explanation(
     if conn is None and not parts:
         return None
     if conn is not None and not parts:
-        parts = list(conn.queue)
+        parts = [t for stream in conn.streams for t in stream.queue]
     views, rows = engine.steering.views(now), engine.books.transfers
     out = pb.Explanation(
-        connection=None if conn is None else _connection(engine, conn, now),
-        transfers=[_transfer(t, rows.row(t), views) for t in parts],
+        connection=None if conn is None else connections(engine, now, [conn])[0],
+        transfers=[_transfer(t, rows.row(t), views) for t in parts[:SHOWN]],
     )
     if parts:
         first = min(parts, key=lambda t: rows.get(t, "level"))
@@ -123,7 +169,9 @@ def explanation(
     elif conn is not None:
         out.reasons.append(_at_rest(engine, conn))
     if conn is None:
-        out.reasons.append("no socket matches its selector yet; mfsd keeps looking")
+        out.reasons.append(
+            "no connection matches its selector yet; the first one that does is put into its band at once"
+        )
     if not engine.steers:
         out.reasons.append("packets are not steered: " + ("paused" if engine.paused else "the mode is observe"))
     return out
@@ -132,38 +180,44 @@ def explanation(
 def _find(
     engine: Engine, slot: int | None, cookie: int | None, transfer_id: str | None
 ) -> tuple[list[Transfer], Connection | None]:
+    known = engine.connections
     if transfer_id is not None:
-        parts = [t for s in engine.books.sessions.values() for t in s.transfers.get(transfer_id, ())]
-        return parts, parts[0].conn if parts else None
-    if slot is not None:
-        return [], engine.connections.by_slot.get(slot)
-    return [], next((c for c in engine.connections.by_slot.values() if c.cookie == cookie), None)
+        parts = [s.transfers[transfer_id] for s in engine.books.sessions.values() if transfer_id in s.transfers]
+        return parts, known.by_slot.get(int(engine.books.streams.slot[parts[0].stream.index])) if parts else None
+    return [], known.by_slot.get(slot) if slot is not None else known.by_cookie.get(cookie or 0)
 
 
 def _at_rest(engine: Engine, conn: Connection) -> str:
-    if conn.mark is not None:
-        return f"it is marked as stage {conn.mark.stage.name.lower()} and has no announced transfers"
+    if conn.marks:
+        stages = ", ".join(sorted({m.stage.name.lower() for m in conn.marks}))
+        return f"it is marked as stage {stages} and has no announced transfers"
     last = Stage(engine.connections.last_stage[conn.slot])
     if last is Stage.NONE:
         return "nothing has been announced on it: default band"
     return f"no announced transfers are left; bytes without a hint inherit its last stage, {last.name.lower()}"
 
 
-def _connection(engine: Engine, conn: Connection, now: float) -> pb.Connection:
-    known, rows = engine.connections, engine.books.transfers
-    where, sent = rows.rows(conn.queue), known.offset(conn)
-    left = np.maximum(rows.live("end")[where] - np.maximum(rows.live("start")[where], sent), 0.0).sum()
-    first = conn.queue[0] if conn.queue else conn.mark
+def _connection(
+    engine: Engine,
+    conn: Connection,
+    now: float,
+    level: int,
+    left: npt.NDArray[np.float64],
+    waiting: npt.NDArray[np.int64],
+) -> pb.Connection:
+    """``left`` and ``waiting``: bytes and transfers by stream. Those of several connections count for each of them."""
+    known = engine.connections
+    first = next((s.queue[0] for s in conn.streams if s.queue), None) or next(iter(conn.marks), None)
     return pb.Connection(
         slot=conn.slot,
         cookie=conn.cookie,
         endpoints=str(conn.endpoints) if conn.endpoints is not None else f"cookie {conn.cookie}",
-        level=_shown_level(conn.level),
+        level=_shown_level(level),
         band=engine.steering.bands.bands[conn.band].name,
         lane=conn.lane,
         stage=int(known.last_stage[conn.slot]) if first is None else first.stage.value,  # type: ignore[arg-type]  # an open enum
-        transfers=len(conn.queue),
-        bytes_left=round(float(left)),
+        transfers=sum(int(waiting[s.index]) for s in conn.streams),
+        bytes_left=round(sum(float(left[s.index]) for s in conn.streams)),
         bytes_sent=int(known.table.bytes[conn.slot]),
         promotions=conn.promotions,
         rescues=conn.rescues,
@@ -181,7 +235,7 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
         batch_id=transfer.batch.id if transfer.batch else "",
         stage=transfer.stage.value,  # type: ignore[arg-type]  # an open enum on the wire
         target_layer=int(view.target_layer[row]),
-        bytes=transfer.total,
+        bytes=int(view.size[row]),
         bytes_left=round(float(view.left[row])),
         level=_shown_level(int(view.level[row])),
         slot=int(view.conn[row]),
@@ -192,7 +246,7 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
     rate = float(views.link.rate[view.device[row]])
     if late and time_left < INF and rate > 0:
         out.mlu = float(view.left[row]) / (time_left * rate) if time_left > 0 else INF
-    if not late:
+    if transfer.stage.early:
         out.rli = int(view.target_layer[row] - view.current_layer[row])
     return out
 

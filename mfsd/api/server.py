@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's endpoints: a unix socket with group permissions, optionally TCP; hints, control, health, reflection."""
+"""The daemon's endpoints: hints, control, health, reflection on a unix socket and, if wanted, on TCP.
+
+Beside the unix socket, with the same permissions, there is the one that says who is who (identity.py).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import grp
 import os
+import socket
 import stat
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -13,11 +17,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from mfsd.api.identity import beside
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2, hints_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from mfsd.api.identity import Identities
 
 HINTS: Final = hints_pb2.DESCRIPTOR.services_by_name["Hints"].full_name
 CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
@@ -55,11 +62,16 @@ class Server:
     """One gRPC server with all services."""
 
     def __init__(
-        self, hints: hints_pb2_grpc.HintsServicer, control: control_pb2_grpc.ControlServicer, config: Where
+        self,
+        hints: hints_pb2_grpc.HintsServicer,
+        control: control_pb2_grpc.ControlServicer,
+        identities: Identities,
+        config: Where,
     ) -> None:
         self._config = config
-        self._bound = False
-        """The socket of that name is ours."""
+        self._identities = identities
+        self._bound: list[Path] = []
+        """Sockets of these names are ours."""
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
@@ -71,7 +83,10 @@ class Server:
 
     async def start(self) -> None:
         """Open the endpoints and serve. Raises ServerError. The caller holds the daemon's lock."""
-        self._bind_socket(self._config.socket)
+        path = self._config.socket
+        # First, so that whoever finds the other one finds this.
+        await self._identities.serve(self._listen(beside(path)))
+        self._bind(path, lambda: self._server.add_insecure_port(f"unix:{path}"))
         if self._config.listen is not None:
             try:
                 self._server.add_insecure_port(self._config.listen)
@@ -81,17 +96,27 @@ class Server:
         for name in ("", HINTS, CONTROL):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    def _bind_socket(self, path: Path) -> None:
+    def _listen(self, path: Path) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._bind(path, lambda: listener.bind(str(path)))
+        except BaseException:
+            listener.close()
+            raise
+        listener.setblocking(False)
+        return listener
+
+    def _bind(self, path: Path, bind: Callable[[], object]) -> None:
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             _remove_stale(path)
             # Nobody else may connect before the group is set.
             before = os.umask(0o177)
             try:
-                self._server.add_insecure_port(f"unix:{path}")
+                bind()
             finally:
                 os.umask(before)
-            self._bound = True
+            self._bound.append(path)
             self._set_group(path)
             path.chmod(0o660)
         except (OSError, RuntimeError) as e:
@@ -117,9 +142,10 @@ class Server:
         """Say NOT_SERVING, let short calls finish, close the endpoints."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(STOP_S)
-        if self._bound:
+        self._identities.close()
+        for path in self._bound:
             with contextlib.suppress(OSError):
-                self._config.socket.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
 def _remove_stale(path: Path) -> None:

@@ -8,12 +8,16 @@ command's module is imported when it is used.
 from __future__ import annotations
 
 import os
+import sys
 
 
 def main() -> None:
     """Entry point of ``mfsctl``; exits with one of `mfsd.cli.errors.Exit`."""
     # gRPC tells its own story on stderr ("Got goaway ...") otherwise; errors reach people through errors.py.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from mfsd.cli.app import mfsctl  # noqa: PLC0415 - importing mfsd.cli must not cost more than its name
+    try:
+        from mfsd.cli.app import mfsctl  # noqa: PLC0415 - importing mfsd.cli must not cost more than its name
+    except ModuleNotFoundError as e:
+        sys.exit(f"mfsctl: {e}; an install for workers has none of it: pip install 'mfsd[daemon]'")
 
     mfsctl(prog_name="mfsctl")

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
     Body = Callable[..., pb.Hint]
 
-STAGES: Final = {"kv-reuse": pb.STAGE_KV_REUSE, "collective": pb.STAGE_COLLECTIVE, "p2d": pb.STAGE_P2D}
+STAGES: Final = {
+    "kv-reuse": pb.STAGE_KV_REUSE,
+    "collective": pb.STAGE_COLLECTIVE,
+    "p2d": pb.STAGE_P2D,
+    "background": pb.STAGE_BACKGROUND,
+}
 KIND: Final = click.Choice(["transfer", "request", "batch"])
 
 
@@ -29,8 +34,8 @@ KIND: Final = click.Choice(["transfer", "request", "batch"])
 def hint() -> None:
     """Send one hint by hand.
 
-    All calls with the same --session belong together, as those of one worker do. Without --session-pid the session
-    ends when its hints expire.
+    All calls with the same --session belong together, as those of one worker do. The session ends when nothing that
+    it said is alive; its marks stay until they are taken back.
     """
 
 
@@ -39,12 +44,9 @@ def _hint(name: str) -> Callable[[Body], click.Command]:
 
     def wrap(f: Body) -> click.Command:
         @functools.wraps(f)
-        def run(g: Globals, session: str, session_pid: int, **kwargs: Any) -> None:
-            _send(g, session, session_pid, f(**kwargs))
+        def run(g: Globals, session: str, **kwargs: Any) -> None:
+            _send(g, session, f(**kwargs))
 
-        run = click.option(
-            "--session-pid", type=click.IntRange(0), default=0, help="Process whose end ends the session; 0: none."
-        )(run)
         run = click.option("--session", default="mfsctl", show_default=True, help="Session that the hint belongs to.")(
             run
         )
@@ -54,8 +56,8 @@ def _hint(name: str) -> Callable[[Body], click.Command]:
     return wrap
 
 
-def _send(g: Globals, session: str, pid: int, body: pb.Hint) -> None:
-    batch = pb.HintBatch(session=session, pid=pid, seq=1, hints=[body])
+def _send(g: Globals, session: str, body: pb.Hint) -> None:
+    batch = pb.HintBatch(session=session, seq=1, hints=[body])
     with hints(g.socket) as daemon:
         reply = daemon.Send(batch, timeout=TIMEOUT_S)
     if g.json:
@@ -66,11 +68,20 @@ def _send(g: Globals, session: str, pid: int, body: pb.Hint) -> None:
             click.echo(f"{event.transfer_id or event.request_id}: {kind}: {event.reason}")
         if reply.accepted:
             click.echo("accepted")
+        for matched in reply.matched:
+            click.echo(_match(matched.connections))
         for rejection in reply.rejected:
             for line in _violations(rejection):
                 click.echo(f"mfsctl: rejected: {line}", err=True)
     if reply.rejected:
         raise click.exceptions.Exit(Exit.BAD_NEWS)
+
+
+def _match(connections: int) -> str:
+    """What its selector matches now, in words."""
+    if not connections:
+        return "no connection matches now; those still to come will"
+    return "1 connection matches now" if connections == 1 else f"{connections} connections match now"
 
 
 def _violations(rejection: pb.Rejection) -> list[str]:
@@ -142,7 +153,7 @@ def progress(batch_id: str, layer: int, *, compute_done: bool) -> pb.Hint:
 def _selector_options(f: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--udp", is_flag=True, help="The tuple is UDP's."),
-        click.option("--pid", type=click.IntRange(1), help="Sockets of this process."),
+        click.option("--pid", type=click.IntRange(1), help="Sockets of this process and its children."),
         click.option("--to", "to", type=ENDPOINT, help="Remote ADDRESS[:PORT[-PORT]]; with --pid also a network."),
         click.option("--from", "from_", type=ENDPOINT, help="Local [ADDRESS][:PORT[-PORT]]."),
         click.option("--cookie", type=click.IntRange(1), help="The socket with this SO_COOKIE."),
@@ -185,6 +196,11 @@ def _ports(endpoint: Endpoint | None) -> pb.PortRange:
     return pb.PortRange() if endpoint is None else pb.PortRange(first=endpoint.first, last=endpoint.last)
 
 
+INTERLEAVED: Final = click.option(
+    "--interleaved", is_flag=True, help="Bytes of several transfers are written in turns, not one after the other."
+)
+
+
 @_hint("transfer")
 @click.argument("id_", metavar="ID")
 @click.option("--stage", type=click.Choice(list(STAGES)), required=True, help="Network stage.")
@@ -193,6 +209,7 @@ def _ports(endpoint: Endpoint | None) -> pb.PortRange:
 @click.option("--batch", "batch_id", default="", help="Batch that it belongs to.")
 @click.option("--layer", type=click.IntRange(0), default=0, help="Layer that consumes or produces the data.")
 @click.option("--deadline", type=DURATION, default=0.0, help="Its own deadline from now; default: the request's.")
+@INTERLEAVED
 @TTL
 @_selector_options
 def transfer(  # one argument per field of the message
@@ -204,6 +221,8 @@ def transfer(  # one argument per field of the message
     layer: int,
     deadline: float,
     ttl: float,
+    *,
+    interleaved: bool,
     **selector: Any,
 ) -> pb.Hint:
     """Announce bytes about to be written to a connection."""
@@ -218,6 +237,7 @@ def transfer(  # one argument per field of the message
             selector=_selector(**selector),
             deadline_us=_us(deadline),
             ttl_us=_us(ttl),
+            interleaved=interleaved,
         )
     )
 
@@ -240,9 +260,9 @@ def cancel(kind: str, id_: str) -> pb.Hint:
 
 @_hint("mark")
 @click.option("--stage", type=click.Choice([*STAGES, "none"]), required=True, help="none takes the mark back.")
+@INTERLEAVED
 @_selector_options
-def mark(stage: str, **selector: Any) -> pb.Hint:
-    """Say that what is sent on connections without a hint belongs to a stage."""
-    return pb.Hint(
-        connection=pb.ConnectionMark(selector=_selector(**selector), stage=STAGES.get(stage, pb.STAGE_UNSPECIFIED))
-    )
+def mark(stage: str, *, interleaved: bool, **selector: Any) -> pb.Hint:
+    """Say that what is sent on connections without a hint belongs to a stage, and how many those are now."""
+    number = STAGES.get(stage, pb.STAGE_UNSPECIFIED)
+    return pb.Hint(connection=pb.ConnectionMark(selector=_selector(**selector), stage=number, interleaved=interleaved))

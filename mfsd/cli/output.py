@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 from google.protobuf import json_format
@@ -13,6 +14,9 @@ from google.protobuf import json_format
 from mfsd import tables
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from google.protobuf.descriptor import FieldDescriptor
     from google.protobuf.message import Message
 
 
@@ -30,6 +34,46 @@ def print_json(value: Message | dict[str, Any] | list[Any], *, lines: bool = Fal
     """One JSON document; with ``lines`` in one line, for streams of them."""
     data = value if isinstance(value, (dict, list)) else as_dict(value)
     click.echo(json.dumps(data, indent=None if lines else 2, ensure_ascii=False))
+
+
+def print_rows(name: str, rows: Sequence[Message]) -> None:
+    """A JSON object with one list of many messages of one kind, a line each: as ``as_dict``, but many times as fast."""
+    click.echo(f'{{"{name}": [', nl=not rows)
+    if rows:
+        fields = [_field(cast("FieldDescriptor", f)) for f in rows[0].DESCRIPTOR.fields]
+        texts = (
+            json.dumps(
+                {f: to_json(getattr(m, f)) for f, to_json, optional in fields if not optional or m.HasField(f)},
+                ensure_ascii=False,
+            )
+            for m in rows
+        )
+        click.echo("\n  " + ",\n  ".join(texts))
+    click.echo("]}")
+
+
+def _field(field: FieldDescriptor) -> tuple[str, Callable[[Any], Any], bool]:
+    """Name, how its values become JSON, and whether it may be absent. Scalar fields only."""
+    as_text = (field.TYPE_INT64, field.TYPE_UINT64, field.TYPE_SINT64, field.TYPE_FIXED64, field.TYPE_SFIXED64)
+    how: Callable[[Any], Any] = _same
+    if field.type in as_text:
+        how = str
+    elif field.enum_type is not None:
+        names = {number: value.name for number, value in field.enum_type.values_by_number.items()}
+        how = lambda number: names.get(number, number)  # noqa: E731 - one of several
+    elif field.type == field.TYPE_DOUBLE:
+        how = _double
+    return field.name, how, field.has_presence
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _double(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def paragraph(text: str, first: str = "") -> str:
@@ -63,7 +107,7 @@ def shell(text: str, indent: str) -> str:
     return " \\\n".join(lines)
 
 
-STAGES: Final = {0: "-", 1: "kv-reuse", 2: "collective", 3: "p2d"}
+STAGES: Final = {0: "-", 1: "kv-reuse", 2: "collective", 3: "p2d", 4: "background"}
 
 
 def level(number: int) -> str:

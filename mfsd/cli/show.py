@@ -168,16 +168,28 @@ def print_status(g: Globals, answer: pb.Status) -> None:
         tables.console().print(render_status(answer))
 
 
+def _paged(call: Any, request: Any, rows: str, limit: int) -> list[Any]:
+    """All rows of a list that comes in pages; ``limit`` 0: all."""
+    out: list[Any] = []
+    while True:
+        request.page_size = limit - len(out) if limit else 0
+        page = call(request, timeout=TIMEOUT_S)
+        out += getattr(page, rows)
+        request.page_token = page.next_page_token
+        if not page.next_page_token or (limit and len(out) >= limit):
+            return out
+
+
 @command("connections")
 @LIMIT
 def connections(g: Globals, limit: int) -> None:
     """Connections that mfsd knows, most urgent first."""
     with control(g.socket) as daemon:
-        answer = daemon.ListConnections(pb.ListConnectionsRequest(limit=limit), timeout=TIMEOUT_S)
+        rows = _paged(daemon.ListConnections, pb.ListConnectionsRequest(), "connections", limit)
     if g.json:
-        output.print_json(answer)
+        output.print_rows("connections", rows)
     else:
-        tables.console().print(render_connections(answer.connections))
+        tables.console().print(render_connections(rows))
 
 
 @command("transfers")
@@ -185,11 +197,11 @@ def connections(g: Globals, limit: int) -> None:
 def transfers(g: Globals, limit: int) -> None:
     """Transfers that are not finished, most urgent first."""
     with control(g.socket) as daemon:
-        answer = daemon.ListTransfers(pb.ListTransfersRequest(limit=limit), timeout=TIMEOUT_S)
+        rows = _paged(daemon.ListTransfers, pb.ListTransfersRequest(), "transfers", limit)
     if g.json:
-        output.print_json(answer)
+        output.print_rows("transfers", rows)
     else:
-        tables.console().print(render_transfers(answer.transfers))
+        tables.console().print(render_transfers(rows))
 
 
 @command("watch")

@@ -7,20 +7,23 @@
         sock.sendall(...)
         mfsd.done(transfer="r1/l0")
 
-Needs grpcio, protobuf and googleapis-common-protos only (``pip install mfsd[client]``), and no privileges.
+Needs grpcio and protobuf only (``pip install mfsd``), and no privileges.
 """
 
-from mfsd.client.client import Client, Rejected, Stats
-from mfsd.client.selectors import cookie_of, process_peer, tuple_of
+from mfsd.client.client import Client, Rejected, Stats, Transfer
+from mfsd.client.selectors import Cookie, Fd, cookie_of, process_peer, tuple_of
 from mfsd.model import Event, EventKind, Stage
 
 __all__ = [
     "Client",
+    "Cookie",
     "Event",
     "EventKind",
+    "Fd",
     "Rejected",
     "Stage",
     "Stats",
+    "Transfer",
     "cookie_of",
     "process_peer",
     "tuple_of",

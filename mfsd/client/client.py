@@ -11,12 +11,14 @@ import atexit
 import os
 import secrets
 import socket
+import sys
 import time
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from mfsd.client.link import Link, Rejected, Stats
-from mfsd.client.selectors import Connection, selector_of
+from mfsd.client.selectors import Connection, Named, name
 from mfsd.model import (
     INF,
     BatchHint,
@@ -36,13 +38,29 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["Client", "Rejected", "Stats"]
+__all__ = ["Client", "Rejected", "Stats", "Transfer"]
 
 DEFAULT_TARGET: Final = "unix:/run/mfsd/mfsd.sock"
 TARGET_VARIABLE: Final = "MFSD_TARGET"
 """Environment variable that replaces the default target; empty: send no hints at all."""
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What ``Client.transfer`` is told, for ``Client.transfers``."""
+
+    id: str
+    connection: Connection
+    size: int
+    stage: Stage
+    request: str = ""
+    batch: str = ""
+    layer: int = 0
+    deadline_s: float | None = None
+    ttl_s: float = 0.0
+    interleaved: bool = False
 
 
 class Client:
@@ -52,9 +70,11 @@ class Client:
     ``target`` is a gRPC address; "" sends nothing; None: the environment's MFSD_TARGET, else the default socket.
     ``queue`` bounds the hints that wait for the background thread: when it is full the oldest goes (``stats.dropped``).
     ``batch`` is how many hints a message takes at most. ``on_event`` and ``on_rejected`` are called from the background
-    thread and must return soon.
+    thread and must return soon; for a connection that can't be hinted ``on_rejected`` is called at once, from yours.
 
-    After a fork the child's client is closed, since neither the thread nor gRPC survives it: make one in the child.
+    What it has said ends with ``close``, and with the process. After a fork the child's client is closed, since neither
+    the thread nor gRPC survives it: make one in the child. Under gevent's patched threads it can't work, and raises
+    RuntimeError.
     """
 
     def __init__(
@@ -67,13 +87,13 @@ class Client:
         on_event: Callable[[Event], None] | None = None,
         on_rejected: Callable[[Rejected], None] | None = None,
     ) -> None:
-        pid = os.getpid()
         if target is None:
             target = os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
-        self.session = session or f"{socket.gethostname()}:{pid}:{secrets.token_hex(6)}"
+        self.session = session or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(6)}"
         self._link: Link | None = None
         if target:
-            self._link = Link(self.session, pid, target, queue, batch, on_event, on_rejected)
+            _need_threads()
+            self._link = Link(self.session, target, queue, batch, on_event, on_rejected)
         _clients.add(self)
 
     # --- hints --------------------------------------------------------------------------------------------------------
@@ -116,15 +136,52 @@ class Client:
         layer: int = 0,
         deadline_s: float | None = None,
         ttl_s: float = 0.0,
+        interleaved: bool = False,
     ) -> None:
         """Announce ``size`` payload bytes about to be written to a connection, in the order of writing.
 
-        ``request`` or ``batch`` (or both) own it. ``layer`` consumes (stage 1), executes (2) or produced (3) the data.
-        ``deadline_s`` is from now; None: its request's. Raises OSError for a closed socket.
+        ``request`` or ``batch`` (or both) own it; collectives and background need neither. ``layer`` consumes (stage
+        1), executes (2) or produced (3) the data. ``deadline_s`` is from now; None: its request's. ``interleaved``: its
+        bytes and those of others are written in turns. Raises OSError for a closed socket.
         """
-        deadline = INF if deadline_s is None else time.monotonic() + deadline_s
-        selector = selector_of(connection)
-        self._say(TransferHint(transfer_id, request, batch, stage, layer, size, selector, deadline, ttl_s))
+        self.transfers(
+            [
+                Transfer(
+                    transfer_id, connection, size, stage, request, batch, layer, deadline_s, ttl_s,
+                    interleaved=interleaved,
+                )
+            ]
+        )  # fmt: skip
+
+    def transfers(self, transfers: Iterable[Transfer]) -> None:
+        """Announce many at once, which costs the daemon a fraction; as ``transfer`` for each, in their order."""
+        now = time.monotonic()
+        known: dict[int, tuple[Connection, Named]] = {}
+        """By identity; the connection is kept so that no other one gets its number."""
+        hints: list[Hint] = []
+        for t in transfers:
+            if id(t.connection) not in known:
+                known[id(t.connection)] = t.connection, name(t.connection)
+            named = known[id(t.connection)][1]
+            hint = TransferHint(
+                t.id,
+                t.request,
+                t.batch,
+                t.stage,
+                t.layer,
+                t.size,
+                named.selector,
+                INF if t.deadline_s is None else now + t.deadline_s,
+                t.ttl_s,
+                not t.interleaved,
+                named.position,
+            )
+            if named.fault:
+                self._refuse(hint, named)
+            else:
+                hints.append(hint)
+        if self._link is not None and hints:
+            self._link.put(*hints)
 
     def done(self, *, transfer: str = "", request: str = "", batch: str = "") -> None:
         """Say that all bytes of a transfer, or of all that a request or batch owns, have been handed to the socket."""
@@ -134,19 +191,31 @@ class Client:
         """Say that the bytes will not come."""
         self._end(transfer, request, batch, cancelled=True)
 
-    def mark(self, connection: Connection, stage: Stage) -> None:
-        """Give a connection a static stage, for bytes that no transfer announces (a collective group's sockets)."""
-        self._say(MarkHint(selector_of(connection), stage))
+    def mark(self, connection: Connection, stage: Stage, *, interleaved: bool = False) -> None:
+        """Give a connection a static stage, for bytes that no transfer announces (a collective group's sockets).
+
+        ``interleaved``: so are the bytes of transfers that are announced on it.
+        """
+        named = name(connection)
+        hint = MarkHint(named.selector, stage, not interleaved)
+        if named.fault:
+            self._refuse(hint, named)
+        else:
+            self._say(hint)
 
     def unmark(self, connection: Connection) -> None:
         """Take a mark back."""
-        self._say(MarkHint(selector_of(connection), Stage.NONE))
+        self._say(MarkHint(name(connection).selector, Stage.NONE))
+
+    def _refuse(self, hint: Hint, named: Named) -> None:
+        if self._link is not None:
+            self._link.refuse(hint, named.fault)
 
     def _end(self, transfer: str, request: str, batch: str, *, cancelled: bool) -> None:
         named = [(What.TRANSFER, transfer), (What.REQUEST, request), (What.BATCH, batch)]
-        for what, name in named:
-            if name:
-                self._say(EndHint(what, name, cancelled))
+        for what, one in named:
+            if one:
+                self._say(EndHint(what, one, cancelled))
 
     def _say(self, hint: Hint) -> None:
         if self._link is not None:
@@ -160,7 +229,10 @@ class Client:
         return self._link.stats() if self._link is not None else Stats()
 
     def flush(self, timeout: float = 1.0) -> bool:
-        """Wait until the daemon has answered everything said so far. False when it has not within ``timeout`` s."""
+        """Wait until the daemon has answered everything said so far, which it does when the kernel obeys.
+
+        False when it has not within ``timeout`` seconds.
+        """
         return self._link is None or self._link.flush(timeout)
 
     def close(self, timeout: float = 0.2) -> None:
@@ -178,7 +250,19 @@ class Client:
         self.close()
 
     def _forked(self) -> None:
-        self._link = None
+        link, self._link = self._link, None
+        if link is not None:
+            link.forked()
+
+
+def _need_threads() -> None:
+    """Raise RuntimeError where threads are not what they seem: gRPC's wait in C, and greenlets among them never run."""
+    patched = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", None)
+    if patched is not None and (patched("threading") or patched("thread")):
+        raise RuntimeError(
+            "mfsd.client needs real threads, but gevent has patched them: patch with thread=False, send the hints from "
+            f"another process, or set {TARGET_VARIABLE} to nothing (or target='') to send none"
+        )
 
 
 def _close_all() -> None:

@@ -6,7 +6,8 @@ The reverse of mfsd/api/decode.py. A hint may wait for a connection to the daemo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, assert_never, cast
 
 from mfsd.model import (
     INF,
@@ -23,12 +24,50 @@ from mfsd.model import (
     TupleSelector,
     What,
 )
+from mfsd.v1 import hints_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from google.protobuf.internal.containers import RepeatedScalarFieldContainer
+
     from mfsd.v1 import hints_pb2 as pb
 
+COLUMNS: Final = 8
+"""Transfers in a row for which columns pay."""
 _END_FIELD = {What.TRANSFER: "transfer_id", What.REQUEST: "request_id", What.BATCH: "batch_id"}
 _ANY_PORT = PortRange()
+INTERLEAVED = 1
+"""Bit of TransferColumns.flags."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Hints of one message; those from ``columns`` on are transfers, and go by columns."""
+
+    hints: list[Hint]
+    columns: int
+
+    def meant(self, rejection: pb.Rejection) -> list[Hint]:
+        """What was rejected."""
+        first = rejection.index + (self.columns if rejection.part == hints_pb2.Rejection.TRANSFERS else 0)
+        return self.hints[first : first + max(rejection.rows, 1)]
+
+
+def split(hints: list[Hint]) -> Batch:
+    """As many of the hints as one message can hold in their order: the daemon applies columns after the others."""
+    kinds = [isinstance(hint, TransferHint) for hint in hints]
+    first = kinds.index(True) if True in kinds else len(hints)
+    end = kinds.index(False, first) if False in kinds[first:] else len(hints)
+    return Batch(hints[:end], first) if end - first >= COLUMNS else Batch(hints, len(hints))
+
+
+def encode_batch(batch: Batch, now: float, out: pb.HintBatch) -> None:
+    """Write all hints of a batch."""
+    for hint in batch.hints[: batch.columns]:
+        encode(hint, now, out.hints.add())
+    if len(batch.hints) > batch.columns:
+        encode_columns(cast("list[TransferHint]", batch.hints[batch.columns :]), now, out.transfers)
 
 
 def encode(hint: Hint, now: float, out: pb.Hint) -> None:
@@ -40,6 +79,7 @@ def encode(hint: Hint, now: float, out: pb.Hint) -> None:
         if hint.deadline != INF:
             m.deadline_us = _left_us(hint.deadline, now)
         m.ttl_us = int(hint.ttl * 1e6)
+        m.interleaved, m.position = not hint.ordered, hint.position
         _selector(hint.selector, m.selector)
     elif isinstance(hint, ProgressHint):
         p = out.progress
@@ -59,9 +99,39 @@ def encode(hint: Hint, now: float, out: pb.Hint) -> None:
         b.layer_compute_us = int(hint.layer_compute * 1e6)
     elif isinstance(hint, MarkHint):
         out.connection.stage = int(hint.stage)  # type: ignore[assignment]  # an open enum on the wire
+        out.connection.interleaved = not hint.ordered
         _selector(hint.selector, out.connection.selector)
     else:
         assert_never(hint)
+
+
+def encode_columns(hints: Sequence[TransferHint], now: float, out: pb.TransferColumns) -> None:
+    """Write transfers into empty columns, in their order."""
+    owners: dict[str, int] = {"": 0}
+    selectors: dict[Selector, int] = {}
+    out.ids.extend([h.id for h in hints])
+    _fill(out.request, [owners.setdefault(h.request_id, len(owners)) for h in hints])
+    _fill(out.batch, [owners.setdefault(h.batch_id, len(owners)) for h in hints])
+    out.owners.extend(list(owners)[1:])
+    _fill(out.stage, [int(h.stage) for h in hints])
+    _fill(out.target_layer, [h.target_layer for h in hints])
+    _fill(out.bytes, [h.size for h in hints])
+    _fill(out.selector, [selectors.setdefault(h.selector, len(selectors)) for h in hints])
+    for selector in selectors:
+        _selector(selector, out.selectors.add())
+    _fill(out.deadline_us, [0 if h.deadline == INF else _left_us(h.deadline, now) for h in hints])
+    _fill(out.position, [h.position for h in hints])
+    _fill(out.flags, [0 if h.ordered else INTERLEAVED for h in hints])
+    _fill(out.ttl_us, [int(h.ttl * 1e6) for h in hints])
+
+
+def _fill(column: RepeatedScalarFieldContainer[int], values: list[int]) -> None:
+    """A value that holds for all rows is written once, and the default not at all."""
+    first = values[0]
+    if values.count(first) < len(values):
+        column.extend(values)
+    elif first:
+        column.append(first)
 
 
 def _left_us(deadline: float, now: float) -> int:

@@ -37,6 +37,8 @@ class Entry:
 
     hint: Hint
     expires: float
+    gone_before: int = 0
+    """Of a transfer: what ``Ledger`` counted as ended on its connection when it was entered."""
 
 
 @dataclass(slots=True)
@@ -51,6 +53,8 @@ class Ledger:
     _progress: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
     _transfers: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
     _marks: OrderedDict[Selector, Entry] = field(default_factory=OrderedDict)
+    _ended: dict[Selector, list[int]] = field(default_factory=dict)
+    """Of each connection with transfers: how many there are, and bytes of those that have ended since there are any."""
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._parts())
@@ -64,7 +68,11 @@ class Ledger:
         if isinstance(hint, TransferHint):
             owner = self._requests.get(hint.request_id)
             due = min(hint.deadline, owner.hint.deadline if owner and isinstance(owner.hint, RequestHint) else INF)
+            self._drop(self._transfers, hint.id)
+            count = self._ended.setdefault(hint.selector, [0, 0])
+            count[0] += 1
             self._put(self._transfers, hint.id, hint, (due if due != INF else now) + (hint.ttl or DEFAULT_TTL_S))
+            self._transfers[hint.id].gone_before = count[1]
         elif isinstance(hint, RequestHint):
             self._put(self._requests, hint.id, hint, max(hint.deadline, now) + (hint.ttl or DEFAULT_TTL_S))
         elif isinstance(hint, BatchHint):
@@ -87,12 +95,23 @@ class Ledger:
         part.pop(key, None)
         part[key] = Entry(hint, expires)
         if len(part) > self.limit:
-            part.popitem(last=False)
+            self._drop(part, next(iter(part)))
             self.forgotten += 1
+
+    def _drop(self, part: OrderedDict[str, Entry], key: str, *, done: bool = False) -> None:
+        """Forget an entry, if it is there; ``done``: the bytes of a transfer have been written."""
+        entry = part.pop(key, None)
+        if entry is None or not isinstance(entry.hint, TransferHint):
+            return
+        count = self._ended[entry.hint.selector]
+        count[0] -= 1
+        count[1] += entry.hint.size * done
+        if not count[0]:
+            del self._ended[entry.hint.selector]
 
     def _end(self, hint: EndHint) -> None:
         if hint.what is What.TRANSFER:
-            self._transfers.pop(hint.id, None)
+            self._drop(self._transfers, hint.id, done=not hint.cancelled)
             return
         if hint.what is What.REQUEST:
             self._requests.pop(hint.id, None)
@@ -108,21 +127,28 @@ class Ledger:
         """
         for part in self._parts():
             for key in [k for k, e in part.items() if e.expires < now]:
-                del part[key]
+                self._drop(part, key)
         for entry in self._marks.values():
             yield entry.hint
         for part in self._parts():
             for entry in part.values():
                 if self._orphan(entry.hint):
                     continue
-                yield self._without_dead_owner(entry.hint)
+                yield self._without_dead_owner(self._placed(entry))
+
+    def _placed(self, entry: Entry) -> Hint:
+        """A transfer begins where it was announced, or behind those before it that have been written since."""
+        hint = entry.hint
+        if isinstance(hint, TransferHint) and hint.position:
+            return replace(hint, position=hint.position + self._ended[hint.selector][1] - entry.gone_before)
+        return hint
 
     def _orphan(self, hint: Hint) -> bool:
         if isinstance(hint, ProgressHint):
             return hint.batch_id not in self._batches and hint.batch_id not in self._requests
         if isinstance(hint, TransferHint):
             known = hint.request_id in self._requests or hint.batch_id in self._batches
-            return not known and hint.stage is not Stage.COLLECTIVE
+            return not known and not hint.stage.ownerless
         return False
 
     def _without_dead_owner(self, hint: Hint) -> Hint:

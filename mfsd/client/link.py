@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
-from mfsd.client.encode import encode
+from mfsd.client.encode import Batch, encode_batch, split
+from mfsd.client.introduction import TOKEN, Introduction, NotWelcomeError
 from mfsd.client.ledger import Ledger
 from mfsd.model import Event, EventKind, Hint
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
@@ -31,6 +32,11 @@ WINDOW: Final = 32
 BACKOFF_S: Final = (0.05, 5.0)
 """First and longest time between attempts to connect."""
 WARN_S: Final = 10.0
+"""Least time between two warnings about hints that are refused."""
+AWAY_S: Final = 30.0
+"""A daemon that can't be reached for so long is worth a warning."""
+CAUSES: Final = 64
+"""Things warned of once that are remembered."""
 
 log = logging.getLogger("mfsd.client")
 
@@ -68,7 +74,9 @@ class _Stream:
     epoch: int = 0
     """From the first reply; 0: not yet."""
     seq: int = 0
-    unanswered: dict[int, list[Hint]] = field(default_factory=dict)
+    columns: bool = False
+    """The daemon takes them."""
+    unanswered: dict[int, Batch] = field(default_factory=dict)
     over: bool = False
 
     def ended(self) -> bool:
@@ -82,7 +90,6 @@ class Link:
     def __init__(
         self,
         session: str,
-        pid: int,
         target: str,
         queue: int,
         batch: int,
@@ -91,7 +98,8 @@ class Link:
     ) -> None:
         if queue < 1 or batch < 1:
             raise ValueError(f"queue = {queue}, batch = {batch}: both must be at least 1")
-        self._session, self._pid, self._target = session, pid, target
+        self._session, self._target = session, target
+        self._introduction = Introduction(target)
         self._batch = batch
         self._on_event, self._on_rejected = on_event, on_rejected
         self._queue: deque[Hint] = deque()
@@ -106,23 +114,33 @@ class Link:
         """Sent but not answered when the stream broke."""
         self._stream: _Stream | None = None
         self._warned = 0.0
+        self._said: set[str] = set()
+        """What has been warned of since a daemon was reached last."""
         self._thread = threading.Thread(target=self._run, name="mfsd-client", daemon=True)
         self._thread.start()
 
     # --- the caller's threads -----------------------------------------------------------------------------------------
 
-    def put(self, hint: Hint) -> None:
-        """Queue a hint."""
+    def put(self, *hints: Hint) -> None:
+        """Queue hints."""
         with self._changed:
             if self._closing:
                 return
             queue = self._queue
-            if len(queue) >= self._queue_max:
+            idle = not queue
+            queue.extend(hints)
+            while len(queue) > self._queue_max:
                 queue.popleft()
                 self._stats.dropped += 1
-            queue.append(hint)
-            if len(queue) == 1:
+            if idle:
                 self._changed.notify_all()
+
+    def refuse(self, hint: Hint, why: str) -> None:
+        """A hint that no daemon could obey."""
+        with self._changed:
+            self._stats.rejected += 1
+        self._warn_once(why, "mfsd can't steer a connection: %s", why)
+        _call(self._on_rejected, Rejected(hint, why))
 
     def stats(self) -> Stats:
         """A copy."""
@@ -151,8 +169,13 @@ class Link:
             call = self._stream.call if self._stream is not None else None
         if call is not None:
             call.cancel()
+        self._introduction.close()
         if self._thread is not threading.current_thread():
             self._thread.join(max(deadline - time.monotonic(), 0.05))
+
+    def forked(self) -> None:
+        """In the child of a fork, which has none of our threads: the parent's connection must not live on here."""
+        self._introduction.close()
 
     # --- our thread ---------------------------------------------------------------------------------------------------
 
@@ -167,20 +190,40 @@ class Link:
             ],
         )
         stub = hints_pb2_grpc.HintsStub(channel)
-        backoff = BACKOFF_S[0]
+        backoff, reached = BACKOFF_S[0], time.monotonic()
         try:
             while not self._closing:
                 stream = _Stream()
-                self._converse(stub, stream)
-                backoff = BACKOFF_S[0] if stream.epoch else min(backoff * 2, BACKOFF_S[1])
+                if (token := self._introduce()) is not None:
+                    self._converse(stub, stream, token)
+                if stream.epoch:
+                    backoff, reached = BACKOFF_S[0], time.monotonic()
+                elif time.monotonic() - reached > AWAY_S:
+                    self._warn_once("away", "no mfsd at %s for %.0f s; hints are kept for it", self._target, AWAY_S)
                 self._idle(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, hides nothing
+                backoff = min(backoff * 2, BACKOFF_S[1])
         finally:
+            self._introduction.close()
             channel.close()
 
-    def _converse(self, stub: hints_pb2_grpc.HintsStub, stream: _Stream) -> None:
+    def _introduce(self) -> str | None:
+        """Our token, empty without one; None: there is no daemon to talk to."""
+        try:
+            token = self._introduction.token()
+        except NotWelcomeError as e:
+            self._warn_once("welcome", "no hints are sent: %s", e.strerror)
+            return None
+        except OSError:
+            return None
+        if self._introduction.absent:
+            text = "%s is there, but not the same with .id appended: hints end by expiry; mount their folder as a whole"
+            self._warn_once("absent", text, self._target)
+        return token
+
+    def _converse(self, stub: hints_pb2_grpc.HintsStub, stream: _Stream, token: str) -> None:
         """One stream from its beginning to its end."""
         try:
-            call = stub.Stream(self._outgoing(stream))
+            call = stub.Stream(self._outgoing(stream), metadata=((TOKEN, token),) if token else ())
             with self._changed:
                 stream.call = call
                 self._stream = stream
@@ -194,7 +237,7 @@ class Link:
             with self._changed:
                 stream.over = True
                 self._stats.connected = False
-                self._again.extendleft(h for hints in reversed(stream.unanswered.values()) for h in reversed(hints))
+                self._again.extendleft(h for b in reversed(stream.unanswered.values()) for h in reversed(b.hints))
                 stream.unanswered = {}
                 self._stream = None
                 self._changed.notify_all()
@@ -225,14 +268,16 @@ class Link:
     def _answer(self, stream: _Stream, reply: hints_pb2.HintReply) -> None:
         rejected: list[Rejected] = []
         with self._changed:
-            hints = stream.unanswered.pop(reply.seq, [])
+            batch = stream.unanswered.pop(reply.seq, None)
             if not stream.epoch:
-                stream.epoch = reply.epoch
+                stream.epoch, stream.columns = reply.epoch, reply.takes_columns
+                self._said.clear()
                 self._stats.connected = True
                 self._stats.connects += 1
             self._stats.accepted += reply.accepted
-            self._stats.rejected += len(reply.rejected)
-            rejected = [Rejected(hints[r.index], r.status.message) for r in reply.rejected if r.index < len(hints)]
+            if batch is not None:
+                rejected = [Rejected(hint, r.status.message) for r in reply.rejected for hint in batch.meant(r)]
+            self._stats.rejected += len(rejected)
             self._changed.notify_all()
         for r in rejected:
             self._warn("mfsd rejects a hint: %s", r.message)
@@ -249,8 +294,11 @@ class Link:
             return
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and stream.epoch:
             self._smaller(stream)
-        if code is not grpc.StatusCode.UNAVAILABLE:
-            self._warn("mfsd ends the stream: %s", error)
+        if code is grpc.StatusCode.UNAUTHENTICATED:
+            self._introduction.close()  # and again
+        elif code is not grpc.StatusCode.UNAVAILABLE:
+            details: str = getattr(error, "details", lambda: "")() or str(error)
+            self._warn_once(f"{code}{details}", "mfsd ends the stream: %s", details)
 
     def _smaller(self, stream: _Stream) -> None:
         """A batch was too large for the daemon (limits.max_hints_per_batch) or for gRPC (bytes per message)."""
@@ -259,7 +307,7 @@ class Link:
                 self._batch //= 2
             elif stream.unanswered:
                 stream.unanswered.pop(next(iter(stream.unanswered)))
-                self._stats.dropped += 1
+                self._stats.dropped += 1  # batches are of one hint by now
 
     def _warn(self, text: str, *args: object) -> None:
         now = time.monotonic()
@@ -267,10 +315,17 @@ class Link:
             self._warned = now + WARN_S
             log.warning(text, *args)
 
+    def _warn_once(self, cause: str, text: str, *args: object) -> None:
+        """Say it once, and again after a daemon has been reached meanwhile."""
+        if cause not in self._said:
+            if len(self._said) < CAUSES:
+                self._said.add(cause)
+            log.warning(text, *args)
+
     # --- gRPC's sending thread ----------------------------------------------------------------------------------------
 
     def _outgoing(self, stream: _Stream) -> Iterator[hints_pb2.HintBatch]:
-        yield self._encode(stream, [])
+        yield self._message(stream, Batch([], 0))
         with self._changed:
             self._changed.wait_for(lambda: stream.epoch or stream.over)
             if not stream.ended():
@@ -283,7 +338,7 @@ class Link:
                 )
                 if stream.ended():
                     return
-                batch = self._encode(stream, self._take())
+                batch = self._message(stream, self._take(stream))
             yield batch
 
     def _catch_up(self, epoch: int) -> None:
@@ -295,26 +350,26 @@ class Link:
         if self._stats.connects > 1:
             self._stats.announced_again += len(self._again)
 
-    def _take(self) -> list[Hint]:
+    def _take(self, stream: _Stream) -> Batch:
         """The next hints to send, oldest first. The lock is held."""
-        if self._again:
-            return [self._again.popleft() for _ in range(min(len(self._again), self._batch))]
-        hints = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch))]
-        now = time.monotonic()
-        for hint in hints:
-            self._ledger.enter(hint, now)
-        return hints
-
-    def _encode(self, stream: _Stream, hints: list[Hint]) -> hints_pb2.HintBatch:
-        stream.seq += 1
-        batch = hints_pb2.HintBatch(session=self._session, pid=self._pid, seq=stream.seq)
-        now = time.monotonic()
-        for hint in hints:
-            encode(hint, now, batch.hints.add())
-        if hints:
-            stream.unanswered[stream.seq] = hints
-            self._stats.sent += len(hints)
+        source = self._again or self._queue
+        hints = [source.popleft() for _ in range(min(len(source), self._batch))]
+        batch = split(hints) if stream.columns else Batch(hints, len(hints))
+        source.extendleft(reversed(hints[len(batch.hints) :]))
+        if source is self._queue:
+            now = time.monotonic()
+            for hint in batch.hints:
+                self._ledger.enter(hint, now)
         return batch
+
+    def _message(self, stream: _Stream, batch: Batch) -> hints_pb2.HintBatch:
+        stream.seq += 1
+        if batch.hints:
+            stream.unanswered[stream.seq] = batch
+            self._stats.sent += len(batch.hints)
+        out = hints_pb2.HintBatch(session=self._session, seq=stream.seq)
+        encode_batch(batch, time.monotonic(), out)
+        return out
 
 
 _KINDS: Final = {int(k) for k in EventKind}

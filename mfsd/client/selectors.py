@@ -1,23 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a worker names the connection that carries a transfer."""
+"""How a worker names the connection that carries a transfer, and what the kernel says of it."""
 
 from __future__ import annotations
 
-import ipaddress
+import contextlib
+import errno
+import fcntl
+import os
 import socket
 import struct
-from typing import Final
+import termios
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from mfsd.model import CookieSelector, PortRange, ProcessSelector, Selector, TupleSelector
+from mfsd.model import (
+    CookieSelector,
+    ProcessSelector,
+    Selector,
+    TupleSelector,
+    process_selector,
+    tuple_selector,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SO_COOKIE: Final = 57
+SO_PROTOCOL: Final = 38
 """include/uapi/asm-generic/socket.h; the same on all architectures but sparc and parisc."""
+IPPROTO_MPTCP: Final = 262
+TCP_INFO: Final = struct.Struct("=120xQ")
+"""tcpi_bytes_acked in ``struct tcp_info``, include/uapi/linux/tcp.h."""
+TRIES: Final = 3
 
-Connection = socket.socket | int | Selector
-"""A socket, a socket cookie, or a selector made by ``tuple_of`` or ``process_peer``."""
+Cookie = CookieSelector
+"""A socket by its SO_COOKIE: ``Cookie(cookie_of(sock))``."""
 
 
-def cookie_of(sock: socket.socket) -> int:
+@dataclass(frozen=True, slots=True)
+class Fd:
+    """A socket by its descriptor, which stays the caller's."""
+
+    number: int
+
+
+class HasFileno(Protocol):
+    """Sockets of every kind: socket.socket, and what asyncio and uvloop give as ``get_extra_info("socket")``."""
+
+    def fileno(self) -> int:
+        """Descriptor."""
+        ...
+
+
+Connection = HasFileno | Fd | Selector
+"""A socket, its descriptor or its cookie, or a selector made by ``tuple_of`` or ``process_peer``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a connection is to the daemon."""
+
+    selector: Selector
+    position: int = 0
+    """Bytes written to it so far, on TCP's scale; 0: unknown."""
+    fault: str = ""
+    """Why hints of it can't take effect."""
+
+
+def cookie_of(sock: Any) -> int:
     """SO_COOKIE of a socket: 64 bits, unique on this host until reboot, unaffected by NAT.
 
     Raises OSError for a socket that is closed.
@@ -31,35 +81,77 @@ def tuple_of(
 ) -> TupleSelector:
     """Endpoints as the network device sees them. A port is one number, a (first, last) range, or 0 for any.
 
-    Raises ValueError for what is no address or port.
+    Raises ValueError for what is no address or port, or could never match.
     """
-    return TupleSelector(
-        ipaddress.ip_address(src) if src else None,
-        ipaddress.ip_address(dst),
-        _ports(sport),
-        _ports(dport),
-        protocol,
-    )
+    return tuple_selector(dst, _ports(dport), src, _ports(sport), protocol)
 
 
 def process_peer(pid: int, remote: str = "", port: int | tuple[int, int] = 0) -> ProcessSelector:
     """TCP sockets of a process towards an address or prefix (empty: any). Raises ValueError."""
-    return ProcessSelector(pid, ipaddress.ip_network(remote) if remote else None, _ports(port))
+    return process_selector(pid, remote, _ports(port))
 
 
-def selector_of(connection: Connection) -> Selector:
-    """The selector that says the same. Raises OSError for a closed socket, TypeError for anything else."""
-    if isinstance(connection, socket.socket):
-        return CookieSelector(cookie_of(connection))
+def _ports(ports: int | tuple[int, int]) -> tuple[int, int]:
+    return ports if isinstance(ports, tuple) else (ports, ports)
+
+
+def name(connection: Connection) -> Named:
+    """What the daemon is told. Raises OSError for a closed socket, TypeError for what is no connection."""
+    if isinstance(connection, (CookieSelector, TupleSelector, ProcessSelector)):
+        return Named(connection)
+    if isinstance(connection, Fd):
+        with _borrowed(connection.number) as sock:
+            return _of_socket(sock)
+    if isinstance(connection, socket.socket) or hasattr(connection, "getsockopt"):
+        return _of_socket(connection)
+    if hasattr(connection, "fileno"):
+        with _borrowed(connection.fileno()) as sock:
+            return _of_socket(sock)
+    kind = type(connection).__name__
     if isinstance(connection, int):
-        return CookieSelector(connection)
-    if isinstance(connection, CookieSelector | TupleSelector | ProcessSelector):
-        return connection
-    raise TypeError(f"{type(connection).__name__} names no connection; give a socket, a cookie or a selector")
+        raise TypeError(f"an {kind} names no connection: write Fd({connection}) for a descriptor, or Cookie(...)")
+    raise TypeError(f"{kind} names no connection; give a socket, Fd, Cookie, tuple_of(...) or process_peer(...)")
 
 
-def _ports(ports: int | tuple[int, int]) -> PortRange:
-    first, last = ports if isinstance(ports, tuple) else (ports, ports)
-    if not 0 <= first <= last <= 65535:
-        raise ValueError(f"ports {first}..{last}: must be 0 to 65535, first <= last")
-    return PortRange(first, last) if last else PortRange()
+@contextlib.contextmanager
+def _borrowed(fd: int) -> Iterator[socket.socket]:
+    """A descriptor as a socket, which does not close it."""
+    if fd < 0:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    sock = socket.socket(fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def _of_socket(sock: Any) -> Named:
+    selector = CookieSelector(cookie_of(sock))
+    protocol = sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
+    if protocol == socket.IPPROTO_TCP:
+        return Named(selector, _position(sock))
+    if protocol == IPPROTO_MPTCP:
+        return Named(
+            selector,
+            fault="it is a Multipath TCP (MPTCP) socket, whose bytes are sent by sockets of the kernel's own; "
+            "name it by tuple_of(peer's address, peer's port), which matches those",
+        )
+    return Named(selector)
+
+
+def _position(sock: Any) -> int:
+    """Bytes written, on the scale of tcpi_bytes_acked; 0: unknown."""
+    if not hasattr(sock, "fileno"):
+        return 0
+    acked = _acked(sock)
+    for _ in range(TRIES):
+        (queued,) = struct.unpack("=i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))  # SIOCOUTQ
+        before, acked = acked, _acked(sock)
+        if before == acked:
+            break  # else some were acknowledged between the two calls
+    return acked + int(queued)
+
+
+def _acked(sock: Any) -> int:
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
+    return int(TCP_INFO.unpack(info)[0]) if len(info) == TCP_INFO.size else 0

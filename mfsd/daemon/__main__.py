@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import sys
+
 from mfsd.daemon.predecessor import Predecessor
 
 
 def main() -> None:
-    """Run the daemon. What the one before it left at work is kept so from the first moment on."""
+    """Run the daemon, if what it needs is installed, and keep at work what the one before it left."""
     predecessor = Predecessor.find()
-    from mfsd.daemon.main import main as run  # noqa: PLC0415 - it takes a second on a busy machine
-
+    try:
+        from mfsd.daemon.main import main as run  # noqa: PLC0415 - it takes a second on a busy machine
+    except ModuleNotFoundError as e:
+        sys.exit(f"mfsd: {e}; an install for workers has no daemon: pip install 'mfsd[daemon]'")
     run(obj=predecessor)
 
 

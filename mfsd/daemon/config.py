@@ -132,6 +132,11 @@ class DaemonConfig(Section):
         allowed='"observe" or "enforce"',
     )
     loader: Literal["auto", "libbpf", "bcc"] = setting("auto", "How the classifier gets into the kernel.")
+    sockets: Literal["auto", "kernel", "listing"] = setting(
+        "auto",
+        "How connections become known. kernel: it tells of them (programs on the root of cgroup v2). listing: they are "
+        "listed again and again. auto: kernel where it can.",
+    )
     attach: Literal["auto", "tcx", "clsact"] = setting(
         "auto", "Hook of the classifier; auto: tcx where the kernel has it."
     )

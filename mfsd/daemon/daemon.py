@@ -17,16 +17,16 @@ from mfsd import logs
 from mfsd.api.control import ControlService
 from mfsd.api.decode import Decoder
 from mfsd.api.hints import HintsService
+from mfsd.api.identity import Identities
 from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, reload, wiring
 from mfsd.daemon.devices import Devices
 from mfsd.daemon.predecessor import Predecessor
+from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.supervisor import Supervisor
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
-from mfsd.host.processes import ProcessGoneError, ProcessWatch
-from mfsd.host.sockets import SocketResolver
 from mfsd.model import Mode
 from mfsd.v1 import control_pb2 as pb
 
@@ -48,32 +48,6 @@ log = structlog.get_logger(__name__)
 
 class StartError(RuntimeError):
     """The daemon can't start; the text says why and what to do."""
-
-
-class ProcessWatcher:
-    """Adapts ProcessWatch to the engine, which unwatches by pid."""
-
-    def __init__(self) -> None:
-        self._watch = ProcessWatch()
-        self._handles: dict[int, list[tuple[int, int]]] = {}
-
-    def add(self, pid: int, on_exit: Callable[[], None]) -> bool:
-        """False when there is no such process."""
-        try:
-            handle = self._watch.add(pid, on_exit)
-        except ProcessGoneError:
-            return False
-        self._handles.setdefault(pid, []).append(handle)
-        return True
-
-    def remove(self, pid: int) -> None:
-        """Nobody wants to know about this process any more."""
-        for handle in self._handles.pop(pid, []):
-            self._watch.remove(handle)
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._watch.close()
 
 
 class Daemon:
@@ -100,17 +74,15 @@ class Daemon:
             undo.callback(self._supervisor.close)
             self.devices = Devices(config, config_bands.bands_of(config, policy), self._predecessor)
             undo.callback(self.devices.close)
-            self._resolver = SocketResolver()
-            undo.callback(self._resolver.close)
-            self._watcher = ProcessWatcher()
-            undo.callback(self._watcher.close)
-            self.engine = wiring.engine_of(
-                config, self.devices, policy, self._resolver, self._watcher.add, self._watcher.remove
-            )
+            loop = asyncio.get_running_loop()
+            self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard))
+            undo.callback(self._sockets.close)
+            self.engine = wiring.engine_of(config, self.devices, policy, self._sockets)
             self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat)
             self._decoder = Decoder(config.limits)
-            hints = HintsService(self.engine, self._decoder, on_hints=self.ticker.poke)
-            self._server = Server(hints, ControlService(self), config.daemon)
+            self._identities = Identities(config.limits.max_sessions)
+            hints = HintsService(self.engine, self._decoder, self._identities, self.ticker)
+            self._server = Server(hints, ControlService(self), self._identities, config.daemon)
             self._undo = undo.pop_all()
         self._next_watchdog = 0.0
 
@@ -125,6 +97,8 @@ class Daemon:
                 await self._care()
                 await self._server.start()
                 self.ticker.start()
+                if self.devices.teller is not None:
+                    asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
                 work = (self._succeed(), self._keep_care(), self._keep_status())
                 self._tasks = [asyncio.create_task(w) for w in work]
                 self._supervisor.tell(f"READY=1\n{self._status_line()}")
@@ -136,6 +110,8 @@ class Daemon:
 
     async def _shut_down(self) -> None:
         self._supervisor.tell("STOPPING=1")
+        if self.devices.teller is not None:
+            asyncio.get_running_loop().remove_reader(self.devices.teller.fd)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -171,6 +147,11 @@ class Daemon:
         self._stopping.set()
 
     # --- regular work -------------------------------------------------------------------------------------------------
+
+    def _heard(self) -> None:
+        """The kernel has told of connections, or a search for some is over."""
+        self.engine.hear(time.monotonic())
+        self.ticker.poke()
 
     def _beat(self, now: float) -> None:
         """After a successful tick: signs of life for the classifier and for systemd."""
@@ -279,6 +260,7 @@ class Daemon:
             self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
+        self._identities.limit = merged.limits.max_sessions
         if "bands.dscp" in keys:
             self.devices.set_dscp(merged.bands.dscp)
         if _touches(keys, "device["):
@@ -304,6 +286,8 @@ class Daemon:
         out = [f"engine: the last tick failed: {self.ticker.failure}"] if self.ticker.failure else []
         out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
+        if self.devices.teller_problem:
+            out.append(self.devices.teller_problem)
         if not self.all_devices:
             out.append("no [[device]] is configured: hints are taken, nothing is shaped")
         return out + self._reload_problems
@@ -336,6 +320,12 @@ class Daemon:
             self.engine.set_mode(Mode.OBSERVE)
             self.steering_changed()
         return out
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Have the loop call, from any thread; nothing when it is over."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
 
 
 def _touches(keys: set[str], prefix: str) -> bool:

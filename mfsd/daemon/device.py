@@ -3,7 +3,7 @@
 
 The qdiscs come and go in a worker thread while the event loop reads counters and purges lanes. What the loop needs of
 them is one immutable value, ``Shape``, that is put in place or taken away as a whole; each method looks at it once.
-Failures of the device are noted and logged here, and never reach the engine.
+What the engine orders is done by a thread (hands.py). Failures are noted and logged here, and never reach the engine.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 import structlog
 
 from mfsd.api.operations import BandRow
+from mfsd.daemon import hands
+from mfsd.daemon.hands import Hands
 from mfsd.datapath import _abi
 from mfsd.datapath.errors import DatapathError
-from mfsd.engine.estimator import LinkEstimator, Reading
+from mfsd.engine.estimator import LinkEstimator
 from mfsd.logs import Seldom
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import numpy.typing as npt
 
     from mfsd.bands import Bands
     from mfsd.daemon.config import DeviceConfig
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
     from mfsd.datapath.qdisc.plan import DevicePlan
+    from mfsd.engine.device import Rescue, Rescued
+    from mfsd.engine.estimator import Reading
 
 STATS: Final = {
     name.removeprefix("STAT_").lower(): number
@@ -43,21 +45,18 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Qdiscs of ours in force on a device."""
+class Shape(hands.Shape):
+    """Qdiscs of ours in force on a device, and what is said of them."""
 
-    enforcer: DeviceEnforcer
     plan: DevicePlan
     """What was planned before they were installed."""
-    lanes: tuple[tuple[int, int], ...]
-    """(classid of lane 0, number of lanes) per band."""
     floors: bool
     """Bands get their floors."""
 
     @classmethod
     def of(cls, enforcer: DeviceEnforcer, plan: DevicePlan) -> Shape:
         """Of an enforcer that has applied its plan."""
-        return cls(enforcer, plan, tuple(enforcer.band_maps()), enforcer.floors)
+        return cls(enforcer, tuple(enforcer.band_maps()), plan, enforcer.floors)
 
 
 class Device:
@@ -85,6 +84,7 @@ class Device:
         self.given_up = False
         """The qdiscs were put back on request, or somebody replaced them: not to be installed again unasked."""
         self._shape: Shape | None = None
+        self._hands = Hands(self.name, self._failed)
         self._seldom = Seldom()
 
     @property
@@ -132,41 +132,33 @@ class Device:
         return shape is not None and shape.floors
 
     def read(self) -> Reading | None:
-        """Counters now; None: not enforced, or the device can't be asked."""
+        """See engine.device.Device; so are the others."""
         shape = self._shape
-        if shape is None:
-            return None
-        try:
-            sent, backlog = shape.enforcer.link_bytes()
-            offered: npt.NDArray[Any] = self.classifier.bands()["bytes"][: len(self.bands)]
-        except (OSError, DatapathError) as e:
-            self._failed("read", shape, e)
-            return None
-        self.failure = ""
-        return Reading(sent, backlog, offered.astype(np.float64))
+        return None if shape is None else self._hands.read(shape, self.classifier, len(self.bands))
 
-    def backlog(self, band: int, lane: int) -> int:
-        """Bytes queued in one lane now; 0 also when the device can't be asked."""
+    def rescue(self, orders: Sequence[Rescue]) -> None:
+        """Free what promoted connections have left behind."""
         shape = self._shape
-        if shape is None:
-            return 0
-        try:
-            return int(shape.enforcer.backlog(band, _lane(shape, band, lane))[0])
-        except (OSError, DatapathError) as e:
-            self._failed("backlog", shape, e)
-            return 0
+        if shape is not None:
+            self._hands.rescue(shape, orders)
 
-    def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
-        """Free all packets of these (band, lane) pairs."""
+    def rescued(self) -> list[Rescued]:
+        """What became of it."""
+        return self._hands.rescued()
+
+    def empty(self, band: int, lane: int) -> bool:
+        """Nothing is queued in a lane."""
         shape = self._shape
-        if shape is None:
-            return
-        try:
-            shape.enforcer.purge([(band, _lane(shape, band, lane)) for band, lane in lanes])
-        except (OSError, DatapathError) as e:
-            self._failed("purge", shape, e)
+        return shape is None or self._hands.empty(shape, band, lane)
 
-    def _failed(self, what: str, shape: Shape, error: Exception) -> None:
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        """Give bands so much."""
+        shape = self._shape
+        if shape is not None and shape.floors:
+            self._hands.guarantee(shape, shares)
+
+    def _failed(self, what: str, shape: Any, error: Exception) -> None:
+        """Called from any thread."""
         if shape is not self._shape:
             return  # taken away meanwhile, and closed: nothing is wrong
         self.failure = f"{what}: {error}"
@@ -215,6 +207,10 @@ class Device:
             for b in self.bands.bands
         ]
 
+    def close(self) -> None:
+        """End the thread, once it is through with its orders."""
+        self._hands.close()
+
     def detach_quietly(self) -> None:
         """Take the classifier off the device; where that fails, its heartbeat is lost and it does nothing."""
         attachment, self.attachment = self.attachment, None
@@ -224,8 +220,3 @@ class Device:
             attachment.detach()
         except (OSError, DatapathError) as e:
             log.warning("detaching failed", device=self.name, error=str(e))
-
-
-def _lane(shape: Shape, band: int, lane: int) -> int:
-    """As the classifier does: a band may have fewer lanes on this device than the table knows."""
-    return lane % shape.lanes[band][1]

@@ -21,6 +21,7 @@ from mfsd.datapath.bpf.attach import Attachment, attach, remove_leftover
 from mfsd.datapath.bpf.bcc import BccLoader
 from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
+from mfsd.datapath.bpf.teller import Teller
 from mfsd.datapath.errors import AttachError, DatapathError, LoaderError
 from mfsd.datapath.handles import is_ours
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
@@ -78,6 +79,9 @@ class Devices:
         self.config = config
         self.bands = bands
         self.all: list[Device] = []
+        self.teller: Teller | None = None
+        self.teller_problem = ""
+        """Why the kernel does not tell of connections, though it should."""
         self._host: npt.NDArray[Any] | None = None
         self.rows: SlotRows
         self.keys: KeyMap
@@ -99,6 +103,24 @@ class Devices:
         self._host = shared.host
         self._host["abi_version"] = _abi.ABI_VERSION
         self.set_timeout(config.daemon.heartbeat_timeout_ms)
+        try:
+            self._listen(shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def _listen(self, classifier: Classifier) -> None:
+        """Have the kernel tell of connections, if it can and shall. Raises LoaderError where it must."""
+        wanted = self.config.daemon.sockets
+        if wanted == "listing":
+            return
+        try:
+            self.teller = Teller(classifier)
+        except LoaderError as e:
+            if wanted == "kernel":
+                raise
+            self.teller_problem = f"the kernel does not tell of connections, so they are listed again and again: {e}"
+            log.warning("sockets", problem=str(e))
 
     # --- the host map (any thread) ------------------------------------------------------------------------------------
 
@@ -326,10 +348,14 @@ class Devices:
         self.predecessor.retire()
         self.fall_silent()
         self._host = None
+        if self.teller is not None:
+            self.teller.close()
+            self.teller = None
         devices, self.all = self.all, []
         for device in devices:
             device.detach_quietly()
             shape = device.shape
+            device.close()
             if shape is not None:
                 shape.enforcer.close()
             device.classifier.close()

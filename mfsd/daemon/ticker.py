@@ -2,8 +2,9 @@
 """When the engine ticks: often while there is something to schedule, rarely when not, at once after hints.
 
 A hint should be visible in the table within a millisecond or two, but a stream of 50,000 hints a second must not pay
-for a tick each. So ticks after hints are paid from a budget: while it lasts they come at once, and beyond that hints
-are gathered, so that ticks never take more than ``SHARE`` of the processor because of hints.
+for a tick each. So ticks after hints are paid from budgets. While the first lasts they come at once; beyond that hints
+are gathered, so that those of a stream never buy more than ``SHARE`` of the processor. A second, larger one is for
+callers who say nothing more until they have been answered, and for ticks once hints have stopped coming.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ if TYPE_CHECKING:
     from mfsd.daemon.config import DaemonConfig
     from mfsd.engine.engine import Engine
 
-SHARE: Final = 0.25
-"""Of the processor, for ticks that hints ask for."""
+SHARE: Final = 0.1
+"""Of the processor, for ticks that hints ask for while more and more of them come."""
+QUIET_SHARE: Final = 0.5
+"""Of the processor, for ticks that somebody waits for, or when hints have stopped coming."""
+QUIET_S: Final = 0.001
+"""Hints have stopped coming when there have been none for so long; epoll waits in whole milliseconds."""
 BURST_S: Final = 0.005
 """Budget that an idle daemon has saved up."""
+WAIT_S: Final = 0.02
+"""How long replies wait for a tick at most; a little more than the budget ever makes hints wait."""
 SOON_S: Final = 0.001
-"""Period while a rescue may be due; epoll waits in whole milliseconds."""
+"""Period while a rescue may be due."""
 KEPT_S: Final = 60.0
 """Durations are reported over the last minute."""
 KEPT_MAX: Final = 16_384
@@ -75,9 +82,19 @@ class Ticker:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.TimerHandle | None = None
-        self._due = 0.0
-        self._budget = BURST_S
+        self._due = self._latest = 0.0
+        """When the next tick comes if hints stop coming, and if they don't; on the loop's clock."""
+        self._poked = 0.0
+        """When there were hints last, on the loop's clock."""
+        self._gathering = False
+        """The next tick waits for hints to stop coming."""
+        self._budget = self._spare = BURST_S
+        """Seconds of processor for ticks: at SHARE, and at QUIET_SHARE."""
         self._refilled = clock()
+        self.count = 0
+        """Ticks that succeeded."""
+        self._ticked: asyncio.Event | None = None
+        """The next one has ended, or has been waited for long enough; None: nobody waits."""
         self._took: deque[tuple[float, float]] = deque(maxlen=KEPT_MAX)
         self._seldom = Seldom()
         self._stopped = True
@@ -94,27 +111,53 @@ class Ticker:
             self._handle.cancel()
             self._handle = None
 
-    def poke(self) -> None:
-        """Hints have come: tick as soon as the budget allows."""
+    def poke(self, *, waiting: bool = False) -> None:
+        """Hints have come: tick as soon as the budgets allow. ``waiting``: nothing more comes from there before."""
         if self._stopped:
             return
         self._refill(self._clock())
-        wait = 0.0 if self._budget > 0 else -self._budget / SHARE
-        if self._handle is None or self._loop.time() + wait < self._due:
-            self._schedule(wait)
+        now = self._poked = self._loop.time()
+        self._latest = min(self._latest, now if self._budget > 0 else now - self._budget / SHARE)
+        due = self._latest
+        if self._spare > 0:
+            due = min(due, now if waiting else now + QUIET_S)
+        if self._handle is None or due < self._due:
+            self._gathering = due > now
+            self._schedule_at(due)
+
+    async def ticked(self) -> None:
+        """Return after the next tick; or after WAIT_S, counted from when somebody began to wait for that tick."""
+        if self._ticked is None:
+            self._ticked = asyncio.Event()
+            self._loop.call_later(WAIT_S, self._ticked.set)
+        event = self._ticked
+        await event.wait()
+        if self._ticked is event:
+            self._ticked = None
 
     def _schedule(self, wait: float) -> None:
+        self._gathering = False
+        self._latest = self._loop.time() + wait
+        self._schedule_at(self._latest)
+
+    def _schedule_at(self, due: float) -> None:
         if self._handle is not None:
             self._handle.cancel()
-        self._due = self._loop.time() + wait
-        self._handle = self._loop.call_at(self._due, self._tick)
+        self._due = due
+        self._handle = self._loop.call_at(due, self._tick)
 
     def _refill(self, now: float) -> None:
         self._budget = min(self._budget + (now - self._refilled) * SHARE, BURST_S)
+        self._spare = min(self._spare + (now - self._refilled) * QUIET_SHARE, BURST_S)
         self._refilled = now
 
     def _tick(self) -> None:
         self._handle = None
+        if self._gathering:
+            now, quiet = self._loop.time(), self._poked + QUIET_S
+            if now < min(quiet, self._latest):
+                self._schedule_at(min(quiet, self._latest))  # more hints have come
+                return
         now, worked = self._clock(), time.thread_time()
         try:
             self._engine.tick(now)
@@ -124,10 +167,16 @@ class Ticker:
                 log.exception("tick failed")
         else:
             self.failure = ""
+            self.count += 1
+            if self._ticked is not None:
+                self._ticked.set()
+                self._ticked = None
             self._beat(self._clock())
         took = self._clock() - now
         self._refill(now + took)
-        self._budget -= time.thread_time() - worked  # others that take the processor away are not to be paid for
+        worked = time.thread_time() - worked  # others that take the processor away are not to be paid for
+        self._budget -= worked
+        self._spare -= worked
         self._took.append((now, took))
         if not self._stopped:
             self._schedule(max(self._period() - took, 0.0))

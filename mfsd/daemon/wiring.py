@@ -10,16 +10,14 @@ from mfsd.daemon.config_bands import bands_of, policy_of
 from mfsd.engine.connections import Connections
 from mfsd.engine.engine import Engine
 from mfsd.engine.slots import FlowTable
-from mfsd.host.routes import RouteLookup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mfsd.daemon.config import Config, PeerConfig
-    from mfsd.daemon.device import Device
     from mfsd.daemon.devices import Devices
-    from mfsd.engine.connections import Resolver
-    from mfsd.model import Address, Endpoints
+    from mfsd.engine.sockets import Sockets
+    from mfsd.model import Address
     from mfsd.policy.base import Policy
 
 
@@ -27,17 +25,15 @@ def engine_of(
     config: Config,
     devices: Devices,
     policy: Policy,
-    resolver: Resolver,
-    watch: Callable[[int, Callable[[], None]], bool],
-    unwatch: Callable[[int], None],
+    sockets: Sockets,
 ) -> Engine:
     """An engine over the devices' table."""
     connections = Connections(
         FlowTable(devices.rows),
         devices.keys,
-        resolver,
+        sockets,
         devices.bands,
-        device_of(devices.all),
+        lambda: [d.ifindex for d in devices.all],
         far_rate_of(config.peer),
     )
     return Engine(
@@ -48,16 +44,7 @@ def engine_of(
         config.limits,
         config.rescue,
         mode=config.daemon.mode,
-        watch=watch,
-        unwatch=unwatch,
     )
-
-
-def device_of(devices: Sequence[Device]) -> Callable[[Endpoints | None], int]:
-    """Which device carries a connection. With one device there is no question; with several, the route decides."""
-    if len(devices) < 2:
-        return lambda _endpoints: 0
-    return RouteLookup(devices)
 
 
 def far_rate_of(peers: Sequence[PeerConfig]) -> Callable[[Address], float] | None:

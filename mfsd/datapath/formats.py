@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCA_OPTIONS of the qdiscs that mfsd makes or puts back, as the kernel lays them out (htb, tbf, drr)."""
+"""TCA_OPTIONS of the qdiscs that mfsd makes or puts back, as the kernel lays them out (htb, tbf, drr, ets)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ TCA_HTB_OFFLOAD: Final = 9
 TCA_TBF_PARMS: Final = 1
 TCA_TBF_RATE64: Final = 4
 TCA_DRR_QUANTUM: Final = 1
+TCA_ETS_NBANDS: Final = 1
+TCA_ETS_NSTRICT: Final = 2
+TCA_ETS_QUANTA: Final = 3
+TCA_ETS_QUANTA_BAND: Final = 4
+TCA_ETS_PRIOMAP: Final = 5
+TCA_ETS_PRIOMAP_BAND: Final = 6
 RATESPEC: Final = struct.Struct("=BBHhHI")
 """struct tc_ratespec: cell_log, linklayer, overhead, cell_align, mpu, rate."""
 HTB_GLOB: Final = struct.Struct("=IIIII")
@@ -54,6 +60,8 @@ def settings(kind: str, of: str, options: bytes | None) -> dict[str, int | bytes
         return _tbf(nl.attrs(raw))
     if kind == "drr" and of == "class":
         return {"quantum": struct.unpack("=I", nl.attrs(raw)[TCA_DRR_QUANTUM])[0]}
+    if kind == "ets":
+        return _ets_class(nl.attrs(raw)) if of == "class" else _ets_qdisc(nl.attrs(raw))
     return {"options": raw} if raw and kind == "prio" else {}
 
 
@@ -83,6 +91,21 @@ def _tbf(found: dict[int, bytes]) -> dict[str, int | bytes]:
         return {}
     rate, _, limit, buffer, _ = TBF_QOPT.unpack_from(found[TCA_TBF_PARMS])
     return {"rate": _rate(rate, found.get(TCA_TBF_RATE64)), "limit": limit, "buffer": buffer}
+
+
+def _ets_qdisc(found: dict[int, bytes]) -> dict[str, int | bytes]:
+    if TCA_ETS_NBANDS not in found:
+        return {}
+    return {  # the weights are looked at in the classes
+        "bands": found[TCA_ETS_NBANDS][0],
+        "strict": found.get(TCA_ETS_NSTRICT, b"\0")[0],
+        "priomap": bytes(band[0] for band in nl.listed(found.get(TCA_ETS_PRIOMAP, b""))),
+    }
+
+
+def _ets_class(found: dict[int, bytes]) -> dict[str, int | bytes]:
+    quantum = found.get(TCA_ETS_QUANTA_BAND)
+    return {} if quantum is None else {"quantum": struct.unpack("=I", quantum)[0]}
 
 
 def _rate(spec: bytes, wide: bytes | None) -> int:

@@ -34,12 +34,12 @@ LO: Final = 1
 
 QDISCS: Final = {
     "htb": "backend htb (a rate is given)",
-    "prio": "backend prio (line rate)",
+    "ets": "backend prio (line rate), with floors",
+    "prio": "backend prio without floors, where there is no ets",
     "tbf": "backend prio with a rate",
     "drr": "lanes with backend prio",
     "clsact": "hooking in without TCX",
     "fq": "pacing below other bands",
-    "ets": "",
     "mq": "what multi-queue devices have by default",
 }
 """Qdisc -> what mfsd, or the machine, uses it for."""

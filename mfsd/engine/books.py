@@ -1,184 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the engine knows: sessions, requests, batches, transfers and connections, as objects with a row each.
 
-The numbers that policies need live in columns (columns.Dense); the objects carry identity and the links between them.
-The books are passive. The ledger writes into them what hints say, delivery strikes out what is done, steering reads.
-A *transfer* is the unit of a hint, a *connection* the unit that the kernel can schedule; connections are shared and
-long-lived, and their byte stream is FIFO, so a connection holds its unfinished transfers in the order of their bytes.
+The numbers that policies need live in columns (columns.Dense); the objects (records.py) carry identity and links. The
+books are passive. The ledger writes into them what hints say, delivery strikes out what is done, steering reads.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
 
 from mfsd.engine.columns import Deferred, Dense
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from mfsd.model import Endpoints, Event, Selector, Stage
-
-EVENTS_KEPT: Final = 1024
-"""Undelivered events per session; older ones are dropped first, since a late warning is worth least."""
-
-TRANSFER_COLUMNS: Final = {
-    "stage": "u1",
-    "size": "f8",
-    "start": "f8",  # offset of the first byte in the connection's announced stream
-    "end": "f8",
-    "request": "i4",
-    "batch": "i4",
-    "conn": "i4",
-    "target_layer": "i4",
-    "deadline": "f8",
-    "created": "f8",
-    "expires": "f8",
-    "level": "i2",
-    "seen_layer": "i4",  # layer of its batch at the last evaluation
-    "infeasible": "?",
-}
-REQUEST_COLUMNS: Final = {
-    "deadline": "f8",
-    "arrival": "f8",
-    "batch": "i4",
-    "compute_until": "f8",  # when its compute ends, as far as known
-    "expires": "f8",
-    "pruned": "?",
-}
-BATCH_COLUMNS: Final = {
-    "layers": "i4",
-    "current_layer": "i4",
-    "layer_compute": "f8",
-    "layer_since": "f8",  # when the current layer began
-    "compute_done": "?",
-    "arrival": "f8",
-    "rank": "i4",
-    "expires": "f8",
-}
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One client process."""
-
-    name: str
-    pid: int
-    requests: dict[str, Request] = field(default_factory=dict)
-    batches: dict[str, Batch] = field(default_factory=dict)
-    transfers: dict[str, list[Transfer]] = field(default_factory=dict)
-    """By id; one element per connection that carries it, see Transfer.parts."""
-    marks: dict[Selector, Mark] = field(default_factory=dict)
-    events: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
-    wake: Callable[[], None] | None = None
-    """Called when an event was added; the stream that serves the session sets it."""
-    seen: float = 0.0
-    """Time of the last hint."""
-
-    def tell(self, event: Event) -> None:
-        """Queue an event for the worker."""
-        self.events.append(event)
-        if self.wake is not None:
-            self.wake()
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """A request; numbers in REQUEST_COLUMNS."""
-
-    id: str
-    session: Session
-    batch: Batch | None = None
-    transfers: set[Transfer] = field(default_factory=set)
-    completed: bool = False
-    """The worker said that all its bytes have been handed over."""
-    delivered_at: float = 0.0
-    """When its last byte so far was seen delivered; 0: none yet."""
-    row: int = -1
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """Requests of one forward pass; numbers in BATCH_COLUMNS."""
-
-    id: str
-    session: Session
-    requests: set[Request] = field(default_factory=set)
-    transfers: set[Transfer] = field(default_factory=set)
-    row: int = -1
-
-
-@dataclass(slots=True, eq=False)
-class Transfer:
-    """Bytes of one hint on one connection; numbers in TRANSFER_COLUMNS.
-
-    A selector may name several connections (Mooncake's lanes, UCX's workers), and the hint can't say how the bytes
-    are spread over them: then there is one Transfer per connection, each sized an equal share, and they are done when
-    all together have moved the whole.
-    """
-
-    id: str
-    session: Session
-    selector: Selector
-    stage: Stage
-    own_deadline: float
-    request: Request | None
-    batch: Batch | None
-    parts: list[Transfer]
-    """All unfinished parts of the hint, this one included; shared between them."""
-    total: int
-    """Payload bytes of the whole hint."""
-    target_layer: int = 0
-    created: float = 0.0
-    expires: float = 0.0
-    """As announced; TRANSFER_COLUMNS has what became of it."""
-    conn: Connection | None = None
-    handed_over: bool = False
-    row: int = -1
-
-    def another(self) -> Transfer:
-        """One more part of the same hint, for another connection."""
-        more = (self.own_deadline, self.request, self.batch, self.parts, self.total)
-        part = Transfer(self.id, self.session, self.selector, self.stage, *more)
-        part.target_layer, part.created, part.expires = self.target_layer, self.created, self.expires
-        return part
-
-
-@dataclass(slots=True, eq=False)
-class Mark:
-    """A static stage for the connections of a selector."""
-
-    session: Session
-    selector: Selector
-    stage: Stage
-    conns: set[Connection] = field(default_factory=set)
-
-
-@dataclass(slots=True, eq=False)
-class Connection:
-    """One slot of the flow table."""
-
-    slot: int
-    cookie: int
-    endpoints: Endpoints | None
-    lane: int
-    local: bool
-    """A socket of this host's namespace, so that its TCP state can be asked."""
-    queue: deque[Transfer] = field(default_factory=deque)
-    """Unfinished transfers in byte order."""
-    announced: float = 0.0
-    """End offset of the last announced byte."""
-    acked0: float | None = None
-    """Bytes the peer had acknowledged, plus those already written, when offset 0 was set; None: not known."""
-    mark: Mark | None = None
-    level: int = -1
-    band: int = 0
-    expires: float = 0.0
-    promotions: int = 0
-    rescues: int = 0
-    selectors: set[Selector] = field(default_factory=set)
-    """Selectors that have led here."""
+from mfsd.engine.records import (
+    BATCH_COLUMNS,
+    REQUEST_COLUMNS,
+    TRANSFER_COLUMNS,
+    Batch,
+    Request,
+    Session,
+    Transfer,
+)
+from mfsd.engine.streams import Streams
 
 
 @dataclass(slots=True)
@@ -196,37 +37,14 @@ class Counters:
 
 
 @dataclass(slots=True)
-class Waiting:
-    """Rules whose sockets have not been found yet, by selector."""
-
-    rules: dict[Selector, list[Transfer | Mark]] = field(default_factory=dict)
-    since: float = 0.0
-    """When the youngest of them came."""
-    next_look: float = 0.0
-
-    def add(self, rule: Transfer | Mark, now: float) -> None:
-        """Look for its sockets at the next tick, and from then on."""
-        self.rules.setdefault(rule.selector, []).append(rule)
-        self.since, self.next_look = now, now
-
-    def drop(self, rule: Transfer | Mark) -> None:
-        """Not wanted any more. No error when it does not wait."""
-        rules = self.rules.get(rule.selector)
-        if rules is not None and rule in rules:
-            rules.remove(rule)
-            if not rules:
-                del self.rules[rule.selector]
-
-
-@dataclass(slots=True)
 class Books:
     """All that the daemon knows, for all devices of the host."""
 
     transfers: Deferred[Transfer] = field(default_factory=lambda: Deferred(TRANSFER_COLUMNS))
     requests: Dense[Request] = field(default_factory=lambda: Dense(REQUEST_COLUMNS))
     batches: Dense[Batch] = field(default_factory=lambda: Dense(BATCH_COLUMNS))
+    streams: Streams = field(default_factory=Streams)
     sessions: dict[str, Session] = field(default_factory=dict)
-    waiting: Waiting = field(default_factory=Waiting)
     counters: Counters = field(default_factory=Counters)
     arrange_wanted: bool = False
     """A batch arrived or departed: the inter-request decision is due."""
@@ -283,10 +101,8 @@ class Books:
         self.arrange_wanted = True
 
     def strike_transfer(self, transfer: Transfer) -> None:
-        """Remove one part of a transfer from the columns and from all that names it, but for its connection."""
-        transfer.parts.remove(transfer)
-        if not transfer.parts:
-            transfer.session.transfers.pop(transfer.id, None)
+        """Remove a transfer from the columns and from all that names it, but for its stream."""
+        transfer.session.transfers.pop(transfer.id, None)
         if transfer.batch is not None:
             transfer.batch.transfers.discard(transfer)
         if transfer.request is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -136,6 +136,18 @@ class Deferred(Dense[T]):
         obj.row = FRESH
         self._fresh.append((obj, values))
 
+    def extend(self, objects: Sequence[T], values: Sequence[Any]) -> None:
+        """Add rows, given as columns in their order: arrays of shape (len(objects),), or one value for all rows."""
+        self._settle()
+        start, end = self._n, self._n + len(objects)
+        self._reserve(end)
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column[start:end] = value
+        for row, obj in enumerate(objects, start):
+            obj.row = row
+        self._objects += objects
+        self._n = end
+
     def add(self, obj: T, **values: Any) -> None:
         """Add a row; columns not named are zero."""
         self.append(obj, tuple(values.get(name, 0) for name in self._names))
@@ -157,7 +169,9 @@ class Deferred(Dense[T]):
         dead, self._dead = np.array(self._dead), []
         n = self._n - len(dead)
         holes = dead[dead < n]
-        tail = np.setdiff1d(np.arange(n, self._n), dead, assume_unique=True)
+        kept = np.ones(self._n - n, dtype=np.bool_)
+        kept[dead[dead >= n] - n] = False
+        tail = n + np.flatnonzero(kept)
         for column in self._columns.values():
             column[holes] = column[tail]
         objects = self._objects

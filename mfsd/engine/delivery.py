@@ -1,237 +1,217 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done, and what ends with it: transfers whose bytes have arrived, requests, batches, sessions, connections.
+"""What is done: transfers whose bytes have arrived, on TCP's word alone.
 
-A transfer is retired on TCP's word only. The classifier counts what enters the qdisc, long before the last bytes of a
-starved transfer leave it; so the counters say whom to ask, and inet_diag says how far the peer has acknowledged.
+A transfer is an interval of its stream, and done when the peer has acknowledged its end. Slots say how far that is as
+of the last packet; inet_diag is asked where the last bytes may have arrived since. Hints may be wrong, so the intervals
+are corrected by what is seen: a worker that says "done" has written no more than TCP holds now; on a stream on which
+nothing is on its way, no more will come of a transfer that is nearly through; bytes that went before their hint belong
+to it once the next one is announced (ledger.py).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from mfsd.model import Event, EventKind
+from mfsd.engine.endings import REST, SLACK
+from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    import numpy.typing as npt
-
-    from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer
-    from mfsd.engine.connections import Connections, Position
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
+    from mfsd.engine.endings import Endings
+    from mfsd.engine.records import Connection, Position, Stream, Transfer
     from mfsd.engine.rescue import Rescuer
+    from mfsd.engine.streams import Moved
 
-CONFIRM_MAX: Final = 64
-"""Connections asked per tick whether their last bytes have been acknowledged."""
+ASK_MAX: Final = 64
+"""Streams asked per tick how far they have come."""
+STALLED_S: Final = 0.25
+"""A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all."""
 
 
 @dataclass(slots=True)
 class Delivery:
-    """Finds out what is done and strikes it from the books."""
+    """Finds out what is done."""
 
     books: Books
     connections: Connections
     rescuer: Rescuer
-    _confirm: set[Connection] = field(default_factory=set)
-    """Connections to ask although the counters give no reason."""
+    endings: Endings
+    _confirm: dict[Stream, None] = field(default_factory=dict)
+    """Streams to ask although their slots give no reason."""
     _ask_from: int = 0
+    _last_run: float = 0.0
 
-    def confirm(self, conn: Connection) -> None:
-        """Ask at the next tick how far this connection has got."""
-        self._confirm.add(conn)
+    def confirm(self, stream: Stream) -> None:
+        """Ask at the next tick how far this stream has got."""
+        self._confirm[stream] = None
 
-    def run(self, now: float) -> None:
-        """Retire what has arrived, and drop connections whose sockets turn out to be gone."""
-        done, gone = self._look(now)
-        self.end(done, now, delivered=True)
-        for conn in gone:
-            self.drop(conn, "its socket is gone", now)
+    def run(self, moved: Moved, now: float) -> None:
+        """Retire what has arrived."""
+        if self.books.transfers.n or self._confirm:
+            self._run(moved, now)
+        self._last_run = now
 
-    # --- what has arrived ---------------------------------------------------------------------------------------------
-
-    def _look(self, now: float) -> tuple[list[Transfer], list[Connection]]:
-        transfers = self.books.transfers
-        if not transfers.n and not self._confirm:
-            return [], []
-        sent = self.connections.sent()
-        conns = transfers.live("conn")
-        rows = np.flatnonzero((transfers.live("end") <= sent.take(conns)) & (conns >= 0))
-        if len(rows) > CONFIRM_MAX:
+    def _run(self, moved: Moved, now: float) -> None:
+        t = self.books.transfers
+        stream, start, end = t.live("stream"), t.live("start"), t.live("end")
+        arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered")
+        done = [t.objects[row] for row in np.flatnonzero(arrived)]
+        reach = moved.sent.take(stream)
+        rows = np.flatnonzero(~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now)))
+        if len(rows) > ASK_MAX:
             # Take turns: many starved transfers may wait here for a long time.
-            rows = np.roll(rows, -(self._ask_from % len(rows)))[:CONFIRM_MAX]
-            self._ask_from += CONFIRM_MAX
-        suspects = [transfers.objects[row] for row in rows]
-        asked = {p.conn for t in suspects for p in t.parts if p.conn is not None} | self._confirm
+            rows = np.roll(rows, -(self._ask_from % len(rows)))[:ASK_MAX]
+            self._ask_from += ASK_MAX
+        asked = dict.fromkeys(t.objects[row].stream for row in rows) | self._confirm
         self._confirm.clear()
-        if not asked:
-            return [], []
-        positions = self.connections.ask(list(asked))
-        done: list[Transfer] = []
-        gone: list[Connection] = []
-        for conn in asked:
-            position = positions.get(conn)
-            if position is not None:
-                done += self._arrived(conn, position)
-            elif conn in positions:
-                gone.append(conn)
-            else:
-                done += self._drained(conn, sent, now)
-        done += self._whole(suspects, positions)
-        return list(dict.fromkeys(done)), gone
+        if done:
+            self.endings.end(done, now, delivered_at=now)
+        if asked:
+            self._ask(asked, now)
 
-    def _arrived(self, conn: Connection, position: Position) -> list[Transfer]:
-        """Transfers of one connection whose last byte the peer has acknowledged."""
-        transfers = self.books.transfers
-        reach = position.delivered + 0.5
-        # When nothing is on its way, whatever was handed over has arrived, however much less than announced it was.
-        quiet = reach >= position.written
-        handed_over = [t for t in conn.queue if t.handed_over]
-        if handed_over and not quiet:
-            self._confirm.add(conn)
-        done = handed_over if quiet else []
-        for transfer in conn.queue:
-            if transfer.handed_over and quiet:
-                continue
-            if transfer.total > transfers.get(transfer, "size"):
-                continue  # its bytes are spread over several connections, see _whole
-            if reach < transfers.get(transfer, "end"):
-                break  # the stream is FIFO: those behind it end later
-            done.append(transfer)
-        return done
+    def _stalled(
+        self,
+        reach: npt.NDArray[np.float64],
+        start: npt.NDArray[np.float64],
+        end: npt.NDArray[np.float64],
+        stream: npt.NDArray[np.int32],
+        now: float,
+    ) -> npt.NDArray[np.bool_]:
+        """Transfers that are nearly through, on streams that have sent nothing lately; shape (n,)."""
+        near = (reach > start) & (end - reach <= REST * (end - start))
+        if not near.any():
+            return near
+        slot = self.books.streams.slot.take(stream)
+        still = self.connections.table.last_ns.take(slot, mode="clip") < int((now - STALLED_S) * NS)
+        return near & still & (slot >= 0)
 
-    def _whole(self, suspects: list[Transfer], positions: Mapping[Connection, Position | None]) -> list[Transfer]:
-        """Parts of transfers that have moved all their bytes together, however these were spread.
+    def _ask(self, asked: Iterable[Stream], now: float) -> None:
+        conns = list({c: None for s in asked for c in s.members})
+        positions = self.connections.ask(conns)
+        for conn, position in positions.items():
+            if position is None:
+                self.endings.lost(conn, now)
+            elif position.over:
+                self.endings.closed(conn, position.acked, now, clean=True)
+        for done, delivered_at in self._judge(asked, positions, now):
+            self.endings.end(done, now, delivered_at=delivered_at)
+        for stream in asked:
+            if any(x.handed_over for x in stream.queue):
+                self.confirm(stream)
 
-        With several transfers at once on several connections nobody can tell whose bytes went where; completion hints
-        can.
+    def _judge(
+        self, asked: Iterable[Stream], positions: Mapping[Connection, Position | None], now: float
+    ) -> list[tuple[list[Transfer], float]]:
+        """What the peers have acknowledged, and when, by stream; corrects the intervals of the others.
+
+        All streams together, because columns are read and written in one go, and nothing is struck out meanwhile.
         """
-        transfers = self.books.transfers
-        out: list[Transfer] = []
-        for transfer in suspects:
-            if transfer.total <= transfers.get(transfer, "size"):
+        out: list[tuple[list[Transfer], float]] = []
+        known: list[tuple[Stream, dict[Connection, Position]]] = []
+        for stream in asked:
+            told = {c: p for c in stream.members if (p := positions.get(c)) is not None}
+            if not stream.queue:
                 continue
-            moved = 0.0
-            for part in transfer.parts:
-                position = positions.get(part.conn) if part.conn is not None else None
-                if position is not None:
-                    moved += max(position.delivered - transfers.get(part, "start"), 0.0)
-            # Parts that are gone with their connections count as moved.
-            shares_done = transfer.total - sum(float(transfers.get(p, "size")) for p in transfer.parts)
-            if moved + shares_done + 0.5 >= transfer.total:
-                out += transfer.parts
+            if len(told) < len(stream.members):
+                out.append((self._drained(stream, now), now))
+                continue
+            if stream.ordered and any(x.handed_over for x in stream.queue):
+                stream.queue = deque(sorted(stream.queue, key=lambda x: not x.handed_over))  # stable
+            known.append((stream, told))
+        t = self.books.transfers
+        rows = t.rows(x for stream, _ in known for x in stream.queue)
+        start, end, size = (t.live(name)[rows].tolist() for name in ("start", "end", "size"))
+        at = 0
+        for stream, told in known:
+            out.append(self._arrived(stream, told, start, end, size, at, now))
+            at += len(stream.queue)
+        t.live("start")[rows], t.live("end")[rows] = start, end
         return out
 
-    def _drained(self, conn: Connection, sent: npt.NDArray[np.float64], now: float) -> list[Transfer]:
-        """Without a socket to ask: what has entered the qdisc is done once the connection's lane is empty."""
-        past = [t for t in conn.queue if self.books.transfers.get(t, "end") <= sent[conn.slot]]
-        return past if past and self.rescuer.lane_empty(conn, now) else []
-
-    # --- ends ---------------------------------------------------------------------------------------------------------
-
-    def hand_over(self, transfers: Iterable[Transfer], now: float, *, cancelled: bool) -> None:
-        """The process has written the last byte (or will not): what TCP still holds remains to be delivered."""
-        ended: list[Transfer] = []
-        for transfer in transfers:
-            if cancelled or transfer.conn is None or not transfer.conn.local:
-                ended.append(transfer)
+    def _arrived(
+        self,
+        stream: Stream,
+        told: Mapping[Connection, Position],
+        start: list[float],
+        end: list[float],
+        size: list[float],
+        at: int,
+        now: float,
+    ) -> tuple[list[Transfer], float]:
+        """The same of one stream, whose transfers stand from ``at`` on in the lists."""
+        streams = self.books.streams
+        acked, written = streams.total(stream, told, "acked"), streams.total(stream, told, "written")
+        quiet = acked + SLACK >= written
+        last = max((int(self.connections.table.last_ns[c.slot]) for c in told), default=0)
+        stalled = quiet and last < int((now - STALLED_S) * NS)
+        self._correct(stream, written, start, end, size, at)
+        done = []
+        for i, transfer in enumerate(stream.queue, at):
+            if transfer.handed_over:
+                arrived = quiet or end[i] <= acked + SLACK
+            elif stream.ordered:
+                nearly = stalled and start[i] < acked and end[i] - acked <= REST * size[i]
+                arrived = end[i] <= acked + SLACK or nearly
             else:
-                transfer.handed_over = True
-                self._confirm.add(transfer.conn)
-        self.end(ended, now, delivered=not cancelled)
+                arrived = False
+            if arrived:
+                done.append(transfer)
+        if not stream.ordered and acked - start[at] + SLACK >= sum(size[at : at + len(stream.queue)]):
+            done = list(stream.queue)  # all that was announced has moved, in whatever order
+        moved_ago = min((p.quiet_s for p in told.values()), default=0.0)
+        return done, max(now - moved_ago, self._last_run) if quiet else now
 
-    def end(self, transfers: Iterable[Transfer], now: float, *, delivered: bool) -> None:
-        """Take transfers (single parts of them) out of everything, in one pass over each connection."""
-        ended = [t for t in dict.fromkeys(transfers) if t in t.parts]
-        for conn, own in groupby(sorted(ended, key=_slot), key=lambda t: t.conn):
-            if conn is not None:
-                self._unqueue(conn, set(own), now, delivered=delivered)
-        for transfer in ended:
-            if transfer.conn is None:
-                self.books.waiting.drop(transfer)
-            self.books.strike_transfer(transfer)
-            self.books.counters.transfers_completed += delivered and not transfer.parts
-            request = transfer.request
-            if delivered and request is not None:
-                request.delivered_at = max(request.delivered_at, now)
-                if request.completed and not request.transfers:
-                    self.finish(request, now)
-
-    def _unqueue(self, conn: Connection, ended: set[Transfer], now: float, *, delivered: bool) -> None:
-        """Take transfers off a connection's stream. What was not delivered will not come: those behind move forward."""
-        if not delivered:
-            transfers, rows = self.books.transfers, self.books.transfers.rows(conn.queue)
-            start, end = transfers.live("start"), transfers.live("end")
-            unsent = np.maximum(end[rows] - np.maximum(start[rows], self.connections.offset(conn)), 0.0)
-            gaps = np.cumsum(np.where([t in ended for t in conn.queue], unsent, 0.0))
-            start[rows[1:]] -= gaps[:-1]
-            end[rows[1:]] -= gaps[:-1]
-            conn.announced -= float(gaps[-1])
-        left = len(ended)
-        while conn.queue and conn.queue[0] in ended:
-            conn.queue.popleft()
-            left -= 1
-        if left:
-            conn.queue = deque(t for t in conn.queue if t not in ended)
-        self.connections.note_rest(conn, now, linger=delivered)
-
-    def finish(self, request: Request, now: float, *, cancelled: bool = False) -> None:
-        """A request is over: count it, unless it was cancelled, and forget it."""
-        if not cancelled:
-            met = (request.delivered_at or now) <= self.books.requests.get(request, "deadline")
-            self.books.counters.deadlines_met += met
-            self.books.counters.deadlines_missed += not met
-        self.forget(request, now)
-
-    def forget(self, request: Request, now: float) -> None:
-        """Strike out a request with all its transfers, and its batch if nothing else is in it."""
-        batch = request.batch
-        self.end(list(request.transfers), now, delivered=False)
-        self.books.strike_request(request)
-        if batch is not None and not batch.requests and not batch.transfers:
-            self.books.strike_batch(batch)
-
-    def end_batch(self, batch: Batch, now: float, *, cancelled: bool) -> None:
-        """A batch is over; its requests live on."""
-        self.hand_over([t for t in batch.transfers if t.request is None], now, cancelled=cancelled)
-        self.books.strike_batch(batch)
-
-    def end_session(self, session: Session, now: float) -> None:
-        """Free everything that a session said."""
-        self.end([t for parts in session.transfers.values() for t in parts], now, delivered=False)
-        for request in list(session.requests.values()):
-            self.forget(request, now)
-        for batch in list(session.batches.values()):
-            self.books.strike_batch(batch)
-        for mark in list(session.marks.values()):
-            self.unmark(mark, now)
-
-    def unmark(self, mark: Mark, now: float) -> None:
-        """Take a mark back."""
-        mark.session.marks.pop(mark.selector, None)
-        self.books.waiting.drop(mark)
-        for conn in mark.conns:
-            self.connections.set_mark(conn, None, now)
-        mark.conns.clear()
-
-    def drop(self, conn: Connection, reason: str, now: float) -> None:
-        """Forget a connection; who has announced transfers on it is told the reason. No error when it is gone."""
-        if conn.slot not in self.connections.by_slot or self.connections.by_slot[conn.slot] is not conn:
+    @staticmethod
+    def _correct(
+        stream: Stream, written: float, start: list[float], end: list[float], size: list[float], at: int
+    ) -> None:
+        """What is handed over, and stands first, was written before anything else, and no further than ``written``."""
+        if not any(x.handed_over for x in stream.queue):
             return
-        ended = list(conn.queue)
-        for transfer in ended:
-            owner = transfer.request.id if transfer.request else ""
-            transfer.session.tell(Event(EventKind.CONNECTION_GONE, owner, transfer.id, reason))
-        self.end(ended, now, delivered=False)
-        if conn.mark is not None:
-            conn.mark.conns.discard(conn)
-        self._confirm.discard(conn)
-        self.rescuer.forget(conn)
-        self.connections.drop(conn)
+        if not stream.ordered:
+            for i, transfer in enumerate(stream.queue, at):
+                if transfer.handed_over:
+                    end[i] = min(end[i], written)
+            return
+        position = min(start[at : at + len(stream.queue)])
+        for i, transfer in enumerate(stream.queue, at):
+            start[i] = position
+            if transfer.handed_over:
+                reach = position + (min(size[i], end[i] - position) if end[i] > position else size[i])
+                position = min(reach, max(written, position))
+            else:
+                position += size[i]
+            end[i] = position
+        stream.announced = position
 
+    def _drained(self, stream: Stream, now: float) -> list[Transfer]:
+        """Without a socket to ask: what has left is done once the connections' lanes are empty."""
+        t = self.books.transfers
+        sent = self.books.streams.offset(stream, self.connections.sent_by)
+        past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
+        if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
+            return past
+        if past:
+            self.confirm(stream)
+        return []
 
-def _slot(transfer: Transfer) -> int:
-    return -1 if transfer.conn is None else transfer.conn.slot
+    # --- what hints say about writing ---------------------------------------------------------------------------------
+
+    def hand_over(self, transfers: Iterable[Transfer], now: float) -> None:
+        """The process has written the last byte: what TCP still holds remains to be delivered."""
+        nowhere: list[Transfer] = []
+        for transfer in transfers:
+            transfer.handed_over = True
+            if transfer.stream.members:
+                self._confirm[transfer.stream] = None
+            else:
+                nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
+        self.endings.end(nowhere, now, delivered_at=now)

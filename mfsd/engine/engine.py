@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: hints come in (ledger.py), bytes go out (delivery.py), levels follow (steering.py), time passes (here).
 
-``tick`` keeps house - expiry, selectors that wait for their sockets, delivery, sockets that are gone - and then steers.
+``tick`` hears what the kernel tells of sockets, keeps house (delivery, expiry, sockets that are gone) and then steers.
 One thread, no locks, no clock of its own: every call is given ``now`` (CLOCK_MONOTONIC seconds), so tests run it on a
 fake clock.
 """
@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
-from mfsd.engine.books import Books, Session
+from mfsd.engine import bulk
+from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.delivery import Delivery
+from mfsd.engine.endings import Endings
 from mfsd.engine.ledger import Ledger
+from mfsd.engine.records import Session, Watch
 from mfsd.engine.rescue import Rescuer
+from mfsd.engine.sockets import Closed, Established, Socket
 from mfsd.engine.steering import Steering
+from mfsd.engine.watches import Watches
 from mfsd.model import Event, EventKind, HintError, Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from mfsd.bands import Bands
+    from mfsd.engine.bulk import Bad, TransferColumns
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.settings import LimitsConfig, RescueConfig
@@ -38,11 +44,6 @@ HOUSEKEEPING_S: Final = 0.1
 SWEEP_S: Final = 1.0
 """How often idle connections are checked for sockets that are gone."""
 SWEEP_BATCH: Final = 256
-WAITING_S: Final = 0.02
-"""How often selectors without a socket are tried again while one of them is young."""
-WAITING_YOUNG_S: Final = 1.0
-WAITING_OLD_S: Final = 0.25
-"""How often when all are older: a look at all sockets of a busy host takes milliseconds."""
 LINGER_S: Final = 5.0
 """A connection without transfers keeps its slot this long, since the next transfer usually follows."""
 
@@ -60,22 +61,20 @@ class Engine:
         rescue: RescueConfig,
         *,
         mode: Mode = Mode.ENFORCE,
-        watch: Callable[[int, Callable[[], None]], bool] = lambda _pid, _on_exit: True,
-        unwatch: Callable[[int], None] = lambda _pid: None,
     ) -> None:
-        """``watch(pid, on_exit)`` starts watching a process and is False when there is none."""
         self.connections = connections
-        self.books = Books()
+        self.books = books = Books()
         self.rescuer = Rescuer(devices, connections, bands, rescue)
-        self.delivery = Delivery(self.books, connections, self.rescuer)
-        self.ledger = Ledger(self.books, connections, self.delivery, limits)
-        self.steering = Steering(self.books, connections, policy, bands, devices, self.rescuer)
+        self.steering = Steering(books, connections, policy, bands, devices, self.rescuer)
+        self.watches = Watches(books, connections.sockets, bands.level_bands[0].lanes)
+        self.endings = Endings(books, connections, self.watches, self.rescuer)
+        self.delivery = Delivery(books, connections, self.rescuer, self.endings)
+        self.ledger = Ledger(
+            books, connections, self.watches, self.delivery, self.endings, self.steering.band_of, limits
+        )
         self.mode = mode
         self.paused = False
         self.epoch = secrets.randbits(63) | 1
-        self._watch, self._unwatch = watch, unwatch
-        self._dead: list[Session] = []
-        """Sessions whose process has ended."""
         self._next_house = self._next_sweep = 0.0
         self._sweep_from = 0
 
@@ -86,8 +85,11 @@ class Engine:
 
     # --- sessions and hints -------------------------------------------------------------------------------------------
 
-    def session(self, name: str, pid: int, now: float) -> Session:
-        """Find or open a client session. Raises HintError for an empty name, a dead pid, or too many sessions."""
+    def session(self, name: str, now: float, *, pid: int = 0, uid: int = -1, maker: object = None) -> Session:
+        """Find or open a client session. Raises HintError for an empty name, or too many sessions.
+
+        ``maker`` is who opens it: whoever asks looks whether the one found is its own.
+        """
         sessions = self.books.sessions
         found = sessions.get(name)
         if found is not None:
@@ -102,31 +104,34 @@ class Engine:
                 "raise limits.max_sessions, or let workers share a session",
                 exhausted=True,
             )
-        new = Session(name, pid, seen=now)
-        if pid and not self._watch(pid, lambda: self._dead.append(new)):
-            raise HintError("pid", f"no process {pid}", "give the worker's own pid as this host sees it, or 0")
-        sessions[name] = new
+        new = sessions[name] = Session(name, pid, uid, maker, seen=now)
         return new
 
     def end_session(self, session: Session, now: float) -> None:
-        """Free everything that a session said. No error when it has ended already."""
+        """Its process or its client is gone: free everything that it said. No error when it has ended already.
+
+        What its sockets still deliver counts: the kernel sends what was written before a process ended.
+        """
         sessions = self.books.sessions
-        if sessions.pop(session.name, None) is None:
+        if sessions.get(session.name) is not session:
             return
-        if session.pid and not any(s.pid == session.pid for s in sessions.values()):
-            self._unwatch(session.pid)
-        self.delivery.end_session(session, now)
+        del sessions[session.name]
+        self.delivery.hand_over(self.endings.end_session(session, now), now)
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
         self.ledger.apply(session, hint, now)
+
+    def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
+        """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
+        return bulk.announce(self.ledger, session, columns, now)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
     @property
     def idle(self) -> bool:
         """Nothing to schedule: the daemon may tick slowly."""
-        return not self.books.transfers.n and not self.books.waiting.rules and not self._dead
+        return not self.books.transfers.n and not self.watches.looking
 
     @property
     def rescue_due(self) -> bool:
@@ -135,31 +140,58 @@ class Engine:
 
     def tick(self, now: float) -> None:
         """Do everything that time brings: house-keeping, delivery, levels, rescue."""
-        for session in self._dead:
-            self.end_session(session, now)
-        self._dead.clear()
-        waiting = self.books.waiting
-        if waiting.rules and now >= waiting.next_look:
-            young = now < waiting.since + WAITING_YOUNG_S
-            waiting.next_look = now + (WAITING_S if young else WAITING_OLD_S)
-            self._look_for_sockets(now)
-        for conn in self.connections.locate(now):
-            self.delivery.drop(conn, f"no socket has cookie {conn.cookie}", now)
-        self.delivery.run(now)
+        self.watches.look(now)
+        self.hear(now)
+        for conn in self.connections.search(now):
+            self.endings.drop(conn, now, f"no socket has cookie {conn.cookie}")
+        moved = self.connections.moved(self.books.streams)
+        self.delivery.run(moved, now)
         if now >= self._next_house:
             self._next_house = now + HOUSEKEEPING_S
             self._expire(now)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
             self._sweep(now)
-        self.steering.run(now, rescue=self.steers)
+        self.steering.run(moved, now, rescue=self.steers)
 
-    def _look_for_sockets(self, now: float) -> None:
-        rules = self.books.waiting.rules
+    def hear(self, now: float) -> None:
+        """Take in what the kernel tells of connections."""
+        for event in self.connections.sockets.events():
+            if isinstance(event, Established):
+                self._established(event, now)
+            elif isinstance(event, Closed):
+                conn = self.connections.by_cookie.get(event.cookie)
+                if conn is not None:
+                    self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean)
+            else:
+                for watch in self.watches.found(event.selector):
+                    self._found(watch, event.sockets, now)
+        for conn, position in self.connections.placed():
+            for stream in conn.streams:
+                self.books.streams.rejoin(stream.members[conn], position)
+        self.connections.lend()
+
+    def _established(self, event: Established, now: float) -> None:
         expires = now + self.ledger.limits.default_ttl_s
-        for selector, conns in self.connections.match_waiting(rules, expires).items():
-            for rule in rules.pop(selector):
-                self.ledger.found(rule, conns, now)
+        watches = list(self.watches.matching(event.socket))
+        try:
+            conn = self.connections.of_socket(event.socket, expires, event.slot)
+        except HintError:
+            return  # the table is full: it goes as default traffic
+        for watch in watches:
+            # Nothing but its SYN, which TCP counts as a byte, has gone before.
+            self.ledger.joined(watch, conn, float(event.active), now)
+        self.connections.note_rest(conn, now, linger=True)
+
+    def _found(self, watch: Watch, sockets: Sequence[Socket], now: float) -> None:
+        for socket in sockets:
+            if not self.watches.may(watch, socket):
+                continue
+            try:
+                conn = self.connections.of_socket(socket, now + self.ledger.limits.default_ttl_s)
+            except HintError:
+                return
+            self.ledger.joined(watch, conn, None, now)
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""
@@ -168,15 +200,17 @@ class Engine:
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.EXPIRED, owner, transfer.id, "not completed in its time to live"))
         self.books.counters.transfers_expired += len(transfers)
-        self.delivery.end(transfers, now, delivered=False)
+        self.endings.end(transfers, now)
         for request in self._expired(self.books.requests, now):
-            self.delivery.finish(request, now)
+            self.endings.finish(request, now)
         for batch in self._expired(self.books.batches, now):
             if not batch.requests and not batch.transfers:
                 self.books.strike_batch(batch)
         self._expire_sessions(now)
+        for watch in self.watches.expired(now):
+            self.endings.unwatch(watch, now)
         for conn in self.connections.idle(now, LINGER_S):
-            self.delivery.drop(conn, "idle", now)
+            self.endings.drop(conn, now)
 
     def _expire_sessions(self, now: float) -> None:
         """Renew what marks hold; end sessions without a process that have nothing left."""
@@ -184,6 +218,9 @@ class Engine:
         for session in list(self.books.sessions.values()):
             for mark in session.marks.values():
                 self.connections.renew(mark.conns, now + limits.max_ttl_s)
+                watch = session.watches.get(mark.selector)
+                if watch is not None:
+                    self.watches.get(session, mark.selector, watch.band, now + limits.max_ttl_s, now)
             said = session.requests or session.batches or session.transfers or session.marks
             if not session.pid and not said and session.seen + limits.default_ttl_s < now:
                 self.end_session(session, now)
@@ -200,10 +237,11 @@ class Engine:
         window = [s for s in slots if s >= self._sweep_from][:SWEEP_BATCH] or slots[:SWEEP_BATCH]
         self._sweep_from = window[-1] + 1
         conns = [self.connections.by_slot[s] for s in window]
-        for conn, position in self.connections.ask([c for c in conns if c.local]).items():
+        for conn, position in self.connections.ask([c for c in conns if c.here]).items():
             if position is None:
-                self.delivery.drop(conn, "its socket is gone", now)
-        self.connections.adopt(SWEEP_BATCH)
+                self.endings.lost(conn, now)
+            elif position.over:
+                self.endings.closed(conn, position.acked, now, clean=True)
 
     # --- operators ----------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ LOAD_TAU_S: Final = 0.100
 class Reading:
     """Cumulative counters of a device."""
 
+    at: float
+    """When they were read, CLOCK_MONOTONIC seconds."""
     sent: int
     """Bytes that the root qdisc has let out."""
     backlog: int
@@ -63,9 +65,9 @@ class LinkEstimator:
         """Best knowledge of the rate, bytes/s."""
         return self.measured or self.configured
 
-    def observe(self, now: float, reading: Reading) -> None:
-        """Take the device's counters as of ``now``."""
-        sent, busy, band_bytes = reading.sent, reading.backlog > 0, reading.offered
+    def observe(self, reading: Reading) -> None:
+        """Take the device's counters."""
+        now, sent, busy, band_bytes = reading.at, reading.sent, reading.backlog > 0, reading.offered
         if self._last is not None and self._band_bytes is not None:
             then, sent_then, busy_then = self._last
             dt, done = now - then, sent - sent_then

@@ -7,13 +7,16 @@ at a clock or decides a level; engine.py does the one, steering.py the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import LEVEL_NEW
-from mfsd.engine.books import Batch, Books, Connection, Mark, Request, Session, Transfer
+from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Transfer, Watch
+from mfsd.engine.slots import NS
+from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
     INF,
     BatchHint,
+    CookieSelector,
     EndHint,
     Hint,
     HintError,
@@ -26,20 +29,43 @@ from mfsd.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sized
+    from collections.abc import Callable
 
+    from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.delivery import Delivery
+    from mfsd.engine.endings import Endings
+    from mfsd.engine.records import Stream
     from mfsd.engine.settings import LimitsConfig
+    from mfsd.engine.watches import Watches
+    from mfsd.model import Selector
+
+LATE: Final = 0.9
+"""Share of a transfer's bytes that must have gone unannounced just before its hint for it to be suspected late."""
+LATE_S: Final = 5.0
+"""How long ago that may have been."""
 
 
 class Ledger:
     """Applies hints to the books, within limits."""
 
-    def __init__(self, books: Books, connections: Connections, delivery: Delivery, limits: LimitsConfig) -> None:
+    def __init__(
+        self,
+        books: Books,
+        connections: Connections,
+        watches: Watches,
+        delivery: Delivery,
+        endings: Endings,
+        band_of: Callable[[Stage], int],
+        limits: LimitsConfig,
+    ) -> None:
+        """``band_of``: where bytes begin of which nothing but the stage is known."""
         self.books = books
         self.connections = connections
+        self.watches = watches
         self.delivery = delivery
+        self.endings = endings
+        self.band_of = band_of
         self.limits = limits
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
@@ -58,12 +84,12 @@ class Ledger:
             self._mark(session, hint, now)
 
     def _bound(
-        self, field: str, what: str, have: Sized, limit: str, instead: str = "complete those that are done"
+        self, field: str, what: str, have: int, limit: str, instead: str = "complete those that are done"
     ) -> None:
         """Raise HintError when the session has as many as ``limits.<limit>`` allows."""
-        if len(have) >= getattr(self.limits, limit):
+        if have >= getattr(self.limits, limit):
             raise HintError(
-                field, f"the session has {len(have)} {what}", f"{instead}, or raise limits.{limit}", exhausted=True
+                field, f"the session has {have} {what}", f"{instead}, or raise limits.{limit}", exhausted=True
             )
 
     # --- requests and batches -----------------------------------------------------------------------------------------
@@ -73,7 +99,7 @@ class Ledger:
         expires = max(hint.deadline, now) + hint.ttl
         requests, transfers = self.books.requests, self.books.transfers
         if request is None:
-            self._bound("request.id", "requests already", session.requests, "max_requests_per_session")
+            self._bound("request.id", "requests already", len(session.requests), "max_requests_per_session")
             request = Request(hint.id, session)
             session.requests[hint.id] = request
             requests.add(request, arrival=now, batch=-1)
@@ -128,7 +154,7 @@ class Ledger:
             self.books.batches.put(batch, "layer_since", now)
 
     def _new_batch(self, session: Session, batch_id: str, now: float) -> Batch:
-        self._bound("batch.id", "batches already", session.batches, "max_batches_per_session")
+        self._bound("batch.id", "batches already", len(session.batches), "max_batches_per_session")
         batch = Batch(batch_id, session)
         session.batches[batch_id] = batch
         batches = self.books.batches
@@ -139,120 +165,232 @@ class Ledger:
 
     # --- transfers ----------------------------------------------------------------------------------------------------
 
+    def check_new(self, session: Session, transfer_id: str, more: int = 0, *, known: bool = False) -> None:
+        """Raise HintError unless a transfer may be added. ``more`` are about to be, ``known`` says that it is one."""
+        if known or transfer_id in session.transfers:
+            raise HintError("transfer.id", f"{transfer_id!r} is announced already", "ids are unique within a session")
+        self._bound("transfer.id", "unfinished transfers", len(session.transfers) + more, "max_transfers_per_session")
+
+    @staticmethod
+    def no_owner(request_id: str, batch_id: str) -> HintError:
+        """The error of a transfer whose owner is not known."""
+        name = "transfer.request_id" if request_id or not batch_id else "transfer.batch_id"
+        owner = request_id or batch_id
+        return HintError(name, f"no request or batch {owner!r} in this session", "announce it before its transfers")
+
     def _transfer(self, session: Session, hint: TransferHint, now: float) -> None:
-        if hint.id in session.transfers:
-            raise HintError("transfer.id", f"{hint.id!r} is announced already", "ids are unique within a session")
-        self._bound("transfer.id", "unfinished transfers", session.transfers, "max_transfers_per_session")
+        self.check_new(session, hint.id)
         request = session.requests.get(hint.request_id) if hint.request_id else None
         batch = session.batches.get(hint.batch_id) if hint.batch_id else None
-        if request is None and batch is None and hint.stage is not Stage.COLLECTIVE:
-            name = "transfer.request_id" if hint.request_id or not hint.batch_id else "transfer.batch_id"
-            owner = hint.request_id or hint.batch_id
-            raise HintError(name, f"no request or batch {owner!r} in this session", "announce it before its transfers")
+        if request is None and batch is None and not hint.stage.ownerless:
+            raise self.no_owner(hint.request_id, hint.batch_id)
         if batch is None and request is not None:
             batch = request.batch
         deadline = hint.deadline
         if request is not None:
             deadline = min(deadline, float(self.books.requests.get(request, "deadline")))
         expires = (deadline if now < deadline < INF else now) + hint.ttl
-        conns = self.connections.match(hint.selector, expires)
-        transfer = Transfer(hint.id, session, hint.selector, hint.stage, hint.deadline, request, batch, [], hint.size)
-        transfer.target_layer, transfer.created, transfer.expires = hint.target_layer, now, expires
-        session.transfers[hint.id] = transfer.parts
-        if conns:
-            self._spread(transfer, conns, deadline)
-        else:
-            self._add_part(transfer, float(hint.size), deadline, None)
-            self.books.waiting.add(transfer, now)
-
-    def found(self, rule: Transfer | Mark, conns: list[Connection], now: float) -> None:
-        """The sockets of a waiting rule have appeared. A transfer's row is made anew, on them."""
-        if isinstance(rule, Mark):
-            for conn in conns:
-                self.connections.set_mark(conn, rule, now)
-            return
-        transfers = self.books.transfers
-        deadline, rule.expires = float(transfers.get(rule, "deadline")), float(transfers.get(rule, "expires"))
-        transfers.remove(rule)
-        rule.parts.clear()
-        self._spread(rule, conns, deadline)
-
-    def _spread(self, first: Transfer, conns: list[Connection], deadline: float) -> None:
-        """Put a transfer on its connections, in equal shares."""
-        share = first.total / len(conns)
-        self._add_part(first, share, deadline, conns[0])
-        for conn in conns[1:]:
-            self._add_part(first.another(), share, deadline, conn)
-
-    def _add_part(self, part: Transfer, size: float, deadline: float, conn: Connection | None) -> None:
-        """Add a row, and queue it at the end of its connection's announced stream."""
-        start, slot = 0.0, -1
-        if conn is not None:
-            start, slot = self.connections.announce(conn, part, size), conn.slot
-            part.conn = conn
-        request, batch = part.request, part.batch
+        stream = self.stream_of(
+            session, hint.selector, hint.stage, expires, now, ordered=hint.ordered, position=hint.position
+        )
+        offset = self.books.streams.offset(stream, self.connections.sent_by)
+        start, late = self.begin(stream, hint.size, hint.position, offset, now)
+        transfer = Transfer(hint.id, session, hint.stage, hint.deadline, request, batch, stream, maybe_late=late)
+        stream.queue.append(transfer)
+        self.note(stream, hint.stage)
         self.books.transfers.append(
-            part,
+            transfer,
             (  # in the order of books.TRANSFER_COLUMNS
-                part.stage,
-                size,
+                hint.stage,
+                hint.size,
                 start,
-                start + size,
+                start + hint.size,
                 -1 if request is None else self.books.requests.row(request),
                 -1 if batch is None else self.books.batches.row(batch),
-                slot,
-                part.target_layer,
+                stream.index,
+                hint.target_layer,
                 deadline,
-                part.created,
-                part.expires,
+                now,
+                expires,
                 LEVEL_NEW,
                 -1,  # seen_layer
                 False,  # infeasible
+                stream.ordered,
             ),
         )
-        part.parts.append(part)
+        session.transfers[hint.id] = transfer
         if request is not None:
-            request.transfers.add(part)
+            request.transfers.add(transfer)
         if batch is not None:
-            batch.transfers.add(part)
+            batch.transfers.add(transfer)
+
+    def stream_of(
+        self,
+        session: Session,
+        selector: Selector,
+        stage: Stage,
+        expires: float,
+        now: float,
+        *,
+        ordered: bool,
+        position: int,
+    ) -> Stream:
+        """What carries a transfer; opened, and its connections made known, if it is the first one."""
+        stream = session.streams.get(selector)
+        if stream is not None:
+            if stream.watch is not None:
+                self.watches.get(session, selector, self.band_of(stage), expires, now)
+        else:
+            exact = exact_endpoints(selector)
+            if isinstance(selector, CookieSelector):
+                conn = self.connections.of_cookie(selector.cookie, expires)
+            elif exact is not None:
+                found = self.connections.sockets.exact(selector)  # type: ignore[arg-type]  # exact, so a tuple
+                conn = (
+                    self.connections.of_tuple(exact, expires)
+                    if found is None
+                    else self.connections.of_socket(found, expires)
+                )
+            else:
+                conn = None
+            watch = None
+            if conn is None or exact is not None:
+                # An exact tuple, too, may name one connection after another.
+                watch = self.watches.get(session, selector, self.band_of(stage), expires, now)
+            stream = session.streams[selector] = self.books.streams.open(session, selector, watch)
+            mark = session.marks.get(selector)
+            stream.ordered = ordered and (mark is None or mark.ordered)
+            if watch is not None:
+                watch.stream = stream
+                for known in watch.conns:
+                    self._join(stream, known, None)
+            if conn is not None:
+                self._join(stream, conn, position or None)
+        self.connections.renew(stream.members, expires)
+        return stream
+
+    def begin(self, stream: Stream, size: float, position: float, offset: float, now: float) -> tuple[float, bool]:
+        """Offset of a transfer's first byte, behind all that is announced on its stream, which is at ``offset`` now.
+
+        And whether as many bytes as it has went without a hint just before it.
+        """
+        before = stream.queue[-1] if stream.queue and stream.queue[-1].maybe_late else None
+        if before is not None and offset <= stream.announced - float(self.books.transfers.get(before, "size")):
+            # Nothing has moved since: it was announced after its bytes had gone.
+            moved = self._moved(stream)
+            self.endings.end([before], now, delivered_at=now if moved is None else moved)
+            stream.announced = offset
+        if not stream.ordered:
+            return offset, False
+        start, late = self.behind(stream, position, offset), False
+        if not stream.queue and start - stream.announced >= LATE * size:
+            moved = self._moved(stream)
+            late = moved is not None and moved > now - LATE_S
+        stream.announced = start + size
+        return start, late
+
+    def _moved(self, stream: Stream) -> float | None:
+        """When the connection that joined last has sent something last; None: there is none."""
+        slot = self.books.streams.slot[stream.index]
+        return float(self.connections.table.last_ns[slot]) / NS if slot >= 0 else None
+
+    def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
+        """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
+        if position and len(stream.members) == 1:
+            offset = max(offset, self.books.streams.offset_at(stream, position))
+        return max(offset, stream.announced) if stream.queue else offset
+
+    def note(self, stream: Stream, stage: Stage) -> None:
+        """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
+        band = self.band_of(stage)
+        for conn in stream.members:
+            self.connections.carries(conn, stage, band)
+
+    def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
+        """A connection becomes part of a stream, from where the process has written to now."""
+        self.books.streams.join(stream, conn, self.connections.written(conn) if position is None else float(position))
+
+    def joined(self, watch: Watch, conn: Connection, position: float | None, now: float) -> None:
+        """A watch has found a connection, which stood at ``position`` (None: ask)."""
+        watch.seen = True
+        if conn not in watch.conns:
+            watch.conns.add(conn)
+            conn.watches.add(watch)
+            self.connections.renew((conn,), watch.expires if watch.mark is None else now + self.limits.max_ttl_s)
+        if watch.mark is not None and conn not in watch.mark.conns:
+            watch.mark.conns.add(conn)
+            self.connections.set_mark(conn, watch.mark, now, on=True)
+        if watch.stream is not None and conn not in watch.stream.members:
+            at = self.connections.written(conn) if position is None else position
+            self.books.streams.join(watch.stream, conn, at)
+            if watch.stream.queue:
+                self.note(watch.stream, watch.stream.queue[-1].stage)
+        self.connections.note_rest(conn, now, linger=True)
+
+    # --- ends ---------------------------------------------------------------------------------------------------------
 
     def _end(self, session: Session, hint: EndHint, now: float) -> None:
+        # What is not there has been retired by its bytes, or has expired and its worker was told: nothing to say.
         if hint.what is What.TRANSFER:
-            # A transfer that is not there has been retired by its bytes already: not an error.
-            self.delivery.hand_over(session.transfers.get(hint.id, ()), now, cancelled=hint.cancelled)
+            transfer = session.transfers.get(hint.id)
+            self._over(session, [] if transfer is None else [transfer], now, cancelled=hint.cancelled)
         elif hint.what is What.REQUEST:
             request = session.requests.get(hint.id)
             if request is None:
-                raise HintError("completion.request_id", f"no request {hint.id!r}", "it may have expired")
+                return
             request.completed = not hint.cancelled
-            self.delivery.hand_over(request.transfers, now, cancelled=hint.cancelled)
+            self._over(session, list(request.transfers), now, cancelled=hint.cancelled)
             if session.requests.get(hint.id) is request and not request.transfers:
-                self.delivery.finish(request, now, cancelled=hint.cancelled)
+                if hint.cancelled:
+                    self.endings.forget(request, now)
+                else:
+                    self.endings.finish(request, now)
         else:
             batch = session.batches.get(hint.id)
-            if batch is None:
-                raise HintError("completion.batch_id", f"no batch {hint.id!r}", "it may have expired")
-            self.delivery.end_batch(batch, now, cancelled=hint.cancelled)
+            if batch is not None:
+                own = [t for t in batch.transfers if t.request is None]
+                self._over(session, own, now, cancelled=hint.cancelled)
+                self.books.strike_batch(batch)
+
+    def _over(self, session: Session, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
+        del session
+        if cancelled:
+            self.endings.end(transfers, now)
+        else:
+            self.delivery.hand_over(transfers, now)
 
     # --- marks --------------------------------------------------------------------------------------------------------
 
     def _mark(self, session: Session, hint: MarkHint, now: float) -> None:
         old = session.marks.get(hint.selector)
-        if old is not None:
-            self.delivery.unmark(old, now)
         if hint.stage is Stage.NONE:
+            if old is not None:
+                self.endings.unmark(old, now)
             return
-        self._bound(
-            "connection.selector",
-            "marks already",
-            session.marks,
-            "max_marks_per_session",
-            "take back those that are not needed",
-        )
-        mark = Mark(session, hint.selector, hint.stage)
-        session.marks[hint.selector] = mark
-        conns = self.connections.match(hint.selector, now + self.limits.max_ttl_s)
-        for conn in conns:
-            self.connections.set_mark(conn, mark, now)
-        if not conns:
-            self.books.waiting.add(mark, now)
+        if old is None:
+            self._bound(
+                "connection.selector",
+                "marks already",
+                len(session.marks),
+                "max_marks_per_session",
+                "take back those that are not needed",
+            )
+        else:
+            self.endings.unmark(old, now)
+        self._put_mark(session, Mark(session, hint.selector, hint.stage, hint.ordered), now)
+
+    def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
+        expires = now + self.limits.max_ttl_s
+        selector: Selector = mark.selector
+        conn: Connection | None = None
+        if isinstance(selector, CookieSelector):
+            conn = self.connections.of_cookie(selector.cookie, expires)
+        else:
+            watch = self.watches.get(session, selector, self.band_of(mark.stage), expires, now)
+            watch.mark = mark
+            for known in list(watch.conns):
+                self.joined(watch, known, None, now)
+        session.marks[selector] = mark
+        if conn is not None:
+            mark.conns.add(conn)
+            self.connections.set_mark(conn, mark, now, on=True)

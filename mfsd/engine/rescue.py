@@ -20,16 +20,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from mfsd.bands import Bands, Role
 from mfsd.engine.connections import IPPROTO_TCP
+from mfsd.engine.device import Rescue
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mfsd.engine.books import Connection
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
+    from mfsd.engine.records import Connection
     from mfsd.engine.settings import RescueConfig
 
 
@@ -95,57 +98,65 @@ class Rescuer:
         return tcp and (conn.lane > 0 or self.bands.level_bands[0].lanes == 1)
 
     def _device(self, conn: Connection) -> int:
-        return int(self.connections.device[conn.slot])
+        return int(self.connections.device_of(np.array([conn.slot], dtype=np.int32))[0])
 
     def forget(self, conn: Connection) -> None:
         """The connection is gone."""
         self._stuck.pop(conn, None)
 
-    def run(self, now: float) -> int:
-        """Rescue what is due. Returns how many lanes were purged."""
+    def run(self, now: float) -> None:
+        """Order the rescues that are due."""
         if not self._stuck:
-            return 0
+            return
         stall_s = self.config.stall_ms / 1000
         due: dict[int, list[tuple[Connection, _Stuck]]] = {}
         for conn, stuck in list(self._stuck.items()):
             index = self._device(conn)
-            device = self.devices[index]
-            if not device.enforced:
+            if not self.devices[index].enforced:
                 del self._stuck[conn]
                 continue
             silent = now - self.connections.table.last_ns[conn.slot] / NS
             if silent < stall_s and now - stuck.since < stall_s:
                 continue  # it was moving a moment ago: look again in a moment
-            backlog = device.backlog(stuck.band, conn.lane)
-            del self._stuck[conn]
-            if backlog and not self._drains(conn, stuck.band, backlog, device):
-                due.setdefault(index, []).append((conn, stuck))
-        return sum(self._purge(index, stuck, now) for index, stuck in due.items())
+            due.setdefault(index, []).append((conn, stuck))
+        for index, late in due.items():
+            self._order(index, late, now)
 
-    def _drains(self, conn: Connection, band: int, backlog: int, device: Device) -> bool:
-        """True when the band's floor empties the lane before a retransmission timer could repair a purge."""
-        floor = self.bands.bands[band].floor * device.estimator.rate if device.floors else 0.0
-        if not floor or not conn.local or conn.endpoints is None:
-            return False
-        tcp = self.connections.resolver.tcp_progress([(conn.cookie, conn.endpoints)]).get(conn.cookie)
-        return tcp is not None and tcp.notsent == 0 and backlog / floor < tcp.rto_us / 1e6
-
-    def _purge(self, index: int, stuck: list[tuple[Connection, _Stuck]], now: float) -> int:
-        budget = self._budgets.setdefault(index, _Budget())
+    def _order(self, index: int, stuck: list[tuple[Connection, _Stuck]], now: float) -> None:
+        """Order as many as the device may have now; the others wait."""
+        device, budget = self.devices[index], self._budgets.setdefault(index, _Budget())
         allowed = stuck[: budget.refill(now, float(self.config.max_per_s))]
-        for conn, late in stuck[len(allowed) :]:
-            self._stuck[conn] = late
-        if not allowed:
-            return 0
         budget.tokens -= len(allowed)
-        self.devices[index].purge([(s.band, conn.lane) for conn, s in allowed])
-        for conn, _ in allowed:
-            conn.rescues += 1
-        return len(allowed)
+        orders = []
+        for conn, late in allowed:
+            del self._stuck[conn]
+            floor = self.bands.bands[late.band].floor * device.estimator.rate if device.floors else 0.0
+            orders.append(Rescue(conn, late.band, conn.lane, floor, self._timer(conn) if floor else 0.0))
+        if orders:
+            device.rescue(orders)
+
+    def _timer(self, conn: Connection) -> float:
+        """Seconds until TCP would repair a purge by its timer, where it has nothing new to send; else 0."""
+        if not conn.here or conn.endpoints is None:
+            return 0.0
+        tcp = self.connections.sockets.progress([(conn.cookie, conn.endpoints)]).get(conn.cookie)
+        return tcp.rto_us / 1e6 if tcp is not None and tcp.notsent == 0 else 0.0
+
+    def rescued(self) -> int:
+        """How many lanes have been purged since the last call. What was not needed is given back to the budget."""
+        purged = 0
+        for index, device in enumerate(self.devices):
+            for done in device.rescued():
+                if done.freed:
+                    done.order.conn.rescues += 1
+                    purged += 1
+                else:
+                    self._budgets[index].tokens += 1
+        return purged
 
     def lane_empty(self, conn: Connection, now: float) -> bool:
         """True when nothing of the connection can be queued any more. Without a qdisc to ask: when it is silent."""
         device = self.devices[self._device(conn)] if self.devices else None
         if device is not None and device.enforced and self.bands.bands[conn.band].role in (Role.LEVEL, Role.SCAVENGER):
-            return device.backlog(conn.band, conn.lane) == 0
+            return device.empty(conn.band, conn.lane)
         return now - float(self.connections.table.last_ns[conn.slot]) / NS > SILENT_S

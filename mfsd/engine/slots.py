@@ -91,11 +91,15 @@ class FlowTable:
         self.lane: npt.NDArray[np.uint16] = rows["lane"]
         self.band: npt.NDArray[np.uint8] = rows["band"]
         self.bytes: npt.NDArray[np.uint64] = rows["bytes"]
-        self.segments: npt.NDArray[np.uint64] = rows["segments"]
+        self.sent: npt.NDArray[np.uint64] = rows["sent"]
+        self.acked: npt.NDArray[np.uint64] = rows["acked"]
+        self.origin: npt.NDArray[np.uint32] = rows["origin"]
+        self.ifindex: npt.NDArray[np.uint32] = rows["ifindex"]
         self.packets: npt.NDArray[np.uint64] = rows["packets"]
         self.last_ns: npt.NDArray[np.uint64] = rows["last_ns"]
         self.used: npt.NDArray[np.bool_] = np.zeros(len(rows), dtype=np.bool_)
         self._free = list(range(len(rows) - 1, -1, -1))
+        self._taken = 0
         self.high = 0
         """One past the highest slot ever taken: columns need to be read up to here only."""
 
@@ -105,9 +109,9 @@ class FlowTable:
     @property
     def taken(self) -> int:
         """Slots in use."""
-        return len(self.rows) - len(self._free)
+        return self._taken
 
-    def take(self, cookie: int, band: int, lane: int, expires_ns: int) -> int:
+    def take(self, band: int, lane: int, expires_ns: int) -> int:
         """Claim a slot with its counters at zero. Raises TableFullError.
 
         The caller inserts the keys afterwards, so that the kernel never sees a half-written row.
@@ -118,15 +122,27 @@ class FlowTable:
         row = self.rows[slot]
         generation = (int(row["generation"]) + 1) & 0xFFFFFFFF
         self.rows[slot] = np.zeros((), dtype=_abi.SLOT_DTYPE)
-        row["cookie"], row["generation"], row["lane"], row["band"] = cookie, generation, lane, band
+        row["generation"], row["lane"], row["band"] = generation, lane, band
         row["expires_ns"] = expires_ns
-        self.used[slot] = True
-        self.high = max(self.high, slot + 1)
+        self.adopt(slot)
         return slot
+
+    def reserve(self, count: int) -> list[int]:
+        """Up to ``count`` free slots that somebody else (the kernel) may take; they count as neither used nor free."""
+        count = min(count, len(self._free) // 2)
+        slots, self._free = self._free[len(self._free) - count :], self._free[: len(self._free) - count]
+        return slots
+
+    def adopt(self, slot: int) -> None:
+        """A reserved slot has been taken; its row is filled in already."""
+        self.used[slot] = True
+        self._taken += 1
+        self.high = max(self.high, slot + 1)
 
     def give_back(self, slot: int) -> None:
         """Free a slot whose keys have been deleted. The row says so to packets already past the key lookup."""
         self.expires_ns[slot] = 0
         self.band[slot] = _abi.BAND_KEEP
         self.used[slot] = False
+        self._taken -= 1
         self._free.append(slot)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.engine.views import views_of
-from mfsd.model import Event, EventKind
+from mfsd.model import Event, EventKind, Stage
 from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.rescue import Rescuer
+    from mfsd.engine.streams import Moved
     from mfsd.policy.base import Policy
     from mfsd.policy.views import I2, Views
 
@@ -48,6 +49,9 @@ class Steering:
     rescuer: Rescuer
     ladder: Ladder = field(init=False)
     stage_level: I2 = field(init=False)
+    _marked_level: I2 = field(init=False)
+    """By set of stages (bits): the most urgent one's."""
+    _stage_band: npt.NDArray[np.uint8] = field(init=False)
     _next_observe: float = 0.0
     _next_feasible: float = 0.0
 
@@ -66,20 +70,28 @@ class Steering:
         self.policy = policy
         self.ladder = Ladder(self.bands, policy.levels)
         self.stage_level = stage_levels(policy)
+        bits = np.arange(1 << len(Stage))[:, None] >> np.arange(len(Stage)) & 1
+        self._marked_level = np.where(bits > 0, self.stage_level, LEVEL_SCAVENGER).min(axis=1).astype(np.int16)
+        self._stage_band = self.ladder.bands(self.stage_level)
 
-    def views(self, now: float) -> Views:
-        """What the policy sees now."""
-        return views_of(self.books, self.connections, self.devices, self.bands, self.ladder, now)
+    def band_of(self, stage: Stage) -> int:
+        """Where bytes belong of which nothing but the stage is known."""
+        return int(self._stage_band[stage])
 
-    def run(self, now: float, *, rescue: bool) -> None:
+    def views(self, now: float, moved: Moved | None = None) -> Views:
+        """What the policy sees now, given how far streams have come (None: look)."""
+        moved = self.connections.moved(self.books.streams) if moved is None else moved
+        return views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now)
+
+    def run(self, moved: Moved, now: float, *, rescue: bool) -> None:
         """Decide all levels and write them. ``rescue``: packets follow the levels, so promotions may need help."""
         if now >= self._next_observe:
             self._next_observe = now + OBSERVE_S
             for device in self.devices:
                 reading = device.read()
                 if reading is not None:
-                    device.estimator.observe(now, reading)
-        views = self.views(now)
+                    device.estimator.observe(reading)
+        views = self.views(now, moved)
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
             self._arrange(views)
@@ -90,7 +102,8 @@ class Steering:
                 self._next_feasible = now + FEASIBLE_S
                 self._tell_infeasible(views)
         self._write(now, rescue=rescue)
-        self.books.counters.rescues += self.rescuer.run(now)
+        self.rescuer.run(now)
+        self.books.counters.rescues += self.rescuer.rescued()
 
     def _arrange(self, views: Views) -> None:
         arrangement = self.policy.arrange(views)
@@ -107,7 +120,7 @@ class Steering:
         high = table.high
         if not high:
             return
-        level = self._levels(high)
+        level = self.levels()
         band, old = self.ladder.bands(level), table.band[:high]
         changed = np.flatnonzero((band != old) & table.used[:high])
         if not len(changed):
@@ -116,31 +129,37 @@ class Steering:
         table.band[changed] = band[changed]
         for slot, was in zip(changed.tolist(), before, strict=True):
             conn = self.connections.by_slot[slot]
-            conn.band, conn.level = int(band[slot]), int(level[slot])
+            conn.band = int(band[slot])
             if band[slot] < was:
                 conn.promotions += 1
                 self.books.counters.promotions += 1
                 if rescue:
                     self.rescuer.promoted(conn, was, now)
 
-    def _levels(self, high: int) -> I2:
-        """Level by slot, shape (high,): of the most urgent transfer, else of the last stage; a mark is the least."""
+    def levels(self) -> I2:
+        """Level by slot, shape (high,): of the most urgent transfer, else of the last stage; a mark is the least.
+
+        A transfer's level is that of all connections of its stream: nobody can tell which of them its bytes take.
+        """
+        high = self.connections.table.high
         level = np.full(high, LEVEL_SCAVENGER, dtype=np.int16)
         busy = np.zeros(high, dtype=np.bool_)
-        conn = self.books.transfers.live("conn")
-        if len(conn):
-            on = conn >= 0
-            levels = self.books.transfers.live("level")
-            if not on.all():
-                conn, levels = conn[on], levels[on]
-            where = conn.astype(np.intp)  # ufunc.at takes twice as long with other integers
-            np.minimum.at(level, where, levels)
-            busy[where] = True
+        transfers, streams = self.books.transfers, self.books.streams
+        if transfers.n and streams.members.n:
+            of_stream = np.full(streams.high, LEVEL_SCAVENGER, dtype=np.int16)
+            used = np.zeros(streams.high, dtype=np.bool_)
+            where = transfers.live("stream").astype(np.intp)  # ufunc.at takes twice as long with other integers
+            np.minimum.at(of_stream, where, transfers.live("level"))
+            used[where] = True
+            slot, stream = streams.members.live("slot").astype(np.intp), streams.members.live("stream")
+            on = used.take(stream)
+            np.minimum.at(level, slot[on], of_stream.take(stream[on]))
+            busy[slot[on]] = True
         level = np.where(busy, level, self.stage_level.take(self.connections.last_stage[:high]))
-        mark = self.connections.mark_stage[:high]
-        if mark.any():
-            marked = self.stage_level[mark]
-            level = np.where(mark > 0, np.where(busy, np.minimum(level, marked), marked), level)
+        marks = self.connections.mark_stages[:high]
+        if marks.any():
+            marked = self._marked_level.take(marks)
+            level = np.where(marks > 0, np.where(busy, np.minimum(level, marked), marked), level)
         return level
 
     # --- the way back -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
+    from mfsd.engine.streams import Moved
 
 STUCK_BYTES: Final = 2 * 65536
 """What a starved TCP socket has in the qdisc: two GSO segments (TCP small queues, net/ipv4/tcp_output.c). These bytes
@@ -23,13 +25,21 @@ have passed the classifier but not the link, so a transfer counts as having this
 
 
 def views_of(
-    books: Books, connections: Connections, devices: Sequence[Device], bands: Bands, ladder: Ladder, now: float
+    books: Books,
+    connections: Connections,
+    moved: Moved,
+    devices: Sequence[Device],
+    bands: Bands,
+    ladder: Ladder,
+    now: float,
 ) -> Views:
     """Everything that a policy may look at; arrays are copies or live columns, to be read only."""
     requests, batches = _requests(books, now), _batches(books)
     t = books.transfers
-    conn, start, end, size = t.live("conn"), t.live("start"), t.live("end"), t.live("size")
-    sent = connections.sent().take(conn)  # take: a third of the time of [], at 10,000 rows
+    stream, start, end, size = t.live("stream"), t.live("start"), t.live("end"), t.live("size")
+    # take: a third of the time of [], at 10,000 rows
+    sent, acked = moved.sent.take(stream), moved.acked.take(stream)
+    slot = books.streams.slot.take(stream)
     batch, request = t.live("batch"), t.live("request")
     current, computing = np.zeros(t.n, dtype=np.int32), np.zeros(t.n, dtype=np.bool_)
     if len(batches):
@@ -40,11 +50,11 @@ def views_of(
     transfers = TransferView(
         stage=t.live("stage"),
         size=size,
-        left=np.maximum(end - np.maximum(sent, start), np.minimum(size, STUCK_BYTES)),
-        ahead=np.maximum(start - sent, 0.0),  # without a connection both are 0
+        left=np.maximum(end - np.maximum(sent, start), np.minimum(end - np.maximum(acked, start), STUCK_BYTES)),
+        ahead=np.maximum(start - sent, 0.0),
         request=request,
         batch=batch,
-        conn=conn,
+        conn=slot,
         target_layer=t.live("target_layer"),
         current_layer=current,
         computing=computing,
@@ -53,10 +63,31 @@ def views_of(
         compute_left=compute_left,
         created=t.live("created"),
         level=t.live("level"),
-        device=connections.device.take(conn),
-        peer=connections.peer.take(conn),
+        device=connections.device_of(slot),
+        peer=connections.peer.take(slot),
     )
+    np.maximum(transfers.left, 1.0, out=transfers.left)  # acknowledged, but not retired yet
+    if not t.live("ordered").all():
+        _interleaved(books, transfers, sent)
     return Views(transfers, requests, batches, _link(connections, devices, bands, ladder), now)
+
+
+def _interleaved(books: Books, view: TransferView, sent: npt.NDArray[np.float64]) -> None:
+    """What is left of, and stands before, transfers whose bytes are interleaved: they share what their stream moves.
+
+    Nobody can tell whose bytes went; an equal share of what has moved since a transfer was announced is its own. Of the
+    others as much stands before its end as they have left, but no more than it has itself: all advance together.
+    """
+    t = books.transfers
+    loose = np.flatnonzero(~t.live("ordered"))
+    stream, start, size = t.live("stream")[loose], t.live("start")[loose], t.live("size")[loose]
+    _, which, count = np.unique(stream, return_inverse=True, return_counts=True)
+    left = np.maximum(size - np.maximum(sent[loose] - start, 0.0) / count[which], np.minimum(size, STUCK_BYTES))
+    view.left[loose], view.ahead[loose] = left, 0.0
+    for group in np.flatnonzero(count > 1):
+        rows = np.flatnonzero(which == group)
+        own = left[rows]
+        view.ahead[loose[rows]] = np.minimum(own[:, None], own[None, :]).sum(axis=1) - own
 
 
 def _requests(books: Books, now: float) -> RequestView:

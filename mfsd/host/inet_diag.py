@@ -110,9 +110,10 @@ def _row(m: nl.Message) -> Row:
 
 
 class Tcp(NamedTuple):
-    """The parts of ``struct tcp_info`` that mfsd reads; times in microseconds."""
+    """The parts of ``struct tcp_info`` that mfsd reads. ``last_ack_ms``: since the last acknowledgement came."""
 
     rto_us: int
+    last_ack_ms: int
     snd_cwnd: int
     total_retrans: int
     bytes_acked: int
@@ -120,8 +121,8 @@ class Tcp(NamedTuple):
 
 
 _TCP_INFO: Final = struct.Struct(
-    "=8xI68xI16xI16xQ16xI"
-)  # rto@8 snd_cwnd@80 total_retrans@100 bytes_acked@120 notsent@144
+    "=8xI44xI20xI16xI16xQ16xI"
+)  # rto@8 last_ack_recv@56 snd_cwnd@80 total_retrans@100 bytes_acked@120 notsent@144
 
 
 class Answer(NamedTuple):

@@ -35,6 +35,8 @@ _CAPPED: Final = 0x100
 _ACK_TLVS: Final = 0x200
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
+NLA_NESTED: Final = 0x8000
+"""Flag of an attribute that holds attributes; newer parsers insist on it."""
 _NLA_TYPE: Final = 0x3FFF
 _NLMSGERR_ATTR_MSG: Final = 1
 _SOL_NETLINK: Final = 270
@@ -111,6 +113,19 @@ def attrs(data: bytes, start: int = 0, end: int | None = None) -> dict[int, byte
     """Payloads by attribute number (the nested and byte-order flags taken off). As positions."""
     found = positions(data, start, len(data) if end is None else end)
     return {kind: data[at + ATTR.size : at + length] for kind, (at, length) in found.items()}
+
+
+def listed(data: bytes) -> list[bytes]:
+    """Payloads of attributes that form a list, all of one number. Cut-short data ends it."""
+    out: list[bytes] = []
+    start = 0
+    while start + 4 <= len(data):
+        length, _ = _unpack_attr(data, start)
+        if length < 4 or start + length > len(data):
+            break
+        out.append(data[start + ATTR.size : start + length])
+        start += length + 3 & ~3
+    return out
 
 
 class Message(NamedTuple):

@@ -27,7 +27,7 @@ from mfsd.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
 __all__ = ["DiagError", "Socket", "SocketResolver", "TcpProgress"]
@@ -67,7 +67,8 @@ class TcpProgress:
     side has opened the connection, plus 1 for an acknowledged FIN. So compare differences of one socket; that
     ``bytes_acked + unsent_plus_unacked`` grows exactly by what the process writes (and by 1 for the FIN) always holds.
     ``notsent`` is the part of ``unsent_plus_unacked`` that was never handed to the device. ``total_retrans`` counts
-    segments, ``cwnd`` is in segments, ``state`` as in include/net/tcp_states.h (`inet_diag.STATE_NAMES`).
+    segments, ``cwnd`` is in segments, ``state`` as in include/net/tcp_states.h (`inet_diag.STATE_NAMES`);
+    ``last_ack_ms`` is the time since the last acknowledgement came.
     """
 
     bytes_acked: int
@@ -77,6 +78,7 @@ class TcpProgress:
     rto_us: int
     cwnd: int
     state: int
+    last_ack_ms: int
 
 
 class SocketResolver:
@@ -129,10 +131,17 @@ class SocketResolver:
                     inodes[n] = set()
         return self._resolve(selectors, inodes)
 
-    def tcp_progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, TcpProgress]:
+    def all(self) -> Iterator[Socket]:
+        """Every TCP socket that has, or may yet get, bytes to send."""
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for row in self._diag.dump(family, socket.IPPROTO_TCP, _SENDING):
+                yield self._socket(row, socket.IPPROTO_TCP)
+
+    def tcp_progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, TcpProgress | None]:
         """Progress by cookie of TCP sockets given as (cookie, endpoints); those that are gone are absent.
 
-        One exact lookup each, several per system call. A reused tuple has another cookie and counts as gone.
+        None: in TIME_WAIT, so all has been acknowledged. One exact lookup each, several per system call. A reused tuple
+        has another cookie and counts as gone.
         """
         wanted = [(c, e) for c, e in sockets if e.protocol == socket.IPPROTO_TCP]
         bound = self._bound
@@ -151,14 +160,24 @@ class SocketResolver:
                 for cookie, e in wanted
             ]
         )
-        out: dict[int, TcpProgress] = {}
+        out: dict[int, TcpProgress | None] = {}
         for (cookie, _), answer in zip(wanted, answers, strict=True):
+            if answer is not None and answer.row.state == inet_diag.TIME_WAIT:
+                out[cookie] = None
+                continue
             if answer is None or answer.tcp is None or not _PROGRESS >> answer.row.state & 1:
                 bound.pop(cookie, None)
                 continue
             row, tcp = answer.row, answer.tcp
             out[cookie] = TcpProgress(
-                tcp.bytes_acked, row.wqueue, tcp.notsent, tcp.total_retrans, tcp.rto_us, tcp.snd_cwnd, row.state
+                tcp.bytes_acked,
+                row.wqueue,
+                tcp.notsent,
+                tcp.total_retrans,
+                tcp.rto_us,
+                tcp.snd_cwnd,
+                row.state,
+                tcp.last_ack_ms,
             )
         return out
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from support.frames import UDP, eth, frame4, frame6, ip4, ip6, key4, key6, shortest, udp
+from support.frames import TCP, TYPE_IP4, UDP, eth, frame4, frame6, ip4, ip6, key4, key6, shortest, tcp, udp
 
 from mfsd.datapath import _abi
 
@@ -188,7 +188,7 @@ def test_slot_counts_the_wire(rig: Rig) -> None:
     rig.add_tuple(key4())
     frame = frame4(bytes(1000))
     r = rig.run(frame)
-    assert (r.slot["bytes"], r.slot["segments"], r.slot["packets"]) == (len(frame), 1, 1)
+    assert (r.slot["bytes"], r.slot["sent"], r.slot["packets"]) == (len(frame), 1000, 1)
     assert 0 <= time.monotonic_ns() - r.slot["last_ns"] < 10 * 10**9
 
 
@@ -197,15 +197,15 @@ def test_gso_packet_counts_all_its_segments_and_headers(rig: Rig) -> None:
     frame = frame4(bytes(3000))
     wire = len(frame) + 2 * 54
     r = rig.run(frame, wire_len=wire, gso_segs=3)
-    assert (r.slot["bytes"], r.slot["segments"], r.slot["packets"]) == (wire, 3, 1)
+    assert (r.slot["bytes"], r.slot["sent"], r.slot["packets"]) == (wire, 3000, 1)
     assert rig.classifier.bands()["bytes"][3] >= wire
 
 
 def test_observe_and_enforce_count_alike(rig: Rig) -> None:
     rig.add_tuple(key4())
-    enforced = rig.run(frame4(), wire_len=500, gso_segs=2)
+    enforced = rig.run(eth(TYPE_IP4, ip4(TCP, tcp(bytes(100)))), wire_len=500, gso_segs=2)
     rig.classifier.host["flags"] = 0
-    observed = rig.run(frame4(), wire_len=500, gso_segs=2)
+    observed = rig.run(eth(TYPE_IP4, ip4(TCP, tcp(bytes(100), seq=101))), wire_len=500, gso_segs=2)
     enforced.slot.pop("last_ns")
     observed.slot.pop("last_ns")
     assert enforced.slot == observed.slot

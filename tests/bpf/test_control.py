@@ -71,7 +71,7 @@ def test_pure_ack_and_syn_go_to_the_control_band(rig: Rig, how: str, flags: int)
     hint(rig, how)
     r = rig.run(seg4(flags=flags, options=bytes(12)))
     assert r.priority == leaf(0)
-    assert (r.stats[_abi.STAT_CONTROL], r.slot["control"], r.slot["packets"]) == (1, 1, 1)
+    assert (r.stats[_abi.STAT_CONTROL], r.slot["sent"], r.slot["packets"]) == (1, 0, 1)
     assert (r.bands[0], r.bands[3]) == (1, 0)
 
 
@@ -80,7 +80,7 @@ def test_pure_ack_and_syn_go_to_the_control_band(rig: Rig, how: str, flags: int)
 def test_fin_rst_and_the_odd_stay_with_the_data(rig: Rig, how: str, flags: int) -> None:
     hint(rig, how)
     r = rig.run(seg4(flags=flags))
-    assert (r.priority, r.slot["control"]) == (leaf(3, 2), 0)
+    assert (r.priority, r.stats[_abi.STAT_CONTROL]) == (leaf(3, 2), 0)
 
 
 @pytest.mark.parametrize("how", ["cookie", "tuple"])
@@ -162,7 +162,7 @@ def test_observe_keep_and_foreign_do_not_reach_the_control_band(rig: Rig) -> Non
     hint(rig, "tuple")
     rig.classifier.host["flags"] = 0
     r = rig.run(seg4(), priority=5)
-    assert (r.priority, r.slot["control"], r.stat) == (5, 0, _abi.STAT_OBSERVED)
+    assert (r.priority, r.stats[_abi.STAT_CONTROL], r.stat) == (5, 0, _abi.STAT_OBSERVED)
 
 
 @pytest.mark.parametrize("flags", [0, _abi.DEV_CONTROL_UNHINTED])

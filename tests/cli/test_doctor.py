@@ -86,14 +86,14 @@ def test_kernel_version(context: Context, monkeypatch: pytest.MonkeyPatch, relea
         (
             "CONFIG_NET_SCHED=y\nCONFIG_NET_SCH_HTB=y\n# CONFIG_NET_SCH_PRIO is not set\n",
             Severity.OK,
-            "htb yes, prio no",
+            "htb yes, ets no, prio no",
         ),
         (
             "CONFIG_NET_SCH_INGRESS=y\nCONFIG_NET_SCH_PRIO=n\n",
             Severity.FAIL,
-            "htb no, prio no, tbf no, drr no, clsact yes",
+            "htb no, ets no, prio no, tbf no, drr no, clsact yes",
         ),
-        ("CONFIG_NET_SCH_HTB=m\n", Severity.OK, "htb yes, prio no"),
+        ("CONFIG_NET_SCH_HTB=m\n", Severity.OK, "htb yes, ets no, prio no"),
     ],
 )
 def test_qdiscs_of_a_kernel_configuration(

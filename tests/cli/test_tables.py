@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import pytest
+from rich.cells import cell_len
 from support import samples
 from support.ctl import MFSCTL, Rig, in_a_pipe, on_a_terminal, run
 
@@ -117,6 +118,27 @@ def test_doctor_in_a_pipe(tmp_path: Path) -> None:
         assert sum(line.endswith(f"  {finding['id']}") for line in lines) == 1
         if finding["severity"] != "ok" and finding["fix"]:
             assert f"     do: {' '.join(finding['fix'].split())}" in lines
+
+
+def test_a_long_table_keeps_every_name_and_nobody_moves_the_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["x" * 300, "\x1b[2J", "日本" * 60, *(f"row {i}" for i in range(1000))]
+    heads: list[tuple[str, Literal["left", "right"]]] = [("name", "left"), ("owner", "left"), ("size", "right")]
+
+    def drawn() -> list[str]:
+        table = tables.table(heads, [[n, f"owner {i}", str(i)] for i, n in enumerate(names)])
+        with tables.console() as console, console.capture() as capture:
+            console.print(table)
+        return capture.get().splitlines()
+
+    whole = drawn()
+    assert len(whole) == 1 + len(names)
+    assert [line.split("  ")[0] for line in whole[1:]] == [names[0], "?[2J", *names[2:]]
+    monkeypatch.setattr(tables, "columns", lambda _stream=None: 60)
+    narrow = drawn()
+    assert max(map(cell_len, narrow)) <= 60
+    text = "".join(line.split("  ")[0] for line in narrow)
+    assert (text.count("x"), text.count("日本")) == (300, 60)
+    assert narrow[-1].split() == ["row", "999", "owner", "1002", "1002"]
 
 
 BENCH: Final = """

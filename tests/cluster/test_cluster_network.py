@@ -21,6 +21,7 @@ import psutil
 import pytest
 from support.labfakes import Voice, request
 
+from mfsd.client import Cookie
 from mfsd.lab import run as cells
 from mfsd.lab.arms import ARMS, Faults
 from mfsd.lab.hosts.alarm import Alarm
@@ -96,7 +97,7 @@ CONDUIT = Conduit(0, "p0", "d0", Stage.P2D, 0)
 def test_faults_are_what_they_say() -> None:
     hinter, heard = _hinter(Faults(lost=0.2, size=2.0))
     for step in range(2000):
-        hinter.send(CONDUIT, 77, REQUEST, step, 10_000)
+        hinter.send(CONDUIT, Cookie(77), REQUEST, step, 10_000)
     assert 0.75 < len(heard.said) / 2000 < 0.85
     sizes = [args[2] for args, _ in heard.of("transfer")]
     assert min(sizes) >= 5000
@@ -104,9 +105,9 @@ def test_faults_are_what_they_say() -> None:
     assert len(set(sizes)) > 1000
     hinter, heard = _hinter(Faults(marks_lost=0.2))
     for _ in range(1000):
-        hinter.collective("p0", 77)
+        hinter.collective("p0", Cookie(77))
     assert 750 < len(heard.said) < 850
-    assert {(method, args) for _, method, args, _ in heard.said} == {("mark", (77, Stage.COLLECTIVE))}
+    assert {(method, args) for _, method, args, _ in heard.said} == {("mark", (Cookie(77), Stage.COLLECTIVE))}
     hinter, heard = _hinter(Faults(deadline=1.5))
     hinter.request(["p0", "d0"], REQUEST, 0.3, 0.1)
     ((_, told),) = heard.of("request")

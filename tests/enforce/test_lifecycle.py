@@ -375,7 +375,7 @@ def test_a_queue_is_asked_for_without_a_trace(bench: Bench) -> None:
 @pytest.mark.parametrize("rate", ["50mbit", "1gbit", "100gbit", "400gbit"])
 def test_the_shaper_above_prio_is_taken_as_it_is_meant(bench: Bench, rate: str) -> None:
     """Natively there is tbf but no prio: the shaper alone."""
-    tree = prio.build(bench.bands, Rate.parse(rate), lanes=True)
+    tree = prio.build(bench.bands, Rate.parse(rate), lanes=True, weights=False)
     alone = dataclasses.replace(tree, groups=tree.groups[:1])
     e = bench.enforcer()
     with tc.TcSocket() as sock:
@@ -391,3 +391,25 @@ def test_a_kernel_without_prio_is_named(bench: Bench) -> None:
             pytest.skip("this kernel has prio")
     (refusal,) = bench.enforcer(backend="prio").plan().refusals
     assert refusal == "backend = prio: the kernel has no prio (CONFIG_NET_SCH_PRIO)"
+
+
+def test_guarantees_are_written_into_the_living_tree_and_are_no_difference(bench: Bench) -> None:
+    e = bench.enforcer("1gbit")
+    e.apply()
+    plain = bench.shown()
+    e.guarantee({2: 0.04, 4: 2.0})
+    lines = {line.split()[2]: line for line in bench.shown() if line.startswith("class htb")}
+    assert "rate 40Mbit" in lines["6d66:3000"]
+    assert "rate 1Gbit" not in lines["6d66:6000"]
+    assert "rate 1Gbit" in lines["6d66:5000"], "no more than there is"
+    assert e.verify() == []
+    e.guarantee({})
+    assert bench.shown() == plain, "floors again"
+    e.guarantee({3: 0.5})
+    assert any("6d66:4001" in line and "rate 500Mbit" in line for line in bench.shown()), "a band of one lane is a leaf"
+    e.close()
+    heir = bench.enforcer("1gbit")
+    assert any("replace" in step.command for step in heir.plan().steps)
+    heir.apply()
+    assert heir.adopted
+    assert bench.shown() == plain, "a successor begins with the floors"

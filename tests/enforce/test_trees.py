@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from mfsd.bands import Bands
 from mfsd.datapath import tc
 from mfsd.datapath.formats import settings, ticks
 from mfsd.datapath.handles import CHILD_MAJOR, LEAF_MAJORS, ROOT, SHAPER_MAJOR
-from mfsd.datapath.qdisc import htb, prio
+from mfsd.datapath.qdisc import ets, htb, prio
 from mfsd.datapath.qdisc.tree import PURGEABLE, Filter, How, differences
 from mfsd.datapath.undo.snapshot import Saved, Snapshot, codel_request
 from mfsd.host import netlink as nl
@@ -112,7 +113,7 @@ def test_classids_and_leaf_handles_never_collide(levels: int, lanes: int, after:
 
 
 def test_prio_at_line_rate() -> None:
-    tree = prio.build(plan(), None, lanes=False)
+    tree = prio.build(plan(), None, lanes=False, weights=False)
     (root,) = tree.nodes
     assert (root.kind, root.handle, root.parent) == ("prio", ROOT, tc.TC_H_ROOT)
     assert root.options == struct.pack("=i16B", 7, *[3] * 16)
@@ -122,7 +123,7 @@ def test_prio_at_line_rate() -> None:
 
 
 def test_prio_with_lanes_leads_drrs_major_numbers_to_the_bands() -> None:
-    tree = prio.build(plan(), None, lanes=True)
+    tree = prio.build(plan(), None, lanes=True, weights=False)
     drr = [n for n in tree.nodes if n.kind == "drr" and n.type == "qdisc"]
     assert [(n.handle, n.parent) for n in drr] == [((CHILD_MAJOR + i) << 16, ROOT | i + 1) for i in (1, 2, 4, 5, 6)]
     assert tree.filters[-1] == Filter(ROOT, tuple((CHILD_MAJOR + i, ROOT | i + 1) for i in (1, 2, 4, 5, 6)), 0)
@@ -135,7 +136,7 @@ def test_prio_with_lanes_leads_drrs_major_numbers_to_the_bands() -> None:
 @pytest.mark.parametrize("speed", SPEEDS)
 def test_tbf_above_prio_lets_large_packets_through_whole(speed: str) -> None:
     rate = Rate.parse(speed)
-    tree = prio.build(plan(), rate, lanes=False)
+    tree = prio.build(plan(), rate, lanes=False, weights=False)
     root, child = tree.nodes
     assert (root.kind, root.handle, root.parent) == ("tbf", SHAPER_MAJOR << 16, tc.TC_H_ROOT)
     assert (child.kind, child.parent) == ("prio", SHAPER_MAJOR << 16 | 1)
@@ -145,15 +146,16 @@ def test_tbf_above_prio_lets_large_packets_through_whole(speed: str) -> None:
 
 
 def test_prio_has_sixteen_bands() -> None:
-    assert len(prio.build(plan(13), None, lanes=True).bands) == 16
+    assert len(prio.build(plan(13), None, lanes=True, weights=True).bands) == 16
 
 
 @pytest.mark.parametrize("lanes", [False, True])
-def test_a_tree_equals_itself(lanes: bool) -> None:  # noqa: FBT001 - the two shapes
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_tree_equals_itself(lanes: bool, weights: bool) -> None:  # noqa: FBT001 - the shapes
     for tree in (
         htb.build(plan(), Rate.parse("400gbit")),
-        prio.build(plan(), Rate.parse("1gbit"), lanes=lanes),
-        prio.build(plan(), None, lanes=lanes),
+        prio.build(plan(), Rate.parse("1gbit"), lanes=lanes, weights=weights),
+        prio.build(plan(), None, lanes=lanes, weights=weights),
     ):
         assert differences(tree, *objects(tree)) == []
 
@@ -260,3 +262,37 @@ def test_a_replay_makes_parents_first_and_queues_with_their_class() -> None:
     assert handles.index(0x300000) == handles.index(0x10020) + 1
     with pytest.raises(ValueError, match="no parent"):
         Snapshot((root, q(0x300000, 0x990001)), (), 1).ordered()
+
+
+@given(
+    levels=st.integers(1, 8),
+    floors=st.lists(st.floats(0, 0.08), max_size=8),
+    guaranteed=st.dictionaries(st.integers(0, 11), st.floats(0, 1.5)),
+)
+def test_weights_give_floors_and_guarantees_and_all_there_is(
+    levels: int, floors: list[float], guaranteed: dict[int, float]
+) -> None:
+    bands = Bands.build(levels, default_after=1, lanes=1, level_floors=tuple(floors[:levels]))
+    shares = ets.shares(bands, guaranteed)
+    own = [max(b.floor, guaranteed.get(b.index, 0.0)) for b in bands.bands[ets.STRICT :]]
+    assert sum(shares) == pytest.approx(1.0)
+    assert all(share >= wanted / max(sum(own), 1.0) - 1e-9 for share, wanted in zip(shares, own, strict=True))
+    if sum(own) < 1 - 1e-6:
+        extra = [share - wanted for share, wanted in zip(shares, own, strict=True)]
+        assert all(a >= 2.9 * b for a, b in itertools.pairwise(extra[:-1])), "the earlier, the more"
+
+
+def test_ets_gives_what_is_guaranteed() -> None:
+    bands = plan(default_floor=0.1)
+    tree = prio.build(bands, None, lanes=True, weights=True)
+    assert tree.floors
+    assert tree.guarantee is not None
+    changed = tree.with_nodes(tree.guarantee({4: 0.4}))
+    (off, *others) = [d for d in differences(changed, *objects(tree)) if "6d66:5" in d.text]
+    assert (off.how, others) == (How.CHANGE, [])
+    assert {d.how for d in differences(changed, *objects(tree))} == {How.CHANGE}
+    quanta = [
+        int(settings("ets", "class", n.options)["quantum"]) for n in changed.nodes if n.type == "class" and n.made
+    ]
+    assert quanta[3] / sum(quanta) >= 0.4 - 1e-5
+    assert all(only(n.message(7)).flags & nl.NLM_CREATE == 0 for n in changed.nodes if n.made)

@@ -88,19 +88,16 @@ def test_batches_and_marks_are_bounded_per_session() -> None:
         h.engine.apply(h.session, MarkHint(CookieSelector(2), Stage.P2D), h.now)
 
 
-def test_sessions_are_bounded_and_need_a_live_process() -> None:
+def test_sessions_are_bounded() -> None:
     h = Host(limits=LimitsConfig(max_sessions=2))
-    h.dead_pids.add(99)
-    with pytest.raises(HintError, match="no process 99"):
-        h.engine.session("dead", 99, h.now)
-    h.engine.session("second", 7, h.now)
+    h.engine.session("second", h.now, pid=7)
     with pytest.raises(HintError, match="max_sessions"):
-        h.engine.session("third", 8, h.now)
+        h.engine.session("third", h.now, pid=8)
 
 
 def test_the_end_of_a_process_frees_all_it_said() -> None:
     h = Host()
-    session = h.engine.session("w", 7, h.now)
+    session = h.engine.session("w", h.now, pid=7)
     s = h.socket(1)
     h.engine.apply(session, RequestHint("r", h.now + 5), h.now)
     h.engine.apply(session, BatchHint("b", ["r"], 4), h.now)
@@ -108,8 +105,11 @@ def test_the_end_of_a_process_frees_all_it_said() -> None:
     h.engine.apply(session, MarkHint(CookieSelector(1), Stage.P2D), h.now)
     h.tick()
     assert h.band(s).startswith("level")
-    for on_exit in h.exits[7]:
-        on_exit()  # type: ignore[operator]
+    h.engine.end_session(session, h.now)
+    again = h.engine.session("w", h.now)
+    h.engine.end_session(session, h.now)  # the second time, when another one has its name
+    assert h.engine.session("w", h.now) is again
+    h.engine.end_session(again, h.now)
     h.tick(0.01)
     assert (h.engine.books.requests.n, h.engine.books.batches.n, h.engine.books.transfers.n) == (0, 0, 0)
     h.tick(LINGER_S + 0.2)
@@ -147,7 +147,7 @@ def test_peers_that_are_gone_leave_no_trace() -> None:
         s = h.socket(i, dst=f"10.0.{i >> 4}.{i & 15}")
         h.transfer(f"t{i}", s, 10)
         h.tick()
-        h.resolver.sockets.remove(s)
+        h.kernel.close(s)
         h.send(s, 10)
         h.tick(0.01)
     assert h.table.taken == 0
@@ -214,8 +214,8 @@ class Books(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 8))
     def close(self, i: int) -> None:
-        if self.socks[i] in self.h.resolver.sockets:
-            self.h.resolver.sockets.remove(self.socks[i])
+        if self.socks[i] in self.h.kernel.sockets:
+            self.h.kernel.close(self.socks[i], clean=bool(i % 2))
 
     @rule(dt=st.sampled_from([0.001, 0.01, 0.3, 6.0]))
     def tick(self, dt: float) -> None:
@@ -228,21 +228,24 @@ class Books(RuleBasedStateMachine):
         for store in stores:
             assert [store.row(o) for o in store.objects] == list(range(store.n))
         for t in e.books.transfers.objects:
-            assert t in t.parts
             assert e.books.transfers.get(t, "request") == (-1 if t.request is None else t.request.row)
             assert e.books.transfers.get(t, "batch") == (-1 if t.batch is None else t.batch.row)
-            assert e.books.transfers.get(t, "conn") == (-1 if t.conn is None else t.conn.slot)
+            assert e.books.transfers.get(t, "stream") == t.stream.index
             assert t.request is None or (t in t.request.transfers and t.request.row >= 0)
             assert t.batch is None or (t in t.batch.transfers and t.batch.row >= 0)
-            assert t.conn is None or t in t.conn.queue
+            assert t in t.stream.queue
+            assert t.session.transfers[t.id] is t
         for r in e.books.requests.objects:
             assert e.books.requests.get(r, "batch") == (-1 if r.batch is None else r.batch.row)
         conns = e.connections.by_slot
         assert self.h.table.taken == len(conns) == len(self.h.keys.cookies)
-        assert sum(len(c.queue) for c in conns.values()) == e.books.transfers.n - sum(
-            1 for t in e.books.transfers.objects if t.conn is None
-        )
-        assert {t for parts in self.h.session.transfers.values() for t in parts} == set(e.books.transfers.objects)
+        streams = list(e.books.streams.all())
+        assert sum(len(s.queue) for s in streams) == e.books.transfers.n
+        members = e.books.streams.members
+        assert [members.row(m) for m in members.objects] == list(range(members.n))
+        assert {(m.stream, m.conn) for m in members.objects} == {(s, c) for s in streams for c in s.members}
+        assert {(m.stream, m.conn) for m in members.objects} == {(s, c) for c in conns.values() for s in c.streams}
+        assert set(e.books.transfers.objects) == set(self.h.session.transfers.values())
 
 
 Books.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

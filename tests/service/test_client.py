@@ -11,24 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.daemons import Running, connected, wait_for
 
-from mfsd.api.decode import Decoder
-from mfsd.client import Client, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
-from mfsd.client.encode import encode
-from mfsd.client.ledger import Ledger
-from mfsd.engine.settings import LimitsConfig
+from mfsd.client import Client, Cookie, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
 from mfsd.model import (
-    BatchHint,
-    CookieSelector,
-    EndHint,
     Event,
-    Hint,
-    MarkHint,
-    ProgressHint,
     RequestHint,
     TransferHint,
-    What,
 )
-from mfsd.v1 import hints_pb2
 
 if TYPE_CHECKING:
     import socket
@@ -41,6 +29,12 @@ def known(daemon: Running, what: str) -> set[str]:
     return daemon.ask(lambda e: {n for s in e.books.sessions.values() for n in getattr(s, what)})
 
 
+def token_of(daemon: Running) -> str:
+    """That of the client of the session "worker"."""
+    maker: Any = daemon.ask(lambda e: e.books.sessions["worker"].maker)
+    return str(maker.token)
+
+
 def test_every_call_arrives(running: Running, connection: tuple[socket.socket, socket.socket]) -> None:
     sock = connection[0]
     with Client("worker", running.target) as client:
@@ -48,7 +42,7 @@ def test_every_call_arrives(running: Running, connection: tuple[socket.socket, s
         client.batch("b", ["r"], layers=4, layer_compute_s=0.01)
         client.layer("b", 2)
         client.transfer("t", sock, 1 << 20, stage=Stage.P2D, request="r", layer=1, deadline_s=4.0)
-        client.transfer("c", cookie_of(sock), 100, stage=Stage.COLLECTIVE, batch="b")
+        client.transfer("c", Cookie(cookie_of(sock)), 100, stage=Stage.COLLECTIVE, batch="b")
         client.mark(sock, Stage.COLLECTIVE)
         assert client.flush(20)
         stats = client.stats
@@ -89,9 +83,9 @@ def test_nonsense_is_refused_at_the_call(connection: tuple[socket.socket, socket
         connection[0].close()
         with pytest.raises(OSError, match="Bad file descriptor"):
             client.mark(connection[0], Stage.COLLECTIVE)
-    with pytest.raises(ValueError, match=r"ports 2\.\.1"):
+    with pytest.raises(ValueError, match=r"dst_port: 2\.\.1 is no port range"):
         tuple_of("10.0.0.1", (2, 1))
-    with pytest.raises(ValueError, match="does not appear to be an IPv4 or IPv6 address"):
+    with pytest.raises(ValueError, match="dst_addr: 'somewhere' is no IP address"):
         tuple_of("somewhere", 1)
 
 
@@ -99,7 +93,7 @@ def test_rejections_reach_the_worker(running: Running) -> None:
     seen: list[Rejected] = []
     with Client(target=running.target, on_rejected=seen.append) as client:
         client.request("r", ttft_left_s=5.0)
-        client.transfer("t", 1, -1, stage=Stage.P2D, request="r")
+        client.transfer("t", Cookie(1), -1, stage=Stage.P2D, request="r")
         assert client.flush(20)
         wait_for(lambda: seen)
     assert isinstance(seen[0].hint, TransferHint)
@@ -179,6 +173,7 @@ def test_the_same_daemon_gets_what_it_has_not_answered(running: Running) -> None
         assert client.flush(20)
         link = client._link
         assert link is not None
+        token = token_of(running)
         # The connection breaks, the daemon lives on.
         stream = link._stream
         assert stream is not None
@@ -189,6 +184,7 @@ def test_the_same_daemon_gets_what_it_has_not_answered(running: Running) -> None
         wait_for(lambda: client.flush(1))
         assert known(running, "requests") == {"r2"}
         assert client.stats.announced_again == 0
+        assert token_of(running) == token  # it need not introduce itself again
 
 
 def test_the_queue_is_bounded_and_the_oldest_goes(tmp_path: Path, start: Callable[..., Running]) -> None:
@@ -264,69 +260,3 @@ def test_close_is_idempotent_and_later_calls_do_nothing(running: Running) -> Non
     client.request("r2", ttft_left_s=60.0)
     assert client.flush()
     assert known(running, "requests") <= {"r"}
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
-
-NOW = 500.0
-HINTS: list[Hint] = [
-    RequestHint("r", NOW + 0.25, "b", 0.125, 2.0),
-    RequestHint("late", NOW - 0.5, "", 0.0, 2.0),
-    BatchHint("b", ["r"], 8, 2, 0.25),
-    ProgressHint("b", 3, compute_done=True),
-    TransferHint("t", "r", "b", Stage.P2D, 4, 4096, CookieSelector(77), NOW + 0.25, 2.0),
-    TransferHint("t", "r", "", Stage.KV_REUSE, 4, 4096, tuple_of("fd00::1", (5, 9), "fd00::2", 3), NOW + 0.25, 2.0),
-    TransferHint("t", "r", "", Stage.KV_REUSE, 4, 4096, process_peer(3, "10.0.0.0/24", 9), NOW + 0.25, 2.0),
-    EndHint(What.TRANSFER, "t", cancelled=True),
-    EndHint(What.REQUEST, "r"),
-    EndHint(What.BATCH, "b"),
-    MarkHint(tuple_of("10.0.0.1", 0, protocol=6), Stage.COLLECTIVE),
-    MarkHint(CookieSelector(5), Stage.NONE),
-]
-
-
-@pytest.mark.parametrize("hint", HINTS, ids=lambda h: type(h).__name__)
-def test_what_the_client_encodes_the_daemon_decodes(hint: Hint) -> None:
-    message = hints_pb2.Hint()
-    encode(hint, NOW, message)
-    expected = hint
-    if isinstance(hint, RequestHint) and hint.deadline < NOW:
-        expected = RequestHint(hint.id, NOW + 0.001, hint.batch_id, hint.compute_left, hint.ttl)
-    assert Decoder(LimitsConfig()).decode(message, NOW) == expected
-
-
-def test_a_deadline_that_is_just_now_is_not_taken_for_missing() -> None:
-    message = hints_pb2.Hint()
-    encode(RequestHint("r", NOW), NOW, message)
-    assert message.request.ttft_left_us == -1
-
-
-def ids(ledger: Ledger, now: float) -> list[Any]:
-    return [getattr(h, "id", None) or getattr(h, "batch_id", None) for h in ledger.alive(now)]
-
-
-def test_the_ledger_forgets_what_has_expired() -> None:
-    ledger = Ledger(limit=10)
-    ledger.enter(RequestHint("r", 10.0, ttl=5.0), 0.0)
-    ledger.enter(TransferHint("t", "r", "", Stage.P2D, 0, 1, CookieSelector(1), ttl=5.0), 0.0)
-    ledger.enter(TransferHint("c", "", "", Stage.COLLECTIVE, 0, 1, CookieSelector(1), ttl=5.0), 0.0)
-    assert ids(ledger, 4.0) == ["r", "t", "c"]
-    assert ids(ledger, 6.0) == ["r", "t"]
-    assert ids(ledger, 16.0) == []
-    assert len(ledger) == 0
-
-
-def test_the_ledger_leaves_out_what_no_daemon_would_take() -> None:
-    ledger = Ledger(limit=10)
-    ledger.enter(RequestHint("r", 10.0), 0.0)
-    ledger.enter(BatchHint("b", ["r", "gone"]), 0.0)
-    ledger.enter(ProgressHint("b", 1), 0.0)
-    ledger.enter(ProgressHint("gone", 1), 0.0)
-    ledger.enter(TransferHint("orphan", "gone", "", Stage.P2D, 0, 1, CookieSelector(1)), 0.0)
-    ledger.enter(TransferHint("adopted", "gone", "b", Stage.P2D, 0, 1, CookieSelector(1)), 0.0)
-    told = list(ledger.alive(0.0))
-    assert [type(h).__name__ for h in told] == ["RequestHint", "BatchHint", "ProgressHint", "TransferHint"]
-    assert isinstance(told[1], BatchHint)
-    assert told[1].request_ids == ["r"]
-    assert isinstance(told[3], TransferHint)
-    assert (told[3].id, told[3].request_id, told[3].batch_id) == ("adopted", "", "b")

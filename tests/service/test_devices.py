@@ -9,12 +9,14 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from support.benches import wait_until
 from support.vanishing import vanishings
 
 from mfsd.daemon import config_bands
 from mfsd.daemon.config import parse
 from mfsd.daemon.devices import Devices
-from mfsd.host.routes import RouteLookup
+from mfsd.engine.device import Rescue
+from mfsd.engine.records import Connection
 from mfsd.model import Mode
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> Non
         ip("link", "del", "w0")
         # The engine goes on asking before anybody has noticed.
         assert w.read() is None
-        assert w.failure
+        wait_until(lambda: w.failure != "")
         devices.care(Mode.ENFORCE)
         assert (v.enforced, w.enforced, w.attachment, w.ifindex) == (True, False, None, 0)
         assert (w.read(), w.failure) == (None, "")
@@ -152,6 +154,7 @@ def test_the_engine_may_ask_while_the_qdiscs_come_and_go(inside: Inside) -> None
         devices.care(Mode.ENFORCE)
         shape = v.shape
         assert shape is not None
+        order = Rescue(Connection(slot=0, cookie=1, endpoints=None, lane=1), 3, 40)
         over = threading.Event()
 
         def come_and_go() -> None:
@@ -166,8 +169,10 @@ def test_the_engine_may_ask_while_the_qdiscs_come_and_go(inside: Inside) -> None
         try:
             for _ in range(2000):
                 v.read()
-                v.backlog(3, 40)
-                v.purge([(3, 40)])
+                v.empty(3, 40)
+                v.rescue([order])
+                v.rescued()
+                v.guarantee({3: 0.2})
                 v.band_rows()
         finally:
             over.set()
@@ -245,28 +250,3 @@ def test_a_device_that_vanishes_meanwhile_leaves_the_others_alone(
 
     netns_pair.call(netns_pair.a, body)
     assert not list(tmp_path.glob("qdisc-*"))
-
-
-def test_the_route_says_which_device_carries_a_connection(inside: Inside, netns_pair: NetnsPair) -> None:
-    from ipaddress import ip_address  # noqa: PLC0415 - only here
-
-    from mfsd.model import Endpoints  # noqa: PLC0415 - only here
-
-    def body(devices: Devices) -> None:
-        add_w()
-        ip("address", "add", "10.88.0.1/24", "dev", "w0")
-        ip("address", "add", "fd88::1/64", "dev", "w0", "nodad")
-        devices.care(Mode.OBSERVE)
-        lookup = RouteLookup(devices.all)
-
-        def device(src: str, dst: str) -> int:
-            return lookup(Endpoints(ip_address(src), 1, ip_address(dst), 2))
-
-        assert device(netns_pair.addr_a, netns_pair.addr_b) == 0
-        assert device("10.88.0.1", "10.88.0.2") == 1
-        assert device("fd88::1", "fd88::2") == 1
-        assert device("10.99.0.1", "10.99.0.2") == 0  # no route
-        assert lookup(None) == 0
-        lookup.close()
-
-    inside(body)

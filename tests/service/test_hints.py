@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import queue
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -16,6 +14,7 @@ from support.daemons import Api, Running, call_violation, connected, violation, 
 from mfsd.client import cookie_of
 from mfsd.engine.settings import LimitsConfig
 from mfsd.v1.hints_pb2 import (
+    STAGE_BACKGROUND,
     STAGE_COLLECTIVE,
     STAGE_KV_REUSE,
     STAGE_P2D,
@@ -132,15 +131,13 @@ CASES = [
         "transfer.selector.process.remote_port",
         "is no port range",
     ),
-    (on(Selector(process=ProcessPeer(pid=(1 << 22) - 7))), "transfer.selector.process.pid", "there is no process"),
+    (on(Selector(process=ProcessPeer(pid=1, remote="::"))), "transfer.selector.process.remote", "no peer's"),
     (Hint(completion=Completion()), "completion.transfer_id", "is empty, and no other id"),
     (
         Hint(completion=Completion(transfer_id="a", batch_id="b")),
         "completion.transfer_id",
         "set together with another id",
     ),
-    (Hint(completion=Completion(request_id="nobody")), "completion.request_id", "no request 'nobody'"),
-    (Hint(completion=Completion(batch_id="nobody")), "completion.batch_id", "no batch 'nobody'"),
     (Hint(cancellation=Cancellation()), "cancellation.transfer_id", "is empty, and no other id"),
     (Hint(cancellation=Cancellation(request_id=LONG)), "cancellation.request_id", "257 bytes"),
     (
@@ -195,6 +192,34 @@ def test_good_hints_of_every_kind(api: Api, running: Running, connection: tuple[
     )
     assert not reply.rejected
     assert running.ask(lambda e: (e.books.requests.n, e.books.transfers.n)) == (0, 0)
+
+
+def test_what_is_not_there_is_ended_without_a_word(api: Api) -> None:
+    """It may have been seen to arrive, or have expired."""
+    kinds = ("transfer_id", "request_id", "batch_id")
+    ends = [Hint(completion=Completion(**{k: "nobody"})) for k in kinds]
+    ends += [Hint(cancellation=Cancellation(**{k: "nobody"})) for k in kinds]
+    reply = api.send(*ends)
+    assert (reply.accepted, len(reply.rejected)) == (6, 0)
+
+
+def test_background_and_collectives_need_no_owner(api: Api, running: Running) -> None:
+    reply = api.send(
+        transfer(id="w", request_id="", stage=STAGE_BACKGROUND, interleaved=True, position=5),
+        transfer(id="c", request_id="", stage=STAGE_COLLECTIVE, selector=Selector(cookie=2)),
+        transfer(id="d", request_id="nobody", stage=STAGE_BACKGROUND, selector=Selector(cookie=2)),
+    )
+    assert not reply.rejected
+    assert running.ask(lambda e: {t.id: t.stream.ordered for t in e.books.transfers.objects}) == {
+        "w": False,
+        "c": True,
+        "d": True,
+    }
+    mark = ConnectionMark(stage=STAGE_BACKGROUND, selector=Selector(cookie=3), interleaved=True)
+    api.send(
+        Hint(connection=mark), transfer(id="m", request_id="", stage=STAGE_BACKGROUND, selector=Selector(cookie=3))
+    )
+    assert not running.ask(lambda e: e.books.sessions["test"].transfers["m"].stream.ordered)
 
 
 def test_deadlines_and_lives_are_clamped(api: Api, running: Running) -> None:
@@ -267,15 +292,11 @@ def test_an_oversized_batch_fails_as_a_whole(start: Callable[..., Running]) -> N
         assert one.ask(lambda e: e.books.requests.n) == 0
 
 
-def test_a_batch_without_session_or_of_a_dead_process_fails_as_a_whole(api: Api) -> None:
+def test_a_batch_without_session_fails_as_a_whole(api: Api) -> None:
     with pytest.raises(grpc.RpcError) as e:
         api.send(request(), session="")
     assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert call_violation(e.value)[1] == "session"
-    with pytest.raises(grpc.RpcError) as e:
-        api.send(request(), pid=(1 << 22) - 7)
-    assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert call_violation(e.value)[1] == "pid"
 
 
 def test_too_many_sessions(start: Callable[..., Running]) -> None:
@@ -355,17 +376,6 @@ def test_events_wait_for_the_next_call_when_no_stream_is_open(api: Api) -> None:
 
 
 # --- the end of sessions ----------------------------------------------------------------------------------------------
-
-
-def test_the_end_of_the_process_ends_its_session(api: Api, running: Running) -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker, connected() as (sock, _):
-        api.send(request(), transfer(selector=Selector(cookie=cookie_of(sock))), pid=worker.pid)
-        assert running.ask(lambda e: (len(e.books.sessions), e.books.requests.n, e.books.transfers.n)) == (1, 1, 1)
-        worker.kill()
-        worker.wait()
-        wait_for(
-            lambda: running.ask(lambda e: (len(e.books.sessions), e.books.requests.n, e.books.transfers.n)) == (0, 0, 0)
-        )
 
 
 def test_the_end_of_a_stream_does_not_end_the_session(api: Api, running: Running) -> None:

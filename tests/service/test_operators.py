@@ -72,7 +72,129 @@ def test_lists(api: Api, busy: int) -> None:
     assert {(t.request_id, t.stage, t.bytes, t.slot) for t in transfers} == {("r", hints_pb2.STAGE_P2D, 1000, one.slot)}
     assert all(0 < t.deadline_us <= 30_000_000 for t in transfers)
     assert not any(t.HasField("rli") for t in transfers)
-    assert len(api.control.ListTransfers(pb.ListTransfersRequest(limit=1)).transfers) == 1
+    assert len(api.control.ListTransfers(pb.ListTransfersRequest(page_size=1)).transfers) == 1
+
+
+def paged(call: Any, request: Any, rows: str, size: int, between: Callable[[], object] = lambda: None) -> list[Any]:
+    """All rows, page by page."""
+    out: list[Any] = []
+    while True:
+        request.page_size = size
+        page = call(request, timeout=20)
+        got = getattr(page, rows)
+        assert len(got) <= (size or 1000)
+        out += got
+        if not page.next_page_token:
+            return out
+        request.page_token = page.next_page_token
+        between()
+
+
+def fill(api: Api, running: Running) -> None:
+    """2,500 transfers of five requests on 200 connections; most of them tie."""
+    here, there = hints_pb2.PortRange(first=1), "10.1.2.3"
+    bridged = [
+        Selector(tuple=hints_pb2.Tuple(src_addr=f"10.0.{i}.1", src_port=here, dst_addr=there, dst_port=here))
+        for i in range(200)
+    ]
+    for n in range(5):
+        request = Hint(request=Request(id=f"r{n}", ttft_left_us=30_000_000 + 1_000_000 * n))
+        columns = hints_pb2.TransferColumns(
+            ids=[f"r{n}/{i}" for i in range(500)],
+            owners=[f"r{n}"],
+            request=[1],
+            stage=[hints_pb2.STAGE_P2D],
+            bytes=[1000],
+            selectors=bridged,
+            selector=[i % 200 for i in range(500)],
+        )
+        assert not api.send(request, transfers=columns).rejected
+    assert running.ask(lambda e: e.books.transfers.n) == 2500
+
+
+def test_pages_make_up_the_list(api: Api, running: Running) -> None:
+    fill(api, running)
+    for size in (0, 7, 600, 5000):
+        transfers = paged(api.control.ListTransfers, pb.ListTransfersRequest(), "transfers", size)
+        assert len(transfers) == len({t.id for t in transfers}) == 2500
+        order = [(t.level, t.request_id) for t in transfers]
+        assert order == sorted(order)
+        connections = paged(api.control.ListConnections, pb.ListConnectionsRequest(), "connections", size)
+        assert len(connections) == len({c.slot for c in connections}) == 200
+        assert [c.band for c in connections] == sorted(c.band for c in connections)
+
+
+def test_what_comes_and_goes_between_pages_hides_nothing_else(api: Api, running: Running) -> None:
+    fill(api, running)
+    gone, came = iter(range(500)), iter(range(500))
+
+    def change() -> None:
+        api.send(
+            Hint(cancellation=hints_pb2.Cancellation(transfer_id=f"r0/{next(gone)}")),
+            Hint(
+                transfer=Transfer(
+                    id=f"new{next(came)}",
+                    request_id="r0",
+                    stage=hints_pb2.STAGE_KV_REUSE,
+                    bytes=1,
+                    selector=Selector(cookie=1),
+                )
+            ),
+        )
+
+    listed = paged(api.control.ListTransfers, pb.ListTransfersRequest(), "transfers", 100, change)
+    ids = [t.id for t in listed]
+    assert len(ids) == len(set(ids))
+    assert set(ids) >= {f"r{n}/{i}" for n in range(1, 5) for i in range(500)}
+
+
+def test_a_token_that_is_none_is_an_error(api: Api) -> None:
+    for call, request in (
+        (api.control.ListTransfers, pb.ListTransfersRequest(page_token="x")),  # noqa: S106 - no password
+        (api.control.ListConnections, pb.ListConnectionsRequest(page_token="AAAA")),  # noqa: S106
+    ):
+        error = failing(call, request)
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert call_violation(error)[1] == "page_token"
+
+
+def test_selectors_that_match_nothing_are_named_and_a_few_only(api: Api, busy: int) -> None:
+    assert busy
+    none = "which matches no connection"
+
+    def named(count: int) -> list[str]:
+        def told() -> list[str]:
+            status = api.control.GetStatus(pb.GetStatusRequest())
+            return [n for n in status.notices if "match" in n] if status.pending_selectors == count else []
+
+        return wait_for(told)
+
+    def mark(selector: Selector, stage: Any = hints_pb2.STAGE_P2D) -> Hint:
+        return Hint(connection=hints_pb2.ConnectionMark(selector=selector, stage=stage))
+
+    ports = hints_pb2.PortRange(first=5, last=9)
+    lost = [
+        Selector(tuple=hints_pb2.Tuple(src_addr="fd00::1", dst_addr="fd00::2", dst_port=ports)),
+        Selector(process=hints_pb2.ProcessPeer(pid=7, remote="10.0.0.0/8")),
+        Selector(process=hints_pb2.ProcessPeer(pid=7, remote_port=hints_pb2.PortRange(first=3))),
+    ]
+    elsewhere = Selector(tuple=hints_pb2.Tuple(dst_addr="10.9.9.9", src_port=ports))
+    api.send(
+        *map(mark, lost),
+        Hint(transfer=Transfer(id="t", request_id="r", stage=hints_pb2.STAGE_P2D, bytes=1, selector=elsewhere)),
+    )
+    assert set(named(4)) == {
+        f"session test marks [fd00::1] -> [fd00::2]:5-9, {none}",
+        f"session test marks process 7 -> 10.0.0.0/8, {none}",
+        f"session test marks process 7 -> anywhere:3, {none}",
+        f"session test announces transfers on any:5-9 -> 10.9.9.9, {none}",
+    }
+    more = [Selector(tuple=hints_pb2.Tuple(dst_addr=f"10.9.9.{i}")) for i in range(20, 28)]
+    api.send(*map(mark, more))
+    assert len(many := named(12)) == 9
+    assert many[-1] == "4 more selectors match no connection"
+    api.send(*(mark(s, hints_pb2.STAGE_UNSPECIFIED) for s in lost + more))
+    assert named(1) == [f"session test announces transfers on any:5-9 -> 10.9.9.9, {none}"]
 
 
 def test_explain(api: Api, busy: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mfsd.daemon.config import Config
-from mfsd.daemon.ticker import BURST_S, SHARE, Periods, Ticker
+from mfsd.daemon.ticker import BURST_S, QUIET_SHARE, SHARE, WAIT_S, Periods, Ticker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +80,66 @@ def test_hints_never_buy_more_than_their_share() -> None:
             await asyncio.sleep(0)
         took = time.monotonic() - start
         assert engine.ticks * engine.busy_s <= took * SHARE + BURST_S + 2 * engine.busy_s
+
+    run(engine, NEVER, body)
+
+
+def test_who_waits_gets_a_larger_share() -> None:
+    engine = Engine(busy_s=0.002)
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        start = time.monotonic()
+        while engine.ticks < 100:
+            before = engine.ticks
+            ticker.poke(waiting=True)
+            await until(lambda before=before: engine.ticks > before)  # type: ignore[misc]
+        took = time.monotonic() - start
+        worked = engine.ticks * engine.busy_s
+        assert worked <= took * QUIET_SHARE + BURST_S + 2 * engine.busy_s
+
+    run(engine, NEVER, body)
+
+
+def test_once_hints_have_stopped_coming_they_get_their_tick() -> None:
+    """Long before the small budget would allow it."""
+    engine = Engine(busy_s=0.02)
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        await until(lambda: engine.ticks == 1)
+        engine.busy_s = 0.0
+        await asyncio.sleep(0.05)  # the budget is at -15 ms, and needs 150 ms; the other one is above zero
+        ticker.poke()
+        for _ in range(20):  # more and more of them
+            await asyncio.sleep(0)
+            ticker.poke()
+        assert engine.ticks == 1
+        start = time.monotonic()
+        await until(lambda: engine.ticks == 2)
+        assert time.monotonic() - start < 0.1
+
+    run(engine, NEVER, body)
+
+
+def test_whoever_waits_for_a_tick_waits_for_the_next_one_and_not_for_long() -> None:
+    engine = Engine()
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        await until(lambda: engine.ticks == 1)
+        waiters = [asyncio.create_task(ticker.ticked()) for _ in range(3)]
+        await asyncio.sleep(0)
+        ticker.poke()
+        await asyncio.gather(*waiters)
+        assert (engine.ticks, ticker.count) == (2, 2)
+        start = time.monotonic()
+        await asyncio.gather(ticker.ticked(), ticker.ticked())  # nothing asks for a tick
+        assert WAIT_S <= time.monotonic() - start < 1.0
+        assert ticker.count == 2
+        engine.fail = True
+        waiter = asyncio.create_task(ticker.ticked())
+        await asyncio.sleep(0)
+        ticker.poke()
+        await waiter
+        assert ticker.count == 2  # one that has failed is none
 
     run(engine, NEVER, body)
 

@@ -108,7 +108,7 @@ class Rig:
         stats = c.stats().astype(np.int64) - before
         assert ran.verdict == -1, "every packet goes on to whatever else hangs on the hook"
         assert stats[:EXCLUSIVE].sum() == 1, f"not counted exactly once: {stats}"
-        grown = {n: int(c.slots[n][row] - slot[n]) for n in ("bytes", "segments", "packets", "control")}
+        grown = {n: int(c.slots[n][row] - slot[n]) for n in ("bytes", "packets", "sent")}
         return Result(
             ran, stats, grown | {"last_ns": int(c.slots["last_ns"][row])}, c.bands()["packets"] - bands["packets"]
         )

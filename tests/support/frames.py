@@ -86,12 +86,17 @@ def fragment6(following: int, offset: int = 0, *, more: bool = False) -> bytes:
 
 
 def tcp(
-    payload: bytes = b"", *, flags: int = ACK, options: bytes = b"", sport: int = SPORT, dport: int = DPORT
+    payload: bytes = b"",
+    *,
+    flags: int = ACK,
+    options: bytes = b"",
+    sport: int = SPORT,
+    dport: int = DPORT,
+    seq: int = 1,
 ) -> bytes:
     """TCP segment; checksum left 0, nobody looks."""
-    return (
-        struct.pack("!HHIIBBHHH", sport, dport, 1, 1, (5 + len(options) // 4) << 4, flags, 64, 0, 0) + options + payload
-    )
+    offset = (5 + len(options) // 4) << 4
+    return struct.pack("!HHIIBBHHH", sport, dport, seq % 2**32, 1, offset, flags, 64, 0, 0) + options + payload
 
 
 def udp(payload: bytes = b"", *, sport: int = SPORT, dport: int = DPORT) -> bytes:

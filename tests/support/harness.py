@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mfsd.bands import Bands
 from mfsd.daemon.wiring import far_rate_of
-from mfsd.engine.connections import OVERHEAD_V4, Connections
+from mfsd.engine.connections import Connections
+from mfsd.engine.device import Rescued
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
 from mfsd.engine.settings import LimitsConfig, RescueConfig
 from mfsd.engine.slots import NS, FlowTable, MemoryKeys, memory_rows
+from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
 from mfsd.model import (
     CookieSelector,
     Endpoints,
@@ -27,15 +29,16 @@ from mfsd.model import (
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mfsd.daemon.config import PeerConfig
+    from mfsd.engine.device import Rescue
     from mfsd.engine.estimator import Reading
 
 MSS = 1448
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeSocket:
     """A TCP socket whose state the test sets."""
 
@@ -45,38 +48,117 @@ class FakeSocket:
     unsent_plus_unacked: int = 0
     notsent: int = 0
     rto_us: int = 200_000
+    last_ack_ms: int = 0
+    uid: int = 0
+    pid: int = 0
+    here: bool = True
+
+    @property
+    def told(self) -> Socket:
+        return Socket(self.cookie, self.endpoints, self.uid, self.pid, self.here)
 
 
-class FakeResolver:
-    """connections.Resolver over a list of FakeSockets."""
+class FakeKernel:
+    """engine.sockets.Sockets over a list of FakeSockets. It does what the kernel does with rules and lent slots."""
 
-    def __init__(self) -> None:
+    tells = True
+
+    def __init__(self, table: FlowTable, keys: MemoryKeys) -> None:
         self.sockets: list[FakeSocket] = []
+        self.rules: dict[tuple[Selector, int], tuple[int, int, int]] = {}
+        self.lent: list[int] = []
+        self.descendants: dict[int, set[int]] = {}
+        self.asked = 0
+        """Sockets asked for TCP's word."""
+        self._table, self._keys = table, keys
+        self._events: list[Event] = []
 
-    def resolve(self, selector: Selector) -> list[FakeSocket]:
-        return [s for s in self.sockets if _matches(selector, s)]
+    # what the engine calls
 
-    def resolve_many(self, selectors: Sequence[Selector]) -> list[list[FakeSocket]]:
-        return [self.resolve(s) for s in selectors]
+    def events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
 
-    def tcp_progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, FakeSocket]:
+    def by_cookie(self, cookie: int) -> Socket | None:
+        return next((s.told for s in self.sockets if s.cookie == cookie), None)
+
+    def exact(self, selector: TupleSelector) -> Socket | None:
+        return next((s.told for s in self.sockets if s.here and self._matches(selector, s)), None)
+
+    def descends(self, pid: int, ancestor: int) -> bool:
+        return pid == ancestor or pid in self.descendants.get(ancestor, ())
+
+    def look(self, selectors: Sequence[Selector]) -> None:
+        for selector in selectors:
+            self._events.append(Found(selector, [s.told for s in self.sockets if self._matches(selector, s)]))
+
+    def progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, FakeSocket | None]:
         known = {s.cookie: s for s in self.sockets}
-        return {cookie: known[cookie] for cookie, _ in sockets if cookie in known}
+        wanted = [cookie for cookie, _ in sockets]
+        self.asked += len(wanted)
+        return {cookie: known[cookie] for cookie in wanted if cookie in known}
 
+    def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
+        self.rules[selector, uid] = (band, lanes, expires_ns)
 
-def _matches(selector: Selector, s: FakeSocket) -> bool:
-    if isinstance(selector, CookieSelector):
-        return s.cookie == selector.cookie
-    if isinstance(selector, TupleSelector):
-        e = s.endpoints
-        return (
-            selector.dst == e.dst
-            and selector.src in (None, e.src)
-            and e.sport in selector.sport
-            and e.dport in selector.dport
-            and e.protocol == selector.protocol
-        )
-    return selector.remote is None or s.endpoints.dst in selector.remote
+    def unwatch(self, selector: Selector, uid: int) -> None:
+        self.rules.pop((selector, uid), None)
+
+    def lend(self, slots: Sequence[int]) -> None:
+        self.lent += slots
+
+    # what the test lets happen
+
+    def connect(self, sock: FakeSocket) -> None:
+        """A connection is made; see established() in bpf/sockets.bpf.c."""
+        self.sockets.append(sock)
+        slot = self._keys.cookies.get(sock.cookie)
+        if slot is None:
+            slot = self._keys.tuples.get(sock.endpoints)
+            if slot is not None:
+                self._keys.cookies[sock.cookie] = slot
+        if slot is None:
+            bands = [
+                b
+                for (selector, uid), b in self.rules.items()
+                if self._matches(selector, sock) and uid in (-1, sock.uid)
+            ]
+            if not bands:
+                return
+            band, lanes, expires = min(bands)
+            if self.lent:
+                slot = self.lent.pop()
+                row = self._table.rows[slot]
+                row["band"], row["lane"], row["expires_ns"] = band, 1 + sock.cookie % (lanes - 1), expires
+                self._keys.cookies[sock.cookie] = slot
+        self._events.append(Established(sock.told, slot, active=sock.bytes_acked == 1))
+
+    def close(self, sock: FakeSocket, *, clean: bool = True) -> None:
+        """A connection ends: by FINs, with all acknowledged, or by a reset."""
+        self.sockets.remove(sock)
+        if sock.cookie in self._keys.cookies:
+            if clean:
+                sock.bytes_acked += sock.unsent_plus_unacked
+                sock.unsent_plus_unacked = 0
+            self._events.append(Closed(sock.cookie, sock.bytes_acked + clean, clean))
+
+    def vanish(self, sock: FakeSocket) -> None:
+        """A connection is gone, and the event is lost."""
+        self.sockets.remove(sock)
+
+    def _matches(self, selector: Selector, s: FakeSocket) -> bool:
+        if isinstance(selector, CookieSelector):
+            return s.cookie == selector.cookie
+        if isinstance(selector, TupleSelector):
+            e = s.endpoints
+            return (
+                selector.dst == e.dst
+                and selector.src in (None, e.src)
+                and e.sport in selector.sport
+                and e.dport in selector.dport
+                and e.protocol == selector.protocol
+            )
+        return self.descends(s.pid, selector.pid) and (selector.remote is None or s.endpoints.dst in selector.remote)
 
 
 @dataclass
@@ -90,16 +172,32 @@ class FakeDevice:
     queued: dict[tuple[int, int], int] = field(default_factory=dict)
     purged: list[tuple[int, int]] = field(default_factory=list)
 
+    guaranteed: dict[int, float] = field(default_factory=dict)
+    _done: list[Rescued] = field(default_factory=list)
+
     def read(self) -> Reading | None:
         return None
 
-    def backlog(self, band: int, lane: int) -> int:
-        return self.queued.get((band, lane), 0)
+    def rescue(self, orders: Sequence[Rescue]) -> None:
+        for order in orders:
+            place = order.band, order.lane
+            backlog = self.queued.get(place, 0)
+            if backlog and not (order.drains and backlog / order.drains < order.in_time_s):
+                self.purged.append(place)
+                self.queued[place] = 0
+            else:
+                backlog = 0
+            self._done.append(Rescued(order, backlog))
 
-    def purge(self, lanes: Sequence[tuple[int, int]]) -> None:
-        for lane in lanes:
-            self.purged.append(lane)
-            self.queued[lane] = 0
+    def rescued(self) -> list[Rescued]:
+        done, self._done = self._done, []
+        return done
+
+    def empty(self, band: int, lane: int) -> bool:
+        return not self.queued.get((band, lane))
+
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        self.guaranteed = dict(shares)
 
 
 class Host:
@@ -118,25 +216,23 @@ class Host:
         peers: Sequence[PeerConfig] = (),
         devices: int = 1,
     ) -> None:
-        """Peers 10.0.k.x are reached through device k."""
+        """Peers 10.0.k.x are reached through device k, whose interface index is k + 1."""
         self.now = 1000.0
         chosen = make_policy(policy, 5, {"kv": "rli"} if policy == "deadline-ladder" else {})
         self.bands = Bands.build(5, default_after=chosen.default_after, lanes=lanes, level_floors=floors)
         self.table = FlowTable(memory_rows(slots))
         self.keys = MemoryKeys()
-        self.resolver = FakeResolver()
+        self.kernel = FakeKernel(self.table, self.keys)
         self.devices = [FakeDevice(LinkEstimator(rate, len(self.bands))) for _ in range(devices)]
         self.device = self.devices[0] if self.devices else FakeDevice(LinkEstimator(rate, len(self.bands)))
         self.connections = Connections(
             self.table,
             self.keys,
-            self.resolver,
+            self.kernel,
             self.bands,
-            lambda e: 0 if e is None else max(min(e.dst.packed[2], devices - 1), 0),
+            lambda: range(1, devices + 1),
             far_rate_of(peers),
         )
-        self.dead_pids: set[int] = set()
-        self.exits: dict[int, list[object]] = {}
         self.engine = Engine(
             self.connections,
             chosen,
@@ -144,32 +240,32 @@ class Host:
             self.devices,
             limits or LimitsConfig(),
             rescue or RescueConfig(),
-            watch=self._watch,
         )
-        self.session = self.engine.session("worker", 0, self.now)
+        self.session = self.engine.session("worker", self.now)
 
-    def _watch(self, pid: int, on_exit: object) -> bool:
-        if pid in self.dead_pids:
-            return False
-        self.exits.setdefault(pid, []).append(on_exit)
-        return True
-
-    def socket(self, cookie: int, port: int | None = None, dst: str = "10.0.0.2") -> FakeSocket:
+    def socket(self, cookie: int, port: int | None = None, dst: str = "10.0.0.2", **more: Any) -> FakeSocket:
         """Open a connection on this host."""
-        sock = FakeSocket(cookie, Endpoints(ip_address("10.0.0.1"), port or 40000 + cookie, ip_address(dst), 6000, 6))
-        self.resolver.sockets.append(sock)
+        endpoints = Endpoints(ip_address("10.0.0.1"), port or 40000 + cookie, ip_address(dst), 6000, 6)
+        sock = FakeSocket(cookie, endpoints, **more)
+        self.kernel.connect(sock)
         return sock
 
     def send(self, sock: FakeSocket, payload: int, *, acked: bool = True) -> None:
         """Let payload pass the classifier (and, unless it sticks in the qdisc, reach the peer)."""
         slot = self.keys.cookies.get(sock.cookie)
-        segments = -(-payload // MSS)
         if slot is not None:
             row = self.table.rows[slot]
-            row["bytes"] += payload + segments * OVERHEAD_V4
-            row["segments"] += segments
+            before = sock.bytes_acked + sock.unsent_plus_unacked - sock.notsent
+            if not row["last_ns"]:
+                row["origin"] = before & 0xFFFFFFFF
+            row["bytes"] += payload
             row["packets"] += 1
             row["last_ns"] = int(self.now * NS)
+            row["ifindex"] = min(sock.endpoints.dst.packed[2], len(self.devices) - 1) + 1
+            if sock.endpoints.protocol == 6:
+                row["acked"], row["sent"] = sock.bytes_acked, before + payload
+            else:
+                row["sent"] += payload
         if acked:
             sock.bytes_acked += payload
         else:
@@ -180,9 +276,9 @@ class Host:
         sock.unsent_plus_unacked -= payload
         sock.bytes_acked += payload
 
-    def request(self, name: str, left: float, **more: object) -> None:
+    def request(self, name: str, left: float, **more: Any) -> None:
         """Announce a request with this much TTFT budget (seconds)."""
-        self.engine.apply(self.session, RequestHint(name, self.now + left, **more), self.now)  # type: ignore[arg-type]
+        self.engine.apply(self.session, RequestHint(name, self.now + left, **more), self.now)
 
     def transfer(
         self,
@@ -192,10 +288,11 @@ class Host:
         stage: Stage = Stage.P2D,
         request: str = "r",
         layer: int = 0,
+        **more: Any,
     ) -> None:
         """Announce a transfer."""
         selector = CookieSelector(sock.cookie) if isinstance(sock, FakeSocket) else sock
-        hint = TransferHint(name, request, "", stage, layer, size, selector)
+        hint = TransferHint(name, request, "", stage, layer, size, selector, **more)
         self.engine.apply(self.session, hint, self.now)
 
     def tick(self, after: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from support.benches import Bench, plan, wait_until
@@ -16,8 +17,12 @@ BUCKET: Final = 2 * 65536
 """Bytes that pass at once on an idle tbf of ours; see prio.build."""
 
 
+@dataclass
 class PrioBench(Bench):
     """Sends from one namespace to the other over a veth pair."""
+
+    weights: bool = False
+    """Bands have weights (ets)."""
 
     def applied(self, rate: str | None, lanes: int) -> DeviceEnforcer:
         """Prio in force, bare (no rate) or under tbf."""
@@ -28,6 +33,7 @@ class PrioBench(Bench):
 
     def freeze(self, e: DeviceEnforcer) -> None:
         """Empty the bucket and keep level 0 busy for many seconds: what is queued below it stands still."""
+        assert not self.weights
         self.send(e.band_maps()[LEVEL0][0], 300)
         wait_until(lambda: e.link_bytes()[0] >= BUCKET)
 

@@ -12,6 +12,7 @@ from support.prio_benches import PrioBench, fixed_neighbours
 
 from mfsd.datapath import tc
 from mfsd.datapath.facts import kernel_has
+from mfsd.datapath.qdisc import plan as planning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,9 +43,14 @@ def needs() -> Callable[..., None]:
 
 
 @pytest.fixture
-def bench(netns_pair: NetnsPair, tmp_path: Path) -> Iterator[PrioBench]:
-    """The test runs inside the sending namespace."""
+def bench(
+    request: pytest.FixtureRequest, netns_pair: NetnsPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[PrioBench]:
+    """The test runs inside the sending namespace. Parameter: "ets", or (default) "prio" as on a kernel without ets."""
     fixed_neighbours(netns_pair)
+    weights = getattr(request, "param", "prio") == "ets"
+    if not weights:
+        monkeypatch.setattr(planning, "kernel_has", lambda sock, kind: kind != "ets" and kernel_has(sock, kind))
     with contextlib.ExitStack() as stack:
         stack.enter_context(netns_pair.inside(netns_pair.a))
-        yield PrioBench(netns_pair, tmp_path / "state", stack)
+        yield PrioBench(netns_pair, tmp_path / "state", stack, weights=weights)

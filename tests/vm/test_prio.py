@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prio on a kernel that has it: where packets land, in which order they leave, and what a rescue frees.
+"""Backend prio on a kernel that has ets and prio: where packets land, in which order they leave, what a rescue frees.
 
 Queues are filled before the link can drain them, so that orders and counts are exact and no test measures time.
 """
@@ -37,11 +37,16 @@ LANES = pytest.mark.parametrize(
 )
 
 
+BOTH = pytest.mark.parametrize("bench", ["prio", "ets"], indirect=True)
+ETS = pytest.mark.parametrize("bench", ["ets"], indirect=True)
+
+
 @pytest.fixture(autouse=True)
 def _kernel(needs: Callable[..., None]) -> None:
-    needs("prio", "tbf", "drr")
+    needs("prio", "ets", "tbf", "drr")
 
 
+@BOTH
 @SHAPES
 def test_a_priority_leads_to_its_lane(bench: PrioBench, rate: str | None, lanes: int) -> None:
     before = bench.shown()
@@ -69,6 +74,7 @@ def _packets(sock: tc.TcSocket, ifindex: int, handle: int) -> int:
     return tc.StatsReader().read(sock.ask(tc.query(tc.RTM_GETTCLASS, ifindex, handle), "class")).packets
 
 
+@BOTH
 @SHAPES
 @pytest.mark.parametrize("priority", [0, 7, 0x10001, 0x6D66FFFE, 0x6D7F0001])
 def test_what_names_no_band_is_default_traffic(bench: PrioBench, rate: str | None, lanes: int, priority: int) -> None:
@@ -80,6 +86,7 @@ def test_what_names_no_band_is_default_traffic(bench: PrioBench, rate: str | Non
     assert (got[DEFAULT], got.sum()) == (7, 7)
 
 
+@BOTH
 @pytest.mark.feature("prio under tbf, drr lanes")
 @pytest.mark.parametrize("minor", [0, 9, 0xFFFF])
 def test_a_lane_that_does_not_exist_is_the_first_of_its_band(bench: PrioBench, minor: int) -> None:
@@ -161,6 +168,7 @@ def test_a_rescue_frees_its_lane_and_no_other(bench: PrioBench, lanes: int) -> N
     assert e.restore() == []
 
 
+@BOTH
 @LANES
 @pytest.mark.feature("prio: rescue")
 def test_counters_survive_a_rescue(bench: PrioBench, lanes: int) -> None:
@@ -175,6 +183,7 @@ def test_counters_survive_a_rescue(bench: PrioBench, lanes: int) -> None:
         assert e.counters()["bytes"].sum() == 60 * turn * FRAME
 
 
+@BOTH
 @pytest.mark.feature("prio: rescue")
 def test_many_lanes_in_one_call(bench: PrioBench) -> None:
     e = bench.applied("100mbit", 100)
@@ -206,6 +215,7 @@ def test_a_successor_adopts_the_tree(bench: PrioBench, lanes: int) -> None:
     assert bench.shown() == before
 
 
+@BOTH
 @pytest.mark.feature("prio under tbf, drr lanes")
 def test_a_missing_filter_is_noticed_and_repaired(bench: PrioBench) -> None:
     first = bench.applied("1gbit", 4)
@@ -219,6 +229,7 @@ def test_a_missing_filter_is_noticed_and_repaired(bench: PrioBench) -> None:
     assert second.counters()["packets"][LEVEL3] == 6
 
 
+@BOTH
 @pytest.mark.feature("prio, bare")
 def test_sixteen_bands(bench: PrioBench) -> None:
     e = bench.enforcer(None, "prio", plan(13))
@@ -238,10 +249,11 @@ def test_auto_takes_prio_without_a_rate_and_explains_many_queues(bench: PrioBenc
     assert dry.ok
     assert dry.backend == "prio"
     text = " ".join(dry.reasons)
-    assert "strict bands at line rate" in text
+    assert "bands at line rate" in text
     assert "4 transmit queues" in text
 
 
+@BOTH
 @pytest.mark.feature("plan: commands make the same tree")
 @pytest.mark.parametrize("rate", [None, "100mbit", "100gbit"])
 def test_the_commands_of_a_plan_make_the_same_tree(bench: PrioBench, rate: str | None) -> None:
@@ -253,4 +265,42 @@ def test_the_commands_of_a_plan_make_the_same_tree(bench: PrioBench, rate: str |
     # tc rounds tbf's bucket to ticks of its own.
     strip = [line.split(" burst ")[0] for line in bench.shown()]
     assert strip == [line.split(" burst ")[0] for line in by_hand]
+    assert e.restore() == []
+
+
+@ETS
+@LANES
+@pytest.mark.feature("prio: floors by weight (ets)")
+def test_every_band_has_its_floor(bench: PrioBench, lanes: int) -> None:
+    """While level 0 is backlogged all the time, and so are the others."""
+    e = bench.applied("40mbit", lanes)
+    assert e.floors
+    receiver = bench.receiver()
+    first = [classid for classid, _ in e.band_maps()]
+    busy = (LEVEL0, LEVEL2, DEFAULT, SCAVENGER)
+    for band in busy:
+        bench.send(first[band], 900, tag=band)
+    got = bench.tags(receiver, 1000)[150:]  # the bucket let the first ones through
+    floors = {b.index: b.floor for b in bench.bands.bands}
+    for band in busy[1:]:
+        assert got.count(band) >= 0.7 * floors[band] * len(got), band
+    assert got.count(LEVEL0) > 0.6 * len(got), "nearly strict"
+
+
+@ETS
+@LANES
+@pytest.mark.feature("prio: guarantees by weight (ets)")
+def test_a_guarantee_takes_effect_while_packets_wait(bench: PrioBench, lanes: int) -> None:
+    e = bench.applied("4mbit", lanes)
+    receiver = bench.receiver()
+    maps = e.band_maps()
+    bench.send(maps[LEVEL0][0], 900, tag=1)
+    bench.send(maps[LEVEL2][0], 900, tag=2)
+    bench.tags(receiver, 160)
+    e.guarantee({LEVEL2: 0.5})
+    assert e.verify() == []
+    got = bench.tags(receiver, 800)[280:]  # what had been decided already: one round
+    assert 0.4 * len(got) <= got.count(2) <= 0.65 * len(got)
+    e.guarantee({})
+    assert e.verify() == []
     assert e.restore() == []

@@ -16,9 +16,14 @@ import platform
 import struct
 import threading
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
 
 from mfsd.datapath.errors import LoaderError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 SYSCALL: Final = {
     "x86_64": 321,
@@ -41,6 +46,7 @@ PROG_TEST_RUN: Final = 10
 PROG_FD_BY_ID: Final = 13
 INFO_BY_FD: Final = 15
 PROG_QUERY: Final = 16
+MAP_LOOKUP_BATCH: Final = 24
 LINK_CREATE: Final = 28
 LINK_UPDATE: Final = 29
 
@@ -54,6 +60,8 @@ ELEMENT_ATTR: Final = struct.Struct("=IIQQQ")
 """map_fd, pad, key, value or next_key, flags."""
 PROG_ATTR: Final = struct.Struct("=IIQQIIQII16s")
 """prog_type, insn_cnt, insns, license, log_level, log_size, log_buf, kern_version, prog_flags, prog_name."""
+BATCH_ATTR: Final = struct.Struct("=QQQQIIQQ")
+"""batch: in_batch, out_batch, keys, values, count, map_fd, elem_flags, flags."""
 RUN_ATTR: Final = struct.Struct("=IIIIQQIIIIQQ")
 """test: prog_fd, retval, data_size_in, data_size_out, data_in, data_out, repeat, duration, ctx_size_in, ctx_size_out,
 ctx_in, ctx_out."""
@@ -62,7 +70,7 @@ INFO_ATTR: Final = struct.Struct("=IIQ")
 QUERY_ATTR: Final = struct.Struct("=IIIIQII")
 """query: target_ifindex, attach_type, query_flags, attach_flags, prog_ids, prog_cnt, pad."""
 LINK_ATTR: Final = struct.Struct("=IIII")
-"""link_create: prog_fd, target_ifindex, attach_type, flags. What depends on the attach type follows, zero for TCX."""
+"""link_create: prog_fd, target_ifindex or target_fd, attach_type, flags. What depends on the type is left zero."""
 UPDATE_ATTR: Final = struct.Struct("=IIII")
 """link_update: link_fd, new_prog_fd, flags, old_prog_fd."""
 
@@ -167,6 +175,35 @@ class BpfMap:
                 return None
             raise
         return after.raw
+
+
+_BATCH: Final = 4096
+"""Elements per call of map_dump; a hash map needs room for its fullest bucket (kernel/bpf/hashtab.c)."""
+
+
+def map_dump(
+    fd: int, key: np.dtype[Any], value: np.dtype[Any], entries: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """All elements of a hash map, at most ``entries``: keys, shape (n,), and values, shape (n,).
+
+    What comes and goes meanwhile may be missing or come twice.
+    """
+    keys, values = np.zeros(entries + _BATCH, dtype=key), np.zeros(entries + _BATCH, dtype=value)
+    cursor = ctypes.create_string_buffer(8)
+    at, n, more = 0, 0, True
+    while more and n <= entries:
+        attr = BATCH_ATTR.pack(
+            at, ctypes.addressof(cursor), keys[n:].ctypes.data, values[n:].ctypes.data, _BATCH, fd, 0, 0
+        )
+        buffer = ctypes.create_string_buffer(attr, _ATTR_BYTES)
+        if _syscall(number(), MAP_LOOKUP_BATCH, buffer, len(attr)) < 0:
+            e = _error()
+            if e.errno != errno.ENOENT:  # that was the last batch
+                raise e
+            more = False
+        n += BATCH_ATTR.unpack_from(buffer.raw)[4]
+        at = ctypes.addressof(cursor)
+    return keys[:n], values[:n]
 
 
 class _Memory(threading.local):
@@ -279,9 +316,9 @@ def prog_test_run(prog_fd: int, data: bytes, context: bytes, repeat: int = 1) ->
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-def link_create(prog_fd: int, ifindex: int, attach_type: int, flags: int) -> int:
-    """Attach a program to a device by a link; returns the link's descriptor."""
-    return call(LINK_CREATE, LINK_ATTR.pack(prog_fd, ifindex, attach_type, flags))[0]
+def link_create(prog_fd: int, target: int, attach_type: int, flags: int) -> int:
+    """Attach a program to a device (or, by descriptor, to a cgroup) by a link; returns the link's descriptor."""
+    return call(LINK_CREATE, LINK_ATTR.pack(prog_fd, target, attach_type, flags))[0]
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:

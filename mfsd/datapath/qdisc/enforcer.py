@@ -34,7 +34,7 @@ from mfsd.datapath.undo.restore import put_back, taken
 from mfsd.datapath.undo.snapshot import Snapshot, capture, obstacles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from mfsd.bands import Bands
@@ -65,7 +65,8 @@ class DeviceEnforcer:
         self._namespace = notes.namespace()
         self._ifindex = read_facts(ifname).ifindex
         self._sock = tc.TcSocket()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Two threads come here: the one that cares for devices, and the one that does what the engine orders."""
         self._tree: Tree | None = None
         self._purger: LanePurger | None = None
         self._reader = tc.StatsReader()
@@ -73,7 +74,8 @@ class DeviceEnforcer:
 
     def close(self) -> None:
         """Idempotent."""
-        self._sock.close()
+        with self._lock:
+            self._sock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -85,13 +87,18 @@ class DeviceEnforcer:
 
     def plan(self) -> DevicePlan:
         """What apply would do now, and how restore would undo it. Changes nothing (a qdisc's module may be loaded)."""
-        return self._plan()[0]
+        with self._lock:
+            return self._plan()[0]
 
     def apply(self) -> DevicePlan:
         """Put the bands in force. Idempotent.
 
         Raises EnforceError with everything as it was, or saying what is not; OSError when the kernel can't be asked.
         """
+        with self._lock:
+            return self._apply()
+
+    def _apply(self) -> DevicePlan:
         plan, tree, state = self._plan()
         if plan.refusals or tree is None:
             raise EnforceError(f"device {self.ifname}", "; ".join(plan.refusals))
@@ -118,12 +125,17 @@ class DeviceEnforcer:
 
     def verify(self) -> list[str]:
         """Differences between the device's tree and the wanted one; empty when all is well."""
-        if self._tree is None:
-            return [f"{self.ifname}: nothing has been applied"]
-        return self._differences(self._tree)
+        with self._lock:
+            if self._tree is None:
+                return [f"{self.ifname}: nothing has been applied"]
+            return self._differences(self._tree)
 
     def restore(self) -> list[str]:
         """Put the qdiscs back as they were found and forget the note. Returns what went wrong. Idempotent."""
+        with self._lock:
+            return self._restore()
+
+    def _restore(self) -> list[str]:
         self._tree = self._purger = None
         try:
             state = notes.load(self.state_dir, self.ifname)
@@ -196,6 +208,21 @@ class DeviceEnforcer:
             raise ValueError(f"lane {lane}: band {band} has lanes 0 to {queues.lanes - 1}")
         with self._lock:
             return purger.backlog(queues.classid + lane, self._ifindex)
+
+    def guarantee(self, shares: Mapping[int, float]) -> None:
+        """Give bands (by index) so much of the link (0..1) even when bands above are busy, and all others their floors.
+
+        Takes effect while they are backlogged. Nothing happens on a backend without floors, or where nothing changes.
+        """
+        with self._lock:
+            tree, _ = self._applied()
+            if tree.guarantee is None:
+                return
+            known = {(n.type, n.handle): n for n in tree.nodes}
+            nodes = [n for n in tree.guarantee(shares) if known.get((n.type, n.handle)) != n]
+            if nodes:
+                self._sock.run([n.message(self._ifindex, change=True) for n in nodes], f"guarantees on {self.ifname}")
+                self._tree = tree.with_nodes(nodes)
 
     def purge(self, lanes: Sequence[tuple[int, int]]) -> list[Purged]:
         """Free what is queued in these (band, lane) pairs, up to 128 per system call.

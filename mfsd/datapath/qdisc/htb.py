@@ -96,6 +96,9 @@ def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
         tuple(groups),
         number_leaves((b, _leaf(b), b.lanes) for b in bands.bands),
         {_leaf(b) + i: b.index for b in bands.bands for i in range(b.lanes)},
+        guarantee=lambda guaranteed: [
+            maker.rated(b, int(link * max(guaranteed.get(b.index, 0.0), b.floor))) for b in bands.bands
+        ],
     )
 
 
@@ -156,6 +159,11 @@ class _Maker:
             self.command(tc.classid(classid), parent, rate, prio),
             (self.node(classid, parent, rate, prio),),
         )
+
+    def rated(self, band: BandSpec, rate: int) -> Node:
+        """The class that holds a band's own rate, with another one."""
+        where = _leaf(band) if band.lanes == 1 else _inner(band)
+        return self.node(where, ROOT | LINK_MINOR, min(max(rate, NO_FLOOR), self.link), band.index)
 
     def band(self, band: BandSpec) -> list[Group]:
         floor = max(int(self.link * band.floor), NO_FLOOR)

@@ -92,10 +92,10 @@ def _auto(sock: TcSocket, bands: Bands, choice: Choice) -> None:
     if choice.rate is not None and not many and kernel_has(sock, "htb"):
         choice.backend = "htb"
         choice.reasons.append(f"auto: htb, because a rate is given ({choice.rate}): strict bands with floors and lanes")
-    elif kernel_has(sock, "prio"):
+    elif kernel_has(sock, "ets") or kernel_has(sock, "prio"):
         choice.backend = "prio"
         why = (
-            "no rate is given: strict bands at line rate"
+            "no rate is given: bands at line rate"
             if choice.rate is None
             else f"{len(bands)} bands are more than htb's {HTB_PRIOS}"
             if many
@@ -104,9 +104,11 @@ def _auto(sock: TcSocket, bands: Bands, choice: Choice) -> None:
         choice.reasons.append(f"auto: prio, because {why}")
     elif kernel_has(sock, "htb"):
         choice.backend = "htb"
-        choice.reasons.append("auto: htb, because the kernel has no prio")
+        choice.reasons.append("auto: htb, because the kernel has neither ets nor prio")
     else:
-        choice.refusals.append("the kernel has neither htb nor prio (CONFIG_NET_SCH_HTB, CONFIG_NET_SCH_PRIO)")
+        choice.refusals.append(
+            "the kernel has none of htb, ets and prio (CONFIG_NET_SCH_HTB, CONFIG_NET_SCH_ETS, CONFIG_NET_SCH_PRIO)"
+        )
 
 
 def _htb(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> None:
@@ -134,7 +136,8 @@ def _htb(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> N
 
 
 def _prio(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> None:
-    needs = ["prio"] + (["tbf"] if choice.rate is not None else [])
+    weights = kernel_has(sock, "ets")
+    needs = ([] if weights else ["prio"]) + (["tbf"] if choice.rate is not None else [])
     missing = [kind for kind in needs if not kernel_has(sock, kind)]
     if missing:
         names = ", ".join(f"CONFIG_NET_SCH_{kind.upper()}" for kind in missing)
@@ -147,10 +150,11 @@ def _prio(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> 
             "one queue per band instead of lanes, because the kernel has no drr (CONFIG_NET_SCH_DRR): a rescue also "
             "frees packets of other connections of the band"
         )
-    floors = [b.name for b in bands.bands if b.floor]
-    if floors:
+    if weights:
+        choice.reasons.append("bands by weight (ets): nearly strict, but each has its floor, at any rate")
+    else:
         choice.reasons.append(
-            f"prio has no floors; those of {', '.join(floors)} are not enforced: what a connection sends before its "
-            "first hint waits in the default band for as long as the levels above it keep the link busy"
+            "the kernel has no ets (CONFIG_NET_SCH_ETS), and prio no floors: what stands below a busy band waits for "
+            "as long as that is busy, and nothing can be guaranteed to it"
         )
-    choice.tree = prio.build(bands, choice.rate, lanes=lanes, gso=device.gso, limit=device.txqlen)
+    choice.tree = prio.build(bands, choice.rate, lanes=lanes, weights=weights, gso=device.gso, limit=device.txqlen)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prio backend: strict bands at line rate, or under tbf when a rate is given (net/sched/sch_prio.c, sch_drr.c).
+"""The prio backend: bands at line rate, or under tbf when a rate is given (net/sched/sch_prio.c, sch_drr.c).
 
 Layout, for a plan whose band *b* stands in strict order::
 
     6d67:          tbf, only with a rate
-      6d66:        prio, N bands; whatever names no band goes to the default band (priomap)
-        6d66:b+1   a band of one lane: the pfifo that prio makes
+      6d66:        ets where the kernel has it, else prio; N bands; whatever names no band goes to the default band
+        6d66:b+1   a band of one lane: the pfifo that ets or prio makes
         6d66:b+1   a band of several lanes: drr 6d80+b:
           6d80+b:1..  its lanes, served in turns by quantum
 
@@ -14,7 +14,8 @@ and asks its filters about any other. So a cls_bpf filter of a few instructions 
 numbers to bands; drr then finds the class by the same skb->priority, without a filter. A second one on each drr
 catches what names the band but no lane, because drr drops what it can't classify.
 
-There are no floors. Counters of a band of one lane belong to its leaf, so a rescue starts them anew; Tree says so.
+ets (ets.py) classifies as prio does, and gives every band its floor. Under prio there are none, and whatever stands
+below a busy band waits. Counters of a band of one lane belong to its leaf, so a rescue starts them anew; Tree says so.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from mfsd.datapath import tc
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.formats import TBF_QOPT, TCA_DRR_QUANTUM, TCA_TBF_PARMS, TCA_TBF_RATE64, U32_MAX, ratespec, ticks
 from mfsd.datapath.handles import CHILD_MAJOR, MAJOR, ROOT, SHAPER_MAJOR
+from mfsd.datapath.qdisc import ets
 from mfsd.datapath.qdisc.tree import Filter, Group, Node, Tree, number_leaves
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mfsd.units import Rate
 
 _PRIOMAP: Final = 16
@@ -45,10 +49,12 @@ _PRIORITY: Final = 32
 _NO_RATE: Final = b"\0" * 12
 
 
-def build(bands: Bands, rate: Rate | None, *, lanes: bool, gso: int = 65536, limit: int = 1000) -> Tree:
-    """The tree for a plan. ``lanes`` False: one queue per band. ``limit``: the device's queue length, in packets.
+def build(bands: Bands, rate: Rate | None, *, lanes: bool, weights: bool, gso: int = 65536, limit: int = 1000) -> Tree:
+    """The tree for a plan. ``limit``: the device's queue length, in packets.
 
-    Raises ValueError for more bands than prio has.
+    ``lanes`` False: one queue per band. ``weights``: ets, with floors, in place of prio.
+
+    Raises ValueError for more bands than either has.
     """
     if len(bands) > PRIO_BANDS:
         raise ValueError(f"{len(bands)} bands, but prio has at most {PRIO_BANDS}: set bands.levels lower")
@@ -58,15 +64,8 @@ def build(bands: Bands, rate: Rate | None, *, lanes: bool, gso: int = 65536, lim
     place = SHAPER_MAJOR << 16 | 1 if rate is not None else tc.TC_H_ROOT
     where = f"parent {tc.classid(place)}" if rate is not None else "root"
     default = bands.default.index
-    options = struct.pack("=i16B", len(bands), *([default] * _PRIOMAP))
-    groups.append(
-        Group(
-            f"Install prio with {len(bands)} bands; unknown packets go to band {default} ({bands.default.name})",
-            f"tc qdisc replace dev DEV {where} handle {MAJOR:x}: prio bands {len(bands)} "
-            f"priomap {' '.join([str(default)] * _PRIOMAP)}",
-            (Node("prio", ROOT, place, options),),
-        )
-    )
+    priomap = [default] * _PRIOMAP
+    groups.append(ets.root(bands, place, where, gso, priomap) if weights else _prio(bands, place, where, priomap))
     split = [b for b in bands.bands if lanes and b.lanes > 1]
     for band in split:
         groups += _drr(band, gso)
@@ -78,7 +77,24 @@ def build(bands: Bands, rate: Rate | None, *, lanes: bool, gso: int = 65536, lim
         (b, _drr_major(b) << 16 | 1, b.lanes) if b in split else (b, ROOT | (b.index + 1), 1) for b in bands.bands
     ]
     counters = {ROOT | (b.index + 1): b.index for b in bands.bands}
-    return Tree("prio", tuple(groups), number_leaves(queues), counters, counters_reset=True)
+    return Tree(
+        "prio",
+        tuple(groups),
+        number_leaves(queues),
+        counters,
+        counters_reset=True,
+        guarantee=(lambda guaranteed: ets.guarantee(bands, guaranteed, gso)) if weights else None,
+    )
+
+
+def _prio(bands: Bands, place: int, where: str, priomap: Sequence[int]) -> Group:
+    default = bands.default
+    return Group(
+        f"Install prio with {len(bands)} bands; unknown packets go to band {default.index} ({default.name})",
+        f"tc qdisc replace dev DEV {where} handle {MAJOR:x}: prio bands {len(bands)} "
+        f"priomap {' '.join(map(str, priomap))}",
+        (Node("prio", ROOT, place, struct.pack("=i16B", len(bands), *priomap)),),
+    )
 
 
 _FILTER_TEXT: Final = "# tc filter add ... bpf: the program is generated, see mfsd/datapath/qdisc/prio.py"

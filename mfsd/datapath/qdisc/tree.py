@@ -8,7 +8,7 @@ description. Nothing here talks to the kernel.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import Role
@@ -18,7 +18,7 @@ from mfsd.datapath.handles import LEAF_MAJORS
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mfsd.bands import BandSpec
 
@@ -28,7 +28,10 @@ PURGEABLE: Final = frozenset({Role.LEVEL, Role.SCAVENGER})
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One qdisc or class of a wanted tree. ``live``: other options can be written into it while traffic flows."""
+    """One qdisc or class of a wanted tree.
+
+    ``live``: other options can be written into it while traffic flows. ``made``: a class that its qdisc makes itself.
+    """
 
     kind: str
     handle: int
@@ -36,6 +39,7 @@ class Node:
     options: bytes | None
     type: str = "qdisc"
     live: bool = False
+    made: bool = False
 
     def message(self, ifindex: int, *, change: bool = False) -> bytes:
         """The request that makes it, or changes it in place."""
@@ -43,8 +47,11 @@ class Node:
             "qdisc": (tc.RTM_NEWQDISC, nl.NLM_CREATE | nl.NLM_REPLACE),
             "class": (tc.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL),
         }[self.type]
-        body = tc.kind_attr(self.kind) + (nl.attr(tc.TCA_OPTIONS, self.options) if self.options is not None else b"")
-        flags = nl.NLM_REPLACE if change else flags
+        body = tc.kind_attr(self.kind)
+        if self.options is not None:
+            # ets alone insists on the flag; prio's options begin with a struct.
+            body += nl.attr(tc.TCA_OPTIONS | (nl.NLA_NESTED if self.kind == "ets" else 0), self.options)
+        flags = nl.NLM_REPLACE if change or self.made else flags
         return tc.message(kind, flags, ifindex, self.handle, self.parent, body=body)
 
     @property
@@ -96,11 +103,25 @@ class Tree:
     """Class -> band index, of the classes under ROOT whose counters add up to the bands'."""
     counters_reset: bool = False
     """A rescue starts the counters of a band of one lane anew: they are the leaf's, not the class's (sch_prio.c)."""
+    guarantee: Callable[[Mapping[int, float]], list[Node]] | None = None
+    """What is guaranteed by band index (share of the link, 0..1) -> the nodes that give it, and to all others their
+    floors; to be changed in place. None: bands have no floors either."""
+
+    def with_nodes(self, nodes: Iterable[Node]) -> Tree:
+        """The same tree with some nodes as given."""
+        new = {(n.type, n.handle): n for n in nodes}
+        groups = tuple(
+            replace(g, nodes=tuple(new.get((n.type, n.handle), n) for n in g.nodes))
+            if any((n.type, n.handle) in new for n in g.nodes)
+            else g
+            for g in self.groups
+        )
+        return replace(self, groups=groups)
 
     @property
     def floors(self) -> bool:
         """Bands get their floors: prio can't give any."""
-        return self.backend == "htb"
+        return self.guarantee is not None
 
     @property
     def nodes(self) -> list[Node]:
@@ -165,7 +186,7 @@ def differences(tree: Tree, qdiscs: Sequence[tc.TcObject], classes: Sequence[tc.
             continue
         out += _compare(node, found)
     # The classes that a classful qdisc makes by itself (tbf's one, prio's bands) are nobody's wish.
-    made = {"tbf", "prio", "mq"}
+    made = {"tbf", "prio", "ets", "mq"}
     purgeable = {b.classid + i for b in tree.bands if b.spec.role in PURGEABLE for i in range(b.lanes)}
     for (kind, handle), found in have.items():
         leaf = kind == "qdisc" and handle >> 16 in LEAF_MAJORS and found.parent in purgeable and found.kind == "pfifo"

@@ -36,7 +36,7 @@ class Voice(Protocol):
 
 
 class Hinter:
-    """Says what serving processes would. ``connection``: a socket cookie, or a selector."""
+    """Says what serving processes would. ``connection``: what names it to the client."""
 
     def __init__(self, voice: Voice, steps: int, faults: Faults, seed: int) -> None:
         self._voice, self._steps, self._faults = voice, steps, faults
@@ -46,7 +46,7 @@ class Hinter:
         """Forward pass -> hosts that know it, and its requests there."""
         self._rng = random.Random(seed)  # noqa: S311 - a reproducible experiment, not a secret
 
-    def collective(self, host: str, connection: int | Selector) -> None:
+    def collective(self, host: str, connection: Selector) -> None:
         """A connection of a collective group: marked once, so that no hint per message is needed."""
         if host in self._voice.hosts and self._rng.random() >= self._faults.marks_lost:
             self._voice.say(host, "mark", connection, Stage.COLLECTIVE)
@@ -58,7 +58,7 @@ class Hinter:
             if host in self._voice.hosts:
                 self._voice.say(host, "request", f"r{request.id}", ttft_left_s=left, compute_left_s=compute)
 
-    def send(self, conduit: Conduit, connection: int | Selector, request: Request, step: int, size: int) -> None:
+    def send(self, conduit: Conduit, connection: Selector, request: Request, step: int, size: int) -> None:
         """A step's KV is about to be sent."""
         if conduit.src not in self._voice.hosts or self._rng.random() < self._faults.lost:
             return

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
-from mfsd.client import cookie_of
+from mfsd.client import Cookie, cookie_of
 from mfsd.lab.hosts.enter import inside
 from mfsd.lab.hosts.tcp import CHUNK, prepare
 
@@ -55,7 +55,7 @@ class Sender:
 
     def __init__(self, conduit: Conduit, sock: socket.socket) -> None:
         self.conduit, self.sock = conduit, sock
-        self.cookie = cookie_of(sock)
+        self.cookie = Cookie(cookie_of(sock))
         """What hints name it by."""
         self._loop = asyncio.get_running_loop()
         self._frames: collections.deque[_Frame] = collections.deque()

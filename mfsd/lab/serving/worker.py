@@ -77,7 +77,7 @@ class TcpSide:
         """Connect to the peers, all of which listen."""
         await self._management.join(h for h in peers if h != self._part.host)
         self._ends.connect()
-        self.cookies = {s.conduit.number: s.cookie for s in self._ends.senders if s.conduit.stage is Stage.P2D}
+        self.cookies = {s.conduit.number: s.cookie.cookie for s in self._ends.senders if s.conduit.stage is Stage.P2D}
 
     def transports(self, hinter: Hinter) -> list[Transport]:
         """For each instance."""

@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/*
+ * sockets.bpf.c - tells the daemon of TCP connections instead of letting it search for them, and puts those that a
+ * rule names into their band before their first packet.
+ *
+ * Two programs on the root of the cgroup v2 hierarchy, so that they see every socket of the host, whatever its network
+ * namespace:
+ *
+ *   mfsd_socket	(sock_create) runs in the process that makes a socket and notes who that is in the socket's own
+ *			storage. Accepted sockets inherit the note of the one that listened (BPF_F_CLONE).
+ *   mfsd_connection	(sock_ops) runs when a connection is made, by either side, and at every change of its state.
+ *
+ * When a connection is made: it goes into the directory (mfsd_socks), by which a hint's cookie leads to its addresses
+ * without a search. Then, if its 5-tuple has been hinted before, that slot is its own from here on; else if a rule names
+ * it, a free slot is taken (mfsd_free, which the daemon keeps filled) and filled in as the rule says. Either is told to
+ * the daemon (mfsd_events). This is before the SYN of a connection that is opened here, and before accept(2) returns on
+ * the other side: so the first data packet is in the right band, and nobody has been asked.
+ *
+ * When it is over: a connection with a slot is reported with how far the peer has acknowledged, and whether that was
+ * all. Then it leaves the directory. Nothing is said of connections that no hint and no rule names.
+ *
+ * Why not the tracepoint inet_sock_set_state, which would do much of this: programs on it need CAP_PERFMON, see no
+ * socket storage, and a BPF link on a cgroup goes with the daemon just as well. sock_ops needs CAP_NET_ADMIN, which we
+ * have anyway. Where there is no cgroup v2, the daemon asks inet_diag as it did before.
+ *
+ * Loaded with the classifier's maps. Needs Linux 6.1 (bpf_get_current_pid_tgid() in sock_create).
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "compat.h"
+#include "mfsd.h"
+
+#define ALLOW	       1 /* go on as if we were not here, for both program types */
+#define SOCK_STREAM    1
+#define AF_INET	       2
+#define AF_INET6       10
+#define TCP_FIN_WAIT2  5
+#define TCP_TIME_WAIT  6
+#define TCP_CLOSE      7
+#define TCP_LAST_ACK   9
+#define TCP_CLOSING    11
+
+/* The classifier's; the loader puts them in place. */
+MFSD_MMAP_ARRAY(mfsd_host, struct mfsd_host, 1);
+MFSD_MMAP_ARRAY(mfsd_slots, struct mfsd_slot, MFSD_DEFAULT_SLOTS);
+MFSD_HASH(mfsd_cookies, __u64, __u32, MFSD_DEFAULT_SLOTS);
+MFSD_HASH(mfsd_tuples, struct mfsd_tuple, __u32, MFSD_DEFAULT_SLOTS);
+
+/* Our own. */
+MFSD_MAP(mfsd_socks, BPF_MAP_TYPE_LRU_HASH, __u64, struct mfsd_sock, MFSD_SOCKETS, 0);
+MFSD_MMAP_ARRAY(mfsd_rules, struct mfsd_rule, MFSD_RULES);
+MFSD_HASH(mfsd_rules_of, struct in6_addr, struct mfsd_rules_of, MFSD_RULES);
+struct {
+	__uint(type, BPF_MAP_TYPE_STACK);
+	__type(value, __u32);
+	__uint(max_entries, MFSD_DEFAULT_SLOTS);
+} mfsd_free SEC(".maps");
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, MFSD_EVENT_BYTES);
+} mfsd_events SEC(".maps");
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+	__type(key, int);
+	__type(value, struct mfsd_owner);
+} mfsd_owners SEC(".maps");
+/* What is being put together; sock_ops runs with softirqs off, and the stack is small. */
+MFSD_PERCPU_ARRAY(mfsd_draft, struct mfsd_event, 1);
+
+SEC("cgroup/sock_create")
+int mfsd_socket(struct bpf_sock *sk)
+{
+	struct mfsd_owner *owner;
+
+	if (sk->type != SOCK_STREAM || (sk->family != AF_INET && sk->family != AF_INET6))
+		return ALLOW;
+	owner = bpf_sk_storage_get(&mfsd_owners, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!owner)
+		return ALLOW; /* no memory: nobody's */
+	owner->cgroup = bpf_get_current_cgroup_id();
+	owner->pid = bpf_get_current_pid_tgid() >> 32;
+	owner->tid = bpf_get_current_pid_tgid();
+	owner->uid = bpf_get_current_uid_gid();
+	return ALLOW;
+}
+
+/* Who, from where, to where. IPv4-mapped addresses of IPv6 sockets are IPv4, as on the wire. */
+static __always_inline void describe(struct bpf_sock_ops *ctx, struct mfsd_sock *sock)
+{
+	struct mfsd_tuple *key = &sock->key;
+	struct mfsd_owner *owner;
+	__u32 *s = (__u32 *)key->saddr, *d = (__u32 *)key->daddr, peer;
+
+	if (ctx->family == AF_INET) {
+		s[0] = s[1] = d[0] = d[1] = 0;
+		s[2] = d[2] = MFSD_NET32(0xffff);
+		s[3] = ctx->local_ip4;
+		peer = ctx->remote_ip4;
+		asm volatile("%0 += 0" : "+r"(peer)); /* else the tails are merged, and the verifier refuses the address */
+		d[3] = peer;
+	} else {
+		s[0] = ctx->local_ip6[0];
+		s[1] = ctx->local_ip6[1];
+		s[2] = ctx->local_ip6[2];
+		s[3] = ctx->local_ip6[3];
+		d[0] = ctx->remote_ip6[0];
+		d[1] = ctx->remote_ip6[1];
+		d[2] = ctx->remote_ip6[2];
+		d[3] = ctx->remote_ip6[3];
+	}
+	key->sport = MFSD_NET16((__u16)ctx->local_port);
+	key->dport = (__u16)(ctx->remote_port >> 16); /* network order, in the upper half */
+	key->proto = IPPROTO_TCP;
+	__builtin_memset(key->pad, 0, sizeof(key->pad));
+	sock->netns = bpf_get_netns_cookie(ctx);
+	owner = ctx->sk ? bpf_sk_storage_get(&mfsd_owners, ctx->sk, 0, 0) : 0;
+	if (owner)
+		sock->owner = *owner;
+	else
+		__builtin_memset(&sock->owner, 0, sizeof(sock->owner));
+}
+
+static __always_inline int differs(const __u8 *a, const __u8 *b, const __u8 *mask)
+{
+	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b, *m = (const __u64 *)mask;
+
+	return ((x[0] ^ y[0]) & m[0]) || ((x[1] ^ y[1]) & m[1]);
+}
+
+static __always_inline int names(const struct mfsd_rule *r, const struct mfsd_sock *sock)
+{
+	__u16 sport = MFSD_NET16(sock->key.sport), dport = MFSD_NET16(sock->key.dport);
+
+	if (!r->used || sport < r->sport_first || sport > r->sport_last || dport < r->dport_first || dport > r->dport_last)
+		return 0;
+	if (differs(sock->key.daddr, r->daddr, r->dmask) || differs(sock->key.saddr, r->saddr, r->smask))
+		return 0;
+	if ((r->pid != MFSD_ANY_ID && r->pid != sock->owner.pid) || (r->uid != MFSD_ANY_ID && r->uid != sock->owner.uid))
+		return 0;
+	return !r->cgroup || r->cgroup == sock->owner.cgroup;
+}
+
+/* The rule of a list that puts the connection highest; MFSD_NO_RULE if none names it, *overflow if there are others. */
+static __always_inline __u32 best_of(const struct mfsd_rules_of *list, const struct mfsd_sock *sock, __u32 best,
+				     __u8 *band, int *overflow)
+{
+	struct mfsd_rule *r;
+	__u32 i, index;
+
+	if (!list)
+		return best;
+	if (list->n > MFSD_RULES_PER_PEER)
+		*overflow = 1;
+	for (i = 0; i < MFSD_RULES_PER_PEER; i++) {
+		if (i >= list->n)
+			break;
+		index = list->rule[i];
+		r = MFSD_LOOKUP(mfsd_rules, &index);
+		if (!r || !names(r, sock) || (best != MFSD_NO_RULE && r->band >= *band))
+			continue;
+		best = index;
+		*band = r->band;
+	}
+	return best;
+}
+
+/* Undoes take_slot(), but for the key. */
+static __always_inline void give_back(__u32 *index)
+{
+	struct mfsd_slot *slot = MFSD_LOOKUP(mfsd_slots, index);
+
+	if (slot) {
+		slot->expires_ns = 0;
+		slot->band = MFSD_BAND_KEEP;
+	}
+	bpf_map_push_elem(&mfsd_free, index, 0);
+}
+
+/* Takes a free slot for a connection that a rule names; MFSD_NO_SLOT if there is none. */
+static __always_inline __u32 take_slot(__u64 cookie, const struct mfsd_rule *r)
+{
+	struct mfsd_slot *slot;
+	__u32 index;
+
+	if (bpf_map_pop_elem(&mfsd_free, &index))
+		return MFSD_NO_SLOT;
+	slot = MFSD_LOOKUP(mfsd_slots, &index);
+	if (!slot)
+		return MFSD_NO_SLOT; /* can't be: the daemon put it there */
+	slot->generation += 1;
+	slot->lane = r->lanes > 1 ? 1 + (__u16)(cookie % (r->lanes - 1)) : 0;
+	slot->band = r->band;
+	slot->flags = 0;
+	slot->bytes = 0;
+	slot->packets = 0;
+	slot->last_ns = 0;
+	slot->acked = 0;
+	slot->sent = 0;
+	slot->origin = 0;
+	slot->ifindex = 0;
+	slot->expires_ns = r->expires_ns;
+	if (bpf_map_update_elem(&mfsd_cookies, &cookie, &index, BPF_NOEXIST)) {
+		give_back(&index);
+		return MFSD_NO_SLOT;
+	}
+	return index;
+}
+
+/* 0 unless the ring is full. What is not told must not have happened: the callers see to that. */
+static __always_inline long tell(struct mfsd_event *e)
+{
+	return bpf_ringbuf_output(&mfsd_events, e, sizeof(*e), 0);
+}
+
+static __always_inline void established(struct bpf_sock_ops *ctx, struct mfsd_event *e)
+{
+	struct mfsd_rules_of *list;
+	struct in6_addr nobody = {};
+	struct mfsd_rule *r;
+	int overflow = 0;
+	__u32 *slot;
+	__u8 band = 0;
+
+	describe(ctx, &e->sock);
+	bpf_map_update_elem(&mfsd_socks, &e->cookie, &e->sock, BPF_ANY);
+	e->kind = MFSD_EVENT_BOUND;
+	slot = MFSD_LOOKUP(mfsd_cookies, &e->cookie);
+	if (slot) {
+		e->slot = *slot;
+		tell(e); /* else the daemon finds it in the directory */
+		return;
+	}
+	slot = MFSD_LOOKUP(mfsd_tuples, &e->sock.key);
+	if (slot) {
+		e->slot = *slot;
+		if (!bpf_map_update_elem(&mfsd_cookies, &e->cookie, &e->slot, BPF_NOEXIST) && tell(e))
+			bpf_map_delete_elem(&mfsd_cookies, &e->cookie); /* it goes on by its tuple */
+		return;
+	}
+	list = MFSD_LOOKUP(mfsd_rules_of, (struct in6_addr *)e->sock.key.daddr);
+	e->rule = best_of(list, &e->sock, MFSD_NO_RULE, &band, &overflow);
+	list = MFSD_LOOKUP(mfsd_rules_of, &nobody);
+	e->rule = best_of(list, &e->sock, e->rule, &band, &overflow);
+	e->slot = MFSD_NO_SLOT;
+	if (e->rule != MFSD_NO_RULE) {
+		r = MFSD_LOOKUP(mfsd_rules, &e->rule);
+		if (r)
+			e->slot = take_slot(e->cookie, r);
+	} else if (!overflow) {
+		return;
+	}
+	e->kind = MFSD_EVENT_MATCHED;
+	if (tell(e) && e->slot != MFSD_NO_SLOT) {
+		bpf_map_delete_elem(&mfsd_cookies, &e->cookie);
+		give_back(&e->slot);
+	}
+}
+
+static __always_inline void closed(struct bpf_sock_ops *ctx, struct mfsd_event *e)
+{
+	__u32 was = ctx->args[0], *slot;
+
+	slot = MFSD_LOOKUP(mfsd_cookies, &e->cookie);
+	if (slot) {
+		describe(ctx, &e->sock);
+		e->slot = *slot;
+		e->kind = MFSD_EVENT_CLOSED;
+		e->rule = MFSD_NO_RULE;
+		e->acked = ctx->bytes_acked;
+		/* Only a peer that has acknowledged our FIN brings a connection to these states; the FIN comes after all data. */
+		if (ctx->snd_una == ctx->snd_nxt &&
+		    (was == TCP_FIN_WAIT2 || was == TCP_TIME_WAIT || was == TCP_LAST_ACK || was == TCP_CLOSING))
+			e->flags = MFSD_EVENT_CLEAN;
+		tell(e); /* else the daemon finds out when it looks after its connections */
+	}
+	bpf_map_delete_elem(&mfsd_socks, &e->cookie);
+}
+
+SEC("sockops")
+int mfsd_connection(struct bpf_sock_ops *ctx)
+{
+	MFSD_CONST(__u32, zero, 0);
+	struct mfsd_event *e;
+	__u32 op = ctx->op;
+
+	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_STATE_CB)
+		return ALLOW;
+	if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] != TCP_CLOSE)
+		return ALLOW;
+	e = MFSD_LOOKUP(mfsd_draft, &zero);
+	if (!e)
+		return ALLOW; /* can't be: an array of one */
+	e->cookie = bpf_get_socket_cookie(ctx);
+	e->acked = 0;
+	e->flags = op == BPF_SOCK_OPS_TCP_CONNECT_CB ? MFSD_EVENT_ACTIVE : 0;
+	e->rule = MFSD_NO_RULE;
+	if (op == BPF_SOCK_OPS_STATE_CB) {
+		closed(ctx, e);
+		return ALLOW;
+	}
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	established(ctx, e);
+	return ALLOW;
+}
+
+MFSD_LICENSE("GPL");

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who speaks, on the kernel's word: the small socket beside the daemon's, whose name has ``.id`` appended.
+
+gRPC for Python shows no credentials of its peers. So a client also connects here; the kernel says who that is
+(SO_PEERCRED: pid and uid as this daemon's namespaces count them, whatever the client's are), and the client is given a
+token to show with its calls. The connection stays open and says nothing more. Its end, or that of the process where the
+kernel can watch it although somebody else has inherited the connection (SO_PEERPIDFD, Linux 6.5), is the end of all
+that was said under the token.
+
+On the daemon's event loop, without a thread. A peer costs a descriptor or two and is never waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mfsd.engine.records import Session
+
+SO_PEERPIDFD: Final = 77
+"""include/uapi/asm-generic/socket.h."""
+UCRED: Final = struct.Struct("=3i")
+"""pid, uid, gid (struct ucred, include/linux/socket.h)."""
+TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
+"""Metadata of a call."""
+USERS: Final = 4
+"""So many users may have as many connections as one; all together no more."""
+
+
+def beside(socket_path: Path) -> Path:
+    """The socket that belongs to a daemon's."""
+    return socket_path.with_name(f"{socket_path.name}.id")
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """A process that has been given a token."""
+
+    token: str
+    pid: int
+    """In our pid namespace; 0: it is not in there."""
+    uid: int
+    sessions: list[Session] = field(default_factory=list)
+    gone: bool = False
+
+
+class Identities:
+    """Serves the socket and knows its peers. ``ended`` is called when one is gone."""
+
+    def __init__(self, limit: int, ended: Callable[[Peer], None] = lambda _peer: None) -> None:
+        """``limit``: connections of one user at a time."""
+        self.limit = limit
+        self.ended = ended
+        self._peers: dict[str, Peer] = {}
+        self._by_uid: Counter[int] = Counter()
+        self._server: asyncio.Server | None = None
+        self.open: set[asyncio.Transport] = set()
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def of(self, token: str) -> Peer | None:
+        """Who was given a token; None: nobody, or it is gone."""
+        return self._peers.get(token)
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve a listening socket until ``close``, which closes it."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _Connection(self), sock=listener)
+
+    def close(self) -> None:
+        """Stop, and hang up. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for transport in self.open:
+            transport.abort()
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def admit(self, pid: int, uid: int) -> Peer | str:
+        """A peer with a token, or why not."""
+        if self._by_uid[uid] >= self.limit:
+            return f"user {uid} has {self.limit} connections open already (limits.max_sessions)"
+        if len(self._peers) >= USERS * self.limit:
+            return f"{len(self._peers)} connections are open already ({USERS} times limits.max_sessions)"
+        peer = Peer(secrets.token_hex(16), pid, uid)
+        self._peers[peer.token] = peer
+        self._by_uid[uid] += 1
+        return peer
+
+    def leave(self, peer: Peer) -> None:
+        """Its connection has ended."""
+        peer.gone = True
+        del self._peers[peer.token]
+        self._by_uid[peer.uid] -= 1
+        if not self._by_uid[peer.uid]:
+            del self._by_uid[peer.uid]
+        self.ended(peer)
+
+
+class _Connection(asyncio.Protocol):
+    """One peer."""
+
+    def __init__(self, identities: Identities) -> None:
+        self._identities = identities
+        self._transport: asyncio.Transport | None = None
+        self._peer: Peer | None = None
+        self._pidfd: int | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Find out who it is, and give the token."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream socket
+        self._transport = transport
+        self._identities.open.add(transport)
+        sock = transport.get_extra_info("socket")
+        pid, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        try:
+            self._pidfd = _pidfd(sock, pid)
+        except ProcessLookupError:
+            transport.abort()
+            return
+        admitted = self._identities.admit(pid, uid)
+        if isinstance(admitted, str):
+            transport.write(f"!{admitted}\n".encode())
+            transport.close()
+            return
+        self._peer = admitted
+        if self._pidfd is not None:
+            asyncio.get_running_loop().add_reader(self._pidfd, transport.abort)
+        transport.write(f"{admitted.token}\n".encode())
+
+    def data_received(self, data: bytes) -> None:
+        """A peer has nothing to say; what it says is not kept."""
+        del data
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has hung up, or we have."""
+        del exc
+        if self._transport is not None:
+            self._identities.open.discard(self._transport)
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+        if self._peer is not None:
+            self._identities.leave(self._peer)
+
+
+def _pidfd(sock: socket.socket, pid: int) -> int | None:
+    """A descriptor of the process at the other end; None: the end of the connection must do.
+
+    Raises ProcessLookupError when it is gone already.
+    """
+    with contextlib.suppress(OSError):
+        fd: int = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        return fd
+    if pid:
+        try:
+            # Older kernels. Should the pid have been given to another process since, the connection has ended by now.
+            return os.pidfd_open(pid)
+        except OSError as e:
+            if e.errno == errno.ESRCH:
+                raise
+    return None

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a client says who it is: a connection to the socket beside the daemon's, on which the kernel vouches for it.
+
+The daemon answers with a token for the metadata of calls, and takes the connection's end for the client's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import os
+import pwd
+import socket
+import stat
+from pathlib import Path
+from typing import Final
+
+TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
+TIMEOUT_S: Final = 2.0
+LINE_MAX: Final = 512
+
+
+class NotWelcomeError(OSError):
+    """The daemon, or the owner of its socket, does not want us; the text says why, and what to do."""
+
+
+class Introduction:
+    """At most one connection; for one thread, but ``close`` may be called by any."""
+
+    def __init__(self, target: str) -> None:
+        """``target`` is a gRPC address; only unix sockets have another one beside them."""
+        self._path = target.removeprefix("unix:").removeprefix("//") if target.startswith("unix:") else ""
+        self._sock: socket.socket | None = None
+        self._token = ""
+        self.absent = False
+        """There is a daemon's socket, but none beside it."""
+
+    def token(self) -> str:
+        """Ours, connecting anew if need be; empty: there is nobody to ask.
+
+        Raises OSError when the daemon can't be reached, NotWelcomeError when that is not for want of a daemon.
+        """
+        if not self._path:
+            return ""
+        if self._sock is not None and not self._alive(self._sock):
+            self.close()
+        if self._sock is None:
+            try:
+                self._sock, self._token = _connect(f"{self._path}.id")
+            except FileNotFoundError:
+                _probe(self._path)
+                self.absent = True
+                return ""
+            self.absent = False
+        return self._token
+
+    @staticmethod
+    def _alive(sock: socket.socket) -> bool:
+        try:
+            return bool(sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return True  # nothing to read, so it is open
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """End all that was said under the token. Idempotent."""
+        sock, self._sock, self._token = self._sock, None, ""
+        if sock is not None:
+            sock.close()
+
+
+def _connect(path: str) -> tuple[socket.socket, str]:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(TIMEOUT_S)
+        _knock(sock, path)
+        token = _read(sock)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, token
+
+
+def _read(sock: socket.socket) -> str:
+    line = b""
+    while not line.endswith(b"\n"):
+        part = sock.recv(LINE_MAX)
+        if not part or len(line) > LINE_MAX:
+            raise ConnectionResetError(errno.ECONNRESET, "no token")
+        line += part
+    text = line.decode(errors="replace").strip()
+    if text.startswith("!"):
+        raise NotWelcomeError(errno.EACCES, f"mfsd refuses this process: {text[1:]}")
+    return text
+
+
+def _probe(path: str) -> None:
+    """Connect to a daemon's socket and hang up. Raises OSError, or NotWelcomeError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(TIMEOUT_S)
+        _knock(sock, path)
+
+
+def _knock(sock: socket.socket, path: str) -> None:
+    try:
+        sock.connect(path)
+    except PermissionError:
+        raise NotWelcomeError(errno.EACCES, f"this process may not use {path}{who_may(path)}") from None
+
+
+def who_may(path: str) -> str:
+    """Who may use a socket and how to become one of them, in words, as far as one can see from here."""
+    try:
+        info = Path(path).stat()
+    except OSError:
+        return ": its folder is closed to it"
+    owner, group, user = str(info.st_uid), str(info.st_gid), str(os.geteuid())
+    with contextlib.suppress(KeyError):
+        owner = pwd.getpwuid(info.st_uid).pw_name
+    with contextlib.suppress(KeyError):
+        group = grp.getgrgid(info.st_gid).gr_name
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    text = f" (owner {owner}, group {group}, mode {stat.S_IMODE(info.st_mode):04o})"
+    if info.st_mode & stat.S_IWGRP and info.st_gid not in (os.getegid(), *os.getgroups()):
+        text += f": join the group (usermod -aG {group} {user}) and start it again"
+    return text

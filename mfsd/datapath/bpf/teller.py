@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel tells of connections: loading and attaching bpf/sockets.bpf.c, and reading what it says.
+
+Both programs hang on the root of the cgroup v2 hierarchy by links, which go with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf import syscall
+from mfsd.datapath.bpf.cgroup import open_root
+from mfsd.datapath.bpf.libbpf import BpfObject, object_path
+from mfsd.datapath.bpf.loader import SHARED_MAPS, Mapped
+from mfsd.datapath.bpf.ring import Ring
+from mfsd.datapath.bpf.rules import Rules
+from mfsd.datapath.bpf.syscall import BpfMap
+from mfsd.datapath.errors import LoaderError
+from mfsd.model import Endpoints
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from mfsd.datapath.bpf.loader import Classifier
+
+CREATE: Final = "mfsd_socket"
+CONNECT: Final = "mfsd_connection"
+_CGROUP_SOCK_CREATE: Final = 2
+_CGROUP_SOCK_OPS: Final = 3
+"""enum bpf_attach_type."""
+SO_NETNS_COOKIE: Final = 71
+_OWN_MAPS: Final = ("mfsd_socks", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events")
+_MAPPED_V4: Final = bytes(10) + b"\xff\xff"
+EVENTS_AT_ONCE: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One connection as the kernel describes it (struct mfsd_sock)."""
+
+    cookie: int
+    endpoints: Endpoints
+    netns: int
+    """Cookie of its network namespace."""
+    pid: int
+    """0: unknown, and so is uid."""
+    uid: int
+    cgroup: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event (struct mfsd_event)."""
+
+    kind: int
+    """EVENT_MATCHED, EVENT_BOUND or EVENT_CLOSED of _abi."""
+    sock: Told
+    slot: int | None
+    acked: int
+    active: bool
+    clean: bool
+
+
+class Teller:
+    """Loaded and attached. Raises LoaderError where the kernel or the host has not what it takes."""
+
+    def __init__(self, classifier: Classifier, cgroup: Path | None = None) -> None:
+        """``classifier``: whose slots and keys are used. ``cgroup``: where to hang; None: the root of cgroup v2."""
+        self._fds: list[int] = []
+        self._links: list[int] = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self._load(classifier)
+            self._attach(cgroup)
+            self.netns = netns_cookie()
+            undo.pop_all()
+
+    def _load(self, classifier: Classifier) -> None:
+        with BpfObject(object_path("sockets")) as obj:
+            for name in SHARED_MAPS:
+                obj.reuse_map(name, classifier.map_fds[name])
+            obj.resize_map("mfsd_free", classifier.rows)
+            obj.load()
+            self._programs = obj.program_fd(CREATE), obj.program_fd(CONNECT)
+            maps = {name: obj.map_fd(name) for name in _OWN_MAPS}
+        self._fds += [*self._programs, *maps.values()]
+        self._socks = BpfMap(maps["mfsd_socks"], 8, _abi.SOCK_DTYPE.itemsize)
+        self._mapped = Mapped.open(maps["mfsd_rules"], _abi.RULE_DTYPE, _abi.RULES)
+        self.rules = Rules(self._mapped.array, BpfMap(maps["mfsd_rules_of"], 16, _abi.RULES_OF_DTYPE.itemsize))
+        self._free = maps["mfsd_free"]
+        self._ring = Ring(maps["mfsd_events"], _abi.EVENT_BYTES)
+        self.fd = maps["mfsd_events"]
+        """Readable when there are events."""
+
+    def _attach(self, root: Path | None) -> None:
+        fd = open_root(root)
+        try:
+            for program, hook in zip(self._programs, (_CGROUP_SOCK_CREATE, _CGROUP_SOCK_OPS), strict=True):
+                self._links.append(syscall.link_create(program, fd, hook, 0))
+        except OSError as e:
+            fix = "mfsd needs CAP_NET_ADMIN and CAP_BPF, and the kernel CONFIG_CGROUP_BPF"
+            raise LoaderError("attaching to the root of cgroup v2", str(e), fix) from e
+        finally:
+            os.close(fd)
+
+    # --- what it says -------------------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> bool:
+        """There are events."""
+        return self._ring.waiting
+
+    def events(self) -> list[Event]:
+        """What has happened since the last call, at most EVENTS_AT_ONCE."""
+        return [_event(record) for record in self._ring.read(EVENTS_AT_ONCE)]
+
+    def find(self, cookie: int) -> Told | None:
+        """A connection by its cookie; None if the directory has none (yet)."""
+        value = self._socks.lookup(cookie.to_bytes(8, "little"))
+        return None if value is None else _told(cookie, np.frombuffer(value, dtype=_abi.SOCK_DTYPE)[0])
+
+    def add(self, cookie: int, endpoints: Endpoints) -> None:
+        """Enter a connection that is older than we are; of its maker nothing is known."""
+        sock = np.zeros((), dtype=_abi.SOCK_DTYPE)
+        for name, address in (("saddr", endpoints.src), ("daddr", endpoints.dst)):
+            packed = address.packed if address.version == 6 else _MAPPED_V4 + address.packed
+            sock["key"][name] = np.frombuffer(packed, "u1")
+        sock["key"]["sport"], sock["key"]["dport"] = socket.htons(endpoints.sport), socket.htons(endpoints.dport)
+        sock["key"]["proto"], sock["netns"] = endpoints.protocol, self.netns
+        self._socks.update(cookie.to_bytes(8, "little"), sock.tobytes())
+
+    def all(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[Any]]:
+        """The whole directory: cookies and SOCK_DTYPE rows. Some milliseconds; from any thread."""
+        return syscall.map_dump(self._socks.fd, np.dtype(np.uint64), _abi.SOCK_DTYPE, _abi.SOCKETS)
+
+    def told(self, cookies: Iterable[int], rows: Iterable[Any]) -> list[Told]:
+        """Rows of ``all`` as values."""
+        return [_told(int(cookie), row) for cookie, row in zip(cookies, rows, strict=True)]
+
+    def lend(self, slots: Sequence[int]) -> None:
+        """Free slots that the kernel may take for connections that a rule names."""
+        for slot in slots:
+            value = ctypes.create_string_buffer(struct.pack("=I", slot), 4)
+            # A stack has no keys, and insists on that (kernel/bpf/syscall.c, ___bpf_copy_key).
+            attr = syscall.ELEMENT_ATTR.pack(self._free, 0, 0, ctypes.addressof(value), 0)
+            syscall.call(syscall.MAP_UPDATE, attr)
+
+    def close(self) -> None:
+        """Detach and give everything back. Idempotent."""
+        for fd in (*self._links, *self._fds):
+            os.close(fd)
+        self._links, self._fds = [], []
+        ring = getattr(self, "_ring", None)
+        if ring is not None:
+            ring.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _event(record: bytes) -> Event:
+    row = np.frombuffer(record, dtype=_abi.EVENT_DTYPE, count=1)[0]
+    slot, flags = int(row["slot"]), int(row["flags"])
+    return Event(
+        kind=int(row["kind"]),
+        sock=_told(int(row["cookie"]), row["sock"]),
+        slot=None if slot == _abi.NO_SLOT else slot,
+        acked=int(row["acked"]),
+        active=bool(flags & _abi.EVENT_ACTIVE),
+        clean=bool(flags & _abi.EVENT_CLEAN),
+    )
+
+
+def _told(cookie: int, row: Any) -> Told:
+    key, owner = row["key"], row["owner"]
+    src, dst = key["saddr"].tobytes(), key["daddr"].tobytes()
+    endpoints = Endpoints(
+        ip_address(src[12:] if src[:12] == _MAPPED_V4 else src),
+        socket.ntohs(int(key["sport"])),
+        ip_address(dst[12:] if dst[:12] == _MAPPED_V4 else dst),
+        socket.ntohs(int(key["dport"])),
+        int(key["proto"]),
+    )
+    pid = int(owner["pid"])
+    return Told(cookie, endpoints, int(row["netns"]), pid, int(owner["uid"]) if pid else -1, int(owner["cgroup"]))
+
+
+def netns_cookie() -> int:
+    """Cookie of the network namespace of the calling thread (Linux 5.14). Raises LoaderError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            return int.from_bytes(s.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+        except OSError as e:
+            fix = "it needs Linux 5.14" if e.errno == errno.ENOPROTOOPT else ""
+            raise LoaderError("cookie of the network namespace", str(e), fix) from e

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfers by columns: what a hint does, done for a thousand of them at a time.
+
+The ledger decides what one transfer is; here is only what can be shared by all rows of a message: owners and streams
+are looked up once, offsets are read once, and the books get whole columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from mfsd.bands import LEVEL_NEW
+from mfsd.engine.records import Transfer
+from mfsd.model import INF, HintError, Selector, Stage
+
+if TYPE_CHECKING:
+    from mfsd.engine.ledger import Ledger
+    from mfsd.engine.records import Batch, Request, Session, Stream
+
+I4 = npt.NDArray[np.int32]
+F8 = npt.NDArray[np.float64]
+
+_STAGES: Final = list(Stage)
+_OWNERLESS: Final = np.array([s.ownerless for s in Stage])
+
+
+@dataclass(slots=True)
+class TransferColumns:
+    """Rows of proto ``mfsd.v1.TransferColumns``, decoded and clamped. Columns have shape (n,)."""
+
+    row: I4
+    """Where it stood in the message."""
+    ids: list[str]
+    owners: list[str]
+    request: I4
+    """Index into owners, from 1; 0: none."""
+    batch: I4
+    stage: npt.NDArray[np.uint8]
+    target_layer: I4
+    size: F8
+    selectors: list[Selector | None]
+    """None: no row uses it."""
+    selector: I4
+    """Index into selectors, from 0."""
+    deadline: F8
+    """Own; inf: its request's."""
+    ordered: npt.NDArray[np.bool_]
+    position: F8
+    """0: unknown."""
+    ttl: F8
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def keep(self, wanted: npt.NDArray[np.bool_]) -> TransferColumns:
+        """The same with these rows only."""
+        at = np.flatnonzero(wanted)
+        return replace(
+            self,
+            row=self.row[at],
+            ids=[self.ids[i] for i in at.tolist()],
+            request=self.request[at],
+            batch=self.batch[at],
+            stage=self.stage[at],
+            target_layer=self.target_layer[at],
+            size=self.size[at],
+            selector=self.selector[at],
+            deadline=self.deadline[at],
+            ordered=self.ordered[at],
+            position=self.position[at],
+            ttl=self.ttl[at],
+        )
+
+
+Bad = list[tuple[int, HintError]]
+"""Rows that did not take effect, and why."""
+
+
+@dataclass(slots=True)
+class _Owners:
+    """What the rows may name as their owners; index 0: nothing."""
+
+    requests: list[Request | None]
+    batches: list[Batch | None]
+
+    def known(self, c: TransferColumns) -> npt.NDArray[np.bool_]:
+        """Which rows have an owner."""
+        requests, batches = (np.array([o is not None for o in part]) for part in (self.requests, self.batches))
+        return np.asarray(requests[c.request] | batches[c.batch])
+
+    def deadlines(self, ledger: Ledger) -> F8:
+        """Of the requests."""
+        rows = ledger.books.requests
+        return np.array([INF if r is None else float(rows.get(r, "deadline")) for r in self.requests])
+
+    def rows(self, ledger: Ledger, c: TransferColumns) -> tuple[I4, I4]:
+        """Rows of each transfer's request and batch, which is its request's if it names none; -1: it has none."""
+        requests, batches = ledger.books.requests, ledger.books.batches
+        request = np.array([-1 if r is None else requests.row(r) for r in self.requests], dtype=np.int32)
+        batch = np.array([-1 if b is None else batches.row(b) for b in self.batches], dtype=np.int32)
+        implied = np.array(
+            [-1 if r is None or r.batch is None else batches.row(r.batch) for r in self.requests], dtype=np.int32
+        )
+        return request[c.request], np.where(batch[c.batch] >= 0, batch[c.batch], implied[c.request])
+
+
+def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: float) -> Bad:
+    """Apply transfers; what can't be applied changes nothing and is returned."""
+    bad: Bad = []
+    names = columns.owners
+    owners = _Owners([None, *map(session.requests.get, names)], [None, *map(session.batches.get, names)])
+    c = _taken(ledger, session, columns, owners, bad)
+    deadline = np.minimum(c.deadline, owners.deadlines(ledger)[c.request])
+    expires = np.where((now < deadline) & (deadline < INF), deadline, now) + c.ttl
+    streams = _streams(ledger, session, c, expires, now, bad)
+    lost = [i for i, s in enumerate(streams) if s is None]
+    if lost:
+        wanted = ~np.isin(c.selector, lost)
+        c, deadline, expires = c.keep(wanted), deadline[wanted], expires[wanted]
+    if len(c):
+        transfers, start, of = _queue(ledger, session, c, owners, streams, now)
+        request, batch = owners.rows(ledger, c)  # not before: a transfer that turns out to be over may move them
+        ledger.books.transfers.extend(
+            transfers,
+            (  # in the order of books.TRANSFER_COLUMNS
+                c.stage,
+                c.size,
+                start,
+                start + c.size,
+                request,
+                batch,
+                of,
+                c.target_layer,
+                deadline,
+                now,
+                expires,
+                LEVEL_NEW,
+                -1,  # seen_layer
+                False,  # infeasible
+                [t.stream.ordered for t in transfers],
+            ),
+        )
+    return bad
+
+
+def _taken(ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners, bad: Bad) -> TransferColumns:
+    """The rows that may be announced: new, owned, and not too many."""
+    wanted = owners.known(c) | _OWNERLESS[c.stage]
+    names = session.transfers.keys()
+    room = ledger.limits.max_transfers_per_session - len(names)
+    if wanted.all() and len(c) <= room and len(set(c.ids)) == len(c) and names.isdisjoint(c.ids):
+        return c
+    seen: set[str] = set()
+    for i, name in enumerate(c.ids):
+        request, batch = (c.owners[k - 1] if k else "" for k in (int(c.request[i]), int(c.batch[i])))
+        try:
+            ledger.check_new(session, name, len(seen), known=name in seen)
+            if not wanted[i]:
+                raise ledger.no_owner(request, batch)
+            seen.add(name)
+        except HintError as e:
+            wanted[i] = False
+            bad.append((int(c.row[i]), e))
+    return c.keep(wanted)
+
+
+def _streams(
+    ledger: Ledger, session: Session, c: TransferColumns, expires: F8, now: float, bad: Bad
+) -> list[Stream | None]:
+    """The stream of each selector; None where it can't be had, whose rows are bad then, or isn't needed."""
+    streams: list[Stream | None] = [None] * len(c.selectors)
+    used, first = np.unique(c.selector, return_index=True)
+    until = np.zeros(len(c.selectors))
+    np.maximum.at(until, c.selector, expires)
+    for index, i in zip(used.tolist(), first.tolist(), strict=True):
+        selector = c.selectors[index]
+        assert selector is not None  # noqa: S101 - the decoder leaves no row that names such
+        try:
+            streams[index] = ledger.stream_of(
+                session,
+                selector,
+                _STAGES[c.stage[i]],
+                float(until[index]),
+                now,
+                ordered=bool(c.ordered[i]),
+                position=int(c.position[i]),
+            )
+        except HintError as e:
+            bad += [(int(row), e) for row in c.row[c.selector == index]]
+    return streams
+
+
+def _queue(
+    ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners, streams: list[Stream | None], now: float
+) -> tuple[list[Transfer], F8, I4]:
+    """Make the transfers, queued and linked; with the offsets of their first bytes, and their streams' indices."""
+    sent_by = ledger.connections.sent_by
+    offsets = [0.0 if s is None else ledger.books.streams.offset(s, sent_by) for s in streams]
+    noted: list[int] = [-1] * len(streams)
+    known, requests, batches = session.transfers, owners.requests, owners.batches
+    out: list[Transfer] = []
+    starts: list[float] = []
+    of: list[int] = []
+    rows: Any = zip(
+        c.ids, c.stage.tolist(), c.size.tolist(), c.request.tolist(), c.batch.tolist(), c.selector.tolist(),
+        c.deadline.tolist(), c.position.tolist(), strict=True,
+    )  # fmt: skip
+    for name, number, size, r, b, index, deadline, position in rows:
+        stream, stage, request, batch = streams[index], _STAGES[number], requests[r], batches[b]
+        assert stream is not None  # noqa: S101 - rows without one have been taken out
+        if batch is None and request is not None:
+            batch = request.batch
+        late = False
+        if noted[index] < 0:
+            start, late = ledger.begin(stream, size, position, offsets[index], now)
+        elif not stream.ordered:
+            start = offsets[index]
+        else:
+            start = stream.announced if not position else ledger.behind(stream, position)
+            stream.announced = start + size
+        transfer = Transfer(name, session, stage, deadline, request, batch, stream, False, late)
+        stream.queue.append(transfer)
+        if noted[index] != number:
+            noted[index] = number
+            ledger.note(stream, stage)
+        known[name] = transfer
+        if request is not None:
+            request.transfers.add(transfer)
+        if batch is not None:
+            batch.transfers.add(transfer)
+        out.append(transfer)
+        starts.append(start)
+        of.append(stream.index)
+    return out, np.array(starts), np.array(of, dtype=np.int32)

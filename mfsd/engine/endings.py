@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ends, and what ends with it: transfers, requests, batches, sessions, watches, marks, connections."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mfsd.model import INF, CookieSelector, Event, EventKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
+    from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Stream, Transfer, Watch
+    from mfsd.engine.rescue import Rescuer
+    from mfsd.engine.watches import Watches
+
+
+SLACK: Final = 0.5
+"""Bytes; offsets are floating-point numbers."""
+REST: Final = 0.2
+"""Share of a transfer that may be missing, once nothing more is to come, for it to count as announced too large."""
+
+
+@dataclass(slots=True)
+class Endings:
+    """Strikes out of the books what is over."""
+
+    books: Books
+    connections: Connections
+    watches: Watches
+    rescuer: Rescuer
+
+    # --- transfers ----------------------------------------------------------------------------------------------------
+
+    def end(self, transfers: Iterable[Transfer], now: float, *, delivered_at: float | None = None) -> None:
+        """Take transfers out of everything, in one pass over each stream. ``delivered_at`` None: they were not."""
+        ended = {t: None for t in transfers if t.session.transfers.get(t.id) is t}
+        for stream in {t.stream for t in ended}:
+            self._unqueue(stream, ended, now, delivered=delivered_at is not None)
+        for transfer in ended:
+            self.books.strike_transfer(transfer)
+            request = transfer.request
+            if delivered_at is None:
+                continue
+            self.books.counters.transfers_completed += 1
+            if request is not None:
+                request.delivered_at = max(request.delivered_at, delivered_at)
+                if request.completed and not request.transfers:
+                    self.finish(request, now)
+
+    def _unqueue(self, stream: Stream, ended: dict[Transfer, None], now: float, *, delivered: bool) -> None:
+        """Take transfers off a stream. What was not delivered will not come: those behind move forward."""
+        transfers = self.books.transfers
+        if delivered and not stream.ordered:
+            self._uncount(stream, ended)
+        elif not delivered:
+            rows = transfers.rows(stream.queue)
+            start, end = transfers.live("start"), transfers.live("end")
+            offset = self.books.streams.offset(stream, self.connections.sent_by)
+            unsent = np.maximum(end[rows] - np.maximum(start[rows], offset), 0.0)
+            gaps = np.cumsum(np.where([t in ended for t in stream.queue], unsent, 0.0))
+            start[rows[1:]] -= gaps[:-1]
+            end[rows[1:]] -= gaps[:-1]
+            stream.announced -= float(gaps[-1])
+        while stream.queue and stream.queue[0] in ended:
+            stream.queue.popleft()
+        if any(t in ended for t in stream.queue):
+            stream.queue = deque(t for t in stream.queue if t not in ended)
+        for conn in list(stream.members):
+            self.connections.note_rest(conn, now, linger=delivered)
+        if not stream.queue and stream.session.over:
+            self._close(stream)
+
+    def _uncount(self, stream: Stream, ended: dict[Transfer, None]) -> None:
+        """Interleaved bytes: what the others have moved is what moved meanwhile, less what was these transfers'."""
+        transfers = self.books.transfers
+        offset = self.books.streams.offset(stream, self.connections.sent_by)
+        for one in stream.queue:
+            if one not in ended:
+                continue
+            start, size = float(transfers.get(one, "start")), float(transfers.get(one, "size"))
+            for other in stream.queue:
+                if other not in ended:
+                    began = float(transfers.get(other, "start"))
+                    shift = max(min(size, offset - max(began, start)), 0.0)
+                    transfers.put(other, "start", began + shift)
+                    transfers.put(other, "end", float(transfers.get(other, "end")) + shift)
+
+    def _close(self, stream: Stream) -> None:
+        conns = list(stream.members)
+        if stream.session.streams.get(stream.selector) is stream:
+            del stream.session.streams[stream.selector]
+        self.books.streams.close(stream)
+        for conn in conns:
+            self.connections.note_rest(conn, 0.0, linger=False)
+
+    # --- requests and batches -----------------------------------------------------------------------------------------
+
+    def finish(self, request: Request, now: float) -> None:
+        """A request is over: count it and forget it. Of one without bytes, the worker's word is all there is."""
+        at = request.delivered_at or (INF if request.session.over else now)
+        met = at <= self.books.requests.get(request, "deadline")
+        self.books.counters.deadlines_met += met
+        self.books.counters.deadlines_missed += not met
+        self.forget(request, now)
+
+    def forget(self, request: Request, now: float) -> None:
+        """Strike out a request with all its transfers, and its batch if nothing else is in it."""
+        batch = request.batch
+        self.end(list(request.transfers), now)
+        self.books.strike_request(request)
+        if batch is not None and not batch.requests and not batch.transfers:
+            self.books.strike_batch(batch)
+
+    def end_batch(self, batch: Batch) -> None:
+        """A batch is over; its requests live on."""
+        self.books.strike_batch(batch)
+
+    # --- sessions, watches, marks -------------------------------------------------------------------------------------
+
+    def end_session(self, session: Session, now: float) -> list[Transfer]:
+        """Free everything that a session said, but for what its sockets may still deliver, which is returned."""
+        session.over = True
+        for mark in list(session.marks.values()):
+            self.unmark(mark, now)
+        for watch in list(session.watches.values()):
+            self.unwatch(watch, now)
+        for batch in list(session.batches.values()):
+            self.books.strike_batch(batch)
+        for request in list(session.requests.values()):
+            request.completed = True
+            if not request.transfers:
+                self.finish(request, now)
+        for stream in list(session.streams.values()):
+            if not stream.queue:
+                self._close(stream)
+        return list(session.transfers.values())
+
+    def unmark(self, mark: Mark, now: float) -> None:
+        """Take a mark back."""
+        session = mark.session
+        session.marks.pop(mark.selector, None)
+        for conn in list(mark.conns):
+            self.connections.set_mark(conn, mark, now, on=False)
+        mark.conns.clear()
+        watch = session.watches.get(mark.selector)
+        if watch is not None:
+            watch.mark = None
+            if not watch.stream_in_use:
+                self.unwatch(watch, now)
+
+    def unwatch(self, watch: Watch, now: float) -> None:
+        """A selector is no longer true for new connections."""
+        self.watches.end(watch)
+        for conn in watch.conns:
+            conn.watches.discard(watch)
+            self.connections.note_rest(conn, now, linger=False)
+        watch.conns.clear()
+        stream = watch.stream
+        if stream is not None:
+            stream.watch = None
+            if not stream.queue:
+                self._close(stream)
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def closed(self, conn: Connection, acked: float, now: float, *, clean: bool) -> None:
+        """End a connection; the peer has acknowledged payload up to ``acked``, which was all if ``clean``."""
+        reason = "its connection was closed before all had arrived" if clean else "its connection was reset"
+        for stream in list(conn.streams):
+            self.books.streams.part(stream, conn, acked)
+            self._after(stream, now, reason, clean=clean)
+        self.drop(conn, now)
+
+    def lost(self, conn: Connection, now: float) -> None:
+        """A connection is gone, and nobody has told how: what was known last is all there is."""
+        table = self.connections.table
+        acked = self.connections.acked_by(conn)
+        clean = acked > 0 and acked + 1 >= float(table.sent[conn.slot])  # 1: a FIN
+        self.closed(conn, acked, now, clean=clean)
+
+    def _after(self, stream: Stream, now: float, reason: str, *, clean: bool) -> None:
+        """A member of a stream is gone: see what can still come of its transfers."""
+        transfers = self.books.transfers
+        offset = self.books.streams.offset(stream, self.connections.acked_by)
+        start = [float(transfers.get(t, "start")) for t in stream.queue]
+        end = [float(transfers.get(t, "end")) for t in stream.queue]
+        alive = bool(stream.members)
+        done, over = [], []
+        for transfer, began, ends in zip(stream.queue, start, end, strict=True):
+            # The others of a selector may bring what is missing, unless that is so little that it was never written.
+            final = stream.watch is None or transfer.handed_over or ends - offset <= REST * (ends - began)
+            if ends <= offset + SLACK or (not alive and began < offset and clean and final):
+                done.append(transfer)
+            elif not alive and final:
+                over.append(transfer)
+        self.end(done, now, delivered_at=now)
+        for transfer in over:
+            owner = transfer.request.id if transfer.request else ""
+            transfer.session.tell(Event(EventKind.CONNECTION_GONE, owner, transfer.id, reason))
+        self.end(over, now)
+        if not alive and stream.watch is None:
+            self._close(stream)
+
+    def drop(self, conn: Connection, now: float, reason: str = "") -> None:
+        """Forget a connection. Who has announced transfers on it is told the ``reason``. No error when it is gone."""
+        if self.connections.by_slot.get(conn.slot) is not conn:
+            return
+        for stream in list(conn.streams):
+            self.books.streams.part(stream, conn, self.connections.acked_by(conn))
+            self._after(stream, now, reason, clean=False)
+        for watch in conn.watches:
+            watch.conns.discard(conn)
+        for mark in conn.marks:
+            mark.conns.discard(conn)
+            if isinstance(mark.selector, CookieSelector):
+                mark.session.marks.pop(mark.selector, None)  # there will never be another socket of this cookie
+        self.rescuer.forget(conn)
+        self.connections.drop(conn)

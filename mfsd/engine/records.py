@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine's books consist of: sessions, requests, batches, transfers, streams, connections, and their links.
+
+The numbers that policies need live in columns (columns.Dense); these objects carry identity. A *transfer* is the unit
+of a hint, a *connection* the unit that the kernel can schedule, and a *stream* (streams.py) is what one session's
+transfers are intervals of: the bytes of one connection, or of several together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mfsd.model import Endpoints, Event, Selector, Stage
+
+EVENTS_KEPT: Final = 1024
+"""Undelivered events per session; older ones are dropped first, since a late warning is worth least."""
+
+TRANSFER_COLUMNS: Final = {
+    "stage": "u1",
+    "size": "f8",
+    "start": "f8",  # offset of the first byte in its stream
+    "end": "f8",
+    "request": "i4",
+    "batch": "i4",
+    "stream": "i4",
+    "target_layer": "i4",
+    "deadline": "f8",
+    "created": "f8",
+    "expires": "f8",
+    "level": "i2",
+    "seen_layer": "i4",  # layer of its batch at the last evaluation
+    "infeasible": "?",
+    "ordered": "?",  # its bytes follow those before it in its stream
+}
+REQUEST_COLUMNS: Final = {
+    "deadline": "f8",
+    "arrival": "f8",
+    "batch": "i4",
+    "compute_until": "f8",  # when its compute ends, as far as known
+    "expires": "f8",
+    "pruned": "?",
+}
+BATCH_COLUMNS: Final = {
+    "layers": "i4",
+    "current_layer": "i4",
+    "layer_compute": "f8",
+    "layer_since": "f8",  # when the current layer began
+    "compute_done": "?",
+    "arrival": "f8",
+    "rank": "i4",
+    "expires": "f8",
+}
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client process."""
+
+    name: str
+    pid: int = 0
+    """In the daemon's pid namespace, on the kernel's word; 0: unknown."""
+    uid: int = -1
+    """On the kernel's word; -1: unknown."""
+    maker: object = None
+    """Who opened it, and alone may use it."""
+    requests: dict[str, Request] = field(default_factory=dict)
+    batches: dict[str, Batch] = field(default_factory=dict)
+    transfers: dict[str, Transfer] = field(default_factory=dict)
+    streams: dict[Selector, Stream] = field(default_factory=dict)
+    """What its transfers are intervals of, by what names it."""
+    watches: dict[Selector, Watch] = field(default_factory=dict)
+    marks: dict[Selector, Mark] = field(default_factory=dict)
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
+    wake: Callable[[], None] | None = None
+    """Called when an event was added; the stream that serves the session sets it."""
+    seen: float = 0.0
+    """Time of the last hint."""
+    over: bool = False
+    """Its process has ended; what TCP still delivers of it is waited for."""
+
+    def tell(self, event: Event) -> None:
+        """Queue an event for the worker."""
+        self.events.append(event)
+        if self.wake is not None:
+            self.wake()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request; numbers in REQUEST_COLUMNS."""
+
+    id: str
+    session: Session
+    batch: Batch | None = None
+    transfers: set[Transfer] = field(default_factory=set)
+    completed: bool = False
+    """The worker said that all its bytes have been handed over."""
+    delivered_at: float = 0.0
+    """When its last byte so far was seen delivered; 0: none yet."""
+    row: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Requests of one forward pass; numbers in BATCH_COLUMNS."""
+
+    id: str
+    session: Session
+    requests: set[Request] = field(default_factory=set)
+    transfers: set[Transfer] = field(default_factory=set)
+    row: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """Bytes of one hint; numbers in TRANSFER_COLUMNS."""
+
+    id: str
+    session: Session
+    stage: Stage
+    own_deadline: float
+    request: Request | None
+    batch: Batch | None
+    stream: Stream
+    handed_over: bool = False
+    """The worker said that all its bytes have been written."""
+    maybe_late: bool = False
+    """As many bytes as it has had just gone without a hint when it was announced: perhaps they were its."""
+    row: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class Mark:
+    """A static stage for the connections of a selector."""
+
+    session: Session
+    selector: Selector
+    stage: Stage
+    ordered: bool = True
+    conns: set[Connection] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Watch:
+    """A selector that stays true for connections still to come (watches.py)."""
+
+    session: Session
+    selector: Selector
+    since: float
+    band: int
+    """Where its connections begin."""
+    expires: float = 0.0
+    mark: Mark | None = None
+    stream: Stream | None = None
+    seen: bool = False
+    """It has matched something."""
+    looked: bool = False
+    """The connections that were open when it was opened have been looked for."""
+    conns: set[Connection] = field(default_factory=set)
+
+    @property
+    def stream_in_use(self) -> bool:
+        """Transfers are announced on it."""
+        return self.stream is not None and bool(self.stream.queue)
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One slot of the flow table."""
+
+    slot: int
+    cookie: int
+    endpoints: Endpoints | None
+    lane: int
+    here: bool = False
+    """Its socket is in the daemon's network namespace, so that TCP can be asked."""
+    uid: int = -1
+    pid: int = 0
+    streams: set[Stream] = field(default_factory=set)
+    watches: set[Watch] = field(default_factory=set)
+    marks: set[Mark] = field(default_factory=set)
+    band: int = 0
+    expires: float = 0.0
+    promotions: int = 0
+    rescues: int = 0
+
+
+MEMBER_COLUMNS: Final = {
+    "slot": "i4",
+    "stream": "i4",
+    "joined": "f8",  # position of the connection when it became a member
+}
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A connection as part of a stream; numbers in MEMBER_COLUMNS."""
+
+    stream: Stream
+    conn: Connection
+    row: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """See the module. ``index`` is its place in the columns of Streams, for as long as it is open."""
+
+    session: Session
+    selector: Selector
+    """What names it."""
+    watch: Watch | None
+    """What brings it new members; None: it is one connection, for good."""
+    index: int
+    queue: deque[Transfer] = field(default_factory=deque)
+    """Unfinished transfers in byte order."""
+    announced: float = 0.0
+    """End offset of the last announced byte."""
+    members: dict[Connection, Member] = field(default_factory=dict)
+    ordered: bool = True
+    """False: the bytes of its transfers are interleaved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a connection stands, from TCP."""
+
+    acked: float
+    """What the peer has acknowledged."""
+    written: float
+    """What the process has written."""
+    over: bool = False
+    """Closed, and all acknowledged."""
+    quiet_s: float = 0.0
+    """Since the last acknowledgement came."""
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is on its way."""
+        return self.acked >= self.written

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine needs to know of this host's sockets (mfsd.daemon.sockets.HostSockets), and what it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mfsd.model import Endpoints, Selector, TupleSelector
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """A connection of this host."""
+
+    cookie: int
+    """SO_COOKIE."""
+    endpoints: Endpoints
+    """As the network device sees them."""
+    uid: int
+    """Of the process that made it; -1: unknown."""
+    pid: int
+    """That process, in the daemon's pid namespace; 0: unknown."""
+    here: bool
+    """It is in the daemon's network namespace, so that TCP's word on it can be had."""
+
+
+class Progress(Protocol):
+    """TCP's own account of a socket (mfsd.host.sockets.TcpProgress)."""
+
+    @property
+    def bytes_acked(self) -> int:
+        """Payload that the peer has acknowledged, plus 1 for a SYN of ours and 1 for an acknowledged FIN."""
+        ...
+
+    @property
+    def unsent_plus_unacked(self) -> int:
+        """Payload written by the process and not yet acknowledged, plus 1 for an unacknowledged FIN."""
+        ...
+
+    @property
+    def notsent(self) -> int:
+        """Of these, bytes not yet handed to the qdisc."""
+        ...
+
+    @property
+    def rto_us(self) -> int:
+        """Retransmission timeout."""
+        ...
+
+    @property
+    def last_ack_ms(self) -> int:
+        """Since the last acknowledgement came."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """A connection was made that a rule names, or that was hinted before."""
+
+    socket: Socket
+    slot: int | None
+    """The kernel has taken this slot for it, or found it there; None: neither."""
+    active: bool
+    """It was opened from here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A connection with a slot is over."""
+
+    cookie: int
+    acked: int
+    """As Progress.bytes_acked, at the end."""
+    clean: bool
+    """All that was written has been acknowledged, the FIN included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Answer to ``look``: the connections that a selector names, open already."""
+
+    selector: Selector
+    sockets: Sequence[Socket]
+
+
+Event = Established | Closed | Found
+
+
+class Sockets(Protocol):
+    """The kernel's knowledge. Nothing here takes longer the more sockets the host has, and nothing raises OSError."""
+
+    @property
+    def tells(self) -> bool:
+        """The kernel reports connections by itself. False: it has to be asked, by ``look``, again and again."""
+        ...
+
+    def events(self) -> Sequence[Event]:
+        """What has happened since the last call, in order."""
+        ...
+
+    def by_cookie(self, cookie: int) -> Socket | None:
+        """A connection by its cookie; None if there is none (yet), or nobody can tell without a search."""
+        ...
+
+    def exact(self, selector: TupleSelector) -> Socket | None:
+        """The connection that an exact selector names; None if it isn't in the daemon's network namespace."""
+        ...
+
+    def descends(self, pid: int, ancestor: int) -> bool:
+        """A process is another one, or was started by it or by one that descends from it, as far as is known."""
+        ...
+
+    def look(self, selectors: Sequence[Selector]) -> None:
+        """Search for connections that are open already; the answer comes among the events.
+
+        A ProcessSelector is answered again, unasked, when the process has got descendants.
+        """
+        ...
+
+    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None]:
+        """TCP's word by cookie; None: it is over, and all was acknowledged (TIME_WAIT). Absent: it is gone."""
+        ...
+
+    def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
+        """From now on put connections that the selector names and ``uid`` (-1: anybody) made into a band at once.
+
+        Call again to change band or expiry.
+        """
+        ...
+
+    def unwatch(self, selector: Selector, uid: int) -> None:
+        """Undo ``watch``. No error when absent."""
+        ...
+
+    def lend(self, slots: Sequence[int]) -> None:
+        """Free slots that the kernel may take by itself."""
+        ...

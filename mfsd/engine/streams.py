@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Byte streams: what the transfers of one session are intervals of.
+
+A stream is what a selector names: one connection, or all connections that match, taken together - the hint can't say
+how bytes are spread over Mooncake's lanes or UCX's workers, so what counts is their sum, an idle one holds no share,
+and one that is closed leaves what it has moved. Every session has streams of its own: what one announces on a
+connection changes nothing for another, although the same bytes move both.
+
+A stream's offset begins at 0 when it is opened. What a member adds is how far it has come since it joined, on TCP's own
+scale, so nothing is counted twice and nothing depends on the size of headers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mfsd.engine.columns import Dense
+from mfsd.engine.records import MEMBER_COLUMNS, Member, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from mfsd.engine.records import Connection, Position, Session, Watch
+    from mfsd.model import Selector
+
+F8 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How far every stream has come at one moment, by its index, bytes; the last element is 0, for "no stream"."""
+
+    sent: F8
+    acked: F8
+    """What the peers are known to have acknowledged."""
+
+
+class Streams:
+    """All open streams, their columns, and how far each of them has come."""
+
+    def __init__(self) -> None:
+        self.members: Dense[Member] = Dense(MEMBER_COLUMNS)
+        self._open: list[Stream | None] = []
+        self._free: list[int] = []
+        self._gone: F8 = np.zeros(64)
+        """Bytes that members moved which are gone, by stream."""
+        self.slot: npt.NDArray[np.int32] = np.full(64, -1, dtype=np.int32)
+        """Slot of the member that joined last, by stream; -1: it has none."""
+
+    def __len__(self) -> int:
+        """Streams that are open."""
+        return len(self._open) - len(self._free)
+
+    @property
+    def high(self) -> int:
+        """One past the highest index: length of what is given by stream."""
+        return len(self._open)
+
+    def open(self, session: Session, selector: Selector, watch: Watch | None) -> Stream:
+        """A stream without members."""
+        if self._free:
+            index = self._free.pop()
+        else:
+            index = len(self._open)
+            self._open.append(None)
+            if index >= len(self._gone):
+                self._gone = np.concatenate([self._gone, np.zeros(index)])
+                self.slot = np.concatenate([self.slot, np.full(index, -1, dtype=np.int32)])
+        stream = self._open[index] = Stream(session, selector, watch, index)
+        self._gone[index], self.slot[index] = 0.0, -1
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Give up a stream whose transfers have been ended. No error the second time."""
+        if self._open[stream.index] is not stream:
+            return
+        for conn in list(stream.members):
+            self._leave(stream, conn)
+        self._open[stream.index] = None
+        self._free.append(stream.index)
+
+    def join(self, stream: Stream, conn: Connection, position: float) -> None:
+        """A connection becomes part of a stream; what it moves beyond ``position`` counts. No error if it is one.
+
+        ``position`` inf: nobody knows where it stands; nothing counts until ``rejoin`` says.
+        """
+        if conn in stream.members:
+            return
+        member = stream.members[conn] = Member(stream, conn)
+        self.members.add(member, slot=conn.slot, stream=stream.index, joined=position)
+        conn.streams.add(stream)
+        self.slot[stream.index] = conn.slot
+
+    def part(self, stream: Stream, conn: Connection, position: float) -> None:
+        """A member is gone; it has come as far as ``position``."""
+        joined = float(self.members.get(stream.members[conn], "joined"))
+        self._gone[stream.index] += max(position - joined, 0.0)
+        self._leave(stream, conn)
+
+    def _leave(self, stream: Stream, conn: Connection) -> None:
+        self.members.remove(stream.members.pop(conn))
+        conn.streams.discard(stream)
+        self.slot[stream.index] = next(reversed(stream.members)).slot if stream.members else -1
+
+    def rejoin(self, member: Member, position: float) -> None:
+        """Correct where a member joined."""
+        self.members.put(member, "joined", position)
+
+    # --- offsets ------------------------------------------------------------------------------------------------------
+
+    def offsets(self, positions: F8) -> F8:
+        """How far each stream has come, given positions by slot; shape (high + 1,), the last one 0 for "no stream"."""
+        out = np.zeros(self.high + 1)
+        n = self.high
+        if self.members.n:
+            slots, streams = self.members.live("slot"), self.members.live("stream")
+            moved = positions.take(slots) - self.members.live("joined")
+            out[:n] = np.bincount(streams, weights=np.maximum(moved, 0.0), minlength=n)
+        out[:n] += self._gone[:n]
+        return out
+
+    def offset(self, stream: Stream, position: Callable[[Connection], float]) -> float:
+        """How far one stream has come, given the position of a connection."""
+        out = float(self._gone[stream.index])
+        for conn, member in stream.members.items():
+            out += max(position(conn) - float(self.members.get(member, "joined")), 0.0)
+        return out
+
+    def offset_at(self, stream: Stream, position: float) -> float:
+        """Offset of a stream of one member where that one stands at ``position``."""
+        (member,) = stream.members.values()
+        return float(self._gone[stream.index]) + position - float(self.members.get(member, "joined"))
+
+    def total(
+        self, stream: Stream, positions: Mapping[Connection, Position], what: Literal["acked", "written"]
+    ) -> float:
+        """How far one stream has been acknowledged, or written, given where each of its members stands."""
+        out = float(self._gone[stream.index])
+        for conn, member in stream.members.items():
+            out += max(getattr(positions[conn], what) - float(self.members.get(member, "joined")), 0.0)
+        return out
+
+    def all(self) -> Iterable[Stream]:
+        """The open ones."""
+        return (s for s in self._open if s is not None)

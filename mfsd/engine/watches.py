@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selectors that stay true: what a session named by addresses, ports or process, for every connection that matches.
+
+A watch lives until its session ends or nothing has used it for its time to live. The kernel is told of it, so that a
+new connection is in its band from the first packet on; the ones that are open already are looked for once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mfsd.engine.records import Watch
+from mfsd.engine.slots import NS
+from mfsd.model import CookieSelector, Endpoints, ProcessSelector, Selector, TupleSelector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mfsd.engine.books import Books
+    from mfsd.engine.records import Session
+    from mfsd.engine.sockets import Socket, Sockets
+    from mfsd.model import Address
+
+UNSEEN_S: Final = 1.0
+"""A watch that has matched nothing for so long is worth a notice."""
+FALLBACK_S: Final = 0.25
+"""How often sockets are searched where the kernel doesn't tell of them."""
+
+
+class Watches:
+    """All watches, arranged so that a new connection finds those that mean it without trying all."""
+
+    def __init__(self, books: Books, sockets: Sockets, lanes: int) -> None:
+        self._books = books
+        self._sockets = sockets
+        self._lanes = lanes
+        self._by_peer: dict[Address | None, list[Watch]] = {}
+        """By exact remote address; None: those that name none."""
+        self._to_look: dict[Selector, None] = {}
+        """Selectors whose open connections are to be searched for."""
+        self._looking: set[Selector] = set()
+        self._next_look = 0.0
+
+    def __len__(self) -> int:
+        return sum(len(w) for w in self._by_peer.values())
+
+    @property
+    def looking(self) -> bool:
+        """Answers to searches are still to come."""
+        return bool(self._to_look or self._looking)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def get(self, session: Session, selector: Selector, band: int, expires: float, now: float) -> Watch:
+        """The session's watch on a selector, opened if need be; new connections begin in ``band``."""
+        watch = session.watches.get(selector)
+        if watch is None:
+            watch = session.watches[selector] = Watch(session, selector, since=now, band=-1)
+            self._by_peer.setdefault(_peer(selector), []).append(watch)
+            self._to_look[selector] = None
+        if watch.band != band or watch.expires < expires:
+            # Told well ahead of time, so that a watch in constant use is not told again and again.
+            watch.band, watch.expires = band, expires + (expires - now)
+            self._sockets.watch(selector, session.uid, band, self._lanes, int(watch.expires * NS))
+        return watch
+
+    def end(self, watch: Watch) -> None:
+        """Nobody wants it any more. Its connections are no business of this class."""
+        del watch.session.watches[watch.selector]
+        peer = _peer(watch.selector)
+        self._by_peer[peer].remove(watch)
+        if not self._by_peer[peer]:
+            del self._by_peer[peer]
+        self._to_look.pop(watch.selector, None)
+        self._sockets.unwatch(watch.selector, watch.session.uid)
+
+    def expired(self, now: float) -> list[Watch]:
+        """Those that nothing has used for their time to live, and that no mark holds."""
+        return [
+            w for ws in self._by_peer.values() for w in ws if w.expires < now and w.mark is None and not w.stream_in_use
+        ]
+
+    def unseen(self, now: float) -> list[Watch]:
+        """Those that have not matched anything since they were opened, though they had time to."""
+        return [w for ws in self._by_peer.values() for w in ws if not w.seen and w.since + UNSEEN_S < now]
+
+    # --- matching -----------------------------------------------------------------------------------------------------
+
+    def look(self, now: float) -> None:
+        """Have the open connections of new watches searched for; where the kernel tells of none, of all again."""
+        if not self._sockets.tells and now >= self._next_look and not self._looking:
+            self._next_look = now + FALLBACK_S
+            self._to_look.update((w.selector, None) for ws in self._by_peer.values() for w in ws)
+        if self._to_look and not self._looking:
+            wanted, self._to_look = list(self._to_look), {}
+            self._looking.update(wanted)
+            self._sockets.look(wanted)
+
+    def found(self, selector: Selector) -> list[Watch]:
+        """The watches that wanted this answer."""
+        self._looking.discard(selector)
+        out = [w for w in self._by_peer.get(_peer(selector), ()) if w.selector == selector]
+        if selector not in self._to_look:  # else one of them was opened after the search had begun
+            for watch in out:
+                watch.looked = True
+        return out
+
+    @staticmethod
+    def may(watch: Watch, socket: Socket) -> bool:
+        """A session's selectors mean its user's sockets only, as far as one knows whose they are."""
+        return watch.session.uid < 0 or socket.uid in (-1, watch.session.uid)
+
+    def matching(self, socket: Socket) -> Iterable[Watch]:
+        """The watches that mean a connection."""
+        for peer in (socket.endpoints.dst, None):
+            for watch in self._by_peer.get(peer, ()):
+                if self._means(watch, socket):
+                    yield watch
+
+    def _means(self, watch: Watch, socket: Socket) -> bool:
+        selector, e = watch.selector, socket.endpoints
+        if not self.may(watch, socket):
+            return False
+        if isinstance(selector, TupleSelector):
+            return (
+                selector.dst == e.dst
+                and selector.src in (None, e.src)
+                and e.sport in selector.sport
+                and e.dport in selector.dport
+                and e.protocol == selector.protocol
+            )
+        if isinstance(selector, ProcessSelector):
+            return (
+                e.dport in selector.dport
+                and (selector.remote is None or e.dst in selector.remote)
+                and self._sockets.descends(socket.pid, selector.pid)
+            )
+        return isinstance(selector, CookieSelector) and selector.cookie == socket.cookie
+
+
+def _peer(selector: Selector) -> Address | None:
+    return selector.dst if isinstance(selector, TupleSelector) else None
+
+
+def exact_endpoints(selector: Selector) -> Endpoints | None:
+    """What an exact selector names; None for every other."""
+    if isinstance(selector, TupleSelector) and selector.exact and selector.src is not None:
+        return Endpoints(selector.src, selector.sport.first, selector.dst, selector.dport.first, selector.protocol)
+    return None

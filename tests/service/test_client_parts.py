@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of the SDK: what it writes, and what it remembers for the next daemon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mfsd.api import columns
+from mfsd.api.decode import Decoder
+from mfsd.client import Stage, process_peer, tuple_of
+from mfsd.client.encode import COLUMNS, encode, encode_columns, split
+from mfsd.client.ledger import Ledger
+from mfsd.engine.settings import LimitsConfig
+from mfsd.model import (
+    BatchHint,
+    CookieSelector,
+    EndHint,
+    Hint,
+    MarkHint,
+    ProgressHint,
+    RequestHint,
+    TransferHint,
+    What,
+)
+from mfsd.v1 import hints_pb2
+
+NOW = 500.0
+HINTS: list[Hint] = [
+    RequestHint("r", NOW + 0.25, "b", 0.125, 2.0),
+    RequestHint("late", NOW - 0.5, "", 0.0, 2.0),
+    BatchHint("b", ["r"], 8, 2, 0.25),
+    ProgressHint("b", 3, compute_done=True),
+    TransferHint("t", "r", "b", Stage.P2D, 4, 4096, CookieSelector(77), NOW + 0.25, 2.0),
+    TransferHint("t", "r", "", Stage.KV_REUSE, 4, 4096, tuple_of("fd00::1", (5, 9), "fd00::2", 3), NOW + 0.25, 2.0),
+    TransferHint("t", "r", "", Stage.KV_REUSE, 4, 4096, process_peer(3, "10.0.0.0/24", 9), NOW + 0.25, 2.0),
+    EndHint(What.TRANSFER, "t", cancelled=True),
+    EndHint(What.REQUEST, "r"),
+    EndHint(What.BATCH, "b"),
+    MarkHint(tuple_of("10.0.0.1", 0, protocol=6), Stage.COLLECTIVE),
+    MarkHint(CookieSelector(5), Stage.NONE),
+    MarkHint(CookieSelector(5), Stage.BACKGROUND, ordered=False),
+    TransferHint("t", "", "", Stage.BACKGROUND, 4, 4096, CookieSelector(7), ttl=2.0, ordered=False, position=1 << 40),
+]
+
+
+@pytest.mark.parametrize("hint", HINTS, ids=lambda h: type(h).__name__)
+def test_what_the_client_encodes_the_daemon_decodes(hint: Hint) -> None:
+    message = hints_pb2.Hint()
+    encode(hint, NOW, message)
+    expected = hint
+    if isinstance(hint, RequestHint) and hint.deadline < NOW:
+        expected = RequestHint(hint.id, NOW + 0.001, hint.batch_id, hint.compute_left, hint.ttl)
+    assert Decoder(LimitsConfig()).decode(message, NOW) == expected
+
+
+def test_what_the_client_encodes_in_columns_the_daemon_decodes() -> None:
+    hints = [h for h in HINTS if isinstance(h, TransferHint)] * 2
+    message = hints_pb2.TransferColumns()
+    encode_columns(hints, NOW, message)
+    decoded, bad = columns.transfers(Decoder(LimitsConfig()), message, NOW)
+    assert not bad
+    owners = ["", *decoded.owners]
+    assert hints == [
+        TransferHint(
+            decoded.ids[i],
+            owners[decoded.request[i]],
+            owners[decoded.batch[i]],
+            Stage(int(decoded.stage[i])),
+            int(decoded.target_layer[i]),
+            int(decoded.size[i]),
+            decoded.selectors[decoded.selector[i]],
+            float(decoded.deadline[i]),
+            float(decoded.ttl[i]),
+            bool(decoded.ordered[i]),
+            int(decoded.position[i]),
+        )
+        for i in range(len(hints))
+    ]
+    same = hints_pb2.TransferColumns()
+    encode_columns([hints[0]] * 5, NOW, same)
+    assert (len(same.ids), len(same.bytes), len(same.position), len(same.request)) == (5, 1, 0, 1)
+
+
+def test_a_deadline_that_is_just_now_is_not_taken_for_missing() -> None:
+    message = hints_pb2.Hint()
+    encode(RequestHint("r", NOW), NOW, message)
+    assert message.request.ttft_left_us == -1
+
+
+def ids(ledger: Ledger, now: float) -> list[Any]:
+    return [getattr(h, "id", None) or getattr(h, "batch_id", None) for h in ledger.alive(now)]
+
+
+def test_the_ledger_forgets_what_has_expired() -> None:
+    ledger = Ledger(limit=10)
+    ledger.enter(RequestHint("r", 10.0, ttl=5.0), 0.0)
+    ledger.enter(TransferHint("t", "r", "", Stage.P2D, 0, 1, CookieSelector(1), ttl=5.0), 0.0)
+    ledger.enter(TransferHint("c", "", "", Stage.COLLECTIVE, 0, 1, CookieSelector(1), ttl=5.0), 0.0)
+    assert ids(ledger, 4.0) == ["r", "t", "c"]
+    assert ids(ledger, 6.0) == ["r", "t"]
+    assert ids(ledger, 16.0) == []
+    assert len(ledger) == 0
+
+
+def positions(ledger: Ledger) -> dict[str, int]:
+    return {h.id: h.position for h in ledger.alive(0.0) if isinstance(h, TransferHint)}
+
+
+def test_the_ledger_knows_where_transfers_begin_whose_predecessors_have_been_written() -> None:
+    ledger = Ledger(limit=10)
+
+    def announce(name: str, size: int, position: int, cookie: int = 1) -> None:
+        hint = TransferHint(name, "", "", Stage.BACKGROUND, 0, size, CookieSelector(cookie), position=position)
+        ledger.enter(hint, 0.0)
+
+    announce("a", 100, 1000)
+    announce("b", 50, 1000)  # behind a, of which nothing has been written yet
+    announce("other", 70, 5000, cookie=2)
+    announce("unknown", 70, 0, cookie=3)
+    assert positions(ledger) == {"a": 1000, "b": 1000, "other": 5000, "unknown": 0}
+    ledger.enter(EndHint(What.TRANSFER, "a"), 0.0)
+    assert positions(ledger) == {"b": 1100, "other": 5000, "unknown": 0}
+    announce("c", 10, 1120)
+    announce("d", 10, 1120)
+    ledger.enter(EndHint(What.TRANSFER, "c", cancelled=True), 0.0)  # never written
+    ledger.enter(EndHint(What.TRANSFER, "b"), 0.0)
+    assert positions(ledger) == {"other": 5000, "unknown": 0, "d": 1170}
+    for name in ("d", "other", "unknown"):
+        ledger.enter(EndHint(What.TRANSFER, name), 0.0)
+    assert ledger._ended == {}
+    for n in range(20):  # those that give way, too
+        announce(f"n{n}", 10, 1, cookie=n)
+    assert len(ledger._ended) == 10
+
+
+def test_a_message_holds_what_may_be_applied_in_its_order() -> None:
+    def transfer(n: int) -> TransferHint:
+        return TransferHint(f"t{n}", "", "", Stage.BACKGROUND, 0, 1, CookieSelector(1))
+
+    owner, end = RequestHint("r", 1.0), EndHint(What.TRANSFER, "t0")
+    many: list[Hint] = [transfer(n) for n in range(COLUMNS)]
+    few = many[:-1]
+    cases: list[tuple[list[Hint], int, int]] = [
+        ([owner, *many, end], 1 + COLUMNS, 1),
+        ([*many, *many], 2 * COLUMNS, 0),
+        ([owner, *few, end, *many], len(few) + 2 + COLUMNS, len(few) + 2 + COLUMNS),
+        ([owner, end], 2, 2),
+        ([], 0, 0),
+    ]
+    for hints, taken, first in cases:
+        batch = split(hints)
+        assert (batch.hints, batch.columns) == (hints[:taken], first)
+
+
+def test_the_ledger_leaves_out_what_no_daemon_would_take() -> None:
+    ledger = Ledger(limit=10)
+    ledger.enter(RequestHint("r", 10.0), 0.0)
+    ledger.enter(BatchHint("b", ["r", "gone"]), 0.0)
+    ledger.enter(ProgressHint("b", 1), 0.0)
+    ledger.enter(ProgressHint("gone", 1), 0.0)
+    ledger.enter(TransferHint("orphan", "gone", "", Stage.P2D, 0, 1, CookieSelector(1)), 0.0)
+    ledger.enter(TransferHint("adopted", "gone", "b", Stage.P2D, 0, 1, CookieSelector(1)), 0.0)
+    told = list(ledger.alive(0.0))
+    assert [type(h).__name__ for h in told] == ["RequestHint", "BatchHint", "ProgressHint", "TransferHint"]
+    assert isinstance(told[1], BatchHint)
+    assert told[1].request_ids == ["r"]
+    assert isinstance(told[3], TransferHint)
+    assert (told[3].id, told[3].request_id, told[3].batch_id) == ("adopted", "", "b")

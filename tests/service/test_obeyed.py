@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reply comes when the kernel obeys: after the engine has ticked, and has found a new selector's connections."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemons import PATIENCE_S, Api, Running, connected, wait_for
+
+from mfsd.client import cookie_of
+from mfsd.v1 import hints_pb2 as pb
+
+if TYPE_CHECKING:
+    import socket
+
+    from mfsd.model import Selector
+
+REQUEST = pb.Hint(request=pb.Request(id="r", ttft_left_us=600_000_000))
+
+
+def transfer(name: str, selector: pb.Selector, stage: Any = pb.STAGE_P2D) -> pb.Hint:
+    return pb.Hint(transfer=pb.Transfer(id=name, request_id="r", stage=stage, bytes=1000, selector=selector))
+
+
+def to(sock: socket.socket) -> pb.Selector:
+    """All connections to where this one goes."""
+    host, port = sock.getpeername()
+    return pb.Selector(tuple=pb.Tuple(dst_addr=host, dst_port=pb.PortRange(first=port)))
+
+
+def band_of(daemon: Running, sock: socket.socket) -> str:
+    def read(engine: Any) -> str:
+        conn = engine.connections.by_cookie[cookie_of(sock)]
+        return str(engine.steering.bands.bands[int(engine.connections.table.band[conn.slot])].name)
+
+    return daemon.ask(read)
+
+
+@pytest.fixture
+def slow(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that does not tick any more."""
+    ticker = running.daemon.ticker
+    monkeypatch.setattr(ticker, "poke", lambda **_: None)
+    monkeypatch.setattr(ticker, "_period", lambda: 3600.0)
+    ticks = ticker.count
+    wait_for(lambda: ticker.count > ticks)
+
+
+def test_what_a_hint_says_is_in_the_table_when_it_is_answered(
+    api: Api, running: Running, connection: tuple[socket.socket, socket.socket]
+) -> None:
+    sock = connection[0]
+    for n in range(20):
+        stage = pb.STAGE_COLLECTIVE if n % 2 else pb.STAGE_P2D
+        last = pb.Hint(cancellation=pb.Cancellation(transfer_id=f"t{n - 1}"))
+        api.send(REQUEST, last, transfer(f"t{n}", pb.Selector(cookie=cookie_of(sock)), stage))
+        assert (band_of(running, sock) == "level 0") == bool(n % 2)
+
+
+def test_what_a_new_selector_means_is_found_when_it_is_answered(
+    api: Api, running: Running, connection: tuple[socket.socket, socket.socket]
+) -> None:
+    sock = connection[0]
+    mark = pb.Hint(connection=pb.ConnectionMark(selector=to(sock), stage=pb.STAGE_COLLECTIVE))
+    reply = api.send(mark)
+    assert [(m.index, m.connections) for m in reply.matched] == [(0, 1)]
+    assert band_of(running, sock) == "level 0"
+    elsewhere = pb.Selector(tuple=pb.Tuple(dst_addr="10.9.9.9"))
+    reply = api.send(REQUEST, mark, transfer("a", to(sock)), transfer("b", elsewhere), transfer("c", elsewhere))
+    assert [(m.index, m.connections) for m in reply.matched] == [(1, 1), (3, 0)]
+    columns = pb.TransferColumns(ids=["d"], stage=[pb.STAGE_BACKGROUND], bytes=[1], selectors=[to(connection[1])])
+    api.send(transfers=columns)
+    band_of(running, connection[1])  # it is known
+
+
+def test_a_search_that_takes_long_delays_no_reply_for_long(
+    api: Api, running: Running, connection: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    sockets: Any = running.daemon.engine.connections.sockets
+    look = sockets._look
+
+    def slowly(selectors: list[Selector]) -> None:
+        assert goes_on.wait(PATIENCE_S)
+        look(selectors)
+
+    monkeypatch.setattr(sockets, "_look", slowly)
+    began = time.monotonic()
+    mark = pb.Hint(connection=pb.ConnectionMark(selector=to(connection[0]), stage=pb.STAGE_COLLECTIVE))
+    reply = api.send(mark)
+    took = time.monotonic() - began
+    goes_on.set()
+    assert (reply.accepted, list(reply.matched)) == (1, [])  # nobody knows yet
+    assert 0.1 <= took < PATIENCE_S
+    wait_for(lambda: running.ask(lambda e: len(e.connections)))
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_tick_that_does_not_come_delays_no_reply_for_long(api: Api, running: Running) -> None:
+    before = running.daemon.ticker.count
+    began = time.monotonic()
+    assert api.send(REQUEST).accepted == 1
+    assert 0.02 <= time.monotonic() - began < PATIENCE_S
+    assert running.daemon.ticker.count == before
+
+
+@pytest.mark.usefixtures("slow")
+def test_batches_on_their_way_share_one_wait(api: Api) -> None:
+    began = time.monotonic()
+    replies = list(api.hints.Stream((api.batch(REQUEST, seq=n) for n in range(1, 201)), timeout=PATIENCE_S))
+    took = time.monotonic() - began
+    assert [r.seq for r in replies] == list(range(1, 201))
+    assert took < 200 * 0.02 / 2  # each of them alone would wait for 20 ms
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_has_changed_nothing_is_answered_at_once(api: Api, running: Running) -> None:
+    began, count = time.monotonic(), 200
+    for _ in range(count):
+        api.send(pb.Hint())
+    assert time.monotonic() - began < count * 0.02
+    assert running.ask(lambda e: e.books.counters.hints_rejected) == count
+
+
+def test_a_connection_that_is_made_later_is_in_its_band_too(api: Api, running: Running) -> None:
+    with connected() as (first, _):
+        api.send(pb.Hint(connection=pb.ConnectionMark(selector=to(first), stage=pb.STAGE_COLLECTIVE)))
+        port = first.getpeername()[1]
+    with connected(port) as (second, _):
+        wait_for(lambda: running.ask(lambda e: cookie_of(second) in e.connections.by_cookie))
+        wait_for(lambda: band_of(running, second) == "level 0")
