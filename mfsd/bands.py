@@ -8,10 +8,15 @@ Strict order of the bands of every device, most urgent first::
 
     0            control     pure ACKs and other tiny packets of hinted connections
     1 .. M       level 0 .. M-1, with the default band standing in between after ``default_after`` levels
+    last but one background  stores, offload, prefetch, weights: nobody waits for them
     last         scavenger   doomed or pruned requests; served when the link is idle
 
-The default band takes everything that no hint names. It stands below the early stages and above the deferred ones
-and has a floor of its own, so that unhinted traffic is neither starved nor able to starve a collective.
+The default band takes everything that no hint names. It stands below the early stages and above the deferred ones.
+Every band has a floor above zero, so that nobody waits without end: not unhinted traffic behind collectives, nor a
+deferred transfer behind unhinted traffic. The floors of the levels are small; what a transfer needs to be in time, a
+policy guarantees on top of them (policy/views.py, Decision.guarantee). A floor of nothing would also be slow to raise:
+htb measures a class's debt in time at its own rate and forgives it after a minute, so that a class that sends at a rate
+of a few bytes per second is in debt for long.
 """
 
 from __future__ import annotations
@@ -29,19 +34,25 @@ LEVEL_SCAVENGER: Final = 0x7FFF
 """Below everything. Chosen as the largest int16 so that "most urgent of a set" stays a minimum."""
 LEVEL_NEW: Final = 0x7FFE
 """A transfer that no policy has looked at yet (sorts below every level, above SCAVENGER)."""
+LEVEL_BACKGROUND: Final = 0x7FFD
+"""Below all that has a level, and below the default band; sorts above NEW and SCAVENGER."""
 
 HTB_PRIOS: Final = 8
 """TC_HTB_NUMPRIO, net/sched/sch_htb.c."""
 PRIO_BANDS: Final = 16
 """TCQ_PRIO_BANDS, include/uapi/linux/pkt_sched.h; bpf/mfsd.h has room for as many."""
-OTHER_BANDS: Final = 3
-"""Control, default and scavenger: the bands that are no levels."""
+OTHER_BANDS: Final = 4
+"""Control, default, background and scavenger: the bands that are no levels."""
 MAX_LEVELS: Final = PRIO_BANDS - OTHER_BANDS
-MAX_HTB_LEVELS: Final = HTB_PRIOS - OTHER_BANDS
+MAX_HTB_LEVELS: Final = HTB_PRIOS - OTHER_BANDS + 1
+"""Control shares a priority (BandSpec.prio)."""
 MAX_FLOORS: Final = 0.9
 """Share of the link that all floors together may take."""
 CONTROL_FLOOR: Final = 0.02
 DEFAULT_FLOOR: Final = 0.10
+BACKGROUND_FLOOR: Final = 0.02
+SCAVENGER_FLOOR: Final = 0.01
+LEVEL_FLOOR: Final = 0.01
 
 
 class Role(enum.StrEnum):
@@ -50,7 +61,32 @@ class Role(enum.StrEnum):
     CONTROL = "control"
     LEVEL = "level"
     DEFAULT = "default"
+    BACKGROUND = "background"
     SCAVENGER = "scavenger"
+
+
+HINTED: Final = frozenset({Role.LEVEL, Role.BACKGROUND, Role.SCAVENGER})
+"""Bands that hold hinted traffic only."""
+
+
+class Urgency(enum.StrEnum):
+    """How the fabric should treat a band's packets: three classes, for switches with few queues."""
+
+    URGENT = "urgent"
+    """With the collectives: a GPU waits for it now, or it needs its guarantee to be in time."""
+    MIDDLE = "middle"
+    LAST = "last"
+    """Doomed, or nobody waits for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The class in the fabric of each level of a policy, and of the bands that are no levels."""
+
+    levels: tuple[Urgency, ...]
+    default: Urgency = Urgency.MIDDLE
+    background: Urgency = Urgency.LAST
+    scavenger: Urgency = Urgency.LAST
 
 
 def level_names(levels: int) -> list[str]:
@@ -60,16 +96,16 @@ def level_names(levels: int) -> list[str]:
 
 def band_names(levels: int) -> list[str]:
     """Names of all bands of a device with so many levels, wherever the default band stands."""
-    return [Role.CONTROL, *level_names(levels), Role.DEFAULT, Role.SCAVENGER]
+    return [Role.CONTROL, *level_names(levels), Role.DEFAULT, Role.BACKGROUND, Role.SCAVENGER]
 
 
 @dataclass(frozen=True, slots=True)
 class BandSpec:
     """One band, the same on every device.
 
-    ``index`` is also its strict priority, 0 first. ``lanes`` are leaf queues: connections of one band are spread over
-    them, so that a rescue purges nobody else's packets. ``floor`` is the share of the link (0..1) that the band gets
-    even when bands above it are busy, where the qdisc can give one.
+    ``index`` is its place in the strict order, 0 first. ``lanes`` are leaf queues: connections of one band are spread
+    over them, so that a rescue purges nobody else's packets. ``floor`` is the share of the link (0..1) that the band
+    gets even when bands above it are busy, where the qdisc can give one.
     """
 
     index: int
@@ -77,6 +113,15 @@ class BandSpec:
     name: str
     lanes: int
     floor: float
+
+    @property
+    def prio(self) -> int:
+        """Its priority where a qdisc has fewer of them than bands, 0 first.
+
+        Control and the band after it share the first. Control's packets are tiny and inside its floor, and htb serves
+        what is inside its floor before whatever borrows, at any priority (net/sched/sch_htb.c, htb_dequeue).
+        """
+        return max(self.index - 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +140,20 @@ class Bands:
         control_floor: float = CONTROL_FLOOR,
         default_floor: float = DEFAULT_FLOOR,
         level_floors: tuple[float, ...] = (),
-        scavenger_floor: float = 0.0,
+        background_floor: float = BACKGROUND_FLOOR,
+        scavenger_floor: float = SCAVENGER_FLOOR,
     ) -> Bands:
         """Lay out ``levels`` level bands with the default band after the first ``default_after`` of them.
 
-        ``level_floors`` gives a floor per level band, 0 where it is short. Raises ValueError when the floors exceed
-        the link or the bands exceed what any qdisc has.
+        ``level_floors`` gives a floor per level band, LEVEL_FLOOR where it is short. Raises ValueError when the floors
+        exceed the link or the bands exceed what any qdisc has.
         """
         if not 1 <= levels <= MAX_LEVELS:
             raise ValueError(f"levels = {levels}: must be 1 to {MAX_LEVELS}")
         if not 0 <= default_after <= levels:
             raise ValueError(f"default_after = {default_after}: must be 0 to levels ({levels})")
-        floors = [*level_floors, *(0.0 for _ in range(levels - len(level_floors)))]
-        total = control_floor + default_floor + scavenger_floor + sum(floors)
+        floors = fill_floors(level_floors, levels)
+        total = control_floor + default_floor + background_floor + scavenger_floor + sum(floors)
         if total > MAX_FLOORS:
             raise ValueError(
                 f"the floors add up to {total:.0%} of the link; at most {MAX_FLOORS:.0%} can be guaranteed"
@@ -115,6 +161,7 @@ class Bands:
         rows = [(Role.LEVEL, name, lanes, floor) for name, floor in zip(level_names(levels), floors, strict=True)]
         rows.insert(default_after, (Role.DEFAULT, Role.DEFAULT, 1, default_floor))
         rows.insert(0, (Role.CONTROL, Role.CONTROL, 1, control_floor))
+        rows.append((Role.BACKGROUND, Role.BACKGROUND, lanes, background_floor))
         rows.append((Role.SCAVENGER, Role.SCAVENGER, lanes, scavenger_floor))
         return cls(tuple(BandSpec(i, *row) for i, row in enumerate(rows)))
 
@@ -134,6 +181,11 @@ class Bands:
     def default(self) -> BandSpec:
         """Band of unhinted traffic."""
         return self.role(Role.DEFAULT)
+
+    @property
+    def background(self) -> BandSpec:
+        """Band of what nobody waits for."""
+        return self.role(Role.BACKGROUND)
 
     @property
     def scavenger(self) -> BandSpec:
@@ -166,11 +218,33 @@ class Ladder:
         """Band index per policy level."""
 
     def bands(self, levels: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
-        """Band index per element: levels beyond the last use the last; NONE is default, SCAVENGER is scavenger."""
+        """Band index per element; a level beyond the last uses the last, and what is no level has its own band."""
         out = self.band_of.take(levels, mode="clip")
         out[levels == LEVEL_NONE] = self.plan.default.index
+        out[levels == LEVEL_BACKGROUND] = self.plan.background.index
         out[levels == LEVEL_SCAVENGER] = self.plan.scavenger.index
         return out
+
+    def classes(self, classes: Classes) -> tuple[Urgency, ...]:
+        """Class in the fabric of every band, by index; merged levels have that of the most urgent. Control is urgent.
+
+        Raises ValueError when ``classes`` are not those of a policy with as many levels.
+        """
+        if len(classes.levels) != self.policy_levels:
+            raise ValueError(f"{len(classes.levels)} classes for {self.policy_levels} levels")
+        plan = self.plan
+        out = [Urgency.URGENT] * len(plan)
+        for level in reversed(range(self.policy_levels)):
+            out[self.band_of[level]] = classes.levels[level]
+        out[plan.default.index] = classes.default
+        out[plan.background.index] = classes.background
+        out[plan.scavenger.index] = classes.scavenger
+        return tuple(out)
+
+
+def fill_floors(floors: tuple[float, ...], levels: int) -> tuple[float, ...]:
+    """A floor per level: LEVEL_FLOOR where ``floors`` are short."""
+    return (*floors, *(LEVEL_FLOOR for _ in range(levels - len(floors))))
 
 
 def _steps(levels: int, bands: int) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 
 import mfsd
-from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.engine.slots import NS
 from mfsd.model import INF, Mode, PortRange, ProcessSelector, Stage, TupleSelector
 from mfsd.v1 import control_pb2 as pb
@@ -29,8 +29,8 @@ NAMED: Final = 8
 """Selectors without a connection that the notices name."""
 SHOWN: Final = 1000
 """Transfers that an explanation lists."""
-SHOWN_SCAVENGER: Final = -2
-"""Level numbers as shown: -1 none or not decided yet, -2 scavenger (proto mfsd.v1.Connection.level)."""
+_SHOWN_LEVEL: Final = {LEVEL_NEW: -1, LEVEL_NONE: -1, LEVEL_SCAVENGER: -2, LEVEL_BACKGROUND: -3}
+"""Level numbers as shown: -1 none or not decided yet, -2 scavenger, -3 background (proto mfsd.v1.Connection.level)."""
 _PROCESS: Final = psutil.Process()
 
 
@@ -252,6 +252,4 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
 
 
 def _shown_level(level: int) -> int:
-    if level == LEVEL_SCAVENGER:
-        return SHOWN_SCAVENGER
-    return LEVEL_NONE if level in (LEVEL_NEW, LEVEL_NONE) else level
+    return _SHOWN_LEVEL.get(level, level)

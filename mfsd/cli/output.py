@@ -111,5 +111,5 @@ STAGES: Final = {0: "-", 1: "kv-reuse", 2: "collective", 3: "p2d", 4: "backgroun
 
 
 def level(number: int) -> str:
-    """Number of a level; none and scavenger in words."""
-    return {-1: "none", -2: "scavenger"}.get(number, str(number))
+    """Number of a level; what is no level in words."""
+    return {-1: "none", -2: "scavenger", -3: "background"}.get(number, str(number))

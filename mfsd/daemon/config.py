@@ -29,7 +29,19 @@ from pydantic import (
     model_validator,
 )
 
-from mfsd.bands import CONTROL_FLOOR, DEFAULT_FLOOR, HTB_PRIOS, MAX_FLOORS, MAX_HTB_LEVELS, MAX_LEVELS, band_names
+from mfsd.bands import (
+    BACKGROUND_FLOOR,
+    CONTROL_FLOOR,
+    DEFAULT_FLOOR,
+    HTB_PRIOS,
+    LEVEL_FLOOR,
+    MAX_FLOORS,
+    MAX_HTB_LEVELS,
+    MAX_LEVELS,
+    SCAVENGER_FLOOR,
+    band_names,
+    fill_floors,
+)
 from mfsd.daemon import config_files
 from mfsd.daemon.config_text import example, explain, key, render, toml
 from mfsd.datapath import _abi
@@ -217,7 +229,8 @@ class BandsConfig(Section):
 
     levels: int = setting(
         5,
-        f"Bands for hinted traffic, besides control, default and scavenger. htb takes at most {MAX_HTB_LEVELS}.",
+        "Bands for hinted traffic, besides control, default, background and scavenger. htb takes at most "
+        f"{MAX_HTB_LEVELS}.",
         ge=1,
         le=MAX_LEVELS,
     )
@@ -225,9 +238,12 @@ class BandsConfig(Section):
     control_floor: Share = setting(CONTROL_FLOOR, "Share of the link that control packets always get.")
     default_floor: Share = setting(DEFAULT_FLOOR, "Share of the link that unhinted traffic always gets.")
     floors: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = setting(
-        (), "Share that each level always gets, most urgent first; none where it is short."
+        (), f"Share that each level always gets, most urgent first; {LEVEL_FLOOR:g} where it is short."
     )
-    scavenger_floor: Share = setting(0.0, "Share of the link that pruned and doomed requests always get.")
+    background_floor: Share = setting(
+        BACKGROUND_FLOOR, "Share of the link that background traffic (stores, offload, prefetch, weights) always gets."
+    )
+    scavenger_floor: Share = setting(SCAVENGER_FLOOR, "Share of the link that pruned and doomed requests always get.")
     dscp: dict[str, Dscp] = setting({}, 'DSCP to write by band name, e.g. { "level 0" = 46 }; others are left alone.')
 
     @property
@@ -241,7 +257,7 @@ class PolicyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    name: str = setting("deadline-ladder", "Scheduling policy; other keys of this section are its parameters.")
+    name: str = setting(registry.DEFAULT, "Scheduling policy; other keys of this section are its parameters.")
 
     @property
     def params(self) -> dict[str, float | int | bool | str]:
@@ -312,7 +328,8 @@ def _band_problems(c: Config) -> list[str]:
     ]
     if len(b.floors) > b.levels:
         out.append(f"bands.floors = {toml(b.floors)}: at most one per level (bands.levels = {b.levels})")
-    total = b.control_floor + b.default_floor + b.scavenger_floor + sum(b.floors)
+    total = b.control_floor + b.default_floor + b.background_floor + b.scavenger_floor
+    total += sum(fill_floors(b.floors, b.levels))
     if total > MAX_FLOORS:
         out.append(
             f"bands.floors = {toml(b.floors)}: all floors together are {total:.2f} of the link; at most {MAX_FLOORS}"

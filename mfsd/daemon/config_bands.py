@@ -30,6 +30,7 @@ def _bands(config: Config, default_after: int) -> Bands:
         control_floor=b.control_floor,
         default_floor=b.default_floor,
         level_floors=b.floors,
+        background_floor=b.background_floor,
         scavenger_floor=b.scavenger_floor,
     )
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.bands import Bands, Role
+from mfsd.bands import HINTED, Bands
 from mfsd.engine.connections import IPPROTO_TCP
 from mfsd.engine.device import Rescue
 from mfsd.engine.slots import NS
@@ -81,12 +81,7 @@ class Rescuer:
     def promoted(self, conn: Connection, was_band: int, now: float) -> None:
         """A connection left a band for a more urgent one."""
         spec = self.bands.bands[was_band]
-        if (
-            not self.devices
-            or not self.config.enabled
-            or spec.role not in (Role.LEVEL, Role.SCAVENGER)
-            or not self._purgeable(conn)
-        ):
+        if not self.devices or not self.config.enabled or spec.role not in HINTED or not self._purgeable(conn):
             return
         known = self._stuck.get(conn)
         if known is None:
@@ -157,6 +152,6 @@ class Rescuer:
     def lane_empty(self, conn: Connection, now: float) -> bool:
         """True when nothing of the connection can be queued any more. Without a qdisc to ask: when it is silent."""
         device = self.devices[self._device(conn)] if self.devices else None
-        if device is not None and device.enforced and self.bands.bands[conn.band].role in (Role.LEVEL, Role.SCAVENGER):
+        if device is not None and device.enforced and self.bands.bands[conn.band].role in HINTED:
             return device.empty(conn.band, conn.lane)
         return now - float(self.connections.table.last_ns[conn.slot]) / NS > SILENT_S

@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.streams import Moved
     from mfsd.policy.base import Policy
-    from mfsd.policy.views import I2, Views
+    from mfsd.policy.views import B1, F8, I2, Views
 
 OBSERVE_S: Final = 0.02
 """How often the devices' counters are read."""
 FEASIBLE_S: Final = 0.05
-"""How often infeasible transfers are looked for, to tell their workers."""
+"""How often infeasible transfers are looked for, to tell their workers, if decisions don't say who they are."""
+SIZES_KEPT: Final = 512
+"""Sizes of the latest transfers, for policies that order by size."""
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class Steering:
     _marked_level: I2 = field(init=False)
     """By set of stages (bits): the most urgent one's."""
     _stage_band: npt.NDArray[np.uint8] = field(init=False)
+    _sizes: F8 = field(default_factory=lambda: np.zeros(0))
     _next_observe: float = 0.0
     _next_feasible: float = 0.0
 
@@ -96,11 +99,17 @@ class Steering:
             self.books.arrange_wanted = False
             self._arrange(views)
         if len(views.transfers):
-            self.books.transfers.live("level")[:] = self.policy.evaluate(views).level
+            new = views.transfers.size[views.transfers.level == LEVEL_NEW]
+            if len(new):
+                views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
+            decision = self.policy.evaluate(views)
+            self.books.transfers.live("level")[:] = decision.level
             self.books.transfers.live("seen_layer")[:] = views.transfers.current_layer
-            if now >= self._next_feasible:
+            if decision.infeasible is not None:
+                self._tell_infeasible(views, decision.infeasible)
+            elif now >= self._next_feasible:
                 self._next_feasible = now + FEASIBLE_S
-                self._tell_infeasible(views)
+                self._tell_infeasible(views, self.policy.infeasible(views))
         self._write(now, rescue=rescue)
         self.rescuer.run(now)
         self.books.counters.rescues += self.rescuer.rescued()
@@ -164,8 +173,7 @@ class Steering:
 
     # --- the way back -------------------------------------------------------------------------------------------------
 
-    def _tell_infeasible(self, views: Views) -> None:
-        flags = self.policy.infeasible(views)
+    def _tell_infeasible(self, views: Views, flags: B1) -> None:
         known = self.books.transfers.live("infeasible")
         for row in np.flatnonzero(flags != known):
             transfer = self.books.transfers.objects[row]

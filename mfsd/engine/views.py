@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.bands import Role
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def views_of(
         level=t.live("level"),
         device=connections.device_of(slot),
         peer=connections.peer.take(slot),
+        max_defer=np.full(t.n, np.inf),
+        infeasible=t.live("infeasible"),
     )
     np.maximum(transfers.left, 1.0, out=transfers.left)  # acknowledged, but not retired yet
     if not t.live("ordered").all():
@@ -128,9 +131,15 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
     # Everything in bands above that of a level; one more column for "above the scavenger".
     above = np.concatenate([np.zeros((len(load), 1)), np.cumsum(load, axis=1)], axis=1)
     at = [*ladder.band_of, bands.scavenger.index]
+    # Floors by band, none where the device has none; the levels' own are no obstacle to what stands on a level.
+    floors = np.array([[b.floor for b in bands.bands]] * len(load))
+    floors *= np.array([[d.floors] for d in devices] or [[False]])
+    others = [b.index for b in bands.bands if b.role is not Role.LEVEL]
     return LinkView(
         rate=np.array([e.rate for e in estimators] or [0.0]),
         load=np.minimum(load.sum(axis=1), 1.0),
         load_above=np.minimum(above[:, at], 1.0),
+        floor=floors.sum(axis=1),
+        taken=np.minimum(load, floors)[:, others].sum(axis=1),
         peer_rate=connections.peers.rate,
     )

@@ -143,7 +143,8 @@ def marks(arm: Arm, switch: str) -> dict[str, int]:
         ordered = 0 <= collective < policy.levels - 1 or policy.levels == 1
         first, second = collective + 1 if ordered else 1, arm.levels
     levels = {b.name: HIGH if i < first else 0 if i < second else LOW for i, b in enumerate(bands.level_bands)}
-    return {bands.control.name: HIGH, **levels, bands.default.name: 0, bands.scavenger.name: LOW}
+    last = {bands.background.name: LOW, bands.scavenger.name: LOW}
+    return {bands.control.name: HIGH, **levels, bands.default.name: 0, **last}
 
 
 def _port(name: str, rate: Rate, switch: str, bands: int) -> None:

@@ -14,19 +14,34 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 
 from mfsd import units
-from mfsd.bands import LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER, Classes, Urgency
+from mfsd.model import Stage
 from mfsd.policy.parts import bound, mlu, pick, rli
-from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, UNSTAGED, Decision, Explanation
+from mfsd.policy.views import (
+    BACKGROUND,
+    COLLECTIVE,
+    KV_REUSE,
+    P2D,
+    UNSTAGED,
+    Decision,
+    Explanation,
+    LinkView,
+    TransferView,
+    Views,
+)
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import B1, I2, Arrangement, Views
+    from mfsd.policy.views import B1, I2, Arrangement
 
 STAGES: Final = {
     UNSTAGED: "an unstaged",
     KV_REUSE: "a KV reuse (stage 1)",
     COLLECTIVE: "a collective (stage 2)",
     P2D: "a prefill-to-decode (stage 3)",
+    BACKGROUND: "a background",
 }
+SHOWN: Final = {LEVEL_SCAVENGER: -2.0, LEVEL_BACKGROUND: -3.0}
+"""Figure "level" of what is no level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +54,11 @@ class Policy(abc.ABC):
     name: str
     """As in the config."""
     levels: int
-    """Number of levels it uses, 0 .. levels-1, besides NONE and SCAVENGER."""
+    """Number of levels it uses, 0 .. levels-1, besides NONE, BACKGROUND and SCAVENGER."""
     clairvoyant: ClassVar[bool] = False
     """True: only a simulator knows what it wants to be shown."""
+    background: ClassVar[int] = LEVEL_BACKGROUND
+    """Level of background transfers."""
     takes_levels: ClassVar[tuple[str, ...]] = ()
     """Parameters that ``least_levels`` depends on."""
 
@@ -55,13 +72,49 @@ class Policy(abc.ABC):
     def default_after(self) -> int:
         """How many of its levels stand above the default band (unhinted traffic)."""
 
+    @property
+    def classes(self) -> Classes:
+        """Class in the fabric of each level: urgent are the collectives' and what stands above it, middle the others.
+
+        A policy that puts collectives last knows no order of stages: its first level is what it deems urgent.
+        """
+        collective = int(self.unannounced()[COLLECTIVE])
+        urgent = collective + 1 if 0 <= collective < self.levels - 1 else 1
+        return Classes((Urgency.URGENT,) * urgent + (Urgency.MIDDLE,) * (self.levels - urgent))
+
     def evaluate(self, view: Views) -> Decision:
-        """Decide levels. Vectorised; called at layer boundaries and on the timer. What has no stage gets NONE."""
-        return Decision(pick.levels(view.transfers.stage == UNSTAGED, np.int16(LEVEL_NONE), self._level(view)))
+        """Decide levels. Vectorised; called at layer boundaries and on the timer.
+
+        What has no stage gets NONE, background transfers get BACKGROUND, whatever the policy.
+        """
+        decision, stage = self._decide(view), view.transfers.stage
+        level = pick.levels(stage == UNSTAGED, np.int16(LEVEL_NONE), decision.level)
+        decision.level = pick.levels(stage == BACKGROUND, np.int16(self.background), level)
+        return decision
+
+    def _decide(self, view: Views) -> Decision:
+        """The decision, with any level for transfers without a stage and for background transfers."""
+        return Decision(self._level(view))
 
     @abc.abstractmethod
     def _level(self, view: Views) -> I2:
-        """Level of every transfer, shape (n,); any of those without a stage."""
+        """Level of every transfer, shape (n,)."""
+
+    def unannounced(self) -> I2:
+        """Level per stage, shape (len(Stage),), of bytes of which nothing but the stage is known.
+
+        What a static mark stands for, and what a connection's bytes get between its transfers: as a transfer without a
+        deadline that is due in the layer that computes. A policy that orders by what isn't known says what that means.
+        """
+        transfers = TransferView.of(len(Stage), stage=list(Stage))
+        return self.evaluate(Views.of(transfers, LinkView.of(1.0, self.levels))).level
+
+    def by_stage(self, *, kv_reuse: int, collective: int, p2d: int) -> I2:
+        """Levels by stage as ``unannounced`` returns them."""
+        out = np.zeros(len(Stage), dtype=np.int16)
+        stages = [UNSTAGED, KV_REUSE, COLLECTIVE, P2D, BACKGROUND]
+        out[stages] = (LEVEL_NONE, kv_reuse, collective, p2d, self.background)
+        return out
 
     def arrange(self, view: Views) -> Arrangement | None:
         """Inter-request decision; called when a batch arrives or departs. None: the policy has none."""
@@ -79,36 +132,42 @@ class Policy(abc.ABC):
         """
         level = int(self.evaluate(view).level[row])
         out = Explanation(figures=_figures(row, level, view))
-        if view.transfers.stage[row]:
-            self._reasons(out, row, level, view)
-        else:
+        stage = int(view.transfers.stage[row])
+        if stage == UNSTAGED:
             out.reasons.append("It has no stage: it stays in the default band.")
+        elif stage == BACKGROUND:
+            out.reasons.append(f"Nobody waits for it: {place(level)}; nothing promotes it.")
+        else:
+            self._reasons(out, row, level, view)
         out.reasons.extend(_facts(row, view, out.figures))
+        self._verdict(out, row, view)
+        return out
+
+    def _verdict(self, out: Explanation, row: int, view: Views) -> None:
+        """Append that the request of ``row`` can't be in time, if that is so."""
         if self.infeasible(view)[row]:
             out.reasons.append(
                 "Its request can't be in time even with its device to itself: it needs "
                 f"{units.duration(out.figures['needed_s'])} or a sibling is late, and has "
                 f"{units.duration(max(out.figures.get('time_left_s', 0.0), 0.0))}."
             )
-        return out
 
     @abc.abstractmethod
     def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
-        """Append why ``row``, which has a stage, is at ``level`` and what would promote it; add figures."""
+        """Append why ``row``, of stage 1 to 3, is at ``level`` and what would promote it; add figures."""
 
 
 def place(level: int) -> str:
     """A level in words."""
-    if level == LEVEL_NONE:
-        return "the default band"
-    return "the scavenger band" if level == LEVEL_SCAVENGER else f"level {level}"
+    words = {LEVEL_NONE: "default", LEVEL_BACKGROUND: "background", LEVEL_SCAVENGER: "scavenger"}
+    return f"the {words[level]} band" if level in words else f"level {level}"
 
 
 def _figures(row: int, level: int, view: Views) -> dict[str, float]:
     t, link = view.transfers, view.link
     batch, device, old = int(t.batch[row]), int(t.device[row]), int(t.level[row])
     out = {
-        "level": -2.0 if level == LEVEL_SCAVENGER else float(level),
+        "level": SHOWN.get(level, float(level)),
         "bytes_left": float(t.left[row]),
         "bytes_ahead": float(t.ahead[row]),
         "device_rate": float(link.rate[device]),
@@ -118,7 +177,7 @@ def _figures(row: int, level: int, view: Views) -> dict[str, float]:
     }
     if len(link.peer_rate) and t.peer[row] >= 0 and math.isfinite(link.peer_rate[t.peer[row]]):
         out["peer_rate"] = float(link.peer_rate[t.peer[row]])
-    if old not in (LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER):
+    if 0 <= old < LEVEL_BACKGROUND:
         out["level_before"] = float(old)
     if math.isfinite(t.deadline[row]):
         out["time_left_s"] = float(t.deadline[row] - view.now)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies by name, as a config selects them: ``policy = "deadline-ladder"``."""
+"""Policies by name, as a config selects them: ``policy.name = "demand-bound"``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mfsd.policy.deadline import DeadlineLadder
+from mfsd.policy.demand_bound.policy import DemandBound
 from mfsd.policy.mfs.mfs import Mfs
 from mfsd.policy.parts import params as parameters
 from mfsd.policy.parts.params import Problem
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
     from mfsd.policy.base import Policy
 
-DEFAULT: Final = "deadline-ladder"
-"""What measures best (docs/policies.md)."""
+DEFAULT: Final = "demand-bound"
+"""What keeps its promise (docs/policies.md)."""
 MAX_LEVELS: Final = 0x4000
 """More could be confused with LEVEL_NEW and LEVEL_SCAVENGER; no qdisc comes near."""
 
@@ -36,6 +37,7 @@ class Entry:
 
 
 _ENTRIES: Final[dict[str, Entry]] = {
+    "demand-bound": Entry(DemandBound),
     "deadline-ladder": Entry(DeadlineLadder),
     "mfs": Entry(Mfs),
     "mfs-nop1": Entry(Mfs, {"p1": False}),

@@ -31,6 +31,7 @@ UNSTAGED: Final = int(Stage.NONE)
 KV_REUSE: Final = int(Stage.KV_REUSE)
 COLLECTIVE: Final = int(Stage.COLLECTIVE)
 P2D: Final = int(Stage.P2D)
+BACKGROUND: Final = int(Stage.BACKGROUND)
 """model.Stage as the plain integers that numpy compares fastest."""
 
 
@@ -52,6 +53,11 @@ class _Rows:
             out[f.name] = np.empty(n, f.metadata["dtype"])
             out[f.name][:] = columns.pop(f.name, f.metadata["neutral"])
         return cls(**out, **columns)
+
+    def take(self, rows: npt.NDArray[np.signedinteger]) -> Self:
+        """These rows, copied."""
+        columns = (f.name for f in dataclasses.fields(self))  # type: ignore[arg-type] # of a subclass
+        return type(self)(*(getattr(self, name).take(rows) for name in columns))
 
 
 @dataclass(slots=True)
@@ -91,6 +97,10 @@ class TransferView(_Rows):
     """Device of this host that it leaves by, a row of LinkView; 0 when there is one."""
     peer: I4 = field(metadata=_column(np.int32, -1))
     """Dense index of the remote address: the link into it; -1 unknown."""
+    max_defer: F8 = field(metadata=_column(np.float64, np.inf))
+    """Seconds after its creation past which it must not be held back any longer; inf: nobody said."""
+    infeasible: B1 = field(metadata=_column(np.bool_))
+    """What Decision.infeasible said last; False for a new row, and with policies that don't say."""
 
     def __len__(self) -> int:
         return len(self.stage)
@@ -139,9 +149,15 @@ class LinkView:
     rate: F8
     """Bytes/s that the device gives when busy (measured, else configured); 0 if unknown."""
     load: F8
-    """rho: share of the rate taken lately by all traffic, 0..1."""
+    """rho: share of the rate taken lately by all traffic, unhinted traffic included, 0..1."""
     load_above: F8
     """Shape (devices, levels + 1): share taken lately by levels more urgent than this one, control included."""
+    floor: F8
+    """Share of the rate that the floors of all bands keep together, 0..1: guarantees get the rest at most. 0 where the
+    device has no floors."""
+    taken: F8
+    """Share of the rate that control, default, background and scavenger took lately, each at most its floor: what even
+    the highest level can't have, 0..1."""
     peer_rate: F8 = field(default_factory=lambda: np.zeros(0))
     """Bytes/s of the link into each peer, shape (peers,), inf where nobody said; empty if no rate of any is known."""
 
@@ -153,15 +169,19 @@ class LinkView:
         *,
         load: npt.ArrayLike = 0.0,
         load_above: npt.ArrayLike = 0.0,
+        floor: npt.ArrayLike = 0.0,
+        taken: npt.ArrayLike = 0.0,
         peer_rate: npt.ArrayLike = (),
     ) -> Self:
-        """As many devices as ``rate`` has elements; loads are broadcast to their shapes. Everything is copied."""
+        """As many devices as ``rate`` has elements; shares are broadcast to their shapes. Everything is copied."""
         rates = np.array(rate, dtype=np.float64, ndmin=1)
         n = len(rates)
         return cls(
             rate=rates,
             load=np.full(n, load, dtype=np.float64),
             load_above=np.full((n, levels + 1), load_above, dtype=np.float64),
+            floor=np.full(n, floor, dtype=np.float64),
+            taken=np.full(n, taken, dtype=np.float64),
             peer_rate=np.array(peer_rate, dtype=np.float64),
         )
 
@@ -176,6 +196,10 @@ class Views:
     link: LinkView
     now: float
     """Monotonic seconds."""
+    sizes: F8 = field(default_factory=lambda: np.zeros(0))
+    """Sizes of transfers seen lately, in any order; empty: those of ``transfers`` stand for them."""
+    cluster_requests: int = 0
+    """Live requests of all hosts, on a coordinator's word; 0: nobody says."""
 
     @classmethod
     def of(
@@ -199,7 +223,13 @@ class Decision:
     """What a policy decides at every evaluation."""
 
     level: I2
-    """Shape (n,): 0 .. levels-1, LEVEL_NONE or LEVEL_SCAVENGER."""
+    """Shape (n,): 0 .. levels-1, LEVEL_NONE, LEVEL_BACKGROUND or LEVEL_SCAVENGER."""
+    guarantee: F8 | None = None
+    """Bytes/s that each level of each device must get on top of its band's floor even when levels above it are busy,
+    shape (devices, levels); each device's add up to at most what ``LinkView.floor`` leaves of its rate. None: none."""
+    infeasible: B1 | None = None
+    """Transfers of requests that can't be in time, shape (n,), where the policy finds that out on its way to levels;
+    None: ask ``Policy.infeasible``."""
 
 
 @dataclass(slots=True)

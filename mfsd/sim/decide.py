@@ -8,23 +8,39 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.bands import (
+    BACKGROUND_FLOOR,
+    DEFAULT_FLOOR,
+    LEVEL_BACKGROUND,
+    LEVEL_FLOOR,
+    LEVEL_NONE,
+    LEVEL_SCAVENGER,
+    SCAVENGER_FLOOR,
+)
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
-from mfsd.sim.singlelink import Case, Outcome, Run
+from mfsd.sim.singlelink import Case, Order, Outcome, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mfsd.policy.base import Policy
-    from mfsd.policy.views import F8, I2, I4
+    from mfsd.policy.views import I2, I4
 
 LOAD_TAU_S: Final = 0.1
 """Time constant of the load average, as in mfsd/engine/estimator.py."""
+OTHERS: Final = 3
+"""Default, background and scavenger; what the control band carries is not simulated."""
 
 
-def simulate(case: Case, policy: Policy, period: float = 0.01) -> Outcome:
-    """Run a case under a policy that is asked every ``period`` seconds and at every event."""
-    return Run(case).go(PolicyDecider(case, policy), period)
+def simulate(
+    case: Case, policy: Policy, period: float = 0.01, *, floors: bool = False, until: float = math.inf
+) -> Outcome:
+    """Run a case under a policy that is asked every ``period`` seconds and at every event.
+
+    ``floors``: bands have the floors that they have by default (mfsd/bands.py), else none: order is strict but for what
+    the policy guarantees.
+    """
+    return Run(case).go(PolicyDecider(case, policy, floors=floors), period, until)
 
 
 class FixedOrder:
@@ -34,9 +50,9 @@ class FixedOrder:
         self._key = np.empty(len(order))
         self._key[list(order)] = np.arange(len(order))
 
-    def order(self, run: Run) -> F8:
-        """Position of each active transfer."""
-        return self._key[run.active]
+    def order(self, run: Run) -> Order:
+        """Position of each active transfer; crowds come last."""
+        return Order(self._key[run.active], np.full(len(run.flows), math.inf))
 
 
 class PolicyDecider:
@@ -46,17 +62,26 @@ class PolicyDecider:
     first token, others what is left of the compute.
     """
 
-    def __init__(self, case: Case, policy: Policy) -> None:
+    def __init__(self, case: Case, policy: Policy, *, floors: bool = False) -> None:
         self.policy = policy
         self._clairvoyant = policy.clairvoyant
         self._pruned = np.zeros(case.requests, dtype=np.bool_)
         self._rank = np.zeros(len(case.batches), dtype=np.int32)
         self._arranged = 0
-        self._usage = np.zeros(policy.levels + 2)
-        self._last: tuple[float, float, I4] | None = None
-        """Time, bytes left of the active transfers and their bands at the last decision."""
+        levels, after = policy.levels, policy.default_after
+        # Bands as in mfsd/bands.py, without control; a band per level.
+        self._level_bands = np.array([*range(after), *range(after + 1, levels + 1)])
+        self._other_bands = np.array([after, levels + 1, levels + 2])
+        self._floors = np.zeros(levels + OTHERS)
+        if floors:
+            self._floors[self._level_bands] = LEVEL_FLOOR
+            self._floors[self._other_bands] = (DEFAULT_FLOOR, BACKGROUND_FLOOR, SCAVENGER_FLOOR)
+        marks = policy.unannounced()[[crowd.stage for crowd in case.crowds]] if case.crowds else np.zeros(0, np.int16)
+        self._crowds = self._bands(marks).astype(np.float64)
+        self._usage = np.zeros(levels + OTHERS)
+        self._then = 0.0
 
-    def order(self, run: Run) -> F8:
+    def order(self, run: Run) -> Order:
         """Ask the policy; the default band stands after ``default_after`` levels."""
         active = np.array(run.active, dtype=np.int32)
         self._account(run)
@@ -67,28 +92,32 @@ class PolicyDecider:
             if arrangement is not None:
                 self._pruned[self._requests] = view.requests.pruned = arrangement.pruned
                 self._rank[self._batches] = view.batches.rank = arrangement.rank
-        level = self.policy.evaluate(view).level
-        run.level[active] = level
+        self.decision = self.policy.evaluate(view)
+        run.level[active] = self.decision.level
         run.seen_layer[active] = view.transfers.current_layer
-        band = self._bands(level)
-        self._last = (run.now, float(run.left[active].sum()), band[band == band.min()])
-        return band.astype(np.float64)
+        if self.decision.infeasible is not None:
+            run.infeasible[active] = self.decision.infeasible
+        assured = self._floors * run.case.rate
+        if self.decision.guarantee is not None:
+            assured[self._level_bands] += self.decision.guarantee[0]
+        given = {float(band): rate for band, rate in enumerate(assured.tolist()) if rate}
+        return Order(self._bands(self.decision.level).astype(np.float64), self._crowds, given)
 
     def _bands(self, level: I2) -> I4:
-        after, levels = self.policy.default_after, self.policy.levels
-        band = np.where(level >= after, level + 1, level).astype(np.int32)
-        band[level == LEVEL_NONE] = after
-        band[level == LEVEL_SCAVENGER] = levels + 1
+        default, background, scavenger = self._other_bands.tolist()
+        band = np.where(level >= default, level + 1, level).astype(np.int32)
+        band[level == LEVEL_NONE] = default
+        band[level == LEVEL_BACKGROUND] = background
+        band[level == LEVEL_SCAVENGER] = scavenger
         return band
 
     def _account(self, run: Run) -> None:
-        """Load per band since the last decision: between two decisions one band has the whole link."""
-        if self._last is None:
-            return
-        then, _, bands = self._last
-        weight = 1.0 - math.exp(-(run.now - then) / LOAD_TAU_S)
+        """Load per band since the last decision; rates are constant in between."""
+        weight = 1.0 - math.exp(-(run.now - self._then) / LOAD_TAU_S)
+        self._then = run.now
         self._usage *= 1.0 - weight
-        self._usage[bands[0]] += weight
+        for band, share in run.share.items():
+            self._usage[int(band)] += weight * share
 
     # --- view ---------------------------------------------------------------------------------------------------------
 
@@ -145,14 +174,22 @@ class PolicyDecider:
             compute_left=np.where(owned, compute[batch], 0.0),
             created=run.created[active],
             level=run.level[active],
+            infeasible=run.infeasible[active],
         )
         return Views(transfers, requests, batches, self._link(case), run.now)
 
     def _link(self, case: Case) -> LinkView:
         above = np.concatenate([[0.0], np.cumsum(self._usage)])
-        levels, after = self.policy.levels, self.policy.default_after
-        at = np.concatenate([np.arange(after), np.arange(after + 1, levels + 1), [levels + 1]])
-        return LinkView.of(case.rate, levels, load=np.minimum(above[-1], 1.0), load_above=np.minimum(above[at], 1.0))
+        at = [*self._level_bands, self.policy.levels + 2]
+        others = self._other_bands
+        return LinkView.of(
+            case.rate,
+            self.policy.levels,
+            load=np.minimum(above[-1], 1.0),
+            load_above=np.minimum(above[at], 1.0),
+            floor=self._floors.sum(),
+            taken=np.minimum(self._usage, self._floors)[others].sum(),
+        )
 
     def _compute_left(self, run: Run, b: int) -> float:
         spec = run.case.batches[b]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One link, fluid, exact: what a policy makes of a case when levels are strict and a level is shared fairly.
 
+Levels may be assured a rate, as classes of htb are: each gets that first, and what is left goes strictly by level.
+
 Event driven: between two events every rate is constant, so transfers end at their exact times, whatever the period of
 the timer. Events are arrivals, ends of compute, ends of transfers, and the timer at which policies are asked again;
 they are asked at every other event, too, as the engine does when hints come in.
@@ -17,16 +19,17 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
 from mfsd.bands import LEVEL_NEW
+from mfsd.model import Stage
 from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import B1, F8, I2
+    from mfsd.policy.views import B1, F8, I2, I4
 
 DONE: Final = 1e-9
 """Share of a transfer's size below which what is left is rounding."""
@@ -53,11 +56,20 @@ class BatchSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Crowd:
+    """Connections that always have something to send and announce none of it; of a stage if they are marked."""
+
+    stage: Stage = Stage.NONE
+    flows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """A link of ``rate`` bytes/s and what is to be sent over it; batches by arrival."""
 
     rate: float
     batches: tuple[BatchSpec, ...]
+    crowds: tuple[Crowd, ...] = ()
 
     @property
     def requests(self) -> int:
@@ -78,11 +90,36 @@ class Outcome:
         return int(self.met.sum())
 
 
+@dataclass(slots=True)
+class Order:
+    """Who is served before whom: smaller keys strictly first, equal ones fairly."""
+
+    key: F8
+    """Of each active transfer, shape (len(run.active),)."""
+    crowds: F8 = field(default_factory=lambda: np.zeros(0))
+    """Of each crowd of the case, shape (crowds,)."""
+    assured: dict[float, float] = field(default_factory=dict)
+    """Bytes/s that go to a key before the order counts; all together at most the rate."""
+
+    def rates(self, rate: float, flows: I4) -> tuple[F8, F8]:
+        """Bytes/s of each transfer, and of each crowd together, if the link gives ``rate``.
+
+        ``flows``: connections of each crowd, shape (crowds,).
+        """
+        every = np.concatenate([self.key, self.crowds])
+        weight = np.concatenate([np.ones(len(self.key)), flows])
+        keys, which = np.unique(every, return_inverse=True)
+        share = np.array([self.assured.get(k, 0.0) for k in keys.tolist()])
+        share[0] += rate - share.sum()
+        each = (share / np.bincount(which, weights=weight))[which] * weight
+        return each[: len(self.key)], each[len(self.key) :]
+
+
 class Decider(Protocol):
     """Decides levels; a policy behind views (mfsd/sim/decide.py), or a fixed order."""
 
-    def order(self, run: Run) -> F8:
-        """Sort key of each active transfer, shape (len(run.active),): smallest served first, equal ones fairly."""
+    def order(self, run: Run) -> Order:
+        """Say who is served before whom from now on."""
         ...
 
 
@@ -97,8 +134,14 @@ class Run:
         self.left = self.size.copy()
         self.created = np.zeros(n)
         self.level: I2 = np.full(n, LEVEL_NEW, dtype=np.int16)
+        self.infeasible = np.zeros(n, dtype=np.bool_)
         self.seen_layer = np.full(n, -1, dtype=np.int32)
         self.active: list[int] = []
+        self.flows = np.array([c.flows for c in case.crowds], dtype=np.int32)
+        self.carried = np.zeros(len(case.crowds))
+        """Bytes of each crowd so far."""
+        self.share: dict[float, float] = {}
+        """Of the link since the last decision, by key."""
         b = len(case.batches)
         self.layer = [0] * b
         self.compute_ends = [math.inf] * b
@@ -225,38 +268,51 @@ class Run:
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
-    def go(self, decider: Decider, period: float) -> Outcome:
-        """Run to the end. ``period``: seconds between timer events, inf for none."""
+    def go(self, decider: Decider, period: float, until: float = math.inf) -> Outcome:
+        """Run to the end, or to ``until``. ``period``: seconds between timer events, inf for none."""
         tick = 0
-        while self._events or self.active:
+        while (self._events or self.active) and self.now < until:
             while self._events and self._events[0][0] <= self.now:
                 _, kind, b = heapq.heappop(self._events)
                 if kind == 0:
                     self._arrive(b)
                 else:
                     self._computed(b)
-            horizon = self._events[0][0] if self._events else math.inf
+            horizon = min(self._events[0][0] if self._events else math.inf, until)
             if not self.active:
                 if horizon < math.inf:
+                    self.carried += self.case.rate * (horizon - self.now) * self.flows / max(self.flows.sum(), 1)
+                    self.share = {}
                     self.now = horizon
                 continue
-            key = decider.order(self)
-            ids = np.array(self.active)
-            served = ids[key == key.min()]
-            share = self.case.rate / len(served)
-            end = self.now + float(self.left[served].min()) / share
+            order = decider.order(self)
             if math.isfinite(period):
                 tick = max(tick, math.floor(self.now / period * (1 + 1e-12)) + 1)
                 horizon = min(horizon, tick * period)
-            until = min(end, horizon)
-            self.left[served] -= share * (until - self.now)
-            self.now = until
-            # Looked at after every event: rounding must not leave a crumb behind for a later turn.
-            done = served[self.left[served] <= DONE * self.size[served]]
-            if len(done):
-                ended = set(done.tolist())
-                self.active = [f for f in self.active if f not in ended]
-                for f in done.tolist():
-                    self._delivered(f)
+            self._serve(order, horizon)
         # A finish that is late by rounding only is in time.
         return Outcome(finish=self.finish, met=self.finish <= self.deadline * (1 + 1e-9) + 1e-12)
+
+    def _serve(self, order: Order, horizon: float) -> None:
+        """Send until a transfer ends, at most until ``horizon``."""
+        ids = np.array(self.active)
+        rate, crowd_rate = order.rates(self.case.rate, self.flows)
+        every = zip(
+            np.concatenate([order.key, order.crowds]).tolist(), np.concatenate([rate, crowd_rate]).tolist(), strict=True
+        )
+        self.share = {}
+        for key, its in every:
+            self.share[key] = self.share.get(key, 0.0) + its / self.case.rate
+        served = rate > 0
+        end = self.now + float((self.left[ids[served]] / rate[served]).min(initial=math.inf))
+        until = min(end, horizon)
+        self.left[ids] -= rate * (until - self.now)
+        self.carried += crowd_rate * (until - self.now)
+        self.now = until
+        # Looked at after every event: rounding must not leave a crumb behind for a later turn.
+        done = ids[self.left[ids] <= DONE * self.size[ids]]
+        if len(done):
+            ended = set(done.tolist())
+            self.active = [f for f in self.active if f not in ended]
+            for f in done.tolist():
+                self._delivered(f)

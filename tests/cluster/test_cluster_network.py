@@ -50,15 +50,15 @@ def test_the_switch_tells_apart_what_its_setting_says(arm: Any) -> None:
     assert marks(arm, "fifo") == {}
     classes = marks(arm, "classes")
     assert classes["control"] == classes["level 0"] == HIGH
-    assert classes["scavenger"] == LOW
+    assert classes["background"] == classes["scavenger"] == LOW
     assert classes["default"] == 0
     assert classes[f"level {arm.levels - 1}"] == (LOW if arm.classes is not None else 0)
     levels = marks(arm, "levels")
-    assert len(set(levels.values())) == len(levels) == arm.levels + 3
+    assert len(set(levels.values())) == len(levels) == arm.levels + 4
     assert min(levels.values()) == levels["control"] == LEVELS_FROM
 
 
-@pytest.mark.parametrize("name", ["ladder", "two-class", "mfs", "mfs-nop1", "sjf", "pias", "karuna"])
+@pytest.mark.parametrize("name", ["ladder", "two-class", "mfs", "mfs-nop1", "sjf", "karuna"])
 def test_collectives_go_into_the_first_class(name: str) -> None:
     arm = ARMS[name]
     level = stage_levels(make_policy(arm.policy, arm.levels, arm.params))[Stage.COLLECTIVE]
@@ -83,7 +83,7 @@ def test_a_class_per_band_has_unhinted_traffic_below_the_early_levels(name: str,
     levels = marks(ARMS[name], "levels")
     order = sorted(levels, key=levels.__getitem__)
     named = [f"level {i}" for i in range(5)]
-    assert order == ["control", *named[:early], "default", *named[early:], "scavenger"]
+    assert order == ["control", *named[:early], "default", *named[early:], "background", "scavenger"]
 
 
 def _hinter(faults: Faults) -> tuple[Hinter, Voice]:

@@ -132,7 +132,7 @@ def test_settings_are_told_with_all_their_values() -> None:
 def test_an_arm_may_be_any_policy_of_mfsd_and_nothing_else() -> None:
     for name in registry.names():
         assert arm_of(name).policy == ARMS[name].policy if name in ARMS else name
-    with pytest.raises(ValueError, match=r"arm = lader: must be one of deadline-ladder, edf, .*ladder, "):
+    with pytest.raises(ValueError, match=r"arm = lader: must be one of deadline-ladder, demand-bound, edf, .*ladder, "):
         arm_of("lader")
 
 

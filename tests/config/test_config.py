@@ -66,7 +66,7 @@ def test_the_defaults_are_valid_and_observe() -> None:
     config = parse({})
     assert config == Config()
     assert config.daemon.mode is Mode.OBSERVE
-    assert config.policy.name == "deadline-ladder"
+    assert config.policy.name == "demand-bound"
 
 
 @pytest.mark.parametrize(("section", "key"), ALL_KEYS)
@@ -176,7 +176,7 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         ),
         (
             {"bands": {"floors": [0.5, 0.3]}},
-            "bands.floors = [0.5, 0.3]: all floors together are 0.92 of the link; at most 0.9",
+            "bands.floors = [0.5, 0.3]: all floors together are 0.98 of the link; at most 0.9",
         ),
         (
             {"bands": {"levels": 1, "floors": [0.1, 0.1]}},
@@ -186,7 +186,7 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
             {"bands": {"dscp": {"level 9": 46}}},
             (
                 'bands.dscp."level 9" = 46: no such band; allowed: control, level 0, level 1, level 2, level 3, '
-                "level 4, default, scavenger"
+                "level 4, default, background, scavenger"
             ),
         ),
         (
@@ -208,15 +208,15 @@ def test_text(data: dict[str, Any], text: str) -> None:
 
 
 def test_policy_is_checked_by_the_registry() -> None:
-    assert only({"policy": {"name": "best"}}).startswith("policy.name = 'best': must be one of deadline-ladder, ")
+    assert only({"policy": {"name": "best"}}).startswith("policy.name = 'best': must be one of demand-bound, ")
     found = problems({"policy": {"nonsense": 3, "factor": "x"}})
     assert any(p.startswith("policy.nonsense = 3: ") for p in found)
     assert any(p.startswith("policy.factor = 'x': ") for p in found)
-    assert parse({"policy": {"give_up": False}}).policy.params == {"give_up": False}
+    assert parse({"policy": {"give_up": 0.1}}).policy.params == {"give_up": 0.1}
 
 
 def test_what_is_wrong_with_a_policy_is_told_at_once_and_where_it_is_written() -> None:
-    keys = {"nonsense": 3, "levels": 4, "policy": "x", "last_ms": 1.0}
+    keys = {"name": "deadline-ladder", "nonsense": 3, "levels": 4, "policy": "x", "last_ms": 1.0}
     found = problems({"policy": keys, "bands": {"levels": 1}})
     assert [p.partition(": ")[0] for p in found] == [
         "policy.nonsense = 3",
@@ -232,14 +232,14 @@ def test_what_is_wrong_with_a_policy_is_told_at_once_and_where_it_is_written() -
 
 
 def test_a_right_parameter_is_no_problem_because_another_is_wrong() -> None:
-    found = problems({"policy": {"nonsense": 3, "first_ms": 1000.0, "last_ms": 8000.0}})
+    found = problems({"policy": {"name": "deadline-ladder", "nonsense": 3, "first_ms": 1000.0, "last_ms": 8000.0}})
     assert [p.partition(" = ")[0] for p in found] == ["policy.nonsense"]
 
 
 def test_policy_parameters_that_are_right_only_together() -> None:
     # Each of them alone contradicts the other's default.
     together = {"first_ms": 1000.0, "last_ms": 8000.0}
-    assert parse({"policy": together}).policy.params == together
+    assert parse({"policy": {"name": "deadline-ladder"} | together}).policy.params == together
 
 
 def test_all_problems_at_once() -> None:

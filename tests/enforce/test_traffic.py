@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.netns
 
-CONTROL, LEVEL0, LEVEL1, DEFAULT, LEVEL2, LEVEL3, SCAVENGER = range(7)
+CONTROL, LEVEL0, LEVEL1, DEFAULT, LEVEL2, LEVEL3, BACKGROUND, SCAVENGER = range(8)
 BUCKET: Final = 64 << 10
 """Bytes that pass at once on an idle link of up to 64 Mbit/s; see htb.burst."""
 
@@ -209,15 +209,15 @@ def test_only_lanes_of_hinted_traffic_can_be_freed(bench: Bench) -> None:
         (CONTROL, 0, "never purged"),
         (DEFAULT, 0, "never purged"),
         (LEVEL2, 4, "lanes 0 to 3"),
-        (7, 0, "bands 0 to 6"),
-        (-1, 0, "bands 0 to 6"),
+        (8, 0, "bands 0 to 7"),
+        (-1, 0, "bands 0 to 7"),
     ):
         with pytest.raises(ValueError, match=message):
             e.purge([(LEVEL2, 0), (band, lane)])
     with pytest.raises(ValueError, match="lanes 0 to 3"):
         e.backlog(LEVEL2, 4)
-    with pytest.raises(ValueError, match="bands 0 to 6"):
-        e.backlog(7, 0)
+    with pytest.raises(ValueError, match="bands 0 to 7"):
+        e.backlog(8, 0)
     assert e.backlog(LEVEL2, 0) == held
     assert e.purge([]) == []
 
@@ -229,7 +229,7 @@ def test_many_lanes_in_one_call(bench: Bench) -> None:
     for turn in range(3):
         assert [(r.band, r.lane) for r in e.purge(lanes)] == lanes, turn
     assert e.verify() == []
-    assert e.counters()["backlog_packets"].tolist() == [0] * 7
+    assert e.counters()["backlog_packets"].tolist() == [0] * 8
     assert e.restore() == []
 
 
@@ -303,7 +303,7 @@ def test_the_lane_filter_of_prio_names_the_class_by_the_major_number(bench: Benc
     for priority, count in ((0x6D810003, 3), (0x6D84FFFF, 4), (0x6D820001, 5), (0, 6), (maps[LEVEL3][0], 7)):
         bench.send(priority, count)
     wait_until(lambda: e.link_bytes()[0] == 25 * FRAME)
-    assert e.counters()["packets"].tolist() == [0, 0, 3, 11, 0, 7, 4]
+    assert e.counters()["packets"].tolist() == [0, 0, 3, 11, 0, 7, 0, 4]
 
 
 @pytest.mark.bpf

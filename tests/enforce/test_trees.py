@@ -58,9 +58,10 @@ def test_htb_classes_say_what_was_asked(speed: str) -> None:
     assert size <= max(1 << 20, rate.bytes_per_s * 1e-4) * 1.01
     for band in tree.bands:
         floor = int(rate.bytes_per_s * band.spec.floor) or 1
+        prio = max(band.spec.index - 1, 0)  # control and the first level share one
         for lane in range(band.lanes):
             leaf = nodes[band.classid + lane]
-            assert leaf["prio"] == band.spec.index
+            assert leaf["prio"] == prio
             assert leaf["ceil"] == int(rate.bytes_per_s)
             assert int(leaf["quantum"]) >= 65536
             assert leaf["rate"] == (floor if band.lanes == 1 else 1)
@@ -78,19 +79,19 @@ def test_htb_layout_has_parents_first_and_the_default_class_third() -> None:
     assert default.spec.name == "default"
     assert tree.nodes[2].handle == default.classid
     assert settings("htb", "qdisc", tree.root.options)["default"] == default.classid & 0xFFFF
-    assert set(tree.counter_classes.values()) == set(range(7))
+    assert set(tree.counter_classes.values()) == set(range(8))
 
 
-def test_htb_has_eight_bands_and_says_so() -> None:
-    assert len(htb.build(plan(5), Rate.parse("1gbit")).bands) == 8
-    with pytest.raises(ValueError, match=r"9 bands, but htb has 8 priorities: set bands.levels to at most 5"):
+def test_htb_has_eight_priorities_and_says_so() -> None:
+    assert len(htb.build(plan(5), Rate.parse("1gbit")).bands) == 9
+    with pytest.raises(ValueError, match=r"6 levels, but htb has 8 priorities: set bands.levels to at most 5"):
         htb.build(plan(6), Rate.parse("1gbit"))
 
 
 def test_lanes_have_limits() -> None:
     with pytest.raises(ValueError, match="4094 at most"):
         htb.build(plan(lanes=4095), Rate.parse("1gbit"))
-    with pytest.raises(ValueError, match="12500 lanes in all, at most 10240 allowed"):
+    with pytest.raises(ValueError, match="15000 lanes in all, at most 10240 allowed"):
         htb.build(plan(lanes=2500), Rate.parse("1gbit"))
 
 
@@ -116,8 +117,8 @@ def test_prio_at_line_rate() -> None:
     tree = prio.build(plan(), None, lanes=False, weights=False)
     (root,) = tree.nodes
     assert (root.kind, root.handle, root.parent) == ("prio", ROOT, tc.TC_H_ROOT)
-    assert root.options == struct.pack("=i16B", 7, *[3] * 16)
-    assert [(b.classid, b.lanes) for b in tree.bands] == [(ROOT | i + 1, 1) for i in range(7)]
+    assert root.options == struct.pack("=i16B", 8, *[3] * 16)
+    assert [(b.classid, b.lanes) for b in tree.bands] == [(ROOT | i + 1, 1) for i in range(8)]
     assert tree.filters == []
     assert tree.counters_reset
 
@@ -125,8 +126,8 @@ def test_prio_at_line_rate() -> None:
 def test_prio_with_lanes_leads_drrs_major_numbers_to_the_bands() -> None:
     tree = prio.build(plan(), None, lanes=True, weights=False)
     drr = [n for n in tree.nodes if n.kind == "drr" and n.type == "qdisc"]
-    assert [(n.handle, n.parent) for n in drr] == [((CHILD_MAJOR + i) << 16, ROOT | i + 1) for i in (1, 2, 4, 5, 6)]
-    assert tree.filters[-1] == Filter(ROOT, tuple((CHILD_MAJOR + i, ROOT | i + 1) for i in (1, 2, 4, 5, 6)), 0)
+    assert [(n.handle, n.parent) for n in drr] == [((CHILD_MAJOR + i) << 16, ROOT | i + 1) for i in (1, 2, 4, 5, 6, 7)]
+    assert tree.filters[-1] == Filter(ROOT, tuple((CHILD_MAJOR + i, ROOT | i + 1) for i in (1, 2, 4, 5, 6, 7)), 0)
     assert tree.filters[0] == Filter((CHILD_MAJOR + 1) << 16, (), (CHILD_MAJOR + 1) << 16 | 1)
     assert [b.classid for b in tree.bands][:2] == [ROOT | 1, (CHILD_MAJOR + 1) << 16 | 1]
     lane = next(n for n in tree.nodes if n.handle == (CHILD_MAJOR + 6) << 16 | 4)
@@ -146,7 +147,7 @@ def test_tbf_above_prio_lets_large_packets_through_whole(speed: str) -> None:
 
 
 def test_prio_has_sixteen_bands() -> None:
-    assert len(prio.build(plan(13), None, lanes=True, weights=True).bands) == 16
+    assert len(prio.build(plan(12), None, lanes=True, weights=True).bands) == 16
 
 
 @pytest.mark.parametrize("lanes", [False, True])
@@ -165,7 +166,7 @@ def test_differences_say_what_it_takes() -> None:
     qdiscs, classes = objects(tree)
 
     (missing,) = differences(tree, qdiscs, classes[:-1])
-    assert (missing.how, missing.text) == (How.ADD, "class htb 6d66:7004 is missing")
+    assert (missing.how, missing.text) == (How.ADD, "class htb 6d66:8004 is missing")
 
     faster = objects(htb.build(plan(), Rate.parse("2gbit")))
     assert {d.how for d in differences(tree, *faster)} == {How.CHANGE}

@@ -45,6 +45,7 @@ MFS = [
 ]
 OTHERS: list[tuple[str, int, dict[str, Any], Callable[[ref.State, Any], list[int]]]] = [
     ("sjf", 8, {}, rivals.by_size),
+    ("sjf", 8, {"low_kb": 64.0, "high_kb": 262144.0}, rivals.by_size),
     ("sjf", 8, {"exact": True}, rivals.by_size),
     ("srpt", 5, {}, rivals.by_size),
     ("srpt", 4096, {"exact": True}, rivals.by_size),
@@ -54,6 +55,7 @@ OTHERS: list[tuple[str, int, dict[str, Any], Callable[[ref.State, Any], list[int
     ("edf-all", 8, {}, rivals.edf),
     ("edf-all", 3, {"first_ms": 10.0, "factor": 4.0}, rivals.edf),
     ("karuna", 8, {}, rivals.karuna),
+    ("karuna", 5, {"low_kb": 64.0, "high_kb": 262144.0}, rivals.karuna),
     ("sincronia", 8, {}, rivals.sincronia),
     ("sincronia", 3, {}, rivals.sincronia),
     ("llf", 4096, {}, rivals.llf),
@@ -88,14 +90,14 @@ def test_arrange(robust: bool, share: float) -> None:  # noqa: FBT001 (parametri
         view = pv.random_view(rng, int(rng.integers(0, 20)), devices=int(rng.integers(1, 4)))
         arrangement = policy.arrange(view)
         assert arrangement is not None
-        rank, pruned = ref.arrange(ref.State(view), robust=robust, budget=int(share * len(view.requests)))
+        rank, pruned = ref.arrange(ref.State(view), robust=robust, share=share)
         assert arrangement.rank.tolist() == rank, f"case {case}"
         assert arrangement.pruned.tolist() == pruned, f"case {case}"
         pruned_ever += sum(pruned)
     assert (pruned_ever > 0) == (share > 0)
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", [n for n in registry.names() if n != "demand-bound"])
 def test_infeasible(name: str) -> None:
     policy = registry.make_policy(name)
     rng = np.random.default_rng(6)

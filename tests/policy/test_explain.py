@@ -144,13 +144,25 @@ def test_explain_the_pruned() -> None:
         ("two-class", {}, {}, "It is not a collective: level 1, below all collectives; nothing promotes it.", {}),
         (
             "sjf",
-            {},
+            {"low_kb": 64, "high_kb": 262144},
             {"size": 1e6},
             "It has 1 MB (bytes in all): level 2 is for 262 kB and below 1.05 MB. Nothing promotes it.",
             {},
         ),
-        ("srpt", {}, {"left": 1e5}, "It is promoted when less than 65.5 kB is left.", {"threshold": 65536}),
-        ("pias", {}, {"left": 9e5}, "It is demoted when 262 kB have been sent.", {"level": 1, "threshold": 262144}),
+        (
+            "srpt",
+            {"low_kb": 64, "high_kb": 262144},
+            {"left": 1e5},
+            "It is promoted when less than 65.5 kB is left.",
+            {"threshold": 65536},
+        ),
+        (
+            "pias",
+            {"low_kb": 64, "high_kb": 262144},
+            {"left": 9e5},
+            "It is demoted when 262 kB have been sent.",
+            {"level": 1, "threshold": 262144},
+        ),
         (
             "edf",
             {},

@@ -206,7 +206,7 @@ def test_red_lies_between_the_tight_and_the_loose_minimum(rows: list[tuple[int, 
 
 def _prune(load: list[list[float]], due_in: list[float], member: list[int], budget: int) -> list[bool]:
     batches = len(due_in)
-    loads = pruning.Loads(np.array(load), np.zeros((batches, len(load[0]))))
+    loads = pruning.Loads(np.array(load), np.zeros((batches, len(load[0]))), np.zeros(len(load[0])))
     everyone = np.ones(len(load), dtype=np.bool_)
     order = np.arange(batches, dtype=np.int32)
     owners = np.array(member, dtype=np.int32)

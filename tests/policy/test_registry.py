@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import policy_views as pv
 
-from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER
+from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
 from mfsd.policy.parts.params import Problem, options
 from mfsd.policy.still import stage_levels
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mfsd.policy.parts import params
     from mfsd.policy.views import RequestView, TransferView
 
-DEFAULT_FIRST = "deadline-ladder"
+DEFAULT_FIRST = "demand-bound"
 
 
 def test_policies_and_the_simulator_need_numpy_and_the_ground_only() -> None:
@@ -39,7 +39,8 @@ def test_policies_and_the_simulator_need_numpy_and_the_ground_only() -> None:
 def test_names() -> None:
     assert registry.names()[0] == registry.DEFAULT == DEFAULT_FIRST
     rivals = {"fair", "two-class", "sjf", "srpt", "edf", "edf-all", "karuna", "pias", "sincronia", "llf"}
-    assert rivals | {"mfs", "mfs-nop1", "mfs-giveup", DEFAULT_FIRST} == set(registry.names())
+    ours = {DEFAULT_FIRST, "deadline-ladder", "mfs", "mfs-nop1", "mfs-giveup"}
+    assert rivals | ours == set(registry.names())
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -67,7 +68,7 @@ def test_parameters_are_described() -> None:
 @pytest.mark.parametrize(
     ("name", "levels", "given", "message"),
     [
-        ("fifo", None, {}, "policy = 'fifo': must be one of deadline-ladder, mfs"),
+        ("fifo", None, {}, "policy = 'fifo': must be one of demand-bound, deadline-ladder, mfs"),
         ("mfs", None, {"uper": 1}, "uper = 1: policy 'mfs' has no such parameter; it has: arbitration, "),
         ("fair", None, {"levels": 3}, "levels = 3: policy 'fair' has no such parameter; it has: none"),
         ("mfs", None, {"upper": 0}, "upper = 0: must be a number from 1e-06 to 1e+06"),
@@ -81,10 +82,13 @@ def test_parameters_are_described() -> None:
         ("two-class", 1, {}, "levels = 1: policy 'two-class' needs at least 2"),
         ("karuna", 2, {}, "levels = 2: policy 'karuna' needs at least 3"),
         ("edf", 1, {}, "levels = 1: policy 'edf' needs at least 2"),
+        ("sjf", None, {"low_kb": 10}, "high_kb = 0: must be at least low_kb (10)"),
         ("sjf", None, {"low_kb": 10, "high_kb": 1}, "high_kb = 1: must be at least low_kb"),
         ("karuna", None, {"low_kb": 10, "high_kb": 1}, "high_kb = 1: must be at least low_kb"),
         ("deadline-ladder", None, {"last_ms": 1}, "last_ms = 1: must be at least first_ms"),
         ("deadline-ladder", 3, {"doomed_levels": 2}, "levels = 3: policy 'deadline-ladder' needs at least 4"),
+        ("demand-bound", 2, {}, "levels = 2: policy 'demand-bound' needs at least 3"),
+        ("demand-bound", None, {"most": 1.1}, "most = 1.1: must be a number from 0 to 1"),
         ("fair", 0, {}, "levels = 0: must be an integer from 1"),
         ("fair", True, {}, "levels = True: must be an integer from 1"),
     ],
@@ -166,7 +170,7 @@ def test_the_least_levels_are_enough_and_one_less_is_refused(name: str) -> None:
     view = pv.random_view(np.random.default_rng(1), 40, levels=least)
     policy = registry.make_policy(name, least)
     level = policy.evaluate(view).level
-    assert set(level[(level >= 0) & (level < LEVEL_NEW)].tolist()) <= set(range(least))
+    assert set(level[(level >= 0) & (level < LEVEL_BACKGROUND)].tolist()) <= set(range(least))
     assert 0 <= policy.default_after <= least
     assert [p.field for p in registry.problems(name, least - 1)] == ["levels"]
 
@@ -196,20 +200,51 @@ def _levels(
 @pytest.mark.parametrize(
     ("name", "want"),
     [
+        ("demand-bound", [-1, 4, 1, 4]),
         ("deadline-ladder", [-1, 4, 0, 4]),
         ("mfs", [-1, 1, 1, 4]),
         ("mfs-nop1", [-1, 0, 0, 4]),
         ("fair", [-1, -1, -1, -1]),
         ("two-class", [-1, 1, 0, 1]),
-        ("sjf", [-1, 0, 0, 0]),
-        ("pias", [-1, 0, 0, 0]),
+        ("sjf", [-1, 2, 2, 2]),
+        ("srpt", [-1, 2, 2, 2]),
+        ("pias", [-1, 4, 4, 4]),
         ("edf", [-1, 4, 4, 3]),
-        ("edf-all", [-1, 4, 4, 4]),
-        ("karuna", [-1, 1, 1, 1]),
+        ("edf-all", [-1, 4, 0, 4]),
+        ("karuna", [-1, 2, 2, 2]),
+        ("sincronia", [-1, 2, 2, 2]),
     ],
 )
 def test_levels_of_stages_of_which_nothing_else_is_known(name: str, want: list[int]) -> None:
-    assert stage_levels(registry.make_policy(name, 5)).tolist() == want
+    """By size, in the middle and just above unhinted traffic, but for PIAS; by deadline, collectives are due now."""
+    policy = registry.make_policy(name, 5)
+    background = LEVEL_NONE if name == "fair" else LEVEL_BACKGROUND
+    assert stage_levels(policy).tolist() == [*want, background]
+    if name in ("sjf", "srpt"):
+        assert want[1] == policy.default_after - 1
+
+
+def test_size_classes_follow_the_sizes_seen() -> None:
+    """Whatever their unit: as many transfers in each."""
+    t = pv.transfers(4, stage=[2, 3, 1, 3], size=[1e3, 2e3, 4e3, 8e3])
+    assert _levels("sjf", {}, t, levels=4) == [0, 1, 2, 3]
+    t.size *= 1e6
+    assert _levels("sjf", {}, t, levels=4) == [0, 1, 2, 3]
+    view = pv.view(t)
+    view.sizes = np.array([1e11, 2e11])
+    assert registry.make_policy("sjf", 4).evaluate(view).level.tolist() == [0, 0, 0, 0]
+    t.size[:] = 5e3
+    assert _levels("sjf", {}, t, levels=4) == [1, 1, 1, 1]  # all alike: the middle
+    assert _levels("sjf", {"low_kb": 1.0, "high_kb": 4.0}, t, levels=4) == [3, 3, 3, 3]
+
+
+def test_collectives_with_bytes_or_a_deadline_are_transfers_like_all_others() -> None:
+    t = pv.transfers(3, stage=[2, 3, 2], size=[1e6, 2e6, 3e6], deadline=[0.03, 0.3, math.inf])
+    for name in ("sjf", "srpt"):
+        t.left[:] = t.size
+        assert _levels(name, {}, t, levels=3) == [0, 1, 2]
+    assert _levels("edf", {}, t) == [1, 4, 7]
+    assert _levels("edf-all", {}, t) == [1, 4, 7]
 
 
 def test_two_class() -> None:

@@ -16,10 +16,10 @@ from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
 from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.sim.decide import FixedOrder, PolicyDecider, simulate
-from mfsd.sim.singlelink import BatchSpec, Case, RequestSpec, Run
+from mfsd.sim.singlelink import BatchSpec, Case, Order, RequestSpec, Run
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import F8, I4, Views
+    from mfsd.policy.views import I4, Views
 
 TINY = Shape(batches=(2, 5), requests=(1, 3), layers=(1, 4), instances=2)
 
@@ -64,7 +64,7 @@ class Meter(PolicyDecider):
         super().__init__(case, registry.make_policy(name))
         self.seen: list[tuple[float, float, float]] = []
 
-    def order(self, run: Run) -> F8:
+    def order(self, run: Run) -> Order:
         self.seen.append((run.now, float(run.left.sum()), float(run.left[run.active].sum())))
         return super().order(run)
 
@@ -188,6 +188,9 @@ C = BatchSpec(0.0, 0.0, (0.0,), (RequestSpec(7.0, p2d=(3.0,)),), instance=2)
 EXAMPLE = Case(1.0, (A, B, C))
 """Sizes on a link of unit rate, work after it, deadlines: A 2/9/18, B 4/6/12 (two requests), C 3/0/7."""
 BYTES = {"low_kb": 2.5 / 1024, "high_kb": 3.5 / 1024}
+TOP = {"upper": 1.0, "origin": 0, "red_classes": 2, "drop_budget": 0.0}
+"""MLU 1 on top, and nothing pruned: pruning charges B with C, which comes before it by deadline but will wait for it in
+fact, finds B late for that and prunes C."""
 
 
 @pytest.mark.parametrize(
@@ -198,7 +201,8 @@ BYTES = {"low_kb": 2.5 / 1024, "high_kb": 3.5 / 1024}
         ("srpt", {"exact": True}, 2),
         ("edf", {"exact": True}, 2),
         ("karuna", BYTES, 2),
-        ("mfs", {"upper": 1.0, "origin": 0, "red_classes": 2}, 4),
+        ("mfs", TOP, 4),
+        ("mfs", TOP | {"drop_budget": 0.2}, 3),
         ("llf", {}, 4),
     ],
 )
@@ -207,21 +211,21 @@ def test_the_example_of_the_paper(name: str, params: dict[str, Any], met: int) -
 
 
 def test_mfs_finishes_c_and_a_exactly_on_time() -> None:
-    policy = registry.make_policy("mfs", 16, {"upper": 1.0, "origin": 0, "red_classes": 2})
+    policy = registry.make_policy("mfs", 16, TOP)
     assert simulate(EXAMPLE, policy, 0.01).finish.tolist() == pytest.approx([18.0, 10.0, 10.0, 7.0])
 
 
 def test_all_four_is_the_best_of_any_order_and_needs_the_promotion() -> None:
     """Fixed orders reach it too, but only the one that the promotion of C in the middle amounts to."""
     assert brute_force(EXAMPLE) == 4
-    policy = registry.make_policy("mfs", 16, {"upper": 1.0, "origin": 0, "red_classes": 2, "promotion": False})
+    policy = registry.make_policy("mfs", 16, TOP | {"promotion": False})
     assert simulate(EXAMPLE, policy, 0.01).count == 3
 
 
 def test_the_published_threshold_promotes_c_too_early() -> None:
     """With U or U / E on top C is lifted at half the link or less, and takes the time that B doesn't have."""
     for origin in (0, 1):
-        policy = registry.make_policy("mfs", 16, {"upper": 0.5, "origin": origin, "red_classes": 2})
+        policy = registry.make_policy("mfs", 16, TOP | {"upper": 0.5, "origin": origin})
         assert simulate(EXAMPLE, policy, 0.01).met.tolist() == [True, False, False, True]
 
 

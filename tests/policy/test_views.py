@@ -12,7 +12,18 @@ import pytest
 
 from mfsd.bands import LEVEL_NEW
 from mfsd.model import Stage
-from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, UNSTAGED, BatchView, LinkView, RequestView, TransferView, Views
+from mfsd.policy.views import (
+    BACKGROUND,
+    COLLECTIVE,
+    KV_REUSE,
+    P2D,
+    UNSTAGED,
+    BatchView,
+    LinkView,
+    RequestView,
+    TransferView,
+    Views,
+)
 
 NEUTRAL: dict[type, dict[str, Any]] = {
     TransferView: {
@@ -33,6 +44,8 @@ NEUTRAL: dict[type, dict[str, Any]] = {
         "level": LEVEL_NEW,
         "device": 0,
         "peer": -1,
+        "max_defer": math.inf,
+        "infeasible": False,
     },
     RequestView: {"deadline": math.inf, "arrival": 0.0, "batch": -1, "compute_left": 0.0, "pruned": False},
     BatchView: {
@@ -76,6 +89,8 @@ def test_links() -> None:
     assert link.load.tolist() == [0.5, 0.5]
     assert link.load_above.tolist() == [[0.0, 0.1, 0.2, 0.3]] * 2
     assert link.peer_rate.tolist() == []
+    assert (link.floor.tolist(), link.taken.tolist()) == ([0.0, 0.0], [0.0, 0.0])
+    assert LinkView.of([1e8, 2e8], 3, floor=0.2, taken=[0.1, 0.0]).floor.tolist() == [0.2, 0.2]
     assert LinkView.of(1e9, 3, peer_rate=[1.0]).load_above.shape == (1, 4)
     assert LinkView.of(1e9, 3, peer_rate=[1.0]).peer_rate.tolist() == [1.0]
 
@@ -83,7 +98,15 @@ def test_links() -> None:
 def test_a_state_without_requests_and_batches() -> None:
     view = Views.of(TransferView.of(1), LinkView.of(1.0, 1))
     assert (len(view.transfers), len(view.requests), len(view.batches), view.now) == (1, 0, 0, 0.0)
+    assert (len(view.sizes), view.cluster_requests) == (0, 0)
 
 
 def test_stages_are_those_of_the_model() -> None:
-    assert (UNSTAGED, KV_REUSE, COLLECTIVE, P2D) == (0, 1, 2, 3) == tuple(Stage)
+    assert (UNSTAGED, KV_REUSE, COLLECTIVE, P2D, BACKGROUND) == (0, 1, 2, 3, 4) == tuple(Stage)
+
+
+def test_rows_can_be_taken() -> None:
+    some = TransferView.of(4, stage=3, left=[1.0, 2.0, 3.0, 4.0]).take(np.array([3, 0]))
+    assert some.left.tolist() == [4.0, 1.0]
+    assert some.stage.tolist() == [3, 3]
+    assert some.deadline.tolist() == [math.inf, math.inf]

@@ -254,7 +254,7 @@ def test_reload_changes_what_can_change_and_names_the_rest(spawn: Callable[[], P
         assert client.flush(PATIENCE_S)
         config.write_text(
             config.read_text()
-            + 'mode = "enforce"\nslots = 32\n[policy]\ngive_up = false\n[limits]\nmax_requests_per_session = 1\n'
+            + 'mode = "enforce"\nslots = 32\n[policy]\ngive_up = 0.1\n[limits]\nmax_requests_per_session = 1\n'
             + '[bands]\ndscp = { "level 0" = 46 }\nlanes = 4\n[[peer]]\nnetwork = "10.0.0.0/8"\nrate = "1gbit"\n'
         )
         process.popen.send_signal(signal.SIGHUP)
@@ -282,7 +282,7 @@ def test_a_policy_that_needs_other_bands_waits_for_a_restart(spawn: Callable[[],
     process.note_with("RELOADING=1")
     process.note_with("READY=1")
     status = process.status()
-    assert status.policy == "deadline-ladder"
+    assert status.policy == "demand-bound"
     assert list(status.notices)[-1] == "policy.name: changed in the file, takes effect at the next restart"
 
 

@@ -53,7 +53,7 @@ def test_status(api: Api, running: Running, busy: int) -> None:
     status = api.control.GetStatus(pb.GetStatusRequest())
     assert status.version == mfsd.__version__
     assert status.epoch == running.ask(lambda e: e.epoch)
-    assert (status.mode, status.paused, status.policy) == (pb.MODE_OBSERVE, False, "deadline-ladder")
+    assert (status.mode, status.paused, status.policy) == (pb.MODE_OBSERVE, False, "demand-bound")
     assert (status.sessions, status.requests, status.transfers, status.connections) == (1, 1, 2, 1)
     assert status.slots == running.config.daemon.slots
     assert status.counters.hints_accepted == 3

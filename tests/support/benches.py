@@ -29,8 +29,9 @@ PORT: Final = 9000
 
 
 def plan(levels: int = 4, **changes: Any) -> Bands:
-    """Control, levels 0 and 1, default, the other levels, scavenger; four lanes."""
-    return Bands.build(levels, **({"default_after": 2, "lanes": 4} | changes))
+    """Control, levels 0 and 1, default, the other levels, background, scavenger; four lanes, floors as of old."""
+    bare: dict[str, Any] = {"level_floors": (0.0,) * levels, "background_floor": 0.0, "scavenger_floor": 0.0}
+    return Bands.build(levels, **({"default_after": 2, "lanes": 4} | bare | changes))
 
 
 @dataclass

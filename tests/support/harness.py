@@ -212,7 +212,7 @@ class Host:
         rate: float = 125e6,
         limits: LimitsConfig | None = None,
         rescue: RescueConfig | None = None,
-        floors: tuple[float, ...] = (),
+        floors: tuple[float, ...] = (0.0,) * 5,
         peers: Sequence[PeerConfig] = (),
         devices: int = 1,
     ) -> None:

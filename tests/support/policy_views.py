@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER
+from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_SCAVENGER
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
 PEERS = 5
@@ -73,7 +73,7 @@ def random_view(
     size = rng.lognormal(13, 2, n)
     t = transfers(
         n,
-        stage=rng.choice([0, 1, 2, 3, 3], n),
+        stage=rng.choice([0, 1, 2, 3, 3, 4], n),
         size=size,
         left=size * rng.uniform(1e-3, 1, n),
         ahead=np.where(rng.random(n) < 0.3, rng.lognormal(13, 1, n), 0.0),
@@ -87,13 +87,23 @@ def random_view(
         deadline=np.where(owner >= 0, r.deadline[owner], np.where(rng.random(n) < 0.5, own, np.inf)),
         compute_left=np.where(owner >= 0, r.compute_left[owner], 0.0),
         created=rng.uniform(-1, 0, n),
-        level=rng.choice([LEVEL_NEW, LEVEL_SCAVENGER, *range(min(levels, 14))], n),
+        level=rng.choice([LEVEL_NEW, LEVEL_SCAVENGER, LEVEL_BACKGROUND, *range(min(levels, 14))], n),
         device=rng.integers(0, devices, n),
         peer=rng.integers(-1, PEERS, n),
+        max_defer=rng.choice([0.5, np.inf, np.inf], n),
+        infeasible=rng.random(n) < 0.1,
     )
     above = np.sort(rng.uniform(0, 1, (devices, levels + 1)), axis=1)
     slow = rng.choice([2e7, 2.5e8, np.inf], PEERS) if rng.random() < 0.5 else ()
+    floor = rng.choice([0.0, 0.2], devices)
     net = link(
-        rng.choice([0.0, 1.25e8, 1e9, 1e9], devices), levels, load=above[:, -1], load_above=above, peer_rate=slow
+        rng.choice([0.0, 1.25e8, 1e9, 1e9], devices),
+        levels,
+        load=above[:, -1],
+        load_above=above,
+        floor=floor,
+        taken=floor * rng.random(devices),
+        peer_rate=slow,
     )
-    return Views(t, r, b, net, 0.0)
+    sizes = rng.lognormal(13, 2, int(rng.integers(0, 30))) if rng.random() < 0.5 else np.zeros(0)
+    return Views(t, r, b, net, 0.0, sizes, int(rng.choice([0, 3 * requests_n])))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
     from support.namespaces import NetnsPair
 
-CONTROL, LEVEL0, LEVEL1, DEFAULT, LEVEL2, LEVEL3, SCAVENGER = range(7)
+CONTROL, LEVEL0, LEVEL1, DEFAULT, LEVEL2, LEVEL3, BACKGROUND, SCAVENGER = range(8)
 BUCKET: Final = 2 * 65536
 """Bytes that pass at once on an idle tbf of ours; see prio.build."""
 

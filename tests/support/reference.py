@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from mfsd.policy.views import Views
 
-NEW, NONE, SCAVENGER = 0x7FFE, -1, 0x7FFF
-KV, COLLECTIVE, P2D = 1, 2, 3
+NEW, NONE, SCAVENGER, BACK = 0x7FFE, -1, 0x7FFF, 0x7FFD
+KV, COLLECTIVE, P2D, BACKGROUND = 1, 2, 3, 4
 
 
 class State:
@@ -24,6 +24,8 @@ class State:
 
     def __init__(self, view: Views) -> None:
         self.t, self.r, self.b, self.link, self.now = view.transfers, view.requests, view.batches, view.link, view.now
+        self.sizes = view.sizes.tolist() or view.transfers.size.tolist()
+        self.live = max(view.cluster_requests, len(view.requests))
 
     def rows(self) -> range:
         return range(len(self.t))
@@ -39,6 +41,14 @@ class State:
 
     def path(self, i: int) -> float:
         return min(self.rate(i), self.far(i))
+
+    def out_of_order(self, i: int) -> int | None:
+        """Level of what every policy treats alike."""
+        return {0: NONE, BACKGROUND: BACK}.get(int(self.t.stage[i]))
+
+    def waited_for(self, i: int) -> float:
+        """Bytes that somebody waits for."""
+        return 0.0 if self.t.stage[i] == BACKGROUND else float(self.t.left[i])
 
     def of_request(self, i: int) -> list[int]:
         """Transfers of the same request on the same device, itself included."""
@@ -63,8 +73,8 @@ class State:
 
 def needed(s: State, i: int) -> float:
     own = s.t.left[i] + s.t.ahead[i]
-    here = max(own, sum(s.t.left[j] for j in s.of_request(i))) / s.rate(i)
-    there = max(own, sum(s.t.left[j] for j in s.to_the_same_peer(i))) / s.far(i)
+    here = max(own, sum(s.waited_for(j) for j in s.of_request(i))) / s.rate(i)
+    there = max(own, sum(s.waited_for(j) for j in s.to_the_same_peer(i))) / s.far(i)
     return float(max(here, there, s.t.compute_left[i]))
 
 
@@ -72,11 +82,12 @@ def doomed_requests(s: State, margin: float = 0.0, given_up: Callable[[int], boo
     out = set()
     for q in range(len(s.r)):
         mine = [i for i in s.rows() if s.t.request[i] == q]
+        waited = [i for i in mine if s.t.stage[i] != BACKGROUND]
         slack = 1.0 if any(given_up(i) for i in mine) else 1.0 + margin
         left = s.r.deadline[q] - s.now
         if left <= 0 or s.r.compute_left[q] > left * slack:
             out.add(q)
-        for i in mine:
+        for i in waited:
             time_left = s.t.deadline[i] - s.now
             if time_left <= 0 or needed(s, i) > time_left * slack:
                 out.add(q)
@@ -87,7 +98,9 @@ def doomed(s: State, margin: float = 0.0, given_up: Callable[[int], bool] = lamb
     requests = doomed_requests(s, margin, given_up)
     out = []
     for i in s.rows():
-        if s.t.request[i] >= 0:
+        if s.t.stage[i] == BACKGROUND:
+            out.append(False)
+        elif s.t.request[i] >= 0:
             out.append(int(s.t.request[i]) in requests)
         else:
             time_left = s.t.deadline[i] - s.now
@@ -153,7 +166,9 @@ def dense(keys: Sequence[float]) -> list[int]:
 Link = tuple[str, int]
 
 
-def link_load(s: State, owner: Callable[[int], bool], unknown: float = math.inf) -> dict[Link, float]:
+def link_load(
+    s: State, owner: Callable[[int], bool], unknown: float = math.inf, *, future: bool = False
+) -> dict[Link, float]:
     """Seconds of each link that the transfers chosen by ``owner`` need: our devices, then the links into known peers.
 
     ``unknown``: what a device of unknown rate counts as. A peer's link of unknown rate is like the device before it.
@@ -163,10 +178,26 @@ def link_load(s: State, owner: Callable[[int], bool], unknown: float = math.inf)
     for i in s.rows():
         if owner(i):
             rate = s.rate(i) if math.isfinite(s.rate(i)) else unknown
-            out["out", int(s.t.device[i])] += s.t.left[i] / rate
+            octets = s.waited_for(i) + (to_come(s, i) if future else 0.0)
+            out["out", int(s.t.device[i])] += octets / rate
             if s.t.peer[i] >= 0:
-                out["in", int(s.t.peer[i])] += s.t.left[i] / (s.far(i) if math.isfinite(s.far(i)) else rate)
+                out["in", int(s.t.peer[i])] += octets / (s.far(i) if math.isfinite(s.far(i)) else rate)
     return out
+
+
+def to_come(s: State, i: int) -> float:
+    """Bytes of layers after the last one announced, each like that one: collectives of a batch, P2D of a request."""
+    stage, batch, request = int(s.t.stage[i]), int(s.t.batch[i]), int(s.t.request[i])
+    owner, column = (batch, s.t.batch) if stage == COLLECTIVE else (request, s.t.request)
+    if stage not in (COLLECTIVE, P2D) or batch < 0 or owner < 0 or s.b.compute_done[batch]:
+        return 0.0
+    alike = [
+        int(s.t.target_layer[j])
+        for j in s.rows()
+        if s.t.stage[j] == stage and column[j] == owner and s.t.batch[j] >= 0 and not s.b.compute_done[s.t.batch[j]]
+    ]
+    layer = int(s.t.target_layer[i])
+    return float(s.t.size[i]) * max(int(s.b.layers[batch]) - 1 - layer, 0) if layer == max(alike) else 0.0
 
 
 def compute_left(s: State, batch: int) -> float:
@@ -185,17 +216,27 @@ def rank_batches(s: State, *, robust: bool) -> list[int]:
     return sorted(range(len(s.b)), key=key)
 
 
-def arrange(s: State, *, robust: bool, budget: int) -> tuple[list[int], list[bool]]:
-    """Rank of each batch and pruned requests (algorithm 1 of the paper)."""
+def arrange(s: State, *, robust: bool, share: float) -> tuple[list[int], list[bool]]:
+    """Rank of each batch and pruned requests (algorithm 1 of the paper). ``share``: drop budget, of live requests."""
     order = rank_batches(s, robust=robust)
-    request_load = [link_load(s, lambda i: bool(s.t.request[i] == q)) for q in range(len(s.r))]  # noqa: B023 (used at once)
-    pruned = [False] * len(s.r)
-    before = link_load(s, lambda _: False)
+    request_load = [
+        link_load(s, lambda i: bool(s.t.request[i] == q), future=True)  # noqa: B023 (used at once)
+        for q in range(len(s.r))
+    ]
+    budget = max(int(share * s.live), 1) if share else 0
+    # Who was pruned stays so when its prefill has ended; the others are judged anew.
+    pruned = [bool(budget and s.r.pruned[q] and s.r.batch[q] < 0) for q in range(len(s.r))]
+    outside = {q for q in range(len(s.r)) if s.r.batch[q] < 0 and not s.r.pruned[q]}
+    before = link_load(
+        s,
+        lambda i: int(s.t.request[i]) in outside or (s.t.request[i] < 0 and s.t.batch[i] < 0),
+        future=True,
+    )
     pool: list[int] = []
     for batch in order:
         mine = s.members(batch)
         loads = [request_load[q] for q in mine]
-        loads.append(link_load(s, lambda i: bool(s.t.request[i] < 0 and s.t.batch[i] == batch)))  # noqa: B023 (the same)
+        loads.append(link_load(s, lambda i: bool(s.t.request[i] < 0 and s.t.batch[i] == batch), future=True))  # noqa: B023 (the same)
         total = {link: x + sum(load[link] for load in loads) for link, x in before.items()}
         pool += [q for q in mine if math.isfinite(s.r.deadline[q])]
         due_in = red([float(s.r.deadline[q]) for q in mine])[1] - s.now
@@ -217,7 +258,7 @@ def arrange(s: State, *, robust: bool, budget: int) -> tuple[list[int], list[boo
 
 
 def fresh(s: State, i: int) -> bool:
-    return int(s.t.level[i]) in (NEW, NONE, SCAVENGER)
+    return int(s.t.level[i]) in (NEW, NONE, SCAVENGER, BACK)
 
 
 def may_change(s: State, i: int, p: Any) -> bool:
@@ -243,8 +284,9 @@ def ladder(s: State, p: Any) -> list[int]:
     out = []
     for i in s.rows():
         stage, batch = s.t.stage[i], int(s.t.batch[i])
-        if stage == 0:
-            out.append(NONE)
+        odd = s.out_of_order(i)
+        if odd is not None:
+            out.append(odd)
             continue
         if stage == P2D and lost_rows[i]:
             work = sum(float(s.t.left[j]) for j in s.of_request(i)) / s.path(i)
@@ -279,8 +321,9 @@ def mfs(s: State, p: Any) -> list[int]:
         pruned = p.pruning and s.t.request[i] >= 0 and bool(s.r.pruned[s.t.request[i]])
         demoted = pruned and (stage == P2D or (stage == KV and p.prune_early))
         demoted |= stage == P2D and p.late_infeasible == "scavenger" and lost[i]
-        if stage == 0:
-            out.append(NONE)
+        odd = s.out_of_order(i)
+        if odd is not None:
+            out.append(odd)
         elif demoted:
             out.append(SCAVENGER)
         elif not may_change(s, i, p):

@@ -5,9 +5,9 @@ Layout, for a plan whose band *b* stands in strict order::
 
     6d66:            root, default class = the default band
       6d66:1         the link: rate = ceil = the device's rate
-        6d66:B001    a band of one lane: rate = its floor, prio = b          (B = b + 1, hexadecimal)
+        6d66:B001    a band of one lane: rate = its floor, prio = the band's (B = b + 1, hexadecimal)
         6d66:B000    a band of several lanes: rate = its floor
-          6d66:B001..  its lanes: rate ~ 0, prio = b, served in turns by quantum
+          6d66:B001..  its lanes: rate ~ 0, prio = the band's, served in turns by quantum
 
 Why it is strict and yet has floors: htb_dequeue serves all classes that are inside their own ``rate`` first (leaves,
 then inner classes), the others, which borrow from the link, strictly by ``prio``. A rate of 1 byte/s is the smallest
@@ -24,7 +24,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import HTB_PRIOS, Bands, BandSpec, Role
+from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS, Bands, BandSpec, Role
 from mfsd.datapath import tc
 from mfsd.datapath.formats import (
     HTB_GLOB,
@@ -68,11 +68,10 @@ def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
 
     Raises ValueError for more bands than htb has priorities, or more lanes than minor numbers.
     """
-    if len(bands) > HTB_PRIOS:
-        extra = len(bands) - len(bands.level_bands)
+    if not fits(bands):
         raise ValueError(
-            f"{len(bands)} bands, but htb has {HTB_PRIOS} priorities: set bands.levels to at most {HTB_PRIOS - extra}, "
-            "or use backend prio (up to 16 bands)"
+            f"{len(bands.level_bands)} levels, but htb has {HTB_PRIOS} priorities: set bands.levels to at most "
+            f"{MAX_HTB_LEVELS}, or use backend prio (up to 16 bands)"
         )
     wide = [b for b in bands.bands if b.lanes > MAX_LANES]
     if wide:
@@ -100,6 +99,11 @@ def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
             maker.rated(b, int(link * max(guaranteed.get(b.index, 0.0), b.floor))) for b in bands.bands
         ],
     )
+
+
+def fits(bands: Bands) -> bool:
+    """Htb has a priority for every band."""
+    return bands.bands[-1].prio < HTB_PRIOS
 
 
 def _leaf(band: BandSpec) -> int:
@@ -163,20 +167,20 @@ class _Maker:
     def rated(self, band: BandSpec, rate: int) -> Node:
         """The class that holds a band's own rate, with another one."""
         where = _leaf(band) if band.lanes == 1 else _inner(band)
-        return self.node(where, ROOT | LINK_MINOR, min(max(rate, NO_FLOOR), self.link), band.index)
+        return self.node(where, ROOT | LINK_MINOR, min(max(rate, NO_FLOOR), self.link), band.prio)
 
     def band(self, band: BandSpec) -> list[Group]:
         floor = max(int(self.link * band.floor), NO_FLOOR)
         share = f"floor {band.floor:.1%} of the link" if band.floor else "no floor"
         link = ROOT | LINK_MINOR
         if band.lanes == 1:
-            return [self.single(f"Band {band.index} ({band.name}): {share}", _leaf(band), link, floor, band.index)]
+            return [self.single(f"Band {band.index} ({band.name}): {share}", _leaf(band), link, floor, band.prio)]
         inner, first = _inner(band), _leaf(band)
-        lanes = tuple(self.node(first + i, inner, NO_FLOOR, band.index) for i in range(band.lanes))
+        lanes = tuple(self.node(first + i, inner, NO_FLOOR, band.prio) for i in range(band.lanes))
         start = first & 0xFFFF
         loop = f"for i in $(seq {start} {start + band.lanes - 1}); do {{}}; done"
-        one = self.command(f'{MAJOR:x}:$(printf %x "$i")', inner, NO_FLOOR, band.index)
+        one = self.command(f'{MAJOR:x}:$(printf %x "$i")', inner, NO_FLOOR, band.prio)
         return [
-            self.single(f"Band {band.index} ({band.name}): {share}", inner, link, floor, band.index),
+            self.single(f"Band {band.index} ({band.name}): {share}", inner, link, floor, band.prio),
             Group(f"Its {band.lanes} lanes, served in turns", loop.format(one), lanes),
         ]

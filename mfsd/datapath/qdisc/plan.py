@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import HTB_PRIOS
+from mfsd.bands import MAX_HTB_LEVELS
 from mfsd.datapath.facts import kernel_has
 from mfsd.datapath.qdisc import htb, prio
 from mfsd.units import Rate
@@ -88,7 +88,7 @@ def choose(sock: TcSocket, device: DeviceFacts, bands: Bands, backend: str, rate
 
 
 def _auto(sock: TcSocket, bands: Bands, choice: Choice) -> None:
-    many = len(bands) > HTB_PRIOS
+    many = not htb.fits(bands)
     if choice.rate is not None and not many and kernel_has(sock, "htb"):
         choice.backend = "htb"
         choice.reasons.append(f"auto: htb, because a rate is given ({choice.rate}): strict bands with floors and lanes")
@@ -97,7 +97,7 @@ def _auto(sock: TcSocket, bands: Bands, choice: Choice) -> None:
         why = (
             "no rate is given: bands at line rate"
             if choice.rate is None
-            else f"{len(bands)} bands are more than htb's {HTB_PRIOS}"
+            else f"{len(bands.level_bands)} levels are more than htb's {MAX_HTB_LEVELS}"
             if many
             else "the kernel has no htb"
         )

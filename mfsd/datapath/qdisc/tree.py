@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import Role
+from mfsd.bands import HINTED
 from mfsd.datapath import tc
 from mfsd.datapath.formats import settings
 from mfsd.datapath.handles import LEAF_MAJORS
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from mfsd.bands import BandSpec
 
-PURGEABLE: Final = frozenset({Role.LEVEL, Role.SCAVENGER})
-"""Bands that hold hinted traffic only. Control and default carry UDP, unhinted and pure ACK packets: never purged."""
+PURGEABLE: Final = HINTED
+"""Control and default carry UDP, unhinted and pure ACK packets: never purged."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,24 @@ import numpy as np
 
 from mfsd.policy.mfs import pruning, red
 from mfsd.policy.parts import bound
-from mfsd.policy.views import Arrangement
+from mfsd.policy.views import BACKGROUND, COLLECTIVE, P2D, Arrangement
 
 if TYPE_CHECKING:
     from mfsd.policy.views import F8, Views
 
 
 def arrange(view: Views, *, robust: bool, budget: int) -> Arrangement:
-    """Rank the batches, by RED if ``robust`` else by earliest deadline, and prune at most ``budget`` requests."""
+    """Rank the batches, by RED if ``robust`` else by earliest deadline, and prune at most ``budget`` requests.
+
+    Those pruned before that have ended their prefill stay so, within the budget; the others are judged anew.
+    """
     requests, batches = view.requests, view.batches
     effective = red.effective(requests.deadline, requests.batch, len(batches))
     rank = red.ranks(effective.red if robust else effective.tight, batches.arrival)
-    pruned = np.zeros(len(requests), dtype=np.bool_)
+    pruned = requests.pruned & (requests.batch < 0) if budget else np.zeros(len(requests), dtype=np.bool_)
+    budget -= int(pruned.sum())
     if budget > 0 and len(batches):
-        pruned, _ = pruning.prune(
+        more, _ = pruning.prune(
             np.argsort(rank).astype(np.int32),
             effective.loose - view.now,
             compute_left(view),
@@ -31,6 +35,7 @@ def arrange(view: Views, *, robust: bool, budget: int) -> Arrangement:
             np.isfinite(requests.deadline),
             budget,
         )
+        pruned = pruned | more
     return Arrangement(rank=rank, pruned=pruned)
 
 
@@ -44,6 +49,28 @@ def compute_left(view: Views) -> F8:
     return out
 
 
+def octets(view: Views) -> F8:
+    """Bytes that each transfer stands for, shape (n,): what is left of it, and its like in layers still to come.
+
+    Collectives and stage 3 of a layer are announced when it is their turn. While the batch computes, each of the layers
+    after the last one announced counts like that one. Nobody waits for background transfers.
+    """
+    t, b = view.transfers, view.batches
+    out: F8 = t.left * (t.stage != BACKGROUND)
+    if not len(b):
+        return out
+    for stage, owner in ((COLLECTIVE, t.batch), (P2D, t.request)):
+        computing = (t.batch >= 0) & ~b.compute_done.take(t.batch)
+        rows = np.flatnonzero((t.stage == stage) & (owner >= 0) & computing)
+        if len(rows):
+            whose, layer = owner.take(rows).astype(np.intp), t.target_layer.take(rows)
+            last = np.full(int(whose.max()) + 1, -1, dtype=np.int32)
+            np.maximum.at(last, whose, layer)
+            to_come = np.maximum(b.layers.take(t.batch.take(rows)) - 1 - layer, 0)
+            out[rows] += t.size.take(rows) * to_come * (layer == last.take(whose))
+    return out
+
+
 def link_loads(view: Views) -> pruning.Loads:
     """Link time per request and batch: this host's devices first, then the links into known peers.
 
@@ -52,18 +79,21 @@ def link_loads(view: Views) -> pruning.Loads:
     t, requests = view.transfers, len(view.requests)
     devices, peers = len(view.link.rate), int(view.transfers.peer.max(initial=-1)) + 1
     links = devices + peers
+    weights = octets(view)
     # Row of the matrix: its request, else its batch; one row in between for what belongs to nobody (batch -1).
     owner = t.request * np.int32(links)
     alone = np.flatnonzero(t.request < 0)
     owner[alone] = (t.batch[alone] + requests + 1) * links
     cells = (requests + 1 + len(view.batches)) * links
-    flat: F8 = np.bincount(owner + t.device, weights=t.left, minlength=cells).astype(np.float64, copy=False)
+    flat: F8 = np.bincount(owner + t.device, weights=weights, minlength=cells).astype(np.float64, copy=False)
     matrix = flat.reshape(-1, links)
     rate = np.where(view.link.rate > 0, view.link.rate, np.inf)
     matrix /= np.append(rate, np.ones(peers))
     if peers:
         far = t.peer >= 0
-        seconds = t.left[far] / bound.peer_rates(view, far)
+        seconds = weights[far] / bound.peer_rates(view, far)
         cell = owner[far] + t.peer[far] + devices
         matrix += np.bincount(cell, weights=seconds, minlength=cells).reshape(-1, links)
-    return pruning.Loads(request=matrix[:requests], batch=matrix[requests + 1 :])
+    outside = np.flatnonzero((view.requests.batch < 0) & ~view.requests.pruned)
+    before = matrix[outside].sum(axis=0) + matrix[requests]
+    return pruning.Loads(request=matrix[:requests], batch=matrix[requests + 1 :], before=before)

@@ -59,7 +59,10 @@ class Mfs(Policy):
     pruning: bool = option(default=True, doc="ablation: off, nothing is pruned")
     promotion: bool = option(default=True, doc="ablation: off, a transfer keeps the level of its creation")
     when: str = option("layer", "when levels are re-evaluated", choices=promote.WHEN)
-    drop_budget: float = option(0.2, "largest share of the live requests that may be pruned", low=0.0, high=1.0)
+    drop_budget: float = option(
+        0.2, "largest share of the live requests that may be pruned: of all hosts' if a coordinator counts them; at "
+        "least one, 0: none", low=0.0, high=1.0
+    )  # fmt: skip
     prune_early: bool = option(default=False, doc="stage 1 of a pruned request goes to the scavenger as well")
 
     @property
@@ -145,7 +148,8 @@ class Mfs(Policy):
 
     def arrange(self, view: Views) -> Arrangement | None:
         """Ranks by RED and, within the drop budget, which requests to prune."""
-        budget = int(self.drop_budget * len(view.requests)) if self.pruning else 0
+        live = max(view.cluster_requests, len(view.requests))
+        budget = max(int(self.drop_budget * live), 1) if self.pruning and self.drop_budget else 0
         return inter_request.arrange(view, robust=self.red, budget=budget)
 
     # --- words --------------------------------------------------------------------------------------------------------

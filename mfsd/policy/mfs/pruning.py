@@ -2,9 +2,9 @@
 """Feasibility and selective pruning across batches, against the black-hole effect (MFS paper, algorithm 1).
 
 Under overload the doomed take from those who could still be in time. Batches are walked in the order of their rank;
-each is charged the load of all before it. While a batch would end after its loose deadline, the request with the most
-load on its bottleneck link - of this batch or of a more urgent one - is pruned, until a global budget is used up.
-Pruned means demoted to the scavenger, not dropped.
+each is charged the load of all before it, and of what is left of batches that have ended their prefill. While a batch
+would end after its loose deadline, the request with the most load on its bottleneck link - of this batch or of a more
+urgent one - is pruned, until a global budget is used up. Pruned means demoted to the scavenger, not dropped.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Loads:
     """Shape (r, links): bytes left over the link's rate."""
     batch: F8
     """Shape (b, links): what belongs to the batch as a whole (collectives) and can't be pruned."""
+    before: F8
+    """Shape (links,): what isn't of any batch, like stage 3 of those that have ended their prefill."""
 
 
 def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable: B1, budget: int) -> tuple[B1, F8]:
@@ -56,7 +58,7 @@ def prune(order: I4, due_in: F8, compute: F8, loads: Loads, member: I4, prunable
     columns: list[F8 | None] = [None] * links
     """Per link: load of each request, -1 for who can't be pruned (any more). Made when first needed."""
     gone = [False] * requests
-    total = np.zeros(links)
+    total = loads.before.copy()
     worst, seconds = total.argmax, total.item  # total is only ever changed in place
     begin = 0
     for i, end in zip(order.tolist(), ends, strict=True):

@@ -10,7 +10,7 @@ A request can't produce its first token before
 
 The bound is the maximum of the three. It is a lower bound: what it calls infeasible can't be saved by any order, as
 long as rate and compute estimates hold. One transfer that is too late spoils its request, so the siblings are
-infeasible with it.
+infeasible with it. Nobody waits for background transfers, so they neither spoil a request nor are infeasible.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mfsd.policy.parts import pick
+from mfsd.policy.views import BACKGROUND
 
 if TYPE_CHECKING:
     from mfsd.policy.views import B1, F8, Views
@@ -69,18 +70,18 @@ def request_bytes(view: Views, weights: F8) -> F8:
 def seconds_needed(view: Views) -> F8:
     """Lower bound of the time from now to the end of each transfer's request on this device, seconds, shape (n,)."""
     t = view.transfers
-    own = t.left + t.ahead
-    network = np.maximum(own, request_bytes(view, t.left)) / device_rate(view)
+    own, waited_for = t.left + t.ahead, t.left * (t.stage != BACKGROUND)
+    network = np.maximum(own, request_bytes(view, waited_for)) / device_rate(view)
     if len(view.link.peer_rate):
-        network = np.maximum(network, _far_seconds(view, own))
+        network = np.maximum(network, _far_seconds(view, own, waited_for))
     return np.maximum(network, t.compute_left)
 
 
-def _far_seconds(view: Views, own: F8) -> F8:
+def _far_seconds(view: Views, own: F8, waited_for: F8) -> F8:
     """The same on the link into the peer: ``own`` bytes, or all of the request's for that peer, shape (n,)."""
     t = view.transfers
     key = (t.request + np.int64(1)) * (len(view.link.peer_rate) + 1) + t.peer + 1
-    together = np.bincount(key, weights=t.left).astype(np.float64, copy=False).take(key)
+    together = np.bincount(key, weights=waited_for).astype(np.float64, copy=False).take(key)
     return np.maximum(own, pick.floats(t.request >= 0, together, own)) / _far_rate(view)
 
 
@@ -112,8 +113,9 @@ def judge(view: Views, margin: float = 0.0, given_up: B1 | None = None) -> Verdi
         own[np.flatnonzero(given_up & ~owned)] = 1.0
         per_request = known[:-1]
     time_left = view.transfers.deadline - view.now
-    late = (seconds_needed(view) > time_left * own) | (time_left <= 0)
+    waited_for = view.transfers.stage != BACKGROUND
+    late = ((seconds_needed(view) > time_left * own) | (time_left <= 0)) & waited_for
     left = requests.deadline - view.now
     spoiled = np.append((requests.compute_left > left * per_request) | (left <= 0), False)
     spoiled[request.take(np.flatnonzero(late & owned))] = True
-    return Verdict(late | spoiled.take(request), spoiled[:-1])
+    return Verdict((late | spoiled.take(request)) & waited_for, spoiled[:-1])

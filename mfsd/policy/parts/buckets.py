@@ -39,6 +39,19 @@ def bucket(values: F8, upper: Sequence[float]) -> I2:
     return out.astype(np.int16)
 
 
+def quantiles(sample: F8, count: int) -> tuple[float, ...]:
+    """Upper edges of all but the last of ``count`` buckets that hold equally many of a sample; none if it is empty."""
+    if not len(sample):
+        return ()
+    return tuple(np.quantile(sample, np.arange(1, count) / count).tolist())
+
+
+def among(values: F8, upper: Sequence[float]) -> I2:
+    """As ``bucket``, but a value on several edges is in the middle of them. ``upper``: ascending."""
+    below, up_to = (np.searchsorted(upper, values, side=side) for side in ("left", "right"))
+    return ((below + up_to) // 2).astype(np.int16)
+
+
 def dense_rank(keys: F8, limit: int) -> I2:
     """Position of each key in ascending order, equal keys sharing one, at most ``limit - 1``. Shape as ``keys``."""
     _, inverse = np.unique(keys, return_inverse=True)

@@ -14,7 +14,8 @@ from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import buckets
 from mfsd.policy.parts.members import deadlines
 from mfsd.policy.parts.params import option
-from mfsd.policy.views import P2D
+from mfsd.policy.rivals.size import size_edges
+from mfsd.policy.views import COLLECTIVE, P2D
 
 if TYPE_CHECKING:
     from mfsd.policy.views import B1, I2, Explanation, Views
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 class Edf(Policy):
     """Earliest deadline first.
 
-    ``edf`` (baseline "EDF" of the MFS paper, section 6): transfers with an explicit deadline, stage 3, strictly by the
-    deadline of their request; those with implicit ones, stages 1 and 2, share what is left fairly on the last level.
-    ``edf-all`` (``everything``): every transfer by the deadline of its request, collectives by the earliest of their
-    batch.
+    ``edf`` (baseline "EDF" of the MFS paper, section 6): transfers with an explicit deadline, stage 3 by that of their
+    request and collectives whose hint gives one, strictly by it; those with implicit ones, stages 1 and 2, share what
+    is left fairly on the last level. ``edf-all`` (``everything``): every transfer by the deadline of its request,
+    collectives by their own or the earliest of their batch. Bytes of which only the stage is known (a static mark) have
+    no deadline; by ``edf-all`` the collectives among them are due now, since the layer that computes waits for them.
 
     Approximated with bands: the order is that of buckets of time to the deadline (``first_ms``, growing by
     ``factor``), fair inside one; a transfer climbs as its deadline comes nearer. ``exact`` gives one level per distinct
@@ -61,16 +63,30 @@ class Edf(Policy):
         return (self.levels + 1) // 2 if self.everything else self._ordered
 
     def _level(self, view: Views) -> I2:
-        t = view.transfers
-        deadline = deadlines(view) if self.everything else np.where(t.stage == P2D, t.deadline, np.inf)
+        explicit = self._explicit(view)
+        deadline = deadlines(view) if self.everything else np.where(explicit, view.transfers.deadline, np.inf)
         if self.exact:
             level = buckets.dense_rank(deadline, self._ordered)
         else:
             level = buckets.bucket(deadline - view.now, self._edges)
-        return level if self.everything else np.where(t.stage == P2D, level, np.int16(self.levels - 1))
+        return level if self.everything else np.where(explicit, level, np.int16(self.levels - 1))
+
+    @staticmethod
+    def _explicit(view: Views) -> B1:
+        """Transfers with a deadline of their own kind, shape (n,)."""
+        t = view.transfers
+        explicit: B1 = (t.stage == P2D) | ((t.stage == COLLECTIVE) & np.isfinite(t.deadline))
+        return explicit
+
+    def unannounced(self) -> I2:
+        """Collectives first, if everything is ordered by deadline."""
+        last = self.levels - 1
+        if self.everything:
+            return self.by_stage(kv_reuse=last, collective=0, p2d=last)
+        return super().unannounced()
 
     def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
-        if view.transfers.stage[row] != P2D and not self.everything:
+        if not self.everything and not self._explicit(view)[row]:
             out.reasons.append(f"Its deadline is implicit: {place(level)}, below all stage 3; nothing promotes it.")
             return
         time_left = float(deadlines(view)[row]) - view.now
@@ -91,18 +107,14 @@ class Karuna(Policy):
 
     Approximated with bands, which can't hold a rate: a stage-3 transfer is on top while it is behind the straight line
     from its size at its creation to zero at its deadline, and on the last level while it is ahead. Averaged over some
-    evaluations that is the minimal rate, without Karuna's congestion control. In between stand the size classes of
-    ``low_kb`` to ``high_kb``, as in ``sjf``. A transfer that has missed its deadline joins them (the published rule for
-    late flows wasn't available; this is the choice that hurts the others least).
+    evaluations that is the minimal rate, without Karuna's congestion control. In between stand the size classes, as in
+    ``sjf``, and in their middle bytes of which only the stage is known. A transfer that has missed its deadline joins
+    them (the published rule for late flows wasn't available; this is the choice that hurts the others least).
     """
 
     levels: int = 8
-    low_kb: float = option(64.0, "upper edge of the first size class", low=1e-6)
-    high_kb: float = option(262144.0, "lower edge of the last size class", low=1e-6, at_least="low_kb")
-
-    @cached_property
-    def _edges(self) -> tuple[float, ...]:
-        return buckets.span(self.levels - 2, self.low_kb * 1024, self.high_kb * 1024)
+    low_kb: float = option(0.0, "upper edge of the first size class; 0: classes by the sizes seen", low=0.0)
+    high_kb: float = option(0.0, "lower edge of the last size class, if low_kb is given", low=0.0, at_least="low_kb")
 
     @property
     def least_levels(self) -> int:
@@ -116,10 +128,15 @@ class Karuna(Policy):
 
     def _level(self, view: Views) -> I2:
         t, now = view.transfers, view.now
-        by_size = 1 + buckets.bucket(t.size, self._edges)
+        by_size = 1 + buckets.among(t.size, size_edges(view, self.levels - 2, self.low_kb, self.high_kb))
         held = (t.stage == P2D) & (t.deadline > now) & np.isfinite(t.deadline)
         paced = np.where(self._behind(view), 0, self.levels - 1)
         return np.where(held, paced, by_size).astype(np.int16)
+
+    def unannounced(self) -> I2:
+        """In the middle of the size classes."""
+        middle = 1 + (self.levels - 3) // 2
+        return self.by_stage(kv_reuse=middle, collective=middle, p2d=middle)
 
     @staticmethod
     def _behind(view: Views) -> B1:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import bound
-from mfsd.policy.views import COLLECTIVE, P2D
+from mfsd.policy.views import BACKGROUND, COLLECTIVE, P2D
 
 if TYPE_CHECKING:
     from mfsd.policy.views import F8, I2, I4, Explanation, TransferView, Views
@@ -78,8 +79,9 @@ class Sincronia(Policy):
     any rate allocation that keeps to it. Deadlines and stages play no part, save that they define the coflows.
 
     Approximated with bands: the first ``levels - 1`` coflows get a level each, all others share the last one. The order
-    is computed from what this host sends, not from the whole fabric's demand. Its cost grows with the square of the
-    number of coflows: for the lab and for simulation.
+    is computed from what this host sends, not from the whole fabric's demand; background transfers are no coflows.
+    Bytes of which only the stage is known (a static mark) are in the middle, as those of a coflow of unknown size. Its
+    cost grows with the square of the number of coflows: for the lab and for simulation.
     """
 
     levels: int = 8
@@ -90,18 +92,27 @@ class Sincronia(Policy):
         return self.levels - 1
 
     def _level(self, view: Views) -> I2:
-        if not len(view.transfers):
-            return np.zeros(0, dtype=np.int16)
         return np.minimum(self._positions(view), self.levels - 1).astype(np.int16)
+
+    def unannounced(self) -> I2:
+        """In the middle."""
+        middle = (self.levels - 1) // 2
+        return self.by_stage(kv_reuse=middle, collective=middle, p2d=middle)
 
     @staticmethod
     def _positions(view: Views) -> I4:
-        """Position of each transfer's coflow in the order, shape (n,)."""
-        coflow = coflows(view.transfers)
-        order = bssf(demands(view, coflow))
+        """Position of each transfer's coflow in the order, shape (n,); past the end for background transfers."""
+        rows = np.flatnonzero(view.transfers.stage != BACKGROUND)
+        if not len(rows):
+            return np.zeros(len(view.transfers), dtype=np.int32)
+        some = dataclasses.replace(view, transfers=view.transfers.take(rows))
+        coflow = coflows(some.transfers)
+        order = bssf(demands(some, coflow))
         position = np.empty_like(order)
         position[order] = np.arange(len(order), dtype=np.int32)
-        return position[coflow]
+        out = np.full(len(view.transfers), len(order), dtype=np.int32)
+        out[rows] = position[coflow]
+        return out
 
     def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
         position, count = int(self._positions(view)[row]), int(coflows(view.transfers).max()) + 1

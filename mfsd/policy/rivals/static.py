@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Fair(Policy):
-    """Fair sharing: no priorities, every transfer in the default band.
+    """Fair sharing: no priorities, every transfer in the default band, background ones too.
 
     Source: the baseline "Fair Sharing" (max-min) of the MFS paper, section 6. The shares of real connections are what
     TCP and the default band's leaf queue make of it.
     """
 
+    background: ClassVar[int] = LEVEL_NONE
     levels: int = 1
 
     @property

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demand-bound policy: every transfer that can be in time is guaranteed what it needs for that, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mfsd.bands import LEVEL_SCAVENGER, Classes, Urgency
+from mfsd.policy.base import Policy
+from mfsd.policy.demand_bound.layout import Layout
+from mfsd.policy.demand_bound.load import Margin
+from mfsd.policy.demand_bound.verdict import NEAR_S, Verdict
+from mfsd.policy.demand_bound.words import Case, explain
+from mfsd.policy.parts import buckets, pick
+from mfsd.policy.parts.params import option
+from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, Decision
+
+if TYPE_CHECKING:
+    from mfsd.policy.views import B1, F8, I2, Explanation, Views
+
+HOLD: Final = 0.7
+"""A transfer that is guaranteed stays so until it needs less than this share of ``defer_until``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandBound(Policy):
+    """Do no harm: whatever plain sharing would have in time is in time, and all else waits. Source: docs/policies.md.
+
+    Levels, most urgent first (with four there is no "urgent", with three "first" and "others" are one)::
+
+        0  urgent       about to be too late; above the collectives
+        1  collectives
+        2  first        needs its guarantee; due first
+        3  others       needs its guarantee; due later
+           the default band: unhinted traffic
+        4  deferred     needs less than ``defer_until`` of its link; with more levels, halves of that
+           background, scavenger: stage 3 of requests that can't be in time
+
+    What a transfer needs is the demand bound (load.py): the largest share of its link that it and all that is due
+    before it must get from now on, in the order of their deadlines, with a margin for ticks, rescues and TCP. From
+    ``defer_until`` on it is guaranteed: the policy asks for ``headroom`` times the bound for all who are together, and
+    for the level of those due first, so that they are served by deadline. Half of the link is enough until then, so
+    deferring costs nobody a deadline that sharing the link with one competitor would meet, and the collectives lose
+    only what somebody needs. More than ``most`` is taken from them only when there is nothing but the margin to spare.
+
+    A transfer that has been deferred or given up for ``max_defer`` is let through whatever it needs.
+
+    Stage 1 is due when due.py says, and also stands above unhinted traffic if it needs ``defer_until`` of the link to
+    be there when its layer starts. It is never given up, since the requests of a batch run together.
+    """
+
+    levels: int = 5
+    defer_until: float = option(0.5, "share of its link from which on a transfer is guaranteed it", low=0.05, high=1.0)
+    most: float = option(
+        0.7, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
+    )
+    margin_ms: float = option(25.0, "time in hand, for ticks, rescues and TCP", low=0.0)
+    margin_share: float = option(0.03, "the same as a share of the time left", low=0.0, high=0.4)
+    headroom: float = option(1.1, "guarantee over need", low=1.0, high=10.0)
+    give_up: float = option(0.05, "share by which a link may be overcommitted before a request is given up", low=0.0)
+    max_defer_kv_s: float = option(15.0, "longest time that stage 1 is held back, if its hint gives none", low=0.0)
+    max_defer_p2d_s: float = option(15.0, "longest time that stage 3 is held back, if its hint gives none", low=0.0)
+    overdue_share: float = option(0.05, "share guaranteed to those held back for so long", low=0.0, high=0.9)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which level is for what."""
+        return Layout.of(self.levels)
+
+    @property
+    def margin(self) -> Margin:
+        """Time in hand."""
+        return Margin(self.margin_ms / 1e3, self.margin_share)
+
+    @property
+    def least_levels(self) -> int:
+        """Collectives, guaranteed, deferred."""
+        return Layout.LEAST
+
+    @property
+    def default_after(self) -> int:
+        """Whoever needs a guarantee stands above unhinted traffic, the deferred below."""
+        return self.layout.deferred
+
+    @property
+    def classes(self) -> Classes:
+        """The guaranteed go with the collectives; the nearer half of the deferred levels is in the middle."""
+        urgent = self.layout.deferred
+        middle = (self.levels - urgent + 1) // 2
+        last = self.levels - urgent - middle
+        return Classes((Urgency.URGENT,) * urgent + (Urgency.MIDDLE,) * middle + (Urgency.LAST,) * last)
+
+    @cached_property
+    def _edges(self) -> tuple[float, ...]:
+        """Needs that divide the deferred levels, falling."""
+        return tuple(self.defer_until / 2.0**i for i in range(1, self.levels - self.layout.deferred))
+
+    # --- deciding -----------------------------------------------------------------------------------------------------
+
+    def judge(self, view: Views) -> Verdict:
+        """Who can be in time, and what that takes."""
+        return Verdict.of(view, self.layout, self.margin, give_up=self.give_up, calm=HOLD * self.defer_until)
+
+    def infeasible(self, view: Views) -> B1:
+        """Transfers of requests that can't be in time beside the others, shape (n,)."""
+        return self.judge(view).lost
+
+    def _level(self, view: Views) -> I2:
+        return self._decide(view).level
+
+    def _decide(self, view: Views) -> Decision:
+        verdict = self.judge(view)
+        needs = self.needs(view, verdict)
+        level = self._levels(view, verdict, needs)
+        overdue = self.overdue(view, level)
+        level = pick.levels(overdue, np.int16(self.layout.others), level)
+        return Decision(level, self._guarantee(view, verdict, needs & ~overdue, level, overdue), verdict.lost)
+
+    def needs(self, view: Views, verdict: Verdict) -> B1:
+        """Transfers that need a guarantee, shape (n,)."""
+        held = self.layout.guaranteed(view.transfers.level)
+        needs = (verdict.need >= self.defer_until) | (held & (verdict.need >= HOLD * self.defer_until)) | verdict.late
+        stage = view.transfers.stage  # others have a deadline, too, if they stand before KV on its connection
+        needs &= (verdict.asked.due < np.inf) & ((stage == KV_REUSE) | (stage == P2D))
+        return needs
+
+    def _levels(self, view: Views, verdict: Verdict, needs: B1) -> I2:
+        t, lay = view.transfers, self.layout
+        above = needs | (verdict.laxity < NEAR_S) | (verdict.layer_need >= self.defer_until)
+        if (view.link.rate <= 0).any():
+            above |= view.link.rate.take(t.device) <= 0  # nobody knows what it needs
+        above &= verdict.asked.due < np.inf
+        level = pick.levels(above, lay.place(verdict.first), self._deferred(verdict.need, t.level))
+        level = pick.levels(needs & verdict.late & verdict.next, np.int16(lay.urgent), level)
+        level = pick.levels(verdict.lost & (t.stage == P2D), np.int16(LEVEL_SCAVENGER), level)
+        return pick.levels(t.stage == COLLECTIVE, np.int16(lay.collective), level)
+
+    def _deferred(self, need: F8, old: I2) -> I2:
+        """Levels of those that can wait, shape (n,): those that need more are on the first of them."""
+        first = self.layout.deferred
+        if not self._edges:
+            return np.full(len(need), first, dtype=np.int16)
+        last = np.int16(first + len(self._edges))
+        rising = last - buckets.bucket(need, self._edges)
+        falling = last - buckets.bucket(need, [HOLD * edge for edge in self._edges])
+        return np.clip(np.where((old >= first) & (old <= last), old, rising), falling, rising).astype(np.int16)
+
+    def longest(self, view: Views) -> F8:
+        """Seconds for which each transfer may be held back, shape (n,)."""
+        t = view.transfers
+        default = np.where(t.stage == KV_REUSE, self.max_defer_kv_s, self.max_defer_p2d_s)
+        return np.where(np.isfinite(t.max_defer), t.max_defer, default)
+
+    def overdue(self, view: Views, level: I2) -> B1:
+        """KV transfers at a low ``level`` that have been held back for as long as they may be, shape (n,)."""
+        t = view.transfers
+        least = min(self.max_defer_kv_s, self.max_defer_p2d_s, t.max_defer.min(initial=np.inf))
+        if view.now - t.created.min(initial=np.inf) < least:
+            return np.zeros(len(t), dtype=np.bool_)
+        low = ((t.stage == KV_REUSE) | (t.stage == P2D)) & (level >= self.layout.deferred)
+        overdue: B1 = low & (view.now - t.created >= self.longest(view))
+        return overdue
+
+    def _guarantee(self, view: Views, verdict: Verdict, needs: B1, level: I2, overdue: B1) -> F8:
+        """Bytes/s by device and level, shape (devices, levels).
+
+        What is needed goes to the most urgent of the levels that need it, so that they are served by deadline.
+        """
+        lay, link, devices = self.layout, view.link, len(view.link.rate)
+        cell = view.transfers.device * np.int32(self.levels) + level
+        asks = np.flatnonzero(needs & (level < lay.deferred))
+        there = np.bincount(cell.take(asks), minlength=devices * self.levels).reshape(devices, self.levels) > 0
+        out = np.zeros((devices, self.levels))
+        left = np.maximum(1.0 - link.floor, 0.0)
+
+        def give(level: int, share: F8) -> None:
+            nonlocal left
+            share = np.clip(share, 0.0, left)
+            out[:, level] += share
+            left = left - share
+
+        rush = np.where(there[:, lay.urgent], self.headroom * verdict.rush, 0.0)
+        give(lay.urgent, rush)
+        rest = np.minimum(self.headroom * verdict.total, self.most) - out[:, lay.urgent]
+        give(lay.first, np.where(there[:, lay.first], rest, 0.0))
+        give(lay.others, np.where(there[:, lay.others] & ~there[:, lay.first], rest, 0.0))
+        if overdue.any():
+            waiting = np.bincount(view.transfers.device[overdue], minlength=devices) > 0
+            give(lay.others, np.where(waiting, self.overdue_share, 0.0))
+        return out * link.rate[:, None]
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
+        verdict = self.judge(view)
+        guarantee = self.evaluate(view).guarantee
+        assert guarantee is not None  # noqa: S101 (for mypy)
+        case = Case(
+            row=row,
+            level=level,
+            verdict=verdict,
+            needs=bool(self.needs(view, verdict)[row]),
+            granted=float(guarantee[view.transfers.device[row], : self.layout.deferred].sum()),
+            longest=float(self.longest(view)[row]),
+            layout=self.layout,
+            margin=self.margin,
+            defer_until=self.defer_until,
+        )
+        explain(case, out, view)
+
+    def _verdict(self, out: Explanation, row: int, view: Views) -> None:
+        """The reasons say it."""

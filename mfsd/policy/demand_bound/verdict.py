@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the levels and guarantees of the demand-bound policy follow from: who can be in time, and what that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+
+from mfsd.policy.demand_bound.due import seconds_to_layer
+from mfsd.policy.demand_bound.judge import Asked, Far, judge, rates
+from mfsd.policy.demand_bound.load import Load, Margin, Need
+from mfsd.policy.views import BACKGROUND
+
+if TYPE_CHECKING:
+    from mfsd.policy.demand_bound.layout import Layout
+    from mfsd.policy.views import B1, F8, Views
+
+FIRST_S: Final = 0.02
+"""Work, as time at full rate, that counts as due first: two ticks of it, so that the level isn't empty in between while
+whoever comes next gets going."""
+STAYS_FIRST: Final = 3.0
+"""Whoever is due first stays so until so many times that is due before it."""
+NEXT_S: Final = 0.01
+"""Work that is let past the collectives at a time. Its transfers share what there is instead of going one by one, so
+that it must be well below the margin."""
+
+NEAR_S: Final = 0.1
+"""With less to spare a transfer stands above unhinted traffic whatever it needs, here and in the fabric."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Arrays per transfer have the shape (n,), those per device (devices,)."""
+
+    asked: Asked
+    lost: B1
+    """Its request can't be in time."""
+    need: F8
+    """Share of its scarcest link that must go to it and to what is due before it."""
+    late: B1
+    """No more than the margin is left to it or to somebody due later: it is about to be too late."""
+    first: B1
+    """It is among those due first."""
+    next: B1
+    """It is among the first of those."""
+    laxity: F8
+    """Seconds that it, and whoever is due later, has to spare; inf without a deadline."""
+    layer_need: F8
+    """As ``need``, to be there when its layer starts; 0 if there is none."""
+    slow: B1
+    """The link into its peer is scarcer than its device."""
+    total: F8
+    """Share of the device that must go to KV; 0 if that is so little that nobody needs a guarantee."""
+    rush: F8
+    """Share of the device that must go to what is late."""
+
+    @classmethod
+    def of(cls, view: Views, layout: Layout, margin: Margin, *, give_up: float, calm: float) -> Self:
+        """``give_up``, ``calm``: as in judge.py."""
+        t, link = view.transfers, view.link
+        asked = judge(view, give_up, calm)
+        here, before = Need(asked.load, margin, 1.0 - link.taken), asked.load.before()
+        was_urgent, was_first = t.level == layout.urgent, t.level == layout.first
+        most = np.maximum(here.steady(), here.rush())
+        out = cls(
+            asked=asked,
+            lost=asked.lost.rows(view) & (t.stage != BACKGROUND),
+            need=here.shares(),
+            late=here.late() | (here.later() & was_urgent),
+            first=(before < FIRST_S) | ((before < STAYS_FIRST * FIRST_S) & (was_urgent | was_first)),
+            next=before < NEXT_S,
+            laxity=here.laxity(),
+            layer_need=np.zeros(len(t)),
+            slow=np.zeros(len(t), dtype=np.bool_),
+            total=np.where(most >= calm, most, 0.0),
+            rush=here.rush(),
+        )
+        if asked.far is not None:
+            out._far(view, asked.far, margin, was_urgent)
+        rows, seconds = seconds_to_layer(view, asked.due)
+        if len(rows):
+            early = Load.of(t.device.take(rows), seconds, t.left.take(rows), rates(view))
+            out.layer_need[rows] = Need(early, margin, np.ones(len(link.rate))).shares()
+        return out
+
+    def _far(self, view: Views, far: Far, margin: Margin, was_urgent: B1) -> None:
+        """Add what the links into peers ask: to be served at their pace, not when the device would be in time."""
+        rows, before = far.rows, far.load.before()
+        there = Need(far.load, margin, np.ones(len(far.rate)))
+        need = there.shares()
+        self.slow[rows] = slow = need > self.need.take(rows)
+        self.need[rows] = np.maximum(self.need.take(rows), need)
+        self.late[rows] |= there.late() | (there.later() & was_urgent.take(rows))
+        self.first[rows] |= (before < FIRST_S) & slow
+        self.next[rows] |= (before < NEXT_S) & slow
+        self.laxity[rows] = np.minimum(self.laxity.take(rows), there.laxity())
+        device = np.zeros(len(far.rate), dtype=np.int32)
+        device[far.link] = view.transfers.device.take(rows)
+
+        def on_devices(share: F8) -> F8:
+            """Share of the devices' rates that these shares of the links' are."""
+            asked = np.bincount(device, weights=np.minimum(share, 1.0) * far.rate, minlength=len(view.link.rate))
+            return np.minimum(asked / rates(view), 1.0)
+
+        self.total = np.maximum(self.total, on_devices(np.maximum(there.steady(), there.rush())))
+        self.rush = np.maximum(self.rush, on_devices(there.rush()))

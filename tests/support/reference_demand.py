@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demand-bound policy again, one row at a time in plain Python, given who is lost; see reference.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from support.reference import COLLECTIVE, KV, P2D, SCAVENGER, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FIRST_S, STAYS_FIRST, NEXT_S, NEAR_S, HOLD = 0.02, 3.0, 0.01, 0.1, 0.7
+SHORTEST, LONGEST = 2.0**-10, 2.0**12
+
+
+def bucket(seconds: float) -> int:
+    """32 to each power of two."""
+    mantissa, exponent = math.frexp(float(np.float32(min(max(seconds, SHORTEST), LONGEST))))
+    return (exponent - 1) * 32 + math.floor((2 * mantissa - 1) * 32)
+
+
+@dataclass
+class Group:
+    """What is due on one link in one bucket, or before."""
+
+    due: float = math.inf
+    own: float = 0.0
+    total: float = 0.0
+
+
+@dataclass
+class Link:
+    """A link and all that is due on it, rows in no order."""
+
+    rate: float
+    room: float
+    rows: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Row -> seconds left, bytes left."""
+
+    def groups(self) -> dict[int, Group]:
+        out: dict[int, Group] = {}
+        for seconds, octets in self.rows.values():
+            g = out.setdefault(bucket(seconds), Group())
+            g.due, g.own = min(g.due, seconds), g.own + octets / self.rate
+        total = 0.0
+        for b in sorted(out):
+            total += out[b].own
+            out[b].total = total
+        return out
+
+
+class Demand:
+    """What a link's rows need; ``p`` gives the margins."""
+
+    def __init__(self, link: Link, p: Any) -> None:
+        self.p, self.link, self.groups = p, link, link.groups()
+
+    def left(self, g: Group, times: float = 1.0) -> float:
+        share, fixed = float(self.p.margin_share), float(self.p.margin_ms) / 1e3
+        return g.due * (1 - times * share) - times * fixed
+
+    def late(self, g: Group, times: float = 1.0) -> bool:
+        return g.total / self.link.room > self.left(g, times)
+
+    def share(self, g: Group) -> float:
+        """Of the rate."""
+        if self.late(g):
+            return max(g.total / max(g.due, SHORTEST), 1.0)
+        return g.total / self.left(g) if g.total else 0.0
+
+    def behind(self, row: int) -> list[Group]:
+        """The row's group and all that are due later."""
+        mine = bucket(self.link.rows[row][0])
+        return [g for b, g in self.groups.items() if b >= mine]
+
+    def need(self, row: int) -> float:
+        return max(self.share(g) for g in self.behind(row))
+
+    def is_late(self, row: int, times: float = 1.0) -> bool:
+        return any(self.late(g, times) for g in self.behind(row))
+
+    def laxity(self, row: int) -> float:
+        return min(g.due - g.total / self.link.room for g in self.behind(row))
+
+    def before(self, row: int) -> float:
+        g = self.groups[bucket(self.link.rows[row][0])]
+        return g.total - g.own
+
+    def steady(self) -> float:
+        return max((self.share(g) for g in self.groups.values() if not self.late(g)), default=0.0)
+
+    def rush(self) -> float:
+        return max((g.total / max(g.due, SHORTEST) for g in self.groups.values() if self.late(g)), default=0.0)
+
+
+class Plain:
+    """The policy; ``lost``: who can't be in time, requests and transfers without one."""
+
+    def __init__(self, s: State, p: Any, lost: tuple[set[int], set[int]]) -> None:
+        self.s, self.p, (self.lost_requests, self.lost_alone) = s, p, lost
+        self.due = self._due()
+        self.room = [1.0 - float(x) for x in s.link.taken]
+        devices = [Link(float(rate) or math.inf, room) for rate, room in zip(s.link.rate, self.room, strict=True)]
+        for i in self._waiting():
+            devices[s.t.device[i]].rows[i] = self.due[i], float(s.t.left[i])
+        self.here = [Demand(link, p) for link in devices]
+        self.there = self._peers()
+
+    def lost(self, i: int) -> bool:
+        return int(self.s.t.request[i]) in self.lost_requests or i in self.lost_alone
+
+    def _waiting(self) -> list[int]:
+        return [i for i in self.s.rows() if math.isfinite(self.due[i])]
+
+    def layer_s(self, i: int) -> float:
+        batch = int(self.s.t.batch[i])
+        known = batch >= 0 and not self.s.b.compute_done[batch]
+        return float(self.s.b.layer_compute[batch]) if known else 0.0
+
+    def _own_due(self, i: int) -> float:
+        s = self.s
+        stage, batch = int(s.t.stage[i]), int(s.t.batch[i])
+        own = math.inf if self.lost(i) else float(s.t.deadline[i]) - s.now
+        if stage == P2D:
+            return own
+        if stage != KV:
+            return math.inf
+        first = [float(s.r.deadline[q]) - s.now for q in s.members(batch) if q not in self.lost_requests]
+        after = max(int(s.b.layers[batch]) - int(s.t.target_layer[i]), 0) * self.layer_s(i) if batch >= 0 else 0.0
+        return min([own, *(first if batch >= 0 else [])]) - after
+
+    def _due(self) -> list[float]:
+        """Seconds left for itself and for who is at or behind its place on its connection."""
+        t, own = self.s.t, [self._own_due(i) for i in self.s.rows()]
+        place = t.ahead.astype(np.float32)
+        return [
+            min(
+                own[j]
+                for j in self.s.rows()
+                if j == i or (t.conn[i] >= 0 and t.conn[j] == t.conn[i] and place[j] >= place[i])
+            )
+            for i in self.s.rows()
+        ]
+
+    def _peers(self) -> dict[int, Demand]:
+        """Links into peers that need enough to matter."""
+        s, links = self.s, dict[int, Link]()
+        for i in self._waiting():
+            if math.isfinite(s.far(i)):
+                link = links.setdefault(int(s.t.peer[i]), Link(s.far(i), 1.0))
+                link.rows[i] = self.due[i], float(s.t.left[i])
+        calm = HOLD * self.p.defer_until
+        return {
+            peer: Demand(link, self.p)
+            for peer, link in links.items()
+            if sum(octets for _, octets in link.rows.values())
+            > calm * link.rate * min(seconds for seconds, _ in link.rows.values())
+        }
+
+    def links(self, i: int) -> list[Demand]:
+        far = self.there.get(int(self.s.t.peer[i]))
+        return [self.here[self.s.t.device[i]], *([far] if far is not None and i in far.link.rows else [])]
+
+    def need(self, i: int) -> float:
+        return max(d.need(i) for d in self.links(i))
+
+    def was(self, i: int, *names: str) -> bool:
+        return int(self.s.t.level[i]) in {getattr(self.p.layout, name) for name in names}
+
+    def late(self, i: int) -> bool:
+        return any(d.is_late(i) or (self.was(i, "urgent") and d.is_late(i, 2.0)) for d in self.links(i))
+
+    def among(self, i: int, seconds: float, *, longer: bool = False) -> bool:
+        """Among the first: of its device, or of a scarcer link into its peer."""
+        here, *far = self.links(i)
+        stays = STAYS_FIRST if longer and self.was(i, "urgent", "first") else 1.0
+        return here.before(i) < seconds * stays or any(d.before(i) < seconds for d in far if d.need(i) > here.need(i))
+
+    def needs(self, i: int) -> bool:
+        if math.isinf(self.due[i]) or self.s.t.stage[i] not in (KV, P2D):
+            return False
+        least = self.p.defer_until * (HOLD if self.was(i, "urgent", "first", "others") else 1.0)
+        return self.need(i) >= least or self.late(i)
+
+    def layer_need(self, i: int) -> float:
+        """Share of its device that it and stage 1 due before it need to be there when their layers start."""
+        s, rows = self.s, {}
+        for j in self._waiting():
+            if s.t.stage[j] == KV and self.layer_s(j) > 0 and s.t.device[j] == s.t.device[i]:
+                layers = max(int(s.t.target_layer[j]) - int(s.t.current_layer[j]) - 1, 0)
+                rows[j] = layers * self.layer_s(j), float(s.t.left[j])
+        if i not in rows:
+            return 0.0
+        return Demand(Link(self.here[s.t.device[i]].link.rate, 1.0, rows), self.p).need(i)
+
+    def level(self, i: int) -> int:
+        s, p, lay = self.s, self.p, self.p.layout
+        odd = s.out_of_order(i)
+        if odd is not None:
+            return odd
+        if s.t.stage[i] == COLLECTIVE:
+            return int(lay.collective)
+        held_back_for = s.now - float(s.t.created[i])
+        default = p.max_defer_kv_s if s.t.stage[i] == KV else p.max_defer_p2d_s
+        longest = float(s.t.max_defer[i]) if math.isfinite(s.t.max_defer[i]) else default
+        level = self._by_need(i)
+        return int(lay.others) if level >= lay.deferred and held_back_for >= longest else level
+
+    def _by_need(self, i: int) -> int:
+        s, p, lay = self.s, self.p, self.p.layout
+        if self.lost(i) and s.t.stage[i] == P2D:
+            return SCAVENGER
+        if math.isfinite(self.due[i]):
+            needs = self.needs(i)
+            if needs and self.late(i) and self.among(i, NEXT_S):
+                return int(lay.urgent)
+            spare = min(d.laxity(i) for d in self.links(i))
+            if needs or spare < NEAR_S or self.layer_need(i) >= p.defer_until or math.isinf(s.rate(i)):
+                return int(lay.first if self.among(i, FIRST_S, longer=True) else lay.others)
+        return self._deferred(i)
+
+    def _deferred(self, i: int) -> int:
+        lay, levels = self.p.layout, self.p.levels
+        need = self.need(i) if math.isfinite(self.due[i]) else 0.0
+        edges = [self.p.defer_until / 2**k for k in range(1, levels - lay.deferred)]
+        rising = lay.deferred + sum(need < e for e in edges)
+        falling = lay.deferred + sum(need < HOLD * e for e in edges)
+        old = int(self.s.t.level[i])
+        return int(min(max(old, falling), rising)) if lay.deferred <= old < levels else int(rising)
+
+    def guarantee(self, levels: list[int]) -> list[list[float]]:
+        """Shares of the rate by device and level."""
+        return [self._on(d, levels) for d in range(len(self.here))]
+
+    def _on(self, device: int, levels: list[int]) -> list[float]:
+        s, p, lay = self.s, self.p, self.p.layout
+        mine = [i for i in s.rows() if s.t.device[i] == device]
+        overdue = [i for i in mine if levels[i] == lay.others and self._held_back(i)]
+        asks = {levels[i] for i in mine if i not in overdue and self.needs(i) and levels[i] < lay.deferred}
+        total, rush = self._shares(device)
+        out, left = [0.0] * p.levels, max(1.0 - float(s.link.floor[device]), 0.0)
+
+        def give(level: int, share: float) -> None:
+            nonlocal left
+            share = min(max(share, 0.0), left)
+            out[level] += share
+            left -= share
+
+        if lay.urgent in asks:
+            give(lay.urgent, p.headroom * rush)
+        rest = min(p.headroom * total, p.most) - out[lay.urgent]
+        if lay.first in asks:
+            give(lay.first, rest)
+        elif lay.others in asks:
+            give(lay.others, rest)
+        if overdue:
+            give(lay.others, p.overdue_share)
+        return out
+
+    def _held_back(self, i: int) -> bool:
+        return self.s.t.stage[i] in (KV, P2D) and self._by_need(i) >= self.p.layout.deferred
+
+    def _shares(self, device: int) -> tuple[float, float]:
+        here = self.here[device]
+        far = [d for d in self.there.values() if self._leads(d) == device]
+
+        def together(share: Callable[[Demand], float]) -> float:
+            return min(sum(min(share(d), 1.0) * d.link.rate for d in far) / here.link.rate, 1.0)
+
+        most = max(here.steady(), here.rush())
+        own = most if most >= HOLD * self.p.defer_until else 0.0
+        total = max(own, together(lambda d: max(d.steady(), d.rush())))
+        return total, max(here.rush(), together(lambda d: d.rush()))
+
+    def _leads(self, far: Demand) -> int:
+        """Device that leads to a peer: one connection's, where they differ."""
+        return int(self.s.t.device[max(far.link.rows)])
