@@ -142,7 +142,7 @@ def test_the_views_tell_the_load_of_the_link_by_level() -> None:
 
 def test_the_default_band_stands_where_the_policy_says() -> None:
     decider = PolicyDecider(EXAMPLE, registry.make_policy("edf", 4))
-    assert decider._bands(np.array([LEVEL_NONE, 0, 2, 3, LEVEL_SCAVENGER], dtype=np.int16)).tolist() == [3, 0, 2, 4, 5]
+    assert decider._bands(np.array([LEVEL_NONE, 0, 2, 3, LEVEL_SCAVENGER], dtype=np.int16)).tolist() == [3, 0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("load", LOADS)
