@@ -339,7 +339,7 @@ def test_a_request_is_counted_once_however_its_transfers_end() -> None:
 def test_a_session_that_says_nothing_ends() -> None:
     limits = LimitsConfig()
     h = Host(limits=limits)
-    h.engine.session("quiet", h.now, pid=1, uid=5, only=5)
+    h.engine.session("quiet", h.now, pid=1, uid=5, only=5, maker=object())
     h.engine.session("nameless", h.now)
     h.tick(limits.default_ttl_s + 0.2)
     assert set(h.engine.books.sessions) == {"quiet"}

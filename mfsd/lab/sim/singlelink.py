@@ -117,7 +117,7 @@ class Order:
 
 
 class Decider(Protocol):
-    """Decides levels; a policy behind views (mfsd/sim/decide.py), or a fixed order."""
+    """Decides levels; a policy behind views (mfsd/lab/sim/decide.py), or a fixed order."""
 
     def order(self, run: Run) -> Order:
         """Say who is served before whom from now on."""
