@@ -39,6 +39,9 @@ FEASIBLE_S: Final = 0.05
 SIZES_KEPT: Final = 512
 """Sizes of the latest transfers, for policies that order by size."""
 
+TELL_MAX: Final = 4096
+"""Transfers of which workers are told at one tick that they have become infeasible, or are no more."""
+
 
 @dataclass(slots=True)
 class Steering:
@@ -189,8 +192,10 @@ class Steering:
 
     def _tell_infeasible(self, views: Views, flags: B1) -> None:
         known = self.books.transfers.live("infeasible")
-        for row in np.flatnonzero(flags != known):
-            transfer = self.books.transfers.objects[row]
+        objects = self.books.transfers.objects
+        changed = np.flatnonzero(flags != known)[:TELL_MAX]  # the others at the next tick
+        for row in changed:
+            transfer = objects[row]
             kind, reason = EventKind.RESTORED, "it can be in time again"
             if flags[row]:
                 late = views.now - views.transfers.deadline[row]
@@ -198,7 +203,7 @@ class Steering:
                 reason += f"{late:.3f} s late" if late > 0 else f"{-late:.3f} s to go"
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(kind, owner, transfer.id, reason))
-        known[:] = flags
+        known[changed] = flags[changed]
 
     def _tell_pruned(self, pruned: npt.NDArray[np.bool_]) -> None:
         before = self.books.requests.live("pruned")
