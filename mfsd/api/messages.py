@@ -113,8 +113,9 @@ def _device(engine: Engine, index: int, device: Device, figures: Figures) -> pb.
 
 
 def _band(engine: Engine, device: Device, index: int, row: BandRow, connections: int) -> pb.Band:
-    spec, rate = engine.steering.bands.bands[row.index], device.estimator.rate
-    shares = engine.steering.guarantees.shares(index) if device.floors else {}
+    steering, rate = engine.steering, device.estimator.rate
+    spec = steering.bands.bands[row.index]
+    shares = steering.guarantees.shares(index) if device.floors else {}
     return pb.Band(
         index=row.index,
         name=spec.name,
@@ -127,6 +128,7 @@ def _band(engine: Engine, device: Device, index: int, row: BandRow, connections:
         backlog_bytes=row.backlog,
         dscp=device.dscp.get(spec.name, -1),
         connections=connections,
+        urgency=steering.ladder.classes(steering.policy.classes)[row.index],
         guaranteed_bytes_per_s=shares.get(row.index, 0.0) * device.estimator.configured,
         got_bytes_per_s=float(device.estimator.band_load[row.index]) * rate,
     )

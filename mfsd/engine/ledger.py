@@ -237,6 +237,7 @@ class Ledger:
                 stream.index,
                 hint.target_layer,
                 deadline,
+                hint.hold_until,
                 now,
                 expires,
                 LEVEL_NEW,

@@ -32,6 +32,7 @@ TRANSFER_COLUMNS: Final = {
     "stream": "i4",
     "target_layer": "i4",
     "deadline": "f8",
+    "hold_until": "f8",
     "created": "f8",
     "expires": "f8",
     "level": "i2",

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfsd.daemon.config import MAX_BYTES, MAX_DEVICES, Config, ConfigError, load, parse, render
+from mfsd.daemon.config import MAX_DEVICES, Config, ConfigError, load, parse, render
+from mfsd.daemon.config_files import MAX_BYTES
 from mfsd.units import Rate
 
 ROOT = Path(__file__).resolve().parents[2]
