@@ -245,7 +245,7 @@ class Engine:
                 watch = session.watches.get(mark.selector)
                 if watch is not None:
                     self.watches.get(session, mark.selector, watch.band, now + limits.max_ttl_s, now)
-            if session.maker is None and not session.attached:
+            if (session.maker is None or session.lasting) and not session.attached:
                 # Who has had a stream may come again with another one. Single calls say nothing of their caller's end.
                 said = session.requests or session.batches or session.transfers or session.marks
                 if (session.kept or not said) and session.seen + limits.default_ttl_s < now:
