@@ -22,6 +22,7 @@ from google.rpc import code_pb2
 
 from mfsd.api import columns, errors
 from mfsd.api.access import by_certificate, peer_of
+from mfsd.api.identity import LASTING
 from mfsd.logs import Seldom
 from mfsd.model import CookieSelector, Event, HintError, MarkHint, ProgressHint, TransferHint
 from mfsd.v1 import hints_pb2 as pb
@@ -137,10 +138,13 @@ class HintsService(hints_pb2_grpc.HintsServicer):
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
-    async def apply(self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False) -> Answer:
+    async def apply(
+        self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False, lasting: bool = False
+    ) -> Answer:
         """Apply a batch that ``peer`` says. Raises HintError or errors.Refused if no part of it can be.
 
         ``alone``: the peer waits for the answer before it says more. Others have their turn when it takes long.
+        ``lasting``: its session is to outlive the peer.
         """
         rows, steps = len(batch.transfers.ids), len(batch.progress.batch_ids)
         limit, size = self.decoder.limits.max_hints_per_batch, len(batch.hints) + rows + steps
@@ -152,7 +156,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
                 exhausted=True,
             )
         engine, now = self.engine, self.clock()
-        session = self._session(batch.session, peer, now)
+        session = self._session(batch.session, peer, now, lasting=lasting)
         self._heard(session.name)
         engine.hear(now)
         answer = Answer(
@@ -175,11 +179,13 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             self._ticks.poke(waiting=alone)
         return answer
 
-    def _session(self, name: str, peer: Peer | None, now: float) -> Session:
+    def _session(self, name: str, peer: Peer | None, now: float, *, lasting: bool) -> Session:
         """The session of that name, if it is the peer's. Raises HintError or errors.Refused."""
         if peer is not None and peer.gone:
             raise errors.Refused(code_pb2.UNAUTHENTICATED, "the connection that its token was given on is closed")
         known = self.engine.books.sessions.get(name)
+        if known is not None and known.lasting and lasting:
+            known.maker = peer  # one operator after the other
         if known is not None and known.maker is not peer:
             whose = "somebody without a token" if known.maker is None else f"process {known.pid} of user {known.uid}"
             raise errors.Refused(
@@ -188,7 +194,9 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if peer is None:
             return self.engine.session(name, now)
         session = self.engine.session(name, now, pid=peer.pid, uid=peer.uid, only=peer.only, maker=peer)
-        if known is None:
+        if known is None and lasting:
+            session.lasting = True
+        elif known is None:
             sessions = self.engine.books.sessions
             peer.sessions = [s for s in peer.sessions if sessions.get(s.name) is s] + [session]
         return session
@@ -333,7 +341,10 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - named by the proto
         """Unary call; see proto/mfsd/v1/hints.proto."""
         try:
-            return await self.settle(await self.apply(request, self._peer(context), alone=True))
+            peer = self._peer(context)
+            asked = any(key == LASTING for key, _ in context.invocation_metadata() or ())
+            lasting = asked and peer is not None and peer.operator
+            return await self.settle(await self.apply(request, peer, alone=True, lasting=lasting))
         except (HintError, errors.Refused) as e:
             await errors.abort(context, errors.of_call(e))
 

@@ -226,8 +226,9 @@ class HostSockets:
                 self._search("looking for descendants", lambda: self._look_for_families(pids))
 
     def _look_for_families(self, pids: set[int]) -> None:
-        self._grown.append(self._families.look(pids))
-        if self._grown[-1] != self._descendants:
+        found = self._families.look(pids)
+        self._grown.append(found)  # which the loop may take away at once
+        if found != self._descendants:
             self._wake()
 
     def _family(self, selector: ProcessSelector) -> list[int]:

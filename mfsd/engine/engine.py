@@ -256,7 +256,7 @@ class Engine:
             said = session.requests or session.batches or session.transfers or session.marks
             if session.attached:
                 continue
-            if session.maker is None:
+            if session.maker is None or session.lasting:
                 # Who has had a stream may come again with another one. Single calls say nothing of their caller's end.
                 if (session.kept or not said) and session.seen + limits.default_ttl_s < now:
                     self.end_session(session, now)

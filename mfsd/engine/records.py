@@ -96,6 +96,8 @@ class Session:
     user: User = field(default_factory=lambda: User(-1))
     maker: object = None
     """Who opened it, and alone may use it; None: nobody whom the kernel vouches for."""
+    lasting: bool = False
+    """An operator's, of single calls of one process after the other: it ends when nothing that it said is alive."""
     attached: int = 0
     """Streams of the API that are open for it."""
     kept: bool = False
