@@ -86,7 +86,7 @@ class Server:
         path = self._config.socket
         # First, so that whoever finds the other one finds this.
         await self._identities.serve(self._listen(beside(path)))
-        self._bind(path, lambda: self._server.add_insecure_port(f"unix:{path}"))
+        self.bind(path, lambda: self._server.add_insecure_port(f"unix:{path}"))
         if self._config.listen is not None:
             try:
                 self._server.add_insecure_port(self._config.listen)
@@ -99,14 +99,15 @@ class Server:
     def _listen(self, path: Path) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._bind(path, lambda: listener.bind(str(path)))
+            self.bind(path, lambda: listener.bind(str(path)))
         except BaseException:
             listener.close()
             raise
         listener.setblocking(False)
         return listener
 
-    def _bind(self, path: Path, bind: Callable[[], object]) -> None:
+    def bind(self, path: Path, bind: Callable[[], object]) -> None:
+        """Make a unix socket with ``bind``, for the group that may use it. Raises ServerError."""
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             _remove_stale(path)

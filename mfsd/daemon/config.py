@@ -43,6 +43,7 @@ from mfsd.bands import (
     fill_floors,
 )
 from mfsd.daemon import config_files
+from mfsd.daemon.config_endpoints import AbsolutePath, MetricsConfig, host_port, loopback, metrics_problems
 from mfsd.daemon.config_text import example, explain, key, render, toml
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
@@ -90,14 +91,6 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _path(value: Any) -> Any:
-    if isinstance(value, str):
-        value = Path(value)
-    if isinstance(value, Path) and not value.is_absolute():
-        raise ValueError("relative")
-    return value
-
-
 def _mode(value: Any) -> Any:
     return Mode(value) if isinstance(value, str) and value in set(Mode) else value
 
@@ -112,7 +105,6 @@ def _network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 
 RateValue = Annotated[InstanceOf[Rate], BeforeValidator(_rate)]
 NetworkValue = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
-AbsolutePath = Annotated[InstanceOf[Path], BeforeValidator(_path)]
 ModeValue = Annotated[InstanceOf[Mode], BeforeValidator(_mode)]
 Share = Annotated[float, Field(ge=0.0, le=MAX_FLOORS)]
 Dscp = Annotated[int, Field(ge=0, le=63)]
@@ -176,7 +168,7 @@ class DaemonConfig(Section):
     @classmethod
     def _listen_address(cls, value: str | None) -> str | None:
         if value is not None:
-            _host_port(value)
+            host_port(value)
         return value
 
 
@@ -275,10 +267,12 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *_band_problems(self), *_limit_problems(self.limits)]
+        problems += metrics_problems(self.metrics)
         if problems:
             raise ConfigError(problems)
         return self
@@ -287,23 +281,9 @@ class Config(Section):
 # --- checks across keys -----------------------------------------------------------------------------------------------
 
 
-def _host_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError("not host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _daemon_problems(d: DaemonConfig) -> list[str]:
     out = []
-    if d.listen is not None and not d.listen_remote and not _loopback(_host_port(d.listen)[0]):
+    if d.listen is not None and not d.listen_remote and not loopback(host_port(d.listen)[0]):
         out.append(
             f"daemon.listen = {toml(d.listen)}: must be a loopback address; "
             "set daemon.listen_remote = true to let other hosts in (there is no authentication)"

@@ -20,8 +20,9 @@ from mfsd.api.hints import HintsService
 from mfsd.api.identity import Identities
 from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
-from mfsd.daemon import config_bands, reload, wiring
+from mfsd.daemon import config_bands, measures, reload, wiring
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.exposition import Exposition
 from mfsd.daemon.predecessor import Predecessor
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.supervisor import Supervisor
@@ -41,6 +42,9 @@ CARE_S: Final = 5.0
 """How often devices are looked after: missing, returned, or changed by somebody else."""
 STATUS_S: Final = 5.0
 """How often the one-line status for systemctl is renewed."""
+
+SNAPSHOT_S: Final = 5.0
+"""How long a scrape waits for the event loop."""
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -83,6 +87,8 @@ class Daemon:
             self._identities = Identities(config.limits.max_sessions)
             hints = HintsService(self.engine, self._decoder, self._identities, self.ticker)
             self._server = Server(hints, ControlService(self), self._identities, config.daemon)
+            self._registry = measures.registry_of(lambda: self._snapshot(loop))
+            self._exposition = Exposition(config.metrics, config.daemon.socket, self._registry)
             self._undo = undo.pop_all()
         self._next_watchdog = 0.0
 
@@ -96,6 +102,7 @@ class Daemon:
                 self.devices.beat()
                 await self._care()
                 await self._server.start()
+                self._exposition.start(self._server.bind)
                 self.ticker.start()
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
@@ -116,6 +123,7 @@ class Daemon:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.stop()
+        await asyncio.to_thread(self._exposition.close)  # what it waits for may wait for the loop
         self.ticker.stop()
         if self._hand_over and self._supervisor.present:
             self.devices.leave()
@@ -248,7 +256,7 @@ class Daemon:
         self._verbose = not self._verbose
         level = "debug" if self._verbose else self.config.daemon.log_level
         logs.set_level(level)
-        log.warning("log level", level=level)
+        log.warning("log level", now=level)
 
     async def _change(self, old: Config, new: Config, keys: set[str]) -> list[str]:
         """Apply the changed keys; returns those that turn out to need a restart."""
@@ -295,6 +303,27 @@ class Daemon:
     def tick_durations(self) -> tuple[float, float]:
         """See Ticker."""
         return self.ticker.durations()
+
+    async def metrics(self) -> str:
+        """All metrics in OpenMetrics' text format."""
+        return await asyncio.to_thread(measures.text_of, self._registry)
+
+    def _snapshot(self, loop: asyncio.AbstractEventLoop) -> measures.Snapshot:
+        """Have the loop take one; for other threads."""
+
+        async def take() -> measures.Snapshot:
+            ticks = self.ticker.count, self.ticker.busy_s, self.ticker.failure
+            return measures.snapshot(self, ticks, time.monotonic())
+
+        return asyncio.run_coroutine_threadsafe(take(), loop).result(SNAPSHOT_S)
+
+    def set_log_level(self, level: str | None) -> str:
+        """Until a reload or restart."""
+        if level is not None and level != logs.level():
+            logs.set_level(level)
+            self._verbose = level != self.config.daemon.log_level
+            log.warning("log level", now=level)
+        return logs.level()
 
     def steering_changed(self) -> None:
         """Mode or pause have changed."""

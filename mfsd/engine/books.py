@@ -20,6 +20,7 @@ from mfsd.engine.records import (
     Transfer,
 )
 from mfsd.engine.streams import Streams
+from mfsd.engine.tally import Tally
 
 
 @dataclass(slots=True)
@@ -46,6 +47,7 @@ class Books:
     streams: Streams = field(default_factory=Streams)
     sessions: dict[str, Session] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    tally: Tally = field(default_factory=Tally)
     arrange_wanted: bool = False
     """A batch arrived or departed: the inter-request decision is due."""
 

@@ -35,6 +35,8 @@ OBSERVE_S: Final = 0.02
 """How often the devices' counters are read."""
 FEASIBLE_S: Final = 0.05
 """How often infeasible transfers are looked for, to tell their workers, if decisions don't say who they are."""
+PATH_MAX: Final = 16
+"""Decisions remembered of each transfer."""
 SIZES_KEPT: Final = 512
 """Sizes of the latest transfers, for policies that order by size."""
 
@@ -103,7 +105,7 @@ class Steering:
             if len(new):
                 views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
             decision = self.policy.evaluate(views)
-            self.books.transfers.live("level")[:] = decision.level
+            self._note(decision.level, now)
             self.books.transfers.live("seen_layer")[:] = views.transfers.current_layer
             if decision.infeasible is not None:
                 self._tell_infeasible(views, decision.infeasible)
@@ -112,7 +114,20 @@ class Steering:
                 self._tell_infeasible(views, self.policy.infeasible(views))
         self._write(now, rescue=rescue)
         self.rescuer.run(now)
-        self.books.counters.rescues += self.rescuer.rescued()
+        promoted = self.rescuer.rescued()
+        self.books.counters.rescues += len(promoted)
+        self.books.tally.rescues += [now - at for at in promoted]
+
+    def _note(self, level: I2, now: float) -> None:
+        """Take over what was decided, and note what has changed."""
+        transfers = self.books.transfers
+        before = transfers.live("level")
+        new, changed = before == LEVEL_NEW, before != level
+        transfers.live("first_level")[new] = level[new]
+        for row in np.flatnonzero(changed & ~new):
+            transfer = transfers.objects[row]
+            transfer.path = (*transfer.path[1 - PATH_MAX :], (now, int(level[row])))
+        before[:] = level
 
     def _arrange(self, views: Views) -> None:
         arrangement = self.policy.arrange(views)
