@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FOLDER: Final = "conf.d"
+MAX_BYTES: Final = 1 << 20
+"""Of a file."""
+MAX_DOTS: Final = 1000
+"""In a line, comments aside: tomllib takes time and memory in the square of the length of a dotted key."""
 IDENTITY: Final = {"device": "name", "peer": "network"}
 """Key that tells the entries of a list of sections apart."""
 _PART: Final = re.compile(r"\.?(?:\"(?:[^\"\\]|\\.)*\"|[^.\[\"]+)|\[\d+\]")
@@ -50,10 +54,13 @@ class Merged:
     def add(self, path: Path) -> None:
         """One more file. Raises UnreadableError."""
         try:
-            said = tomllib.loads(path.read_text(encoding="utf-8"))
+            said = _toml(_text(path))
         except OSError as e:
             raise UnreadableError(f"can't be read: {e.strerror}", path) from e
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        except RecursionError as e:
+            too_deep = "is not TOML: nested too deeply; a key stands in its section, [section], at most"
+            raise UnreadableError(too_deep, path) from e
+        except ValueError as e:
             raise UnreadableError(f"is not TOML: {e}", path) from e
         for name, value in said.items():
             if name in IDENTITY and isinstance(value, list) and isinstance(self.data.get(name, []), list):
@@ -99,6 +106,21 @@ class Merged:
                 self._put(path, table[name], k, v, f"{where}.{key(k)}", f"{here}.{key(k)}")
             return
         table[name] = value
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes; is this the right file?")
+    return raw.decode()
+
+
+def _toml(text: str) -> dict[str, Any]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > MAX_DOTS and not line.lstrip().startswith("#"):
+            raise ValueError(f"nested too deeply (at line {number}): more than {MAX_DOTS} dots in one line")
+    return tomllib.loads(text)
 
 
 def _identity(name: str, entry: Any) -> str | None:

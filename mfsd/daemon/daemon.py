@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-import time
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -23,11 +21,14 @@ from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, measures, reload, wiring
 from mfsd.daemon.devices import Devices
 from mfsd.daemon.exposition import Exposition
-from mfsd.daemon.predecessor import Predecessor
+from mfsd.daemon.lock import StartError, lock
+from mfsd.daemon.predecessor import Predecessor, left_by
+from mfsd.daemon.rights import rights_of
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.supervisor import Supervisor
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
+from mfsd.host import clock
 from mfsd.model import Mode
 from mfsd.v1 import control_pb2 as pb
 
@@ -50,17 +51,13 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-class StartError(RuntimeError):
-    """The daemon can't start; the text says why and what to do."""
-
-
 class Daemon:
     """One running mfsd. ``run`` returns when a signal asks it to."""
 
     def __init__(self, config: Config, path: Path | None, predecessor: Predecessor | None = None) -> None:
         self.config = config
         self.path = path
-        self.started = time.monotonic()
+        self.started = clock.monotonic()
         self._predecessor = predecessor or Predecessor({})
         self.ready = asyncio.Event()
         """The endpoints are open."""
@@ -70,7 +67,7 @@ class Daemon:
         self._reload_problems: list[str] = []
         self._device_work = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
-        self._lock_file = _lock(config.daemon.state_dir)
+        self._lock_file = lock(config.daemon.state_dir)
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock_file.close)
             policy = config_bands.policy_of(config)
@@ -82,11 +79,24 @@ class Daemon:
             self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard))
             undo.callback(self._sockets.close)
             self.engine = wiring.engine_of(config, self.devices, policy, self._sockets)
-            self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat)
+            # The engine's times stand in the table beside the kernel's: all of them are the kernel's.
+            self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat, clock=clock.monotonic)
             self._decoder = Decoder(config.limits)
-            self._identities = Identities(config.limits.max_sessions)
-            hints = HintsService(self.engine, self._decoder, self._identities, self.ticker)
-            self._server = Server(hints, ControlService(self), self._identities, config.daemon)
+            try:
+                rights = rights_of(config.daemon)
+            except LookupError as e:
+                raise StartError(str(e)) from None
+            self._identities = Identities(config.limits.max_sessions_per_user, rights=rights)
+            hints = HintsService(
+                self.engine,
+                self._decoder,
+                self._identities,
+                self.ticker,
+                anonymous=config.daemon.anonymous,
+                clock=clock.monotonic,
+            )
+            control = ControlService(self, clock=clock.monotonic)
+            self._server = Server(hints, control, self._identities, config.daemon)
             self._registry = measures.registry_of(lambda: self._snapshot(loop))
             self._exposition = Exposition(config.metrics, config.daemon.socket, self._registry)
             self._undo = undo.pop_all()
@@ -102,7 +112,7 @@ class Daemon:
                 self.devices.beat()
                 await self._care()
                 await self._server.start()
-                self._exposition.start(self._server.bind)
+                self._exposition.start(self._server.bind_for_operators)
                 self.ticker.start()
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
@@ -135,7 +145,9 @@ class Daemon:
         self._supervisor.keep({})
         # From here on packets are default traffic, whatever happens to the qdiscs.
         self.devices.fall_silent()
-        if not keep:
+        if keep:
+            await self._on_devices(self.devices.drain)
+        else:
             _, problems = await self._on_devices(lambda: self.devices.restore([d.name for d in self.devices.all]))
             for problem in problems:
                 log.error("not restored", problem=problem)
@@ -158,7 +170,7 @@ class Daemon:
 
     def _heard(self) -> None:
         """The kernel has told of connections, or a search for some is over."""
-        self.engine.hear(time.monotonic())
+        self.engine.hear(clock.monotonic())
         self.ticker.poke()
 
     def _beat(self, now: float) -> None:
@@ -176,7 +188,7 @@ class Daemon:
     async def _care(self) -> None:
         await self._on_devices(lambda: self.devices.care(self.engine.mode))
         if not self._predecessor.at_work:
-            self._supervisor.keep(self.devices.descriptors())
+            self._supervisor.keep(left_by(self.devices.all))
 
     async def _succeed(self) -> None:
         """Once its clients have had time to come back, take over from the daemon before."""
@@ -186,7 +198,7 @@ class Daemon:
 
     async def _take_over(self) -> None:
         await self._on_devices(lambda: self.devices.succeed(self.engine.mode))
-        self._supervisor.keep(self.devices.descriptors())
+        self._supervisor.keep(left_by(self.devices.all))
         log.info("took over", away_ms=round(self._predecessor.away_s * 1000), connections=len(self.engine.connections))
 
     async def _keep_care(self) -> None:
@@ -221,8 +233,9 @@ class Daemon:
         self._tasks.append(asyncio.create_task(self._reload_notified()))
 
     async def _reload_notified(self) -> None:
+        await self.ready.wait()  # else systemd would be told so too early
         # MONOTONIC_USEC is what Type=notify-reload wants, see sd_notify(3).
-        self._supervisor.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._supervisor.tell(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic_ns() // 1000}")
         try:
             await self.reload()
         finally:
@@ -268,7 +281,7 @@ class Daemon:
             self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
-        self._identities.limit = merged.limits.max_sessions
+        self._identities.limit = merged.limits.max_sessions_per_user
         if "bands.dscp" in keys:
             self.devices.set_dscp(merged.bands.dscp)
         if _touches(keys, "device["):
@@ -294,6 +307,7 @@ class Daemon:
         out = [f"engine: the last tick failed: {self.ticker.failure}"] if self.ticker.failure else []
         out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
+        out += self.devices.problems
         if self.devices.teller_problem:
             out.append(self.devices.teller_problem)
         if not self.all_devices:
@@ -313,7 +327,7 @@ class Daemon:
 
         async def take() -> measures.Snapshot:
             ticks = self.ticker.count, self.ticker.busy_s, self.ticker.failure
-            return measures.snapshot(self, ticks, time.monotonic())
+            return measures.snapshot(self, ticks, clock.monotonic())
 
         return asyncio.run_coroutine_threadsafe(take(), loop).result(SNAPSHOT_S)
 
@@ -373,26 +387,3 @@ def _plan(device: Device, plan: Any) -> pb.DevicePlan:
         undo=[f"{s.text}: {s.command}" for s in plan.undo],
         reasons=plan.reasons,
     )
-
-
-def _lock(state_dir: Path) -> IO[str]:
-    """Be the only daemon of a state directory. Raises StartError."""
-    path = state_dir / "mfsd.lock"
-    try:
-        state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = path.open("a+", encoding="ascii")
-    except OSError as e:
-        raise StartError(f'daemon.state_dir = "{state_dir}": {e}') from e
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        pid = file.read().strip() or "unknown"
-        file.close()
-        raise StartError(
-            f"another mfsd (pid {pid}) uses {state_dir}; stop it, or give this one its own daemon.state_dir and socket"
-        ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file

@@ -15,7 +15,8 @@ import structlog
 from prometheus_client import make_wsgi_app
 
 from mfsd.api.server import ServerError
-from mfsd.daemon.config_endpoints import OFF, UNIX, host_port
+from mfsd.daemon.config_endpoints import OFF, UNIX
+from mfsd.daemon.config_values import host_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +85,7 @@ class Exposition:
         self._thread: threading.Thread | None = None
 
     def start(self, bind: Callable[[Path, Callable[[], object]], None]) -> None:
-        """Open it. ``bind(path, how)`` makes a unix socket with the API's owner and mode. Raises ServerError."""
+        """Open it. ``bind(path, how)`` makes a unix socket for operators. Raises ServerError."""
         listen = self._config.listen
         if listen == OFF:
             return
@@ -109,10 +110,10 @@ class Exposition:
 
     def _tls(self) -> ssl.SSLContext | None:
         c = self._config
-        if c.tls_certificate is None or c.tls_key is None:
+        if c.tls_cert is None or c.tls_key is None:
             return None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(c.tls_certificate, c.tls_key)
+        context.load_cert_chain(c.tls_cert, c.tls_key)
         if c.tls_client_ca is not None:
             context.load_verify_locations(c.tls_client_ca)
             context.verify_mode = ssl.CERT_REQUIRED

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402 - see below
 """The daemon's command line."""
 
 from __future__ import annotations
 
+import signal
+
+# First of all, before what takes half a second to import: until there is a handler a SIGHUP would end the process.
+# Blocked, it waits for the handler.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
 import asyncio
 import faulthandler
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -18,7 +24,8 @@ from mfsd import logs
 from mfsd.api.server import ServerError
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_files
-from mfsd.daemon.daemon import Daemon, StartError
+from mfsd.daemon.daemon import Daemon
+from mfsd.daemon.lock import StartError
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.errors import DatapathError
 
@@ -44,7 +51,11 @@ async def _serve(config: Config, path: Path | None, predecessor: Predecessor | N
     loop = asyncio.get_running_loop()
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
-    await daemon.run()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        await daemon.run()
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,7 +79,8 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     try:
         config = configuration.load(path) if path is not None else configuration.parse({})
     except configuration.ConfigError as e:
-        click.echo(str(e), err=True)
+        # A file's name need not be text.
+        click.echo(str(e).encode(errors="backslashreplace"), err=True)
         sys.exit(EX_CONFIG)
     if check_config:
         click.echo(configuration.render(config), nl=False)
@@ -78,6 +90,6 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     keep_freed()
     try:
         asyncio.run(_serve(config, path, predecessor))
-    except (StartError, ServerError, DatapathError) as e:
+    except (StartError, ServerError, DatapathError, OSError) as e:
         log.critical("can't start", reason=str(e))
         sys.exit(1)

@@ -22,9 +22,12 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from mfsd.daemon.supervisor import handed_over
+from mfsd.host import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from mfsd.daemon.device import Device
 
 HOST: Final = "mfsd_host"
 """Name of the descriptor of the map of the same name; links are named ``link_name(ifindex)``."""
@@ -41,6 +44,14 @@ they are and then at gRPC's, so after twice the time that the daemon was away al
 def link_name(ifindex: int) -> str:
     """Of the descriptor of a device's TCX link."""
     return f"tcx-{ifindex}"
+
+
+def left_by(devices: Sequence[Device]) -> dict[str, int]:
+    """Descriptors by name that have to outlive this process for another to take over from these devices."""
+    if not devices:
+        return {}
+    links = {link_name(d.ifindex): d.attachment.link_fd for d in devices if d.attachment is not None}
+    return {HOST: devices[0].classifier.map_fds[HOST]} | {name: fd for name, fd in links.items() if fd >= 0}
 
 
 class Predecessor:
@@ -102,7 +113,7 @@ class Predecessor:
     def _alive(self, pages: mmap.mmap) -> bool:
         """Whether it is obeyed still. What has lapsed stays so: traffic has been default traffic since."""
         beat, timeout = _WORDS.unpack_from(pages)
-        away = time.monotonic_ns() - beat
+        away = clock.monotonic_ns() - beat
         if beat == 0 or away > timeout:
             return False
         self.away_s = max(away, 0) / 1e9
@@ -111,7 +122,7 @@ class Predecessor:
     def _beat(self, pages: mmap.mmap) -> None:
         with memoryview(pages) as raw, raw.cast("Q") as words:
             while time.monotonic() - self._born < LIMIT_S:
-                words[0] = time.monotonic_ns()  # one store: the kernel never sees half of it
+                words[0] = clock.monotonic_ns()  # one store: the kernel never sees half of it
                 if self._over.wait(_BEAT_S):
                     return
         self._over.set()

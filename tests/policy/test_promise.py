@@ -84,7 +84,7 @@ def test_what_plain_sharing_with_another_transfer_meets_is_met(
 @pytest.mark.parametrize("crowd", ["a saturating collective", "a bulk transfer"])
 def test_the_policy_before_it_starved_them(crowd: str) -> None:
     """So the tests above can fail: 0.2 s of work due in 0.6 s, which plain sharing meets."""
-    from mfsd.sim.decide import simulate  # noqa: PLC0415 (only here)
+    from mfsd.lab.sim.decide import simulate  # noqa: PLC0415 (only here)
 
     of = case([Job(0.2, 0.6)], crowd)
     assert shared(of).met[0]

@@ -13,10 +13,10 @@ import pytest
 from support import plain_link
 
 from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.lab.sim.cases import LOADS, SMALL, Shape, brute_force, draw
+from mfsd.lab.sim.decide import FixedOrder, PolicyDecider, simulate
+from mfsd.lab.sim.singlelink import BatchSpec, Case, Order, RequestSpec, Run
 from mfsd.policy import registry
-from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
-from mfsd.sim.decide import FixedOrder, PolicyDecider, simulate
-from mfsd.sim.singlelink import BatchSpec, Case, Order, RequestSpec, Run
 
 if TYPE_CHECKING:
     from mfsd.policy.views import I4, Views

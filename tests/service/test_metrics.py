@@ -10,7 +10,6 @@ import ssl
 import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
-import grpc
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from support.daemons import Api, Running, connected, wait_for
@@ -21,7 +20,6 @@ from mfsd.metrics import METRICS
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 ACCEPT: Final = {"Accept": "application/openmetrics-text; version=1.0.0"}
@@ -39,13 +37,6 @@ class UnixConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect(str(self.path))
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    daemon = Running(tmp_path)
-    yield daemon
-    daemon.stop()
 
 
 def get(connection: http.client.HTTPConnection) -> str:
@@ -86,7 +77,7 @@ def test_all_metrics_are_there_as_described_and_no_others(running: Running) -> N
     (build,) = found["mfsd_build"].samples
     policy = running.ask(lambda engine: engine.steering.policy.name)
     assert build.labels == {"version": mfsd.__version__, "policy": policy, "loader": ""}
-    assert (running.socket.with_name("mfsd.sock.metrics").stat().st_mode & 0o777) == 0o660
+    assert (running.socket.with_name("mfsd.sock.metrics").stat().st_mode & 0o777) == 0o600
 
 
 def test_descriptions_are_complete_and_tell_one_thing_each() -> None:
@@ -132,10 +123,8 @@ def test_what_happens_is_counted(running: Running) -> None:
         assert value(found, name, "_count", stage="collective") == 0  # it was not delivered
 
 
-def test_the_api_gives_the_same_text(running: Running) -> None:
-    with grpc.insecure_channel(running.target) as channel:
-        text = Api(channel).control.GetMetrics(pb.GetMetricsRequest()).text
-    assert set(families(text)) == set(scrape(running))
+def test_the_api_gives_the_same_text(running: Running, api: Api) -> None:
+    assert set(families(api.control.GetMetrics(pb.GetMetricsRequest()).text)) == set(scrape(running))
 
 
 def test_loopback_and_off(tmp_path: Path) -> None:
@@ -157,7 +146,7 @@ def test_tls_and_only_for_those_with_a_certificate(tmp_path: Path) -> None:
     subprocess.run(argv, check=True, capture_output=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    tls = {"tls_certificate": str(certificate), "tls_key": str(key), "tls_client_ca": str(certificate)}
+    tls = {"tls_cert": str(certificate), "tls_key": str(key), "tls_client_ca": str(certificate)}
     daemon = Running(tmp_path, metrics={"listen": f"0.0.0.0:{port}"} | tls)
     try:
         context = ssl.create_default_context(cafile=str(certificate))
