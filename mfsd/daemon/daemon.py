@@ -132,6 +132,8 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._hand_over and self._supervisor.present:
+            self._identities.ended = _stays  # what clients have said stays in force until the next daemon knows it
         await self._server.stop()
         await asyncio.to_thread(self._exposition.close)  # what it waits for may wait for the loop
         self.ticker.stop()
@@ -369,6 +371,10 @@ def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     """Have the loop call, from any thread; nothing when it is over."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call)
+
+
+def _stays(_peer: object) -> None:
+    """What happens when a client hangs up because the daemon hands over."""
 
 
 def _touches(keys: set[str], prefix: str) -> bool:
