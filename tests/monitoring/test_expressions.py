@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from support.prometheus import DASHBOARD, FOLDER
 
 from mfsd.metrics import METRICS
 
-FOLDER: Final = Path(__file__).resolve().parents[2] / "packaging" / "monitoring"
-DASHBOARD: Final[dict[str, Any]] = json.loads((FOLDER / "dashboard.json").read_text())
 NAMES: Final = {
     m.full_name + suffix
     for m in METRICS

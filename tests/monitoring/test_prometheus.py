@@ -8,9 +8,8 @@ import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from support.prometheus import Prometheus, programs, watching
+from support.prometheus import DASHBOARD, FOLDER, Prometheus, programs, watching
 from support.rig import Daemon, Flow, running, wait_for
-from test_expressions import DASHBOARD, FOLDER
 
 from mfsd.client import Stage
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from support.namespaces import NetnsPair
 
 CACHE: Final = Path(os.environ.get("MFSD_VM_CACHE") or "/var/lib/mfsd-vm") / "prometheus"
+FOLDER: Final = Path(__file__).resolve().parents[2] / "packaging" / "monitoring"
+DASHBOARD: Final[dict[str, Any]] = json.loads((FOLDER / "dashboard.json").read_text())
 PORT: Final = 9090
 INTERVAL: Final = "250ms"
 
@@ -90,7 +92,7 @@ scrape_configs: [{{job_name: mfsd, static_configs: [{{targets: ["{target}"]}}]}}
 
             def up() -> bool:
                 assert process.poll() is None, (folder / "prometheus.log").read_text()
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):  # not ready: no JSON
                     return prometheus.query('up{job="mfsd"}') == [1.0]
                 return False
 
