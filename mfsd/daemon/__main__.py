@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402 - see below
 """``mfsd`` and ``python -m mfsd.daemon``."""
 
 from __future__ import annotations
+
+import signal
+
+# First of all, before there is another thread and before what takes half a second to import: until there is a handler a
+# SIGHUP would end the process. Blocked in all threads, it waits for the handler.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 import sys
 

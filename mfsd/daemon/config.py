@@ -14,22 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from mfsd.bands import (
-    BACKGROUND_FLOOR,
-    CONTROL_FLOOR,
-    DEFAULT_FLOOR,
-    HTB_PRIOS,
-    LEVEL_FLOOR,
-    MAX_FLOORS,
-    MAX_HTB_LEVELS,
-    MAX_LEVELS,
-    SCAVENGER_FLOOR,
-    band_names,
-    fill_floors,
-)
+from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS
 from mfsd.daemon import config_files
+from mfsd.daemon.bands_section import BandsConfig
 from mfsd.daemon.config_endpoints import MetricsConfig, metrics_problems
 from mfsd.daemon.config_text import example, explain, key, render, shown, toml
 from mfsd.daemon.config_values import (
@@ -74,8 +63,6 @@ MAX_PEERS: Final = 65_536
 MAX_TEXT: Final = 100
 MAX_PARAMETER: Final = 1e9
 """Of a policy's numbers, which may have no bounds of their own: more means nothing in any unit they have."""
-MAX_LANES: Final = 256
-"""Minors of a band: its classids are 0xBBLL with band BB and lane LL."""
 
 
 class ConfigError(ValueError):
@@ -89,15 +76,11 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.lines))
 
 
-Share = Annotated[float, Field(ge=0.0, le=MAX_FLOORS)]
-Dscp = Annotated[int, Field(ge=0, le=63)]
-
-
 class DaemonConfig(Section):
     """``[daemon]``: process, endpoints, clock."""
 
     socket: SocketPath = setting(
-        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 107 bytes"
+        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 104 bytes"
     )
     socket_group: GroupName | None = setting(
         None,
@@ -194,34 +177,6 @@ class PeerConfig(Section):
     )
 
 
-class BandsConfig(Section):
-    """``[bands]``: the strict-priority bands, the same on every device."""
-
-    levels: int = setting(
-        5,
-        "Bands for hinted traffic, besides control, default, background and scavenger. htb takes at most "
-        f"{MAX_HTB_LEVELS}.",
-        ge=1,
-        le=MAX_LEVELS,
-    )
-    lanes: int = setting(32, "Leaf queues per band: a rescue purges only the packets of one lane.", ge=1, le=MAX_LANES)
-    control_floor: Share = setting(CONTROL_FLOOR, "Share of the link that control packets always get.")
-    default_floor: Share = setting(DEFAULT_FLOOR, "Share of the link that unhinted traffic always gets.")
-    floors: Annotated[tuple[Share, ...], BeforeValidator(as_tuple)] = setting(
-        (), f"Share that each level always gets, most urgent first; {LEVEL_FLOOR:g} where it is short."
-    )
-    background_floor: Share = setting(
-        BACKGROUND_FLOOR, "Share of the link that background traffic (stores, offload, prefetch, weights) always gets."
-    )
-    scavenger_floor: Share = setting(SCAVENGER_FLOOR, "Share of the link that pruned and doomed requests always get.")
-    dscp: dict[str, Dscp] = setting({}, 'DSCP to write by band name, e.g. { "level 0" = 46 }; others are left alone.')
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all bands that a DSCP may be given for."""
-        return band_names(self.levels)
-
-
 class PolicyConfig(BaseModel):
     """``[policy]``: the policy by name; every other key is a parameter of it."""
 
@@ -249,8 +204,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        problems = [*_daemon_problems(self.daemon), *_band_problems(self), *_limit_problems(self.limits)]
-        problems += metrics_problems(self.metrics)
+        problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
+        problems += [*_limit_problems(self.limits), *metrics_problems(self.metrics)]
         problems += [
             f"{name} = ({len(found)} sections): at most {most}"
             for name, found, most in (("device", self.device, MAX_DEVICES), ("peer", self.peer, MAX_PEERS))
@@ -293,28 +248,15 @@ def _daemon_problems(d: DaemonConfig) -> list[str]:
     return out
 
 
-def _band_problems(c: Config) -> list[str]:
-    b = c.bands
-    out = [
-        f"bands.dscp.{key(name)} = {dscp}: no such band; allowed: {', '.join(b.names)}"
-        for name, dscp in b.dscp.items()
-        if name not in b.names
-    ]
-    if len(b.floors) > b.levels:
-        out.append(f"bands.floors = {toml(b.floors)}: at most one per level (bands.levels = {b.levels})")
-    total = b.control_floor + b.default_floor + b.background_floor + b.scavenger_floor
-    total += sum(fill_floors(b.floors, b.levels))
-    if total > MAX_FLOORS:
-        out.append(
-            f"bands.floors = {toml(b.floors)}: all floors together are {total:.2f} of the link; at most {MAX_FLOORS}"
-        )
+def _device_problems(c: Config) -> list[str]:
+    out = []
     first: dict[str, int] = {}
     for i, device in enumerate(c.device):
         if first.setdefault(device.name, i) != i:
             out.append(f"device[{i}].name = {toml(device.name)}: each device once; device[{first[device.name]}]"
                        " has this name")  # fmt: skip
-        if device.backend == "htb" and b.levels > MAX_HTB_LEVELS:
-            out.append(f"bands.levels = {b.levels}: at most {MAX_HTB_LEVELS} with backend htb (device[{i}]),"
+        if device.backend == "htb" and c.bands.levels > MAX_HTB_LEVELS:
+            out.append(f"bands.levels = {c.bands.levels}: at most {MAX_HTB_LEVELS} with backend htb (device[{i}]),"
                        f" which has {HTB_PRIOS} priorities")  # fmt: skip
     return out
 
@@ -327,6 +269,9 @@ def _limit_problems(limits: LimitsConfig) -> list[str]:
     if limits.min_deadline_ms > limits.max_deadline_s * 1000:
         out.append(f"limits.min_deadline_ms = {toml(limits.min_deadline_ms)}: at most limits.max_deadline_s"
                    f" ({limits.max_deadline_s:g} s)")  # fmt: skip
+    if limits.min_defer_ms > limits.max_defer_s * 1000:
+        out.append(f"limits.min_defer_ms = {toml(limits.min_defer_ms)}: at most limits.max_defer_s"
+                   f" ({limits.max_defer_s:g} s)")  # fmt: skip
     return out
 
 

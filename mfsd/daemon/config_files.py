@@ -13,7 +13,7 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.daemon.config_text import key
+from mfsd.daemon.config_text import shown_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +23,8 @@ MAX_BYTES: Final = 1 << 20
 """Of a file."""
 MAX_DOTS: Final = 1000
 """In a line, comments aside: tomllib takes time and memory in the square of the length of a dotted key."""
+_DEPTH: Final = 3
+"""Keys of one below another that are merged, section.key.name: below there is nothing."""
 IDENTITY: Final = {"device": "name", "peer": "network"}
 """Key that tells the entries of a list of sections apart."""
 _PART: Final = re.compile(r"\.?(?:\"(?:[^\"\\]|\\.)*\"|[^.\[\"]+)|\[\d+\]")
@@ -40,7 +42,7 @@ class UnreadableError(ValueError):
 def files(path: Path) -> list[Path]:
     """What makes up the configuration: the file itself, if there are others it may be missing, and its drop-ins."""
     more = sorted((path.parent / FOLDER).glob("*.toml"), key=lambda p: p.name)
-    return [path, *more] if path.exists() or not more else more
+    return [path, *more] if not more or path.exists() else more
 
 
 @dataclass
@@ -54,29 +56,29 @@ class Merged:
     def add(self, path: Path) -> None:
         """One more file. Raises UnreadableError."""
         try:
-            said = _toml(_text(path))
+            said = _toml(_read(path))
         except OSError as e:
             raise UnreadableError(f"can't be read: {e.strerror}", path) from e
         except RecursionError as e:
-            too_deep = "is not TOML: nested too deeply; a key stands in its section, [section], at most"
-            raise UnreadableError(too_deep, path) from e
+            problem = "is not TOML: nested too deeply; a key stands in its section, [section], at most"
+            raise UnreadableError(problem, path) from e
         except ValueError as e:
             raise UnreadableError(f"is not TOML: {e}", path) from e
         for name, value in said.items():
             if name in IDENTITY and isinstance(value, list) and isinstance(self.data.get(name, []), list):
                 self._add_entries(path, name, value)
             else:
-                self._put(path, self.data, name, value, key(name), key(name))
+                self._put(path, self.data, (name, value), shown_key(name), shown_key(name))
 
     def place(self, problem: str) -> tuple[Path | None, str]:
         """Which file a problem is in, and the problem with the place as that file counts. None: no file said it."""
         where, equals, rest = problem.partition(" = ")
-        parts = _PART.findall(where) if equals else []
-        for n in range(len(parts), 0, -1):
-            found = self._said.get("".join(parts[:n]))
+        ends = [part.end() for part in _PART.finditer(where)] if equals else []
+        for end in reversed(ends):
+            found = self._said.get(where[:end])
             if found is not None:
                 path, there = found
-                return path, f"{there}{''.join(parts[n:])} = {rest}"
+                return path, f"{there}{where[end:]} = {rest}"
         return None, problem
 
     def _add_entries(self, path: Path, name: str, entries: list[Any]) -> None:
@@ -91,24 +93,28 @@ class Merged:
             self._said[where] = (path, here)
             if isinstance(entry, dict):
                 for k, v in entry.items():
-                    self._put(path, there[known], k, v, f"{where}.{key(k)}", f"{here}.{key(k)}")
+                    self._put(path, there[known], (k, v), f"{where}.{shown_key(k)}", f"{here}.{shown_key(k)}", 2)
 
-    def _put(self, path: Path, table: dict[str, Any], name: str, value: Any, where: str, here: str) -> None:
+    def _put(
+        self, path: Path, table: dict[str, Any], item: tuple[str, Any], where: str, here: str, depth: int = 1
+    ) -> None:
         self._said[where] = (path, here)
-        there = table.get(name)
-        if isinstance(value, dict) and isinstance(there, dict):
-            for k, v in value.items():
-                self._put(path, there, k, v, f"{where}.{key(k)}", f"{here}.{key(k)}")
+        name, value = item
+        if not isinstance(value, dict) or depth == _DEPTH:
+            table[name] = value
             return
-        if isinstance(value, dict):
+        if not isinstance(table.get(name), dict):
             table[name] = {}
-            for k, v in value.items():
-                self._put(path, table[name], k, v, f"{where}.{key(k)}", f"{here}.{key(k)}")
-            return
-        table[name] = value
+        for k, v in value.items():
+            self._put(path, table[name], (k, v), f"{where}.{shown_key(k)}", f"{here}.{shown_key(k)}", depth + 1)
 
 
-def _text(path: Path) -> str:
+def _identity(name: str, entry: Any) -> str | None:
+    value = entry.get(IDENTITY[name]) if isinstance(entry, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _read(path: Path) -> str:
     with path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
@@ -123,14 +129,13 @@ def _toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def _identity(name: str, entry: Any) -> str | None:
-    value = entry.get(IDENTITY[name]) if isinstance(entry, dict) else None
-    return value if isinstance(value, str) else None
-
-
 def read(path: Path) -> Merged:
     """All files of a configuration. Raises UnreadableError."""
     merged = Merged()
-    for file in files(path):
+    try:
+        all_files = files(path)
+    except OSError as e:
+        raise UnreadableError(f"can't be read: {e.strerror}", path) from e
+    for file in all_files:
         merged.add(file)
     return merged

@@ -52,7 +52,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
 def _where(loc: Location) -> str:
     out = ""
     for part in loc:
-        out += f"[{part}]" if isinstance(part, int) else f".{_cut(key(part))}" if out else _cut(key(part))
+        out += f"[{part}]" if isinstance(part, int) else f".{shown_key(part)}" if out else shown_key(part)
     return out
 
 
@@ -133,6 +133,11 @@ def key(name: str) -> str:
     return name if bare.isalnum() and bare.isascii() else json.dumps(name)
 
 
+def shown_key(name: str) -> str:
+    """A key, of whatever length, as problems name it."""
+    return _cut(key(name))
+
+
 def toml(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
@@ -155,7 +160,7 @@ def shown(value: Any, depth: int = _DEPTH) -> str:
     if isinstance(value, dict):
         some = list(value.items())[:_SHOWN]
         return (
-            _cut("{ " + ", ".join(f"{_cut(key(k))} = {shown(v, depth - 1)}" for k, v in some) + " }") if some else "{}"
+            _cut("{ " + ", ".join(f"{shown_key(k)} = {shown(v, depth - 1)}" for k, v in some) + " }") if some else "{}"
         )
     if isinstance(value, int) and value.bit_length() > 3 * _SHOWN:  # Python writes no integer of thousands of digits
         return f"({'a negative' if value < 0 else 'an'} integer of some {value.bit_length() * 3 // 10} digits)"

@@ -22,7 +22,7 @@ from mfsd.daemon import config_bands, measures, reload, wiring
 from mfsd.daemon.devices import Devices
 from mfsd.daemon.exposition import Exposition
 from mfsd.daemon.lock import StartError, lock
-from mfsd.daemon.predecessor import Predecessor, left_by
+from mfsd.daemon.predecessor import Predecessor
 from mfsd.daemon.rights import rights_of
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.supervisor import Supervisor
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from mfsd.api.operations import Figures
     from mfsd.daemon.config import Config
     from mfsd.daemon.device import Device
 
@@ -133,17 +134,18 @@ class Daemon:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._hand_over and self._supervisor.present:
-            self._identities.ended = _stays  # what clients have said stays in force until the next daemon knows it
+            # What clients have said stays in force until the next daemon knows it.
+            self._identities.ended = lambda _peer: None
         await self._server.stop()
         await asyncio.to_thread(self._exposition.close)  # what it waits for may wait for the loop
         self.ticker.stop()
         if self._hand_over and self._supervisor.present:
-            self.devices.leave()
+            # Nothing is drained: packets follow what was decided last until the next daemon has taken over.
+            await self._on_devices(self.devices.leave)
             log.info("stopped", qdiscs="kept", classifiers="kept")
             return
         keep = self._hand_over or self.config.daemon.on_exit == "keep"
-        if self._predecessor.at_work:  # only who has taken over can put things back
-            await self._take_over()
+        await self._take_over()  # only who has taken over can put things back
         self._supervisor.keep({})
         # From here on packets are default traffic, whatever happens to the qdiscs.
         self.devices.fall_silent()
@@ -188,9 +190,14 @@ class Daemon:
             return await asyncio.to_thread(work)
 
     async def _care(self) -> None:
-        await self._on_devices(lambda: self.devices.care(self.engine.mode))
-        if not self._predecessor.at_work:
-            self._supervisor.keep(left_by(self.devices.all))
+        await self._tend(lambda: self.devices.care(self.engine.mode))
+
+    async def _tend(self, work: Callable[[], None]) -> None:
+        """Work on devices after which the service manager may have to keep other descriptors."""
+        async with self._device_work:
+            await asyncio.to_thread(work)
+            if not self._predecessor.at_work:
+                self._supervisor.keep(self.devices.descriptors())
 
     async def _succeed(self) -> None:
         """Once its clients have had time to come back, take over from the daemon before."""
@@ -199,8 +206,9 @@ class Daemon:
             await self._take_over()
 
     async def _take_over(self) -> None:
-        await self._on_devices(lambda: self.devices.succeed(self.engine.mode))
-        self._supervisor.keep(left_by(self.devices.all))
+        if not self._predecessor.at_work:
+            return
+        await self._tend(lambda: self.devices.succeed(self.engine.mode))
         log.info("took over", away_ms=round(self._predecessor.away_s * 1000), connections=len(self.engine.connections))
 
     async def _keep_care(self) -> None:
@@ -284,8 +292,8 @@ class Daemon:
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
         self._identities.limit = merged.limits.max_sessions_per_user
-        if "bands.dscp" in keys:
-            self.devices.set_dscp(merged.bands.dscp)
+        if "bands.dscp" in keys or _touches(keys, "policy."):  # whose classes its levels are
+            self.devices.set_dscp(config_bands.dscp_of(self.config))
         if _touches(keys, "device["):
             self.devices.set_configs(merged.device)
         if self._verbose or _touches(keys, "daemon.log_"):
@@ -303,6 +311,10 @@ class Daemon:
     def all_devices(self) -> Sequence[Device]:
         """The configured devices."""
         return self.devices.all
+
+    async def figures(self) -> list[Figures]:
+        """Of all devices, read by their threads."""
+        return list(await asyncio.gather(*(asyncio.wrap_future(d.figures()) for d in self.all_devices)))
 
     def notices(self) -> list[str]:
         """Things an operator should know, most important first."""
@@ -329,7 +341,7 @@ class Daemon:
 
         async def take() -> measures.Snapshot:
             ticks = self.ticker.count, self.ticker.busy_s, self.ticker.failure
-            return measures.snapshot(self, ticks, clock.monotonic())
+            return measures.snapshot(self, await self.figures(), ticks, clock.monotonic())
 
         return asyncio.run_coroutine_threadsafe(take(), loop).result(SNAPSHOT_S)
 
@@ -360,6 +372,7 @@ class Daemon:
 
     async def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Put qdiscs back. With none left to enforce on, the mode is observe from then on."""
+        await self._take_over()  # else the classifiers of the daemon before went on sending packets there
         out = await self._on_devices(lambda: self.devices.restore(names))
         if not any(p.enforced for p in self.all_devices):
             self.engine.set_mode(Mode.OBSERVE)
@@ -371,10 +384,6 @@ def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     """Have the loop call, from any thread; nothing when it is over."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call)
-
-
-def _stays(_peer: object) -> None:
-    """What happens when a client hangs up because the daemon hands over."""
 
 
 def _touches(keys: set[str], prefix: str) -> bool:
@@ -392,4 +401,5 @@ def _plan(device: Device, plan: Any) -> pb.DevicePlan:
         refusals=plan.refusals,
         undo=[f"{s.text}: {s.command}" for s in plan.undo],
         reasons=plan.reasons,
+        marks=config_bands.marks_in_words(device.dscp, device.bands),
     )

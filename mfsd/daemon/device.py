@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import structlog
 
-from mfsd.api.operations import BandRow
+from mfsd.api.operations import BandRow, Figures
 from mfsd.daemon import hands
 from mfsd.daemon.hands import Hands
 from mfsd.datapath import _abi
@@ -24,6 +24,7 @@ from mfsd.logs import Seldom
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
 
     from mfsd.bands import Bands
     from mfsd.daemon.config import DeviceConfig
@@ -191,6 +192,10 @@ class Device:
         counted = self.classifier.stats()
         return {name: int(counted[number]) for name, number in STATS.items()}
 
+    def figures(self) -> Future[Figures]:
+        """Counters for operators, read by the device's thread."""
+        return self._hands.ask(lambda: Figures(self.band_rows(), self.stats()))
+
     def note(self, notice: str) -> None:
         """Say why the device is not as configured, or (empty) that it is."""
         if notice and notice != self.notice:
@@ -218,13 +223,6 @@ class Device:
     def close(self) -> None:
         """End the thread, once it is through with its orders."""
         self._hands.close()
-
-    def let_go(self) -> None:
-        """The name means another device now, or none."""
-        self.ifindex = 0
-        self.given_up = ""
-        self.put_in_force(None)
-        self.detach_quietly()
 
     def detach_quietly(self) -> None:
         """Take the classifier off the device; where that fails, its heartbeat is lost and it does nothing."""

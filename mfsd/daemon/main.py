@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402 - see below
 """The daemon's command line."""
 
 from __future__ import annotations
 
-import signal
-
-# First of all, before what takes half a second to import: until there is a handler a SIGHUP would end the process.
-# Blocked, it waits for the handler.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-
 import asyncio
 import faulthandler
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final

@@ -2,7 +2,7 @@
 """The values of all metrics (mfsd/metrics.py), for prometheus_client.
 
 A scrape costs the event loop a copy of what the engine knows (``snapshot``, some tens of microseconds); counters of
-devices are read, and text is made, in the thread of whoever asks.
+devices are read by their threads, and text is made in that of whoever asks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from prometheus_client import Metric as Family
 
-    from mfsd.api.operations import Device, Operations
+    from mfsd.api.operations import Device, Figures, Operations
     from mfsd.engine.engine import Engine
     from mfsd.engine.tally import Histogram
 
@@ -51,6 +51,7 @@ class Seen:
     """One device as the event loop sees it."""
 
     device: Device
+    figures: Figures
     connections: npt.NDArray[np.int64]
     """By band."""
     values: Mapping[str, float]
@@ -68,8 +69,11 @@ class Snapshot:
     """(name, floor as share of the link) by index."""
 
 
-def snapshot(daemon: Operations, ticks: tuple[int, float, str], now: float) -> Snapshot:
-    """Take it, on the event loop. ``ticks``: how many there have been, seconds that they took, why the last failed."""
+def snapshot(daemon: Operations, figures: Sequence[Figures], ticks: tuple[int, float, str], now: float) -> Snapshot:
+    """Take it, on the event loop.
+
+    ``figures``: of all devices. ``ticks``: how many there have been, seconds that they took, why the last failed.
+    """
     engine, books = daemon.engine, daemon.engine.books
     count, busy, failure = ticks
     p50, p99 = daemon.tick_durations()
@@ -105,7 +109,7 @@ def snapshot(daemon: Operations, ticks: tuple[int, float, str], now: float) -> S
         },
         values=values,
         histograms=_histograms(engine),
-        devices=[_seen(engine, i, d) for i, d in enumerate(devices)],
+        devices=[_seen(engine, i, d, f) for i, (d, f) in enumerate(zip(devices, figures, strict=False))],
         bands=[(b.name, b.floor) for b in engine.steering.bands.bands],
     )
 
@@ -141,12 +145,13 @@ def _histograms(engine: Engine) -> dict[str, Mapping[str, Histogram]]:
     }
 
 
-def _seen(engine: Engine, index: int, device: Device) -> Seen:
+def _seen(engine: Engine, index: int, device: Device, figures: Figures) -> Seen:
     table = engine.connections.table
     used = np.flatnonzero(table.used[: table.high]).astype(np.int32)
     band = table.band[used[engine.connections.device_of(used) == index]]
     return Seen(
         device,
+        figures,
         np.bincount(band, minlength=256),
         {
             "device_attached": float(bool(device.hook)),
@@ -193,7 +198,7 @@ def _family(name: str) -> Any:
 
 
 def _device_values(taken: Snapshot) -> Values:
-    """Counters of all devices, read now."""
+    """What is counted by device."""
     out: Values = {m.name: [] for m in METRICS if "device" in m.labels}
     for seen in taken.devices:
         device = seen.device
@@ -201,9 +206,9 @@ def _device_values(taken: Snapshot) -> Values:
         for metric, value in seen.values.items():
             out[metric].append(((name,), value))
         out["device_shaped"].append(((name, backend), float(bool(backend))))
-        out["classified_packets"] += [((name, counter), n) for counter, n in device.stats().items()]
+        out["classified_packets"] += [((name, counter), n) for counter, n in seen.figures.stats.items()]
         rate = device.estimator.configured if device.floors else 0.0
-        for row in device.band_rows():
+        for row in seen.figures.bands:
             band, floor = taken.bands[row.index]
             for metric, value in (
                 ("band_sent_bytes", row.bytes),

@@ -25,9 +25,7 @@ from mfsd.daemon.supervisor import handed_over
 from mfsd.host import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from mfsd.daemon.device import Device
+    from collections.abc import Iterable, Mapping
 
 HOST: Final = "mfsd_host"
 """Name of the descriptor of the map of the same name; links are named ``link_name(ifindex)``."""
@@ -44,14 +42,6 @@ they are and then at gRPC's, so after twice the time that the daemon was away al
 def link_name(ifindex: int) -> str:
     """Of the descriptor of a device's TCX link."""
     return f"tcx-{ifindex}"
-
-
-def left_by(devices: Sequence[Device]) -> dict[str, int]:
-    """Descriptors by name that have to outlive this process for another to take over from these devices."""
-    if not devices:
-        return {}
-    links = {link_name(d.ifindex): d.attachment.link_fd for d in devices if d.attachment is not None}
-    return {HOST: devices[0].classifier.map_fds[HOST]} | {name: fd for name, fd in links.items() if fd >= 0}
 
 
 class Predecessor:
@@ -97,6 +87,11 @@ class Predecessor:
     def link(self, ifindex: int) -> int:
         """The TCX link of a device, which is the caller's from now on; -1 if there is none."""
         return self._links.pop(link_name(ifindex), -1)
+
+    def others(self, ours: Iterable[int]) -> list[int]:
+        """The TCX links of all devices but these (by index), which are the caller's from now on."""
+        names = {link_name(ifindex) for ifindex in ours}
+        return [self._links.pop(name) for name in [n for n in self._links if n not in names]]
 
     def retire(self) -> None:
         """No more signs of life; links that nobody took are closed, which detaches their classifiers. Idempotent."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from _typeshed import HasFileno
+
 FIRST: Final = 3
 """Number of the first descriptor that is handed over (SD_LISTEN_FDS_START, sd_listen_fds(3))."""
 
@@ -26,7 +28,7 @@ class Supervisor:
         """``environment``: that of the process (NOTIFY_SOCKET, WATCHDOG_USEC); ``held``: names of what it keeps now."""
         self.watchdog_s = int(environment.get("WATCHDOG_USEC", "0")) / 1e6
         """It wants a sign of life at least so often; 0: it does not care."""
-        self._kept = dict.fromkeys(held, -1)
+        self._kept: dict[str, int | HasFileno] = dict.fromkeys(held, -1)
         self._socket: socket.socket | None = None
         address = environment.get("NOTIFY_SOCKET", "")
         if address:
@@ -36,10 +38,10 @@ class Supervisor:
             # "@": an abstract address (unix(7))
             self._address = "\0" + address[1:] if address.startswith("@") else address
 
-    def tell(self, state: str, descriptors: Sequence[int] = ()) -> None:
+    def tell(self, state: str, descriptors: Sequence[int | HasFileno] = ()) -> None:
         """Send one note."""
         if self._socket is not None:
-            rights = array.array("i", descriptors)
+            rights = array.array("i", [d if isinstance(d, int) else d.fileno() for d in descriptors])
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if descriptors else []
             with contextlib.suppress(OSError):
                 self._socket.sendmsg([state.encode()], ancillary, 0, self._address)
@@ -49,8 +51,11 @@ class Supervisor:
         """There is one."""
         return self._socket is not None
 
-    def keep(self, wanted: Mapping[str, int]) -> None:
-        """Have it hold copies of these descriptors, by name, and of no others."""
+    def keep(self, wanted: Mapping[str, int | HasFileno]) -> None:
+        """Have it hold copies of these descriptors, by name, and of no others.
+
+        Objects are told apart by themselves: the next one of a name may have the number of the one before.
+        """
         for name in [n for n, fd in self._kept.items() if wanted.get(n) != fd]:
             self.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
             del self._kept[name]

@@ -81,6 +81,7 @@ class Steering:
         bits = np.arange(1 << len(Stage))[:, None] >> np.arange(len(Stage)) & 1
         self._marked_level = np.where(bits > 0, self.stage_level, LEVEL_SCAVENGER).min(axis=1).astype(np.int16)
         self._stage_band = self.ladder.bands(self.stage_level)
+        self.guarantees.collectives = self.band_of(Stage.COLLECTIVE)
 
     def band_of(self, stage: Stage) -> int:
         """Where bytes belong of which nothing but the stage is known."""

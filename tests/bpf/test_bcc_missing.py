@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mfsd.daemon import kernel
+from mfsd.daemon import devices
 from mfsd.datapath.bpf import bcc, libbpf
 from mfsd.datapath.bpf.bcc import BccLoader, check_headers
 from mfsd.datapath.errors import LoaderError
@@ -56,13 +56,13 @@ def test_without_headers_nothing_is_compiled(tmp_path: Path) -> None:
 
 
 def test_auto_takes_bcc_where_libbpf_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernel.loader_of("auto")[0] == "libbpf"
+    assert devices._loader("auto")[0] == "libbpf"
     monkeypatch.setattr(libbpf, "LIBRARY", "libbpf-that-is-not-there.so.1")
     libbpf.library.cache_clear()
     try:
-        name, loader = kernel.loader_of("auto")
+        name, loader = devices._loader("auto")
         assert (name, type(loader)) == ("bcc", BccLoader)
         with pytest.raises(LoaderError, match="cannot open shared object file"):
-            kernel.loader_of("libbpf")
+            devices._loader("libbpf")
     finally:
         libbpf.library.cache_clear()

@@ -168,4 +168,4 @@ def test_stop_puts_the_device_back(machine: Machine, network: NetnsPair) -> None
     assert "6d66:" not in network.run(network.a, "tc qdisc show dev v0")
     assert machine.show("mfsd", "Result") == "success"
     assert machine.show("mfsd", "NFileDescriptorStore") == "0"
-    assert not (machine.root / "run/mfsd/v0.json").exists()
+    assert not list((machine.root / "run/mfsd").glob("qdisc-*"))
