@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Build the Debian package; docs/packaging.md has the reasons.
+"""Build the Debian package; docs/operating.md has the reasons.
 
     deb.py             dist/mfsd_VERSION_amd64.deb, for Debian 12 and 13
     deb.py --lock      write packaging/wheels.lock anew from pyproject.toml and scripts/constraints.txt
