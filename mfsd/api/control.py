@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from google.rpc import code_pb2, status_pb2
 
-from mfsd.api import errors, messages, pages
+from mfsd.api import errors, messages, pages, trace
 from mfsd.model import INF, HintError, Mode
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
@@ -27,6 +27,14 @@ WATCH_MIN_US: Final = 100_000
 WATCH_DEFAULT_US: Final = 1_000_000
 WATCHERS: Final = 64
 """At a time."""
+LEVELS: Final = {
+    pb.LOG_LEVEL_UNSPECIFIED: None,
+    pb.LOG_LEVEL_DEBUG: "debug",
+    pb.LOG_LEVEL_INFO: "info",
+    pb.LOG_LEVEL_WARNING: "warning",
+    pb.LOG_LEVEL_ERROR: "error",
+}
+LEVEL_NUMBERS: Final = {name: number for number, name in LEVELS.items()}
 MODES: Final = {pb.MODE_OBSERVE: Mode.OBSERVE, pb.MODE_ENFORCE: Mode.ENFORCE}
 
 
@@ -114,6 +122,17 @@ class ControlService(control_pb2_grpc.ControlServicer):
             await _not_found(context, f"no {target} {value!r}; it may be finished: list connections or transfers")
         return found
 
+    async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.Metrics:  # noqa: ARG002, N802 - as generated
+        """All metrics."""
+        return pb.Metrics(text=await self._daemon.metrics())
+
+    async def Trace(self, request: pb.TraceRequest, context: Context) -> pb.RequestTrace:  # noqa: N802 - as generated
+        """Where the time of one request went."""
+        found = trace.of_request(self._daemon.engine, self._clock(), request.request_id, request.session)
+        if found is None:
+            await _not_found(context, f"no request {request.request_id!r} that is not over or was lately")
+        return found
+
     # --- acting -------------------------------------------------------------------------------------------------------
 
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.Status:  # noqa: ARG002, N802 - as generated
@@ -144,6 +163,12 @@ class ControlService(control_pb2_grpc.ControlServicer):
         """Put the qdiscs back."""
         restored, problems = await self._daemon.restore(await self._named(request.device, context))
         return pb.RestoreReply(restored=restored, problems=problems)
+
+    async def SetLogLevel(self, request: pb.SetLogLevelRequest, context: Context) -> pb.SetLogLevelReply:  # noqa: N802 - as generated
+        """Log more, or less."""
+        if request.level not in LEVELS:
+            await _invalid(context, "level", f"unknown level {request.level}", "use LOG_LEVEL_DEBUG (1) to ERROR (4)")
+        return pb.SetLogLevelReply(level=LEVEL_NUMBERS[self._daemon.set_log_level(LEVELS[request.level])])
 
     async def _status(self) -> pb.Status:
         figures = await self._daemon.figures()

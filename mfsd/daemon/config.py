@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS
 from mfsd.daemon import config_files
 from mfsd.daemon.bands_section import BandsConfig
+from mfsd.daemon.config_endpoints import MetricsConfig, metrics_problems
 from mfsd.daemon.config_text import example, explain, key, render, shown, toml
 from mfsd.daemon.config_values import (
     DeviceName,
@@ -199,11 +200,12 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
-        problems += _limit_problems(self.limits)
+        problems += [*_limit_problems(self.limits), *metrics_problems(self.metrics)]
         problems += [
             f"{name} = ({len(found)} sections): at most {most}"
             for name, found, most in (("device", self.device, MAX_DEVICES), ("peer", self.peer, MAX_PEERS))

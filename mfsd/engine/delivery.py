@@ -76,6 +76,7 @@ class Delivery:
         arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered")
         done = [t.objects[row] for row in np.flatnonzero(arrived)]
         reach = moved.sent.take(stream)
+        self._begin(reach > start)
         rows = np.flatnonzero(~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now)))
         if len(rows) > ASK_MAX:
             # Take turns: many starved transfers may wait here for a long time.
@@ -90,6 +91,13 @@ class Delivery:
             self.endings.end(done, now, delivered_at=now)
         if asked:
             self._ask(asked, now)
+
+    def _begin(self, moving: npt.NDArray[np.bool_]) -> None:
+        """Note of which transfers the first byte has left. It left since the last run."""
+        t = self.books.transfers
+        begun = t.live("begun")
+        new = moving & (begun == 0)
+        begun[new] = np.maximum(t.live("created")[new], self._last_run)
 
     def _stalled(
         self,

@@ -51,6 +51,7 @@ class Endings:
         ended = {t: None for t in transfers if t.session.transfers.get(t.id) is t}
         for stream in {t.stream for t in ended}:
             self._unqueue(stream, ended, now, delivered=delivered_at is not None)
+        self.books.tally.ended(ended, self.books.transfers, now, delivered_at)
         for transfer in ended:
             self.books.strike_transfer(transfer)
             request = transfer.request
@@ -119,7 +120,9 @@ class Endings:
     def finish(self, request: Request, now: float) -> None:
         """A request is over: count it and forget it. Of one without bytes, the worker's word is all there is."""
         at = request.delivered_at or (INF if request.session.over else now)
-        met = at <= self.books.requests.get(request, "deadline")
+        deadline = float(self.books.requests.get(request, "deadline"))
+        met = at <= deadline
+        self.books.tally.finished(request, float(self.books.requests.get(request, "arrival")), deadline, at)
         self.books.counters.deadlines_met += met
         self.books.counters.deadlines_missed += not met
         self.forget(request, now)

@@ -259,6 +259,8 @@ class Ledger:
                 -1,  # seen_layer
                 False,  # infeasible
                 stream.ordered,
+                0.0,  # begun
+                LEVEL_NEW,
             ),
         )
         session.transfers[hint.id] = transfer

@@ -39,6 +39,8 @@ TRANSFER_COLUMNS: Final = {
     "seen_layer": "i4",  # layer of its batch at the last evaluation
     "infeasible": "?",
     "ordered": "?",  # its bytes follow those before it in its stream
+    "begun": "f8",  # when its first byte left, to within a tick; 0: not yet
+    "first_level": "i2",  # what the policy decided first
 }
 REQUEST_COLUMNS: Final = {
     "deadline": "f8",
@@ -165,6 +167,8 @@ class Transfer:
     """The worker said that all its bytes have been written."""
     maybe_late: bool = False
     """As many bytes as it has had just gone without a hint when it was announced: perhaps they were its."""
+    path: tuple[tuple[float, int], ...] = ()
+    """(when, level) of each later decision; the latest ones."""
     row: int = -1
 
 

@@ -36,6 +36,8 @@ OBSERVE_S: Final = 0.02
 """How often the devices' counters are read."""
 FEASIBLE_S: Final = 0.05
 """How often infeasible transfers are looked for, to tell their workers, if decisions don't say who they are."""
+PATH_MAX: Final = 16
+"""Decisions remembered of each transfer."""
 SIZES_KEPT: Final = 512
 """Sizes of the latest transfers, for policies that order by size."""
 
@@ -115,7 +117,7 @@ class Steering:
                 views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
             decision = self.policy.evaluate(views)
             guarantee = decision.guarantee
-            self.books.transfers.live("level")[:] = decision.level
+            self._note(decision.level, now)
             self.books.transfers.live("seen_layer")[:] = views.transfers.current_layer
             if decision.infeasible is not None:
                 self._tell_infeasible(views, decision.infeasible)
@@ -129,7 +131,20 @@ class Steering:
             self.guarantees.drain(now)
         self._write(now, rescue=steers)
         self.rescuer.run(now)
-        self.books.counters.rescues += self.rescuer.rescued()
+        promoted = self.rescuer.rescued()
+        self.books.counters.rescues += len(promoted)
+        self.books.tally.rescues += [now - at for at in promoted]
+
+    def _note(self, level: I2, now: float) -> None:
+        """Take over what was decided, and note what has changed."""
+        transfers = self.books.transfers
+        before = transfers.live("level")
+        new, changed = before == LEVEL_NEW, before != level
+        transfers.live("first_level")[new] = level[new]
+        for row in np.flatnonzero(changed & ~new):
+            transfer = transfers.objects[row]
+            transfer.path = (*transfer.path[1 - PATH_MAX :], (now, int(level[row])))
+        before[:] = level
 
     def _arrange(self, views: Views) -> None:
         arrangement = self.policy.arrange(views)
