@@ -205,7 +205,7 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 			slot->origin = (__u32)s->position + flight;
 		slot->acked = s->position;
 		slot->sent = s->position + (before && (__s32)(ahead - flight) > 0 ? ahead : flight);
-	} else if (before) {
+	} else if (before && !s->hit) { /* what a socket in TIME_WAIT says, or one half made, is no payload */
 		syn = s->raw[9] >> 1 & 1; /* a SYN has a number of its own, but is no payload */
 		end += syn;
 		if (!slot->last_ns)

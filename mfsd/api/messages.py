@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mfsd.api.operations import BandRow, Device, Operations
+    from mfsd.api.operations import BandRow, Device, Figures, Operations
     from mfsd.engine.engine import Engine
     from mfsd.engine.peers import Known
     from mfsd.engine.records import Connection, Transfer, Watch
@@ -37,8 +37,8 @@ _SHOWN_LEVEL: Final = {LEVEL_NEW: -1, LEVEL_NONE: -1, LEVEL_SCAVENGER: -2, LEVEL
 _PROCESS: Final = psutil.Process()
 
 
-def status(daemon: Operations, now: float) -> pb.Status:
-    """One screen."""
+def status(daemon: Operations, figures: Sequence[Figures], now: float) -> pb.Status:
+    """One screen. ``figures``: of all devices."""
     engine, books = daemon.engine, daemon.engine.books
     p50, p99 = daemon.tick_durations()
     unseen = [w for w in engine.watches.unseen(now) if not _carried(engine, w)]
@@ -49,7 +49,7 @@ def status(daemon: Operations, now: float) -> pb.Status:
         mode=pb.MODE_ENFORCE if engine.mode is Mode.ENFORCE else pb.MODE_OBSERVE,
         paused=engine.paused,
         policy=engine.steering.policy.name,
-        devices=[_device(engine, i, d) for i, d in enumerate(daemon.all_devices)],
+        devices=[_device(engine, i, d, f) for i, (d, f) in enumerate(zip(daemon.all_devices, figures, strict=False))],
         sessions=len(books.sessions),
         requests=books.requests.n,
         batches=books.batches.n,
@@ -111,7 +111,7 @@ def _host(address: str, ports: PortRange) -> str:
     return f"{text}:{ports.first}" if ports.exact else f"{text}:{ports.first}-{ports.last}"
 
 
-def _device(engine: Engine, index: int, device: Device) -> pb.Device:
+def _device(engine: Engine, index: int, device: Device, figures: Figures) -> pb.Device:
     table = engine.connections.table
     used = np.flatnonzero(table.used[: table.high]).astype(np.int32)
     users = np.bincount(table.band[used[engine.connections.device_of(used) == index]], minlength=256)
@@ -124,8 +124,8 @@ def _device(engine: Engine, index: int, device: Device) -> pb.Device:
         rate_bytes_per_s=device.estimator.configured,
         measured_bytes_per_s=device.estimator.measured,
         utilisation=device.estimator.utilisation,
-        bands=[_band(engine, device, index, row, int(users[row.index])) for row in device.band_rows()],
-        stats=device.stats(),
+        bands=[_band(engine, device, index, row, int(users[row.index])) for row in figures.bands],
+        stats=figures.stats,
     )
 
 
@@ -234,7 +234,7 @@ def _connection(
         slot=conn.slot,
         cookie=conn.cookie,
         endpoints=str(conn.endpoints) if conn.endpoints is not None else f"cookie {conn.cookie}",
-        level=_shown_level(level),
+        level=shown_level(level),
         band=engine.steering.bands.bands[conn.band].name,
         lane=conn.lane,
         stage=int(known.last_stage[conn.slot]) if first is None else first.stage.value,  # type: ignore[arg-type]  # an open enum
@@ -259,7 +259,7 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
         target_layer=int(view.target_layer[row]),
         bytes=int(view.size[row]),
         bytes_left=round(float(view.left[row])),
-        level=_shown_level(int(view.level[row])),
+        level=shown_level(int(view.level[row])),
         slot=int(view.conn[row]),
     )
     time_left = float(view.deadline[row]) - views.now
@@ -273,5 +273,6 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
     return out
 
 
-def _shown_level(level: int) -> int:
+def shown_level(level: int) -> int:
+    """As in proto mfsd.v1.Connection.level."""
     return _SHOWN_LEVEL.get(level, level)

@@ -33,14 +33,6 @@ if TYPE_CHECKING:
             """Where the classifier hangs; empty when it does not."""
             ...
 
-        def band_rows(self) -> list[BandRow]:
-            """Counters of all bands."""
-            ...
-
-        def stats(self) -> dict[str, int]:
-            """The classifier's counters by name (enum mfsd_stat in bpf/mfsd.h)."""
-            ...
-
 
 @dataclass(frozen=True, slots=True)
 class BandRow:
@@ -55,6 +47,15 @@ class BandRow:
     backlog: int
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What has been read of one device."""
+
+    bands: Sequence[BandRow]
+    stats: Mapping[str, int]
+    """The classifier's counters by name (enum mfsd_stat in bpf/mfsd.h)."""
+
+
 class Operations(Protocol):
     """What operators ask."""
 
@@ -66,12 +67,24 @@ class Operations(Protocol):
         """The configured devices."""
         ...
 
+    async def figures(self) -> list[Figures]:
+        """Of all devices, in their order; read elsewhere than on the event loop, since the kernel may make one wait."""
+        ...
+
     def notices(self) -> list[str]:
         """Things an operator should know."""
         ...
 
     def tick_durations(self) -> tuple[float, float]:
         """Median and 99th percentile, seconds."""
+        ...
+
+    async def metrics(self) -> str:
+        """All metrics in OpenMetrics' text format."""
+        ...
+
+    def set_log_level(self, level: str | None) -> str:
+        """Change the least severe level that is logged (None: don't); the one in force then."""
         ...
 
     def steering_changed(self) -> None:

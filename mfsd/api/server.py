@@ -11,7 +11,7 @@ import grp
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -31,6 +31,9 @@ HINTS: Final = hints_pb2.DESCRIPTOR.services_by_name["Hints"].full_name
 CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 STOP_S: Final = 0.5
 """For calls in progress when the daemon stops; streams are cut then, and clients reconnect by themselves."""
+
+_KEEPALIVE: Final = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
+"""A client on another machine that is gone without a word is noticed, and what it said with it."""
 
 _untyped_health: Any = health
 """The package has no stubs, and mypy's view of what it re-exports changes with the state of its cache."""
@@ -88,7 +91,8 @@ class Server:
         self._identities = identities
         self._bound: list[Path] = []
         """Sockets of these names are ours."""
-        self._server = grpc.aio.server(interceptors=[Access(identities)], options=[("grpc.so_reuseport", 0)])
+        options = [("grpc.so_reuseport", 0), *_KEEPALIVE]
+        self._server = grpc.aio.server(interceptors=[Access(identities)], options=options)
         hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
         self._health = _untyped_health.aio.HealthServicer()
@@ -140,7 +144,13 @@ class Server:
         listener.setblocking(False)
         return listener
 
-    def _bind(self, path: Path, bind: Callable[[], object]) -> None:
+    def bind_for_operators(self, path: Path, bind: Callable[[], object]) -> None:
+        """Make a unix socket with ``bind`` that operators may use. Raises ServerError."""
+        self._bind(path, bind, "operator_group")
+
+    def _bind(
+        self, path: Path, bind: Callable[[], object], key: Literal["socket_group", "operator_group"] = "socket_group"
+    ) -> None:
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             _remove_stale(path)
@@ -151,24 +161,25 @@ class Server:
             finally:
                 os.umask(before)
             self._bound.append(path)
-            self._set_group(path)
-            path.chmod(0o660)
+            group: str | None = getattr(self._config, key)
+            self._set_group(path, key, group)
+            path.chmod(0o660 if group is not None or key == "socket_group" else 0o600)
         except (OSError, RuntimeError) as e:
             raise ServerError(f'daemon.socket = "{path}": {e}') from e
 
-    def _set_group(self, path: Path) -> None:
-        name = self._config.socket_group
+    def _set_group(self, path: Path, key: str, name: str | None) -> None:
+        """``key``: of the configuration, which has the name."""
         if name is None:
             return
         try:
             gid = grp.getgrnam(name).gr_gid
         except KeyError:
-            raise ServerError(f'daemon.socket_group = "{name}": there is no such group on this host') from None
+            raise ServerError(f'daemon.{key} = "{name}": there is no such group on this host') from None
         try:
             os.chown(path, -1, gid)
         except PermissionError as e:
             raise ServerError(
-                f'daemon.socket_group = "{name}": mfsd may not give its socket to this group; make its user a member '
+                f'daemon.{key} = "{name}": mfsd may not give its socket to this group; make its user a member '
                 "(SupplementaryGroups= in the unit)"
             ) from e
 

@@ -9,7 +9,7 @@ in config_text.py, the types of values are in config_values.py.
 from __future__ import annotations
 
 import sys
-import tomllib
+from collections.abc import Sequence  # noqa: TC003 - pydantic reads annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -17,7 +17,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS
+from mfsd.daemon import config_files
 from mfsd.daemon.bands_section import BandsConfig
+from mfsd.daemon.config_endpoints import MetricsConfig, metrics_problems
 from mfsd.daemon.config_text import example, explain, key, render, shown, toml
 from mfsd.daemon.config_values import (
     DeviceName,
@@ -56,10 +58,6 @@ DEFAULT_PATH: Final = Path("/etc/mfsd/mfsd.toml")
 A_RATE: Final = 'a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"'
 LOCK: Final = "mfsd.lock"
 """File in daemon.state_dir that the running daemon holds."""
-MAX_BYTES: Final = 1 << 20
-"""Of a file."""
-MAX_DOTS: Final = 1000
-"""In a line, comments aside: tomllib takes time and memory in the square of the length of a dotted key."""
 MAX_DEVICES: Final = 64
 MAX_PEERS: Final = 65_536
 MAX_TEXT: Final = 100
@@ -70,16 +68,19 @@ MAX_PARAMETER: Final = 1e9
 class ConfigError(ValueError):
     """A configuration that can't be used; the text has one line per problem."""
 
-    def __init__(self, problems: list[str], path: Path | None = None) -> None:
-        super().__init__("\n".join(f"{path}: {p}" if path else p for p in problems))
+    def __init__(self, problems: list[str], paths: Sequence[Path] = ()) -> None:
+        """``paths``: the file of each problem, where there are files."""
         self.problems = problems
+        self.lines = [f"{path}: {p}" for path, p in zip(paths, problems, strict=True)] if paths else problems
+        """Problems with their files."""
+        super().__init__("\n".join(self.lines))
 
 
 class DaemonConfig(Section):
     """``[daemon]``: process, endpoints, clock."""
 
     socket: SocketPath = setting(
-        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 107 bytes"
+        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 104 bytes"
     )
     socket_group: GroupName | None = setting(
         None,
@@ -199,11 +200,12 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
-        problems += _limit_problems(self.limits)
+        problems += [*_limit_problems(self.limits), *metrics_problems(self.metrics)]
         problems += [
             f"{name} = ({len(found)} sections): at most {most}"
             for name, found, most in (("device", self.device, MAX_DEVICES), ("peer", self.peer, MAX_PEERS))
@@ -302,36 +304,16 @@ def _plain(value: Any) -> bool:
 
 
 def load(path: Path) -> Config:
-    """Read and check a file. Raises ConfigError with every problem that can be found in one go."""
+    """Read and check a file and its drop-ins. Raises ConfigError with every problem that can be found in one go."""
     try:
-        data = _toml(_read(path))
-    except OSError as e:
-        raise ConfigError([f"can't be read: {e.strerror}"], path) from e
-    except RecursionError as e:
-        raise ConfigError(
-            ["is not TOML: nested too deeply; a key stands in its section, [section], at most"], path
-        ) from e
-    except ValueError as e:
-        raise ConfigError([f"is not TOML: {e}"], path) from e
+        merged = config_files.read(path)
+    except config_files.UnreadableError as e:
+        raise ConfigError([e.problem], [e.path]) from e
     try:
-        return parse(data)
+        return parse(merged.data)
     except ConfigError as e:
-        raise ConfigError(e.problems, path) from None
-
-
-def _read(path: Path) -> str:
-    with path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes; is this the right file?")
-    return raw.decode()
-
-
-def _toml(text: str) -> dict[str, Any]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.count(".") > MAX_DOTS and not line.lstrip().startswith("#"):
-            raise ValueError(f"nested too deeply (at line {number}): more than {MAX_DOTS} dots in one line")
-    return tomllib.loads(text)
+        placed = [merged.place(p) for p in e.problems]
+        raise ConfigError([p for _, p in placed], [file or path for file, _ in placed]) from None
 
 
 def parse(data: dict[str, Any]) -> Config:

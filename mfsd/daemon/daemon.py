@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import sdnotify
 import structlog
 
 import mfsd
@@ -20,10 +18,14 @@ from mfsd.api.hints import HintsService
 from mfsd.api.identity import Identities
 from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
-from mfsd.daemon import config_bands, reload, wiring
+from mfsd.daemon import config_bands, measures, reload, wiring
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.exposition import Exposition
+from mfsd.daemon.lock import StartError, lock
+from mfsd.daemon.predecessor import Predecessor
 from mfsd.daemon.rights import rights_of
 from mfsd.daemon.sockets import HostSockets
+from mfsd.daemon.supervisor import Supervisor
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
 from mfsd.host import clock
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from mfsd.api.operations import Figures
     from mfsd.daemon.config import Config
     from mfsd.daemon.device import Device
 
@@ -42,39 +45,36 @@ CARE_S: Final = 5.0
 STATUS_S: Final = 5.0
 """How often the one-line status for systemctl is renewed."""
 
+SNAPSHOT_S: Final = 5.0
+"""How long a scrape waits for the event loop."""
+
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
-
-
-class StartError(RuntimeError):
-    """The daemon can't start; the text says why and what to do."""
 
 
 class Daemon:
     """One running mfsd. ``run`` returns when a signal asks it to."""
 
-    def __init__(self, config: Config, path: Path | None) -> None:
+    def __init__(self, config: Config, path: Path | None, predecessor: Predecessor | None = None) -> None:
         self.config = config
         self.path = path
         self.started = clock.monotonic()
-        # Without a service manager the package would leave an open socket behind.
-        self._systemd = sdnotify.SystemdNotifier() if os.environ.get("NOTIFY_SOCKET") else None
+        self._predecessor = predecessor or Predecessor({})
         self.ready = asyncio.Event()
         """The endpoints are open."""
         self._stopping = asyncio.Event()
         self._hand_over = False
+        self._verbose = False
         self._reload_problems: list[str] = []
         self._device_work = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
-        self._lock_file = _lock(config.daemon.state_dir)
+        self._lock_file = lock(config.daemon.state_dir)
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock_file.close)
             policy = config_bands.policy_of(config)
-            if self._systemd is not None and self._systemd.socket is not None:
-                # A manager that does not read must not stop the engine; the package drops what can't be sent.
-                self._systemd.socket.setblocking(False)
-                undo.callback(self._systemd.socket.close)
-            self.devices = Devices(config, config_bands.bands_of(config, policy))
+            self._supervisor = Supervisor(os.environ, self._predecessor.names)
+            undo.callback(self._supervisor.close)
+            self.devices = Devices(config, config_bands.bands_of(config, policy), self._predecessor)
             undo.callback(self.devices.close)
             loop = asyncio.get_running_loop()
             self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard))
@@ -98,8 +98,9 @@ class Daemon:
             )
             control = ControlService(self, clock=clock.monotonic)
             self._server = Server(hints, control, self._identities, config.daemon)
+            self._registry = measures.registry_of(lambda: self._snapshot(loop))
+            self._exposition = Exposition(config.metrics, config.daemon.socket, self._registry)
             self._undo = undo.pop_all()
-        self._watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         self._next_watchdog = 0.0
 
     # --- life cycle ---------------------------------------------------------------------------------------------------
@@ -112,11 +113,13 @@ class Daemon:
                 self.devices.beat()
                 await self._care()
                 await self._server.start()
+                self._exposition.start(self._server.bind_for_operators)
                 self.ticker.start()
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
-                self._tasks = [asyncio.create_task(self._keep_care()), asyncio.create_task(self._keep_status())]
-                self._tell_systemd(f"READY=1\n{self._status_line()}")
+                work = (self._succeed(), self._keep_care(), self._keep_status())
+                self._tasks = [asyncio.create_task(w) for w in work]
+                self._supervisor.tell(f"READY=1\n{self._status_line()}")
                 log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
                 self.ready.set()
                 await self._stopping.wait()
@@ -124,15 +127,26 @@ class Daemon:
                 await self._shut_down()
 
     async def _shut_down(self) -> None:
-        self._tell_systemd("STOPPING=1")
+        self._supervisor.tell("STOPPING=1")
         if self.devices.teller is not None:
             asyncio.get_running_loop().remove_reader(self.devices.teller.fd)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._hand_over and self._supervisor.present:
+            # What clients have said stays in force until the next daemon knows it.
+            self._identities.ended = lambda _peer: None
         await self._server.stop()
+        await asyncio.to_thread(self._exposition.close)  # what it waits for may wait for the loop
         self.ticker.stop()
+        if self._hand_over and self._supervisor.present:
+            # Nothing is drained: packets follow what was decided last until the next daemon has taken over.
+            await self._on_devices(self.devices.leave)
+            log.info("stopped", qdiscs="kept", classifiers="kept")
+            return
         keep = self._hand_over or self.config.daemon.on_exit == "keep"
+        await self._take_over()  # only who has taken over can put things back
+        self._supervisor.keep({})
         # From here on packets are default traffic, whatever happens to the qdiscs.
         self.devices.fall_silent()
         if keep:
@@ -149,13 +163,12 @@ class Daemon:
         self._stopping.set()
 
     def hand_over(self) -> None:
-        """End and leave the qdiscs to the next daemon, which adopts them without a graft."""
+        """End and leave the qdiscs to the next daemon, which adopts them without a graft.
+
+        With a service manager the classifiers stay at work, too, until the next daemon's take their place.
+        """
         self._hand_over = True
         self._stopping.set()
-
-    def _tell_systemd(self, state: str) -> None:
-        if self._systemd is not None:
-            self._systemd.notify(state)
 
     # --- regular work -------------------------------------------------------------------------------------------------
 
@@ -167,9 +180,9 @@ class Daemon:
     def _beat(self, now: float) -> None:
         """After a successful tick: signs of life for the classifier and for systemd."""
         self.devices.beat()
-        if self._watchdog_s and now >= self._next_watchdog:
-            self._next_watchdog = now + self._watchdog_s / 3
-            self._tell_systemd("WATCHDOG=1")
+        if self._supervisor.watchdog_s and now >= self._next_watchdog:
+            self._next_watchdog = now + self._supervisor.watchdog_s / 3
+            self._supervisor.tell("WATCHDOG=1")
 
     async def _on_devices(self, work: Callable[[], T]) -> T:
         """Run blocking device work in a thread, one piece at a time."""
@@ -177,7 +190,26 @@ class Daemon:
             return await asyncio.to_thread(work)
 
     async def _care(self) -> None:
-        await self._on_devices(lambda: self.devices.care(self.engine.mode))
+        await self._tend(lambda: self.devices.care(self.engine.mode))
+
+    async def _tend(self, work: Callable[[], None]) -> None:
+        """Work on devices after which the service manager may have to keep other descriptors."""
+        async with self._device_work:
+            await asyncio.to_thread(work)
+            if not self._predecessor.at_work:
+                self._supervisor.keep(self.devices.descriptors())
+
+    async def _succeed(self) -> None:
+        """Once its clients have had time to come back, take over from the daemon before."""
+        if self._predecessor.at_work:
+            await asyncio.sleep(self._predecessor.settle_s)
+            await self._take_over()
+
+    async def _take_over(self) -> None:
+        if not self._predecessor.at_work:
+            return
+        await self._tend(lambda: self.devices.succeed(self.engine.mode))
+        log.info("took over", away_ms=round(self._predecessor.away_s * 1000), connections=len(self.engine.connections))
 
     async def _keep_care(self) -> None:
         seldom = logs.Seldom()
@@ -195,7 +227,7 @@ class Daemon:
             await asyncio.sleep(STATUS_S)
             line = self._status_line()
             if line != last:
-                self._tell_systemd(line)
+                self._supervisor.tell(line)
                 last = line
 
     def _status_line(self) -> str:
@@ -213,11 +245,11 @@ class Daemon:
     async def _reload_notified(self) -> None:
         await self.ready.wait()  # else systemd would be told so too early
         # MONOTONIC_USEC is what Type=notify-reload wants, see sd_notify(3).
-        self._tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic_ns() // 1000}")
+        self._supervisor.tell(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic_ns() // 1000}")
         try:
             await self.reload()
         finally:
-            self._tell_systemd(f"READY=1\n{self._status_line()}")
+            self._supervisor.tell(f"READY=1\n{self._status_line()}")
 
     async def reload(self) -> None:
         """Read the configuration again and change what can be changed; the rest is named in the log and the status.
@@ -232,8 +264,8 @@ class Daemon:
         try:
             new = configuration.load(self.path)
         except configuration.ConfigError as e:
-            self._reload_problems = [f"reload refused, nothing changed: {p}" for p in e.problems]
-            log.warning("reload refused, nothing changed", problems=e.problems)
+            self._reload_problems = [f"reload refused, nothing changed: {p}" for p in e.lines]
+            log.warning("reload refused, nothing changed", problems=e.lines)
             return
         old = self.config
         changes = reload.changes(old, new)
@@ -241,6 +273,13 @@ class Daemon:
         waiting += await self._change(old, new, set(changes.now))
         self._reload_problems = [f"{key}: changed in the file, takes effect at the next restart" for key in waiting]
         log.info("reloaded", changed=[k for k in changes.now if k not in waiting], needs_restart=waiting)
+
+    def change_verbosity(self) -> None:
+        """Log everything, or again what the configuration says. A reload ends it, too."""
+        self._verbose = not self._verbose
+        level = "debug" if self._verbose else self.config.daemon.log_level
+        logs.set_level(level)
+        log.warning("log level", now=level)
 
     async def _change(self, old: Config, new: Config, keys: set[str]) -> list[str]:
         """Apply the changed keys; returns those that turn out to need a restart."""
@@ -257,7 +296,8 @@ class Daemon:
             self.devices.set_dscp(config_bands.dscp_of(self.config))
         if _touches(keys, "device["):
             self.devices.set_configs(merged.device)
-        if _touches(keys, "daemon.log_"):
+        if self._verbose or _touches(keys, "daemon.log_"):
+            self._verbose = False
             logs.configure(merged.daemon.log_format, merged.daemon.log_level)
         self.ticker.periods = Periods.of(merged.daemon)
         self.devices.set_timeout(merged.daemon.heartbeat_timeout_ms)
@@ -271,6 +311,10 @@ class Daemon:
     def all_devices(self) -> Sequence[Device]:
         """The configured devices."""
         return self.devices.all
+
+    async def figures(self) -> list[Figures]:
+        """Of all devices, read by their threads."""
+        return list(await asyncio.gather(*(asyncio.wrap_future(d.figures()) for d in self.all_devices)))
 
     def notices(self) -> list[str]:
         """Things an operator should know, most important first."""
@@ -287,6 +331,27 @@ class Daemon:
     def tick_durations(self) -> tuple[float, float]:
         """See Ticker."""
         return self.ticker.durations()
+
+    async def metrics(self) -> str:
+        """All metrics in OpenMetrics' text format."""
+        return await asyncio.to_thread(measures.text_of, self._registry)
+
+    def _snapshot(self, loop: asyncio.AbstractEventLoop) -> measures.Snapshot:
+        """Have the loop take one; for other threads."""
+
+        async def take() -> measures.Snapshot:
+            ticks = self.ticker.count, self.ticker.busy_s, self.ticker.failure
+            return measures.snapshot(self, await self.figures(), ticks, clock.monotonic())
+
+        return asyncio.run_coroutine_threadsafe(take(), loop).result(SNAPSHOT_S)
+
+    def set_log_level(self, level: str | None) -> str:
+        """Until a reload or restart."""
+        if level is not None and level != logs.level():
+            logs.set_level(level)
+            self._verbose = level != self.config.daemon.log_level
+            log.warning("log level", now=level)
+        return logs.level()
 
     def steering_changed(self) -> None:
         """Mode or pause have changed."""
@@ -307,6 +372,7 @@ class Daemon:
 
     async def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Put qdiscs back. With none left to enforce on, the mode is observe from then on."""
+        await self._take_over()  # else the classifiers of the daemon before went on sending packets there
         out = await self._on_devices(lambda: self.devices.restore(names))
         if not any(p.enforced for p in self.all_devices):
             self.engine.set_mode(Mode.OBSERVE)
@@ -337,31 +403,3 @@ def _plan(device: Device, plan: Any) -> pb.DevicePlan:
         reasons=plan.reasons,
         marks=config_bands.marks_in_words(device.dscp, device.bands),
     )
-
-
-def _lock(state_dir: Path) -> IO[str]:
-    """Be the only daemon of a state directory. Raises StartError."""
-    path = state_dir / configuration.LOCK
-    try:
-        state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = path.open("a+", encoding="ascii", errors="replace")
-    except OSError as e:
-        raise StartError(f'daemon.state_dir = "{state_dir}": {e}') from e
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        pid = file.read(20).strip() or "unknown"
-        file.close()
-        raise StartError(
-            f"another mfsd (pid {pid}) uses {state_dir}; stop it, or give this one its own daemon.state_dir and socket"
-        ) from None
-    except OSError as e:
-        file.close()
-        raise StartError(f'daemon.state_dir = "{state_dir}": {path.name} can\'t be locked: {e}') from e
-    try:
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"{os.getpid()}\n".encode())
-    except OSError as e:  # the lock holds all the same: a full disk only keeps others from reading whose it is
-        log.warning("lock", file=str(path), problem=str(e))
-    return file

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -24,7 +24,7 @@ from mfsd.datapath.bpf.keys import address_bytes
 from mfsd.datapath.bpf.rules import Match
 from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
 from mfsd.host.processes import Families
-from mfsd.host.sockets import DiagError, SocketResolver
+from mfsd.host.sockets import SocketResolver
 from mfsd.logs import Seldom
 from mfsd.model import CookieSelector, HintError, PortRange, ProcessSelector, Selector, TupleSelector
 
@@ -63,8 +63,11 @@ class HostSockets:
         self._teller = teller
         self._wake = wake
         self._diag = SocketResolver()
+        """For the thread, whose listings take their time."""
+        self._asked = SocketResolver(self._diag)
+        """For the event loop, which never waits for a listing."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mfsd-sockets")
-        self._answers: list[Found] = []
+        self._answers: deque[Found] = deque()
         self._known: OrderedDict[int, Socket] = OrderedDict()
         self._sought: set[CookieSelector] = set()
         """Cookies that a search for is to begin."""
@@ -78,12 +81,13 @@ class HostSockets:
         self._next_families = 0.0
         self._seldom = Seldom()
         if teller is not None:
-            self._thread.submit(self._enter_older)
+            self._search("listing sockets", self._enter_older)
 
     def close(self) -> None:
         """Idempotent. The teller is the caller's."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._diag.close()
+        self._asked.close()
 
     # --- engine.sockets.Sockets ---------------------------------------------------------------------------------------
 
@@ -101,9 +105,8 @@ class HostSockets:
                     out.append(Closed(event.sock.cookie, event.acked, event.clean))
                 else:
                     out.append(Established(self._socket(event.sock), event.slot, event.active))
-        if self._answers:
-            answers, self._answers = self._answers, []
-            out += answers
+        while self._answers:
+            out.append(self._answers.popleft())
         self._follow_families()
         return out
 
@@ -121,8 +124,8 @@ class HostSockets:
         if selector.protocol != IPPROTO_TCP:
             return None  # its socket may have many peers: the classifier goes by the tuple
         try:
-            found = self._diag.resolve(selector)
-        except DiagError as e:
+            found = self._asked.resolve(selector)
+        except OSError as e:
             self._failed("looking up a socket", e)
             return None
         return _listed(found[0]) if found else None
@@ -132,24 +135,25 @@ class HostSockets:
         if endpoints.protocol == IPPROTO_TCP:
             return False
         try:
-            return self._diag.owner(endpoints) == uid
-        except DiagError as e:
+            return self._asked.owner(endpoints) == uid
+        except OSError as e:
             self._failed("looking up a socket", e)
             return False
 
     def look(self, selectors: Sequence[Selector]) -> None:
         """See Sockets."""
-        self._thread.submit(self._look, list(selectors))
+        wanted = list(selectors)
+        self._search("listing sockets", lambda: self._look(wanted), lambda: self._not_found(wanted))
 
-    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None]:
+    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None] | None:
         """See Sockets."""
         if not sockets:
             return {}
         try:
-            return self._diag.tcp_progress(sockets)
-        except DiagError as e:
+            return self._asked.tcp_progress(sockets)
+        except OSError as e:
             self._failed("asking TCP", e)
-            return {}
+            return None
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
         """See Sockets."""
@@ -213,17 +217,18 @@ class HostSockets:
                     if family - before.get(selector.pid, frozenset()):
                         again[selector] = None
             if again:
-                self._thread.submit(self._look, list(again))
+                self.look(list(again))
         now = time.monotonic()
         if now >= self._next_families:
             pids = {s.pid for s, _ in self._rules if isinstance(s, ProcessSelector)}
             self._next_families = now + FAMILIES_S
             if pids:
-                self._thread.submit(self._look_for_families, pids)
+                self._search("looking for descendants", lambda: self._look_for_families(pids))
 
     def _look_for_families(self, pids: set[int]) -> None:
-        self._grown.append(self._families.look(pids))
-        if self._grown[-1] != self._descendants:
+        found = self._families.look(pids)
+        self._grown.append(found)  # which the loop may take away at once
+        if found != self._descendants:
             self._wake()
 
     def _family(self, selector: ProcessSelector) -> list[int]:
@@ -240,38 +245,44 @@ class HostSockets:
         first = not self._sought
         self._sought.add(CookieSelector(cookie))
         if first:
-            self._thread.submit(self._look_for_cookies)
+            self._search("listing sockets", self._look_for_cookies)
 
     # --- searches, in the thread --------------------------------------------------------------------------------------
 
+    def _search(self, what: str, work: Callable[[], None], failed: Callable[[], None] = lambda: None) -> None:
+        """Have the thread work; whatever goes wrong there is logged, and ``failed`` is called."""
+
+        def body() -> None:
+            try:
+                work()
+            except Exception as e:  # noqa: BLE001 - nobody looks at the result, and others wait for the next search
+                self._failed(what, e)
+                failed()
+
+        self._thread.submit(body)
+
+    def _not_found(self, selectors: Sequence[Selector]) -> None:
+        self._answers.extend(Found(s, None) for s in selectors)
+        self._wake()
+
     def _look_for_cookies(self) -> None:
         sought, self._sought = self._sought, set()
-        try:
-            self._from_listing(list(sought))
-        except OSError as e:
-            self._failed("listing sockets", e)
+        self._from_listing(list(sought))
         self._wake()
 
     def _enter_older(self) -> None:
         """Connections that were there before the kernel began to tell go into the directory, too."""
         assert self._teller is not None  # noqa: S101 - for the type checker
-        try:
-            for listed in self._diag.all():
-                if self._teller.find(listed.cookie) is None:
-                    self._teller.add(listed.cookie, listed.endpoints, listed.uid)
-        except OSError as e:
-            self._failed("listing sockets", e)
+        for listed in self._diag.all():
+            if self._teller.find(listed.cookie) is None:
+                self._teller.add(listed.cookie, listed.endpoints, listed.uid)
 
     def _look(self, selectors: list[Selector]) -> None:
         pids = {s.pid for s in selectors if isinstance(s, ProcessSelector)}
         if pids - self._descendants.keys():
             self._look_for_families(pids | self._descendants.keys())
-        try:
-            found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
-        except OSError as e:
-            self._failed("listing sockets", e)
-            found = [[] for _ in selectors]
-        self._answers += [Found(s, f) for s, f in zip(selectors, found, strict=True)]
+        found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
+        self._answers.extend(Found(s, f) for s, f in zip(selectors, found, strict=True))
         self._wake()
 
     def _from_listing(self, selectors: Sequence[Selector]) -> list[list[Socket]]:
@@ -314,11 +325,13 @@ class HostSockets:
 
     def _socket(self, told: Told) -> Socket:
         assert self._teller is not None  # noqa: S101 - for the type checker
+        if told.bound:
+            self._asked.bound_to(told.cookie, told.bound)
         return Socket(told.cookie, told.endpoints, told.uid, told.pid, told.netns == self._teller.netns)
 
-    def _failed(self, what: str, error: OSError) -> None:
+    def _failed(self, what: str, error: Exception) -> None:
         if self._seldom(what):
-            log.warning("sockets", what=what, error=str(error))
+            log.warning("sockets", what=what, error=f"{type(error).__name__}: {error}")
 
 
 def _listed(found: Listed) -> Socket:

@@ -147,6 +147,8 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
                 False,  # infeasible
                 False,  # given_up
                 [t.stream.ordered for t in transfers],
+                0.0,  # begun
+                LEVEL_NEW,
             ),
         )
     return bad

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.engine.connections import UnknownError
 from mfsd.engine.endings import REST, SLACK
 from mfsd.engine.slots import NS
 
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.streams import Moved
 
+JUDGE_S: Final = 20e-6
+"""Looking through one transfer of a stream takes a twentieth of that."""
 ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
 STALLED_S: Final = 0.25
 """A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all."""
+DEBT_S: Final = 1.0
+"""So is one on which a transfer may have been announced after its bytes had gone; what is missing then was its."""
 
 
 @dataclass(slots=True)
@@ -44,14 +49,20 @@ class Delivery:
     connections: Connections
     rescuer: Rescuer
     endings: Endings
-    _confirm: dict[Stream, None] = field(default_factory=dict)
-    """Streams to ask although their slots give no reason."""
+    _confirm: dict[Stream, float] = field(default_factory=dict)
+    """Streams to ask although their slots give no reason, and when."""
+    _doubtful: dict[Stream, None] = field(default_factory=dict)
+    """Streams with a debt."""
     _ask_from: int = 0
     _last_run: float = 0.0
 
-    def confirm(self, stream: Stream) -> None:
-        """Ask at the next tick how far this stream has got."""
-        self._confirm[stream] = None
+    def confirm(self, stream: Stream, at: float = 0.0) -> None:
+        """Ask at the first tick after ``at`` how far this stream has got."""
+        self._confirm[stream] = at
+
+    def doubt(self, stream: Stream) -> None:
+        """A transfer on it may have been announced after its bytes had gone: see whether the last ones never come."""
+        self._doubtful[stream] = None
 
     def run(self, moved: Moved, now: float) -> None:
         """Retire what has arrived."""
@@ -65,17 +76,28 @@ class Delivery:
         arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered")
         done = [t.objects[row] for row in np.flatnonzero(arrived)]
         reach = moved.sent.take(stream)
+        self._begin(reach > start)
         rows = np.flatnonzero(~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now)))
         if len(rows) > ASK_MAX:
             # Take turns: many starved transfers may wait here for a long time.
             rows = np.roll(rows, -(self._ask_from % len(rows)))[:ASK_MAX]
             self._ask_from += ASK_MAX
-        asked = dict.fromkeys(t.objects[row].stream for row in rows) | self._confirm
-        self._confirm.clear()
+        asked = dict.fromkeys(t.objects[row].stream for row in rows)
+        due = [stream for stream, at in self._confirm.items() if at <= now][:ASK_MAX]
+        for stream in due:
+            del self._confirm[stream]
+        asked |= dict.fromkeys(due) | self._overdue(now)
         if done:
             self.endings.end(done, now, delivered_at=now)
         if asked:
             self._ask(asked, now)
+
+    def _begin(self, moving: npt.NDArray[np.bool_]) -> None:
+        """Note of which transfers the first byte has left. It left since the last run."""
+        t = self.books.transfers
+        begun = t.live("begun")
+        new = moving & (begun == 0)
+        begun[new] = np.maximum(t.live("created")[new], self._last_run)
 
     def _stalled(
         self,
@@ -93,19 +115,41 @@ class Delivery:
         still = self.connections.table.last_ns.take(slot, mode="clip") < int((now - STALLED_S) * NS)
         return near & still & (slot >= 0)
 
+    def _overdue(self, now: float) -> dict[Stream, None]:
+        """Streams with a debt on which nothing has moved, and nothing was announced, for DEBT_S."""
+        out: dict[Stream, None] = {}
+        for stream in list(self._doubtful):
+            if not stream.debt or not stream.queue:
+                del self._doubtful[stream]
+            elif self._rested(stream, now):
+                out[stream] = None
+        return out
+
+    def _rested(self, stream: Stream, now: float) -> bool:
+        moved = max((self.connections.moved_at(c) for c in stream.members), default=0.0)
+        return max(moved, float(self.books.transfers.get(stream.queue[-1], "created"))) < now - DEBT_S
+
     def _ask(self, asked: Iterable[Stream], now: float) -> None:
         conns = list({c: None for s in asked for c in s.members})
-        positions = self.connections.ask(conns)
+        try:
+            positions = self.connections.ask(conns)
+        except UnknownError:
+            self._confirm |= dict.fromkeys(asked, 0.0)  # what is not known is asked again
+            return
+        again: dict[Stream, float] = {}
         for conn, position in positions.items():
-            if position is None:
-                self.endings.lost(conn, now)
-            elif position.over:
+            if position is None and not self.endings.lost(conn, now):
+                again |= dict.fromkeys(conn.streams, 0.0)
+            elif position is not None and position.over:
                 self.endings.closed(conn, position.acked, now, clean=True)
+        self._confirm |= again
+        asked = [s for s in asked if s not in again]
         for done, delivered_at in self._judge(asked, positions, now):
             self.endings.end(done, now, delivered_at=delivered_at)
         for stream in asked:
             if any(x.handed_over for x in stream.queue):
-                self.confirm(stream)
+                # The more there is to look through, the less often, should the peer not read.
+                self.confirm(stream, now + JUDGE_S * len(stream.queue))
 
     def _judge(
         self, asked: Iterable[Stream], positions: Mapping[Connection, Position | None], now: float
@@ -164,6 +208,10 @@ class Delivery:
                 arrived = False
             if arrived:
                 done.append(transfer)
+        missing = end[at + len(stream.queue) - 1] - acked
+        if stream.debt and quiet and missing <= stream.debt + SLACK and self._rested(stream, now):
+            # What is missing is no more than had gone before the first of them was announced.
+            done, stream.debt = list(stream.queue), 0.0
         if not stream.ordered and acked - start[at] + SLACK >= sum(size[at : at + len(stream.queue)]):
             done = list(stream.queue)  # all that was announced has moved, in whatever order
         moved_ago = min((p.quiet_s for p in told.values()), default=0.0)
@@ -211,7 +259,7 @@ class Delivery:
         for transfer in transfers:
             transfer.handed_over = True
             if transfer.stream.members:
-                self._confirm[transfer.stream] = None
+                self._confirm[transfer.stream] = 0.0
             else:
                 nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
         self.endings.end(nowhere, now, delivered_at=now)

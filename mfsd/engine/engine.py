@@ -17,8 +17,9 @@ from mfsd.engine import bulk
 from mfsd.engine.audit import Audit
 from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
+from mfsd.engine.connections import UnknownError
 from mfsd.engine.delivery import Delivery
-from mfsd.engine.endings import Endings
+from mfsd.engine.endings import AT_ONCE, Endings
 from mfsd.engine.ledger import Ledger
 from mfsd.engine.probes import Probes
 from mfsd.engine.records import Session, Watch
@@ -26,7 +27,7 @@ from mfsd.engine.rescue import Rescuer
 from mfsd.engine.sockets import Closed, Established, Socket
 from mfsd.engine.steering import Steering
 from mfsd.engine.watches import Watches
-from mfsd.model import Event, EventKind, HintError, Mode
+from mfsd.model import INF, Event, EventKind, HintError, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,8 +140,14 @@ class Engine:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
         self.ledger.apply(session, hint, now)
 
+    def gather(self, now: float, *, on: bool) -> None:
+        """Between on and off, and no longer than till others have their turn, cancellations are gathered."""
+        self.ledger.gathering = on
+        self.ledger.settle(now)
+
     def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
         """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
+        self.ledger.settle(now)
         return bulk.announce(self.ledger, session, columns, now)
 
     # --- time ---------------------------------------------------------------------------------------------------------
@@ -182,8 +189,13 @@ class Engine:
                 self._established(event, now)
             elif isinstance(event, Closed):
                 conn = self.connections.by_cookie.get(event.cookie)
-                if conn is not None:
+                if conn is not None and not event.acked and not event.clean:
+                    # Nobody has answered: it was never established, and its process may connect it again.
+                    self.connections.unlocate(conn)
+                elif conn is not None:
                     self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean)
+            elif event.sockets is None:
+                self.watches.failed(event.selector, now)
             else:
                 for watch in self.watches.found(event.selector):
                     self._found(watch, event.sockets, now)
@@ -221,12 +233,14 @@ class Engine:
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""
-        transfers = self._expired(self.books.transfers, now)
+        transfers = self._expired(self.books.transfers, now)[:AT_ONCE]
         for transfer in transfers:
+            if self.books.transfers.get(transfer, "expires") == -INF:
+                continue  # cancelled, with too many others
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.EXPIRED, owner, transfer.id, "not completed in its time to live"))
-        self.books.counters.transfers_expired += len(transfers)
-        self.endings.end(transfers, now)
+            self.books.counters.transfers_expired += 1
+        self.endings.end(transfers, now, lost=True)
         for request in self._expired(self.books.requests, now):
             self.endings.finish(request, now)
         for batch in self._expired(self.books.batches, now):
@@ -239,7 +253,7 @@ class Engine:
             self.endings.drop(conn, now)
 
     def _expire_sessions(self, now: float) -> None:
-        """Renew what marks hold; end sessions without a process that have nothing left."""
+        """Renew what marks hold; end the sessions of those whose end nobody sees, and, after long, of the silent."""
         limits = self.ledger.limits
         for session in list(self.books.sessions.values()):
             for mark in session.marks.values():
@@ -248,12 +262,21 @@ class Engine:
                 if watch is not None:
                     self.watches.get(session, mark.selector, watch.band, now + limits.max_ttl_s, now)
             said = session.requests or session.batches or session.transfers or session.marks
-            if not session.pid and not said and session.seen + limits.default_ttl_s < now:
+            if session.attached:
+                continue
+            if session.maker is None or session.lasting:
+                # Who has had a stream may come again with another one. Single calls say nothing of their caller's end.
+                if (session.kept or not said) and session.seen + limits.default_ttl_s < now:
+                    self.end_session(session, now)
+            elif not said and session.seen + limits.max_ttl_s < now:
                 self.end_session(session, now)
 
     @staticmethod
     def _expired(store: Dense[R], now: float) -> list[R]:
-        return [store.objects[row] for row in np.flatnonzero(store.live("expires") < now)] if store.n else []
+        if not store.n:
+            return []
+        objects = store.objects
+        return [objects[row] for row in np.flatnonzero(store.live("expires") < now).tolist()]
 
     def _sweep(self, now: float) -> None:
         """Look whether idle connections still exist; busy ones are asked anyway when they near their end."""
@@ -263,7 +286,11 @@ class Engine:
         window = [s for s in slots if s >= self._sweep_from][:SWEEP_BATCH] or slots[:SWEEP_BATCH]
         self._sweep_from = window[-1] + 1
         conns = [self.connections.by_slot[s] for s in window]
-        for conn, position in self.connections.ask([c for c in conns if c.here]).items():
+        try:
+            positions = self.connections.ask([c for c in conns if c.here])
+        except UnknownError:
+            return
+        for conn, position in positions.items():
             if position is None:
                 self.endings.lost(conn, now)
             elif position.over:

@@ -7,11 +7,12 @@ at a clock or decides a level; engine.py does the one, steering.py the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mfsd.bands import LEVEL_NEW
+from mfsd.engine.late import Lateness
+from mfsd.engine.locating import SYN
 from mfsd.engine.records import ENTRY, Batch, Connection, Mark, Request, Session, Transfer, Watch
-from mfsd.engine.slots import NS
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
     INF,
@@ -40,11 +41,6 @@ if TYPE_CHECKING:
     from mfsd.engine.watches import Watches
     from mfsd.model import Selector
 
-LATE: Final = 0.9
-"""Share of a transfer's bytes that must have gone unannounced just before its hint for it to be suspected late."""
-LATE_S: Final = 5.0
-"""How long ago that may have been."""
-
 
 class Ledger:
     """Applies hints to the books, within limits."""
@@ -65,11 +61,27 @@ class Ledger:
         self.watches = watches
         self.delivery = delivery
         self.endings = endings
+        self.late = Lateness(books, connections, delivery)
         self.band_of = band_of
         self.limits = limits
+        self.gathering = False
+        """Cancellations that follow each other take effect together, at ``settle`` at the latest."""
+        self._cancelled: dict[Transfer, None] = {}
+
+    def settle(self, now: float) -> None:
+        """Have gathered cancellations take effect: each alone would cost a pass over its stream."""
+        if self._cancelled:
+            ended, self._cancelled = self._cancelled, {}
+            self.endings.end(ended, now)
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
+        if self.gathering and isinstance(hint, EndHint) and hint.cancelled and hint.what is What.TRANSFER:
+            transfer = session.transfers.get(hint.id)
+            if transfer is not None:
+                self._cancelled[transfer] = None
+            return
+        self.settle(now)
         if isinstance(hint, TransferHint):
             self._transfer(session, hint, now)
         elif isinstance(hint, ProgressHint):
@@ -248,6 +260,8 @@ class Ledger:
                 False,  # infeasible
                 False,  # given_up
                 stream.ordered,
+                0.0,  # begun
+                LEVEL_NEW,
             ),
         )
         session.transfers[hint.id] = transfer
@@ -272,7 +286,7 @@ class Ledger:
         stream = session.streams.get(selector)
         if stream is not None:
             if stream.watch is not None:
-                self.watches.get(session, selector, self.band_of(stage), expires, now)
+                self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
         else:
             conn = self._connection(session, selector, expires)
             if conn is not None:
@@ -280,7 +294,7 @@ class Ledger:
             watch = None
             if not isinstance(selector, CookieSelector):
                 # An exact tuple, too, may name one connection after another.
-                watch = self.watches.get(session, selector, self.band_of(stage), expires, now)
+                watch = self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
             stream = session.streams[selector] = self.books.streams.open(session, selector, watch)
             mark = session.marks.get(selector)
             stream.ordered = ordered and (mark is None or mark.ordered)
@@ -292,6 +306,12 @@ class Ledger:
                 self._join(stream, conn, position or None)
         self.connections.renew(stream.members, expires)
         return stream
+
+    def _begins(self, session: Session, selector: Selector, stage: Stage) -> int:
+        """The band of a selector's new connections: that of the stage that is said now, or of the mark above it."""
+        watch = session.watches.get(selector)
+        band = self.band_of(stage)
+        return band if watch is None or watch.mark is None else min(band, self.band_of(watch.mark.stage))
 
     def _connection(self, session: Session, selector: Selector, expires: float) -> Connection | None:
         """The one connection that a selector names; None: it may name several, or one still to come."""
@@ -313,25 +333,13 @@ class Ledger:
 
         And whether as many bytes as it has went without a hint just before it.
         """
-        before = stream.queue[-1] if stream.queue and stream.queue[-1].maybe_late else None
-        if before is not None and offset <= stream.announced - float(self.books.transfers.get(before, "size")):
-            # Nothing has moved since: it was announced after its bytes had gone.
-            moved = self._moved(stream)
-            self.endings.end([before], now, delivered_at=now if moved is None else moved)
-            stream.announced = offset
+        offset = self.late.settle(stream, offset, now)
         if not stream.ordered:
             return offset, False
-        start, late = self.behind(stream, position, offset), False
-        if not stream.queue and start - stream.announced >= LATE * size:
-            moved = self._moved(stream)
-            late = moved is not None and moved > now - LATE_S
+        start = self.behind(stream, position, offset)
+        late = self.late.suspect(stream, size, start, now)
         stream.announced = start + size
         return start, late
-
-    def _moved(self, stream: Stream) -> float | None:
-        """When the connection that joined last has sent something last; None: there is none."""
-        slot = self.books.streams.slot[stream.index]
-        return float(self.connections.table.last_ns[slot]) / NS if slot >= 0 else None
 
     def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
         """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
@@ -347,7 +355,10 @@ class Ledger:
 
     def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
         """A connection becomes part of a stream, from where the process has written to now."""
-        self.books.streams.join(stream, conn, self.connections.written(conn) if position is None else float(position))
+        at = self.connections.written(conn) if position is None else float(position)
+        self.books.streams.join(stream, conn, at)
+        if len(stream.members) == 1 and at < INF:
+            stream.before = at - SYN
 
     def joined(self, watch: Watch, conn: Connection, position: float | None, now: float) -> None:
         """A watch has found a connection, which stood at ``position`` (None: ask)."""
@@ -359,6 +370,7 @@ class Ledger:
         if watch.mark is not None and conn not in watch.mark.conns:
             watch.mark.conns.add(conn)
             self.connections.set_mark(conn, watch.mark, now, on=True)
+            self.connections.leave_default(conn, self.band_of(watch.mark.stage))
         if watch.stream is not None and conn not in watch.stream.members:
             at = self.connections.written(conn) if position is None else position
             self.books.streams.join(watch.stream, conn, at)
@@ -372,27 +384,26 @@ class Ledger:
         # What is not there has been retired by its bytes, or has expired and its worker was told: nothing to say.
         if hint.what is What.TRANSFER:
             transfer = session.transfers.get(hint.id)
-            self._over(session, [] if transfer is None else [transfer], now, cancelled=hint.cancelled)
+            self._over([] if transfer is None else [transfer], now, cancelled=hint.cancelled)
         elif hint.what is What.REQUEST:
             request = session.requests.get(hint.id)
             if request is None:
                 return
             request.completed = not hint.cancelled
-            self._over(session, list(request.transfers), now, cancelled=hint.cancelled)
+            if hint.cancelled:
+                self.endings.forget(request, now)
+                return
+            self.delivery.hand_over(list(request.transfers), now)
             if session.requests.get(hint.id) is request and not request.transfers:
-                if hint.cancelled:
-                    self.endings.forget(request, now)
-                else:
-                    self.endings.finish(request, now)
+                self.endings.finish(request, now)
         else:
             batch = session.batches.get(hint.id)
             if batch is not None:
                 own = [t for t in batch.transfers if t.request is None]
-                self._over(session, own, now, cancelled=hint.cancelled)
+                self._over(own, now, cancelled=hint.cancelled)
                 self.books.strike_batch(batch)
 
-    def _over(self, session: Session, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
-        del session
+    def _over(self, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
         if cancelled:
             self.endings.end(transfers, now)
         else:
@@ -414,9 +425,10 @@ class Ledger:
                 "max_marks_per_session",
                 "take back those that are not needed",
             )
-        else:
-            self.endings.unmark(old, now)
         self._put_mark(session, Mark(session, hint.selector, hint.stage, hint.ordered), now)
+        if old is not None:
+            # Not before: the kernel knows the selector all the time, so that no new connection is missed.
+            self.endings.lift(old, now)
 
     def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
         expires = now + self.limits.max_ttl_s

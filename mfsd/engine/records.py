@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from mfsd.model import INF
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -38,6 +40,8 @@ TRANSFER_COLUMNS: Final = {
     "infeasible": "?",
     "given_up": "?",  # infeasible at some time by a learnt rate: audit.py
     "ordered": "?",  # its bytes follow those before it in its stream
+    "begun": "f8",  # when its first byte left, to within a tick; 0: not yet
+    "first_level": "i2",  # what the policy decided first
 }
 REQUEST_COLUMNS: Final = {
     "deadline": "f8",
@@ -94,7 +98,13 @@ class Session:
     """User whose connections alone it may name; -1: anybody's."""
     user: User = field(default_factory=lambda: User(-1))
     maker: object = None
-    """Who opened it, and alone may use it."""
+    """Who opened it, and alone may use it; None: nobody whom the kernel vouches for."""
+    lasting: bool = False
+    """An operator's, of single calls of one process after the other: it ends when nothing that it said is alive."""
+    attached: int = 0
+    """Streams of the API that are open for it."""
+    kept: bool = False
+    """It has had one, so that the end of the last one is that of its client."""
     requests: dict[str, Request] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     transfers: dict[str, Transfer] = field(default_factory=dict)
@@ -128,7 +138,7 @@ class Request:
     completed: bool = False
     """The worker said that all its bytes have been handed over."""
     delivered_at: float = 0.0
-    """When its last byte so far was seen delivered; 0: none yet."""
+    """When its last byte so far was seen delivered; 0: none yet; inf: some will never be."""
     row: int = -1
 
 
@@ -158,6 +168,8 @@ class Transfer:
     """The worker said that all its bytes have been written."""
     maybe_late: bool = False
     """As many bytes as it has had just gone without a hint when it was announced: perhaps they were its."""
+    path: tuple[tuple[float, int], ...] = ()
+    """(when, level) of each later decision; the latest ones."""
     row: int = -1
 
 
@@ -219,6 +231,8 @@ class Connection:
     expires: float = 0.0
     promotions: int = 0
     rescues: int = 0
+    missing: bool = False
+    """TCP knew nothing of its socket when it was asked last."""
 
 
 MEMBER_COLUMNS: Final = {
@@ -254,6 +268,10 @@ class Stream:
     members: dict[Connection, Member] = field(default_factory=dict)
     ordered: bool = True
     """False: the bytes of its transfers are interleaved."""
+    before: float = 0.0
+    """Bytes that had been written on its first connection when it was opened, none of which it knows."""
+    debt: float = 0.0
+    """Size of a transfer on it that was perhaps announced after its bytes had gone (Transfer.maybe_late)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +286,8 @@ class Position:
     """Closed, and all acknowledged."""
     quiet_s: float = 0.0
     """Since the last acknowledgement came."""
+    sent_ago_s: float = INF
+    """Since data were sent last."""
 
     @property
     def quiet(self) -> bool:

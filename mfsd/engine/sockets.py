@@ -57,6 +57,11 @@ class Progress(Protocol):
         ...
 
     @property
+    def last_sent_ms(self) -> int:
+        """Since data were sent last."""
+        ...
+
+    @property
     def busy_us(self) -> int:
         """For how long there has been something to send or to be acknowledged; cumulative, as are the next two."""
         ...
@@ -114,7 +119,8 @@ class Found:
     """Answer to ``look``: the connections that a selector names, open already."""
 
     selector: Selector
-    sockets: Sequence[Socket]
+    sockets: Sequence[Socket] | None
+    """None: the search has failed, and is to be tried again."""
 
 
 Event = Established | Closed | Found
@@ -155,8 +161,11 @@ class Sockets(Protocol):
         """
         ...
 
-    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None]:
-        """TCP's word by cookie; None: it is over, and all was acknowledged (TIME_WAIT). Absent: it is gone."""
+    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None] | None:
+        """TCP's word by cookie; None: it is over, and all was acknowledged (TIME_WAIT). Absent: it is gone.
+
+        Instead of all that None: the kernel can't be asked now, and nothing is known.
+        """
         ...
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:

@@ -112,10 +112,14 @@ def _row(m: nl.Message) -> Row:
 
 
 class Tcp(NamedTuple):
-    """The parts of ``struct tcp_info`` that mfsd reads. ``last_ack_ms``: since the last acknowledgement came."""
+    """The parts of ``struct tcp_info`` that mfsd reads.
+
+    ``last_sent_ms``: since data were sent last, ``last_ack_ms``: since the last acknowledgement came.
+    """
 
     flags: int
     rto_us: int
+    last_sent_ms: int
     last_ack_ms: int
     snd_ssthresh: int
     snd_cwnd: int
@@ -128,9 +132,9 @@ class Tcp(NamedTuple):
 
 
 _TCP_INFO: Final = struct.Struct(
-    "=7xBI44xI16xII16xI16xQ16xI20xQQQ"
-)  # delivery_rate_app_limited@7 rto@8 last_ack_recv@56 snd_ssthresh@76 snd_cwnd@80 total_retrans@100 bytes_acked@120
-# notsent@144 busy_time@168 rwnd_limited@176 sndbuf_limited@184
+    "=7xBI32xI8xI16xII16xI16xQ16xI20xQQQ"
+)  # delivery_rate_app_limited@7 rto@8 last_data_sent@44 last_ack_recv@56 snd_ssthresh@76 snd_cwnd@80 total_retrans@100
+# bytes_acked@120 notsent@144 busy_time@168 rwnd_limited@176 sndbuf_limited@184
 APP_LIMITED: Final = 1
 """Bit of Tcp.flags."""
 _MEMORY: Final = struct.Struct("=8xI")  # SK_MEMINFO_WMEM_ALLOC, include/uapi/linux/sock_diag.h

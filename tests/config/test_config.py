@@ -98,11 +98,11 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         ({"daemon": {"tick_ms": 0.5}}, "daemon.tick_ms = 0.5: must be a number from 1, at most 1000"),
         (
             {"daemon": {"socket": "mfsd.sock"}},
-            'daemon.socket = "mfsd.sock": must be an absolute path of at most 107 bytes',
+            'daemon.socket = "mfsd.sock": must be an absolute path of at most 104 bytes',
         ),
         (
-            {"daemon": {"socket": "/" + "x" * 107}},
-            f'daemon.socket = "/{"x" * 107}": must be an absolute path of at most 107 bytes',
+            {"daemon": {"socket": "/" + "x" * 104}},
+            f'daemon.socket = "/{"x" * 104}": must be an absolute path of at most 104 bytes',
         ),
         (
             {"daemon": {"listen": "localhost"}},

@@ -205,11 +205,12 @@ def test_a_request_that_ends_meanwhile_moves_no_rows_of_others() -> None:
     assert h.session.transfers["late"].maybe_late
     h.engine.apply(h.session, RequestHint("r", h.now + 6), h.now)
     h.session.requests["over"].completed = True
+    h.now += 0.1  # nothing is written meanwhile
     row = TransferHint("next", "r", "", Stage.P2D, 0, MSS, CookieSelector(1))
     assert not h.engine.transfers(h.session, columns([row]), h.now)
+    h.tick()
     assert set(h.session.transfers) == {"next"}
     assert set(h.session.requests) == {"r"}
-    h.tick()
     t = h.engine.books.transfers
     assert h.engine.books.requests.objects[int(t.live("request")[0])].id == "r"
 

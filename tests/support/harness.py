@@ -50,6 +50,7 @@ class FakeSocket:
     notsent: int = 0
     rto_us: int = 200_000
     last_ack_ms: int = 0
+    last_sent_ms: int = 0
     busy_us: int = 0
     rwnd_limited_us: int = 0
     sndbuf_limited_us: int = 0
@@ -157,6 +158,10 @@ class FakeKernel:
     def vanish(self, sock: FakeSocket) -> None:
         """A connection is gone, and the event is lost."""
         self.sockets.remove(sock)
+
+    def fail(self, selectors: Sequence[Selector]) -> None:
+        """A search can't be made."""
+        self._events += [Found(selector, None) for selector in selectors]
 
     def _matches(self, selector: Selector, s: FakeSocket) -> bool:
         if isinstance(selector, CookieSelector):

@@ -60,6 +60,8 @@ class Told:
     """0: unknown, and so is uid."""
     uid: int
     cgroup: int
+    bound: int = 0
+    """Interface that it is bound to; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,8 @@ def _told(cookie: int, row: Any) -> Told:
     )
     pid = int(owner["pid"])
     uid = int(owner["uid"]) if pid else -1
-    return Told(cookie, endpoints, int(row["netns"]), 0 if pid == _abi.ANY_ID else pid, uid, int(owner["cgroup"]))
+    known = 0 if pid == _abi.ANY_ID else pid
+    return Told(cookie, endpoints, int(row["netns"]), known, uid, int(owner["cgroup"]), int(row["bound"]))
 
 
 def netns_cookie() -> int:

@@ -108,6 +108,12 @@ class Load:
         """What is due before each entry, in seconds of the link, shape (m,)."""
         return (self.total - self.own).ravel().take(self.cell)
 
+    def well_before(self) -> F8:
+        """The same without what is due in the bucket before its own: time that passes moves entries between buckets."""
+        own = self.own.copy()
+        own[:, 1:] += self.own[:, :-1]
+        return (self.total - own).ravel().take(self.cell)
+
 
 class Need:
     """What it takes to meet a load, if each link gives a share ``room`` of its rate, shape (links,), to it.
@@ -154,6 +160,11 @@ class Need:
         """Seconds that it and those due later have to spare if all are served by deadline from now on."""
         laxity: F8 = self._suffix(np.minimum, self._load.due - self._least)
         return laxity
+
+    def spare(self) -> F8:
+        """Seconds that each link has to spare before somebody is late, shape (links,)."""
+        spare: F8 = (self._load.due - self._least).min(axis=1)
+        return spare
 
     def steady(self) -> F8:
         """Share of its rate at which each link meets all that isn't late, with the margin, shape (links,)."""
