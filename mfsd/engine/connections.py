@@ -333,6 +333,10 @@ class Connections:
         high = self.table.high
         return np.maximum(self.table.acked[:high], self._acked[:high])
 
+    def acked_of(self, slots: npt.NDArray[np.intp]) -> F8:
+        """The same for some slots, shape (len(slots),)."""
+        return np.maximum(self.table.acked.take(slots), self._acked.take(slots))
+
     def sent_by(self, conn: Connection) -> float:
         """What has left one connection."""
         return max(float(self.table.sent[conn.slot]), float(self._sent[conn.slot]))

@@ -6,8 +6,12 @@ but the network held its sender back (probes.py finds such windows). A sender se
 is learnt may be too little, and whoever trusts it gives up transfers that would be in time. Hence
 
 * the largest of the last 30 s counts, and nothing before it was seen five times;
-* it is used only above the fair share of our own link, that link's rate by the number of peers: what is no more than
-  that may well be our share of a link that others use, too;
+* with several peers it is used only above the fair share of our own link, that link's rate by the number of peers: who
+  sends to so many hosts is one of so many senders to each, by and large, and what is no more than a fair share may well
+  be our share of a link that they use, too;
+* with one peer that says nothing, for nothing is above our whole link. There must be more to go by then: many windows,
+  in the course of ten seconds, that agree. What a link carries is always the same, a share of it varies as the others'
+  windows grow and shrink;
 * it is audited: if more than 2 % of the transfers that were given up arrive in time after all, it is raised by a
   quarter.
 """
@@ -34,6 +38,11 @@ AGE_S: Final = 5.0
 AGES: Final = int(SEEN_S / AGE_S) + 1
 SIGHTINGS: Final = 5
 """Windows to be seen within that time before they mean anything."""
+MANY: Final = 20
+"""Windows to be seen of a single peer, in LONG ages at least."""
+LONG: Final = 3
+STEADY: Final = 0.1
+"""Standard deviation by mean, up to which they agree."""
 WRONG: Final = 0.02
 """Share of the transfers given up that may arrive in time."""
 RAISE: Final = 1.25
@@ -85,14 +94,16 @@ class Known(NamedTuple):
     """By the audit, as a factor."""
 
 
+BEST, SEEN, SUM, SQUARES = range(4)
+"""What is kept of the windows of an age: the largest rate, their number, sum and sum of squares of the rates."""
+
+
 class _Columns:
-    """Numbers by peer, shape (peers,) or (peers, AGES)."""
+    """Numbers by peer, shape (peers,) or (peers, 4, AGES)."""
 
     def __init__(self, n: int) -> None:
         self.configured = np.full(n, np.inf)
-        self.best = np.zeros((n, AGES))
-        """Largest rate seen, by age."""
-        self.seen = np.zeros((n, AGES), dtype=np.int64)
+        self.windows = np.zeros((n, 4, AGES))
         self.raised = np.ones(n)
         self.given_up = np.zeros(n, dtype=np.int64)
         self.in_time = np.zeros(n, dtype=np.int64)
@@ -112,8 +123,8 @@ class Peers:
         self._age = 0
         """Number of the current age; its column is that modulo AGES."""
         self._columns = _Columns(0)
-        self._remembered: OrderedDict[Address, tuple[int, F8, npt.NDArray[np.int64], float]] = OrderedDict()
-        """Of peers without connections: age when they went, best, seen, raised."""
+        self._remembered: OrderedDict[Address, tuple[int, F8, float]] = OrderedDict()
+        """Of peers without connections: age when they went, windows, raised."""
         self.rate: F8 = np.zeros(0)
         """Bytes/s by peer, as policies are shown it, shape (indices in use at most,); inf: unknown. Stays empty while
         nothing is known of any."""
@@ -152,8 +163,8 @@ class Peers:
             del self._index[address]
             self._free.append(index)
             c = self._columns
-            if c.seen[index].any():
-                self._remembered[address] = self._age, c.best[index].copy(), c.seen[index].copy(), c.raised[index]
+            if c.windows[index].any():
+                self._remembered[address] = self._age, c.windows[index].copy(), c.raised[index]
                 if len(self._remembered) > REMEMBERED:
                     self._remembered.popitem(last=False)
             self._clear(index)
@@ -178,9 +189,8 @@ class Peers:
             self.rate = np.append(self.rate, np.full(len(self) - len(self.rate), np.inf))
             self.rate[index] = c.configured[index]
         if address in self._remembered:
-            age, best, seen, raised = self._remembered.pop(address)
-            gone = self._past(age)
-            c.best[index], c.seen[index], c.raised[index] = np.where(gone, 0.0, best), np.where(gone, 0, seen), raised
+            age, windows, raised = self._remembered.pop(address)
+            c.windows[index], c.raised[index] = np.where(self._past(age), 0.0, windows), raised
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
@@ -192,9 +202,9 @@ class Peers:
     def saw(self, index: int, rate: float, now: float) -> None:
         """A peer has acknowledged so many bytes/s for a while in which nothing but the network held us back."""
         self._advance(now)
-        c, at = self._columns, self._age % AGES
-        c.best[index, at] = max(c.best[index, at], rate)
-        c.seen[index, at] += 1
+        windows = self._columns.windows[index, :, self._age % AGES]
+        windows[BEST] = max(windows[BEST], rate)
+        windows[SEEN:] += 1, rate, rate * rate
 
     def _past(self, age: int) -> npt.NDArray[np.bool_]:
         """Which columns have begun anew since an age, shape (AGES,)."""
@@ -205,23 +215,30 @@ class Peers:
         age = int(now // AGE_S)
         if age > self._age:
             before, self._age = self._age, age
-            past = self._past(before)
-            self._columns.best[:, past] = 0.0
-            self._columns.seen[:, past] = 0
+            self._columns.windows[:, :, self._past(before)] = 0.0
 
     def learnt(self, now: float) -> F8:
         """Bytes/s that each peer is known to have taken, raised by the audit, shape (len(self),); 0: nothing yet."""
         self._advance(now)
         c, n = self._columns, len(self)
-        enough = c.seen[:n].sum(axis=1) >= SIGHTINGS
-        return np.where(enough, c.best[:n].max(axis=1) * c.raised[:n], 0.0)
+        enough = c.windows[:n, SEEN].sum(axis=1) >= SIGHTINGS
+        return np.where(enough, c.windows[:n, BEST].max(axis=1) * c.raised[:n], 0.0)
+
+    def _alone(self, link: float) -> npt.NDArray[np.bool_]:
+        """Whether many windows agree on less than our own link, shape (len(self),)."""
+        windows = self._columns.windows[: len(self)]
+        n, total, squares = (windows[:, what].sum(axis=1) for what in (SEEN, SUM, SQUARES))
+        often = (n >= MANY) & ((windows[:, SEEN] > 0).sum(axis=1) >= LONG)
+        # Variance n squares - total^2 of the sum, by total^2; without windows 0 <= 0.
+        steady = n * squares <= (1.0 + STEADY**2) * total**2
+        return np.asarray(often & steady & (windows[:, BEST].max(axis=1) * (1.0 + STEADY) < link))
 
     def refresh(self, now: float, link: float) -> None:
         """Say anew what policies are shown. ``link``: bytes/s of the fastest of our own, 0: unknown."""
         learnt, configured = self.learnt(now), self._columns.configured[: len(self)]
-        fair = link / max(self.live, 1)
         # What is as fast as our own link sets no limit.
-        of_use = (learnt > fair) & (learnt < link)
+        of_use = learnt < link
+        of_use &= learnt > link / self.live if self.live > 1 else self._alone(link)
         rate = np.where(np.isfinite(configured), configured, np.where(of_use, learnt, np.inf))
         self.rate = rate if np.isfinite(rate).any() else np.zeros(0)
 
@@ -254,13 +271,13 @@ class Peers:
                 address,
                 float(c.configured[i]),
                 float(learnt[i]),
-                int(c.seen[i].sum()),
+                int(c.windows[i, SEEN].sum()),
                 float(shown[i]),
                 int(c.given_up[i]),
                 int(c.in_time[i]),
                 float(c.raised[i]),
             )
             for address, i in self._index.items()
-            if np.isfinite(c.configured[i]) or c.seen[i].any()
+            if np.isfinite(c.configured[i]) or c.windows[i].any()
         ]
         return sorted(out, key=lambda k: (min(k.configured, k.learnt or np.inf), str(k.address)))

@@ -33,7 +33,9 @@ GSO packet or two, and a window with few of them would show bursts, not the link
 LEAST_PACKETS: Final = 8
 """With fewer a window means nothing."""
 PROBES: Final = 4
-"""Peers probed at a time; one is begun per tick."""
+"""Peers probed at a time."""
+BEGIN_S: Final = 0.019
+"""Time between two that begin: every other tick, so that few ticks both begin and end one."""
 ASKED: Final = 4
 """Connections of a peer that are asked: at 10 us each."""
 
@@ -61,24 +63,22 @@ class Probes:
     connections: Connections
     _probes: list[_Probe] = field(default_factory=list)
     _acked: F8 = field(default_factory=lambda: np.zeros(0))
-    """By slot, at the last tick."""
+    """By slot, when a window could have begun last."""
     _next: int = 0
     """Peer to look at first."""
-    _last: float = -np.inf
+    _looked: float = -np.inf
 
     def run(self, now: float) -> None:
         """End windows that are over, and begin one."""
-        if now - self._last < LEAST_S and not self._probes:
-            return
-        self._last = now
-        acked = self.connections.acked()
         over = [p for p in self._probes if self._over(p, now)]
         for probe in over:
             self._probes.remove(probe)
             self._end(probe, now)
-        if len(self._probes) < PROBES:
+        if len(self._probes) < PROBES and now - self._looked >= BEGIN_S:
+            self._looked = now
+            acked = self.connections.acked()
             self._begin(acked, now)
-        self._acked = acked
+            self._acked = acked
 
     def _begin(self, acked: F8, now: float) -> None:
         """Look at the next peer that something goes to."""
@@ -105,7 +105,7 @@ class Probes:
                     now,
                     every,
                     known.tenancy.take(every),
-                    known.acked()[every],
+                    known.acked_of(every),
                     self._packets(every),
                     asked,
                 )
@@ -129,5 +129,5 @@ class Probes:
         still = [c for c in probe.asked if known.by_slot.get(c.slot) is c]
         after = known.tcp(still)
         if any(limited_by_network(probe.asked[c], after[c], seconds) for c in still if c in after):
-            moved = np.maximum(known.acked()[probe.slots] - probe.acked, 0.0)
+            moved = np.maximum(known.acked_of(probe.slots) - probe.acked, 0.0)
             known.peers.saw(probe.peer, float(moved[same].sum()) / seconds, now)

@@ -7,15 +7,17 @@ import contextlib
 import dataclasses
 import ipaddress
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.rig import RATE_MBIT, Daemon, Flow, running, wait_for
+from support.rig import RATE_MBIT, WAIT_S, Daemon, Flow, running, wait_for
 
+from mfsd.engine.peers import AGE_S, LONG, MANY, SEEN_S
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from support.namespaces import NetnsPair
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.netns
 
 SLOW_MBIT = RATE_MBIT // 2
 SLOW = "10.78.0.2"
+GATEWAY = "10.78.0.1"
 OTHER = "10.77.0.3"
 
 
@@ -37,13 +40,13 @@ def slow_receiver(pair: NetnsPair) -> Iterator[NetnsPair]:
     try:
         pair.run(
             pair.b,
-            f"ip link add w0 type veth peer name w1 netns {name}; ip addr add 10.78.0.1/24 dev w0; ip link set w0 up; "
+            f"ip link add w0 type veth peer name w1 netns {name}; ip addr add {GATEWAY}/24 dev w0; ip link set w0 up; "
             f"sysctl -qw net.ipv4.ip_forward=1; ip addr add {OTHER}/24 dev {pair.dev_b}; "
             f"tc qdisc add dev w0 root tbf rate {SLOW_MBIT}mbit burst 128k limit 1m",
         )
         pair.run(
             name,
-            f"ip addr add {SLOW}/24 dev w1; ip link set w1 up; ip link set lo up; ip route add default via 10.78.0.1",
+            f"ip addr add {SLOW}/24 dev w1; ip link set w1 up; ip link set lo up; ip route add default via {GATEWAY}",
         )
         pair.run(pair.a, f"ip route add 10.78.0.0/24 via {pair.addr_b}")
         yield dataclasses.replace(pair, b=name, addr_b=SLOW)
@@ -55,35 +58,72 @@ def known(daemon: Daemon) -> dict[str, pb.Peer]:
     return {p.address: p for p in daemon.status().peers}
 
 
+def used(daemon: Daemon) -> float:
+    """Bytes/s that policies are shown of the slow receiver; 0: nothing."""
+    peers = known(daemon)
+    return peers[SLOW].used_bytes_per_s if SLOW in peers else 0.0
+
+
+@contextlib.contextmanager
+def learning(
+    pair: NetnsPair, folder: Path, others: Sequence[NetnsPair] = (), extra: str = ""
+) -> Iterator[tuple[Daemon, Flow]]:
+    """A daemon that knows connections to the slow receiver and to ``others``; the first one, which is in use."""
+    with (
+        slow_receiver(pair) as far,
+        running(Daemon(pair, folder, extra=extra)) as daemon,
+        contextlib.ExitStack() as stack,
+    ):
+        flows = [Flow.open(there) for there in (far, *others)]
+        for flow in flows:
+            stack.callback(flow.close)
+        client = stack.enter_context(daemon.client())
+        for flow in flows:
+            client.mark(flow.sender, Stage.P2D)
+        assert client.flush(5)
+        flows[0].saturate()
+        yield daemon, flows[0]
+
+
 @pytest.mark.parametrize("configured", [False, True])
 def test_the_rate_of_a_slow_receivers_port_is_learnt(
     netns_pair: NetnsPair, tmp_path: Path, *, configured: bool
 ) -> None:
     extra = f'[[peer]]\nnetwork = "{SLOW}"\nrate = "{SLOW_MBIT}mbit"' if configured else ""
-    with slow_receiver(netns_pair) as far, running(Daemon(netns_pair, tmp_path, extra=extra)) as daemon:
-        near = [netns_pair, dataclasses.replace(netns_pair, addr_b=OTHER)]
-        flows = [Flow.open(pair) for pair in (far, *near)]
-        try:
-            with daemon.client() as client:
-                for flow in flows:
-                    client.mark(flow.sender, Stage.P2D)
-                assert client.flush(5)
-                flows[0].saturate()
-                wanted = SLOW_MBIT * 125_000
-                if configured:
-                    wait_for(lambda: flows[0].received > wanted, "traffic of a second")
-                    peer = known(daemon)[SLOW]
-                    assert (peer.configured_bytes_per_s, peer.used_bytes_per_s) == (wanted, wanted)
-                    assert (peer.sightings, peer.learnt_bytes_per_s) == (0, 0)
-                    return
-                wait_for(
-                    lambda: SLOW in known(daemon) and known(daemon)[SLOW].used_bytes_per_s, "the rate to be learnt"
-                )
-                wait_for(lambda: known(daemon)[SLOW].sightings >= 20, "more windows")
-                peer = known(daemon)[SLOW]
-                assert 0.85 * wanted < peer.learnt_bytes_per_s < 1.3 * wanted
-                assert peer.used_bytes_per_s == peer.learnt_bytes_per_s
-                assert str(ipaddress.ip_address(SLOW)) in daemon.mfsctl("--socket", str(daemon.socket), "status").stdout
-        finally:
-            for flow in flows:
-                flow.close()
+    near = [netns_pair, dataclasses.replace(netns_pair, addr_b=OTHER)]
+    with learning(netns_pair, tmp_path, near, extra) as (daemon, flow):
+        wanted = SLOW_MBIT * 125_000
+        if configured:
+            wait_for(lambda: flow.received > wanted, "traffic of a second")
+            peer = known(daemon)[SLOW]
+            assert (peer.configured_bytes_per_s, peer.used_bytes_per_s) == (wanted, wanted)
+            assert (peer.sightings, peer.learnt_bytes_per_s) == (0, 0)
+            return
+        wait_for(lambda: used(daemon), "the rate to be used")
+        wait_for(lambda: known(daemon)[SLOW].sightings >= 20, "more windows")
+        peer = known(daemon)[SLOW]
+        assert 0.85 * wanted < peer.learnt_bytes_per_s < 1.3 * wanted
+        assert peer.used_bytes_per_s == peer.learnt_bytes_per_s
+        assert str(ipaddress.ip_address(SLOW)) in daemon.mfsctl("--socket", str(daemon.socket), "status").stdout
+
+
+def test_the_rate_of_a_single_peer_is_used_when_many_windows_agree(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    with learning(netns_pair, tmp_path) as (daemon, _):
+        wait_for(lambda: used(daemon), "the rate to be used", 2 * WAIT_S)
+        assert 0.85 * SLOW_MBIT * 125_000 < used(daemon) < 1.3 * SLOW_MBIT * 125_000
+        assert known(daemon)[SLOW].sightings >= MANY
+
+
+def test_the_share_of_a_single_peers_port_is_not_used(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    with learning(netns_pair, tmp_path) as (daemon, flow), contextlib.ExitStack() as stack:
+        far = dataclasses.replace(netns_pair, b=f"{netns_pair.b}-far", addr_b=SLOW)
+        for _ in range(2):
+            rival = Flow.open(dataclasses.replace(far, a=netns_pair.b, addr_a=GATEWAY))
+            stack.callback(rival.close)
+            rival.saturate()
+        end = time.monotonic() + LONG * AGE_S + SEEN_S / 2
+        while time.monotonic() < end:
+            assert not used(daemon)
+            time.sleep(0.5)
+        assert known(daemon)[SLOW].sightings >= MANY  # enough of them, but they don't agree
+        assert flow.received

@@ -16,9 +16,19 @@ from hypothesis import strategies as st
 from support.harness import MSS, FakeSocket, Host
 
 from mfsd.daemon.config import PeerConfig
-from mfsd.engine.peers import AGE_S, RAISE, REMEMBERED, SEEN_S, SIGHTINGS, Peers, limited_by_network
-from mfsd.engine.probes import Probes
-from mfsd.model import Endpoints, Stage
+from mfsd.engine.peers import (
+    AGE_S,
+    MANY,
+    RAISE,
+    REMEMBERED,
+    SEEN_S,
+    SIGHTINGS,
+    STEADY,
+    Peers,
+    limited_by_network,
+)
+from mfsd.engine.probes import ASKED, PROBES, Probes
+from mfsd.model import Stage
 from mfsd.units import Rate
 
 HERE = ip_address("10.0.0.2")
@@ -123,6 +133,48 @@ def test_used_between_our_links_fair_share_and_its_rate(rate: float, used: float
     peers.saw(index, rate, 0.0)
     peers.refresh(0.0, 100.0)
     assert (peers.rate[index] if len(peers.rate) else math.inf) == used
+
+
+def alone(rates: list[float], seconds: float, link: float = 100.0) -> float:
+    """What is used of a single peer of which so much has been seen in so long; inf: nothing."""
+    peers = Peers(None)
+    index = peers.take(HERE)
+    for at, rate in zip(np.linspace(0.0, seconds, len(rates)), rates, strict=True):
+        peers.saw(index, rate, float(at))
+    peers.refresh(seconds, link)
+    return float(peers.rate[index]) if len(peers.rate) else math.inf
+
+
+STEADILY = [30.0, 31.0] * (MANY // 2)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 2.9])
+def test_a_single_peer_below_our_link_is_used_when_many_windows_agree(scale: float) -> None:
+    assert alone([scale * rate for rate in STEADILY], 3 * AGE_S) == pytest.approx(31.0 * scale)
+
+
+@pytest.mark.parametrize(
+    ("rates", "seconds"),
+    [
+        (STEADILY[1:], 3 * AGE_S),
+        (STEADILY, 0.9 * AGE_S),  # it may be one rival's time
+        ([30.0, 45.0] * (MANY // 2), 3 * AGE_S),  # a share of it, for it varies
+        ([3.2 * rate for rate in STEADILY], 3 * AGE_S),  # as fast as our own link, for all that can be told
+    ],
+)
+def test_a_single_peer_is_not_used_on_less(rates: list[float], seconds: float) -> None:
+    assert alone(rates, seconds) == math.inf
+
+
+@given(st.floats(1.0, 1e11), st.floats(0.0, 1.0), st.floats(1e-3, 1e3))
+def test_whether_a_single_peer_is_used_does_not_depend_on_the_scale(rate: float, swing: float, scale: float) -> None:
+    rates = [rate, rate * (1.0 + swing)] * MANY
+    used, scaled = (alone([r * s for r in rates], 4 * AGE_S, 5 * rate * s) for s in (1.0, scale))
+    assert scaled == pytest.approx(scale * used)
+    # The deviation of two values is half their distance.
+    deviation = swing / 2 / (1 + swing / 2)
+    if abs(deviation - STEADY) > 1e-6:
+        assert math.isfinite(used) == (deviation < STEADY)
 
 
 def test_what_is_configured_holds() -> None:
@@ -266,18 +318,22 @@ def test_who_is_given_up_by_a_learnt_rate_and_is_in_time_raises_it() -> None:
 
 
 def test_it_costs_little() -> None:
-    n = 10_000
+    n, ticks = 10_000, 100
     h = Host("demand-bound", slots=n)
     for i in range(n):
-        there = ip_address(f"10.0.{i % 40}.{1 + i % 50}")
-        h.connections.of_tuple(Endpoints(ip_address("10.0.0.1"), 1024 + i, there, 6000), h.now + 1000)
+        sock = h.socket(i + 1, 1024 + i, dst=f"10.0.{i % 40}.{1 + i % 50}")
+        h.connections.of_socket(sock.told, h.now + 1000)
     probes, took = Probes(h.connections), []
     rows = h.table.rows
-    for _ in range(60):
+    for _ in range(ticks):
         h.now += 0.01
         rows["acked"][:n] += 100_000
         rows["packets"][:n] += 2
+        for sock in h.kernel.sockets:
+            sock.busy_us += 10_000
         before = time.perf_counter()
         probes.run(h.now)
         took.append(time.perf_counter() - before)
-    assert sorted(took)[len(took) // 4] < 0.002  # of a busy machine; 0.2 ms on one at rest
+    assert sum(p.sightings for p in h.connections.peers.known(h.now)) > ticks // 4
+    assert h.kernel.asked <= ticks * ASKED + 2 * PROBES * ASKED  # every other tick, at the beginning and at the end
+    assert sorted(took)[ticks // 2] < 0.002  # of a busy machine, most of it the simulated kernel; see bench/tick.py
