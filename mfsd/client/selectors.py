@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from mfsd.model import (
     CookieSelector,
+    HintSelector,
     ProcessSelector,
-    Selector,
     TupleSelector,
     process_selector,
     tuple_selector,
@@ -52,7 +52,7 @@ class HasFileno(Protocol):
         ...
 
 
-Connection = HasFileno | Fd | Selector
+Connection = HasFileno | Fd | HintSelector
 """A socket, its descriptor or its cookie, or a selector made by ``tuple_of`` or ``process_peer``."""
 
 
@@ -60,7 +60,7 @@ Connection = HasFileno | Fd | Selector
 class Named:
     """What a connection is to the daemon."""
 
-    selector: Selector
+    selector: HintSelector
     position: int = 0
     """Bytes written to it so far, on TCP's scale; 0: unknown."""
     fault: str = ""

@@ -42,6 +42,8 @@ from mfsd.bands import (
     band_names,
     fill_floors,
 )
+from mfsd.daemon.config_rules import RuleConfig, RulesConfig
+from mfsd.daemon.config_rules import problems as rule_problems
 from mfsd.daemon.config_text import example, explain, key, render, toml
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
@@ -57,6 +59,7 @@ __all__ = [
     "DeviceConfig",
     "PeerConfig",
     "PolicyConfig",
+    "RuleConfig",
     "load",
     "parse",
     "render",
@@ -271,10 +274,13 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
+    rules: RulesConfig = RulesConfig()
+    rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(_tuple)] = ()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *_band_problems(self), *_limit_problems(self.limits)]
+        problems += rule_problems(self.rule, self.rules.library)
         if problems:
             raise ConfigError(problems)
         return self

@@ -23,9 +23,11 @@ from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, reload, wiring
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.rules import Rules, cgroup_root
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
+from mfsd.host.makers import Census
 from mfsd.model import Mode
 from mfsd.v1 import control_pb2 as pb
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from mfsd.api.operations import RuleState, Verdict
     from mfsd.daemon.config import Config
     from mfsd.daemon.device import Device
 
@@ -76,9 +79,12 @@ class Daemon:
             self.devices = Devices(config, config_bands.bands_of(config, policy))
             undo.callback(self.devices.close)
             loop = asyncio.get_running_loop()
-            self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard))
+            self._cgroups = cgroup_root(undo)
+            self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard), self._cgroups)
             undo.callback(self._sockets.close)
             self.engine = wiring.engine_of(config, self.devices, policy, self._sockets)
+            self._rules = Rules(self.engine, cgroups=self._cgroups is not None)
+            self._rules.put(config, time.monotonic())
             self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat)
             self._decoder = Decoder(config.limits)
             self._identities = Identities(config.limits.max_sessions)
@@ -235,6 +241,8 @@ class Daemon:
             self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
+        if keys & {"rule", "rules.library"}:
+            self._rules.put(merged, time.monotonic())
         self._identities.limit = merged.limits.max_sessions
         if "bands.dscp" in keys:
             self.devices.set_dscp(merged.bands.dscp)
@@ -262,9 +270,23 @@ class Daemon:
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
         if self.devices.teller_problem:
             out.append(self.devices.teller_problem)
+        out += [f"rule {r.name!r} names nothing: {r.problem}" for r in self.rules if r.problem]
         if not self.all_devices:
             out.append("no [[device]] is configured: hints are taken, nothing is shaped")
         return out + self._reload_problems
+
+    @property
+    def rules(self) -> Sequence[RuleState]:
+        """Rules in force."""
+        return self._rules.states
+
+    async def verdicts(self, cookie: int, port: int) -> list[Verdict]:
+        """What rules say of connections."""
+        if not cookie and not port:
+            return []
+        return await asyncio.to_thread(
+            lambda: self._rules.verdicts(self._sockets.named(cookie, port), Census(self._cgroups))
+        )
 
     def tick_durations(self) -> tuple[float, float]:
         """See Ticker."""

@@ -56,10 +56,10 @@ class Ledger:
         watches: Watches,
         delivery: Delivery,
         endings: Endings,
-        band_of: Callable[[Stage], int],
+        band_of: Callable[..., int],
         limits: LimitsConfig,
     ) -> None:
-        """``band_of``: where bytes begin of which nothing but the stage is known."""
+        """``band_of(stage, due_in)``: where bytes begin of which nothing but these is known."""
         self.books = books
         self.connections = connections
         self.watches = watches
@@ -377,7 +377,8 @@ class Ledger:
             )
         else:
             self.endings.unmark(old, now)
-        self._put_mark(session, Mark(session, hint.selector, hint.stage, hint.ordered), now)
+        mark = Mark(session, hint.selector, hint.stage, hint.ordered, hint.due_in, hint.gives_way)
+        self._put_mark(session, mark, now)
 
     def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
         expires = now + self.limits.max_ttl_s
@@ -386,7 +387,7 @@ class Ledger:
         if isinstance(selector, CookieSelector):
             conn = self.connections.of_cookie(selector.cookie, expires)
         else:
-            watch = self.watches.get(session, selector, self.band_of(mark.stage), expires, now)
+            watch = self.watches.get(session, selector, self.band_of(mark.stage, mark.due_in), expires, now)
             watch.mark = mark
             for known in list(watch.conns):
                 self.joined(watch, known, None, now)

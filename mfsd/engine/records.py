@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from mfsd.model import INF
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -142,6 +144,8 @@ class Mark:
     selector: Selector
     stage: Stage
     ordered: bool = True
+    due_in: float = INF
+    gives_way: bool = False
     conns: set[Connection] = field(default_factory=set)
 
 

@@ -19,8 +19,10 @@ from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
 from mfsd.model import (
     CookieSelector,
     Endpoints,
+    Maker,
     PortRange,
     RequestHint,
+    RuleSelector,
     Selector,
     Stage,
     TransferHint,
@@ -68,6 +70,8 @@ class FakeKernel:
         self.rules: dict[tuple[Selector, int], tuple[int, int, int]] = {}
         self.lent: list[int] = []
         self.descendants: dict[int, set[int]] = {}
+        self.makers: dict[Maker, set[int]] = {}
+        """Cookies of the sockets that somebody of a description has made."""
         self.asked = 0
         """Sockets asked for TCP's word."""
         self._table, self._keys = table, keys
@@ -87,6 +91,10 @@ class FakeKernel:
 
     def descends(self, pid: int, ancestor: int) -> bool:
         return pid == ancestor or pid in self.descendants.get(ancestor, ())
+
+    def made_by(self, socket: Socket, maker: Maker) -> bool:
+        names = self.makers.get(maker, set())
+        return maker.anybody or socket.cookie in names
 
     def look(self, selectors: Sequence[Selector]) -> None:
         for selector in selectors:
@@ -157,6 +165,14 @@ class FakeKernel:
                 and e.sport in selector.sport
                 and e.dport in selector.dport
                 and e.protocol == selector.protocol
+            )
+        if isinstance(selector, RuleSelector):
+            e = s.endpoints
+            return (
+                e.sport in selector.sport
+                and e.dport in selector.dport
+                and (selector.remote is None or e.dst in selector.remote)
+                and self.made_by(s.told, selector.maker)
             )
         return self.descends(s.pid, selector.pid) and (selector.remote is None or s.endpoints.dst in selector.remote)
 

@@ -60,6 +60,7 @@ class Told:
     """0: unknown, and so is uid."""
     uid: int
     cgroup: int
+    tid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,8 @@ def _told(cookie: int, row: Any) -> Told:
         int(key["proto"]),
     )
     pid = int(owner["pid"])
-    return Told(cookie, endpoints, int(row["netns"]), pid, int(owner["uid"]) if pid else -1, int(owner["cgroup"]))
+    uid = int(owner["uid"]) if pid else -1
+    return Told(cookie, endpoints, int(row["netns"]), pid, uid, int(owner["cgroup"]), int(owner["tid"]))
 
 
 def netns_cookie() -> int:
