@@ -229,7 +229,7 @@ def wait_until_gone(folder: Path) -> None:
             return
 
 
-def test_a_process_is_told_by_its_cgroup(host: HostSockets, worker: Worker, port: int, cgroup: Path) -> None:
+def test_a_process_is_told_by_its_cgroup(host: HostSockets, worker: Worker, cgroup: Path) -> None:
     unit = rule_of(cgroup=f"*/{cgroup.parent.name}")
     other = rule_of(cgroup="/no-such/*")
     (cgroup / "cgroup.procs").write_text(f"{worker.popen.pid}\n")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = {"name": "eth0"}
 PEER = {"network": "fd00::/8", "rate": "1gbit"}
-RULE = {"name": "kv", "stage": "p2d", "remote_ports": 6379}
-LISTS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
+RULE: dict[str, Any] = {"name": "kv", "stage": "p2d", "remote_ports": 6379}
+LISTS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "device": (DeviceConfig, DEVICE),
     "peer": (PeerConfig, PEER),
     "rule": (RuleConfig, RULE),

@@ -85,14 +85,14 @@ def test_why_a_rule_names_a_connection_or_not(stubs: Api, connection: Pair, rule
     assert both == {cookie_of(connection[0]), cookie_of(connection[1])}
     with pytest.raises(grpc.RpcError) as e:
         listed(stubs, cookie=1 << 60)
-    assert e.value.code() is grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
+    assert e.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_a_worker_can_not_use_the_session_of_the_rules(stubs: Api) -> None:
     stubs.session = "mfsd:rules"
     with pytest.raises(grpc.RpcError) as e:
         stubs.send(hints_pb2.Hint(request=hints_pb2.Request(id="r", ttft_left_us=1)))
-    assert e.value.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[attr-defined]
+    assert e.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
 def test_rules_change_with_a_reload(start: Callable[..., Running], tmp_path: Path) -> None:
