@@ -49,6 +49,7 @@ from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
 from mfsd.model import Mode
 from mfsd.policy import registry
+from mfsd.relay.settings import RelayConfig
 from mfsd.units import Rate
 
 __all__ = [
@@ -275,12 +276,13 @@ class Config(Section):
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
     rules: RulesConfig = RulesConfig()
+    relay: RelayConfig = RelayConfig()
     rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(_tuple)] = ()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *_band_problems(self), *_limit_problems(self.limits)]
-        problems += rule_problems(self.rule, self.rules.library)
+        problems += [*rule_problems(self.rule, self.rules.library), *self.relay.problems()]
         if problems:
             raise ConfigError(problems)
         return self

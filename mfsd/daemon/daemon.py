@@ -29,6 +29,7 @@ from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
 from mfsd.host.makers import Census
 from mfsd.model import Mode
+from mfsd.relay.relay import Relay
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class Daemon:
             self._decoder = Decoder(config.limits)
             self._identities = Identities(config.limits.max_sessions)
             hints = HintsService(self.engine, self._decoder, self._identities, self.ticker)
+            self._relay = Relay(config.relay, self.engine, self._decoder, self.ticker.poke) if config.relay.on else None
+            if self._relay is not None:
+                hints.elsewhere = self._relay.advice
             self._server = Server(hints, ControlService(self), self._identities, config.daemon)
             self._undo = undo.pop_all()
         self._watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
@@ -104,6 +108,8 @@ class Daemon:
                 self.devices.beat()
                 await self._care()
                 await self._server.start()
+                if self._relay is not None:
+                    await self._relay.start()
                 self.ticker.start()
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
@@ -123,6 +129,8 @@ class Daemon:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.stop()
+        if self._relay is not None:
+            await self._relay.stop()
         self.ticker.stop()
         keep = self._hand_over or self.config.daemon.on_exit == "keep"
         # From here on packets are default traffic, whatever happens to the qdiscs.
@@ -270,6 +278,7 @@ class Daemon:
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
         if self.devices.teller_problem:
             out.append(self.devices.teller_problem)
+        out += [] if self._relay is None else self._relay.notices()
         out += [f"rule {r.name!r} names nothing: {r.problem}" for r in self.rules if r.problem]
         if not self.all_devices:
             out.append("no [[device]] is configured: hints are taken, nothing is shaped")

@@ -19,6 +19,7 @@ from mfsd.daemon import config as configuration
 from mfsd.daemon.daemon import Daemon, StartError
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.errors import DatapathError
+from mfsd.relay.incoming import RelayError
 
 if TYPE_CHECKING:
     from mfsd.daemon.config import Config
@@ -72,6 +73,6 @@ def main(path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click
     keep_freed()
     try:
         asyncio.run(_serve(config, path))
-    except (StartError, ServerError, DatapathError) as e:
+    except (StartError, ServerError, RelayError, DatapathError) as e:
         log.critical("can't start", reason=str(e))
         sys.exit(1)
