@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import signal
 import subprocess
@@ -41,7 +42,9 @@ def stream(batches, context):
         with open(log, "a") as f:
             f.writelines(h.transfer.id + chr(10) for h in batch.hints if h.HasField("transfer"))
         yield hints_pb2.HintReply(seq=batch.seq, accepted=len(batch.hints), epoch=7)
-handler = grpc.stream_stream_rpc_method_handler(stream, hints_pb2.HintBatch.FromString, hints_pb2.HintReply.SerializeToString)
+handler = grpc.stream_stream_rpc_method_handler(
+    stream, hints_pb2.HintBatch.FromString, hints_pb2.HintReply.SerializeToString
+)
 server = grpc.server(futures.ThreadPoolExecutor(2))
 server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("mfsd.v1.Hints", {"Stream": handler})])
 read = lambda path: open(path, "rb").read()
@@ -122,6 +125,10 @@ def due(target: str) -> dict[str, float]:
     return {t.id.partition("/")[2]: now + t.deadline_us / 1e6 for t in reply.transfers}
 
 
+def first_due(target: str) -> float | None:
+    return due(target).get("first")
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     with contextlib.ExitStack() as stack:
@@ -158,7 +165,7 @@ def test_hints_reach_who_is_there_on_time_whatever_the_others_do(world: World, t
         assert client.flush(5)
         assert time.monotonic() - started < 1.0  # nobody waits for the others
         for peer in ("good", "slow"):
-            at = wait_for(lambda p=peer: due(targets[p]).get("first"), f"{peer} to hear")
+            at = wait_for(functools.partial(first_due, targets[peer]), f"{peer} to hear")
             assert abs(at - (started + 30.0)) < 0.1
         wait_for(lambda: told.exists() and "first" in told.read_text(), "the old one to hear")
         for n in range(20):  # by now messages are timed
