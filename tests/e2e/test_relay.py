@@ -122,7 +122,7 @@ def due(target: str) -> dict[str, float]:
     """When transfers are due, monotonic, which all hosts of this machine share."""
     reply = control(target, lambda c: c.ListTransfers(pb.ListTransfersRequest(), timeout=WAIT_S))
     now = time.monotonic()
-    return {t.id.partition("/")[2]: now + t.deadline_us / 1e6 for t in reply.transfers}
+    return {t.id.rpartition("/")[2]: now + t.deadline_us / 1e6 for t in reply.transfers}
 
 
 def first_due(target: str) -> float | None:
