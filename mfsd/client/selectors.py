@@ -9,7 +9,9 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import termios
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -125,10 +127,19 @@ def _borrowed(fd: int) -> Iterator[socket.socket]:
         sock.detach()
 
 
+_tcp: weakref.WeakKeyDictionary[socket.socket, CookieSelector] = weakref.WeakKeyDictionary()
+"""What never changes of a TCP socket; two system calls saved each time."""
+
+
 def _of_socket(sock: Any) -> Named:
+    known = _tcp.get(sock) if type(sock) is socket.socket else None
+    if known is not None:
+        return Named(known, _position(sock))  # which fails for a socket that is closed
     selector = CookieSelector(cookie_of(sock))
     protocol = sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
     if protocol == socket.IPPROTO_TCP:
+        if type(sock) is socket.socket:
+            _tcp[sock] = selector
         return Named(selector, _position(sock))
     if protocol == IPPROTO_MPTCP:
         return Named(
@@ -143,13 +154,13 @@ def _position(sock: Any) -> int:
     """Bytes written, on the scale of tcpi_bytes_acked; 0: unknown."""
     if not hasattr(sock, "fileno"):
         return 0
-    acked = _acked(sock)
+    acked, number = _acked(sock), sock.fileno()
     for _ in range(TRIES):
-        (queued,) = struct.unpack("=i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))  # SIOCOUTQ
+        queued = int.from_bytes(fcntl.ioctl(number, termios.TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)  # SIOCOUTQ
         before, acked = acked, _acked(sock)
         if before == acked:
             break  # else some were acknowledged between the two calls
-    return acked + int(queued)
+    return acked + queued
 
 
 def _acked(sock: Any) -> int:
