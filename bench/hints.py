@@ -42,6 +42,7 @@ import numpy as np
 
 from bench.common import Figure, write
 from mfsd.client import cookie_of
+from mfsd.client.introduction import introduced
 from mfsd.daemon import devices
 from mfsd.daemon.config import parse
 from mfsd.daemon.daemon import Daemon
@@ -108,7 +109,16 @@ async def echo(directory: Path) -> None:
 
 async def serve(directory: Path) -> None:
     setattr(devices, "memory_rows", lambda slots: shared_rows(directory, slots))  # noqa: B010 - not ours to export
-    config = parse({"daemon": {"socket": str(directory / "mfsd.sock"), "state_dir": str(directory), "slots": SLOTS}})
+    config = parse(
+        {
+            "daemon": {
+                "socket": str(directory / "mfsd.sock"),
+                "state_dir": str(directory),
+                "slots": SLOTS,
+                "anonymous": True,
+            }
+        }
+    )
     await Daemon(config, None).run()
 
 
@@ -307,7 +317,7 @@ def measure(rounds: int) -> list[Figure]:
         with server("serve", directory) as mfsd, server("echo", directory) as other:
             worker = Worker(cookies[1:])
             mover = Mover(cookies[0], shared_rows(directory, SLOTS))
-            with grpc.insecure_channel(mfsd) as a, grpc.insecure_channel(other) as b:
+            with introduced(mfsd) as a, grpc.insecure_channel(other) as b:
                 stub, empty = hints_pb2_grpc.HintsStub(a), hints_pb2_grpc.HintsStub(b)
                 place = mover.learn(a)
                 for i in range(rounds):

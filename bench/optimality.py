@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attainment of every policy on random single-link cases, against clairvoyant LLF and brute force.
 
-Exact fluid link (mfsd/sim/singlelink.py), policies asked every 10 ms and at every event. Three kinds of cases, each in
+Exact fluid link (mfsd/lab/sim/singlelink.py), policies asked every 10 ms and at every event. Three kinds of cases, each
 five load classes: many batches with first tokens after tens of milliseconds; the same ten times slower; and small ones
 (at most six transfers) on which all fixed orders are tried. All policies see the same cases. Rivals run with as many
 levels as the best equipped qdisc has (13) and, where that is defined, with one level per distinct key, which no qdisc
@@ -24,9 +24,9 @@ import numpy as np
 
 from bench.common import Figure, write
 from mfsd import tables
+from mfsd.lab.sim.cases import LOADS, SMALL, Shape, brute_force, draw
+from mfsd.lab.sim.decide import simulate
 from mfsd.policy.registry import DEFAULT, make_policy
-from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
-from mfsd.sim.decide import simulate
 
 if TYPE_CHECKING:
     from mfsd.policy.base import Policy

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.common import Figure, write
 from mfsd.bands import Bands
-from mfsd.daemon.devices import KernelKeys
+from mfsd.daemon.keys import KernelKeys
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.engine.connections import Connections
@@ -79,6 +79,9 @@ class SimulatedSockets:
 
     def exact(self, selector: TupleSelector) -> Socket | None:
         raise NotImplementedError(selector)
+
+    def sends(self, endpoints: Endpoints, uid: int) -> bool:
+        raise NotImplementedError(endpoints, uid)
 
     def descends(self, pid: int, ancestor: int) -> bool:
         return pid == ancestor

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_RATE_UNITS: Final = {"bit": 1 / 8, "kbit": 125.0, "mbit": 125e3, "gbit": 125e6, "tbit": 125e9, "bps": 1.0}
-_RATE_RE: Final = re.compile(r"\s*(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]+)\s*")
+_BITS: Final = {"tbit": Decimal(10**12), "gbit": Decimal(10**9), "mbit": Decimal(10**6), "kbit": Decimal(1000)}
+_RATE_UNITS: Final = {"bit": Decimal(1), **dict(reversed(_BITS.items())), "bps": Decimal(8)}
+"""Bits per second."""
+_RATE_RE: Final = re.compile(r"\s*(?P<value>[0-9]{1,40}(?:\.[0-9]{1,400})?)\s*(?P<unit>[A-Za-z]+)\s*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -30,12 +33,13 @@ class Rate:
     @classmethod
     def parse(cls, text: str) -> Rate:
         """Read a tc-style rate. Raises ValueError naming what is allowed."""
-        m = _RATE_RE.fullmatch(text.lower())
-        if m is None or m["unit"] not in _RATE_UNITS:
+        m = _RATE_RE.fullmatch(text)
+        unit = _RATE_UNITS.get(m["unit"].lower()) if m else None
+        if m is None or unit is None:
             raise ValueError(
                 f"{text!r} is not a rate; write a number and one of {', '.join(_RATE_UNITS)}, e.g. '10gbit'"
             )
-        value = float(m["value"]) * _RATE_UNITS[m["unit"]]
+        value = float(Decimal(m["value"]) * unit / 8)
         if value <= 0:
             raise ValueError(f"{text!r}: a rate must be above zero")
         return cls(value)
@@ -46,11 +50,12 @@ class Rate:
         return self.bytes_per_s * 8
 
     def __str__(self) -> str:
-        bits = self.bits_per_s
-        for unit, size in (("tbit", 1e12), ("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
-            if bits >= size:
-                return f"{bits / size:g}{unit}"
-        return f"{bits:g}bit"
+        """In the largest unit of which it is not a fraction, exactly: `parse` reads it back to the same."""
+        bits = Decimal(repr(self.bits_per_s))
+        if not bits.is_finite():
+            return f"{bits}bit"
+        unit, size = next(((u, s) for u, s in _BITS.items() if bits >= s), ("bit", Decimal(1)))
+        return f"{(bits / size).normalize():f}{unit}"
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import structlog
 from google.rpc import code_pb2
 
 from mfsd.api import advice, columns, errors
-from mfsd.api.identity import TOKEN
+from mfsd.api.access import by_certificate, peer_of
 from mfsd.logs import Seldom
 from mfsd.model import CookieSelector, Event, HintError, MarkHint, ProgressHint, TransferHint
 from mfsd.v1 import hints_pb2 as pb
@@ -97,9 +97,12 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         identities: Identities,
         ticks: Ticks,
         *,
+        anonymous: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``anonymous``: who has no token is believed."""
         self.engine = engine
+        self.anonymous = anonymous
         self.decoder = decoder
         self._identities = identities
         identities.ended = self._gone
@@ -151,9 +154,12 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:  # noqa: N802 - as generated
         """What paths can bear."""
         try:
+            self._peer(context)
             ways = advice.ways(request)
         except HintError as e:
             await errors.abort(context, errors.of_call(e))
+        except errors.Refused as e:
+            await errors.abort(context, e.status)
         now, out = self._clock(), []
         for dst, src in ways:
             if src is None or advice.ours(src):
@@ -174,7 +180,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             )
         if peer is None:
             return self.engine.session(name, now)
-        session = self.engine.session(name, now, pid=peer.pid, uid=peer.uid, maker=peer)
+        session = self.engine.session(name, now, pid=peer.pid, uid=peer.uid, only=peer.only, maker=peer)
         if known is None:
             sessions = self.engine.books.sessions
             peer.sessions = [s for s in peer.sessions if sessions.get(s.name) is s] + [session]
@@ -279,16 +285,15 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         self._ticks.poke()
 
     def _peer(self, context: Context) -> Peer | None:
-        """Who calls; None: somebody without a token. Raises errors.Refused."""
-        for key, value in context.invocation_metadata() or ():
-            if key == TOKEN:
-                found = self._identities.of(str(value))
-                if found is None:
-                    raise errors.Refused(
-                        code_pb2.UNAUTHENTICATED, "its token is not known; connect to the socket ending in .id again"
-                    )
-                return found
-        return None
+        """Who calls; None: somebody who may say what he likes without telling who he is. Raises errors.Refused."""
+        found = peer_of(self._identities, context)
+        if found is None and not self.anonymous and not by_certificate(context):
+            raise errors.Refused(
+                code_pb2.UNAUTHENTICATED,
+                "it does not know who speaks: connect to the socket ending in .id first (the client library does; both "
+                "sockets must be in reach, so give containers the folder), or set daemon.anonymous to believe anybody",
+            )
+        return found
 
     async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - named by the proto
         """Unary call; see proto/mfsd/v1/hints.proto."""

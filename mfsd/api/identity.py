@@ -33,8 +33,14 @@ SO_PEERPIDFD: Final = 77
 """include/uapi/asm-generic/socket.h."""
 UCRED: Final = struct.Struct("=3i")
 """pid, uid, gid (struct ucred, include/linux/socket.h)."""
+SO_PEERGROUPS: Final = 59
+"""include/uapi/asm-generic/socket.h; Linux 4.13."""
+GROUPS: Final = 1024
+"""Bytes that Python's getsockopt can return: 256 groups. Of who has more, only the first one (SO_PEERCRED) is known."""
 TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
 """Metadata of a call."""
+RESERVED: Final = 16
+"""Connections that operators may have when all others are taken."""
 USERS: Final = 4
 """So many users may have as many connections as one; all together no more."""
 
@@ -42,6 +48,24 @@ USERS: Final = 4
 def beside(socket_path: Path) -> Path:
     """The socket that belongs to a daemon's."""
     return socket_path.with_name(f"{socket_path.name}.id")
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """Who may do more than a worker. Root and the daemon's own user may everything."""
+
+    operators: frozenset[int] = frozenset()
+    """Groups whose members may use the Control service."""
+    trusted: frozenset[int] = frozenset()
+    """Users who may hint connections of others, too: a router that speaks for all workers, say."""
+
+    def operator(self, uid: int, groups: frozenset[int]) -> bool:
+        """Whether such a process operates the daemon."""
+        return uid in (0, os.geteuid()) or not self.operators.isdisjoint(groups)
+
+    def speaks_for_all(self, uid: int) -> bool:
+        """Whether hints of that user may name anybody's connections."""
+        return uid in (0, os.geteuid()) or uid in self.trusted
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +76,9 @@ class Peer:
     pid: int
     """In our pid namespace; 0: it is not in there."""
     uid: int
+    operator: bool = False
+    only: int = -1
+    """User whose connections alone it may name; -1: anybody's."""
     sessions: list[Session] = field(default_factory=list)
     gone: bool = False
 
@@ -59,9 +86,12 @@ class Peer:
 class Identities:
     """Serves the socket and knows its peers. ``ended`` is called when one is gone."""
 
-    def __init__(self, limit: int, ended: Callable[[Peer], None] = lambda _peer: None) -> None:
+    def __init__(
+        self, limit: int, ended: Callable[[Peer], None] = lambda _peer: None, rights: Rights | None = None
+    ) -> None:
         """``limit``: connections of one user at a time."""
         self.limit = limit
+        self.rights = rights or Rights()
         self.ended = ended
         self._peers: dict[str, Peer] = {}
         self._by_uid: Counter[int] = Counter()
@@ -90,13 +120,15 @@ class Identities:
 
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def admit(self, pid: int, uid: int) -> Peer | str:
-        """A peer with a token, or why not."""
-        if self._by_uid[uid] >= self.limit:
-            return f"user {uid} has {self.limit} connections open already (limits.max_sessions)"
-        if len(self._peers) >= USERS * self.limit:
-            return f"{len(self._peers)} connections are open already ({USERS} times limits.max_sessions)"
-        peer = Peer(secrets.token_hex(16), pid, uid)
+    def admit(self, pid: int, uid: int, groups: frozenset[int] = frozenset()) -> Peer | str:
+        """A peer with a token, or why not. An operator is let in beyond the limit: somebody must be able to look."""
+        operator, only = self.rights.operator(uid, groups), -1 if self.rights.speaks_for_all(uid) else uid
+        room = RESERVED if operator else 0
+        if self._by_uid[uid] >= self.limit + room:
+            return f"user {uid} has {self.limit} connections open already (limits.max_sessions_per_user)"
+        if len(self._peers) >= USERS * self.limit + room:
+            return f"{len(self._peers)} connections are open already ({USERS} times limits.max_sessions_per_user)"
+        peer = Peer(secrets.token_hex(16), pid, uid, operator, only)
         self._peers[peer.token] = peer
         self._by_uid[uid] += 1
         return peer
@@ -126,13 +158,13 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
         self._identities.open.add(transport)
         sock = transport.get_extra_info("socket")
-        pid, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
         try:
             self._pidfd = _pidfd(sock, pid)
         except ProcessLookupError:
             transport.abort()
             return
-        admitted = self._identities.admit(pid, uid)
+        admitted = self._identities.admit(pid, uid, frozenset({gid, *_groups(sock)}))
         if isinstance(admitted, str):
             transport.write(f"!{admitted}\n".encode())
             transport.close()
@@ -159,6 +191,15 @@ class _Connection(asyncio.Protocol):
             self._pidfd = None
         if self._peer is not None:
             self._identities.leave(self._peer)
+
+
+def _groups(sock: socket.socket) -> tuple[int, ...]:
+    """The supplementary groups of the process at the other end."""
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS)
+    except OSError:  # ERANGE: too many
+        return ()
+    return struct.unpack(f"={len(raw) // 4}I", raw)
 
 
 def _pidfd(sock: socket.socket, pid: int) -> int | None:

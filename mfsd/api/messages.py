@@ -154,13 +154,14 @@ def _device(engine: Engine, index: int, device: Device) -> pb.Device:
         rate_bytes_per_s=device.estimator.configured,
         measured_bytes_per_s=device.estimator.measured,
         utilisation=device.estimator.utilisation,
-        bands=[_band(engine, device, row, int(users[row.index])) for row in device.band_rows()],
+        bands=[_band(engine, device, index, row, int(users[row.index])) for row in device.band_rows()],
         stats=device.stats(),
     )
 
 
-def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.Band:
-    spec = engine.steering.bands.bands[row.index]
+def _band(engine: Engine, device: Device, index: int, row: BandRow, connections: int) -> pb.Band:
+    spec, rate = engine.steering.bands.bands[row.index], device.estimator.rate
+    shares = engine.steering.guarantees.shares(index) if device.floors else {}
     return pb.Band(
         index=row.index,
         name=spec.name,
@@ -173,6 +174,8 @@ def _band(engine: Engine, device: Device, row: BandRow, connections: int) -> pb.
         backlog_bytes=row.backlog,
         dscp=device.dscp.get(spec.name, -1),
         connections=connections,
+        guaranteed_bytes_per_s=shares.get(row.index, 0.0) * device.estimator.configured,
+        got_bytes_per_s=float(device.estimator.band_load[row.index]) * rate,
     )
 
 

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from mfsd.api.access import Access
 from mfsd.api.identity import beside
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2, hints_pb2_grpc
 
@@ -57,6 +58,21 @@ class Where(Protocol):
         """Second endpoint, "host:port"; None: none."""
         ...
 
+    @property
+    def tls_cert(self) -> Path | None:
+        """Certificate of that endpoint, PEM; None: plain TCP."""
+        ...
+
+    @property
+    def tls_key(self) -> Path | None:
+        """Its private key."""
+        ...
+
+    @property
+    def tls_client_ca(self) -> Path | None:
+        """Who has signed the certificates of those who may come."""
+        ...
+
 
 class Server:
     """One gRPC server with all services."""
@@ -72,7 +88,7 @@ class Server:
         self._identities = identities
         self._bound: list[Path] = []
         """Sockets of these names are ours."""
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(interceptors=[Access(identities)], options=[("grpc.so_reuseport", 0)])
         hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
         self._health = _untyped_health.aio.HealthServicer()
@@ -89,12 +105,30 @@ class Server:
         self._bind(path, lambda: self._server.add_insecure_port(f"unix:{path}"))
         if self._config.listen is not None:
             try:
-                self._server.add_insecure_port(self._config.listen)
-            except RuntimeError as e:
+                credentials = self._credentials()
+                if credentials is None:
+                    self._server.add_insecure_port(self._config.listen)
+                else:
+                    self._server.add_secure_port(self._config.listen, credentials)
+            except (OSError, RuntimeError) as e:
                 raise ServerError(f"daemon.listen = {self._config.listen!r}: can't be opened: {e}") from e
         await self._server.start()
         for name in ("", HINTS, CONTROL):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        """Those of mutual TLS; None: plain TCP. Raises OSError, ServerError."""
+        c = self._config
+        if c.tls_cert is None or c.tls_key is None or c.tls_client_ca is None:
+            return None
+        parts = []
+        for key, path in (("tls_key", c.tls_key), ("tls_cert", c.tls_cert), ("tls_client_ca", c.tls_client_ca)):
+            try:
+                parts.append(path.read_bytes())
+            except OSError as e:
+                raise ServerError(f'daemon.{key} = "{path}": {e.strerror}') from e
+        private, chain, roots = parts
+        return grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=True)
 
     def _listen(self, path: Path) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -137,13 +137,17 @@ def _section(console: Console, title: str, lines: Iterable[str]) -> None:
 @DEVICE
 @CONFIG
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where the daemon's notes are, instead of --config.")
-def restore(g: Globals, device: str, config: str | None, state_dir: Path | None) -> None:
+@click.option("--delete", is_flag=True, help="Where no note says what was there, delete mfsd's qdiscs of DEVICE.")
+def restore(g: Globals, device: str, config: str | None, state_dir: Path | None, *, delete: bool) -> None:
     """Put the devices' qdiscs back as they were found.
 
     A running daemon does it itself and goes on in observe mode. Without one, mfsctl works from the notes that the
-    daemon left in its state directory. DEVICE: only this one.
+    daemon left in its state directory. DEVICE: only this one. With --delete it works without the daemon, and where a
+    note is missing or can't be read, the kernel's default returns.
     """
-    answer = _restore(g, device, config, state_dir)
+    if delete and not device:
+        raise click.UsageError("--delete needs a DEVICE")
+    answer = _restore(g, device, config, state_dir, delete=delete)
     if g.json:
         output.print_json(answer)
     else:
@@ -157,8 +161,8 @@ def restore(g: Globals, device: str, config: str | None, state_dir: Path | None)
         raise click.exceptions.Exit(Exit.BAD_NEWS)
 
 
-def _restore(g: Globals, device: str, config: str | None, state_dir: Path | None) -> pb.RestoreReply:
-    if state_dir is None:
+def _restore(g: Globals, device: str, config: str | None, state_dir: Path | None, *, delete: bool) -> pb.RestoreReply:
+    if state_dir is None and not delete:
         try:
             with control(g.socket) as daemon:
                 return daemon.Restore(pb.RestoreRequest(device=device), timeout=SLOW_S)
@@ -171,4 +175,4 @@ def _restore(g: Globals, device: str, config: str | None, state_dir: Path | None
         where = state_dir or without_daemon.read_config(config, needed=False).daemon.state_dir
     except CliError as e:
         raise CliError(f"{e.format_message()}; or say where the notes are with --state-dir") from None
-    return without_daemon.restore(where, device)
+    return without_daemon.restore(where, device, delete=delete)

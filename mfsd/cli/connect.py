@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 
 from mfsd.cli.errors import CliError, NotPermittedError, UnreachableError
+from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2_grpc, hints_pb2_grpc
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def _channel(target: str) -> Iterator[grpc.Channel]:
     if path is not None:
         _probe(path)
     address = target if path is None else f"unix:{Path(path).absolute()}"
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with introduced(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         yield channel
 
 

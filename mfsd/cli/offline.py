@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,11 @@ from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
 from mfsd.daemon.config import Config, ConfigError, load
 from mfsd.daemon.config_bands import bands_of, policy_of
+from mfsd.datapath import links, tc
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
-from mfsd.datapath.errors import DatapathError
+from mfsd.datapath.errors import DatapathError, NoDeviceError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.datapath.undo import notes
-from mfsd.datapath.undo.restore import restore_all
+from mfsd.datapath.undo.restore import restore_all, without_note
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -67,26 +66,30 @@ def _device_plan(device: DeviceConfig, bands: Bands, state_dir: Path) -> pb.Devi
 
 
 def _take_off_classifier(name: str) -> list[str]:
-    """Remove a clsact filter of a killed daemon, and the clsact that came with it. TCX links go by themselves."""
+    """Remove clsact filters of killed daemons, and the clsact that came with them. TCX links go by themselves."""
     try:
-        index = socket.if_nametoindex(name)
-    except OSError:
-        return []  # the device has gone, and all that hung on it
-    try:
-        if any(u.ours and u.hook == "clsact" for u in hook_users(index)):
+        with tc.TcSocket() as sock:
+            index = links.by_name(sock, name).ifindex
+        if any(u.filter for u in hook_users(index)):
             remove_leftover(index)
+    except NoDeviceError:
+        return []  # and all that hung on it
     except (DatapathError, OSError) as e:
         return [f"{name}: its classifier is still there, without effect: {e}"]
     return []
 
 
-def restore(state_dir: Path, device: str) -> pb.RestoreReply:
-    """Put back what a killed daemon has left. Raises CliError."""
+def restore(state_dir: Path, device: str, *, delete: bool = False) -> pb.RestoreReply:
+    """Put back what a killed daemon has left. ``delete``: also where nobody knows what was there. Raises CliError."""
     try:
-        noted = notes.recorded(state_dir)
-        results = restore_all(state_dir, device or None) if noted or device else {}
+        results = without_note(state_dir, device or None, delete=delete)
+        if not (device and results):
+            for name, found in restore_all(state_dir, device or None, delete=delete).items():
+                results[name] = results.get(name, []) + found
     except PermissionError as e:
         raise NotPermittedError(f"can't read {e.filename or state_dir}; run mfsctl as root") from None
+    except OSError as e:
+        raise CliError(f"can't look for what mfsd has left: {e}") from None
     for name, found in results.items():
         if not found:
             results[name] = _take_off_classifier(name)

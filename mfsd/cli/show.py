@@ -66,12 +66,15 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
     if d.bands:
         yield tables.table(
             [
-                ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"), ("conns", "right"),
+                ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"),
+                ("guaranteed", "right"), ("got", "right"), ("conns", "right"),
                 ("sent", "right"), ("packets", "right"), ("drops", "right"), ("queued", "right"), ("dscp", "right"),
             ],
             (
                 [
-                    b.name, b.classid or "-", str(b.lanes), units.rate(b.floor_bytes_per_s), str(b.connections),
+                    b.name, b.classid or "-", str(b.lanes), units.rate(b.floor_bytes_per_s),
+                    units.rate(b.guaranteed_bytes_per_s) if b.guaranteed_bytes_per_s else "-",
+                    units.rate(b.got_bytes_per_s), str(b.connections),
                     units.size(b.bytes), units.count(b.packets), units.count(b.drops),
                     units.size(b.backlog_bytes), "-" if b.dscp < 0 else str(b.dscp),
                 ]

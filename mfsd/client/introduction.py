@@ -14,7 +14,12 @@ import pwd
 import socket
 import stat
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
 TIMEOUT_S: Final = 2.0
@@ -69,6 +74,43 @@ class Introduction:
         sock, self._sock, self._token = self._sock, None, ""
         if sock is not None:
             sock.close()
+
+
+class _Named(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):
+    """Shows our token with every call."""
+
+    def __init__(self, introduction: Introduction) -> None:
+        self._introduction = introduction
+
+    def _details(self, details: Any) -> Any:
+        with contextlib.suppress(OSError):  # the call itself fails as well, and says so in gRPC's ways
+            token = self._introduction.token()
+            if token:
+                return details._replace(metadata=[*(details.metadata or ()), (TOKEN, token)])
+        return details
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        """See grpc; so are the others."""
+        return continuation(self._details(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        """One request, many answers."""
+        return continuation(self._details(client_call_details), request)
+
+    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        """Many of both."""
+        return continuation(self._details(client_call_details), request_iterator)
+
+
+@contextlib.contextmanager
+def introduced(target: str, options: Sequence[tuple[str, Any]] = ()) -> Iterator[grpc.Channel]:
+    """A channel to a daemon that is told who we are before each call, if need be."""
+    introduction = Introduction(target)
+    try:
+        with grpc.insecure_channel(target, options=options) as channel:
+            yield grpc.intercept_channel(channel, _Named(introduction))
+    finally:
+        introduction.close()
 
 
 def _connect(path: str) -> tuple[socket.socket, str]:

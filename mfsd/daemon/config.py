@@ -2,32 +2,19 @@
 """The daemon's configuration: a TOML file, checked as a whole before anything is touched.
 
 The defaults below are the only ones; systemd/mfsd.toml is generated from them (``python -m mfsd.daemon.config``).
-A
-faulty file gives one ConfigError that lists every problem as ``section.key = value: what is allowed``; the wording is
-in config_text.py.
+A faulty file gives one ConfigError that lists every problem as ``section.key = value: what is allowed``; the wording is
+in config_text.py, the types of values are in config_values.py.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    InstanceOf,
-    PlainValidator,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mfsd.bands import (
     BACKGROUND_FLOOR,
@@ -44,13 +31,27 @@ from mfsd.bands import (
 )
 from mfsd.daemon.config_rules import RuleConfig, RulesConfig
 from mfsd.daemon.config_rules import problems as rule_problems
-from mfsd.daemon.config_text import example, explain, key, render, toml
+from mfsd.daemon.config_text import example, explain, key, render, shown, toml
+from mfsd.daemon.config_values import (
+    DeviceName,
+    FilePath,
+    FolderPath,
+    GroupName,
+    ListenAddress,
+    ModeValue,
+    NetworkValue,
+    RateValue,
+    SocketPath,
+    UserName,
+    as_tuple,
+    host_port,
+    loopback,
+)
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
 from mfsd.model import Mode
 from mfsd.policy import registry
 from mfsd.relay.settings import RelayConfig
-from mfsd.units import Rate
 
 __all__ = [
     "BandsConfig",
@@ -67,9 +68,18 @@ __all__ = [
 ]
 
 DEFAULT_PATH: Final = Path("/etc/mfsd/mfsd.toml")
-IFNAMSIZ: Final = 16
-"""Length of a device name, the final 0 included (include/uapi/linux/if.h)."""
 A_RATE: Final = 'a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"'
+LOCK: Final = "mfsd.lock"
+"""File in daemon.state_dir that the running daemon holds."""
+MAX_BYTES: Final = 1 << 20
+"""Of a file."""
+MAX_DOTS: Final = 1000
+"""In a line, comments aside: tomllib takes time and memory in the square of the length of a dotted key."""
+MAX_DEVICES: Final = 64
+MAX_PEERS: Final = 65_536
+MAX_TEXT: Final = 100
+MAX_PARAMETER: Final = 1e9
+"""Of a policy's numbers, which may have no bounds of their own: more means nothing in any unit they have."""
 MAX_LANES: Final = 256
 """Minors of a band: its classids are 0xBBLL with band BB and lane LL."""
 
@@ -82,38 +92,6 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def _rate(value: Any) -> Any:
-    return Rate.parse(value) if isinstance(value, str) else value
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _path(value: Any) -> Any:
-    if isinstance(value, str):
-        value = Path(value)
-    if isinstance(value, Path) and not value.is_absolute():
-        raise ValueError("relative")
-    return value
-
-
-def _mode(value: Any) -> Any:
-    return Mode(value) if isinstance(value, str) and value in set(Mode) else value
-
-
-def _network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
-        return value
-    if not isinstance(value, str):  # ip_network takes numbers, too
-        raise ValueError("not a text")  # noqa: TRY004 - pydantic wants this one
-    return ipaddress.ip_network(value)
-
-
-RateValue = Annotated[InstanceOf[Rate], BeforeValidator(_rate)]
-NetworkValue = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
-AbsolutePath = Annotated[InstanceOf[Path], BeforeValidator(_path)]
-ModeValue = Annotated[InstanceOf[Mode], BeforeValidator(_mode)]
 Share = Annotated[float, Field(ge=0.0, le=MAX_FLOORS)]
 Dscp = Annotated[int, Field(ge=0, le=63)]
 
@@ -121,21 +99,37 @@ Dscp = Annotated[int, Field(ge=0, le=63)]
 class DaemonConfig(Section):
     """``[daemon]``: process, endpoints, clock."""
 
-    socket: AbsolutePath = setting(
+    socket: SocketPath = setting(
         Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 107 bytes"
     )
-    socket_group: str | None = setting(
-        None, "Group that may use the socket (mode 0660). Unset: the daemon's own.", allowed="the name of a group"
-    )
-    listen: str | None = setting(
+    socket_group: GroupName | None = setting(
         None,
-        "Second endpoint, plain TCP without authentication.",
-        allowed='"host:port" with a loopback address; others need daemon.listen_remote = true',
+        "Group that may use the socket (mode 0660), to send hints. Unset: the daemon's own.",
+        allowed="the name of a group",
     )
-    listen_remote: bool = setting(
-        False, "Lets listen name an address that other hosts reach. They all become operators."
+    operator_group: GroupName | None = setting(
+        None,
+        "Group whose members may use mfsctl: see everything, pause, restore. Besides root and the daemon's own user.",
+        allowed="the name of a group",
     )
-    state_dir: AbsolutePath = setting(
+    trusted_users: Annotated[tuple[UserName, ...], BeforeValidator(as_tuple)] = setting(
+        (), "Users who may hint anybody's connections, as root may; others hint their own.", allowed="names of users"
+    )
+    anonymous: bool = setting(
+        False, "Believe hints of callers who have not said who they are, as if they were root: any local process."
+    )
+    listen: ListenAddress | None = setting(
+        None,
+        "Second endpoint, TCP: with the three tls keys for operators who have a certificate, without them for health "
+        "checks (and, with daemon.anonymous, for hints).",
+        allowed='"host:port" with a loopback address; others need the tls keys',
+    )
+    tls_cert: FilePath | None = setting(None, "Certificate of that endpoint, PEM.", allowed="an absolute path")
+    tls_key: FilePath | None = setting(None, "Its private key, PEM.", allowed="an absolute path")
+    tls_client_ca: FilePath | None = setting(
+        None, "Who has signed its clients' certificates, PEM. They all are operators.", allowed="an absolute path"
+    )
+    state_dir: FolderPath = setting(
         Path("/run/mfsd"), "Snapshots of the qdiscs that were found, and the lock file.", allowed="an absolute path"
     )
     mode: ModeValue = setting(
@@ -165,25 +159,11 @@ class DaemonConfig(Section):
     log_format: Literal["console", "json"] = setting("console", "One line for people, or one JSON object, per event.")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe events to log.")
 
-    @field_validator("socket")
-    @classmethod
-    def _socket_fits(cls, value: Path) -> Path:
-        if len(os.fsencode(value)) > 107:  # sun_path is 108 bytes with its final 0 (unix(7))
-            raise ValueError("too long")
-        return value
-
-    @field_validator("listen")
-    @classmethod
-    def _listen_address(cls, value: str | None) -> str | None:
-        if value is not None:
-            _host_port(value)
-        return value
-
 
 class DeviceConfig(Section):
     """``[[device]]``: one network device to shape."""
 
-    name: str = setting(
+    name: DeviceName = setting(
         ..., "The device.", allowed="the name of a network device: 1 to 15 characters, no '/' and no space"
     )
     backend: Literal["auto", "htb", "prio"] = setting(
@@ -202,13 +182,6 @@ class DeviceConfig(Section):
     tiny_len: int = setting(
         128, "Hinted packets other than TCP of at most so many bytes count as control; 0: none.", ge=0, le=1500
     )
-
-    @field_validator("name")
-    @classmethod
-    def _device_name(cls, value: str) -> str:
-        if not 0 < len(os.fsencode(value)) < IFNAMSIZ or "/" in value or any(c.isspace() for c in value):
-            raise ValueError("bad name")
-        return value
 
 
 class PeerConfig(Section):
@@ -237,7 +210,7 @@ class BandsConfig(Section):
     lanes: int = setting(32, "Leaf queues per band: a rescue purges only the packets of one lane.", ge=1, le=MAX_LANES)
     control_floor: Share = setting(CONTROL_FLOOR, "Share of the link that control packets always get.")
     default_floor: Share = setting(DEFAULT_FLOOR, "Share of the link that unhinted traffic always gets.")
-    floors: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = setting(
+    floors: Annotated[tuple[Share, ...], BeforeValidator(as_tuple)] = setting(
         (), f"Share that each level always gets, most urgent first; {LEVEL_FLOOR:g} where it is short."
     )
     background_floor: Share = setting(
@@ -269,20 +242,25 @@ class Config(Section):
     """The whole file."""
 
     daemon: DaemonConfig = DaemonConfig()
-    device: Annotated[tuple[DeviceConfig, ...], BeforeValidator(_tuple)] = ()
-    peer: Annotated[tuple[PeerConfig, ...], BeforeValidator(_tuple)] = ()
+    device: Annotated[tuple[DeviceConfig, ...], BeforeValidator(as_tuple)] = ()
+    peer: Annotated[tuple[PeerConfig, ...], BeforeValidator(as_tuple)] = ()
     bands: BandsConfig = BandsConfig()
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
     rules: RulesConfig = RulesConfig()
     relay: RelayConfig = RelayConfig()
-    rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(_tuple)] = ()
+    rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(as_tuple)] = ()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *_band_problems(self), *_limit_problems(self.limits)]
         problems += [*rule_problems(self.rule, self.rules.library), *self.relay.problems()]
+        problems += [
+            f"{name} = ({len(found)} sections): at most {most}"
+            for name, found, most in (("device", self.device, MAX_DEVICES), ("peer", self.peer, MAX_PEERS))
+            if len(found) > most
+        ]
         if problems:
             raise ConfigError(problems)
         return self
@@ -291,26 +269,23 @@ class Config(Section):
 # --- checks across keys -----------------------------------------------------------------------------------------------
 
 
-def _host_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError("not host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _daemon_problems(d: DaemonConfig) -> list[str]:
     out = []
-    if d.listen is not None and not d.listen_remote and not _loopback(_host_port(d.listen)[0]):
+    if d.socket in (d.state_dir, d.state_dir / LOCK) or d.socket in d.state_dir.parents:
         out.append(
-            f"daemon.listen = {toml(d.listen)}: must be a loopback address; "
-            "set daemon.listen_remote = true to let other hosts in (there is no authentication)"
+            f"daemon.socket = {toml(d.socket)}: must be another file than daemon.state_dir ({toml(d.state_dir)}), those"
+            f" above it, and {LOCK} in it"
+        )
+    tls = {"tls_cert": d.tls_cert, "tls_key": d.tls_key, "tls_client_ca": d.tls_client_ca}
+    unset = [name for name, path in tls.items() if path is None]
+    if unset and len(unset) < len(tls):
+        out += [f"daemon.{name} = unset: must be set, as the other tls keys are" for name in unset]
+    if d.listen is None and not unset:
+        out.append("daemon.listen = unset: must be set, because the tls keys are for it")
+    if d.listen is not None and unset and not loopback(host_port(d.listen)[0]):
+        out.append(
+            f"daemon.listen = {toml(d.listen)}: must be a loopback address; set daemon.tls_cert, tls_key and "
+            "tls_client_ca to let other hosts in"
         )
     if d.idle_tick_ms < d.tick_ms:
         out.append(f"daemon.idle_tick_ms = {toml(d.idle_tick_ms)}: must be at least daemon.tick_ms ({d.tick_ms:g})")
@@ -338,10 +313,10 @@ def _band_problems(c: Config) -> list[str]:
         out.append(
             f"bands.floors = {toml(b.floors)}: all floors together are {total:.2f} of the link; at most {MAX_FLOORS}"
         )
-    names = [d.name for d in c.device]
+    first: dict[str, int] = {}
     for i, device in enumerate(c.device):
-        if device.name in names[:i]:
-            out.append(f"device[{i}].name = {toml(device.name)}: each device once; device[{names.index(device.name)}]"
+        if first.setdefault(device.name, i) != i:
+            out.append(f"device[{i}].name = {toml(device.name)}: each device once; device[{first[device.name]}]"
                        " has this name")  # fmt: skip
         if device.backend == "htb" and b.levels > MAX_HTB_LEVELS:
             out.append(f"bands.levels = {b.levels}: at most {MAX_HTB_LEVELS} with backend htb (device[{i}]),"
@@ -362,10 +337,27 @@ def _limit_problems(limits: LimitsConfig) -> list[str]:
 
 def _policy_problems(c: Config) -> list[str]:
     where = {"policy": "policy.name", "levels": "bands.levels"}
+    odd = {name: value for name, value in c.policy.params.items() if not _plain(value)}
     return [
-        str(replace(p, field=f"policy.{p.field}" if p.parameter else where[p.field]))
-        for p in registry.problems(c.policy.name, c.bands.levels, c.policy.params)
+        f"policy.{key(name)} = {shown(value)}: must be true, false, a text, or a number of at most {MAX_PARAMETER:g}"
+        for name, value in odd.items()
+    ] + [
+        str(replace(p, field=f"policy.{key(p.field)}" if p.parameter else where[p.field], value=_short(p.value)))
+        for p in registry.problems(
+            c.policy.name, c.bands.levels, {n: v for n, v in c.policy.params.items() if n not in odd}
+        )
     ]
+
+
+def _short(value: Any) -> Any:
+    return value[:MAX_TEXT] if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_TEXT
+    # Written so that a NaN fails, and an integer of any length does not.
+    return isinstance(value, bool | int | float) and -MAX_PARAMETER <= value <= MAX_PARAMETER
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -374,15 +366,34 @@ def _policy_problems(c: Config) -> list[str]:
 def load(path: Path) -> Config:
     """Read and check a file. Raises ConfigError with every problem that can be found in one go."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = _toml(_read(path))
     except OSError as e:
         raise ConfigError([f"can't be read: {e.strerror}"], path) from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except RecursionError as e:
+        raise ConfigError(
+            ["is not TOML: nested too deeply; a key stands in its section, [section], at most"], path
+        ) from e
+    except ValueError as e:
         raise ConfigError([f"is not TOML: {e}"], path) from e
     try:
         return parse(data)
     except ConfigError as e:
         raise ConfigError(e.problems, path) from None
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes; is this the right file?")
+    return raw.decode()
+
+
+def _toml(text: str) -> dict[str, Any]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > MAX_DOTS and not line.lstrip().startswith("#"):
+            raise ValueError(f"nested too deeply (at line {number}): more than {MAX_DOTS} dots in one line")
+    return tomllib.loads(text)
 
 
 def parse(data: dict[str, Any]) -> Config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Location = tuple[int | str, ...]
 """Keys and list indices from the root, as pydantic gives them."""
+_SHOWN: Final = 200
+"""Characters of a wrong value, and elements of a list or table, that an error shows."""
+_DEPTH: Final = 3
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------
@@ -33,20 +36,22 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
             problems += cause.problems
         elif e["type"] == "extra_forbidden":
             known = _keys_at(root, loc[:-1])
-            near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+            near = difflib.get_close_matches(str(loc[-1])[:_SHOWN], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            problems.append(f"{_where(loc)} = {toml(e['input'])}: unknown key; {hint}")
+            problems.append(f"{_where(loc)} = {shown(e['input'])}: unknown key; {hint}")
         elif e["type"] == "missing":
             problems.append(f"{_where(loc)} = (unset): required; must be {_allowed(root, loc)}")
         else:
-            problems.append(f"{_where(loc)} = {toml(e['input'])}: must be {_allowed(root, loc)}")
+            problems.append(
+                f"{_where(loc)} = {shown(e['input'])}: must be {getattr(cause, 'allowed', '') or _allowed(root, loc)}"
+            )
     return list(dict.fromkeys(problems))
 
 
 def _where(loc: Location) -> str:
     out = ""
     for part in loc:
-        out += f"[{part}]" if isinstance(part, int) else f".{key(part)}" if out else key(part)
+        out += f"[{part}]" if isinstance(part, int) else f".{_cut(key(part))}" if out else _cut(key(part))
     return out
 
 
@@ -138,6 +143,26 @@ def toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key(k)} = {toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     return json.dumps(str(value), ensure_ascii=False)
+
+
+def shown(value: Any, depth: int = _DEPTH) -> str:
+    """A wrong value, of whatever size: as TOML writes it, up to where nobody reads on."""
+    if isinstance(value, list | tuple | dict) and value and not depth:
+        return "..."
+    if isinstance(value, list | tuple):
+        return _cut(f"[{', '.join(shown(v, depth - 1) for v in value[:_SHOWN])}]")
+    if isinstance(value, dict):
+        some = list(value.items())[:_SHOWN]
+        return (
+            _cut("{ " + ", ".join(f"{_cut(key(k))} = {shown(v, depth - 1)}" for k, v in some) + " }") if some else "{}"
+        )
+    if isinstance(value, int) and value.bit_length() > 3 * _SHOWN:  # Python writes no integer of thousands of digits
+        return f"({'a negative' if value < 0 else 'an'} integer of some {value.bit_length() * 3 // 10} digits)"
+    return _cut(toml(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def _table(header: str, section: BaseModel) -> list[str]:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import time
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import sdnotify
@@ -23,10 +22,12 @@ from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, reload, wiring
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.rights import rights_of
 from mfsd.daemon.rules import Rules, cgroup_root
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
+from mfsd.host import clock
 from mfsd.host.makers import Census
 from mfsd.model import Mode
 from mfsd.relay.relay import Relay
@@ -59,7 +60,7 @@ class Daemon:
     def __init__(self, config: Config, path: Path | None) -> None:
         self.config = config
         self.path = path
-        self.started = time.monotonic()
+        self.started = clock.monotonic()
         # Without a service manager the package would leave an open socket behind.
         self._systemd = sdnotify.SystemdNotifier() if os.environ.get("NOTIFY_SOCKET") else None
         self.ready = asyncio.Event()
@@ -85,15 +86,29 @@ class Daemon:
             undo.callback(self._sockets.close)
             self.engine = wiring.engine_of(config, self.devices, policy, self._sockets)
             self._rules = Rules(self.engine, cgroups=self._cgroups is not None)
-            self._rules.put(config, time.monotonic())
-            self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat)
+            self._rules.put(config, clock.monotonic())
+            # The engine's times stand in the table beside the kernel's: all of them are the kernel's.
+            self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat, clock=clock.monotonic)
             self._decoder = Decoder(config.limits)
-            self._identities = Identities(config.limits.max_sessions)
-            hints = HintsService(self.engine, self._decoder, self._identities, self.ticker)
-            self._relay = Relay(config.relay, self.engine, self._decoder, self.ticker.poke) if config.relay.on else None
-            if self._relay is not None:
+            try:
+                rights = rights_of(config.daemon)
+            except LookupError as e:
+                raise StartError(str(e)) from None
+            self._identities = Identities(config.limits.max_sessions_per_user, rights=rights)
+            hints = HintsService(
+                self.engine,
+                self._decoder,
+                self._identities,
+                self.ticker,
+                anonymous=config.daemon.anonymous,
+                clock=clock.monotonic,
+            )
+            self._relay: Relay | None = None
+            if config.relay.on:
+                self._relay = Relay(config.relay, self.engine, self._decoder, self.ticker.poke, clock.monotonic)
                 hints.elsewhere = self._relay.advice
-            self._server = Server(hints, ControlService(self), self._identities, config.daemon)
+            control = ControlService(self, clock=clock.monotonic)
+            self._server = Server(hints, control, self._identities, config.daemon)
             self._undo = undo.pop_all()
         self._watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         self._next_watchdog = 0.0
@@ -135,7 +150,9 @@ class Daemon:
         keep = self._hand_over or self.config.daemon.on_exit == "keep"
         # From here on packets are default traffic, whatever happens to the qdiscs.
         self.devices.fall_silent()
-        if not keep:
+        if keep:
+            await self._on_devices(self.devices.drain)
+        else:
             _, problems = await self._on_devices(lambda: self.devices.restore([d.name for d in self.devices.all]))
             for problem in problems:
                 log.error("not restored", problem=problem)
@@ -159,7 +176,7 @@ class Daemon:
 
     def _heard(self) -> None:
         """The kernel has told of connections, or a search for some is over."""
-        self.engine.hear(time.monotonic())
+        self.engine.hear(clock.monotonic())
         self.ticker.poke()
 
     def _beat(self, now: float) -> None:
@@ -209,8 +226,9 @@ class Daemon:
         self._tasks.append(asyncio.create_task(self._reload_notified()))
 
     async def _reload_notified(self) -> None:
+        await self.ready.wait()  # else systemd would be told so too early
         # MONOTONIC_USEC is what Type=notify-reload wants, see sd_notify(3).
-        self._tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic_ns() // 1000}")
         try:
             await self.reload()
         finally:
@@ -250,8 +268,8 @@ class Daemon:
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
         if keys & {"rule", "rules.library"}:
-            self._rules.put(merged, time.monotonic())
-        self._identities.limit = merged.limits.max_sessions
+            self._rules.put(merged, clock.monotonic())
+        self._identities.limit = merged.limits.max_sessions_per_user
         if "bands.dscp" in keys:
             self.devices.set_dscp(merged.bands.dscp)
         if _touches(keys, "device["):
@@ -276,6 +294,7 @@ class Daemon:
         out = [f"engine: the last tick failed: {self.ticker.failure}"] if self.ticker.failure else []
         out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
+        out += self.devices.problems
         if self.devices.teller_problem:
             out.append(self.devices.teller_problem)
         out += [] if self._relay is None else self._relay.notices()
@@ -353,22 +372,27 @@ def _plan(device: Device, plan: Any) -> pb.DevicePlan:
 
 def _lock(state_dir: Path) -> IO[str]:
     """Be the only daemon of a state directory. Raises StartError."""
-    path = state_dir / "mfsd.lock"
+    path = state_dir / configuration.LOCK
     try:
         state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = path.open("a+", encoding="ascii")
+        file = path.open("a+", encoding="ascii", errors="replace")
     except OSError as e:
         raise StartError(f'daemon.state_dir = "{state_dir}": {e}') from e
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
-        pid = file.read().strip() or "unknown"
+        pid = file.read(20).strip() or "unknown"
         file.close()
         raise StartError(
             f"another mfsd (pid {pid}) uses {state_dir}; stop it, or give this one its own daemon.state_dir and socket"
         ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    except OSError as e:
+        file.close()
+        raise StartError(f'daemon.state_dir = "{state_dir}": {path.name} can\'t be locked: {e}') from e
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"{os.getpid()}\n".encode())
+    except OSError as e:  # the lock holds all the same: a full disk only keeps others from reading whose it is
+        log.warning("lock", file=str(path), problem=str(e))
     return file

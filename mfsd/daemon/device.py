@@ -81,8 +81,16 @@ class Device:
         """Why the device is only observed, or not even that; empty when all is as configured."""
         self.failure = ""
         """Why the last access to the qdiscs failed; empty when it did not."""
-        self.given_up = False
-        """The qdiscs were put back on request, or somebody replaced them: not to be installed again unasked."""
+        self.given_up = ""
+        """Why the qdiscs are not to be installed again unasked: somebody replaced them. Empty when they may be."""
+        self.put_back = False
+        """The qdiscs were put back on request, and are not to be installed again unasked either."""
+        self.was = 0
+        """Index of the device that has had this name until it was renamed; 0: none."""
+        self.passed: set[int] = set()
+        """Programs of others before which the classifier has been put once."""
+        self.stale = 0
+        """Packets that had been left alone for want of a sign of life, when it was last looked."""
         self._shape: Shape | None = None
         self._hands = Hands(self.name, self._failed)
         self._seldom = Seldom()

@@ -1,35 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configured devices: classifiers loaded, attached, qdiscs installed and put back; one failing leaves the others.
 
-Everything here that touches a device blocks for some milliseconds and, because pyroute2 runs an event loop of its own,
-must not be called from the daemon's: the daemon calls it in a worker thread, one call at a time. What the event loop
-reads meanwhile (``Device.shape``) is one immutable value.
+A device is its interface index; the configuration names it. So in each round of care all names are looked up first, and
+whatever has lost its name is put back as it was, before those that have the names now are set up.
+
+Everything here that touches a device blocks for some milliseconds, so the daemon calls it in a worker thread, one call
+at a time. What the event loop reads meanwhile (``Device.shape``) is one immutable value.
 """
 
 from __future__ import annotations
 
-import socket
-import time
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from mfsd.daemon import hook, leftovers
 from mfsd.daemon.device import Device, Shape
-from mfsd.datapath import _abi, tc
-from mfsd.datapath.bpf.attach import attach, remove_leftover
+from mfsd.daemon.drain import drain
+from mfsd.daemon.keys import KernelKeys
+from mfsd.daemon.reserve import Reserve
+from mfsd.datapath import _abi, links, tc
 from mfsd.datapath.bpf.bcc import BccLoader
-from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.teller import Teller
-from mfsd.datapath.errors import DatapathError, LoaderError
-from mfsd.datapath.handles import is_ours
+from mfsd.datapath.errors import DatapathError, LoaderError, NoDeviceError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.datapath.undo import notes
 from mfsd.engine.slots import MemoryKeys, SlotRows, memory_rows
+from mfsd.host import clock
 from mfsd.model import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier, Loader
     from mfsd.datapath.qdisc.plan import DevicePlan
     from mfsd.engine.slots import KeyMap
-    from mfsd.model import Endpoints
 
 MS: Final = 1_000_000
 """Nanoseconds."""
@@ -46,41 +47,23 @@ MS: Final = 1_000_000
 log = structlog.get_logger(__name__)
 
 
-class KernelKeys:
-    """engine.slots.KeyMap on the classifier's hash maps, which all devices share."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        self._cookies, self._tuples = classifier.cookies, classifier.tuples
-
-    def add_cookie(self, cookie: int, slot: int) -> None:
-        """See engine.slots.KeyMap."""
-        self._cookies.add(cookie_key(cookie), slot)
-
-    def delete_cookie(self, cookie: int) -> None:
-        """See engine.slots.KeyMap."""
-        self._cookies.delete(cookie_key(cookie))
-
-    def add_tuple(self, endpoints: Endpoints, slot: int) -> None:
-        """See engine.slots.KeyMap."""
-        self._tuples.add(tuple_key(endpoints), slot)
-
-    def delete_tuple(self, endpoints: Endpoints) -> None:
-        """See engine.slots.KeyMap."""
-        self._tuples.delete(tuple_key(endpoints))
-
-
 class Devices:
     """All devices of one daemon, and the table and keys that their classifiers share."""
 
     def __init__(self, config: Config, bands: Bands) -> None:
-        """Load the classifiers. Without devices the table is plain memory. Raises LoaderError."""
+        """Load the classifiers. Without devices the table is plain memory. Raises LoaderError, OSError."""
         self.config = config
         self.bands = bands
         self.all: list[Device] = []
+        self.problems: list[str] = []
+        """What is wrong with no configured device in particular: notes, devices that have lost their name."""
         self.teller: Teller | None = None
         self.teller_problem = ""
         """Why the kernel does not tell of connections, though it should."""
         self._host: npt.NDArray[Any] | None = None
+        self._open = contextlib.ExitStack()
+        self._reserve: Reserve | None = None
+        self._beaten = 0
         self.rows: SlotRows
         self.keys: KeyMap
         if not config.device:
@@ -89,6 +72,8 @@ class Devices:
         name, loader = _loader(config.daemon.loader)
         first: Classifier | None = None
         try:
+            self._sock = self._open.enter_context(tc.TcSocket())
+            self._departures = self._open.enter_context(links.Departures())
             for wanted in config.device:
                 classifier = loader.open_classifier(config.daemon.slots, first)
                 first = first or classifier
@@ -96,6 +81,7 @@ class Devices:
         except BaseException:
             self.close()
             raise
+        self._reserve = self._open.enter_context(Reserve())
         shared = self.all[0].classifier
         self.rows, self.keys = shared.slots, KernelKeys(shared)
         self._host = shared.host
@@ -133,9 +119,9 @@ class Devices:
             self._host["flags"] = _abi.HOST_ENFORCE if steers else 0
 
     def beat(self) -> None:
-        """Give the sign of life."""
+        """Give the sign of life, by the clock that the classifier goes by."""
         if self._host is not None:
-            self._host["heartbeat_ns"] = time.monotonic_ns()
+            self._host["heartbeat_ns"] = self._beaten = clock.monotonic_ns()
 
     def fall_silent(self) -> None:
         """From the next packet on the classifier leaves everything alone."""
@@ -160,52 +146,126 @@ class Devices:
     def care(self, mode: Mode) -> None:
         """Bring every device to the state it should be in. Called at the start, on a change of mode, and regularly.
 
-        A device that is missing is looked for again, one that came back is set up again, and qdiscs that somebody
-        else replaced are given up, with a notice: whoever did it wants them.
+        A device that is missing is looked for again, one that came back is set up again, one that is called otherwise
+        now is put back as it was, and qdiscs that somebody else replaced are given up, with a notice: whoever did it
+        wants them.
         """
-        for device in self.all:
-            try:
-                self._care(device, mode)
-            except (OSError, DatapathError) as e:
-                device.note(str(e))
-
-    def _care(self, device: Device, mode: Mode) -> None:
-        try:
-            ifindex = socket.if_nametoindex(device.name)
-        except OSError:
-            self._lost(device)
-            device.note("there is no such device; it is set up when it appears")
+        if not self.all:
             return
-        if ifindex != device.ifindex:
-            self._lost(device)
-            device.ifindex = ifindex
-        if device.attachment is None:
-            remove_leftover(ifindex)  # of a daemon that was killed on a kernel without TCX
-            device.write_map()
-            device.attachment = attach(device.classifier, ifindex, self.config.daemon.attach)
-            log.info("attached", device=device.name, hook=device.attachment.method)
-        shape = device.shape
-        if shape is not None:
-            self._verify(device, shape.enforcer)
-        elif mode is Mode.ENFORCE and not device.given_up:
-            self._enforce(device)
-        elif mode is Mode.OBSERVE:
-            device.note("")
+        with self._spare():
+            gone = self._departures.since()
+            found = [device for device in self.all if self._guarded(device, lambda d: self._locate(d, gone))]
+            self.problems = leftovers.put_back(
+                self._sock, self.config.daemon.state_dir, {d.ifindex for d in self.all}, [d.name for d in self.all]
+            )
+            for device in found:
+                self._guarded(device, lambda d: self._care(d, mode, sure=gone is not None))
 
-    def _enforce(self, device: Device) -> None:
+    @staticmethod
+    def _guarded(device: Device, work: Callable[[Device], None]) -> bool:
+        """False, with a notice, when it failed."""
+        try:
+            work(device)
+        except (OSError, DatapathError) as e:
+            device.note(str(e))
+            return False
+        return True
+
+    def _locate(self, device: Device, gone: set[int] | None) -> None:
+        """Find out which index the name means now, and let go of another one that it meant before."""
+        try:
+            ifindex = links.by_name(self._sock, device.name).ifindex
+        except NoDeviceError:
+            ifindex = 0
+        old = device.ifindex
+        if old and gone is not None and old in gone:
+            self._lost(device)
+        elif old and old != ifindex:
+            try:
+                links.by_index(self._sock, old)
+            except NoDeviceError:
+                self._lost(device)
+            else:
+                self._release(device)
+        if ifindex:
+            device.was = 0
+        device.ifindex = ifindex
+
+    def _lost(self, device: Device) -> None:
+        """The device is gone, on the kernel's word, and everything on it.
+
+        Also when it only moved to another namespace (dev_shutdown, net/core/dev.c).
+        """
+        shape, old = device.shape, device.ifindex
+        self._let_go(device)
+        if shape is not None:
+            shape.enforcer.close()
+        leftovers.forget(self._sock, self.config.daemon.state_dir, old)
+
+    def _release(self, device: Device) -> None:
+        """The device lives, but under another name, so it is not the one that is to be shaped."""
+        shape, device.was = device.shape, device.ifindex
+        self._let_go(device)
+        if shape is None:
+            return
+        try:
+            problems = shape.enforcer.restore()
+        except (OSError, DatapathError) as e:
+            problems = [str(e)]  # its note is still there: leftovers.put_back tries again
+        shape.enforcer.close()
+        log.warning("renamed", device=device.name, index=device.was, restored=not problems, problems=problems)
+
+    @staticmethod
+    def _let_go(device: Device) -> None:
+        device.ifindex = 0
+        device.given_up = ""
+        device.put_in_force(None)
+        device.detach_quietly()
+
+    def _care(self, device: Device, mode: Mode, *, sure: bool) -> None:
+        if not device.ifindex:
+            device.note(leftovers.absent(self._sock, device))
+            return
+        shape = device.shape
+        notices = self._hook(device)
+        if shape is not None:
+            notices += self._verify(device, shape.enforcer, sure=sure)
+        elif mode is Mode.ENFORCE and device.given_up:
+            notices.append(device.given_up)
+        elif mode is Mode.ENFORCE and not device.put_back and device.attachment is not None:
+            notices += self._enforce(device)
+        else:
+            notices += leftovers.notices(self._sock, self.config.daemon.state_dir, device.ifindex, device.name)
+        device.note("; ".join(notices + self._late(device)))
+
+    def _hook(self, device: Device) -> list[str]:
+        try:
+            return hook.keep(device, self.config.daemon.attach)
+        except (OSError, DatapathError) as e:
+            return [str(e)]  # what is on the device must be looked after all the same
+
+    def _late(self, device: Device) -> list[str]:
+        """Whether the classifier has taken a daemon that lives for dead."""
+        if self._host is None or clock.monotonic_ns() - self._beaten > int(self._host["timeout_ns"][0]):
+            return []
+        before, device.stale = device.stale, device.stats()["stale"]
+        if device.stale <= before:
+            return []
+        missed = f"{device.stale - before} packets were left alone, because the classifier saw no sign of life in time"
+        return [f"{missed} (daemon.heartbeat_timeout_ms)"]
+
+    def _enforce(self, device: Device) -> list[str]:
         enforcer = self._enforcer(device)
         try:
             plan = enforcer.plan()
             if plan.refusals:
-                device.note(f"observed only: {'; '.join(plan.refusals)}")
                 enforcer.close()
-                return
+                return [f"observed only: {'; '.join(plan.refusals)}"]
             enforcer.apply()
         except BaseException:
             enforcer.close()
             raise
         device.put_in_force(Shape.of(enforcer, plan))
-        device.note("")
         log.info(
             "enforcing",
             device=device.name,
@@ -213,13 +273,14 @@ class Devices:
             rate=str(plan.rate or "line rate"),
             adopted=enforcer.adopted,
         )
+        return []
 
-    def _verify(self, device: Device, enforcer: DeviceEnforcer) -> None:
+    def _verify(self, device: Device, enforcer: DeviceEnforcer, *, sure: bool) -> list[str]:
+        """``sure``: the device has not been away."""
         problems = enforcer.verify()
         if not problems:
-            device.note("")
-            return
-        if self._root_is_ours(device.ifindex):
+            return enforcer.remarks()
+        if enforcer.in_place():
             log.warning("repairing the qdiscs", device=device.name, problems=problems)
             try:
                 plan = enforcer.apply()
@@ -228,36 +289,22 @@ class Devices:
                 enforcer.close()
                 raise
             device.put_in_force(Shape.of(enforcer, plan))
-            return
-        # Whoever replaced the root wants something else there, and would do it again. The classifier first, here and
-        # below, so that no packet is sent to classes that are about to go.
+            return enforcer.remarks()
+        # The classifier first, here and below, so that no packet is sent to classes that are about to go.
         device.put_in_force(None)
-        device.given_up = True
-        device.note("observed only: somebody replaced the root qdisc; set the mode to enforce again to retry")
         for problem in enforcer.restore():
             log.warning("after the root was replaced", device=device.name, problem=problem)
         enforcer.close()
-
-    @staticmethod
-    def _root_is_ours(ifindex: int) -> bool:
-        with tc.TcSocket() as sock:
-            root = tc.root_of(sock.tree(ifindex)[0])
-        return root is not None and is_ours(root)
-
-    def _lost(self, device: Device) -> None:
-        """The device is gone, and everything on it."""
-        shape, device.ifindex = device.shape, 0
-        device.put_in_force(None)
-        if shape is not None:
-            shape.enforcer.close()
-            # Its qdiscs went with it, also when it only moved to another namespace (dev_shutdown, net/core/dev.c).
-            notes.forget(self.config.daemon.state_dir, device.name)
-        device.detach_quietly()
+        if not sure:  # too much has happened to tell
+            return self._enforce(device)
+        # Whoever replaced the root wants something else there, and would do it again.
+        device.given_up = "observed only: somebody replaced the root qdisc; set the mode to enforce again to retry"
+        return [device.given_up]
 
     def retry(self) -> None:
         """Forget that enforcement was given up."""
         for device in self.all:
-            device.given_up = False
+            device.given_up, device.put_back = "", False
 
     def plans(self, names: Sequence[str]) -> list[tuple[Device, DevicePlan | DatapathError]]:
         """What enforcing would do, or has done."""
@@ -277,25 +324,48 @@ class Devices:
         return out
 
     def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Put qdiscs back; names of the restored devices, and problems. They stay as they are until ``retry``."""
+        """Put qdiscs back; names of the restored devices, and problems. They stay as they are until ``retry``.
+
+        Also those that an earlier daemon has left, and this one has not taken over.
+        """
         restored: list[str] = []
         problems: list[str] = []
-        for device in self._named(names):
-            device.given_up = True
-            shape = device.shape
-            if shape is None:
-                continue
-            device.put_in_force(None)
-            try:
-                wrong = shape.enforcer.restore()
-            except (OSError, DatapathError) as e:
-                wrong = [f"{device.name}: {e}"]
-            shape.enforcer.close()
-            problems += wrong
-            if not wrong:
-                restored.append(device.name)
-            log.info("restored", device=device.name, problems=wrong)
+        with self._spare():
+            for device in self._named(names):
+                wrong = self._restore(device)
+                if wrong is None:
+                    continue
+                problems += wrong
+                if not wrong:
+                    restored.append(device.name)
+                log.info("restored", device=device.name, problems=wrong)
         return restored, problems
+
+    def _restore(self, device: Device) -> list[str] | None:
+        """Problems; None when there is nothing to put back."""
+        shape, device.put_back = device.shape, True
+        device.put_in_force(None)
+        try:
+            if shape is not None:
+                drain(shape.enforcer)
+                return shape.enforcer.restore()
+            return leftovers.undo(self._sock, self.config.daemon.state_dir, device.ifindex, device.name)
+        except (OSError, DatapathError) as e:
+            return [f"{device.name}: {e}"]
+        finally:
+            if shape is not None:
+                shape.enforcer.close()
+
+    def _spare(self) -> contextlib.AbstractContextManager[None]:
+        """Have descriptors for the work, whoever holds the others."""
+        return self._reserve.given_up() if self._reserve is not None else contextlib.nullcontext()
+
+    def drain(self) -> None:
+        """Packets go nowhere but to the default band from now on: let out what is queued in the others, if it goes."""
+        for device in self.all:
+            shape = device.shape
+            if shape is not None:
+                drain(shape.enforcer)
 
     def _named(self, names: Sequence[str]) -> list[Device]:
         return [d for d in self.all if d.name in names]
@@ -308,13 +378,15 @@ class Devices:
             self.teller.close()
             self.teller = None
         devices, self.all = self.all, []
-        for device in devices:
-            device.detach_quietly()
-            shape = device.shape
-            device.close()
-            if shape is not None:
-                shape.enforcer.close()
-            device.classifier.close()
+        with self._spare():
+            for device in devices:
+                device.detach_quietly()
+                shape = device.shape
+                device.close()
+                if shape is not None:
+                    shape.enforcer.close()
+                device.classifier.close()
+        self._open.close()
 
     def _enforcer(self, device: Device) -> DeviceEnforcer:
         daemon = self.config.daemon

@@ -8,7 +8,6 @@ in turn, what has become stale meanwhile is not done, and results wait to be fet
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from mfsd.datapath.errors import DatapathError
 from mfsd.engine.device import Rescued
 from mfsd.engine.estimator import Reading
+from mfsd.host import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +87,7 @@ class Hands:
         try:
             sent, backlog = enforcer.link_bytes()
             offered: npt.NDArray[Any] = classifier.bands()["bytes"][:bands]
-            self._readings.append(Reading(time.monotonic(), sent, backlog, offered.astype(np.float64)))
+            self._readings.append(Reading(clock.monotonic(), sent, backlog, offered.astype(np.float64)))
         finally:
             self._reading = False
 
@@ -95,7 +95,7 @@ class Hands:
         """The lane was empty when it was last looked at; orders a look where that is long ago."""
         key = shape.lane(band, lane)
         at, backlog = self._looked.pop(key, (0.0, 1))
-        if at > time.monotonic() - FRESH_S:
+        if at > clock.monotonic() - FRESH_S:
             return backlog == 0
         if key not in self._looking:
             self._looking.add(key)
@@ -104,7 +104,7 @@ class Hands:
 
     def _look(self, enforcer: DeviceEnforcer, key: tuple[int, int]) -> None:
         try:
-            self._looked[key] = time.monotonic(), enforcer.backlog(*key)[0]
+            self._looked[key] = clock.monotonic(), enforcer.backlog(*key)[0]
         finally:
             self._looking.discard(key)
 

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402 - see below
 """The daemon's command line."""
 
 from __future__ import annotations
 
-import asyncio
 import signal
+
+# First of all, before what takes half a second to import: until there is a handler a SIGHUP would end the process.
+# Blocked, it waits for the handler.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -41,7 +47,11 @@ async def _serve(config: Config, path: Path | None) -> None:
     loop = asyncio.get_running_loop()
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
-    await daemon.run()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        await daemon.run()
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +74,8 @@ def main(path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click
     try:
         config = configuration.load(path) if path is not None else configuration.parse({})
     except configuration.ConfigError as e:
-        click.echo(str(e), err=True)
+        # A file's name need not be text.
+        click.echo(str(e).encode(errors="backslashreplace"), err=True)
         sys.exit(EX_CONFIG)
     if check_config:
         click.echo(configuration.render(config), nl=False)
@@ -73,6 +84,6 @@ def main(path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click
     keep_freed()
     try:
         asyncio.run(_serve(config, path))
-    except (StartError, ServerError, RelayError, DatapathError) as e:
+    except (StartError, ServerError, RelayError, DatapathError, OSError) as e:
         log.critical("can't start", reason=str(e))
         sys.exit(1)

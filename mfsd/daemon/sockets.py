@@ -134,6 +134,16 @@ class HostSockets:
             return None
         return _listed(found[0]) if found else None
 
+    def sends(self, endpoints: Endpoints, uid: int) -> bool:
+        """See Sockets."""
+        if endpoints.protocol == IPPROTO_TCP:
+            return False
+        try:
+            return self._diag.owner(endpoints) == uid
+        except DiagError as e:
+            self._failed("looking up a socket", e)
+            return False
+
     def look(self, selectors: Sequence[Selector]) -> None:
         """See Sockets."""
         self._thread.submit(self._look, list(selectors))
@@ -268,7 +278,7 @@ class HostSockets:
         try:
             for listed in self._diag.all():
                 if self._teller.find(listed.cookie) is None:
-                    self._teller.add(listed.cookie, listed.endpoints)
+                    self._teller.add(listed.cookie, listed.endpoints, listed.uid)
         except OSError as e:
             self._failed("listing sockets", e)
 

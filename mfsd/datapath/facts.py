@@ -9,34 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
-from mfsd.datapath import tc
-from mfsd.datapath.errors import EnforceError, NoDeviceError
-from mfsd.datapath.pyroute import iproute
+from mfsd.datapath import links, tc
+from mfsd.datapath.errors import EnforceError
 from mfsd.host import netlink as nl
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mfsd.datapath.links import Link
+
 GSO_MAX: Final = 65536
 """Bytes; GSO_LEGACY_MAX_SIZE, include/linux/netdevice.h."""
+QUEUE_LENGTH: Final = 1000
+"""Packets; what the kernel gives to a virtual device without a queue length on which a qdisc is put
+(DEFAULT_TX_QUEUE_LEN, net/sched/sch_api.c, qdisc_create). mfsd gives it to any: queues of length 0 take nothing."""
 VIRTUAL_KINDS: Final = frozenset({"veth", "bridge", "tun", "vxlan", "bond", "team", "ifb", "dummy"})
 """Kinds whose reported speed is a made-up or summed-up number."""
-_IFF_UP: Final = 1
 _LOOPBACK: Final = 1
 """Interface index of lo, first in every namespace (LOOPBACK_IFINDEX, include/net/flow.h)."""
 _PROBE_HANDLE: Final = 0x6D7F0000
 _ALWAYS_THERE: Final = "pfifo"
 """Part of CONFIG_NET_SCHED itself."""
 _SPEED_UNKNOWN: Final = (0, 0xFFFF, 0xFFFFFFFF, -1)
-_NAMED: Final = 20
-"""Devices that an error names, at most."""
+_DEFAULT_QDISC: Final = "/proc/sys/net/core/default_qdisc"
+"""In the initial network namespace only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,48 +61,48 @@ class DeviceFacts:
 
 
 def read_facts(ifname: str) -> DeviceFacts:
-    """Ask the kernel. Raises NoDeviceError, and EnforceError when it can't be asked."""
+    """Ask the kernel. Raises NoDeviceError on its word, and EnforceError when it can't be asked."""
     what = f"device {ifname}"
     try:
-        with iproute(what) as ip:
-            (link,) = ip.link("get", ifname=ifname)
+        with tc.TcSocket() as sock:
+            return _facts(links.by_name(sock, ifname))
     except OSError as e:
-        if e.errno == errno.ENODEV:
-            raise _no_device(ifname) from e
         raise EnforceError(what, str(e)) from e
-    if link.get("ifname") != ifname:  # the kernel also goes by alternative names
-        raise _no_device(ifname)
-    gso = max(link.get("gso_max_size") or 0, link.get("gso_ipv4_max_size") or 0, GSO_MAX)
-    speed, queues = _ethtool(ifname)
+
+
+def facts_of(sock: tc.TcSocket, ifindex: int) -> DeviceFacts:
+    """As read_facts, whatever the device is called now."""
+    try:
+        return _facts(links.by_index(sock, ifindex))
+    except OSError as e:
+        raise EnforceError(f"device of index {ifindex}", str(e)) from e
+
+
+def _facts(link: Link) -> DeviceFacts:
+    speed, queues = _ethtool(link.name)
     return DeviceFacts(
-        ifname=ifname,
-        ifindex=int(link["index"]),
-        up=bool(link["flags"] & _IFF_UP),
-        kind=link.get(("linkinfo", "kind")) or "",
-        txqlen=int(link.get("txqlen") or 0),
-        tx_queues=queues or int(link.get("num_tx_queues") or 1),
-        gso=int(gso),
+        ifname=link.name,
+        ifindex=link.ifindex,
+        up=link.up,
+        kind=link.kind,
+        txqlen=link.txqlen,
+        tx_queues=queues or link.tx_queues,
+        gso=max(link.gso, GSO_MAX),
         speed=speed,
     )
 
 
-def _no_device(ifname: str) -> NoDeviceError:
-    known = sorted(name for _, name in socket.if_nameindex())
-    return NoDeviceError(f"device {ifname}", "no such device", f"devices here: {', '.join(known[:_NAMED])}")
-
-
-def set_txqlen(ifindex: int, txqlen: int) -> None:
-    """Write the device's transmit queue length, in packets. Raises NoDeviceError, EnforceError."""
-    what = f"set the queue length of device {ifindex}"
+def default_qdisc() -> str | None:
+    """What the kernel puts on a device, or on each queue of one, by itself; None where it does not say."""
     try:
-        with iproute(what) as ip:
-            ip.link("set", index=ifindex, txqlen=txqlen)
-    except OSError as e:
-        raise (NoDeviceError if e.errno == errno.ENODEV else EnforceError)(what, str(e)) from e
+        with open(_DEFAULT_QDISC, encoding="ascii") as file:  # noqa: PTH123 - no path is needed
+            return file.read().strip()
+    except OSError:
+        return None
 
 
 def _ethtool(ifname: str) -> tuple[Rate | None, int]:
-    """(speed, real TX queues); (None, 0) where the driver does not say."""
+    """(speed, real TX queues); (None, 0) where the driver does not say. Raises OSError without a descriptor to ask."""
     speed, queues = None, 0
     with _ioctl(ifname) as tool:
         with contextlib.suppress(EthtoolError, OSError):

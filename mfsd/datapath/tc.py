@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -25,6 +26,7 @@ RTM_NEWTCLASS: Final = 40
 RTM_DELTCLASS: Final = 41
 RTM_GETTCLASS: Final = 42
 RTM_NEWTFILTER: Final = 44
+RTM_DELTFILTER: Final = 45
 RTM_GETTFILTER: Final = 46
 
 # enum of TCA_* there
@@ -48,6 +50,7 @@ _BASIC: Final = struct.Struct("=QI")
 _QUEUE: Final = struct.Struct("=III")
 _U64: Final = struct.Struct("=Q")
 _IN_FLIGHT: Final = 256
+_SO_NETNS_COOKIE: Final = 71
 _ROOM: Final = 8 << 20
 """Bytes of receive buffer: the default holds the answers of some fifty purges."""
 
@@ -156,6 +159,13 @@ class TcSocket(nl.NetlinkSocket):
 
     def __init__(self) -> None:
         super().__init__(socket.NETLINK_ROUTE, in_flight=_IN_FLIGHT, room=_ROOM)
+
+    def netns_cookie(self) -> int:
+        """Number of the socket's network namespace, never used again before the next boot; 0 where unknown (< 5.14)."""
+        try:
+            return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
+        except OSError:
+            return 0
 
     def run(self, requests: Sequence[bytes], what: str) -> None:
         """Send requests in order. Raises NetlinkError of the first refused one.

@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pyroute2 import IPRoute
-from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
 from mfsd.datapath import tc
 from mfsd.datapath.bpf.attach import hook_users
-from mfsd.datapath.errors import EnforceError
-from mfsd.datapath.facts import read_facts
+from mfsd.datapath.bpf.clsact import alive
+from mfsd.datapath.errors import EnforceError, NoDeviceError
+from mfsd.datapath.facts import QUEUE_LENGTH, read_facts
 from mfsd.datapath.handles import is_ours
+from mfsd.datapath.qdisc.plan import undo_of
 from mfsd.datapath.undo import notes
+from mfsd.datapath.undo.notes import Namespace
 from mfsd.datapath.undo.snapshot import capture, obstacles
+from mfsd.doctor import hardware
 from mfsd.doctor.finding import Finding, Severity
 from mfsd.doctor.leftovers import answers
 
@@ -23,14 +26,13 @@ if TYPE_CHECKING:
 
     from mfsd.daemon.config import DeviceConfig
     from mfsd.datapath.bpf.attach import HookUser
+    from mfsd.datapath.facts import DeviceFacts
     from mfsd.doctor.finding import Context, DeviceCheck
 
 KNOWN: Final = {"cil_": "Cilium", "cali": "Calico"}
 """Prefixes of BPF program names -> who loads them."""
 _ETHERNET: Final = (1, 772)
 """ARPHRD_ETHER, ARPHRD_LOOPBACK (include/uapi/linux/if_arp.h)."""
-_SEGMENTATION: Final = ("tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-udp-segmentation", "tx-generic-segmentation")
-"""Features by the kernel's names (net/ethtool/common.c)."""
 
 
 def default_route_devices() -> list[str]:
@@ -50,6 +52,9 @@ def exists(_: Context, name: str) -> list[Finding]:
     try:
         device = read_facts(name)
     except EnforceError as e:
+        if not isinstance(e, NoDeviceError):
+            return [Finding(f"device.exists:{name}", Severity.FAIL, f"Can't look at device {name}", str(e),
+                            "whether it can be shaped is unknown")]  # fmt: skip
         return [
             Finding(
                 f"device.exists:{name}",
@@ -156,10 +161,11 @@ def qdisc(context: Context, name: str) -> Iterator[Finding]:
         qdiscs, classes = sock.tree(device.ifindex)
         root = tc.root_of(qdiscs)
         if root is not None and is_ours(root):
-            yield from _own_root(context, name)
+            yield from _own_root(context, sock, device)
             return
         problems = obstacles(sock, device.ifindex, qdiscs, classes)
-        lines = "; ".join(capture(qdiscs, classes, device.txqlen).lines()) if root is not None else "no root"
+        found = capture(qdiscs, classes, device.txqlen)
+        lines = "; ".join(found.lines()) if root is not None else "no root"
     if problems and device.up:
         yield Finding(
             f"device.qdisc:{name}",
@@ -170,94 +176,52 @@ def qdisc(context: Context, name: str) -> Iterator[Finding]:
             f"remove it if it is not needed: tc qdisc del dev {name} root",
         )
     else:
-        yield Finding(f"device.qdisc:{name}", Severity.OK, f"The qdiscs of {name} can be recorded and put back", lines)
+        undo = "; ".join(step.text for step in undo_of(device, found)) if found.qdiscs else ""
+        title = f"The qdiscs of {name} can be recorded and put back"
+        yield Finding(f"device.qdisc:{name}", Severity.OK, title, lines, undo)
 
 
-def _own_root(context: Context, name: str) -> Iterator[Finding]:
-    folder = context.config.daemon.state_dir
-    if notes.path_of(folder, name).exists():
+def _own_root(context: Context, sock: tc.TcSocket, device: DeviceFacts) -> Iterator[Finding]:
+    name, folder = device.ifname, context.config.daemon.state_dir
+    try:
+        note = notes.find(folder, device.ifindex, name, Namespace.of(sock))
+    except EnforceError as e:
+        note, lacks = None, str(e)
+    else:
+        lacks = f"no note about it in {folder}"
+    if note is not None:
         yield Finding(f"device.qdisc:{name}", Severity.OK, f"{name} carries mfsd's own bands", "see state.notes")
     else:
         yield Finding(
             f"device.qdisc:{name}",
             Severity.FAIL,
             f"{name} carries mfsd's bands, but nobody knows what was there before",
-            f"no {notes.path_of(folder, name)}",
+            lacks,
             "mfsd will not take them over, because it could not put the device back",
-            f"if state_dir is right, remove them: tc qdisc del dev {name} root; the kernel's default returns",
+            f"if state_dir is right, mfsctl restore {name} --delete (or tc qdisc del dev {name} root) removes them, "
+            "and the kernel's default returns",
         )
 
 
-def offloads(_: Context, name: str) -> Iterator[Finding]:
-    """What a packet is, when mfsd counts it."""
-    features = _features(name)
-    if not features:
-        yield Finding(f"device.offloads:{name}", Severity.INFO, f"{name} doesn't tell its offloads", "ethtool -k fails")
-        return
-    on = [k for k in _SEGMENTATION if features.get(k)]
-    gso = read_facts(name).gso
-    yield Finding(
-        f"device.offloads:{name}",
-        Severity.OK,
-        f"{name} takes large packets" if on else f"{name} takes single segments",
-        f"{', '.join(on) or 'no segmentation offload'}; GSO packets up to {gso} bytes",
-        "a large packet counts as the wire bytes of all its segments, headers included, so byte counts are right; it "
-        "is also the least that a band can send at a time, and the least that a rescue frees",
-    )
-
-
-def htb_offload(_: Context, name: str) -> Iterator[Finding]:
-    """Hardware htb has another order."""
-    features = _features(name)
-    if features.get("hw-tc-offload"):
-        yield Finding(
-            f"device.hw_tc:{name}",
-            Severity.INFO,
-            f"{name} can take over traffic control (hw-tc-offload is on)",
-            "hw-tc-offload: on",
-            "mfsd installs its htb without the offload flag: in hardware its bands would have no strict order, and "
-            "could not be purged",
-        )
-
-
-def _features(name: str) -> dict[str, bool]:
-    tool = IoctlEthtool(name)
-    try:
-        features: Any = tool.get_features()
-        return {str(k): bool(features.is_active(k)) for k in features.keys()}  # noqa: SIM118 - iterating gives tuples
-    except (EthtoolError, OSError, KeyError):
-        return {}
-    finally:
-        tool.close()
-
-
-def bql(context: Context, name: str) -> Iterator[Finding]:
-    """Without byte queue limits the driver's ring is a queue beyond any band."""
+def queue_length(_: Context, name: str) -> Iterator[Finding]:
+    """Queues without a limit of their own have the device's."""
     device = read_facts(name)
-    base = context.root / "sys/class/net" / name
-    # A sysfs that was mounted in another namespace shows other devices.
-    if context.read(f"sys/class/net/{name}/ifindex") != str(device.ifindex) or device.virtual or name == "lo":
-        return
-    limits = list(base.glob("queues/tx-*/byte_queue_limits/limit_max"))
-    if limits:
-        yield Finding(f"device.bql:{name}", Severity.OK, f"The driver of {name} keeps its ring short (BQL)")
-        return
-    yield Finding(
-        f"device.bql:{name}",
-        Severity.WARN,
-        f"The driver of {name} has no byte queue limits",
-        "no byte_queue_limits below /sys/class/net",
-        "what has left the qdisc waits in the device's ring, where there are no bands: with backend prio an urgent "
-        "packet waits for a full ring",
-        "set a rate just below the link speed (backend htb), or make the ring small: ethtool -G",
-    )
+    if device.txqlen == 0:
+        yield Finding(
+            f"device.queue_length:{name}",
+            Severity.INFO,
+            f"{name} has a queue length of 0",
+            "txqueuelen 0",
+            f"queues on it would take nothing: mfsd sets {QUEUE_LENGTH} while it enforces, and 0 again afterwards",
+            f"ip link set {name} txqueuelen {QUEUE_LENGTH}, to have it for good",
+        )
 
 
 def hooks(_: Context, name: str) -> Iterator[Finding]:
     """Others that see the packets before or after."""
     device = read_facts(name)
     try:
-        users = [u for u in hook_users(device.ifindex) if not u.ours]
+        everybody = hook_users(device.ifindex)
     except OSError as e:
         yield Finding(
             f"device.hooks:{name}",
@@ -268,11 +232,12 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
             "run mfsctl doctor as root",
         )
         return
+    users = [u for u in everybody if not u.ours]
     if not users:
         yield Finding(f"device.hooks:{name}", Severity.OK, f"Nobody else's programs hang on the egress of {name}")
         return
     owners = sorted({owner for u in users if (owner := _owner(u))})
-    seen = ", ".join(_describe(u) for u in users)
+    seen = ", ".join(map(str, users))
     with tc.TcSocket() as sock:
         kinds = {q.kind for q in sock.tree(device.ifindex)[0]}
     if "Cilium" in owners and "fq" in kinds:
@@ -286,30 +251,64 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
             "switch it off (bandwidthManager.enabled=false), or leave mfsd in observe mode on this node",
         )
         return
+    first = next((n for n, u in enumerate(everybody) if u.ours), None)
+    if first:
+        yield Finding(
+            f"device.hooks:{name}",
+            Severity.WARN,
+            f"Other programs run before mfsd's classifier on {name}" + (f" ({', '.join(owners)})" if owners else ""),
+            ", ".join(map(str, everybody)),
+            "what they take, or let through for good, never gets to the classifier and is not steered. A running mfsd "
+            "goes to the head once; who is there now has come back, or can't be passed (tcx comes before clsact)",
+            "have them run after it: detach and attach them anew, clsact filters with a priority above 1",
+        )
+        return
     yield Finding(
         f"device.hooks:{name}",
         Severity.INFO,
         f"Other programs hang on the egress of {name}" + (f" ({', '.join(owners)})" if owners else ""),
         seen,
-        "mfsd's classifier runs first and lets them run after it. A program that writes skb->priority after it undoes "
-        "what mfsd has decided; one that redirects packets takes them past the qdiscs",
+        ("mfsd's classifier runs first" if first == 0 else "mfsd's classifier will run first, when it is there,")
+        + " and lets them run after it. A program that writes skb->priority after it undoes what mfsd has decided; one "
+        "that redirects packets takes them past the qdiscs",
         "check `mfsctl status` (packets per band) under load",
     )
 
 
-def leftover(context: Context, name: str) -> Iterator[Finding]:
-    """A classifier on clsact outlives a daemon that was killed."""
+def classifier(context: Context, name: str) -> Iterator[Finding]:
+    """A daemon that runs has its classifier on all its devices, whatever its mode."""
+    if configured(context, name) is None or not answers(context.config.daemon.socket):
+        return
     try:
-        ours = [u for u in hook_users(read_facts(name).ifindex) if u.ours and u.hook == "clsact"]
+        users = hook_users(read_facts(name).ifindex)
     except OSError:
         return  # `hooks` says so
-    state = notes.load(context.config.daemon.state_dir, name)
-    if ours and (state is None or not state.owner.alive) and not answers(context.config.daemon.socket):
+    if any(u.hook == "tcx" and not u.name for u in users):
+        return  # names are not for us to see
+    if not any(u.ours and not (u.filter and not alive(read_facts(name).ifindex, u.handle)) for u in users):
+        yield Finding(
+            f"device.classifier:{name}",
+            Severity.FAIL,
+            f"mfsd runs, but its classifier is not on {name}",
+            ", ".join(map(str, users)) or "nothing hangs on the egress hook",
+            "all its packets are default traffic. A running mfsd hangs it there again within seconds, unless it can't",
+            "mfsctl status says why it can't",
+        )
+
+
+def leftover(_: Context, name: str) -> Iterator[Finding]:
+    """A classifier on clsact outlives a daemon that was killed."""
+    index = read_facts(name).ifindex
+    try:
+        ours = [u for u in hook_users(index) if u.filter and not alive(index, u.handle)]
+    except OSError:
+        return  # `hooks` says so
+    if ours:
         yield Finding(
             f"device.leftover:{name}",
             Severity.INFO,
             f"A classifier that nobody feeds hangs on {name}",
-            ", ".join(_describe(u) for u in ours),
+            ", ".join(map(str, ours)),
             "without signs of life from a daemon it leaves all packets alone; the next start of mfsd replaces it",
             f"start mfsd, or mfsctl restore, or: tc filter del dev {name} egress prio 1",
         )
@@ -319,10 +318,14 @@ def _owner(user: HookUser) -> str:
     return next((who for prefix, who in KNOWN.items() if user.name.startswith(prefix)), "")
 
 
-def _describe(user: HookUser) -> str:
-    where = "tcx" if user.hook == "tcx" else f"clsact, priority {user.prio}"
-    what = user.name or f"a {user.kind} filter"
-    return f"{what} ({where}{f', program {user.prog_id}' if user.prog_id else ''})"
-
-
-CHECKS: Final[tuple[DeviceCheck, ...]] = (link_type, queues, speed, qdisc, offloads, htb_offload, bql, hooks, leftover)
+CHECKS: Final[tuple[DeviceCheck, ...]] = (
+    link_type,
+    queues,
+    queue_length,
+    speed,
+    qdisc,
+    *hardware.CHECKS,
+    hooks,
+    classifier,
+    leftover,
+)

@@ -7,9 +7,12 @@ import errno
 import socket
 from typing import TYPE_CHECKING, Final
 
-from mfsd.datapath.errors import EnforceError
+from mfsd.datapath import links, tc
 from mfsd.datapath.undo import notes
+from mfsd.datapath.undo.notes import Namespace, State, Unreadable
+from mfsd.datapath.undo.restore import without_note
 from mfsd.doctor.finding import Finding, Severity
+from mfsd.host import clock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,37 +24,76 @@ if TYPE_CHECKING:
 def notes_left(context: Context) -> Iterator[Finding]:
     """A note without its daemon means that the daemon was killed."""
     folder = context.config.daemon.state_dir
-    names = notes.recorded(folder)
-    if not names:
+    with tc.TcSocket() as sock:
+        here, names = Namespace.of(sock), {link.ifindex: link.name for link in links.every(sock)}
+    found = notes.every(folder)
+    if not found:
         yield Finding("state.notes", Severity.OK, "No daemon has left its qdiscs behind", f"no notes in {folder}")
-    for name in names:
-        try:
-            state = notes.load(folder, name)
-        except EnforceError as e:
+    for note in found:
+        if isinstance(note, Unreadable):
             yield Finding(
-                f"state.notes:{name}",
+                f"state.notes:{note.ifname}",
                 Severity.FAIL,
-                f"The note of what was on {name} can't be read",
-                str(e),
+                f"The note of what was on {note.ifname} can't be read",
+                f"{note.path}: {note.error.cause}",
                 "mfsd can't put the device back, and will not touch it",
-                f"look at the device (tc qdisc show dev {name}), then remove {notes.path_of(folder, name)}",
+                note.error.fix,
             )
-            continue
-        if state is None:
-            continue
-        seen = f"{notes.path_of(folder, name)}, by pid {state.owner.pid}"
-        if state.owner.alive:
-            yield Finding(f"state.notes:{name}", Severity.OK, f"A running daemon has {name}", seen)
         else:
-            yield Finding(
-                f"state.notes:{name}",
-                Severity.WARN,
-                f"A daemon that is gone has left its qdiscs on {name}",
-                seen,
-                "all traffic runs in their default band, so nothing is steered but they limit the rate; what was there "
-                "before is in the note. The next start of mfsd takes them over",
-                "start mfsd, or put the device back: mfsctl restore",
-            )
+            yield _noted(note, here, names)
+
+
+def _noted(note: State, here: Namespace, names: dict[int, str]) -> Finding:
+    name, number, seen = note.ifname, f"state.notes:{note.ifname}", f"{note.path}, by pid {note.owner.pid}"
+    if note.owner.alive:
+        return Finding(number, Severity.OK, f"A running daemon has {name}", seen)
+    if note.namespace.past(here):
+        return Finding(number, Severity.INFO, f"A note about {name} is of before the last boot", seen,
+                       "nothing of that is left; the next start of mfsd removes it")  # fmt: skip
+    if not note.namespace.same(here):
+        meaning = "whether its qdiscs are as they should be can only be seen there"
+        return Finding(number, Severity.WARN, f"A note about {name} is of another network namespace", seen, meaning,
+                       f"mfsctl restore in there, or remove {note.path} if that namespace is gone")  # fmt: skip
+    if note.ifindex not in names:
+        return Finding(number, Severity.INFO, f"A note about {name} is of a device that is gone", seen,
+                       "nothing is left to put back", "mfsctl restore removes it")  # fmt: skip
+    now = names[note.ifindex]
+    called = f"{name}, which is called {now} now" if now != name else name
+    return Finding(
+        number,
+        Severity.WARN,
+        f"A daemon that is gone has left its qdiscs on {called}",
+        seen,
+        "all traffic runs in their default band, so nothing is steered but they limit the rate; what was there "
+        "before is in the note. The next start of mfsd takes them over",
+        "start mfsd, or put the device back: mfsctl restore",
+    )
+
+
+def trees_left(context: Context) -> Iterator[Finding]:
+    """A tree of mfsd without a note can't be undone."""
+    for name, problems in without_note(context.config.daemon.state_dir).items():
+        yield Finding(
+            f"state.trees:{name}",
+            Severity.FAIL,
+            f"{name} carries mfsd's bands, but nobody knows what was there before",
+            "; ".join(problems),
+            "mfsd will not take them over, because it could not put the device back",
+            f"if state_dir is right, remove them: mfsctl restore {name} --delete; the kernel's default returns",
+        )
+
+
+def clocks(_: Context) -> Iterator[Finding]:
+    """In a time namespace the daemon's clock is not the one that the classifier reads."""
+    shift = clock.offset_ns("monotonic") / 1e9
+    if shift:
+        yield Finding(
+            "state.clock",
+            Severity.INFO,
+            "This process is in a time namespace of its own",
+            f"its monotonic clock is {abs(shift):g} s {'ahead of' if shift > 0 else 'behind'} the kernel's",
+            "mfsd reckons by the kernel's clock, so this does no harm",
+        )
 
 
 def answers(path: Path) -> bool:
@@ -88,4 +130,4 @@ def stale_socket(context: Context) -> Iterator[Finding]:
         )
 
 
-CHECKS: Final[tuple[Check, ...]] = (notes_left, stale_socket)
+CHECKS: Final[tuple[Check, ...]] = (notes_left, trees_left, clocks, stale_socket)

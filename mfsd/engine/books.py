@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from mfsd.engine.columns import Deferred, Dense
 from mfsd.engine.records import (
     BATCH_COLUMNS,
+    ENTRY,
     REQUEST_COLUMNS,
     TRANSFER_COLUMNS,
     Batch,
     Request,
     Session,
     Transfer,
+    User,
 )
 from mfsd.engine.streams import Streams
 
@@ -45,9 +47,30 @@ class Books:
     batches: Dense[Batch] = field(default_factory=lambda: Dense(BATCH_COLUMNS))
     streams: Streams = field(default_factory=Streams)
     sessions: dict[str, Session] = field(default_factory=dict)
+    users: dict[int, User] = field(default_factory=dict)
+    everybody: User = field(default_factory=lambda: User(-1))
+    """All users added up."""
     counters: Counters = field(default_factory=Counters)
     arrange_wanted: bool = False
     """A batch arrived or departed: the inter-request decision is due."""
+
+    def user(self, uid: int) -> User:
+        """What a user takes."""
+        found = self.users.get(uid)
+        if found is None:
+            self.users = {u: known for u, known in self.users.items() if not known.idle}
+            found = self.users[uid] = User(uid)
+        return found
+
+    def charge(self, session: Session, name: str, *, transfer: bool = False, back: bool = False) -> None:
+        """Put an entry of that name on the account of a session's user, or take it off."""
+        sign = -1 if back else 1
+        size = sign * (ENTRY + len(name))
+        session.user.bytes += size
+        self.everybody.bytes += size
+        if transfer:
+            session.user.transfers += sign
+            self.everybody.transfers += sign
 
     def join(self, request: Request, batch: Batch) -> None:
         """Make a request a member of a batch, and of no other."""
@@ -77,7 +100,8 @@ class Books:
     def strike_request(self, request: Request) -> None:
         """Remove a request that has no transfers left."""
         self.leave(request)
-        request.session.requests.pop(request.id, None)
+        if request.session.requests.pop(request.id, None) is not None:
+            self.charge(request.session, request.id, back=True)
         moved = self.requests.remove(request)
         if moved is not None:
             for transfer in moved.transfers:
@@ -87,6 +111,7 @@ class Books:
         """Remove a batch; its members and transfers live on without one. No error when it is gone already."""
         if batch.session.batches.pop(batch.id, None) is None:
             return
+        self.charge(batch.session, batch.id, back=True)
         for request in list(batch.requests):
             self.leave(request)
         for transfer in batch.transfers:
@@ -102,7 +127,8 @@ class Books:
 
     def strike_transfer(self, transfer: Transfer) -> None:
         """Remove a transfer from the columns and from all that names it, but for its stream."""
-        transfer.session.transfers.pop(transfer.id, None)
+        if transfer.session.transfers.pop(transfer.id, None) is not None:
+            self.charge(transfer.session, transfer.id, transfer=True, back=True)
         if transfer.batch is not None:
             transfer.batch.transfers.discard(transfer)
         if transfer.request is not None:

@@ -169,7 +169,7 @@ def _taken(ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners
     """The rows that may be announced: new, owned, and not too many."""
     wanted = owners.known(c) | _OWNERLESS[c.stage]
     names = session.transfers.keys()
-    room = ledger.limits.max_transfers_per_session - len(names)
+    room = ledger.room(session)
     if wanted.all() and len(c) <= room and len(set(c.ids)) == len(c) and names.isdisjoint(c.ids):
         return c
     seen: set[str] = set()
@@ -219,6 +219,7 @@ def _queue(
     sent_by = ledger.connections.sent_by
     offsets = [0.0 if s is None else ledger.books.streams.offset(s, sent_by) for s in streams]
     noted: list[int] = [-1] * len(streams)
+    charge = ledger.books.charge
     known, requests, batches = session.transfers, owners.requests, owners.batches
     out: list[Transfer] = []
     starts: list[float] = []
@@ -246,6 +247,7 @@ def _queue(
             noted[index] = number
             ledger.note(stream, stage)
         known[name] = transfer
+        charge(session, name, transfer=True)
         if request is not None:
             request.transfers.add(transfer)
         if batch is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.peers import Peers
-from mfsd.engine.records import Connection, Position
+from mfsd.engine.records import Connection, Position, User
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
 from mfsd.engine.streams import Moved, Streams
 from mfsd.model import INF, Endpoints, HintError, Stage
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from mfsd.bands import Bands
-    from mfsd.engine.records import Mark
+    from mfsd.engine.records import Mark, Session
     from mfsd.engine.sockets import Socket, Sockets
     from mfsd.model import Address
 
@@ -36,6 +36,8 @@ IPPROTO_TCP: Final = 6
 LOCATE_S: Final = 1.0
 """A cookie that no socket has for so long is reported as gone."""
 LOCATE_RETRY_S: Final = 0.1
+UNSEEN_S: Final = 20.0
+"""A tuple that no packet has had for so long loses its slot."""
 LONG_AGO: Final = -INF
 """Since when a connection is at rest that nobody is expected to use again."""
 LENT: Final = 256
@@ -75,6 +77,8 @@ class Connections:
         self._by_tuple: dict[Endpoints, Connection] = {}
         self._unlocated: dict[Connection, _Search] = {}
         """Known by cookie only."""
+        self._strange: list[Connection] = []
+        """Named by somebody whose they have turned out not to be."""
         self._unplaced: dict[Connection, None] = {}
         """Joined to streams at a position that nobody knows."""
         self._lane_users = np.zeros(max(b.lanes for b in bands.level_bands), dtype=np.int64)
@@ -95,6 +99,11 @@ class Connections:
         """By slot: number of its set of marks; 0: none."""
         self.rest_since: F8 = np.full(n, INF)
         """By slot: since when a connection has nothing that holds it; inf while it has, or is not taken."""
+        self._unseen: F8 = np.full(n, INF)
+        """By slot: since when a connection is known that nobody has shown to exist; inf for others."""
+        self.per_user = n
+        """Connections that one user may have made known."""
+        self._nobody = User(-1)
         self._lent = 0
 
     def __len__(self) -> int:
@@ -102,22 +111,36 @@ class Connections:
 
     # --- which connection ---------------------------------------------------------------------------------------------
 
-    def of_cookie(self, cookie: int, expires: float) -> Connection:
-        """The connection with this socket cookie, made known if it was not. Raises HintError when the table is full."""
+    def of_cookie(self, cookie: int, expires: float, session: Session | None = None) -> Connection:
+        """The connection with this socket cookie, made known if it was not.
+
+        Raises HintError when it isn't ``session``'s to name, or the table is full.
+        """
         conn = self.by_cookie.get(cookie)
         if conn is None:
-            conn = self._take(cookie, None, expires)
             found = self.sockets.by_cookie(cookie)
+            if found is not None:
+                _own(session, found.uid, "selector.cookie")
+            conn = self._take(cookie, None, expires, session=session)
             if found is None:
                 # An unconnected socket, perhaps: its key works at once, and its addresses follow.
+                conn.only = -1 if session is None else session.only
                 self._unlocated[conn] = _Search()
             else:
                 self.locate(conn, found)
+        else:
+            _own(session, conn.only if conn in self._unlocated else conn.uid, "selector.cookie")
         self.renew((conn,), expires)
         return conn
 
-    def of_socket(self, socket: Socket, expires: float, slot: int | None = None) -> Connection:
-        """The connection of a socket that the kernel has told of; ``slot``: the kernel's choice. Raises HintError."""
+    def of_socket(
+        self, socket: Socket, expires: float, slot: int | None = None, *, session: Session | None = None
+    ) -> Connection:
+        """The connection of a socket that the kernel has told of; ``slot``: the kernel's choice.
+
+        Raises HintError when it isn't ``session``'s to name, or the table is full.
+        """
+        _own(session, socket.uid, "selector.tuple")
         conn = self.by_cookie.get(socket.cookie)
         if conn is None and slot is not None and slot in self.by_slot:
             conn = self.by_slot[slot]  # matched by its tuple before it existed
@@ -125,14 +148,17 @@ class Connections:
             self.by_cookie[socket.cookie] = conn
             self.keys.add_cookie(socket.cookie, slot)
         if conn is None:
-            conn = self._take(socket.cookie, None, expires, slot)
+            conn = self._take(socket.cookie, None, expires, slot, session=session)
         if conn.endpoints is None or not conn.here:
             self.locate(conn, socket)
         return conn
 
-    def of_tuple(self, endpoints: Endpoints, expires: float) -> Connection:
-        """A connection without a socket at hand (bridged pods), or still to come. Raises HintError."""
-        conn = self._by_tuple.get(endpoints) or self._take(0, endpoints, expires)
+    def of_tuple(self, endpoints: Endpoints, expires: float, session: Session | None = None) -> Connection:
+        """A connection without a socket at hand (bridged pods), or still to come. Raises HintError.
+
+        Whoever may not name anybody's connections must have been found to send from there.
+        """
+        conn = self._by_tuple.get(endpoints) or self._take(0, endpoints, expires, session=session)
         self.renew((conn,), expires)
         return conn
 
@@ -140,12 +166,14 @@ class Connections:
         """Its addresses have become known."""
         self._unlocated.pop(conn, None)
         conn.here, conn.uid, conn.pid = socket.here, socket.uid, socket.pid
+        self._unseen[conn.slot] = INF
+        if conn.only not in (-1, socket.uid):
+            self._strange.append(conn)
         if conn.endpoints is None:
             self._set_endpoints(conn, socket.endpoints)
 
     def search(self, now: float) -> list[Connection]:
-        """Look again for the sockets of cookies. Returns those that do not show up for LOCATE_S."""
-        gone = []
+        """Look again for the sockets of cookies. Returns those that do not show up for LOCATE_S, or are others'."""
         for conn, search in list(self._unlocated.items()):
             if now < search.next_try:
                 continue
@@ -156,12 +184,33 @@ class Connections:
             search.give_up = min(search.give_up, now + LOCATE_S)
             search.next_try = now + LOCATE_RETRY_S
             if now >= search.give_up and not self.table.last_ns[conn.slot]:
-                gone.append(conn)
+                self._strange.append(conn)
+        gone, self._strange = self._strange, []
         return gone
+
+    def too_many(self, conn: Connection) -> bool:
+        """Its user has more connections than it may, since the kernel has taken a slot by itself."""
+        return conn.user.connections > self.per_user
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
-    def _take(self, cookie: int, endpoints: Endpoints | None, expires: float, slot: int | None = None) -> Connection:
+    def _take(
+        self,
+        cookie: int,
+        endpoints: Endpoints | None,
+        expires: float,
+        slot: int | None = None,
+        *,
+        session: Session | None = None,
+    ) -> Connection:
+        user = self._nobody if session is None else session.user
+        if slot is None and session is not None and user.connections >= self.per_user:
+            raise HintError(
+                "selector",
+                f"user {user.uid} has {user.connections} connections already",
+                "raise limits.max_connections_per_user, or complete transfers that are done",
+                exhausted=True,
+            )
         if slot is not None:
             lane, band = int(self.table.lane[slot]), int(self.table.band[slot])
             self.table.adopt(slot)
@@ -177,7 +226,8 @@ class Connections:
                     "raise daemon.slots, or complete transfers that are done",
                     exhausted=True,
                 ) from None
-        conn = Connection(slot, cookie, None, lane, band=band, expires=expires)
+        conn = Connection(slot, cookie, None, lane, user, band=band, expires=expires)
+        user.connections += 1
         self._lane_users[lane] += 1
         self._sent[slot] = self._acked[slot] = 0.0
         self.peer[slot] = -1
@@ -186,6 +236,7 @@ class Connections:
             self._set_endpoints(conn, endpoints)
             self._by_tuple[endpoints] = conn
             self.keys.add_tuple(endpoints, slot)
+            self._unseen[slot] = LONG_AGO
         if cookie:
             self.by_cookie[cookie] = conn
             self.keys.add_cookie(cookie, slot)
@@ -230,7 +281,8 @@ class Connections:
         self.mark_set[conn.slot] = 0
         self._unlocated.pop(conn, None)
         self._unplaced.pop(conn, None)
-        self.rest_since[conn.slot] = INF
+        self.rest_since[conn.slot] = self._unseen[conn.slot] = INF
+        conn.user.connections -= 1
         self.table.give_back(conn.slot)
         self._lane_users[conn.lane] -= 1
         del self.by_slot[conn.slot]
@@ -253,10 +305,13 @@ class Connections:
         self.note_rest(conn, now, linger=False)
 
     def idle(self, now: float, linger: float) -> list[Connection]:
-        """Connections at rest for ``linger`` seconds, or past their expiry."""
+        """Connections at rest for ``linger`` seconds, or past their expiry, or named by a tuple that nothing uses."""
         high = self.table.high
-        rest = self.rest_since[:high]
+        rest, unseen = self.rest_since[:high], self._unseen[:high]
         over = (rest + linger < now) | ((rest < INF) & (self.table.expires_ns[:high] < int(now * NS)))
+        unseen[unseen == LONG_AGO] = now
+        unseen[self.table.last_ns[:high] > 0] = INF
+        over |= unseen + UNSEEN_S < now
         return [self.by_slot[slot] for slot in np.flatnonzero(over & self.table.used[:high]).tolist()]
 
     def renew(self, conns: Iterable[Connection], expires: float) -> None:
@@ -370,3 +425,13 @@ class Connections:
     def forget_progress(self, conn: Connection, acked: float) -> None:
         """The last word on a connection that is over."""
         self._sent[conn.slot] = self._acked[conn.slot] = acked
+
+
+def _own(session: Session | None, uid: int, field: str) -> None:
+    """Raise HintError unless a session may name the connections of a user."""
+    if session is not None and session.only not in (-1, uid):
+        raise HintError(
+            field,
+            f"is no connection of user {session.only}",
+            "hint your own; daemon.trusted_users lists who may hint those of others",
+        )

@@ -67,7 +67,8 @@ class Engine:
         self.books = books = Books()
         self.rescuer = Rescuer(devices, connections, bands, rescue)
         self.steering = Steering(books, connections, policy, bands, devices, self.rescuer)
-        self.watches = Watches(books, connections.sockets, bands.level_bands[0].lanes)
+        self.watches = Watches(books, connections.sockets, bands.level_bands[0].lanes, limits)
+        connections.per_user = limits.max_connections_per_user
         self.endings = Endings(books, connections, self.watches, self.rescuer)
         self.delivery = Delivery(books, connections, self.rescuer, self.endings)
         self.ledger = Ledger(
@@ -82,15 +83,18 @@ class Engine:
 
     def set_limits(self, limits: LimitsConfig, rescue: RescueConfig) -> None:
         """Take other limits; they hold from now on."""
-        self.ledger.limits = limits
+        self.ledger.limits = self.watches.limits = limits
+        self.connections.per_user = limits.max_connections_per_user
         self.rescuer.config = rescue
 
     # --- sessions and hints -------------------------------------------------------------------------------------------
 
-    def session(self, name: str, now: float, *, pid: int = 0, uid: int = -1, maker: object = None) -> Session:
-        """Find or open a client session. Raises HintError for an empty name, or too many sessions.
+    def session(
+        self, name: str, now: float, *, pid: int = 0, uid: int = -1, only: int = -1, maker: object = None
+    ) -> Session:
+        """Find or open a client session. Raises HintError for a name that can't be, or too many sessions.
 
-        ``maker`` is who opens it: whoever asks looks whether the one found is its own.
+        ``maker`` is who opens it: whoever asks looks whether the one found is its own. ``only``: see Session.
         """
         sessions = self.books.sessions
         found = sessions.get(name)
@@ -99,14 +103,22 @@ class Engine:
             return found
         if not name:
             raise HintError("session", "is empty", "name the session, unique per process")
-        if len(sessions) >= self.ledger.limits.max_sessions:
-            raise HintError(
-                "session",
-                f"{len(sessions)} sessions are open already",
-                "raise limits.max_sessions, or let workers share a session",
-                exhausted=True,
-            )
-        new = sessions[name] = Session(name, pid, uid, maker, seen=now)
+        limits, user = self.ledger.limits, self.books.user(uid)
+        if len(name.encode(errors="replace")) > limits.max_id_bytes:
+            raise HintError("session", "is too long", f"at most {limits.max_id_bytes} bytes (limits.max_id_bytes)")
+        for whose, have, limit in (
+            ("", len(sessions), "max_sessions"),
+            (f" by user {uid}", user.sessions, "max_sessions_per_user"),
+        ):
+            if have >= getattr(limits, limit):
+                raise HintError(
+                    "session",
+                    f"{have} sessions are open already{whose}",
+                    f"raise limits.{limit}, or let workers share a session",
+                    exhausted=True,
+                )
+        new = sessions[name] = Session(name, pid, uid, only, user, maker, seen=now)
+        user.sessions += 1
         return new
 
     def end_session(self, session: Session, now: float) -> None:
@@ -118,6 +130,7 @@ class Engine:
         if sessions.get(session.name) is not session:
             return
         del sessions[session.name]
+        session.user.sessions -= 1
         if self.elsewhere is not None:
             self.elsewhere.ended(session)
         self.delivery.hand_over(self.endings.end_session(session, now), now)
@@ -160,7 +173,7 @@ class Engine:
         self.watches.look(now)
         self.hear(now)
         for conn in self.connections.search(now):
-            self.endings.drop(conn, now, f"no socket has cookie {conn.cookie}")
+            self.endings.drop(conn, now, f"no socket of this user has cookie {conn.cookie}")
         moved = self.connections.moved(self.books.streams)
         self.delivery.run(moved, now)
         if now >= self._next_house:
@@ -169,7 +182,7 @@ class Engine:
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
             self._sweep(now)
-        self.steering.run(moved, now, rescue=self.steers)
+        self.steering.run(moved, now, steers=self.steers)
 
     def hear(self, now: float) -> None:
         """Take in what the kernel tells of connections."""
@@ -191,10 +204,14 @@ class Engine:
     def _established(self, event: Established, now: float) -> None:
         expires = now + self.ledger.limits.default_ttl_s
         watches = list(self.watches.matching(event.socket))
+        session = watches[0].session if watches else None
         try:
-            conn = self.connections.of_socket(event.socket, expires, event.slot)
+            conn = self.connections.of_socket(event.socket, expires, event.slot, session=session)
         except HintError:
             return  # the table is full: it goes as default traffic
+        if self.connections.too_many(conn):
+            self.endings.drop(conn, now)
+            return
         for watch in watches:
             # Nothing but its SYN, which TCP counts as a byte, has gone before.
             self.ledger.joined(watch, conn, float(event.active), now)
@@ -205,7 +222,8 @@ class Engine:
             if not self.watches.may(watch, socket):
                 continue
             try:
-                conn = self.connections.of_socket(socket, now + self.ledger.limits.default_ttl_s)
+                expires = now + self.ledger.limits.default_ttl_s
+                conn = self.connections.of_socket(socket, expires, session=watch.session)
             except HintError:
                 return
             self.ledger.joined(watch, conn, None, now)

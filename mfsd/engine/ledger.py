@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import LEVEL_NEW
-from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Transfer, Watch
+from mfsd.engine.records import ENTRY, Batch, Connection, Mark, Request, Session, Transfer, Watch
 from mfsd.engine.slots import NS
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
@@ -92,6 +92,31 @@ class Ledger:
                 field, f"the session has {have} {what}", f"{instead}, or raise limits.{limit}", exhausted=True
             )
 
+    def room(self, session: Session) -> int:
+        """How many transfers a session may add whose names are as long as can be."""
+        limits, user = self.limits, session.user
+        bytes_left = limits.max_mb_per_user * 1e6 - user.bytes
+        return min(
+            limits.max_transfers_per_session - len(session.transfers),
+            limits.max_transfers_per_user - user.transfers,
+            limits.max_transfers - self.books.everybody.transfers,
+            int(bytes_left) // (ENTRY + limits.max_id_bytes),
+        )
+
+    def _room(self, field: str, session: Session, name: str, more: int = 0, *, transfer: bool = False) -> None:
+        """Raise HintError unless a session's user, and all together, have room for it and ``more``."""
+        limits, user = self.limits, session.user
+        size = user.bytes + (more + 1) * (ENTRY + len(name))
+        problem = ""
+        if size > limits.max_mb_per_user * 1e6:
+            problem, limit = f"user {user.uid} takes {user.bytes / 1e6:.3g} MB already", "max_mb_per_user"
+        elif transfer and user.transfers + more >= limits.max_transfers_per_user:
+            problem, limit = f"user {user.uid} has {user.transfers} transfers", "max_transfers_per_user"
+        elif transfer and self.books.everybody.transfers + more >= limits.max_transfers:
+            problem, limit = f"all users together have {self.books.everybody.transfers} transfers", "max_transfers"
+        if problem:
+            raise HintError(field, problem, f"complete those that are done, or raise limits.{limit}", exhausted=True)
+
     # --- requests and batches -----------------------------------------------------------------------------------------
 
     def _request(self, session: Session, hint: RequestHint, now: float) -> None:
@@ -100,8 +125,10 @@ class Ledger:
         requests, transfers = self.books.requests, self.books.transfers
         if request is None:
             self._bound("request.id", "requests already", len(session.requests), "max_requests_per_session")
+            self._room("request.id", session, hint.id)
             request = Request(hint.id, session)
             session.requests[hint.id] = request
+            self.books.charge(session, hint.id)
             requests.add(request, arrival=now, batch=-1)
         requests.put(request, "deadline", hint.deadline)
         requests.put(request, "expires", expires)
@@ -155,8 +182,10 @@ class Ledger:
 
     def _new_batch(self, session: Session, batch_id: str, now: float) -> Batch:
         self._bound("batch.id", "batches already", len(session.batches), "max_batches_per_session")
+        self._room("batch.id", session, batch_id)
         batch = Batch(batch_id, session)
         session.batches[batch_id] = batch
+        self.books.charge(session, batch_id)
         batches = self.books.batches
         expires = now + self.limits.default_ttl_s
         batches.add(batch, arrival=now, layer_since=now, expires=expires, rank=batches.n)
@@ -170,6 +199,7 @@ class Ledger:
         if known or transfer_id in session.transfers:
             raise HintError("transfer.id", f"{transfer_id!r} is announced already", "ids are unique within a session")
         self._bound("transfer.id", "unfinished transfers", len(session.transfers) + more, "max_transfers_per_session")
+        self._room("transfer.id", session, transfer_id, more, transfer=True)
 
     @staticmethod
     def no_owner(request_id: str, batch_id: str) -> HintError:
@@ -219,6 +249,7 @@ class Ledger:
             ),
         )
         session.transfers[hint.id] = transfer
+        self.books.charge(session, hint.id, transfer=True)
         if request is not None:
             request.transfers.add(transfer)
         if batch is not None:
@@ -241,20 +272,11 @@ class Ledger:
             if stream.watch is not None:
                 self.watches.get(session, selector, self.band_of(stage), expires, now)
         else:
-            exact = exact_endpoints(selector)
-            if isinstance(selector, CookieSelector):
-                conn = self.connections.of_cookie(selector.cookie, expires)
-            elif exact is not None:
-                found = self.connections.sockets.exact(selector)  # type: ignore[arg-type]  # exact, so a tuple
-                conn = (
-                    self.connections.of_tuple(exact, expires)
-                    if found is None
-                    else self.connections.of_socket(found, expires)
-                )
-            else:
-                conn = None
+            conn = self._connection(session, selector, expires)
+            if conn is not None:
+                self.connections.note_rest(conn, now, linger=False)  # should the rest fail, nothing holds it
             watch = None
-            if conn is None or exact is not None:
+            if not isinstance(selector, CookieSelector):
                 # An exact tuple, too, may name one connection after another.
                 watch = self.watches.get(session, selector, self.band_of(stage), expires, now)
             stream = session.streams[selector] = self.books.streams.open(session, selector, watch)
@@ -268,6 +290,21 @@ class Ledger:
                 self._join(stream, conn, position or None)
         self.connections.renew(stream.members, expires)
         return stream
+
+    def _connection(self, session: Session, selector: Selector, expires: float) -> Connection | None:
+        """The one connection that a selector names; None: it may name several, or one still to come."""
+        connections = self.connections
+        if isinstance(selector, CookieSelector):
+            return connections.of_cookie(selector.cookie, expires, session)
+        exact = exact_endpoints(selector)
+        if exact is None:
+            return None
+        found = connections.sockets.exact(selector)  # type: ignore[arg-type]  # exact, so a tuple
+        if found is not None:
+            return connections.of_socket(found, expires, session=session)
+        if session.only < 0 or connections.sockets.sends(exact, session.only):
+            return connections.of_tuple(exact, expires, session)
+        return None
 
     def begin(self, stream: Stream, size: float, position: float, offset: float, now: float) -> tuple[float, bool]:
         """Offset of a transfer's first byte, behind all that is announced on its stream, which is at ``offset`` now.
@@ -385,7 +422,7 @@ class Ledger:
         selector: Selector = mark.selector
         conn: Connection | None = None
         if isinstance(selector, CookieSelector):
-            conn = self.connections.of_cookie(selector.cookie, expires)
+            conn = self.connections.of_cookie(selector.cookie, expires, session)
         else:
             watch = self.watches.get(session, selector, self.band_of(mark.stage, mark.due_in), expires, now)
             watch.mark = mark

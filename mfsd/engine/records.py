@@ -59,6 +59,28 @@ BATCH_COLUMNS: Final = {
 }
 
 
+ENTRY: Final = 640
+"""Bytes that a request, a batch or a transfer takes besides its name, about."""
+
+
+@dataclass(slots=True, eq=False)
+class User:
+    """What the sessions of one user take together of what all share."""
+
+    uid: int
+    """-1: of whom nothing is known."""
+    sessions: int = 0
+    connections: int = 0
+    selectors: int = 0
+    transfers: int = 0
+    bytes: int = 0
+
+    @property
+    def idle(self) -> bool:
+        """It takes nothing."""
+        return not (self.sessions or self.connections or self.selectors or self.transfers)
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One client process."""
@@ -68,6 +90,9 @@ class Session:
     """In the daemon's pid namespace, on the kernel's word; 0: unknown."""
     uid: int = -1
     """On the kernel's word; -1: unknown."""
+    only: int = -1
+    """User whose connections alone it may name; -1: anybody's."""
+    user: User = field(default_factory=lambda: User(-1))
     maker: object = None
     """Who opened it, and alone may use it."""
     requests: dict[str, Request] = field(default_factory=dict)
@@ -181,6 +206,10 @@ class Connection:
     cookie: int
     endpoints: Endpoints | None
     lane: int
+    user: User = field(default_factory=lambda: User(-1))
+    """Whose hints made it known: it counts for that one."""
+    only: int = -1
+    """It may be this user's alone, though nobody knows yet whose it is."""
     here: bool = False
     """Its socket is in the daemon's network namespace, so that TCP can be asked."""
     uid: int = -1

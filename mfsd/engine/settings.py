@@ -30,15 +30,26 @@ class LimitsConfig(Section):
     max_hints_per_batch: int = setting(1024, "Hints in one message.", ge=1, le=65_536)
     max_requests_per_batch: int = setting(1024, "Members of one batch of requests.", ge=1, le=65_536)
     max_deadline_s: float = setting(
-        600.0, "Deadlines further away (or longer past) than this are refused.", gt=0, le=86_400
+        600.0, "Deadlines further away (or longer past) than this are refused.", ge=0.001, le=86_400
     )
     min_deadline_ms: float = setting(1.0, "Nearer deadlines are moved to this one.", ge=0, le=60_000)
-    default_ttl_s: float = setting(30.0, "Life of a hint that names none.", gt=0, le=86_400)
-    max_ttl_s: float = setting(600.0, "Longer lives are cut to this one.", gt=0, le=86_400)
+    default_ttl_s: float = setting(30.0, "Life of a hint that names none.", ge=0.001, le=86_400)
+    max_ttl_s: float = setting(600.0, "Longer lives are cut to this one.", ge=0.001, le=86_400)
     max_transfer_bytes: int = setting(1 << 40, "Size of one transfer.", ge=1, le=1 << 50)
     max_layers: int = setting(4096, "Layers of a model.", ge=1, le=1 << 20)
     max_id_bytes: int = setting(256, "Length of an identifier in UTF-8.", ge=1, le=4096)
-    max_sessions: int = setting(256, "Client processes at a time.", ge=1, le=65_536)
+    max_sessions: int = setting(1024, "Client processes at a time, of all users.", ge=1, le=65_536)
+    max_sessions_per_user: int = setting(256, "Client processes of one user at a time.", ge=1, le=65_536)
+    max_connections_per_user: int = setting(
+        8192, "Connections that one user's hints name at a time; of daemon.slots.", ge=1, le=1 << 20
+    )
+    max_selectors: int = setting(8192, "Selectors by port or process, of all users.", ge=1, le=1 << 20)
+    max_selectors_per_user: int = setting(2048, "The same of one user.", ge=1, le=1 << 20)
+    max_transfers: int = setting(131_072, "Unfinished transfers of all users.", ge=1, le=1 << 22)
+    max_transfers_per_user: int = setting(65_536, "Unfinished transfers of one user.", ge=1, le=1 << 22)
+    max_mb_per_user: float = setting(
+        48.0, "Memory for what one user has said: requests, batches, transfers, their names.", ge=0.001, le=65_536
+    )
     max_requests_per_session: int = setting(16_384, "Requests of one session at a time.", ge=1, le=1 << 20)
     max_batches_per_session: int = setting(4096, "Batches of one session at a time.", ge=1, le=1 << 20)
     max_transfers_per_session: int = setting(65_536, "Unfinished transfers of one session.", ge=1, le=1 << 22)

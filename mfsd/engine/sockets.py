@@ -114,6 +114,10 @@ class Sockets(Protocol):
         """The connection that an exact selector names; None if it isn't in the daemon's network namespace."""
         ...
 
+    def sends(self, endpoints: Endpoints, uid: int) -> bool:
+        """A socket that is no connection (UDP) and that ``uid`` made sends from there, in our network namespace."""
+        ...
+
     def descends(self, pid: int, ancestor: int) -> bool:
         """A process is another one, or was started by it or by one that descends from it, as far as is known."""
         ...

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
+from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.views import views_of
 from mfsd.model import INF, Event, EventKind, Stage
 from mfsd.policy.still import stage_levels
@@ -53,6 +54,7 @@ class Steering:
     devices: Sequence[Device]
     rescuer: Rescuer
     ladder: Ladder = field(init=False)
+    guarantees: Guarantees = field(init=False)
     stage_level: I2 = field(init=False)
     _marked: list[tuple[int, int]] = field(init=False)
     """By set of marks (Connections.mark_sets): the most urgent level of those that count always, and of all."""
@@ -62,6 +64,7 @@ class Steering:
     _next_feasible: float = 0.0
 
     def __post_init__(self) -> None:
+        self.guarantees = Guarantees(self.devices, self.bands)
         self._set_policy(self.policy)
 
     def change_policy(self, policy: Policy) -> None:
@@ -105,8 +108,11 @@ class Steering:
         moved = self.connections.moved(self.books.streams) if moved is None else moved
         return views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now)
 
-    def run(self, moved: Moved, now: float, *, rescue: bool) -> None:
-        """Decide all levels and write them. ``rescue``: packets follow the levels, so promotions may need help."""
+    def run(self, moved: Moved, now: float, *, steers: bool) -> None:
+        """Decide all levels and write them, and what bands are guaranteed.
+
+        ``steers``: packets follow the levels. Then promotions may need help; else what is queued is let out.
+        """
         if now >= self._next_observe:
             self._next_observe = now + OBSERVE_S
             for device in self.devices:
@@ -117,11 +123,13 @@ class Steering:
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
             self._arrange(views)
+        guarantee = None
         if len(views.transfers):
             new = views.transfers.size[views.transfers.level == LEVEL_NEW]
             if len(new):
                 views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
             decision = self.policy.evaluate(views)
+            guarantee = decision.guarantee
             self.books.transfers.live("level")[:] = decision.level
             self.books.transfers.live("seen_layer")[:] = views.transfers.current_layer
             if decision.infeasible is not None:
@@ -129,7 +137,12 @@ class Steering:
             elif now >= self._next_feasible:
                 self._next_feasible = now + FEASIBLE_S
                 self._tell_infeasible(views, self.policy.infeasible(views))
-        self._write(now, rescue=rescue)
+        # Before the levels, so that whoever is promoted finds its guarantee.
+        if steers:
+            self.guarantees.give(guarantee, self.ladder, now)
+        else:
+            self.guarantees.drain(now)
+        self._write(now, rescue=steers)
         self.rescuer.run(now)
         self.books.counters.rescues += self.rescuer.rescued()
 

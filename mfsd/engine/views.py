@@ -131,7 +131,7 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
     # Everything in bands above that of a level; one more column for "above the scavenger".
     above = np.concatenate([np.zeros((len(load), 1)), np.cumsum(load, axis=1)], axis=1)
     at = [*ladder.band_of, bands.scavenger.index]
-    # Floors by band, none where the device has none; the levels' own are no obstacle to what stands on a level.
+    # Floors by band, none where the device has none; those of the levels are no obstacle to what stands on a level.
     floors = np.array([[b.floor for b in bands.bands]] * len(load))
     floors *= np.array([[d.floors] for d in devices] or [[False]])
     others = [b.index for b in bands.bands if b.role is not Role.LEVEL]
@@ -139,7 +139,7 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
         rate=np.array([e.rate for e in estimators] or [0.0]),
         load=np.minimum(load.sum(axis=1), 1.0),
         load_above=np.minimum(above[:, at], 1.0),
-        floor=floors.sum(axis=1),
+        floor=floors[:, others].sum(axis=1),
         taken=np.minimum(load, floors)[:, others].sum(axis=1),
         peer_rate=connections.peers.rate,
     )

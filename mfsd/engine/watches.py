@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.engine.records import Watch
 from mfsd.engine.slots import NS
-from mfsd.model import CookieSelector, Endpoints, ProcessSelector, RuleSelector, Selector, TupleSelector
+from mfsd.model import CookieSelector, Endpoints, HintError, ProcessSelector, RuleSelector, Selector, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mfsd.engine.books import Books
     from mfsd.engine.records import Session
+    from mfsd.engine.settings import LimitsConfig
     from mfsd.engine.sockets import Socket, Sockets
     from mfsd.model import Address
 
@@ -30,8 +31,9 @@ FALLBACK_S: Final = 0.25
 class Watches:
     """All watches, arranged so that a new connection finds those that mean it without trying all."""
 
-    def __init__(self, books: Books, sockets: Sockets, lanes: int) -> None:
+    def __init__(self, books: Books, sockets: Sockets, lanes: int, limits: LimitsConfig) -> None:
         self._books = books
+        self.limits = limits
         self._sockets = sockets
         self._lanes = lanes
         self._by_peer: dict[Address | None, list[Watch]] = {}
@@ -52,27 +54,49 @@ class Watches:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def get(self, session: Session, selector: Selector, band: int, expires: float, now: float) -> Watch:
-        """The session's watch on a selector, opened if need be; new connections begin in ``band``."""
+        """The session's watch on a selector, opened if need be; new connections begin in ``band``.
+
+        Raises HintError when there are too many.
+        """
         watch = session.watches.get(selector)
         if watch is None:
+            self._bound(session)
+            session.user.selectors += 1
+            self._books.everybody.selectors += 1
             watch = session.watches[selector] = Watch(session, selector, since=now, band=-1)
             self._by_peer.setdefault(_peer(selector), []).append(watch)
             self._to_look[selector] = None
         if watch.band != band or watch.expires < expires:
             # Told well ahead of time, so that a watch in constant use is not told again and again.
             watch.band, watch.expires = band, expires + (expires - now)
-            self._sockets.watch(selector, session.uid, band, self._lanes, int(watch.expires * NS))
+            self._sockets.watch(selector, session.only, band, self._lanes, int(watch.expires * NS))
         return watch
+
+    def _bound(self, session: Session) -> None:
+        user, everybody = session.user, self._books.everybody
+        for whose, have, limit in (
+            (f"user {user.uid} has", user.selectors, "max_selectors_per_user"),
+            ("all users together have", everybody.selectors, "max_selectors"),
+        ):
+            if have >= getattr(self.limits, limit):
+                raise HintError(
+                    "selector",
+                    f"{whose} {have} selectors already",
+                    f"name connections by cookie, or ranges of ports; or raise limits.{limit}",
+                    exhausted=True,
+                )
 
     def end(self, watch: Watch) -> None:
         """Nobody wants it any more. Its connections are no business of this class."""
         del watch.session.watches[watch.selector]
+        watch.session.user.selectors -= 1
+        self._books.everybody.selectors -= 1
         peer = _peer(watch.selector)
         self._by_peer[peer].remove(watch)
         if not self._by_peer[peer]:
             del self._by_peer[peer]
         self._to_look.pop(watch.selector, None)
-        self._sockets.unwatch(watch.selector, watch.session.uid)
+        self._sockets.unwatch(watch.selector, watch.session.only)
 
     def expired(self, now: float) -> list[Watch]:
         """Those that nothing has used for their time to live, and that no mark holds."""
@@ -107,8 +131,8 @@ class Watches:
 
     @staticmethod
     def may(watch: Watch, socket: Socket) -> bool:
-        """A session's selectors mean its user's sockets only, as far as one knows whose they are."""
-        return watch.session.uid < 0 or socket.uid in (-1, watch.session.uid)
+        """A session's selectors mean its user's sockets only, unless it may speak for all."""
+        return watch.session.only in (-1, socket.uid)
 
     def matching(self, socket: Socket) -> Iterable[Watch]:
         """The watches that mean a connection."""

@@ -117,6 +117,15 @@ class SocketResolver:
             return self._resolve([selector], {0: inodes})[0]
         return self._resolve([selector], {})[0]
 
+    def owner(self, e: Endpoints) -> int:
+        """User of the socket that packets of these endpoints leave from, connected or not; -1: there is none.
+
+        Raises DiagError.
+        """
+        request = inet_diag.lookup_request(e.protocol, _packed(e.src), e.sport, _packed(e.dst), e.dport)
+        (answer,) = self._diag.lookup([request])
+        return -1 if answer is None else answer.row.uid
+
     def resolve_many(self, selectors: Sequence[HintSelector]) -> list[list[Socket]]:
         """As `resolve` for each, aligned with ``selectors``, sharing one listing per address family.
 

@@ -8,6 +8,7 @@ session, with their ids prefixed. Times are what is left when a message leaves, 
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -66,8 +67,10 @@ class Outgoing:
         name: str,
         credentials: Callable[[], grpc.ChannelCredentials],
         soon: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``name``: of this daemon, unique among those of all hosts."""
+        """``name``: of this daemon, unique among those of all hosts. ``clock``: the engine's."""
+        self._clock = clock
         self.table = table
         self._name = name
         self._credentials = credentials
@@ -206,6 +209,9 @@ class Outgoing:
             way = Way(self._credentials(), options, correct=True, drops=self._late)
             link = self._links[peer] = Link(self._name, peer.target, QUEUE, BATCH, self._heard, None, way)
         self.handed_on += 1
+        if isinstance(hint, TransferHint | RequestHint) and hint.deadline != INF:
+            # Links go by this process's clock, the engine by the kernel's: in a time namespace they differ.
+            hint = replace(hint, deadline=hint.deadline + time.monotonic() - self._clock())
         link.put(hint)
 
     def _late(self, hint: Hint, now: float) -> bool:
@@ -215,7 +221,8 @@ class Outgoing:
             prefix, separator, name = hint.request_id.partition(SEPARATOR)
             told = self._by_prefix.get(prefix + separator)
             request = None if told is None else told.requests.get(name)
-            deadline = min(deadline, INF if request is None else request.deadline)
+            if request is not None and request.deadline <= self._clock():
+                return True
         return deadline <= now
 
     def _heard(self, event: Event) -> None:

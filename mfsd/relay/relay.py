@@ -42,7 +42,16 @@ log = structlog.get_logger(__name__)
 class Relay:
     """Made in the running loop; ``start`` it, and ``stop`` it."""
 
-    def __init__(self, config: RelayConfig, engine: Engine, decoder: Decoder, poke: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: RelayConfig,
+        engine: Engine,
+        decoder: Decoder,
+        poke: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``clock``: the engine's."""
+        self._clock = clock
         self.config = config
         self._engine = engine
         loop = asyncio.get_running_loop()
@@ -53,8 +62,8 @@ class Relay:
 
         table = Table(config.peers)
         name = f"{socket.gethostname()}:{engine.epoch:x}"
-        self.outgoing = Outgoing(table, name, self._channel_credentials, soon)
-        self.incoming = Incoming(engine, decoder, poke, self.outgoing.has)
+        self.outgoing = Outgoing(table, name, self._channel_credentials, soon, clock)
+        self.incoming = Incoming(engine, decoder, poke, self.outgoing.has, clock=clock)
         self.incoming.allow = config.allow
         self._task: asyncio.Task[None] | None = None
         self._seldom = Seldom()
@@ -92,7 +101,7 @@ class Relay:
         selectors = [RuleSelector(Maker(), dport=PortRange(p, p)) for p in ports]
         if self.port:
             selectors.append(RuleSelector(Maker(), sport=PortRange(self.port, self.port)))
-        now = time.monotonic()
+        now = self._clock()
         session = self._engine.session(SESSION, now, maker=self)
         for selector in selectors:
             self._engine.apply(session, MarkHint(selector, Stage.COLLECTIVE, gives_way=True), now)

@@ -291,10 +291,10 @@ def test_the_directory_as_a_whole(bench: Bench) -> None:
 
 def test_older_connections_can_be_entered(bench: Bench) -> None:
     e = Endpoints(ipaddress.ip_address("10.0.0.1"), 1234, ipaddress.ip_address("fd00::1"), 80)
-    bench.teller.add(2**60 + 1, e)
+    bench.teller.add(2**60 + 1, e, 1000)
     told = bench.teller.find(2**60 + 1)
     assert told is not None
-    assert (told.endpoints, told.pid, told.uid, told.netns) == (e, 0, -1, bench.teller.netns)
+    assert (told.endpoints, told.pid, told.uid, told.netns) == (e, 0, 1000, bench.teller.netns)
 
 
 def test_the_links_go_with_the_process(netns_pair: NetnsPair) -> None:

@@ -8,12 +8,14 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from support.exhausted import no_descriptors
 from support.vanishing import vanishings
 
+from mfsd.datapath import links, tc
 from mfsd.datapath.bpf.attach import attach, hook_users, remove_leftover
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.errors import AttachError, EnforceError, NoDeviceError
-from mfsd.datapath.facts import read_facts, set_txqlen
+from mfsd.datapath.facts import read_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +44,17 @@ def index() -> int:
     return socket.if_nametoindex("w0")
 
 
+def set_txqlen() -> None:
+    with tc.TcSocket() as sock:
+        links.set_txqlen(sock, index(), 5)
+
+
+def look() -> None:
+    at = index()
+    with tc.TcSocket() as sock:
+        links.by_index(sock, at)
+
+
 @pytest.fixture
 def classifier(netns_pair: NetnsPair) -> Iterator[Classifier]:
     """The test runs in a namespace."""
@@ -53,7 +66,8 @@ def classifier(netns_pair: NetnsPair) -> Iterator[Classifier]:
     ("ask", "error", "fails"),
     [
         (lambda _: read_facts("w0"), EnforceError, True),
-        (lambda _: set_txqlen(index(), 5), NoDeviceError, True),
+        (lambda _: set_txqlen(), NoDeviceError, True),
+        (lambda _: look(), NoDeviceError, True),
         (lambda c: attach(c, index(), "auto").detach(), AttachError, True),
         (lambda c: attach(c, index(), "clsact").detach(), AttachError, True),
         (lambda c: attach(c, index(), "clsact").update(c), AttachError, True),
@@ -63,6 +77,7 @@ def classifier(netns_pair: NetnsPair) -> Iterator[Classifier]:
     ids=[
         "read_facts",
         "set_txqlen",
+        "by_index",
         "attach",
         "clsact and detach",
         "clsact and update",
@@ -91,21 +106,19 @@ def test_whatever_is_asked(
 
 def test_a_missing_device_is_told_from_one_that_cannot_be_asked(
     classifier: Classifier,  # noqa: ARG001 - in its namespace
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A note of what was there is thrown away for a device that is gone, and for no other reason."""
     with pytest.raises(NoDeviceError, match="no such device; devices here: lo, v0"):
         read_facts("nosuch0")
-    with pytest.raises(NoDeviceError):
-        set_txqlen(2**30, 5)
+    with tc.TcSocket() as sock:
+        for ask in (links.by_index, lambda s, i: links.set_txqlen(s, i, 5)):
+            with pytest.raises(NoDeviceError):
+                ask(sock, 2**30)
 
-    def exhausted(*_: object) -> None:
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr("mfsd.datapath.pyroute.IPRoute", exhausted)
-    with pytest.raises(EnforceError, match="Too many open files") as caught:
-        read_facts("v0")
-    assert not isinstance(caught.value, NoDeviceError)
+    for free in range(2):  # the question needs a socket, and the answer about its speed another one
+        with no_descriptors(free), pytest.raises(EnforceError, match="Too many open files") as caught:
+            read_facts("v0")
+        assert not isinstance(caught.value, NoDeviceError)
 
 
 def test_an_alternative_name_is_no_name(classifier: Classifier) -> None:  # noqa: ARG001 - in its namespace

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 import structlog
 from support.ctl import Rig
 from support.daemons import Running
 from support.tap import Tap, served
+
+from mfsd.client.introduction import introduced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +23,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     """A real daemon without devices, in which nothing goes wrong; what mfsctl asks it is noted."""
     with structlog.testing.capture_logs() as logged:  # it would log to the stdout that mfsctl has in this process
         running = Running(tmp_path)
-        with grpc.insecure_channel(running.target) as channel:
+        with introduced(running.target) as channel:
             tap = Tap(channel)
             with served(tmp_path / "tap", tap):
                 yield Rig(tap, tmp_path / "tap")

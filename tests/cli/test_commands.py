@@ -10,7 +10,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import grpc
 import pytest
 from google.protobuf import json_format
 from support import samples
@@ -21,6 +20,7 @@ from support.tap import Scripted, served
 
 from mfsd import __version__
 from mfsd.cli import output
+from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
 
@@ -125,7 +125,7 @@ def test_lists_of_nothing(rig: Rig) -> None:
 
 
 def test_long_lists_come_in_pages(busy: Rig) -> None:
-    with grpc.insecure_channel(f"unix:{busy.socket}") as channel:
+    with introduced(f"unix:{busy.socket}") as channel:
         batch = hints_pb2.HintBatch(session="many", seq=1)
         batch.transfers.ids.extend(f"t{i}" for i in range(1000))
         batch.transfers.stage.append(hints_pb2.STAGE_BACKGROUND)

@@ -24,7 +24,6 @@ from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.facts import read_facts
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.tc import TcSocket
-from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Owner
 from mfsd.doctor import Context, Finding, Severity, checkup, device, host, kernel, leftovers, loaders, tcp
 from mfsd.units import Rate
@@ -225,9 +224,10 @@ def test_leftovers(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.Mo
     with monkeypatch.context() as m:
         m.setattr(Owner, "alive", property(lambda _: False))
         found = only(leftovers.notes_left(context))
+        assert "A daemon that is gone has left its qdiscs on v0" in at_home(lambda: leftovers.notes_left(context)).title
     assert found.severity is Severity.WARN
     assert "mfsctl restore" in found.fix
-    note = notes.path_of(cfg.daemon.state_dir, "v0")
+    (note,) = cfg.daemon.state_dir.glob("qdisc-*.json")
     text = note.read_text()
     note.write_text("{")
     assert only(leftovers.notes_left(context)).severity is Severity.FAIL
@@ -235,7 +235,9 @@ def test_leftovers(tmp_path: Path, netns_pair: NetnsPair, monkeypatch: pytest.Mo
     lost = at_home(lambda: device.qdisc(context, "v0"))
     assert lost.severity is Severity.FAIL
     assert "tc qdisc del dev v0 root" in lost.fix
+    assert "mfsctl restore v0 --delete" in at_home(lambda: leftovers.trees_left(context)).fix
     note.write_text(text)
+    assert not netns_pair.call(netns_pair.a, lambda: list(leftovers.trees_left(context)))
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

@@ -108,16 +108,13 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         ),
         (
             {"daemon": {"listen": "localhost"}},
-            (
-                'daemon.listen = "localhost": must be "host:port" with a loopback address; '
-                "others need daemon.listen_remote = true"
-            ),
+            ('daemon.listen = "localhost": must be "host:port" with a loopback address; others need the tls keys'),
         ),
         (
             {"daemon": {"listen": "0.0.0.0:50551"}},
             (
-                'daemon.listen = "0.0.0.0:50551": must be a loopback address; set daemon.listen_remote = true to let '
-                "other hosts in (there is no authentication)"
+                'daemon.listen = "0.0.0.0:50551": must be a loopback address; set daemon.tls_cert, tls_key and '
+                "tls_client_ca to let other hosts in"
             ),
         ),
         (
@@ -261,8 +258,15 @@ def test_loopback_may_be_listened_on(listen: str) -> None:
     assert parse({"daemon": {"listen": listen}}).daemon.listen == listen
 
 
-def test_remote_needs_consent() -> None:
-    assert parse({"daemon": {"listen": "0.0.0.0:1", "listen_remote": True}}).daemon.listen == "0.0.0.0:1"
+def test_remote_needs_certificates() -> None:
+    tls = {"tls_cert": "/c.pem", "tls_key": "/k.pem", "tls_client_ca": "/ca.pem"}
+    assert parse({"daemon": {"listen": "0.0.0.0:1"} | tls}).daemon.listen == "0.0.0.0:1"
+    assert problems({"daemon": tls}) == ["daemon.listen = unset: must be set, because the tls keys are for it"]
+    for name in tls:
+        some = {key: path for key, path in tls.items() if key != name}
+        one, other = problems({"daemon": {"listen": "0.0.0.0:1"} | some})
+        assert one == f"daemon.{name} = unset: must be set, as the other tls keys are"
+        assert other.startswith("daemon.listen = ")
 
 
 def test_load_names_the_file(tmp_path: Path) -> None:

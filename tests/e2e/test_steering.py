@@ -84,7 +84,7 @@ def test_a_deferred_flow_starves_and_is_rescued_when_promoted(daemon: Daemon) ->
     with flows(daemon.pair, 1 + BUSY) as (late, *busy), daemon.client() as client:
         defer(daemon, client, late, busy)
         time.sleep(0.3)
-        assert late.rate(0.5) < 0.05 * LINK  # deferred, not served
+        assert late.rate(0.5) < 0.1 * LINK  # deferred, served as its floor allows
         # It must overtake at once, although its packets sit in a starved queue.
         client.mark(late.sender, Stage.COLLECTIVE)
         assert client.flush(5)

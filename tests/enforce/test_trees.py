@@ -185,7 +185,16 @@ def test_differences_say_what_it_takes() -> None:
     leaf = tc.TcObject("pfifo", 0x10000000, ROOT | 0x2001, 2, None, {})
     assert differences(tree, [*qdiscs, leaf], classes) == []
     (wrong,) = differences(tree, [*qdiscs, dataclasses.replace(leaf, parent=ROOT | 0x4001)], classes)
-    assert wrong.how is How.REBUILD, "a queue under the default band is not a rescue's"
+    assert wrong.how is How.REMOVE, "a queue under the default band is not a rescue's"
+    assert wrong.command == "tc qdisc del dev DEV parent 6d66:4001 handle 1000:"
+    # What hangs below somebody's queue goes with it.
+    below = [
+        tc.TcObject("htb", 0x770000, ROOT | 0x2001, 2, None, {}),
+        tc.TcObject("pfifo", 0x780000, 0x770001, 2, None, {}),
+    ]
+    inside = tc.TcObject("htb", 0x770001, 0x770000, 0, None, {})
+    (top,) = differences(tree, [*qdiscs, *below], [*classes, inside])
+    assert (top.how, top.text) == (How.REMOVE, "qdisc htb 77: is not ours")
 
 
 def test_ticks_round_up_like_tc() -> None:

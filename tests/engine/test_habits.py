@@ -378,11 +378,11 @@ def test_connections_of_descendants_are_those_of_the_process() -> None:
 def test_a_selector_means_its_users_sockets_only() -> None:
     h = Host()
     before = [h.socket(1, uid=1000), h.socket(2, uid=1001), h.socket(3, uid=-1)]
-    session = h.engine.session("w", h.now, pid=7, uid=1000)
+    session = h.engine.session("w", h.now, pid=7, uid=1000, only=1000)
     h.engine.apply(session, MarkHint(peer(before[0]), Stage.COLLECTIVE), h.now)
     h.tick()
     after = [h.socket(4, uid=1000), h.socket(5, uid=1001)]
     h.tick(0.01)
     marked = {c.cookie for c in h.connections.by_slot.values() if c.marks}
-    assert marked == {1, 3, 4}
+    assert marked == {1, 4}
     assert after[1].cookie not in h.keys.cookies

@@ -63,16 +63,16 @@ def test_explain_what_is_needed_and_guaranteed() -> None:
     t = pv.transfers(2, left=[6e6, 9e6], deadline=[0.5, 1.0])
     text, figures = _why(t)
     assert text.startswith(
-        "It needs 127 Mbit/s of 200 Mbit/s to be in time, and 100 Mbit/s are guaranteed on its device. "
+        "It needs 127 Mbit/s of 200 Mbit/s to be in time, and 140 Mbit/s are guaranteed on its device. "
         "It is due first: level 2, above unhinted traffic. It is a prefill-to-decode"
     )
     need = 15e6 / (0.97 - 0.025)
     assert figures["needed_bytes_per_s"] == pytest.approx(need, rel=1e-3)
     assert figures["needed_share"] == pytest.approx(need / 25e6, rel=1e-3)
-    assert figures["guaranteed_bytes_per_s"] == pytest.approx(12.5e6)
+    assert figures["guaranteed_bytes_per_s"] == pytest.approx(1.1 * need)
     assert figures["laxity_s"] == pytest.approx(0.5 - 6 / 25)
     assert _why(t, 1)[0].startswith(
-        "With what is due before it, it needs 127 Mbit/s of 200 Mbit/s to be in time, and 100 Mbit/s are guaranteed on "
+        "With what is due before it, it needs 127 Mbit/s of 200 Mbit/s to be in time, and 140 Mbit/s are guaranteed on "
         "its device. Others are due before it: level 3, above unhinted traffic."
     )
 

@@ -84,7 +84,7 @@ def test_what_plain_sharing_with_another_transfer_meets_is_met(
 @pytest.mark.parametrize("crowd", ["a saturating collective", "a bulk transfer"])
 def test_the_policy_before_it_starved_them(crowd: str) -> None:
     """So the tests above can fail: 0.2 s of work due in 0.6 s, which plain sharing meets."""
-    from mfsd.sim.decide import simulate  # noqa: PLC0415 (only here)
+    from mfsd.lab.sim.decide import simulate  # noqa: PLC0415 (only here)
 
     of = case([Job(0.2, 0.6)], crowd)
     assert shared(of).met[0]
@@ -175,13 +175,13 @@ def test_who_can_wait_leaves_all_to_the_collectives() -> None:
 
 @settings(max_examples=30)
 @given(_sets(12), st.sampled_from([0.5, 0.9, 1.5, 4.0]), crowds)
-def test_without_surprises_levels_only_rise_and_verdicts_stand(jobs: list[Job], load: float, crowd: str) -> None:
-    """A transfer is promoted three times at most, and lost once at most; the lost come back if others leave early."""
+def test_without_surprises_promotions_are_few_and_verdicts_stand(jobs: list[Job], load: float, crowd: str) -> None:
+    """Who gets more than it needs waits again, but not often; lost once at most; the lost come back if others leave."""
     factor = edf_could(jobs, 1 - FLOORS) * load
     _, decider, _ = promised(case([Job(j.work * factor, j.due) for j in jobs], crowd), until=10.0)
     for seen in decider.seen:
         kept = [level for level in seen.levels if level != LEVEL_SCAVENGER]
         promotions = sum(b < a for a, b in itertools.pairwise(kept))
-        assert promotions <= 3
+        assert promotions <= 4 + len(jobs)
         flips = sum(a != b for a, b in zip([False, *seen.infeasible], seen.infeasible, strict=False))
         assert flips <= (1 if load < 1 or crowd != "nobody" else 2)

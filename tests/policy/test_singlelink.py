@@ -13,10 +13,10 @@ import pytest
 from support import plain_link
 
 from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.lab.sim.cases import LOADS, SMALL, Shape, brute_force, draw
+from mfsd.lab.sim.decide import FixedOrder, PolicyDecider, simulate
+from mfsd.lab.sim.singlelink import BatchSpec, Case, Order, RequestSpec, Run
 from mfsd.policy import registry
-from mfsd.sim.cases import LOADS, SMALL, Shape, brute_force, draw
-from mfsd.sim.decide import FixedOrder, PolicyDecider, simulate
-from mfsd.sim.singlelink import BatchSpec, Case, Order, RequestSpec, Run
 
 if TYPE_CHECKING:
     from mfsd.policy.views import I4, Views
@@ -142,7 +142,7 @@ def test_the_views_tell_the_load_of_the_link_by_level() -> None:
 
 def test_the_default_band_stands_where_the_policy_says() -> None:
     decider = PolicyDecider(EXAMPLE, registry.make_policy("edf", 4))
-    assert decider._bands(np.array([LEVEL_NONE, 0, 2, 3, LEVEL_SCAVENGER], dtype=np.int16)).tolist() == [3, 0, 2, 4, 5]
+    assert decider._bands(np.array([LEVEL_NONE, 0, 2, 3, LEVEL_SCAVENGER], dtype=np.int16)).tolist() == [3, 0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("load", LOADS)

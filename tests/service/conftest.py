@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
 from support.daemons import Api, Running, connected
+
+from mfsd.client.introduction import introduced
 
 if TYPE_CHECKING:
     import socket
@@ -40,7 +41,7 @@ def running(start: Callable[..., Running]) -> Running:
 @pytest.fixture
 def api(running: Running) -> Iterator[Api]:
     """Stubs of ``running``."""
-    with grpc.insecure_channel(running.target) as channel:
+    with introduced(running.target) as channel:
         yield Api(channel)
 
 

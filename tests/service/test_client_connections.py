@@ -347,8 +347,11 @@ def test_a_daemon_that_stays_away_is_told_once(
         wait_for(lambda: told() == 2)  # it has been there meanwhile
 
 
-def test_a_socket_without_its_fellow_is_told_and_works(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_socket_without_its_fellow_is_told_and_works_if_anybody_is_believed(
+    start: Callable[..., Running], caplog: pytest.LogCaptureFixture
+) -> None:
     """As where only the one file is mounted into a container."""
+    running = start(daemon={"anonymous": True})
     running.socket.with_name("mfsd.sock.id").unlink()
     with caplog.at_level(logging.WARNING, "mfsd.client"), Client("worker", running.target) as client:
         client.request("r", ttft_left_s=60.0)

@@ -11,6 +11,7 @@ from google.rpc import code_pb2
 from support.daemons import Api, Running, violation
 
 from mfsd.client import cookie_of
+from mfsd.client.introduction import introduced
 from mfsd.engine.settings import LimitsConfig
 from mfsd.v1 import hints_pb2 as pb
 
@@ -165,7 +166,7 @@ def test_columns_that_do_not_fit_together_are_rejected_as_a_whole(api: Api, runn
 
 def test_limits_count_rows_as_hints(start: Callable[..., Running]) -> None:
     one = start(limits={"max_hints_per_batch": 4, "max_transfers_per_session": 2})
-    with grpc.insecure_channel(one.target) as channel:
+    with introduced(one.target) as channel:
         api = Api(channel)
         reply = send(api, columns())
         (rejected,) = reply.rejected
@@ -179,7 +180,7 @@ def test_limits_count_rows_as_hints(start: Callable[..., Running]) -> None:
 
 def test_a_full_table_names_the_row(start: Callable[..., Running]) -> None:
     one = start(daemon={"slots": 16})
-    with grpc.insecure_channel(one.target) as channel:
+    with introduced(one.target) as channel:
         many = columns(17, selectors=[pb.Selector(cookie=100 + i) for i in range(17)], selector=list(range(17)))
         (rejected,) = send(Api(channel), many).rejected
         code, field, description = violation(rejected.status)

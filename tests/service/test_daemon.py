@@ -12,13 +12,15 @@ import stat
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.daemons import PATIENCE_S, wait_for
 
 from mfsd.client import Client
+from mfsd.client.introduction import introduced
 from mfsd.daemon.config import Config, parse, render
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
@@ -53,7 +55,7 @@ class Process:
     notes: socket.socket
 
     def status(self) -> pb.Status:
-        with grpc.insecure_channel(f"unix:{self.path}") as channel:
+        with introduced(f"unix:{self.path}") as channel:
             return control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=PATIENCE_S)
 
     def next_note(self) -> str:
@@ -221,8 +223,15 @@ def test_tcp_where_it_is_configured(spawn: Callable[[], Process], config: Path) 
     config.write_text(config.read_text() + f'listen = "127.0.0.1:{port}"\n')
     process = spawn()
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        status = control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=PATIENCE_S)
-    assert status.epoch == process.status().epoch
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        assert (
+            health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S).status
+            == health_pb2.HealthCheckResponse.SERVING
+        )
+        with pytest.raises(grpc.RpcError) as e:  # nobody can tell who that is
+            control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=PATIENCE_S)
+    assert e.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert process.status().devices == []
 
 
 def test_a_taken_port_is_named(config: Path) -> None:

@@ -97,8 +97,7 @@ def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> Non
         assert (v.enforced, w.enforced) == (True, True)
         ip("link", "del", "w0")
         # The engine goes on asking before anybody has noticed.
-        assert w.read() is None
-        wait_until(lambda: w.failure != "")
+        wait_until(lambda: w.read() is None and w.failure != "")
         devices.care(Mode.ENFORCE)
         assert (v.enforced, w.enforced, w.attachment, w.ifindex) == (True, False, None, 0)
         assert (w.read(), w.failure) == (None, "")

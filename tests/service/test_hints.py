@@ -12,6 +12,7 @@ from google.rpc import code_pb2
 from support.daemons import Api, Running, call_violation, connected, violation, wait_for
 
 from mfsd.client import cookie_of
+from mfsd.client.introduction import introduced
 from mfsd.engine.settings import LimitsConfig
 from mfsd.v1.hints_pb2 import (
     STAGE_BACKGROUND,
@@ -250,7 +251,7 @@ def test_the_same_transfer_twice_is_refused(api: Api) -> None:
 
 def test_a_full_table_is_exhaustion_and_names_the_selector(start: Callable[..., Running]) -> None:
     one = start(daemon={"slots": 16})
-    with grpc.insecure_channel(one.target) as channel:
+    with introduced(one.target) as channel:
         reply = Api(channel).send(
             request(), *(transfer(id=f"t{i}", selector=Selector(cookie=100 + i)) for i in range(17))
         )
@@ -270,7 +271,7 @@ def test_a_full_table_is_exhaustion_and_names_the_selector(start: Callable[..., 
 )
 def test_limits_per_session(start: Callable[..., Running], limit: str, hints: list[Hint], field: str) -> None:
     one = start(limits={limit: 1})
-    with grpc.insecure_channel(one.target) as channel:
+    with introduced(one.target) as channel:
         reply = Api(channel).send(*hints)
     code, where, description = violation(reply.rejected[-1].status)
     assert reply.rejected[-1].index == len(hints) - 1
@@ -280,7 +281,7 @@ def test_limits_per_session(start: Callable[..., Running], limit: str, hints: li
 
 def test_an_oversized_batch_fails_as_a_whole(start: Callable[..., Running]) -> None:
     one = start(limits={"max_hints_per_batch": 2})
-    with grpc.insecure_channel(one.target) as channel:
+    with introduced(one.target) as channel:
         api = Api(channel)
         with pytest.raises(grpc.RpcError) as e:
             api.send(request(id="a"), request(id="b"), request(id="c"))
@@ -301,7 +302,7 @@ def test_a_batch_without_session_fails_as_a_whole(api: Api) -> None:
 
 def test_too_many_sessions(start: Callable[..., Running]) -> None:
     one = start(limits={"max_sessions": 1})
-    with grpc.insecure_channel(one.target) as channel:
+    with introduced(one.target) as channel:
         api = Api(channel)
         api.send(request())
         with pytest.raises(grpc.RpcError) as e:

@@ -18,6 +18,7 @@ import pytest
 from support.daemons import PATIENCE_S, Api, Running, wait_for
 from support.peers import Introduced, worker
 
+from mfsd.api.identity import RESERVED
 from mfsd.client import Client
 from mfsd.v1.hints_pb2 import Hint, Request
 
@@ -37,6 +38,19 @@ def introduce() -> Iterator[Callable[[Running], Introduced]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def running(start: Callable[..., Running]) -> Running:
+    """A daemon that believes also those who say nothing of themselves."""
+    return start(daemon={"anonymous": True})
+
+
+@pytest.fixture
+def api(running: Running) -> Iterator[Api]:
+    """Stubs that say nothing of themselves."""
+    with grpc.insecure_channel(running.target) as channel:
+        yield Api(channel)
 
 
 @pytest.fixture
@@ -211,7 +225,7 @@ def test_a_daemon_that_does_not_see_its_clients_in_proc(tmp_path: Path) -> None:
     for folder in list(tmp_path.parents)[:-2]:  # pytest makes its folders 0700
         folder.chmod(0o755)
     config = tmp_path / "mfsd.toml"
-    config.write_text(f'[daemon]\nsocket = "{run}/mfsd.sock"\nstate_dir = "{run}"\n')
+    config.write_text(f'[daemon]\nsocket = "{run}/mfsd.sock"\nstate_dir = "{run}"\nanonymous = true\n')
     command = [sys.executable, "-m", "mfsd.daemon", "--config", str(config)]
     daemon = ["unshare", "--mount", "sh", "-c", HIDDEN, "sh", *command]
     with subprocess.Popen(daemon, stderr=subprocess.PIPE) as process:
@@ -250,18 +264,23 @@ def test_it_has_the_mode_of_the_other_and_goes_with_it(start: Callable[..., Runn
 def test_connections_are_bounded_by_user_and_the_reason_is_said(
     start: Callable[..., Running], introduce: Callable[[Running], Introduced]
 ) -> None:
-    daemon = start(limits={"max_sessions": 3})
-    some = [introduce(daemon) for _ in range(3)]
+    daemon = start(limits={"max_sessions_per_user": 3})
+    some = [introduce(daemon) for _ in range(3 + RESERVED)]  # we are an operator
     fourth = introduce(daemon)
-    assert fourth.line == f"!user {os.geteuid()} has 3 connections open already (limits.max_sessions)"
+    assert fourth.line == f"!user {os.geteuid()} has 3 connections open already (limits.max_sessions_per_user)"
     assert fourth.hung_up()
     some[0].close()
-    wait_for(lambda: len(daemon.daemon._identities) == 2)
-    assert len(introduce(daemon).line) == 32
+    wait_for(lambda: len(daemon.daemon._identities) == 2 + RESERVED)
+    some[0] = introduce(daemon)
+    assert len(some[0].line) == 32
+    for one in some:
+        one.close()
+    wait_for(lambda: not len(daemon.daemon._identities))
     everybody = daemon.daemon._identities
     others = [everybody.admit(1, uid) for uid in range(10_000, 10_020)]
-    assert sum(isinstance(o, str) for o in others) == 20 - (4 * 3 - 3)
-    assert others[-1] == "12 connections are open already (4 times limits.max_sessions)"
+    assert sum(isinstance(o, str) for o in others) == 20 - 4 * 3
+    assert others[-1] == "12 connections are open already (4 times limits.max_sessions_per_user)"
+    assert not isinstance(everybody.admit(1, 0), str)
 
 
 def test_a_peer_that_speaks_is_hung_up_on_and_a_silent_one_costs_nothing(

@@ -14,6 +14,7 @@ from support.daemons import Api, Running, call_violation, wait_for
 
 import mfsd
 from mfsd.client import cookie_of
+from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import hints_pb2
 from mfsd.v1.hints_pb2 import Hint, Request, Selector, Transfer
@@ -215,7 +216,7 @@ def test_explain_tells_the_rate_of_the_peers_link(
 ) -> None:
     """[[peer]] reaches the policy, also for a transfer announced before its socket was located: 1 MB is 1 s there."""
     running = start(peer=[{"network": "127.0.0.0/8", "rate": "8mbit"}])
-    with grpc.insecure_channel(running.target) as channel:
+    with introduced(running.target) as channel:
         api = Api(channel)
         selector = Selector(cookie=cookie_of(connection[0]))
         transfer = Transfer(id="t", request_id="r", stage=hints_pb2.STAGE_P2D, bytes=1_000_000, selector=selector)

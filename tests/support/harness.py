@@ -69,6 +69,8 @@ class FakeKernel:
         self.sockets: list[FakeSocket] = []
         self.rules: dict[tuple[Selector, int], tuple[int, int, int]] = {}
         self.lent: list[int] = []
+        self.senders: list[FakeSocket] = []
+        """Unconnected ones."""
         self.descendants: dict[int, set[int]] = {}
         self.makers: dict[Maker, set[int]] = {}
         """Cookies of the sockets that somebody of a description has made."""
@@ -88,6 +90,9 @@ class FakeKernel:
 
     def exact(self, selector: TupleSelector) -> Socket | None:
         return next((s.told for s in self.sockets if s.here and self._matches(selector, s)), None)
+
+    def sends(self, endpoints: Endpoints, uid: int) -> bool:
+        return any(s.endpoints == endpoints and s.uid == uid for s in self.senders)
 
     def descends(self, pid: int, ancestor: int) -> bool:
         return pid == ancestor or pid in self.descendants.get(ancestor, ())

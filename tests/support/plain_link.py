@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mfsd.sim.singlelink import BatchSpec, Case
+    from mfsd.lab.sim.singlelink import BatchSpec, Case
 
 
 @dataclass

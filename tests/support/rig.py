@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 
 from mfsd.client import Client
+from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc as rpc
 from mfsd.v1 import hints_pb2 as hints
@@ -115,7 +116,7 @@ rate = "{RATE_MBIT}mbit"
 
     def control(self, call: Callable[[rpc.ControlStub], Any]) -> Any:
         """One call of the Control service."""
-        with grpc.insecure_channel(f"unix:{self.socket}") as channel:
+        with introduced(f"unix:{self.socket}") as channel:
             return call(rpc.ControlStub(channel))
 
     def status(self) -> pb.Status:
@@ -141,7 +142,7 @@ rate = "{RATE_MBIT}mbit"
         batch = hints.HintBatch(session="rig", seq=1)
         for i in range(n):
             batch.hints.add().request.CopyFrom(hints.Request(id=str(i), ttft_left_us=1_000_000))
-        with grpc.insecure_channel(f"unix:{self.socket}") as channel:
+        with introduced(f"unix:{self.socket}") as channel:
             reply: hints.HintReply = hints_rpc.HintsStub(channel).Send(batch, timeout=WAIT_S / 4)
             return reply
 

@@ -7,9 +7,7 @@ import fcntl
 import itertools
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyroute2
-
-from mfsd.datapath import pyroute, tc
+from mfsd.datapath import tc
 from mfsd.datapath.bpf import syscall
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ T = TypeVar("T")
 
 
 class Vanishing:
-    """Counts what is asked by pyroute2, tc's socket, bpf(2) and ioctl(2); all of it really asked of the kernel."""
+    """Counts what is asked by tc's socket, bpf(2) and ioctl(2); all of it really asked of the kernel."""
 
     def __init__(self, before: int, remove: Callable[[], None]) -> None:
         self.asked = 0
@@ -51,7 +49,6 @@ def vanishings(
         prepare()
         vanishing = Vanishing(before, remove)
         with monkeypatch.context() as m:
-            m.setattr(pyroute, "IPRoute", lambda v=vanishing: _Counted(v))
             m.setattr(tc.TcSocket, "_send", vanishing.counted(tc.TcSocket._send))
             m.setattr(syscall, "call", vanishing.counted(syscall.call))
             m.setattr(fcntl, "ioctl", vanishing.counted(fcntl.ioctl))
@@ -59,12 +56,3 @@ def vanishings(
         if not vanishing.happened:
             remove()
             return
-
-
-class _Counted(pyroute2.IPRoute):  # type: ignore[misc]  # has no types
-    """What its users call of IPRoute."""
-
-    def __init__(self, vanishing: Vanishing) -> None:
-        super().__init__()
-        for name in ("link", "tc", "get_qdiscs", "get_filters"):
-            setattr(self, name, vanishing.counted(getattr(self, name)))

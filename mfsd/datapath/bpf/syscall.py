@@ -83,6 +83,8 @@ _QUERY_MAX: Final = 64
 """BPF_MPROG_MAX, include/linux/bpf_mprog.h."""
 _INFO: Final = struct.Struct("=II56x16s")
 """Beginning of struct bpf_prog_info: type, id, name."""
+_LINK_INFO: Final = struct.Struct("=IIIII")
+"""Beginning of struct bpf_link_info: type, id, prog_id, pad, tcx.ifindex."""
 _LOG_BYTES: Final = 1 << 20
 _LOG_LINES: Final = 25
 
@@ -324,3 +326,11 @@ def link_create(prog_fd: int, target: int, attach_type: int, flags: int) -> int:
 def link_update(link_fd: int, prog_fd: int) -> None:
     """Replace the program of a link atomically."""
     call(LINK_UPDATE, UPDATE_ATTR.pack(link_fd, prog_fd, 0, 0))
+
+
+def link_info(link_fd: int) -> tuple[int, int]:
+    """(id of the program, index of the device) of a TCX link. Detached, or with its device gone, it has index 0."""
+    info = ctypes.create_string_buffer(_LINK_INFO.size)
+    call(INFO_BY_FD, INFO_ATTR.pack(link_fd, _LINK_INFO.size, ctypes.addressof(info)))
+    _, _, number_, _, ifindex = _LINK_INFO.unpack(info.raw)
+    return number_, ifindex

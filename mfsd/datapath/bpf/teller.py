@@ -134,14 +134,15 @@ class Teller:
         value = self._socks.lookup(cookie.to_bytes(8, "little"))
         return None if value is None else _told(cookie, np.frombuffer(value, dtype=_abi.SOCK_DTYPE)[0])
 
-    def add(self, cookie: int, endpoints: Endpoints) -> None:
-        """Enter a connection that is older than we are; of its maker nothing is known."""
+    def add(self, cookie: int, endpoints: Endpoints, uid: int) -> None:
+        """Enter a connection that is older than we are; of its maker nothing but the user is known."""
         sock = np.zeros((), dtype=_abi.SOCK_DTYPE)
         for name, address in (("saddr", endpoints.src), ("daddr", endpoints.dst)):
             packed = address.packed if address.version == 6 else _MAPPED_V4 + address.packed
             sock["key"][name] = np.frombuffer(packed, "u1")
         sock["key"]["sport"], sock["key"]["dport"] = socket.htons(endpoints.sport), socket.htons(endpoints.dport)
         sock["key"]["proto"], sock["netns"] = endpoints.protocol, self.netns
+        sock["owner"]["pid"], sock["owner"]["uid"] = _abi.ANY_ID, uid
         self._socks.update(cookie.to_bytes(8, "little"), sock.tobytes())
 
     def all(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[Any]]:
@@ -201,7 +202,8 @@ def _told(cookie: int, row: Any) -> Told:
     )
     pid = int(owner["pid"])
     uid = int(owner["uid"]) if pid else -1
-    return Told(cookie, endpoints, int(row["netns"]), pid, uid, int(owner["cgroup"]), int(owner["tid"]))
+    known = 0 if pid == _abi.ANY_ID else pid
+    return Told(cookie, endpoints, int(row["netns"]), known, uid, int(owner["cgroup"]), int(owner["tid"]))
 
 
 def netns_cookie() -> int:

@@ -15,29 +15,30 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
-from mfsd.datapath import tc
+from mfsd.datapath import links, tc
 from mfsd.datapath.errors import DatapathError, EnforceError
-from mfsd.datapath.facts import DeviceFacts, read_facts
+from mfsd.datapath.facts import QUEUE_LENGTH, DeviceFacts, facts_of
 from mfsd.datapath.handles import MAJOR, ROOT, is_ours
+from mfsd.datapath.qdisc import care, prio
 from mfsd.datapath.qdisc import plan as planning
-from mfsd.datapath.qdisc import prio
-from mfsd.datapath.qdisc.plan import DevicePlan, Step
+from mfsd.datapath.qdisc.plan import DevicePlan, Step, steps_of, undo_of
 from mfsd.datapath.qdisc.purge import LanePurger, Purged
-from mfsd.datapath.qdisc.tree import How, Tree, differences
+from mfsd.datapath.qdisc.tree import How, Tree
 from mfsd.datapath.undo import notes
-from mfsd.datapath.undo.notes import Owner, State
-from mfsd.datapath.undo.restore import put_back, taken
-from mfsd.datapath.undo.snapshot import Snapshot, capture, obstacles
+from mfsd.datapath.undo.notes import Namespace, Owner, State
+from mfsd.datapath.undo.restore import put_back, taken, unnoted
+from mfsd.datapath.undo.snapshot import capture, obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from mfsd.bands import Bands
+    from mfsd.bands import Bands, Role
     from mfsd.datapath.qdisc.tree import Difference, Filter
     from mfsd.units import Rate
 
@@ -48,10 +49,10 @@ BAND_DTYPE: Final = np.dtype(
 
 
 class DeviceEnforcer:
-    """The bands on one device.
+    """The bands on one device: that of this name as it is made, whatever it is called later.
 
-    ``backend`` is "auto", "htb" or "prio"; ``rate`` None means the link's own. Raises EnforceError when the device
-    does not exist. Close it when done; closing leaves the tree as it is.
+    ``backend`` is "auto", "htb" or "prio"; ``rate`` None means the link's own. Raises NoDeviceError when the device
+    does not exist, and OSError when the kernel can't be asked. Close it when done; closing leaves the tree as it is.
     """
 
     def __init__(self, ifname: str, bands: Bands, backend: str, rate: Rate | None, state_dir: Path) -> None:
@@ -62,12 +63,24 @@ class DeviceEnforcer:
         self.state_dir = state_dir
         self.adopted = False
         """The last apply found its tree in place and grafted no root."""
-        self._namespace = notes.namespace()
-        self._ifindex = read_facts(ifname).ifindex
         self._sock = tc.TcSocket()
+        try:
+            self._namespace = Namespace.of(self._sock)
+            self._ifindex = links.by_name(self._sock, ifname).ifindex
+        except BaseException:
+            self._sock.close()
+            raise
         self._lock = threading.RLock()
         """Two threads come here: the one that cares for devices, and the one that does what the engine orders."""
         self._tree: Tree | None = None
+        self._facts: DeviceFacts | None = None
+        """What the tree was made for."""
+        self._seen: DeviceFacts | None = None
+        """What it was when it was last verified."""
+        self._shares: dict[int, float] = {}
+        """Guarantees by band."""
+        self._state: State | None = None
+        """The note of the tree, so that it can be undone without a descriptor to read the file."""
         self._purger: LanePurger | None = None
         self._reader = tc.StatsReader()
         self._root_query = tc.query(tc.RTM_GETQDISC, self._ifindex, 0, tc.TC_H_ROOT)
@@ -82,6 +95,11 @@ class DeviceEnforcer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def ifindex(self) -> int:
+        """Of the device."""
+        return self._ifindex
 
     # --- life cycle ---------------------------------------------------------------------------------------------------
 
@@ -99,56 +117,88 @@ class DeviceEnforcer:
             return self._apply()
 
     def _apply(self) -> DevicePlan:
-        plan, tree, state = self._plan()
+        self._finish_restore()
+        plan, tree, state, device = self._plan()
         if plan.refusals or tree is None:
             raise EnforceError(f"device {self.ifname}", "; ".join(plan.refusals))
         qdiscs, classes = self._read()
         root = tc.root_of(qdiscs)
         if root is None:
             raise EnforceError(f"device {self.ifname}", "it has no root qdisc any more")
-        before = state.before if state else capture(qdiscs, classes, read_facts(self.ifname).txqlen)
-        off = differences(tree, qdiscs, classes) if is_ours(root) else None
+        before = state.before if state else capture(qdiscs, classes, device.txqlen)
+        off = self._off(tree) if is_ours(root) else None
         note = State(self.ifname, self._ifindex, self._namespace, Owner.me(), plan.backend, before)
-        notes.save(self.state_dir, note)
+        note = notes.save(self.state_dir, replace(note, path=state.path if state else None))
+        gone = self._purger.gone if self._purger is not None else {}
         self.adopted = off is not None and all(d.how is not How.REBUILD for d in off)
         try:
-            self._install(tree, off if self.adopted else None, replaces=off is not None)
+            self._put(tree, off, device)
         except (DatapathError, OSError) as e:
-            self._tree = self._purger = None
-            problems = put_back(self._sock, note, self.state_dir)
+            self._tree = self._purger = self._state = None
+            problems = put_back(self._sock, note)
             done = "rolled back" if not problems else f"rolling back failed, too: {'; '.join(problems)}"
             raise EnforceError(f"apply {plan.backend} to {self.ifname}", f"{e}; {done}") from e
-        self._tree = tree
-        self._purger = LanePurger(self._sock, self._ifindex, tree)
+        self._tree, self._facts, self._seen, self._state = tree, device, device, note
+        self._purger = LanePurger(self._sock, self._ifindex, tree, device.txqlen or QUEUE_LENGTH)
         self._purger.sync(self._read()[1])
+        if self.adopted:
+            self._purger.gone = gone
         return plan
 
     def verify(self) -> list[str]:
-        """Differences between the device's tree and the wanted one; empty when all is well."""
+        """Differences between the device's tree and the wanted one; empty when all is well.
+
+        Wanted is what the device's link gives now, so a new link speed is a difference.
+        """
         with self._lock:
             if self._tree is None:
                 return [f"{self.ifname}: nothing has been applied"]
-            return self._differences(self._tree)
+            return [d.text for d in self._off(self._wanted())]
+
+    def remarks(self) -> list[str]:
+        """What is not as it should be of a device whose tree is in place, and can't be helped here. After verify."""
+        with self._lock:
+            if self._facts is None or self._seen is None:
+                return []
+            return care.remarks(self._facts, self._seen, self.rate)
+
+    def in_place(self) -> bool:
+        """The device has a root of mfsd, whatever is below it. Raises NetlinkError."""
+        with self._lock:
+            root = tc.root_of(self._read()[0])
+        return root is not None and is_ours(root)
 
     def restore(self) -> list[str]:
-        """Put the qdiscs back as they were found and forget the note. Returns what went wrong. Idempotent."""
+        """Put the qdiscs back as they were found and forget the note. Returns what went wrong. Idempotent.
+
+        Raises OSError when the kernel can't be asked, or the note not be removed. Of what this object has applied, no
+        descriptor is needed to restore it.
+        """
         with self._lock:
             return self._restore()
 
     def _restore(self) -> list[str]:
+        state, self._state = self._state, None
         self._tree = self._purger = None
-        try:
-            state = notes.load(self.state_dir, self.ifname)
-        except EnforceError as e:
-            return [str(e)]
+        self._shares = {}
         if state is None:
-            return []
-        if state.taken:
-            return [taken(state)]
-        if (state.ifindex, state.namespace) != (self._ifindex, self._namespace):
-            notes.forget(self.state_dir, self.ifname)
-            return []
-        return put_back(self._sock, state, self.state_dir)
+            try:
+                state = notes.find(self.state_dir, self._ifindex, self.ifname, self._namespace)
+            except EnforceError as e:
+                return [str(e)]
+            if state is None:
+                return [unnoted(self.ifname, self.state_dir)] if self.in_place() else []
+            if state.taken:
+                return [taken(state)]
+        return put_back(self._sock, state)
+
+    def _finish_restore(self) -> None:
+        """What a daemon was killed at: half of what was there is nothing to remember."""
+        state = notes.find(self.state_dir, self._ifindex, self.ifname, self._namespace)
+        if state is not None and state.restoring and not state.taken and not self.in_place():
+            problems = put_back(self._sock, state)
+            if problems:
+                raise EnforceError(f"device {self.ifname}", "; ".join(problems))
 
     # --- for the classifier -------------------------------------------------------------------------------------------
 
@@ -192,6 +242,11 @@ class DeviceEnforcer:
         out[:] = [tuple(row) for row in rows]
         return out
 
+    def queued(self, roles: frozenset[Role]) -> int:
+        """Bytes queued in all bands of these roles now: one dump of the classes."""
+        counters = self.counters()
+        return sum(int(counters["backlog_bytes"][b.index]) for b in self.bands.bands if b.role in roles)
+
     def link_bytes(self) -> tuple[int, int]:
         """(bytes sent, bytes queued) of the root qdisc: one query."""
         with self._lock:
@@ -218,6 +273,7 @@ class DeviceEnforcer:
             tree, _ = self._applied()
             if tree.guarantee is None:
                 return
+            self._shares = dict(shares)
             known = {(n.type, n.handle): n for n in tree.nodes}
             nodes = [n for n in tree.guarantee(shares) if known.get((n.type, n.handle)) != n]
             if nodes:
@@ -244,46 +300,46 @@ class DeviceEnforcer:
     def _read(self) -> tuple[list[tc.TcObject], list[tc.TcObject]]:
         return self._sock.tree(self._ifindex)
 
-    def _differences(self, tree: Tree) -> list[str]:
-        qdiscs, classes = self._read()
-        out = [d.text for d in differences(tree, qdiscs, classes)]
-        out += [f"filter of {tc.classid(want.parent)} is missing" for want in tree.filters if not self._has(want)]
-        return out
+    def _wanted(self) -> Tree:
+        """The tree for the device as it is now: link speed and largest packet may have changed."""
+        tree, device = self._applied()[0], facts_of(self._sock, self._ifindex)
+        self._seen = device
+        if device == self._facts:
+            return tree
+        choice = planning.choose(self._sock, device, self.bands, self.backend, self.rate)
+        if choice.tree is None or choice.backend != tree.backend:
+            return tree
+        return care.guaranteed(choice.tree, self._shares)
 
-    def _has(self, want: Filter) -> bool:
-        return bool(self._sock.objects(tc.RTM_GETTFILTER, self._ifindex, want.parent))
-
-    def _plan(self) -> tuple[DevicePlan, Tree | None, State | None]:
-        if notes.namespace() != self._namespace:
+    def _plan(self) -> tuple[DevicePlan, Tree | None, State | None, DeviceFacts]:
+        if not Namespace.of(self._sock).same(self._namespace):
             raise EnforceError(f"device {self.ifname}", "called from another network namespace than at first")
-        device = read_facts(self.ifname)
-        if device.ifindex != self._ifindex:
-            raise EnforceError(f"device {self.ifname}", "it was replaced by another one of this name")
+        device = facts_of(self._sock, self._ifindex)
+        if device.ifname != self.ifname:
+            raise EnforceError(f"device {self.ifname}", f"it is called {device.ifname} now")
         qdiscs, classes = self._read()
         root = tc.root_of(qdiscs)
         refusals: list[str] = []
-        state = notes.load(self.state_dir, self.ifname)
+        state = notes.find(self.state_dir, self._ifindex, self.ifname, self._namespace)
         if state is not None and state.taken:
             refusals.append(taken(state))
         if not device.up:
             refusals.append(f"{self.ifname} is down, so it has no qdisc yet: bring it up first (ip link set up)")
         ours = root is not None and is_ours(root)
-        if state is not None and not (ours and state.same_device(self._ifindex)):
-            state = None  # of a device that is gone, or of a tree that somebody replaced
+        if not ours:
+            state = None  # of a tree that somebody replaced
         if ours and state is None:
-            refusals.append(
-                f"{self.ifname} carries a tree of mfsd but the note of what was there before is missing from "
-                f"{self.state_dir}: remove the tree (tc qdisc del dev {self.ifname} root)"
-            )
+            refusals.append(unnoted(self.ifname, self.state_dir))
         elif state is None and device.up:
             refusals += obstacles(self._sock, self._ifindex, qdiscs, classes)
         choice = planning.choose(self._sock, device, self.bands, self.backend, self.rate)
         refusals += choice.refusals
         before = capture(qdiscs, classes, device.txqlen)
         steps: list[Step] = []
-        if choice.tree is not None and not refusals:
-            off = differences(choice.tree, qdiscs, classes) if ours else None
-            steps = _steps(device, choice.tree, off)
+        tree = choice.tree
+        if tree is not None and not refusals:
+            tree = care.guaranteed(tree, self._shares)
+            steps = steps_of(device, tree, self._off(tree) if ours else None)
         plan = DevicePlan(
             ifname=self.ifname,
             backend=choice.backend,
@@ -291,13 +347,32 @@ class DeviceEnforcer:
             rate=choice.rate,
             found=before.lines(),
             steps=tuple(steps),
-            undo=tuple(_undo(device, state.before if state is not None else before)) if not refusals else (),
+            undo=tuple(undo_of(device, state.before if state is not None else before)) if not refusals else (),
             reasons=tuple(choice.reasons),
             refusals=tuple(refusals),
         )
-        return plan, choice.tree, state
+        return plan, tree, state, device
 
-    def _install(self, tree: Tree, off: list[Difference] | None, *, replaces: bool) -> None:
+    def _put(self, tree: Tree, off: list[Difference] | None, device: DeviceFacts) -> None:
+        """Make the tree, or mend what is ``off``; where that is refused, make all of it anew."""
+        # Queues take their length from the device's. One that had none keeps the new one until it is restored.
+        if not device.txqlen:
+            links.set_txqlen(self._sock, self._ifindex, QUEUE_LENGTH)
+        try:
+            if self.adopted and off is not None:
+                try:
+                    self._install(tree, off)
+                except (DatapathError, OSError):
+                    links.by_index(self._sock, self._ifindex)
+                else:
+                    return
+            self.adopted = False
+            self._install(tree, None, replaces=off is not None)
+        finally:
+            if not device.txqlen and off is not None:
+                links.set_txqlen(self._sock, self._ifindex, 0)
+
+    def _install(self, tree: Tree, off: list[Difference] | None, *, replaces: bool = False) -> None:
         """Make the tree, or (``off``) only what differs, and check it.
 
         ``replaces``: an older tree of ours has to go first, since a root can't be replaced by one of the same handle.
@@ -306,8 +381,10 @@ class DeviceEnforcer:
             messages = [tc.message(tc.RTM_DELQDISC, 0, self._ifindex, 0, tc.TC_H_ROOT)] if replaces else []
             messages += [node.message(self._ifindex) for node in tree.nodes]
         else:
+            messages = [prio.flush_message(self._ifindex, d.filters) for d in off if d.filters]
+            messages += [d.found.removal(self._ifindex) for d in off if d.found is not None]
             by_change = {d.node: d.how is How.CHANGE for d in off if d.node is not None}
-            messages = [n.message(self._ifindex, change=by_change[n]) for n in tree.nodes if n in by_change]
+            messages += [n.message(self._ifindex, change=by_change[n]) for n in tree.nodes if n in by_change]
         self._sock.run(messages, f"install {tree.backend} on {self.ifname}")
         for want in tree.filters:
             if off is not None and self._has(want):
@@ -317,29 +394,12 @@ class DeviceEnforcer:
                 self._sock.run([prio.filter_message(want, self._ifindex, fd)], f"filter of {tc.classid(want.parent)}")
             finally:
                 os.close(fd)
-        wrong = self._differences(tree)
+        wrong = [d.text for d in self._off(tree)]
         if wrong:
             raise EnforceError(f"device {self.ifname}", f"the tree is not as wanted: {'; '.join(wrong)}")
 
+    def _off(self, tree: Tree) -> list[Difference]:
+        return care.off(self._sock, self._ifindex, tree)
 
-def _steps(device: DeviceFacts, tree: Tree, off: list[Difference] | None) -> list[Step]:
-    if off is None:
-        return [Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups]
-    if not off:
-        return []
-    if any(d.how is How.REBUILD for d in off):
-        first = Step(f"Remove an older tree of mfsd ({off[0].text})", f"tc qdisc del dev {device.ifname} root")
-        return [first, *(Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups)]
-    changed = {d.node for d in off}
-    return [
-        Step(f"Repair: {g.text}", g.command.replace("DEV", device.ifname).replace(" add ", " replace "))
-        for g in tree.groups
-        if any(node in changed for node in g.nodes)
-    ]
-
-
-def _undo(device: DeviceFacts, before: Snapshot) -> list[Step]:
-    if before.by_kernel:
-        text = f"Delete the root; the kernel's default ({before.root.kind}) returns"
-        return [Step(text, f"tc qdisc del dev {device.ifname} root")]
-    return [Step(f"Put back {item.text}", "# replayed from the recorded netlink message") for item in before.ordered()]
+    def _has(self, want: Filter) -> bool:
+        return bool(self._sock.objects(tc.RTM_GETTFILTER, self._ifindex, want.parent))

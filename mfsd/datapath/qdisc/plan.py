@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mfsd.bands import MAX_HTB_LEVELS
-from mfsd.datapath.facts import kernel_has
+from mfsd.datapath.facts import QUEUE_LENGTH, default_qdisc, kernel_has
 from mfsd.datapath.qdisc import htb, prio
+from mfsd.datapath.qdisc.tree import How
+from mfsd.datapath.undo.snapshot import MQ
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from mfsd.bands import Bands
     from mfsd.datapath.facts import DeviceFacts
-    from mfsd.datapath.qdisc.tree import Tree
+    from mfsd.datapath.qdisc.tree import Difference, Tree
     from mfsd.datapath.tc import TcSocket
+    from mfsd.datapath.undo.snapshot import Snapshot
 
 BACKENDS: Final = ("auto", "htb", "prio")
 _SHARE: Final = 0.98
@@ -157,4 +160,42 @@ def _prio(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> 
             "the kernel has no ets (CONFIG_NET_SCH_ETS), and prio no floors: what stands below a busy band waits for "
             "as long as that is busy, and nothing can be guaranteed to it"
         )
-    choice.tree = prio.build(bands, choice.rate, lanes=lanes, weights=weights, gso=device.gso, limit=device.txqlen)
+    limit = device.txqlen or QUEUE_LENGTH
+    choice.tree = prio.build(bands, choice.rate, lanes=lanes, weights=weights, gso=device.gso, limit=limit)
+
+
+def steps_of(device: DeviceFacts, tree: Tree, off: list[Difference] | None) -> list[Step]:
+    """What makes the tree; ``off``: how a tree of ours on the device differs, None if there is none."""
+    if off is None:
+        out = [Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups]
+        if not device.txqlen:
+            text = f"Let queues have {QUEUE_LENGTH} packets: with a queue length of 0 they would take none"
+            out.insert(0, Step(text, f"ip link set dev {device.ifname} txqueuelen {QUEUE_LENGTH}"))
+        return out
+    if not off:
+        return []
+    if any(d.how is How.REBUILD for d in off):
+        first = Step(f"Remove an older tree of mfsd ({off[0].text})", f"tc qdisc del dev {device.ifname} root")
+        return [first, *(Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups)]
+    changed = {d.node for d in off if d.node is not None}
+    gone = [Step(f"Remove: {d.text}", d.command.replace("DEV", device.ifname)) for d in off if d.how is How.REMOVE]
+    return gone + [
+        Step(f"Repair: {g.text}", g.command.replace("DEV", device.ifname).replace(" add ", " replace "))
+        for g in tree.groups
+        if any(node in changed for node in g.nodes)
+    ]
+
+
+def undo_of(device: DeviceFacts, before: Snapshot) -> list[Step]:
+    """What puts back what was there before."""
+    if before.by_kernel:
+        now, kinds = default_qdisc(), before.defaults - {"noqueue"}
+        root = f"tc qdisc del dev {device.ifname} root"
+        if now is None or kinds <= {now}:
+            return [Step(f"Delete the root; the kernel's default ({before.root.kind}) returns", root)]
+        (kind,) = kinds
+        text = f"net.core.default_qdisc is {now} by now, so {kind} is put back by name"
+        root = f"tc qdisc replace dev {device.ifname} root {before.root.kind}"
+        queues = Step(f"Put {kind} on each of its queues", f"# tc qdisc replace dev {device.ifname} parent ... {kind}")
+        return [Step(text, root), queues] if before.root.kind == MQ else [Step(text, root)]
+    return [Step(f"Put back {item.text}", "# replayed from the recorded netlink message") for item in before.ordered()]

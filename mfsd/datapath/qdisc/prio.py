@@ -44,6 +44,7 @@ _ETH_P_ALL: Final = 0x0003
 _FILTER_HANDLE: Final = 1
 _TCA_BPF_FD: Final = 6
 _TCA_BPF_NAME: Final = 7
+_NAME: Final = b"mfsd_lanes\0"
 _PRIORITY: Final = 32
 """Offset of struct __sk_buff.priority, include/uapi/linux/bpf.h."""
 _NO_RATE: Final = b"\0" * 12
@@ -115,7 +116,7 @@ def _shaper(rate: int, gso: int, limit: int) -> Group:
     return Group(
         "Install tbf at the root (the one graft), which paces the link",
         f"tc qdisc replace dev DEV root handle {SHAPER_MAJOR:x}: tbf rate {rate * 8}bit burst {bucket} limit {backlog}",
-        (Node("tbf", SHAPER_MAJOR << 16, tc.TC_H_ROOT, options),),
+        (Node("tbf", SHAPER_MAJOR << 16, tc.TC_H_ROOT, options, live=True),),
     )
 
 
@@ -170,8 +171,19 @@ def load_program(want: Filter) -> int:
 
 def filter_message(want: Filter, ifindex: int, fd: int) -> bytes:
     """RTM_NEWTFILTER for a loaded program. The kernel keeps the program as long as the filter."""
-    options = nl.attr(_TCA_BPF_FD, struct.pack("=I", fd)) + nl.attr(_TCA_BPF_NAME, b"mfsd_lanes\0")
+    options = nl.attr(_TCA_BPF_FD, struct.pack("=I", fd)) + nl.attr(_TCA_BPF_NAME, _NAME)
     body = tc.kind_attr("bpf") + nl.attr(tc.TCA_OPTIONS, options)
     info = 1 << 16 | socket.htons(_ETH_P_ALL)
     flags = nl.NLM_CREATE | nl.NLM_EXCL
     return tc.message(tc.RTM_NEWTFILTER, flags, ifindex, _FILTER_HANDLE, want.parent, info, body)
+
+
+def flush_message(ifindex: int, parent: int) -> bytes:
+    """RTM_DELTFILTER for all filters of a qdisc."""
+    return tc.message(tc.RTM_DELTFILTER, 0, ifindex, 0, parent)
+
+
+def is_ours(found: tc.TcObject) -> bool:
+    """A filter of such a message."""
+    name = nl.attrs(found.options or b"").get(_TCA_BPF_NAME, b"") if found.kind == "bpf" else b""
+    return name == _NAME and found.handle == _FILTER_HANDLE and found.info >> 16 == 1

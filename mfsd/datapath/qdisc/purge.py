@@ -14,6 +14,7 @@ takes them in turns.
 from __future__ import annotations
 
 import errno
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -57,12 +58,13 @@ class LanePurger:
     belong to the leaf.
     """
 
-    def __init__(self, sock: tc.TcSocket, ifindex: int, tree: Tree) -> None:
+    def __init__(self, sock: tc.TcSocket, ifindex: int, tree: Tree, limit: int) -> None:
+        """``limit``: packets in a queue, as in those that a purge replaces."""
         self._sock = sock
         self._reader = tc.StatsReader()
         self._bands = {b.spec.index: b for b in tree.bands}
         self._lanes = {
-            (band.spec.index, lane): _lane(ifindex, band, lane)
+            (band.spec.index, lane): _lane(ifindex, band, lane, limit)
             for band in tree.bands
             if band.spec.role in PURGEABLE
             for lane in range(band.lanes)
@@ -132,9 +134,11 @@ class LanePurger:
         return out
 
 
-def _lane(ifindex: int, band: BandQueues, lane: int) -> _Lane:
+def _lane(ifindex: int, band: BandQueues, lane: int, limit: int) -> _Lane:
     classid = band.classid + lane
-    body = tc.kind_attr("pfifo")  # no options: as long as the device's transmit queue, like the leaf it replaces
+    # Without a limit it would be as long as the device's transmit queue, which somebody may have set to 0 meanwhile:
+    # such a queue takes nothing.
+    body = tc.kind_attr("pfifo") + nl.attr(tc.TCA_OPTIONS, struct.pack("=I", limit))
     first = LEAF_MAJORS.start + 2 * (band.first_leaf + lane)
     purges = [
         tc.message(tc.RTM_NEWQDISC, _ADDED, ifindex, (first + turn) << 16, classid, body=body) for turn in range(2)

@@ -54,6 +54,10 @@ class Node:
         flags = nl.NLM_REPLACE if change or self.made else flags
         return tc.message(kind, flags, ifindex, self.handle, self.parent, body=body)
 
+    def removal(self, ifindex: int) -> bytes:
+        """The request that deletes a queue; its class gets a new one."""
+        return tc.message(tc.RTM_DELQDISC, 0, ifindex, self.handle, self.parent)
+
     @property
     def name(self) -> str:
         """For messages: "class 6d66:1"."""
@@ -161,21 +165,33 @@ class How(enum.Enum):
 
     ADD = "add"
     CHANGE = "change"
+    REMOVE = "remove"
     REBUILD = "rebuild"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as wanted. ``node`` is the wanted one."""
+    """One thing that is not as wanted. ``node`` is the wanted one, ``found`` what has to go."""
 
     text: str
     how: How
     node: Node | None = None
+    found: Node | None = None
+    filters: int = 0
+    """Qdisc whose filters have to go."""
+
+    @property
+    def command(self) -> str:
+        """What one would type to remove it; DEV stands for the device."""
+        if self.found is None:
+            return f"tc filter del dev DEV parent {tc.classid(self.filters)}" if self.filters else ""
+        return f"tc qdisc del dev DEV parent {tc.classid(self.found.parent)} handle {tc.classid(self.found.handle)}"
 
 
 def differences(tree: Tree, qdiscs: Sequence[tc.TcObject], classes: Sequence[tc.TcObject]) -> list[Difference]:
     """Compare a device's tree with the wanted one. Leaf queues made by rescues belong to it; statistics don't."""
     wanted = tree.nodes
+    inner = {n.parent for n in wanted if n.type == "class"}
     have = {("qdisc", q.handle): q for q in qdiscs} | {("class", c.handle): c for c in classes}
     out: list[Difference] = []
     for node in wanted:
@@ -184,19 +200,32 @@ def differences(tree: Tree, qdiscs: Sequence[tc.TcObject], classes: Sequence[tc.
             how = How.REBUILD if node is tree.root else How.ADD
             out.append(Difference(f"{node.name} is missing", how, node))
             continue
-        out += _compare(node, found)
+        out += _compare(node, found, inner=node.handle in inner)
+    return _foreign(tree, have) + out
+
+
+def _foreign(tree: Tree, have: dict[tuple[str, int], tc.TcObject]) -> list[Difference]:
+    """What is on the device beyond the wanted nodes. A queue of somebody else on a class of ours can go by itself."""
     # The classes that a classful qdisc makes by itself (tbf's one, prio's bands) are nobody's wish.
     made = {"tbf", "prio", "ets", "mq"}
     purgeable = {b.classid + i for b in tree.bands if b.spec.role in PURGEABLE for i in range(b.lanes)}
+    majors = {n.handle >> 16 for n in tree.nodes if n.type == "qdisc"}
+    foreign = {handle >> 16 for kind, handle in have if kind == "qdisc" and handle >> 16 not in majors}
+    out: list[Difference] = []
     for (kind, handle), found in have.items():
         leaf = kind == "qdisc" and handle >> 16 in LEAF_MAJORS and found.parent in purgeable and found.kind == "pfifo"
         if leaf or handle == 0 or (kind == "class" and found.kind in made):
             continue
-        out.append(Difference(f"{kind} {found.kind} {tc.classid(handle)} is not ours", How.REBUILD))
+        node = Node(found.kind, handle, found.parent, None, kind)
+        if (handle if kind == "class" else found.parent) >> 16 in foreign:
+            continue  # it goes with the queue that it hangs below
+        own = kind == "qdisc" and found.parent >> 16 in majors
+        how, what = (How.REMOVE, node) if own else (How.REBUILD, None)
+        out.append(Difference(f"{node.name} is not ours", how, found=what))
     return out
 
 
-def _compare(node: Node, found: tc.TcObject) -> list[Difference]:
+def _compare(node: Node, found: tc.TcObject, *, inner: bool) -> list[Difference]:
     if found.kind != node.kind:
         return [Difference(f"{node.name} is a {found.kind}", How.REBUILD, node)]
     # A class directly under its qdisc is dumped with parent "root".
@@ -205,9 +234,11 @@ def _compare(node: Node, found: tc.TcObject) -> list[Difference]:
         text = f"{node.name} hangs under {tc.classid(found.parent)} instead of {tc.classid(node.parent)}"
         return [Difference(text, How.REBUILD, node)]
     wanted, have = settings(node.kind, node.type, node.options), settings(found.kind, node.type, found.options)
+    if inner:  # htb neither uses nor changes these of a class that has others below (net/sched/sch_htb.c)
+        wanted = {key: value for key, value in wanted.items() if key not in ("prio", "quantum")}
     off = [f"{key} {have.get(key)!r} instead of {value!r}" for key, value in wanted.items() if have.get(key) != value]
     if not off:
         return []
     # HTB reads a new prio only once the leaf has run dry (net/sched/sch_htb.c, htb_activate).
-    live = node.live and wanted.get("prio") == have.get("prio")
+    live = node.live and (inner or wanted.get("prio") == have.get("prio"))
     return [Difference(f"{node.name} has {', '.join(off)}", How.CHANGE if live else How.REBUILD, node)]

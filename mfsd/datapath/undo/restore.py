@@ -1,115 +1,263 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting devices back as they were, by the daemon itself or after it was killed."""
+"""Putting devices back as they were, by the daemon itself or after it was killed.
+
+A device is found by its index, whatever it is called now. A note is kept until what it says has been put back, somebody
+else has put another root there, or the kernel says that the device is gone.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mfsd.datapath import tc
-from mfsd.datapath.errors import DatapathError, NoDeviceError
-from mfsd.datapath.facts import read_facts, set_txqlen
+from mfsd.datapath import links, tc
+from mfsd.datapath.errors import DatapathError, EnforceError, NoDeviceError
+from mfsd.datapath.facts import QUEUE_LENGTH
 from mfsd.datapath.handles import is_ours
 from mfsd.datapath.undo import notes
-from mfsd.datapath.undo.snapshot import Saved, Snapshot, capture
+from mfsd.datapath.undo.notes import Namespace, State, Unreadable
+from mfsd.datapath.undo.snapshot import MQ, Snapshot, capture
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mfsd.datapath.undo.notes import State
+    from mfsd.datapath.links import Link
+    from mfsd.datapath.tc import TcSocket
 
 
-def restore_all(state_dir: Path, ifname: str | None = None) -> dict[str, list[str]]:
+def restore_all(state_dir: Path, ifname: str | None = None, *, delete: bool = False) -> dict[str, list[str]]:
     """Put devices back without a daemon: those with a note in ``state_dir``, or only ``ifname``.
 
-    Returns problems per device, an empty list where all went well. A device whose owner lives is left alone, as is one
-    of another network namespace than the calling thread's; both are reported. A device that is gone needs nothing.
+    Returns problems by what the devices are called now, an empty list where all went well. A device whose owner lives
+    is left alone, as is one of another network namespace than the calling thread's; both are reported. A device that
+    is gone needs nothing. With ``delete`` a note that can't be read is removed, with what mfsd has put on the device.
+    Raises OSError when the directory can't be read.
     """
     out: dict[str, list[str]] = {}
-    for name in notes.recorded(state_dir):
-        if ifname is not None and name != ifname:
-            continue
-        try:
-            out[name] = _restore_one(state_dir, name)
-        except (DatapathError, OSError) as e:
-            out[name] = [str(e)]
-    if ifname is not None and ifname not in out:
+    with tc.TcSocket() as sock:
+        here, names = Namespace.of(sock), {link.ifindex: link.name for link in links.every(sock)}
+        called = [(_called(note, here, names), note) for note in notes.every(state_dir)]
+        exact = any(name == ifname for name, _ in called)
+        for name, note in called:
+            if ifname is not None and ifname != (name if exact else note.ifname):
+                continue
+            try:
+                problems = _restore_noted(sock, note, here, delete=delete)
+            except (DatapathError, OSError) as e:
+                problems = [str(e)]
+            out[name] = out.get(name, []) + problems
+    if ifname is not None and not out:
         out[ifname] = [f"{ifname}: no note in {state_dir}, so nothing to put back"]
     return out
 
 
-def _restore_one(state_dir: Path, ifname: str) -> list[str]:
-    state = notes.load(state_dir, ifname)
-    if state is None:
-        return []
-    if state.taken:
-        return [taken(state)]
-    if state.namespace != notes.namespace():
-        file = notes.path_of(state_dir, ifname)
-        text = f"{ifname}: the note is of another network namespace (inode {state.namespace}); run this inside it, "
-        return [f"{text}or remove {file} if that namespace is gone"]
-    try:
-        device = read_facts(ifname)
-    except NoDeviceError:
-        device = None
-    if device is None or device.ifindex != state.ifindex:
-        notes.forget(state_dir, ifname)
-        return []
+def without_note(state_dir: Path, ifname: str | None = None, *, delete: bool = False) -> dict[str, list[str]]:
+    """Problems by device with a tree of mfsd of which no note in ``state_dir`` says what was there before.
+
+    With ``delete`` the tree is deleted, and the kernel's default returns; the list is empty then. Raises OSError.
+    """
+    out: dict[str, list[str]] = {}
     with tc.TcSocket() as sock:
-        return put_back(sock, state, state_dir)
+        here = Namespace.of(sock)
+        noted = {note.ifindex for note in notes.every(state_dir) if _local(note, here)}
+        objects = [tc.parse_object(m) for m in sock.parts(tc.RTM_GETQDISC, 0)]
+        for ifindex in sorted({ifindex for ifindex, thing in objects if is_ours(thing)} - noted):
+            try:
+                name = links.by_index(sock, ifindex).name
+                if ifname not in (None, name):
+                    continue
+                out[name] = [] if delete else [unnoted(name, state_dir)]
+                if delete:
+                    delete_tree(sock, ifindex)
+            except NoDeviceError:
+                continue
+            except OSError as e:
+                out[name] = [str(e)]
+    return out
 
 
-def put_back(sock: tc.TcSocket, state: State, state_dir: Path) -> list[str]:
-    """Replay what was there, compare, forget the note; returns problems.
+def _called(note: State | Unreadable, here: Namespace, names: dict[int, str]) -> str:
+    """What the note's device is called now; if it is not here, what it was called."""
+    return names.get(note.ifindex, note.ifname) if _local(note, here) else note.ifname
+
+
+def _local(note: State | Unreadable, here: Namespace) -> bool:
+    return note.namespace.same(here) if isinstance(note, State) else note.inode == here.inode
+
+
+def _restore_noted(sock: TcSocket, note: State | Unreadable, here: Namespace, *, delete: bool) -> list[str]:
+    if isinstance(note, Unreadable):
+        if not delete:
+            return [str(note.error)]
+        with contextlib.suppress(NoDeviceError):
+            delete_tree(sock, links.by_name(sock, note.ifname).ifindex if not note.ifindex else note.ifindex)
+        note.path.unlink(missing_ok=True)
+        return []
+    if note.namespace.past(here):
+        notes.forget(note)
+        return []
+    if note.taken:
+        return [taken(note)]
+    if not note.namespace.same(here):
+        text = f"{note.ifname}: the note is of another network namespace (inode {note.namespace.inode}); run this "
+        return [f"{text}inside it, or remove {note.path} if that namespace is gone"]
+    return put_back(sock, note)
+
+
+def unnoted(name: str, state_dir: Path) -> str:
+    """What to do about a tree without a note."""
+    return (
+        f"{name} carries a tree of mfsd, but the note of what was there before is missing from {state_dir}: is that "
+        f"the right state_dir? If so, mfsctl restore {name} --delete (or tc qdisc del dev {name} root) removes the "
+        "tree, and the kernel's default returns"
+    )
+
+
+def delete_tree(sock: TcSocket, ifindex: int) -> None:
+    """Delete mfsd's root from a device, if it has one. Raises NetlinkError."""
+    root = tc.root_of(sock.tree(ifindex)[0])
+    if root is not None and is_ours(root):
+        sock.run([_delete(ifindex)], f"delete mfsd's qdiscs from device {ifindex}")
+
+
+def put_back(sock: TcSocket, state: State) -> list[str]:
+    """Replay what was there, compare, forget the note; returns problems. No descriptor is needed.
 
     Never leaves a half-made tree: the kernel's default is better than half of somebody's, so that is what stays when
-    the replay is refused, and the problems say so. A device that is gone, or goes meanwhile, needs nothing. Raises
-    NetlinkError, EnforceError.
+    the replay is refused, and the problems say so; the note is kept then. A device that is gone, or goes meanwhile,
+    needs nothing. Raises NetlinkError, and OSError when the note can't be removed.
     """
     try:
-        problems = _put_back(sock, state)
+        problems, done = _put_back(sock, state)
     except NoDeviceError:
-        problems = []
-    notes.forget(state_dir, state.ifname)
+        problems, done = [], True
+    if done:
+        notes.forget(state)
     return problems
 
 
-def _put_back(sock: tc.TcSocket, state: State) -> list[str]:
-    qdiscs, _ = sock.tree(state.ifindex)
+def _put_back(sock: TcSocket, state: State) -> tuple[list[str], bool]:
+    """(problems, the note has served its purpose)."""
+    link = links.by_index(sock, state.ifindex)
+    qdiscs, classes = sock.tree(state.ifindex)
     root = tc.root_of(qdiscs)
-    problems: list[str] = []
-    if root is not None and is_ours(root):
-        try:
-            sock.run(state.before.replay(state.ifindex), f"put back the qdiscs of {state.ifname}")
-        except nl.NetlinkError as e:
-            sock.batch([tc.message(tc.RTM_DELQDISC, 0, state.ifindex, 0, tc.TC_H_ROOT)])
-            problems.append(f"{e}; the kernel's default is in place instead of {'; '.join(state.before.lines())}")
-    elif root is not None and root.handle != state.before.root.handle:
+    if root is None:
+        links.by_index(sock, state.ifindex)  # is it still there?
+        return _without_root(state, link)
+    ours = is_ours(root)
+    if not ours and state.before.like(capture(qdiscs, classes, 0)):
+        _queue_length(sock, state)
+        return [], True
+    if not ours and root.handle not in _left_by_us(state):
         text = f"{root.kind} {tc.classid(root.handle)}"
-        problems.append(f"{state.ifname}: somebody replaced mfsd's root by {text}; it was left alone")
-    device = read_facts(state.ifname)
-    if device.txqlen != state.before.txqlen:
-        # Grafting a qdisc onto a device without a queue gives it one (sch_api.c, qdisc_create).
-        set_txqlen(state.ifindex, state.before.txqlen)
-    if not problems:
-        qdiscs, classes = sock.tree(state.ifindex)
-        if tc.root_of(qdiscs) is None:
-            read_facts(state.ifname)  # is it still there?
-        problems += _compare(state, capture(qdiscs, classes, state.before.txqlen))
-    return problems
+        return [f"{link.name}: somebody replaced mfsd's root by {text}; it was left alone"], True
+    problems: list[str] = []
+    if ours or state.restoring:
+        # From the first message on it is not our tree any more. A full disk must not keep us from it.
+        with contextlib.suppress(EnforceError):
+            state = notes.save(state_dir_of(state), replace(state, restoring=True))
+        messages = state.before.replay(state.ifindex) if ours or not state.before.by_kernel else []
+        if not ours and root.handle:
+            messages.insert(0, _delete(state.ifindex))
+        try:
+            sock.run(messages, f"put back the qdiscs of {link.name}")
+        except nl.NetlinkError as e:
+            links.by_index(sock, state.ifindex)
+            sock.batch([_delete(state.ifindex)])
+            instead = f"the kernel's default is in place instead of {'; '.join(state.before.lines())}"
+            return [f"{e}; {instead}; the note is kept, mfsctl restore tries again"], False
+        problems = _settle(sock, state, link.name)
+    _queue_length(sock, state)
+    now = capture(*sock.tree(state.ifindex), 0)
+    if not now.qdiscs:
+        return _without_root(state, links.by_index(sock, state.ifindex))
+    if not state.before.like(now):
+        problems.append(_unlike(state, link.name, now))
+    return problems, not problems
 
 
-def _compare(state: State, now: Snapshot) -> list[str]:
-    before, after = state.before.normal(), now.normal()
-    if before == after:
-        return []
-    lost = [line.text for line in (*state.before.qdiscs, *state.before.classes) if not _in(line, now)]
-    new = [line.text for line in (*now.qdiscs, *now.classes) if not _in(line, state.before)]
-    return [f"{state.ifname}: not as before; missing: {lost or 'nothing'}; instead: {new or 'nothing'}"]
+def _without_root(state: State, link: Link) -> tuple[list[str], bool]:
+    """A device that is down has no root but one that somebody made; what the kernel chooses comes when it is up."""
+    if state.before.by_kernel and not link.up:
+        return [], True
+    return [f"{link.name} has no root qdisc; {'; '.join(state.before.lines())} was there before"], False
 
 
-def _in(item: Saved, snapshot: Snapshot) -> bool:
-    return item in snapshot.qdiscs or item in snapshot.classes
+def _queue_length(sock: TcSocket, state: State) -> None:
+    """Take back the one that mfsd gave. What somebody else has set meanwhile is kept."""
+    if state.before.txqlen == 0 and links.by_index(sock, state.ifindex).txqlen == QUEUE_LENGTH:
+        links.set_txqlen(sock, state.ifindex, 0)
+
+
+def state_dir_of(state: State) -> Path:
+    """Where its note is. Raises ValueError when it was never written."""
+    if state.path is None:
+        raise ValueError("no note")
+    return state.path.parent
+
+
+def _left_by_us(state: State) -> set[int]:
+    """Handles that a root can have after a restore that was cut short."""
+    return {state.before.root.handle, 0} if state.restoring else {state.before.root.handle}
+
+
+def _delete(ifindex: int) -> bytes:
+    return tc.message(tc.RTM_DELQDISC, 0, ifindex, 0, tc.TC_H_ROOT)
+
+
+# --- what the kernel chose --------------------------------------------------------------------------------------------
+
+
+def _settle(sock: TcSocket, state: State, name: str) -> list[str]:
+    """Make what the kernel chooses otherwise now (net.core.default_qdisc was changed) as it was, by name."""
+    qdiscs, _ = sock.tree(state.ifindex)
+    messages: list[bytes] = []
+    what = f"put back the default qdiscs of {name}"
+    try:
+        if state.before.by_kernel:
+            root = tc.root_of(qdiscs)
+            now = {q.kind for q in qdiscs if q.kind != MQ}
+            if root is None or now == state.before.defaults or len(state.before.defaults) != 1:
+                return []
+            (kind,) = state.before.defaults
+            if root.kind != MQ:
+                messages = [_make(state.ifindex, kind, tc.TC_H_ROOT)]
+            else:
+                sock.run([_make(state.ifindex, MQ, tc.TC_H_ROOT)], what)
+                qdiscs, _ = sock.tree(state.ifindex)
+                messages = [_make(state.ifindex, kind, q.parent) for q in qdiscs if q.parent != tc.TC_H_ROOT]
+        else:
+            kinds = {q.parent: q.kind for q in state.before.qdiscs if not q.handle}
+            messages = [
+                _make(state.ifindex, kinds[q.parent], q.parent)
+                for q in qdiscs
+                if kinds.get(q.parent, q.kind) != q.kind and not q.handle
+            ]
+        sock.run(messages, what)
+    except nl.NetlinkError as e:
+        links.by_index(sock, state.ifindex)
+        return [str(e)]
+    return []
+
+
+def _make(ifindex: int, kind: str, parent: int) -> bytes:
+    """Of a kind, with the kernel's settings and a handle of its choice."""
+    flags = nl.NLM_CREATE | nl.NLM_REPLACE
+    return tc.message(tc.RTM_NEWQDISC, flags, ifindex, 0, parent, body=tc.kind_attr(kind))
+
+
+# --- is it as it was? -------------------------------------------------------------------------------------------------
+
+
+def _unlike(state: State, name: str, now: Snapshot) -> str:
+    lost = [item.text for item in state.before.items if item not in now.items]
+    new = [item.text for item in now.items if item not in state.before.items]
+    return (
+        f"{name}: not as before; missing: {lost or 'nothing'}; instead: {new or 'nothing'}; "
+        f"if that is right, remove {state.path}"
+    )
 
 
 def taken(state: State) -> str:

@@ -11,6 +11,7 @@ ingress and clsact qdiscs hang beside the root and are never touched.
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -34,10 +35,25 @@ EXPLICIT_CLASSES: Final = frozenset({"htb", "drr"})
 _STRICT: Final = frozenset({"ets"})
 """Kinds that insist on the flag of nested attributes, which is missing in their own dumps (nla_parse_nested)."""
 _NESTED: Final = 0x8000
+_MAJOR: Final = 0xFFFF0000
+MQ: Final = "mq"
+"""What the kernel puts at the root of a device of several queues, to have its default on each."""
 _SFQ: Final = struct.Struct("=IiIII")
 """struct tc_sfq_qopt: quantum, perturb_period, limit, divisor, flows."""
+_TYPES: Final = ("qdisc", "class")
+_KIND: Final = re.compile(r"[!-~]{1,15}")
+"""Kinds of qdiscs, IFNAMSIZ long at most (include/net/sch_generic.h)."""
+_OPTIONS_MAX: Final = 60_000
+"""Bytes: the length of an attribute has 16 bits."""
 _CODEL_TIMES: Final = {"codel": {1, 3, 5}, "fq_codel": {1, 3, 7}}
 """Attributes that hold times: target, interval, CE threshold (include/uapi/linux/pkt_sched.h)."""
+
+
+def whole(value: Any, most: int = U32_MAX, *, least: int = 0) -> int:
+    """A number of a note. Raises ValueError for anything else."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{str(value)[:40]} is no whole number from {least} to {most}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +86,9 @@ class Saved:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Undo to_json. Raises KeyError, TypeError or ValueError on anything else."""
         options = None if data["options"] is None else base64.b64decode(data["options"], validate=True)
-        return cls(str(data["type"]), str(data["kind"]), int(data["handle"]), int(data["parent"]), options)
+        if data["type"] not in _TYPES or not _KIND.fullmatch(data["kind"]) or len(options or b"") > _OPTIONS_MAX:
+            raise ValueError(f"neither a qdisc nor a class: {str(data)[:100]}")
+        return cls(data["type"], data["kind"], whole(data["handle"]), whole(data["parent"]), options)
 
     @property
     def text(self) -> str:
@@ -110,49 +128,80 @@ class Snapshot:
         qdiscs = tuple(Saved.from_json(q) for q in data["qdiscs"])
         if not qdiscs or qdiscs[0].parent != tc.TC_H_ROOT:
             raise ValueError("no root qdisc recorded")
-        return cls(qdiscs, tuple(Saved.from_json(c) for c in data["classes"]), int(data["txqlen"]))
+        snapshot = cls(qdiscs, tuple(Saved.from_json(c) for c in data["classes"]), whole(data["txqlen"]))
+        snapshot.ordered()
+        return snapshot
 
     def replay(self, ifindex: int) -> list[bytes]:
-        """Messages that bring the tree back in place of ours. The first is the one root graft."""
+        """Messages that bring the tree back in place of ours. The first is the one root graft.
+
+        Raises ValueError for options that the kernel has never dumped.
+        """
         if self.by_kernel:
             return [tc.message(tc.RTM_DELQDISC, 0, ifindex, 0, tc.TC_H_ROOT)]
-        return [_request(item, ifindex) for item in self.ordered()]
+        try:
+            return [_request(item, ifindex) for item in self.ordered()]
+        except (struct.error, KeyError) as e:
+            raise ValueError(f"options that can't be: {e}") from e
 
     def ordered(self) -> list[Saved]:
-        """What replay has to make, parents first, and the queue of a class right behind the class."""
-        waiting = [*(q for q in self.qdiscs if q.handle), *self.classes]
+        """What replay has to make, parents first, and the queue of a class right behind the class.
+
+        Raises ValueError when something has no parent here, or a handle twice.
+        """
         explicit = {c.handle for c in self.classes}
+        below: dict[int, list[Saved]] = {}
+        everything = [*(q for q in self.qdiscs if q.handle), *self.classes]
+        if len({(i.type, i.handle) for i in everything}) < len(everything):
+            raise ValueError("a handle comes twice")
+        for item in everything[1:] if self.root.handle else everything:
+            # A class directly under its qdisc is dumped with parent "root". Classes that come with their qdisc (mq,
+            # prio, tbf) are not in the list; what hangs on one stands below the qdisc.
+            qdisc = item.handle & _MAJOR if item.parent == tc.TC_H_ROOT else item.parent & _MAJOR
+            parent = item.parent if item.parent in explicit else qdisc
+            if item.type == "class" and item.handle & _MAJOR != qdisc:
+                raise ValueError(f"{item.text} is in another qdisc than its parent")
+            below.setdefault(parent, []).append(item)
         done: list[Saved] = []
-        placed: set[int] = set()
-
-        def ready(item: Saved) -> bool:
-            if item.type == "qdisc" and item.parent == tc.TC_H_ROOT:
-                return True
-            if item.type == "class" and item.handle & 0xFFFF0000 not in placed:
-                return False
-            if item.parent == tc.TC_H_ROOT or item.parent in placed:
-                return True
-            # Classes that come with their qdisc (mq, prio, tbf) are not in the list.
-            return item.parent not in explicit and item.parent & 0xFFFF0000 in placed
-
+        waiting = [self.root] if self.root.handle else []
         while waiting:
-            item = next((i for i in waiting if i.parent in placed and i.type == "qdisc" and ready(i)), None)
-            item = item or next((i for i in waiting if ready(i)), None)
-            if item is None:
-                raise ValueError(f"{waiting[0].text} has no parent in the dump")
-            waiting.remove(item)
+            item = waiting.pop()
             done.append(item)
-            placed.add(item.handle)
+            waiting += reversed(below.pop(item.handle, []))
+        for orphans in below.values():
+            raise ValueError(f"{orphans[0].text} has no parent in the dump")
         return done
 
-    def normal(self) -> set[tuple[Any, ...]]:
-        """What must be equal before and after, statistics aside."""
-        qdiscs = {(q.type, q.kind, q.handle, q.parent, _steady(q)) for q in self.qdiscs}
-        return qdiscs | {(c.type, c.kind, c.handle, c.parent, _steady(c)) for c in self.classes}
+    @property
+    def defaults(self) -> set[str]:
+        """Kinds that the kernel chose: of the root, or of the queues below a root that it chose (mq)."""
+        return {q.kind for q in self.qdiscs if q.kind != MQ} if self.by_kernel else set()
+
+    @property
+    def items(self) -> tuple[Saved, ...]:
+        """Qdiscs, then classes."""
+        return self.qdiscs + self.classes
+
+    def like(self, now: Snapshot) -> bool:
+        """``now`` is as this was: what had a handle exactly, statistics aside; what the kernel chose, in kind.
+
+        The kernel's choice can have other settings when the device's MTU has changed, and another number of queues; and
+        what it would not choose any more (net.core.default_qdisc) can only be put back with a handle.
+        """
+        if self.by_kernel:
+            return {q.kind for q in now.qdiscs if q.kind != MQ} == self.defaults and not now.classes
+        chosen = {q.parent for q in self.qdiscs if not q.handle}
+        return self._normal(chosen) == now._normal(chosen)
+
+    def _normal(self, chosen: set[int]) -> set[tuple[Any, ...]]:
+        """``chosen``: parents of qdiscs that the kernel chose."""
+        kinds = {(q.kind, q.parent) for q in self.qdiscs if q.parent in chosen}
+        exact = (i for i in self.items if i.type == "class" or i.parent not in chosen)
+        return kinds | {(i.type, i.kind, i.handle, i.parent, _steady(i)) for i in exact}
 
     def lines(self) -> tuple[str, ...]:
         """As tc shows it, one line each."""
-        return tuple(item.text for item in (*self.qdiscs, *self.classes))
+        return tuple(item.text for item in self.items)
 
 
 def capture(qdiscs: Iterable[tc.TcObject], classes: Iterable[tc.TcObject], txqlen: int) -> Snapshot:
@@ -248,7 +297,10 @@ def _steady(item: Saved) -> bytes | None:
 def describe(item: Saved) -> str:
     """One line as tc shows it; of the options those that tell one tree from another."""
     place = "root" if item.parent == tc.TC_H_ROOT else f"parent {tc.classid(item.parent)}"
-    values = settings(item.kind, item.type, item.options)
+    try:
+        values = settings(item.kind, item.type, item.options)
+    except (struct.error, KeyError):  # of a damaged note
+        values = {}
     raw = item.options or b""
     words = []
     if item.kind in ("pfifo", "bfifo", "pfifo_head_drop") and len(raw) == 4:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import grpc
 import psutil
 
+from mfsd.client.introduction import introduced
 from mfsd.daemon import config as configuration
 from mfsd.lab.hosts.net import DEVICE, Host, LabError
 from mfsd.v1 import control_pb2 as pb
@@ -86,6 +88,7 @@ class Governor:
         )
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         self.launch()
@@ -107,7 +110,7 @@ class Governor:
                 stderr=log,
                 env=environment(),
             )
-        self._channel = grpc.insecure_channel(self.target, options=CHANNEL)
+        self._channel = self._open.enter_context(introduced(self.target, CHANNEL))
 
     def ready(self) -> None:
         """Wait until it governs. Raises LabError."""
@@ -169,9 +172,8 @@ class Governor:
 
     def stop(self) -> None:
         """End it as systemd would; it puts the qdiscs back. Idempotent."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        self._channel = None
+        self._open.close()
         process, self._process = self._process, None
         if process is None:
             return

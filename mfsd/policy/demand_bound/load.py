@@ -63,7 +63,7 @@ class Margin:
 
     def leave(self, seconds: F8) -> F8:
         """What it leaves of ``seconds``."""
-        return seconds * (1.0 - self.share)
+        return seconds * (1.0 - self.share) - self.fixed
 
 
 @dataclass(slots=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.sim.decide import FixedOrder
-from mfsd.sim.singlelink import BatchSpec, Case, RequestSpec, Run
+from mfsd.lab.sim.decide import FixedOrder
+from mfsd.lab.sim.singlelink import BatchSpec, Case, RequestSpec, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -99,7 +99,7 @@ class Order:
     crowds: F8 = field(default_factory=lambda: np.zeros(0))
     """Of each crowd of the case, shape (crowds,)."""
     assured: dict[float, float] = field(default_factory=dict)
-    """Bytes/s that go to a key before the order counts; all together at most the rate."""
+    """Bytes/s that go to a key before the order counts; in that order, too, where they exceed the rate."""
 
     def rates(self, rate: float, flows: I4) -> tuple[F8, F8]:
         """Bytes/s of each transfer, and of each crowd together, if the link gives ``rate``.
@@ -109,14 +109,15 @@ class Order:
         every = np.concatenate([self.key, self.crowds])
         weight = np.concatenate([np.ones(len(self.key)), flows])
         keys, which = np.unique(every, return_inverse=True)
-        share = np.array([self.assured.get(k, 0.0) for k in keys.tolist()])
+        assured = np.array([self.assured.get(k, 0.0) for k in keys.tolist()])
+        share = np.diff(np.minimum(np.cumsum(assured), rate), prepend=0.0)
         share[0] += rate - share.sum()
         each = (share / np.bincount(which, weights=weight))[which] * weight
         return each[: len(self.key)], each[len(self.key) :]
 
 
 class Decider(Protocol):
-    """Decides levels; a policy behind views (mfsd/sim/decide.py), or a fixed order."""
+    """Decides levels; a policy behind views (mfsd/lab/sim/decide.py), or a fixed order."""
 
     def order(self, run: Run) -> Order:
         """Say who is served before whom from now on."""

@@ -17,8 +17,8 @@ from mfsd.bands import (
     LEVEL_SCAVENGER,
     SCAVENGER_FLOOR,
 )
+from mfsd.lab.sim.singlelink import Case, Order, Outcome, Run
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
-from mfsd.sim.singlelink import Case, Order, Outcome, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -187,7 +187,7 @@ class PolicyDecider:
             self.policy.levels,
             load=np.minimum(above[-1], 1.0),
             load_above=np.minimum(above[at], 1.0),
-            floor=self._floors.sum(),
+            floor=self._floors[others].sum(),
             taken=np.minimum(self._usage, self._floors)[others].sum(),
         )
 

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy guarantees, put onto bands: shares of the link that devices keep for them.
+
+A policy counts payload in bytes/s of levels; a qdisc counts what is on the wire, in shares of the link, of bands. The
+shares are rounded up, so that a device is not told about every tick's small difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mfsd.bands import HINTED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mfsd.bands import Bands, Ladder
+    from mfsd.engine.device import Device
+    from mfsd.policy.views import F8
+
+WIRE: Final = 1.05
+"""Bytes on the wire for a byte of payload: 1514 for 1448 at an MTU of 1500, less with larger ones."""
+STEP: Final = 0.02
+"""Shares are rounded up to multiples of this."""
+DEBT_S: Final = 0.02
+"""Longest time for which one packet may leave a band in debt. htb keeps what a class owes as time, at the rate that it
+had when it sent (htb_accnt_tokens, net/sched/sch_htb.c), so that after one packet of PACKET a class with a tiny rate
+would wait for long for what is guaranteed to it. So bands that are guaranteed something have a standing rate, too."""
+PACKET: Final = 68_000
+"""Bytes: the largest that TCP hands down, with its headers."""
+MOST_STANDING: Final = 0.08
+"""Of the link, on slow ones."""
+REPEAT_S: Final = 1.0
+"""After so long a device is told again: its qdiscs may have been repaired meanwhile."""
+
+
+@dataclass(slots=True)
+class Guarantees:
+    """Tells each device what its bands are guaranteed, when that changes."""
+
+    devices: Sequence[Device]
+    bands: Bands
+    _told: dict[int, tuple[float, dict[int, float]]] = field(default_factory=dict)
+    """When, and the share by index of the band, by row of the device."""
+
+    def give(self, guarantee: F8 | None, ladder: Ladder, now: float) -> None:
+        """Put ``guarantee`` in force: bytes/s on top of the floors, shape (devices, levels); None: floors only."""
+        for row, device in enumerate(self.devices):
+            rate = device.estimator.rate
+            self._tell(row, {} if guarantee is None or rate <= 0.0 else self._shares(guarantee[row], rate, ladder), now)
+
+    def drain(self, now: float) -> None:
+        """Packets go to the default band from now on: let what is queued in the other bands leave before that."""
+        for row in range(len(self.devices)):
+            self._tell(row, draining(self.bands), now)
+
+    def shares(self, row: int) -> Mapping[int, float]:
+        """What bands of a device are guaranteed at present, by index; others have their floors."""
+        return self._told.get(row, (0.0, {}))[1]
+
+    def _shares(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
+        asked = np.bincount(ladder.band_of, weights=guarantee, minlength=len(self.bands)) * (WIRE / rate)
+        shares = {
+            int(band): min(float(np.ceil((asked[band] + self.bands.bands[band].floor) / STEP) * STEP), 1.0)
+            for band in np.flatnonzero(asked)
+        }
+        standing = min(PACKET / (DEBT_S * rate), MOST_STANDING)
+        for band in self.bands.level_bands:
+            if band.index < self.bands.default.index and standing > band.floor:
+                shares[band.index] = max(standing, shares.get(band.index, 0.0))
+        return shares
+
+    def _tell(self, row: int, shares: dict[int, float], now: float) -> None:
+        when, told = self._told.get(row, (-REPEAT_S, {}))
+        if (told != shares or now >= when + REPEAT_S) and self.devices[row].enforced:
+            self._told[row] = now, shares
+            self.devices[row].guarantee(shares)
+
+
+def draining(bands: Bands) -> dict[int, float]:
+    """Shares with which all hinted bands are served before unhinted traffic."""
+    return {b.index: 1.0 for b in bands.bands if b.role in HINTED}

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy guarantees reaches the devices as shares of their bands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.harness import FakeDevice
+
+from mfsd.bands import HINTED, Bands, Ladder
+from mfsd.engine.estimator import LinkEstimator
+from mfsd.engine.guarantees import MOST_STANDING, REPEAT_S, STEP, WIRE, Guarantees, draining
+
+RATE = 1e12
+"""So fast that no standing rate is needed."""
+SLOW = 25e6
+
+
+def _bands(levels: int = 5) -> Bands:
+    return Bands.build(levels, default_after=min(levels, 4), lanes=4)
+
+
+def _one(bands: Bands, rate: float = RATE) -> tuple[Guarantees, FakeDevice]:
+    device = FakeDevice(LinkEstimator(rate, len(bands)))
+    return Guarantees([device], bands), device
+
+
+@given(st.lists(st.floats(0, RATE), min_size=5, max_size=5), st.sampled_from([1, 2, 3, 5]))
+def test_each_band_gets_at_least_what_its_levels_are_guaranteed(asked: list[float], levels: int) -> None:
+    """On the wire, on top of its floor, but never more than the link; other bands are not named."""
+    bands = _bands(levels)
+    guarantees, device = _one(bands)
+    ladder = Ladder(bands, 5)
+    guarantees.give(np.array([asked]), ladder, 1.0)
+    for band in bands.bands:
+        of = sum(a for level, a in enumerate(asked) if ladder.band_of[level] == band.index) * WIRE / RATE
+        share = device.guaranteed.get(band.index, 0.0)
+        if of:
+            assert min(of + band.floor, 1.0) <= share + 1e-9 <= min(of + band.floor + STEP, 1.0) + 2e-9
+        else:
+            assert share == 0.0
+
+
+def test_a_device_is_told_when_it_changes_and_once_in_a_while() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands)
+    ladder, asked = Ladder(bands, 5), np.array([[0.0, 0.0, 0.31 * RATE, 0.0, 0.0]])
+    told = []
+    for now, factor in (
+        (0.0, 1.0),
+        (0.1, 1.0),
+        (0.2, 1.001),
+        (0.3, 1.5),
+        (0.4, 0.0),
+        (0.5, 0.0),
+        (0.6 + REPEAT_S, 0.0),
+    ):
+        device.guaranteed = {-1: 1.0}
+        guarantees.give(asked * factor, ladder, now)
+        told.append(device.guaranteed != {-1: 1.0})
+    assert told == [True, False, False, True, True, False, True]
+    assert device.guaranteed == {}
+
+
+def test_what_is_only_observed_is_told_when_it_is_enforced() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands)
+    device.enforced = False
+    asked = np.array([[0.0, 0.0, 0.5 * RATE, 0.0, 0.0]])
+    guarantees.give(asked, Ladder(bands, 5), 0.0)
+    assert (device.guaranteed, guarantees.shares(0)) == ({}, {})
+    device.enforced = True
+    guarantees.give(asked, Ladder(bands, 5), 0.01)
+    assert device.guaranteed == guarantees.shares(0) == {3: pytest.approx(0.54)}
+
+
+def test_on_slow_links_bands_above_the_default_one_have_a_standing_rate() -> None:
+    """A packet of 68 kB takes 20 ms at 3.4 MB/s: 13.6 % of 200 Mbit/s, which is too much, and 0.34 % of 8 Gbit/s."""
+    bands = _bands()
+    none = np.zeros((1, 5))
+    guarantees, device = _one(bands, SLOW)
+    guarantees.give(none, Ladder(bands, 5), 0.0)
+    assert device.guaranteed == dict.fromkeys((1, 2, 3, 4), MOST_STANDING)
+    guarantees.give(np.array([[0, 0, SLOW / 2, 0, 0]]), Ladder(bands, 5), 0.0)
+    assert device.guaranteed[3] == pytest.approx(0.54)
+    fast, device = _one(bands, 125e6)
+    fast.give(none, Ladder(bands, 5), 0.0)
+    assert device.guaranteed[1] == pytest.approx(0.0272)
+    without, device = _one(bands, SLOW)
+    without.give(None, Ladder(bands, 5), 0.0)
+    assert device.guaranteed == {}
+
+
+def test_draining_puts_all_hinted_bands_before_unhinted_traffic() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands)
+    guarantees.drain(0.0)
+    assert device.guaranteed == draining(bands)
+    assert {bands.bands[i].role for i in device.guaranteed} == HINTED
+    guarantees.give(None, Ladder(bands, 5), 0.01)
+    assert device.guaranteed == {}
+
+
+def test_without_a_known_rate_there_is_nothing_to_share_out() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands, 0.0)
+    guarantees.give(np.full((1, 5), RATE), Ladder(bands, 5), 0.0)
+    assert device.guaranteed == {}
