@@ -156,10 +156,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         try:
             self._peer(context)
             ways = advice.ways(request)
-        except HintError as e:
+        except (HintError, errors.Refused) as e:
             await errors.abort(context, errors.of_call(e))
-        except errors.Refused as e:
-            await errors.abort(context, e.status)
         now, out = self._clock(), []
         for dst, src in ways:
             if src is None or advice.ours(src):

@@ -18,6 +18,7 @@ from support.certificates import Authority
 from support.rig import WAIT_S, wait_for
 
 from mfsd.client import Client, Stage, tuple_of
+from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc as rpc
 
@@ -109,12 +110,12 @@ def ip(*words: str) -> None:
 def answers(target: str) -> bool:
     try:
         return bool(control(target, lambda c: c.GetStatus(pb.GetStatusRequest(), timeout=2)).version)
-    except grpc.RpcError:
+    except (OSError, grpc.RpcError):
         return False
 
 
 def control(target: str, call: Any) -> Any:
-    with grpc.insecure_channel(target) as channel:
+    with introduced(target) as channel:
         return call(rpc.ControlStub(channel))
 
 

@@ -14,6 +14,7 @@ from support.certificates import Authority, Papers
 from support.daemons import PATIENCE_S, Running, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, cookie_of, tuple_of
+from mfsd.client.introduction import introduced
 from mfsd.daemon.config import ConfigError, parse
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
@@ -181,9 +182,11 @@ def test_advice_of_the_way_from_another_host(hosts: Hosts) -> None:
         for _ in range(10):
             assert client.advice(WAITER, source=SENDER) is None  # a daemon without devices knows nothing
             time.sleep(0.02)
-    with pytest.raises(grpc.RpcError) as e:
-        stub(hosts.waiter.target).Advise(pb.AdviseRequest(paths=[pb.Path(dst="10.0.0.1"), pb.Path(dst="x")]))
+    wrong = pb.AdviseRequest(paths=[pb.Path(dst="10.0.0.1"), pb.Path(dst="x")])
+    with introduced(hosts.waiter.target) as channel, pytest.raises(grpc.RpcError) as e:
+        hints_pb2_grpc.HintsStub(channel).Advise(wrong)
     assert "paths[1].dst" in str(e.value)
+    assert code(lambda: stub(hosts.waiter.target).Advise(wrong)) is grpc.StatusCode.UNAUTHENTICATED
 
 
 # --- who may ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 from support.daemons import PATIENCE_S, Api, Running, connected, wait_for
 
 from mfsd.client import cookie_of
+from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import hints_pb2
 
@@ -42,7 +43,7 @@ def ruled(start: Callable[..., Running], connection: Pair) -> tuple[Running, int
 
 @pytest.fixture
 def stubs(ruled: tuple[Running, int]) -> Iterator[Api]:
-    with grpc.insecure_channel(ruled[0].target) as channel:
+    with introduced(ruled[0].target) as channel:
         yield Api(channel)
 
 
