@@ -36,7 +36,7 @@ def _section(name: str) -> Any:
 
 ALL_KEYS = [
     (section, key)
-    for section in ("daemon", "device", "peer", "bands", "policy", "limits", "rescue", "rules", "rule")
+    for section in ("daemon", "device", "peer", "bands", "policy", "limits", "rescue", "rules", "relay", "rule")
     for key in _section(section).model_fields
 ]
 NUMBERS = [
