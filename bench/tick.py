@@ -63,6 +63,7 @@ class Simulated:
     notsent: int = 1 << 40
     rto_us: int = 200_000
     last_ack_ms: int = 0
+    last_sent_ms: int = 0
 
 
 class SimulatedSockets:

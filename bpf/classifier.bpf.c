@@ -182,10 +182,12 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 	struct bpf_tcp_sock *tcp = 0;
 	struct bpf_sock *sk = skb->sk;
 
-	if (sk)
+	if (sk) {
 		sk = bpf_sk_fullsock(sk);
-	if (sk)
+		if (!sk)
+			return; /* what acknowledges in TIME_WAIT, or answers a SYN, carries no payload and is on no scale of ours */
 		tcp = bpf_tcp_sock(sk);
+	}
 	if (!tcp && s->parsed && s->h.proto == IPPROTO_UDP) {
 		__sync_fetch_and_add(&slot->sent, skb->len - s->h.l4 - 8);
 		return;

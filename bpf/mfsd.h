@@ -92,6 +92,8 @@ struct mfsd_sock {
 	struct mfsd_tuple key;	 /* as its packets leave: saddr and sport are ours */
 	__u64 netns;		 /* cookie of the network namespace (SO_NETNS_COOKIE) */
 	struct mfsd_owner owner;
+	__u32 bound;		 /* interface that it is bound to (SO_BINDTODEVICE), a part of its name there; 0: none */
+	__u32 pad;
 };
 
 enum mfsd_event_kind {

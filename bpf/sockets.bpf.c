@@ -90,6 +90,7 @@ static __always_inline void describe(struct bpf_sock_ops *ctx, struct mfsd_sock 
 {
 	struct mfsd_tuple *key = &sock->key;
 	struct mfsd_owner *owner;
+	struct bpf_sock *sk;
 	__u32 *s = (__u32 *)key->saddr, *d = (__u32 *)key->daddr, peer;
 
 	if (ctx->family == AF_INET) {
@@ -114,6 +115,12 @@ static __always_inline void describe(struct bpf_sock_ops *ctx, struct mfsd_sock 
 	key->proto = IPPROTO_TCP;
 	__builtin_memset(key->pad, 0, sizeof(key->pad));
 	sock->netns = bpf_get_netns_cookie(ctx);
+	sock->bound = 0;
+	sock->pad = 0;
+	sk = ctx->sk; /* and again below: kept on the stack, it could not be proven to be whole */
+	if (sk)
+		sock->bound = sk->bound_dev_if;
+	MFSD_REREAD();
 	owner = ctx->sk ? bpf_sk_storage_get(&mfsd_owners, ctx->sk, 0, 0) : 0;
 	if (owner)
 		sock->owner = *owner;

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured logs on stderr: for people (console) or for machines (JSON, one object per line)."""
+"""Structured logs on stderr: for people (console) or for machines (JSON, one object per line).
+
+Where stderr is systemd's journal, levels become its priorities, and in the console style an event goes to it with its
+values as fields (``journalctl MFSD_DEVICE=eth0``). One event is one line; of what floods, ``FLOOD`` lines are written.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
+import socket
+import struct
 import sys
 import time
 from typing import TYPE_CHECKING, Final, Literal
@@ -16,26 +24,34 @@ if TYPE_CHECKING:
 LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 SELDOM_S: Final = 10.0
 """Least time between two lines about the same thing that may fail at every tick."""
+FLOOD: Final = 20
+"""Lines of one event within FLOOD_S; beyond, the next one that is written says how many were not."""
+FLOOD_S: Final = 10.0
+JOURNAL: Final = "/run/systemd/journal/socket"
+PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+"""Of syslog (RFC 5424, 6.2.1), by level."""
 
 
 def configure(style: Literal["console", "json"], level: str) -> None:
     """Set up structlog, and what libraries log through the standard module. May be called again."""
+    journal = to_journal(os.environ.get("JOURNAL_STREAM", ""))
+    native = journal and style == "console"
     shared: list[structlog.types.Processor] = [
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
-        # Under systemd the journal has its own time; for JSON a sortable one that needs no time zone.
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        # A sortable time that needs no time zone; the journal has its own.
+        _keep if native else structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info if style == "json" else _keep,
     ]
-    renderer: structlog.types.Processor = (
-        structlog.processors.JSONRenderer()
-        if style == "json"
-        # Tracebacks as Python prints them: rich's are cut to 80 columns and show all local variables.
-        else structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
+    # Tracebacks as Python prints them: rich's are cut to 80 columns and show all local variables.
+    console = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
     )
-    handler = logging.StreamHandler(sys.stderr)
+    json = structlog.processors.JSONRenderer()
+    renderer: structlog.types.Processor = Journalled(console) if native else json if style == "json" else console
+    if journal and not native:
+        renderer = _prefixed(renderer)
+    handler = JournalHandler() if native else logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -43,11 +59,15 @@ def configure(style: Literal["console", "json"], level: str) -> None:
         )
     )
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+        old.close()
+    root.addHandler(handler)
     set_level(level)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
+            Flood(),
             *shared,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
@@ -83,3 +103,100 @@ class Seldom:
             self._next.clear()
         self._next[key] = now + self._period
         return True
+
+
+class Flood:
+    """Processor that lets ``FLOOD`` lines of each event pass in ``FLOOD_S``, and counts the others. Bounded."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, list[float]] = {}
+        """Event -> [when its period ends, lines in it, lines left out]."""
+
+    def __call__(self, _logger: object, _name: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
+        """Raises structlog.DropEvent."""
+        now, name = self._clock(), str(event.get("event"))
+        if len(self._seen) > 1000:
+            self._seen.clear()
+        period = self._seen.setdefault(name, [now + FLOOD_S, 0, 0])
+        if now >= period[0]:
+            if period[2]:
+                event["left_out"] = int(period[2])
+            period[:] = [now + FLOOD_S, 0, 0]
+        if period[1] >= FLOOD:
+            period[2] += 1
+            raise structlog.DropEvent
+        period[1] += 1
+        return event
+
+
+# --- systemd's journal ------------------------------------------------------------------------------------------------
+
+
+def to_journal(stream: str) -> bool:
+    """Whether stderr is the journal. ``stream``: JOURNAL_STREAM, "device:inode" (systemd.exec(5))."""
+    try:
+        stat = os.fstat(2)
+    except OSError:
+        return False
+    return stream == f"{stat.st_dev}:{stat.st_ino}"
+
+
+def _prefixed(renderer: structlog.types.Processor) -> structlog.types.Processor:
+    """Lines with the priority in front, which the journal takes off (sd-daemon(3))."""
+
+    def render(logger: object, name: str, event: structlog.types.EventDict) -> str:
+        priority = PRIORITIES.get(str(event.get("level")), 6)
+        return f"<{priority}>{renderer(logger, name, event)!s}"
+
+    return render
+
+
+class Journalled:
+    """Renderer of an event as one datagram of the journal's native protocol.
+
+    https://systemd.io/JOURNAL_NATIVE_PROTOCOL: fields "NAME=value", or those with line breaks as the name, the length
+    as 64 bits little-endian, and the value. As text, because that is what formatters return.
+    """
+
+    def __init__(self, console: structlog.types.Processor) -> None:
+        self._console = console
+
+    def __call__(self, logger: object, name: str, event: structlog.types.EventDict) -> str:
+        """See the class."""
+        level = str(event.pop("level", "info"))
+        values = {k: v for k, v in event.items() if k not in ("event", "exc_info", "stack_info")}
+        fields = {
+            "MESSAGE": str(self._console(logger, name, event)).strip(),
+            "PRIORITY": str(PRIORITIES.get(level, 6)),
+            "SYSLOG_IDENTIFIER": "mfsd",
+        }
+        fields |= {f"MFSD_{re.sub('[^A-Z0-9]', '_', k.upper())}": str(v) for k, v in values.items()}
+        return b"".join(_field(k.encode(), v.encode(errors="replace")) for k, v in fields.items()).decode("latin-1")
+
+
+def _field(name: bytes, value: bytes) -> bytes:
+    if b"\n" not in value:
+        return name + b"=" + value + b"\n"
+    return name + b"\n" + struct.pack("<Q", len(value)) + value + b"\n"
+
+
+class JournalHandler(logging.Handler):
+    """Sends what ``Journalled`` has rendered; to stderr, which is the journal as well, where that fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        datagram = self.format(record).encode("latin-1")
+        try:
+            self._socket.sendto(datagram, JOURNAL)
+        except OSError:  # too long, or the journal restarts
+            sys.stderr.write(f"<3>{datagram.decode(errors='replace')[:2000]!r}\n")
+
+    def close(self) -> None:
+        """See logging.Handler."""
+        self._socket.close()
+        super().close()

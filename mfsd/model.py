@@ -317,6 +317,8 @@ class TransferHint:
     """False: its bytes and those of others on the same connections are interleaved."""
     position: int = 0
     """Bytes that had been written to the socket when the transfer was first announced, on TCP's scale; 0: unknown."""
+    hold_until: float = INF
+    """It may be held back until then at most; INF: for as long as the policy has it."""
 
 
 class What(enum.IntEnum):

@@ -86,6 +86,7 @@ def compile_bpf(source: Path, output: Path) -> None:
     multiarch = sysconfig.get_config_var("MULTIARCH") or f"{os.uname().machine}-linux-gnu"
     run(
         tool("clang", "clang"), "-O2", "-g", "-Wall", "-Werror", "-target", "bpf", "-mcpu=v3",
+        f"-ffile-prefix-map={ROOT}=.",  # BTF names source files: the same object wherever it was built
         f"-I{ROOT / 'bpf'}", f"-I/usr/include/{multiarch}", "-c", source, "-o", output,
     )  # fmt: skip
     run(tool("llvm-strip", "llvm"), "-g", output)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wheel build hook: generate what scripts/build.py generates before the files are collected."""
+"""Build hook: generate what scripts/build.py generates before the files are collected.
+
+In a tree unpacked from an sdist nothing is to be done: all files are of one time there, so none is out of date.
+"""
 
 import subprocess
 import sys

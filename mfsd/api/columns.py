@@ -47,6 +47,7 @@ def transfers(decoder: Decoder, m: pb.TransferColumns, now: float) -> tuple[Tran
     selector = _column("transfers.selector", m.selector, n, np.int64)
     flags = _column("transfers.flags", m.flags, n, np.int64)
     position = _column("transfers.position", m.position, n, np.float64)
+    held = _column("transfers.max_defer_us", m.max_defer_us, n, np.float64)
     ttl = _column("transfers.ttl_us", m.ttl_us, n, np.float64)
     names, owners = list(m.ids), list(m.owners)
     selectors = [_selector(one) for one in m.selectors]
@@ -54,7 +55,7 @@ def transfers(decoder: Decoder, m: pb.TransferColumns, now: float) -> tuple[Tran
     reach = int(limits.max_deadline_s * 1e6)
     known_stage = np.isin(stage, list(STAGES))
     suspect = ~known_stage | (size <= 0) | (size > limits.max_transfer_bytes) | (layer > limits.max_layers)
-    suspect |= (own < -reach) | (own > reach)
+    suspect |= (own < -reach) | (own > reach) | (held > limits.max_defer_s * 1e6)
     suspect |= (request > len(owners)) | (batch > len(owners)) | (selector >= len(selectors))
     suspect |= (request == 0) & (batch == 0) & ~np.isin(stage, _OWNERLESS)
     suspect |= _named_wrongly(names, limits.max_id_bytes)
@@ -66,7 +67,7 @@ def transfers(decoder: Decoder, m: pb.TransferColumns, now: float) -> tuple[Tran
     bad: Bad = []
     for i in np.flatnonzero(suspect).tolist():
         try:
-            decoder.decode(_single(m, i, stage, size, layer, own, request, batch, selector), now)
+            decoder.decode(_single(m, i, stage, size, layer, own, held, request, batch, selector), now)
         except HintError as e:
             bad.append((i, _of_row(e, i, int(selector[i]))))
         else:
@@ -85,6 +86,7 @@ def transfers(decoder: Decoder, m: pb.TransferColumns, now: float) -> tuple[Tran
         deadline=np.where(own == 0, INF, now + np.maximum(own * US, limits.min_deadline_ms / 1e3)),
         ordered=(flags & INTERLEAVED) == 0,
         position=position,
+        hold_until=np.where(held == 0, INF, now + np.maximum(held * US, limits.min_defer_ms / 1e3)),
         ttl=np.where(ttl == 0, limits.default_ttl_s, np.minimum(ttl * US, limits.max_ttl_s)),
     )
     return (columns.keep(~suspect) if bad else columns), bad
@@ -152,6 +154,7 @@ def _single(
     size: Ints,
     layer: Ints,
     own: Ints,
+    held: Ints,
     request: Ints,
     batch: Ints,
     selector: Ints,
@@ -168,7 +171,9 @@ def _single(
     out = pb.Hint()
     t = out.transfer
     t.id, t.request_id, t.batch_id = m.ids[i], owners[int(request[i])], owners[int(batch[i])]
-    t.stage, t.bytes, t.target_layer, t.deadline_us = (int(c[i]) for c in (stage, size, layer, own))  # type: ignore[assignment]  # an open enum
+    t.stage, t.bytes, t.target_layer, t.deadline_us, t.max_defer_us = (  # type: ignore[assignment]  # an open enum
+        int(c[i]) for c in (stage, size, layer, own, held)
+    )
     t.selector.CopyFrom(m.selectors[int(selector[i])])
     return out
 

@@ -39,7 +39,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.Status:  # noqa: ARG002, N802 - as generated
         """See the proto; so are the others."""
-        return messages.status(self._daemon, self._clock())
+        return await self._status()
 
     async def ListConnections(  # noqa: N802 - as generated
         self,
@@ -72,7 +72,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             now = self._clock()
             first = pb.ListConnectionsRequest()
             page = pages.connections(self._daemon.engine, now, first).connections if request.connections else ()
-            yield pb.WatchReply(status=messages.status(self._daemon, now), connections=page)
+            yield pb.WatchReply(status=await self._status(), connections=page)
             await asyncio.sleep(interval / 1e6)
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:  # noqa: N802 - as generated
@@ -98,13 +98,13 @@ class ControlService(control_pb2_grpc.ControlServicer):
         """Stop steering, keep hints and qdiscs."""
         self._daemon.engine.pause()
         self._daemon.steering_changed()
-        return messages.status(self._daemon, self._clock())
+        return await self._status()
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.Status:  # noqa: ARG002, N802 - as generated
         """Undo Pause."""
         self._daemon.engine.resume()
         self._daemon.steering_changed()
-        return messages.status(self._daemon, self._clock())
+        return await self._status()
 
     async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.Status:  # noqa: N802 - as generated
         """Observe or enforce."""
@@ -112,7 +112,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         if mode is None:
             await _invalid(context, "mode", f"unknown mode {request.mode}", "use MODE_OBSERVE (1) or MODE_ENFORCE (2)")
         await self._daemon.set_mode(mode)
-        return messages.status(self._daemon, self._clock())
+        return await self._status()
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Context) -> pb.Plan:  # noqa: N802 - as generated
         """What enforcing would change, or has changed."""
@@ -132,6 +132,10 @@ class ControlService(control_pb2_grpc.ControlServicer):
             what = f"cookie {request.cookie}" if request.cookie else f"port {request.port}"
             await _not_found(context, f"no TCP connection of this host has {what}")
         return messages.rules(self._daemon, verdicts)
+
+    async def _status(self) -> pb.Status:
+        figures = await self._daemon.figures()
+        return messages.status(self._daemon, figures, self._clock())
 
     async def _named(self, name: str, context: Context) -> list[str]:
         known = [d.name for d in self._daemon.all_devices]

@@ -63,6 +63,8 @@ class Decoder:
         self._id_bytes = limits.max_id_bytes
         self._max_us = int(limits.max_deadline_s * 1e6)
         self._min_s = limits.min_deadline_ms / 1e3
+        self._max_defer_us = int(limits.max_defer_s * 1e6)
+        self._min_defer = limits.min_defer_ms / 1e3
         self._max_ttl = limits.max_ttl_s
         self._default_ttl = limits.default_ttl_s
         self._max_bytes = limits.max_transfer_bytes
@@ -128,7 +130,7 @@ class Decoder:
 
     def _transfer(self, hint: hints_pb2.Hint, now: float) -> TransferHint:
         m = hint.transfer
-        request_id, batch_id, size, own = m.request_id, m.batch_id, m.bytes, m.deadline_us
+        request_id, batch_id, size, own, held = m.request_id, m.batch_id, m.bytes, m.deadline_us, m.max_defer_us
         stage = STAGES.get(m.stage)
         if stage is None:
             raise HintError("transfer.stage", f"unknown stage {m.stage}", STAGES_TEXT)
@@ -150,6 +152,7 @@ class Decoder:
             self._ttl(m.ttl_us),
             not m.interleaved,
             m.position,
+            now + self._defer("transfer.max_defer_us", held) if held else INF,
         )
 
     def _completion(self, hint: hints_pb2.Hint, _now: float) -> EndHint:
@@ -202,6 +205,15 @@ class Decoder:
         if us > self._max_us:
             raise HintError(field, f"{us} us", f"at most {self._max_us} (limits.max_deadline_s)")
         return us * US
+
+    def _defer(self, field: str, us: int) -> float:
+        if us > self._max_defer_us:
+            raise HintError(
+                field,
+                f"{us} us is {us / 1e6:.0f} s",
+                f"at most {self._max_defer_us} us (limits.max_defer_s); 0: the policy's default for its stage",
+            )
+        return max(us * US, self._min_defer)
 
     def _ttl(self, us: int) -> float:
         return min(us * US, self._max_ttl) if us else self._default_ttl

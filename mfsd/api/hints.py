@@ -107,7 +107,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         self._identities = identities
         identities.ended = self._gone
         self._ticks = ticks
-        self._clock = clock
+        self.clock = clock
         self._seldom = Seldom()
         self.elsewhere: Callable[[Address, Address], Awaitable[pb.Advice]] | None = None
         """What another host's daemon says of its way to an address: (there, that host)."""
@@ -128,7 +128,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
                 f"send at most {limit} at a time (limits.max_hints_per_batch)",
                 exhausted=True,
             )
-        engine, now = self.engine, self._clock()
+        engine, now = self.engine, self.clock()
         session = self._session(batch.session, peer, now)
         engine.hear(now)
         answer = Answer(
@@ -158,7 +158,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             ways = advice.ways(request)
         except (HintError, errors.Refused) as e:
             await errors.abort(context, errors.of_call(e))
-        now, out = self._clock(), []
+        now, out = self.clock(), []
         for dst, src in ways:
             if src is None or advice.ours(src):
                 out.append(advice.advice(self.engine, dst, now))
@@ -264,7 +264,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             fresh = answer.fresh
             until = answer.at + (LOOK_S if fresh else SETTLE_S)
             while self._ticks.count <= answer.tick or not all(watch.looked for watch in fresh):
-                if self._clock() >= until:
+                if self.clock() >= until:
                     break
                 await self._ticks.ticked()
             for watch, index in fresh.items():
@@ -276,7 +276,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
 
     def _gone(self, peer: Peer) -> None:
         """A client has closed its connection, or has ended."""
-        now = self._clock()
+        now = self.clock()
         for session in peer.sessions:
             self.engine.end_session(session, now)
         peer.sessions.clear()
@@ -339,9 +339,12 @@ class _Answers:
 
     async def put(self, answer: Answer) -> None:
         """Answer one more batch, and deliver its session's events from now on: the latest stream of a session does."""
-        if answer.session.wake is not self._wake:
+        if self._session is not answer.session:
+            self._detach()
             self._session = answer.session
-            answer.session.wake = self._wake
+            self._session.attached += 1
+            self._session.kept = True
+        answer.session.wake = self._wake
         self._due.append(answer)
         self._happened.set()
         while len(self._due) >= AHEAD and not self._task.done():
@@ -375,12 +378,19 @@ class _Answers:
 
     async def close(self) -> None:
         """Stop; events that come later wait for the session's next stream or call. Idempotent."""
-        session, self._session = self._session, None
-        if session is not None and session.wake is self._wake:
-            session.wake = None
+        self._detach()
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await self._task
+
+    def _detach(self) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        session.attached -= 1
+        session.seen = self._service.clock()
+        if session.wake is self._wake:
+            session.wake = None
 
 
 def _whole(reply: pb.HintReply, part: pb.Rejection.Part.ValueType, rows: int, error: HintError) -> int:

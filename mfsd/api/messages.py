@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mfsd.api.operations import BandRow, Device, Operations, Verdict
+    from mfsd.api.operations import BandRow, Device, Figures, Operations, Verdict
     from mfsd.engine.engine import Engine
     from mfsd.engine.records import Connection, Transfer, Watch
     from mfsd.model import Selector
@@ -36,8 +36,8 @@ _SHOWN_LEVEL: Final = {LEVEL_NEW: -1, LEVEL_NONE: -1, LEVEL_SCAVENGER: -2, LEVEL
 _PROCESS: Final = psutil.Process()
 
 
-def status(daemon: Operations, now: float) -> pb.Status:
-    """One screen."""
+def status(daemon: Operations, figures: Sequence[Figures], now: float) -> pb.Status:
+    """One screen. ``figures``: of all devices."""
     engine, books = daemon.engine, daemon.engine.books
     p50, p99 = daemon.tick_durations()
     unseen = [w for w in engine.watches.unseen(now) if not _carried(engine, w)]
@@ -48,7 +48,7 @@ def status(daemon: Operations, now: float) -> pb.Status:
         mode=pb.MODE_ENFORCE if engine.mode is Mode.ENFORCE else pb.MODE_OBSERVE,
         paused=engine.paused,
         policy=engine.steering.policy.name,
-        devices=[_device(engine, i, d) for i, d in enumerate(daemon.all_devices)],
+        devices=[_device(engine, i, d, f) for i, (d, f) in enumerate(zip(daemon.all_devices, figures, strict=False))],
         sessions=len(books.sessions),
         requests=books.requests.n,
         batches=books.batches.n,
@@ -141,7 +141,7 @@ def rules(daemon: Operations, verdicts: Sequence[Verdict]) -> pb.ListRulesReply:
     )
 
 
-def _device(engine: Engine, index: int, device: Device) -> pb.Device:
+def _device(engine: Engine, index: int, device: Device, figures: Figures) -> pb.Device:
     table = engine.connections.table
     used = np.flatnonzero(table.used[: table.high]).astype(np.int32)
     users = np.bincount(table.band[used[engine.connections.device_of(used) == index]], minlength=256)
@@ -154,14 +154,15 @@ def _device(engine: Engine, index: int, device: Device) -> pb.Device:
         rate_bytes_per_s=device.estimator.configured,
         measured_bytes_per_s=device.estimator.measured,
         utilisation=device.estimator.utilisation,
-        bands=[_band(engine, device, index, row, int(users[row.index])) for row in device.band_rows()],
-        stats=device.stats(),
+        bands=[_band(engine, device, index, row, int(users[row.index])) for row in figures.bands],
+        stats=figures.stats,
     )
 
 
 def _band(engine: Engine, device: Device, index: int, row: BandRow, connections: int) -> pb.Band:
-    spec, rate = engine.steering.bands.bands[row.index], device.estimator.rate
-    shares = engine.steering.guarantees.shares(index) if device.floors else {}
+    steering, rate = engine.steering, device.estimator.rate
+    spec = steering.bands.bands[row.index]
+    shares = steering.guarantees.shares(index) if device.floors else {}
     return pb.Band(
         index=row.index,
         name=spec.name,
@@ -174,6 +175,7 @@ def _band(engine: Engine, device: Device, index: int, row: BandRow, connections:
         backlog_bytes=row.backlog,
         dscp=device.dscp.get(spec.name, -1),
         connections=connections,
+        urgency=steering.ladder.classes(steering.policy.classes)[row.index],
         guaranteed_bytes_per_s=shares.get(row.index, 0.0) * device.estimator.configured,
         got_bytes_per_s=float(device.estimator.band_load[row.index]) * rate,
     )

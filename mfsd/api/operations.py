@@ -34,14 +34,6 @@ if TYPE_CHECKING:
             """Where the classifier hangs; empty when it does not."""
             ...
 
-        def band_rows(self) -> list[BandRow]:
-            """Counters of all bands."""
-            ...
-
-        def stats(self) -> dict[str, int]:
-            """The classifier's counters by name (enum mfsd_stat in bpf/mfsd.h)."""
-            ...
-
 
 @dataclass(frozen=True, slots=True)
 class BandRow:
@@ -82,6 +74,15 @@ class Verdict:
     """Conditions that don't hold, in words; none: it does."""
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What has been read of one device."""
+
+    bands: Sequence[BandRow]
+    stats: Mapping[str, int]
+    """The classifier's counters by name (enum mfsd_stat in bpf/mfsd.h)."""
+
+
 class Operations(Protocol):
     """What operators ask."""
 
@@ -100,6 +101,10 @@ class Operations(Protocol):
     @property
     def all_devices(self) -> Sequence[Device]:
         """The configured devices."""
+        ...
+
+    async def figures(self) -> list[Figures]:
+        """Of all devices, in their order; read elsewhere than on the event loop, since the kernel may make one wait."""
         ...
 
     def notices(self) -> list[str]:

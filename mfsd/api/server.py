@@ -32,6 +32,9 @@ CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 STOP_S: Final = 0.5
 """For calls in progress when the daemon stops; streams are cut then, and clients reconnect by themselves."""
 
+_KEEPALIVE: Final = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
+"""A client on another machine that is gone without a word is noticed, and what it said with it."""
+
 _untyped_health: Any = health
 """The package has no stubs, and mypy's view of what it re-exports changes with the state of its cache."""
 
@@ -88,7 +91,8 @@ class Server:
         self._identities = identities
         self._bound: list[Path] = []
         """Sockets of these names are ours."""
-        self._server = grpc.aio.server(interceptors=[Access(identities)], options=[("grpc.so_reuseport", 0)])
+        options = [("grpc.so_reuseport", 0), *_KEEPALIVE]
+        self._server = grpc.aio.server(interceptors=[Access(identities)], options=options)
         hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
         self._health = _untyped_health.aio.HealthServicer()

@@ -116,6 +116,7 @@ def _print_plan(d: pb.DevicePlan) -> None:
     _section(console, "found", d.found)
     _section(console, "mfsd will not touch it", d.refusals)
     _section(console, "why so", d.reasons)
+    _section(console, "marks", d.marks)
     if not d.refusals:
         console.print(Text("steps", style="bold"))
         for step in d.steps:

@@ -64,6 +64,7 @@ BAND: Final = {
     "packets": "packets, the same",
     "drops": "packets dropped at a full queue, purged ones included",
     "backlog_bytes": "bytes queued now",
+    "urgency": "its class in the fabric by the policy (column fabric): urgent, middle or last",
     "dscp": "code point written into its packets; -1: left alone",
     "connections": "connections in it now",
 }

@@ -13,7 +13,7 @@ from mfsd.cli import output
 from mfsd.cli.app import Globals, with_globals
 from mfsd.cli.connect import TIMEOUT_S, hints
 from mfsd.cli.errors import Exit
-from mfsd.cli.values import DURATION, ENDPOINT, SIZE, Endpoint
+from mfsd.cli.values import DURATION, ENDPOINT, SIZE, SPAN, Endpoint
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
@@ -98,16 +98,14 @@ def _us(seconds: float) -> int:
     return round(seconds * 1e6)
 
 
-TTL: Final = click.option(
-    "--ttl", type=DURATION, default=0.0, help="Forgotten after this; default: the daemon's limit."
-)
+TTL: Final = click.option("--ttl", type=SPAN, default=0.0, help="Forgotten after this; default: the daemon's limit.")
 
 
 @_hint("request")
 @click.argument("id_", metavar="ID")
 @click.option("--ttft-left", type=DURATION, required=True, help="Time left until the first token is due, e.g. 180ms.")
 @click.option("--batch", "batch_id", default="", help="The batch it runs in.")
-@click.option("--compute-left", type=DURATION, default=0.0, help="Compute still to be done for the first token.")
+@click.option("--compute-left", type=SPAN, default=0.0, help="Compute still to be done for the first token.")
 @TTL
 def request(id_: str, ttft_left: float, batch_id: str, compute_left: float, ttl: float) -> pb.Hint:
     """Announce a request and its TTFT deadline."""
@@ -127,7 +125,7 @@ def request(id_: str, ttft_left: float, batch_id: str, compute_left: float, ttl:
 @click.option("--request", "request_ids", multiple=True, help="A member; may be given several times.")
 @click.option("--layers", type=click.IntRange(0), default=0, help="Layers of the model; 0: unknown.")
 @click.option("--current-layer", type=click.IntRange(0), default=0, help="The layer that computes now.")
-@click.option("--layer-compute", type=DURATION, default=0.0, help="Compute time per layer.")
+@click.option("--layer-compute", type=SPAN, default=0.0, help="Compute time per layer.")
 def batch(id_: str, request_ids: tuple[str, ...], layers: int, current_layer: int, layer_compute: float) -> pb.Hint:
     """Announce requests that execute together."""
     return pb.Hint(
@@ -209,6 +207,9 @@ INTERLEAVED: Final = click.option(
 @click.option("--batch", "batch_id", default="", help="Batch that it belongs to.")
 @click.option("--layer", type=click.IntRange(0), default=0, help="Layer that consumes or produces the data.")
 @click.option("--deadline", type=DURATION, default=0.0, help="Its own deadline from now; default: the request's.")
+@click.option(
+    "--max-defer", type=SPAN, default=0.0, help="Longest time that it may be held back; default: the policy's."
+)
 @INTERLEAVED
 @TTL
 @_selector_options
@@ -220,6 +221,7 @@ def transfer(  # one argument per field of the message
     batch_id: str,
     layer: int,
     deadline: float,
+    max_defer: float,
     ttl: float,
     *,
     interleaved: bool,
@@ -236,6 +238,7 @@ def transfer(  # one argument per field of the message
             bytes=octets,
             selector=_selector(**selector),
             deadline_us=_us(deadline),
+            max_defer_us=_us(max_defer),
             ttl_us=_us(ttl),
             interleaved=interleaved,
         )

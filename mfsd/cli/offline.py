@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
 from mfsd.daemon.config import Config, ConfigError, load
-from mfsd.daemon.config_bands import bands_of, policy_of
+from mfsd.daemon.config_bands import bands_of, dscp_of, marks_in_words, policy_of
 from mfsd.datapath import links, tc
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
 from mfsd.datapath.errors import DatapathError, NoDeviceError
@@ -43,10 +43,11 @@ def plan(config: Config, device: str) -> pb.Plan:
             f"no device {device!r} is configured; configured: {known}" if device else "no [[device]] is configured"
         )
     bands = bands_of(config, policy_of(config))
-    return pb.Plan(devices=[_device_plan(d, bands, config.daemon.state_dir) for d in chosen])
+    marks = marks_in_words(dscp_of(config), bands)
+    return pb.Plan(devices=[_device_plan(d, bands, config.daemon.state_dir, marks) for d in chosen])
 
 
-def _device_plan(device: DeviceConfig, bands: Bands, state_dir: Path) -> pb.DevicePlan:
+def _device_plan(device: DeviceConfig, bands: Bands, state_dir: Path, marks: list[str]) -> pb.DevicePlan:
     try:
         with DeviceEnforcer(device.name, bands, device.backend, device.rate, state_dir) as enforcer:
             made = enforcer.plan()
@@ -62,6 +63,7 @@ def _device_plan(device: DeviceConfig, bands: Bands, state_dir: Path) -> pb.Devi
         refusals=made.refusals,
         undo=[f"{s.text}: {s.command}" for s in made.undo],
         reasons=made.reasons,
+        marks=marks,
     )
 
 

@@ -68,7 +68,8 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
             [
                 ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"),
                 ("guaranteed", "right"), ("got", "right"), ("conns", "right"),
-                ("sent", "right"), ("packets", "right"), ("drops", "right"), ("queued", "right"), ("dscp", "right"),
+                ("sent", "right"), ("packets", "right"), ("drops", "right"), ("queued", "right"),
+                ("fabric", "left"), ("dscp", "right"),
             ],
             (
                 [
@@ -76,7 +77,7 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
                     units.rate(b.guaranteed_bytes_per_s) if b.guaranteed_bytes_per_s else "-",
                     units.rate(b.got_bytes_per_s), str(b.connections),
                     units.size(b.bytes), units.count(b.packets), units.count(b.drops),
-                    units.size(b.backlog_bytes), "-" if b.dscp < 0 else str(b.dscp),
+                    units.size(b.backlog_bytes), b.urgency, "-" if b.dscp < 0 else str(b.dscp),
                 ]
                 for b in d.bands
             ),

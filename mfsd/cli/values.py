@@ -45,6 +45,16 @@ class _Duration(click.ParamType[float]):
         return seconds
 
 
+class _Span(_Duration):
+    """Seconds from "180ms", not below 0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = super().convert(value, param, ctx)
+        if seconds < 0:
+            self.fail(f"{value!r} is below 0; only deadlines can be in the past", param, ctx)
+        return seconds
+
+
 class _Size(click.ParamType[int]):
     """Bytes from "10MB"."""
 
@@ -100,5 +110,6 @@ class _EndpointType(click.ParamType[Endpoint]):
 
 
 DURATION: Final = _Duration()
+SPAN: Final = _Span()
 SIZE: Final = _Size()
 ENDPOINT: Final = _EndpointType()

@@ -63,6 +63,7 @@ class Transfer:
     deadline_s: float | None = None
     ttl_s: float = 0.0
     interleaved: bool = False
+    max_defer_s: float | None = None
 
 
 class Client:
@@ -142,18 +143,21 @@ class Client:
         deadline_s: float | None = None,
         ttl_s: float = 0.0,
         interleaved: bool = False,
+        max_defer_s: float | None = None,
     ) -> None:
         """Announce ``size`` payload bytes about to be written to a connection, in the order of writing.
 
         ``request`` or ``batch`` (or both) own it; collectives and background need neither. ``layer`` consumes (stage
         1), executes (2) or produced (3) the data. ``deadline_s`` is from now; None: its request's. ``interleaved``: its
-        bytes and those of others are written in turns. Raises OSError for a closed socket.
+        bytes and those of others are written in turns. ``max_defer_s`` is the longest time from now that it may be held
+        back, below the lease or time-out of whoever waits for it; None: the policy's default. Raises OSError for a
+        closed socket.
         """
         self.transfers(
             [
                 Transfer(
                     transfer_id, connection, size, stage, request, batch, layer, deadline_s, ttl_s,
-                    interleaved=interleaved,
+                    interleaved=interleaved, max_defer_s=max_defer_s,
                 )
             ]
         )  # fmt: skip
@@ -180,6 +184,7 @@ class Client:
                 t.ttl_s,
                 not t.interleaved,
                 named.position,
+                INF if t.max_defer_s is None else now + t.max_defer_s,
             )
             if named.fault:
                 self._refuse(hint, named)

@@ -81,6 +81,7 @@ def encode(hint: Hint, now: float, out: pb.Hint) -> None:
             m.deadline_us = _left_us(hint.deadline, now)
         m.ttl_us = int(hint.ttl * 1e6)
         m.interleaved, m.position = not hint.ordered, hint.position
+        m.max_defer_us = _held_us(hint.hold_until, now)
         _selector(hint.selector, m.selector)
     elif isinstance(hint, ProgressHint):
         p = out.progress
@@ -124,6 +125,7 @@ def encode_columns(hints: Sequence[TransferHint], now: float, out: pb.TransferCo
     _fill(out.position, [h.position for h in hints])
     _fill(out.flags, [0 if h.ordered else INTERLEAVED for h in hints])
     _fill(out.ttl_us, [int(h.ttl * 1e6) for h in hints])
+    _fill(out.max_defer_us, [_held_us(h.hold_until, now) for h in hints])
 
 
 def _fill(column: RepeatedScalarFieldContainer[int], values: list[int]) -> None:
@@ -138,6 +140,11 @@ def _fill(column: RepeatedScalarFieldContainer[int], values: list[int]) -> None:
 def _left_us(deadline: float, now: float) -> int:
     """Microseconds left; never 0, which means "not given" on the wire."""
     return int((deadline - now) * 1e6) or -1
+
+
+def _held_us(hold_until: float, now: float) -> int:
+    """Microseconds left; 0 means "not given" on the wire."""
+    return 0 if hold_until == INF else max(round((hold_until - now) * 1e6), 1)
 
 
 def _selector(selector: Selector, out: pb.Selector) -> None:

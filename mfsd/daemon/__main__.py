@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402 - see below
 """``mfsd`` and ``python -m mfsd.daemon``."""
 
 from __future__ import annotations
 
+import signal
+
+# First of all, before there is another thread and before what takes half a second to import: until there is a handler a
+# SIGHUP would end the process. Blocked in all threads, it waits for the handler.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
 import sys
+
+from mfsd.daemon.predecessor import Predecessor
 
 
 def main() -> None:
-    """Run the daemon, if what it needs is installed."""
+    """Run the daemon, if what it needs is installed, and keep at work what the one before it left."""
+    predecessor = Predecessor.find()
     try:
-        from mfsd.daemon.main import main as run  # noqa: PLC0415 - so that there is somebody to say what is missing
+        from mfsd.daemon.main import main as run  # noqa: PLC0415 - it takes a second on a busy machine
     except ModuleNotFoundError as e:
         sys.exit(f"mfsd: {e}; an install for workers has no daemon: pip install 'mfsd[daemon]'")
-    run()
+    run(obj=predecessor)
 
 
 if __name__ == "__main__":

@@ -9,26 +9,16 @@ in config_text.py, the types of values are in config_values.py.
 from __future__ import annotations
 
 import sys
-import tomllib
+from collections.abc import Sequence  # noqa: TC003 - pydantic reads annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from mfsd.bands import (
-    BACKGROUND_FLOOR,
-    CONTROL_FLOOR,
-    DEFAULT_FLOOR,
-    HTB_PRIOS,
-    LEVEL_FLOOR,
-    MAX_FLOORS,
-    MAX_HTB_LEVELS,
-    MAX_LEVELS,
-    SCAVENGER_FLOOR,
-    band_names,
-    fill_floors,
-)
+from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS
+from mfsd.daemon import config_files
+from mfsd.daemon.bands_section import BandsConfig
 from mfsd.daemon.config_rules import RuleConfig, RulesConfig
 from mfsd.daemon.config_rules import problems as rule_problems
 from mfsd.daemon.config_text import example, explain, key, render, shown, toml
@@ -71,36 +61,29 @@ DEFAULT_PATH: Final = Path("/etc/mfsd/mfsd.toml")
 A_RATE: Final = 'a rate above zero as tc writes it, e.g. "10gbit" or "950mbit"'
 LOCK: Final = "mfsd.lock"
 """File in daemon.state_dir that the running daemon holds."""
-MAX_BYTES: Final = 1 << 20
-"""Of a file."""
-MAX_DOTS: Final = 1000
-"""In a line, comments aside: tomllib takes time and memory in the square of the length of a dotted key."""
 MAX_DEVICES: Final = 64
 MAX_PEERS: Final = 65_536
 MAX_TEXT: Final = 100
 MAX_PARAMETER: Final = 1e9
 """Of a policy's numbers, which may have no bounds of their own: more means nothing in any unit they have."""
-MAX_LANES: Final = 256
-"""Minors of a band: its classids are 0xBBLL with band BB and lane LL."""
 
 
 class ConfigError(ValueError):
     """A configuration that can't be used; the text has one line per problem."""
 
-    def __init__(self, problems: list[str], path: Path | None = None) -> None:
-        super().__init__("\n".join(f"{path}: {p}" if path else p for p in problems))
+    def __init__(self, problems: list[str], paths: Sequence[Path] = ()) -> None:
+        """``paths``: the file of each problem, where there are files."""
         self.problems = problems
-
-
-Share = Annotated[float, Field(ge=0.0, le=MAX_FLOORS)]
-Dscp = Annotated[int, Field(ge=0, le=63)]
+        self.lines = [f"{path}: {p}" for path, p in zip(paths, problems, strict=True)] if paths else problems
+        """Problems with their files."""
+        super().__init__("\n".join(self.lines))
 
 
 class DaemonConfig(Section):
     """``[daemon]``: process, endpoints, clock."""
 
     socket: SocketPath = setting(
-        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 107 bytes"
+        Path("/run/mfsd/mfsd.sock"), "Unix socket of the gRPC API.", allowed="an absolute path of at most 104 bytes"
     )
     socket_group: GroupName | None = setting(
         None,
@@ -197,34 +180,6 @@ class PeerConfig(Section):
     )
 
 
-class BandsConfig(Section):
-    """``[bands]``: the strict-priority bands, the same on every device."""
-
-    levels: int = setting(
-        5,
-        "Bands for hinted traffic, besides control, default, background and scavenger. htb takes at most "
-        f"{MAX_HTB_LEVELS}.",
-        ge=1,
-        le=MAX_LEVELS,
-    )
-    lanes: int = setting(32, "Leaf queues per band: a rescue purges only the packets of one lane.", ge=1, le=MAX_LANES)
-    control_floor: Share = setting(CONTROL_FLOOR, "Share of the link that control packets always get.")
-    default_floor: Share = setting(DEFAULT_FLOOR, "Share of the link that unhinted traffic always gets.")
-    floors: Annotated[tuple[Share, ...], BeforeValidator(as_tuple)] = setting(
-        (), f"Share that each level always gets, most urgent first; {LEVEL_FLOOR:g} where it is short."
-    )
-    background_floor: Share = setting(
-        BACKGROUND_FLOOR, "Share of the link that background traffic (stores, offload, prefetch, weights) always gets."
-    )
-    scavenger_floor: Share = setting(SCAVENGER_FLOOR, "Share of the link that pruned and doomed requests always get.")
-    dscp: dict[str, Dscp] = setting({}, 'DSCP to write by band name, e.g. { "level 0" = 46 }; others are left alone.')
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all bands that a DSCP may be given for."""
-        return band_names(self.levels)
-
-
 class PolicyConfig(BaseModel):
     """``[policy]``: the policy by name; every other key is a parameter of it."""
 
@@ -254,7 +209,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        problems = [*_daemon_problems(self.daemon), *_band_problems(self), *_limit_problems(self.limits)]
+        problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
+        problems += _limit_problems(self.limits)
         problems += [*rule_problems(self.rule, self.rules.library), *self.relay.problems()]
         problems += [
             f"{name} = ({len(found)} sections): at most {most}"
@@ -298,28 +254,15 @@ def _daemon_problems(d: DaemonConfig) -> list[str]:
     return out
 
 
-def _band_problems(c: Config) -> list[str]:
-    b = c.bands
-    out = [
-        f"bands.dscp.{key(name)} = {dscp}: no such band; allowed: {', '.join(b.names)}"
-        for name, dscp in b.dscp.items()
-        if name not in b.names
-    ]
-    if len(b.floors) > b.levels:
-        out.append(f"bands.floors = {toml(b.floors)}: at most one per level (bands.levels = {b.levels})")
-    total = b.control_floor + b.default_floor + b.background_floor + b.scavenger_floor
-    total += sum(fill_floors(b.floors, b.levels))
-    if total > MAX_FLOORS:
-        out.append(
-            f"bands.floors = {toml(b.floors)}: all floors together are {total:.2f} of the link; at most {MAX_FLOORS}"
-        )
+def _device_problems(c: Config) -> list[str]:
+    out = []
     first: dict[str, int] = {}
     for i, device in enumerate(c.device):
         if first.setdefault(device.name, i) != i:
             out.append(f"device[{i}].name = {toml(device.name)}: each device once; device[{first[device.name]}]"
                        " has this name")  # fmt: skip
-        if device.backend == "htb" and b.levels > MAX_HTB_LEVELS:
-            out.append(f"bands.levels = {b.levels}: at most {MAX_HTB_LEVELS} with backend htb (device[{i}]),"
+        if device.backend == "htb" and c.bands.levels > MAX_HTB_LEVELS:
+            out.append(f"bands.levels = {c.bands.levels}: at most {MAX_HTB_LEVELS} with backend htb (device[{i}]),"
                        f" which has {HTB_PRIOS} priorities")  # fmt: skip
     return out
 
@@ -332,6 +275,9 @@ def _limit_problems(limits: LimitsConfig) -> list[str]:
     if limits.min_deadline_ms > limits.max_deadline_s * 1000:
         out.append(f"limits.min_deadline_ms = {toml(limits.min_deadline_ms)}: at most limits.max_deadline_s"
                    f" ({limits.max_deadline_s:g} s)")  # fmt: skip
+    if limits.min_defer_ms > limits.max_defer_s * 1000:
+        out.append(f"limits.min_defer_ms = {toml(limits.min_defer_ms)}: at most limits.max_defer_s"
+                   f" ({limits.max_defer_s:g} s)")  # fmt: skip
     return out
 
 
@@ -364,36 +310,16 @@ def _plain(value: Any) -> bool:
 
 
 def load(path: Path) -> Config:
-    """Read and check a file. Raises ConfigError with every problem that can be found in one go."""
+    """Read and check a file and its drop-ins. Raises ConfigError with every problem that can be found in one go."""
     try:
-        data = _toml(_read(path))
-    except OSError as e:
-        raise ConfigError([f"can't be read: {e.strerror}"], path) from e
-    except RecursionError as e:
-        raise ConfigError(
-            ["is not TOML: nested too deeply; a key stands in its section, [section], at most"], path
-        ) from e
-    except ValueError as e:
-        raise ConfigError([f"is not TOML: {e}"], path) from e
+        merged = config_files.read(path)
+    except config_files.UnreadableError as e:
+        raise ConfigError([e.problem], [e.path]) from e
     try:
-        return parse(data)
+        return parse(merged.data)
     except ConfigError as e:
-        raise ConfigError(e.problems, path) from None
-
-
-def _read(path: Path) -> str:
-    with path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes; is this the right file?")
-    return raw.decode()
-
-
-def _toml(text: str) -> dict[str, Any]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.count(".") > MAX_DOTS and not line.lstrip().startswith("#"):
-            raise ValueError(f"nested too deeply (at line {number}): more than {MAX_DOTS} dots in one line")
-    return tomllib.loads(text)
+        placed = [merged.place(p) for p in e.problems]
+        raise ConfigError([p for _, p in placed], [file or path for file, _ in placed]) from None
 
 
 def parse(data: dict[str, Any]) -> Config:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bands and the policy that a configuration asks for."""
+"""The bands, their marks and the policy that a configuration asks for."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from mfsd.bands import Bands, Ladder
+from mfsd.daemon.bands_section import CLASSES
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mfsd.daemon.config import Config
     from mfsd.policy.base import Policy
 
@@ -38,3 +41,23 @@ def _bands(config: Config, default_after: int) -> Bands:
 def policy_of(config: Config) -> Policy:
     """The configured policy. Raises ValueError naming the parameter."""
     return make_policy(config.policy.name, config.bands.levels, config.policy.params)
+
+
+def dscp_of(config: Config) -> dict[str, int]:
+    """Code points to write, by name of the band; what is given by class, the policy's classes put onto the bands."""
+    given = config.bands.dscp
+    if given.keys().isdisjoint(CLASSES):
+        return dict(given)
+    policy = policy_of(config)
+    plan = bands_of(config, policy)
+    classes = Ladder(plan, policy.levels).classes(policy.classes)
+    return {b.name: given[urgency] for b, urgency in zip(plan.bands, classes, strict=True) if urgency in given}
+
+
+def marks_in_words(dscp: Mapping[str, int], plan: Bands) -> list[str]:
+    """What is written into packets, a sentence per code point, in the order of the bands."""
+    names: dict[int, list[str]] = {}
+    for band in plan.bands:
+        if band.name in dscp:
+            names.setdefault(dscp[band.name], []).append(band.name)
+    return [f"DSCP {code} into packets of {', '.join(marked)}" for code, marked in names.items()]

@@ -9,7 +9,6 @@ import fcntl
 import os
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
-import sdnotify
 import structlog
 
 import mfsd
@@ -22,9 +21,11 @@ from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, reload, wiring
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.predecessor import Predecessor
 from mfsd.daemon.rights import rights_of
 from mfsd.daemon.rules import Rules, cgroup_root
 from mfsd.daemon.sockets import HostSockets
+from mfsd.daemon.supervisor import Supervisor
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
 from mfsd.host import clock
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from mfsd.api.operations import RuleState, Verdict
+    from mfsd.api.operations import Figures, RuleState, Verdict
     from mfsd.daemon.config import Config
     from mfsd.daemon.device import Device
 
@@ -57,16 +58,16 @@ class StartError(RuntimeError):
 class Daemon:
     """One running mfsd. ``run`` returns when a signal asks it to."""
 
-    def __init__(self, config: Config, path: Path | None) -> None:
+    def __init__(self, config: Config, path: Path | None, predecessor: Predecessor | None = None) -> None:
         self.config = config
         self.path = path
         self.started = clock.monotonic()
-        # Without a service manager the package would leave an open socket behind.
-        self._systemd = sdnotify.SystemdNotifier() if os.environ.get("NOTIFY_SOCKET") else None
+        self._predecessor = predecessor or Predecessor({})
         self.ready = asyncio.Event()
         """The endpoints are open."""
         self._stopping = asyncio.Event()
         self._hand_over = False
+        self._verbose = False
         self._reload_problems: list[str] = []
         self._device_work = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -74,11 +75,9 @@ class Daemon:
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock_file.close)
             policy = config_bands.policy_of(config)
-            if self._systemd is not None and self._systemd.socket is not None:
-                # A manager that does not read must not stop the engine; the package drops what can't be sent.
-                self._systemd.socket.setblocking(False)
-                undo.callback(self._systemd.socket.close)
-            self.devices = Devices(config, config_bands.bands_of(config, policy))
+            self._supervisor = Supervisor(os.environ, self._predecessor.names)
+            undo.callback(self._supervisor.close)
+            self.devices = Devices(config, config_bands.bands_of(config, policy), self._predecessor)
             undo.callback(self.devices.close)
             loop = asyncio.get_running_loop()
             self._cgroups = cgroup_root(undo)
@@ -110,7 +109,6 @@ class Daemon:
             control = ControlService(self, clock=clock.monotonic)
             self._server = Server(hints, control, self._identities, config.daemon)
             self._undo = undo.pop_all()
-        self._watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         self._next_watchdog = 0.0
 
     # --- life cycle ---------------------------------------------------------------------------------------------------
@@ -128,8 +126,9 @@ class Daemon:
                 self.ticker.start()
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
-                self._tasks = [asyncio.create_task(self._keep_care()), asyncio.create_task(self._keep_status())]
-                self._tell_systemd(f"READY=1\n{self._status_line()}")
+                work = (self._succeed(), self._keep_care(), self._keep_status())
+                self._tasks = [asyncio.create_task(w) for w in work]
+                self._supervisor.tell(f"READY=1\n{self._status_line()}")
                 log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
                 self.ready.set()
                 await self._stopping.wait()
@@ -137,7 +136,7 @@ class Daemon:
                 await self._shut_down()
 
     async def _shut_down(self) -> None:
-        self._tell_systemd("STOPPING=1")
+        self._supervisor.tell("STOPPING=1")
         if self.devices.teller is not None:
             asyncio.get_running_loop().remove_reader(self.devices.teller.fd)
         for task in self._tasks:
@@ -147,7 +146,14 @@ class Daemon:
         if self._relay is not None:
             await self._relay.stop()
         self.ticker.stop()
+        if self._hand_over and self._supervisor.present:
+            # Nothing is drained: packets follow what was decided last until the next daemon has taken over.
+            await self._on_devices(self.devices.leave)
+            log.info("stopped", qdiscs="kept", classifiers="kept")
+            return
         keep = self._hand_over or self.config.daemon.on_exit == "keep"
+        await self._take_over()  # only who has taken over can put things back
+        self._supervisor.keep({})
         # From here on packets are default traffic, whatever happens to the qdiscs.
         self.devices.fall_silent()
         if keep:
@@ -164,13 +170,12 @@ class Daemon:
         self._stopping.set()
 
     def hand_over(self) -> None:
-        """End and leave the qdiscs to the next daemon, which adopts them without a graft."""
+        """End and leave the qdiscs to the next daemon, which adopts them without a graft.
+
+        With a service manager the classifiers stay at work, too, until the next daemon's take their place.
+        """
         self._hand_over = True
         self._stopping.set()
-
-    def _tell_systemd(self, state: str) -> None:
-        if self._systemd is not None:
-            self._systemd.notify(state)
 
     # --- regular work -------------------------------------------------------------------------------------------------
 
@@ -182,9 +187,9 @@ class Daemon:
     def _beat(self, now: float) -> None:
         """After a successful tick: signs of life for the classifier and for systemd."""
         self.devices.beat()
-        if self._watchdog_s and now >= self._next_watchdog:
-            self._next_watchdog = now + self._watchdog_s / 3
-            self._tell_systemd("WATCHDOG=1")
+        if self._supervisor.watchdog_s and now >= self._next_watchdog:
+            self._next_watchdog = now + self._supervisor.watchdog_s / 3
+            self._supervisor.tell("WATCHDOG=1")
 
     async def _on_devices(self, work: Callable[[], T]) -> T:
         """Run blocking device work in a thread, one piece at a time."""
@@ -192,7 +197,26 @@ class Daemon:
             return await asyncio.to_thread(work)
 
     async def _care(self) -> None:
-        await self._on_devices(lambda: self.devices.care(self.engine.mode))
+        await self._tend(lambda: self.devices.care(self.engine.mode))
+
+    async def _tend(self, work: Callable[[], None]) -> None:
+        """Work on devices after which the service manager may have to keep other descriptors."""
+        async with self._device_work:
+            await asyncio.to_thread(work)
+            if not self._predecessor.at_work:
+                self._supervisor.keep(self.devices.descriptors())
+
+    async def _succeed(self) -> None:
+        """Once its clients have had time to come back, take over from the daemon before."""
+        if self._predecessor.at_work:
+            await asyncio.sleep(self._predecessor.settle_s)
+            await self._take_over()
+
+    async def _take_over(self) -> None:
+        if not self._predecessor.at_work:
+            return
+        await self._tend(lambda: self.devices.succeed(self.engine.mode))
+        log.info("took over", away_ms=round(self._predecessor.away_s * 1000), connections=len(self.engine.connections))
 
     async def _keep_care(self) -> None:
         seldom = logs.Seldom()
@@ -210,7 +234,7 @@ class Daemon:
             await asyncio.sleep(STATUS_S)
             line = self._status_line()
             if line != last:
-                self._tell_systemd(line)
+                self._supervisor.tell(line)
                 last = line
 
     def _status_line(self) -> str:
@@ -228,11 +252,11 @@ class Daemon:
     async def _reload_notified(self) -> None:
         await self.ready.wait()  # else systemd would be told so too early
         # MONOTONIC_USEC is what Type=notify-reload wants, see sd_notify(3).
-        self._tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic_ns() // 1000}")
+        self._supervisor.tell(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic_ns() // 1000}")
         try:
             await self.reload()
         finally:
-            self._tell_systemd(f"READY=1\n{self._status_line()}")
+            self._supervisor.tell(f"READY=1\n{self._status_line()}")
 
     async def reload(self) -> None:
         """Read the configuration again and change what can be changed; the rest is named in the log and the status.
@@ -247,8 +271,8 @@ class Daemon:
         try:
             new = configuration.load(self.path)
         except configuration.ConfigError as e:
-            self._reload_problems = [f"reload refused, nothing changed: {p}" for p in e.problems]
-            log.warning("reload refused, nothing changed", problems=e.problems)
+            self._reload_problems = [f"reload refused, nothing changed: {p}" for p in e.lines]
+            log.warning("reload refused, nothing changed", problems=e.lines)
             return
         old = self.config
         changes = reload.changes(old, new)
@@ -256,6 +280,13 @@ class Daemon:
         waiting += await self._change(old, new, set(changes.now))
         self._reload_problems = [f"{key}: changed in the file, takes effect at the next restart" for key in waiting]
         log.info("reloaded", changed=[k for k in changes.now if k not in waiting], needs_restart=waiting)
+
+    def change_verbosity(self) -> None:
+        """Log everything, or again what the configuration says. A reload ends it, too."""
+        self._verbose = not self._verbose
+        level = "debug" if self._verbose else self.config.daemon.log_level
+        logs.set_level(level)
+        log.warning("log level", level=level)
 
     async def _change(self, old: Config, new: Config, keys: set[str]) -> list[str]:
         """Apply the changed keys; returns those that turn out to need a restart."""
@@ -270,11 +301,12 @@ class Daemon:
         if keys & {"rule", "rules.library"}:
             self._rules.put(merged, clock.monotonic())
         self._identities.limit = merged.limits.max_sessions_per_user
-        if "bands.dscp" in keys:
-            self.devices.set_dscp(merged.bands.dscp)
+        if "bands.dscp" in keys or _touches(keys, "policy."):  # whose classes its levels are
+            self.devices.set_dscp(config_bands.dscp_of(self.config))
         if _touches(keys, "device["):
             self.devices.set_configs(merged.device)
-        if _touches(keys, "daemon.log_"):
+        if self._verbose or _touches(keys, "daemon.log_"):
+            self._verbose = False
             logs.configure(merged.daemon.log_format, merged.daemon.log_level)
         self.ticker.periods = Periods.of(merged.daemon)
         self.devices.set_timeout(merged.daemon.heartbeat_timeout_ms)
@@ -288,6 +320,10 @@ class Daemon:
     def all_devices(self) -> Sequence[Device]:
         """The configured devices."""
         return self.devices.all
+
+    async def figures(self) -> list[Figures]:
+        """Of all devices, read by their threads."""
+        return list(await asyncio.gather(*(asyncio.wrap_future(d.figures()) for d in self.all_devices)))
 
     def notices(self) -> list[str]:
         """Things an operator should know, most important first."""
@@ -339,6 +375,7 @@ class Daemon:
 
     async def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Put qdiscs back. With none left to enforce on, the mode is observe from then on."""
+        await self._take_over()  # else the classifiers of the daemon before went on sending packets there
         out = await self._on_devices(lambda: self.devices.restore(names))
         if not any(p.enforced for p in self.all_devices):
             self.engine.set_mode(Mode.OBSERVE)
@@ -367,6 +404,7 @@ def _plan(device: Device, plan: Any) -> pb.DevicePlan:
         refusals=plan.refusals,
         undo=[f"{s.text}: {s.command}" for s in plan.undo],
         reasons=plan.reasons,
+        marks=config_bands.marks_in_words(device.dscp, device.bands),
     )
 
 

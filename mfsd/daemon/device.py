@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import structlog
 
-from mfsd.api.operations import BandRow
+from mfsd.api.operations import BandRow, Figures
 from mfsd.daemon import hands
 from mfsd.daemon.hands import Hands
 from mfsd.datapath import _abi
@@ -24,6 +24,7 @@ from mfsd.logs import Seldom
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
 
     from mfsd.bands import Bands
     from mfsd.daemon.config import DeviceConfig
@@ -190,6 +191,10 @@ class Device:
         """The classifier's counters by name."""
         counted = self.classifier.stats()
         return {name: int(counted[number]) for name, number in STATS.items()}
+
+    def figures(self) -> Future[Figures]:
+        """Counters for operators, read by the device's thread."""
+        return self._hands.ask(lambda: Figures(self.band_rows(), self.stats()))
 
     def note(self, notice: str) -> None:
         """Say why the device is not as configured, or (empty) that it is."""

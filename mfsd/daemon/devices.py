@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from mfsd.daemon import hook, leftovers
+from mfsd.daemon import hook, leftovers, locate
+from mfsd.daemon.config_bands import dscp_of
 from mfsd.daemon.device import Device, Shape
 from mfsd.daemon.drain import drain
 from mfsd.daemon.keys import KernelKeys
+from mfsd.daemon.predecessor import HOST, Predecessor, link_name
 from mfsd.daemon.reserve import Reserve
 from mfsd.datapath import _abi, links, tc
 from mfsd.datapath.bpf.bcc import BccLoader
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.teller import Teller
-from mfsd.datapath.errors import DatapathError, LoaderError, NoDeviceError
+from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.engine.slots import MemoryKeys, SlotRows, memory_rows
 from mfsd.host import clock
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from mfsd.bands import Bands
     from mfsd.daemon.config import Config, DeviceConfig
+    from mfsd.datapath.bpf.attach import Attachment
     from mfsd.datapath.bpf.loader import Classifier, Loader
     from mfsd.datapath.qdisc.plan import DevicePlan
     from mfsd.engine.slots import KeyMap
@@ -50,8 +53,9 @@ log = structlog.get_logger(__name__)
 class Devices:
     """All devices of one daemon, and the table and keys that their classifiers share."""
 
-    def __init__(self, config: Config, bands: Bands) -> None:
+    def __init__(self, config: Config, bands: Bands, predecessor: Predecessor | None = None) -> None:
         """Load the classifiers. Without devices the table is plain memory. Raises LoaderError, OSError."""
+        self.predecessor = predecessor or Predecessor({})
         self.config = config
         self.bands = bands
         self.all: list[Device] = []
@@ -59,7 +63,7 @@ class Devices:
         """What is wrong with no configured device in particular: notes, devices that have lost their name."""
         self.teller: Teller | None = None
         self.teller_problem = ""
-        """Why the kernel does not tell of connections, though it should."""
+        """Why the kernel does not tell of connections; empty where it does."""
         self._host: npt.NDArray[Any] | None = None
         self._open = contextlib.ExitStack()
         self._reserve: Reserve | None = None
@@ -71,13 +75,14 @@ class Devices:
             return
         name, loader = _loader(config.daemon.loader)
         first: Classifier | None = None
+        dscp = dscp_of(config)
         try:
             self._sock = self._open.enter_context(tc.TcSocket())
             self._departures = self._open.enter_context(links.Departures())
             for wanted in config.device:
                 classifier = loader.open_classifier(config.daemon.slots, first)
                 first = first or classifier
-                self.all.append(Device(wanted, bands, classifier, name, config.bands.dscp))
+                self.all.append(Device(wanted, bands, classifier, name, dscp))
         except BaseException:
             self.close()
             raise
@@ -96,15 +101,19 @@ class Devices:
     def _listen(self, classifier: Classifier) -> None:
         """Have the kernel tell of connections, if it can and shall. Raises LoaderError where it must."""
         wanted = self.config.daemon.sockets
-        if wanted == "listing":
-            return
-        try:
-            self.teller = Teller(classifier)
-        except LoaderError as e:
-            if wanted == "kernel":
-                raise
-            self.teller_problem = f"the kernel does not tell of connections, so they are listed again and again: {e}"
-            log.warning("sockets", problem=str(e))
+        why = 'daemon.sockets = "listing"'
+        if wanted != "listing":
+            try:
+                self.teller = Teller(classifier)
+            except LoaderError as e:
+                if wanted == "kernel":
+                    raise
+                why = str(e)
+                log.warning("sockets", problem=why)
+        if self.teller is None:
+            self.teller_problem = (
+                f"the kernel does not tell of connections, so inet_diag lists them again and again: {why}"
+            )
 
     # --- the host map (any thread) ------------------------------------------------------------------------------------
 
@@ -148,16 +157,38 @@ class Devices:
 
         A device that is missing is looked for again, one that came back is set up again, one that is called otherwise
         now is put back as it was, and qdiscs that somebody else replaced are given up, with a notice: whoever did it
-        wants them.
+        wants them. Nothing is touched while classifiers of the daemon before are at work.
         """
+        if not self.predecessor.at_work:
+            self.succeed(mode)
+
+    def succeed(self, mode: Mode) -> None:
+        """The same, and take over from the daemon before, if it is at work still."""
+        try:
+            if self.all:
+                self._care_for_all(mode)
+        finally:
+            self.predecessor.retire()
+
+    def descriptors(self) -> dict[str, int | Attachment]:
+        """By name, what has to outlive this process for another to take over."""
         if not self.all:
-            return
+            return {}
+        found = ((d.ifindex, d.attachment) for d in self.all)
+        hung = {link_name(i): a for i, a in found if a is not None and a.link_fd >= 0}
+        return {HOST: self.all[0].classifier.map_fds[HOST], **hung}
+
+    def _care_for_all(self, mode: Mode) -> None:
         with self._spare():
-            gone = self._departures.since()
-            found = [device for device in self.all if self._guarded(device, lambda d: self._locate(d, gone))]
-            self.problems = leftovers.put_back(
-                self._sock, self.config.daemon.state_dir, {d.ifindex for d in self.all}, [d.name for d in self.all]
-            )
+            state_dir, gone = self.config.daemon.state_dir, self._departures.since()
+            found = [
+                device
+                for device in self.all
+                if self._guarded(device, lambda d: locate.locate(self._sock, d, state_dir, gone))
+            ]
+            ours = {d.ifindex for d in self.all}
+            leftovers.cut(self.predecessor.others(ours))
+            self.problems = leftovers.put_back(self._sock, state_dir, ours, [d.name for d in self.all])
             for device in found:
                 self._guarded(device, lambda d: self._care(d, mode, sure=gone is not None))
 
@@ -171,78 +202,34 @@ class Devices:
             return False
         return True
 
-    def _locate(self, device: Device, gone: set[int] | None) -> None:
-        """Find out which index the name means now, and let go of another one that it meant before."""
-        try:
-            ifindex = links.by_name(self._sock, device.name).ifindex
-        except NoDeviceError:
-            ifindex = 0
-        old = device.ifindex
-        if old and gone is not None and old in gone:
-            self._lost(device)
-        elif old and old != ifindex:
-            try:
-                links.by_index(self._sock, old)
-            except NoDeviceError:
-                self._lost(device)
-            else:
-                self._release(device)
-        if ifindex:
-            device.was = 0
-        device.ifindex = ifindex
-
-    def _lost(self, device: Device) -> None:
-        """The device is gone, on the kernel's word, and everything on it.
-
-        Also when it only moved to another namespace (dev_shutdown, net/core/dev.c).
-        """
-        shape, old = device.shape, device.ifindex
-        self._let_go(device)
-        if shape is not None:
-            shape.enforcer.close()
-        leftovers.forget(self._sock, self.config.daemon.state_dir, old)
-
-    def _release(self, device: Device) -> None:
-        """The device lives, but under another name, so it is not the one that is to be shaped."""
-        shape, device.was = device.shape, device.ifindex
-        self._let_go(device)
-        if shape is None:
-            return
-        try:
-            problems = shape.enforcer.restore()
-        except (OSError, DatapathError) as e:
-            problems = [str(e)]  # its note is still there: leftovers.put_back tries again
-        shape.enforcer.close()
-        log.warning("renamed", device=device.name, index=device.was, restored=not problems, problems=problems)
-
-    @staticmethod
-    def _let_go(device: Device) -> None:
-        device.ifindex = 0
-        device.given_up = ""
-        device.put_in_force(None)
-        device.detach_quietly()
-
     def _care(self, device: Device, mode: Mode, *, sure: bool) -> None:
         if not device.ifindex:
             device.note(leftovers.absent(self._sock, device))
             return
         shape = device.shape
+        fit = mode is Mode.ENFORCE and not device.given_up and not device.put_back
+        if shape is None and fit and self.predecessor.at_work:
+            # The qdiscs first: until the classifiers change places, packets follow the old one into them.
+            notices = _tried(lambda: self._enforce(device)) + self._hook(device)
+            device.note("; ".join(notices))
+            return
         notices = self._hook(device)
         if shape is not None:
             notices += self._verify(device, shape.enforcer, sure=sure)
         elif mode is Mode.ENFORCE and device.given_up:
             notices.append(device.given_up)
-        elif mode is Mode.ENFORCE and not device.put_back and device.attachment is not None:
+        elif fit and device.attachment is not None:
             notices += self._enforce(device)
         else:
             notices += leftovers.notices(self._sock, self.config.daemon.state_dir, device.ifindex, device.name)
         device.note("; ".join(notices + self._late(device)))
 
     def _hook(self, device: Device) -> list[str]:
-        try:
-            return hook.keep(device, self.config.daemon.attach)
-        except (OSError, DatapathError) as e:
-            return [str(e)]  # what is on the device must be looked after all the same
+        method = self.config.daemon.attach
+        # One that is to change to the other hook is let go, when this one hangs there.
+        link = self.predecessor.link(device.ifindex) if device.attachment is None and method != "clsact" else -1
+        # Also if that fails, what is on the device must be looked after.
+        return _tried(lambda: hook.keep(device, method, link))
 
     def _late(self, device: Device) -> list[str]:
         """Whether the classifier has taken a daemon that lives for dead."""
@@ -370,8 +357,15 @@ class Devices:
     def _named(self, names: Sequence[str]) -> list[Device]:
         return [d for d in self.all if d.name in names]
 
+    def leave(self) -> None:
+        """End with everything at work, for the next daemon to take over; ``close`` detaches nothing from then on."""
+        self._host, devices, self.all = None, self.all, []
+        for device in devices:
+            device.close()
+
     def close(self) -> None:
         """Detach and unload the classifiers; qdiscs stay as they are. Idempotent."""
+        self.predecessor.retire()
         self.fall_silent()
         self._host = None
         if self.teller is not None:
@@ -391,6 +385,14 @@ class Devices:
     def _enforcer(self, device: Device) -> DeviceEnforcer:
         daemon = self.config.daemon
         return DeviceEnforcer(device.name, self.bands, device.config.backend, device.config.rate, daemon.state_dir)
+
+
+def _tried(work: Callable[[], list[str]]) -> list[str]:
+    """What is to be said of it, which may be that it failed."""
+    try:
+        return work()
+    except (OSError, DatapathError) as e:
+        return [str(e)]
 
 
 def _loader(wanted: str) -> tuple[str, Loader]:

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -22,12 +22,15 @@ from mfsd.host import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
 
     import numpy.typing as npt
 
     from mfsd.datapath.bpf.loader import Classifier
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
     from mfsd.engine.device import Rescue
+
+T = TypeVar("T")
 
 FRESH_S: Final = 0.1
 """How long a look at a lane is worth something."""
@@ -73,6 +76,10 @@ class Hands:
                 self._failed(what, shape, e)
 
         self._thread.submit(body)
+
+    def ask(self, work: Callable[[], T]) -> Future[T]:
+        """Have the thread find something out, in its turn."""
+        return self._thread.submit(work)
 
     # --- counters -----------------------------------------------------------------------------------------------------
 

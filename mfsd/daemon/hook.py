@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import structlog
 
-from mfsd.datapath.bpf.attach import attach
+from mfsd.datapath.bpf.attach import attach, inherit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-def keep(device: Device, method: Literal["auto", "tcx", "clsact"]) -> list[str]:
+def keep(device: Device, method: Literal["auto", "tcx", "clsact"], link: int = -1) -> list[str]:
     """See to it that the classifier hangs where it should; returns what an operator should know.
 
-    ``method`` is as configured. Raises AttachError.
+    ``method`` is as configured. ``link``: the TCX link of the daemon before, where there is one and no attachment yet;
+    it is not the caller's any more. Raises AttachError.
     """
     standing = None if device.attachment is None else device.attachment.standing()
     if standing is not None and not standing.attached:
         log.warning("somebody has taken the classifier off", device=device.name, hook=device.hook)
     if standing is None or not standing.attached:
-        standing = _attach(device, method)
+        standing = _attach(device, method, link)
     if not standing.ahead:
         return []
     new = {user.prog_id for user in standing.ahead if user.hook == device.hook} - device.passed
@@ -47,11 +48,12 @@ def keep(device: Device, method: Literal["auto", "tcx", "clsact"]) -> list[str]:
     return [f"{who} had been put before mfsd's classifier, which has gone to the head again"]
 
 
-def _attach(device: Device, method: Literal["auto", "tcx", "clsact"]) -> Standing:
+def _attach(device: Device, method: Literal["auto", "tcx", "clsact"], link: int = -1) -> Standing:
     device.detach_quietly()
     device.write_map()
-    device.attachment = attach(device.classifier, device.ifindex, method)
-    log.info("attached", device=device.name, hook=device.attachment.method)
+    inherited = inherit(device.classifier, device.ifindex, link) if link >= 0 else None
+    device.attachment = inherited or attach(device.classifier, device.ifindex, method)
+    log.info("attached", device=device.name, hook=device.attachment.method, inherited=inherited is not None)
     return device.attachment.standing()
 
 

@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING
 import structlog
 
 from mfsd.datapath import links, tc
+from mfsd.datapath.bpf.attach import Attachment
 from mfsd.datapath.errors import DatapathError, EnforceError, NoDeviceError
 from mfsd.datapath.handles import is_ours
 from mfsd.datapath.undo import notes, restore
 from mfsd.datapath.undo.notes import Namespace, State, Unreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Iterable
     from pathlib import Path
 
     from mfsd.daemon.device import Device
 
 log = structlog.get_logger(__name__)
+
+
+def cut(links_of_others: Iterable[int]) -> None:
+    """Take classifiers off before the qdiscs go into which they send packets: those that hang by these TCX links."""
+    for fd in links_of_others:
+        Attachment(0, "tcx", fd).detach()
 
 
 def put_back(sock: tc.TcSocket, state_dir: Path, held: Container[int], names: Container[str]) -> list[str]:

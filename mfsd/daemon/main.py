@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402 - see below
 """The daemon's command line."""
 
 from __future__ import annotations
 
-import signal
-
-# First of all, before what takes half a second to import: until there is a handler a SIGHUP would end the process.
-# Blocked, it waits for the handler.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-
 import asyncio
+import faulthandler
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -22,6 +17,7 @@ import mfsd
 from mfsd import logs
 from mfsd.api.server import ServerError
 from mfsd.daemon import config as configuration
+from mfsd.daemon import config_files
 from mfsd.daemon.daemon import Daemon, StartError
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.errors import DatapathError
@@ -29,6 +25,7 @@ from mfsd.relay.incoming import RelayError
 
 if TYPE_CHECKING:
     from mfsd.daemon.config import Config
+    from mfsd.daemon.predecessor import Predecessor
 
 EX_CONFIG: Final = 78
 """sysexits.h; systemd shows it as CONFIG, and the unit does not restart on it."""
@@ -36,13 +33,14 @@ EX_CONFIG: Final = 78
 log = structlog.get_logger(__name__)
 
 
-async def _serve(config: Config, path: Path | None) -> None:
-    daemon = Daemon(config, path)
+async def _serve(config: Config, path: Path | None, predecessor: Predecessor | None) -> None:
+    daemon = Daemon(config, path, predecessor)
     handlers = {
         signal.SIGTERM: daemon.stop,
         signal.SIGINT: daemon.stop,
         signal.SIGHUP: daemon.reload_soon,
         signal.SIGUSR1: daemon.hand_over,
+        signal.SIGUSR2: daemon.change_verbosity,
     }
     loop = asyncio.get_running_loop()
     for number, handler in handlers.items():
@@ -59,17 +57,18 @@ async def _serve(config: Config, path: Path | None) -> None:
     "--config",
     "path",
     type=click.Path(path_type=Path, dir_okay=False),
-    help=f"Configuration file.  [default: {configuration.DEFAULT_PATH}, if there is one]",
+    help=f"Configuration file; conf.d/*.toml beside it are read, too.  [default: {configuration.DEFAULT_PATH}]",
 )
 @click.option("--check-config", is_flag=True, help="Check the configuration, print it with its defaults, and exit.")
 @click.version_option(mfsd.__version__, message="mfsd %(version)s")
-def main(path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click passes flags so
+@click.pass_obj
+def main(predecessor: Predecessor | None, path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click's way
     """Shape this host's traffic so that LLM requests meet their deadlines.
 
     SIGHUP reads the configuration again, SIGTERM puts the qdiscs back and ends, SIGUSR1 ends and leaves them to the
-    next mfsd.
+    next mfsd, SIGUSR2 logs everything until it comes again.
     """
-    if path is None and configuration.DEFAULT_PATH.exists():
+    if path is None and any(f.exists() for f in config_files.files(configuration.DEFAULT_PATH)):
         path = configuration.DEFAULT_PATH
     try:
         config = configuration.load(path) if path is not None else configuration.parse({})
@@ -81,9 +80,10 @@ def main(path: Path | None, check_config: bool) -> None:  # noqa: FBT001 - click
         click.echo(configuration.render(config), nl=False)
         return
     logs.configure(config.daemon.log_format, config.daemon.log_level)
+    faulthandler.enable()  # on an abort, which is what a watchdog does, the log shows where every thread was
     keep_freed()
     try:
-        asyncio.run(_serve(config, path))
+        asyncio.run(_serve(config, path, predecessor))
     except (StartError, ServerError, RelayError, DatapathError, OSError) as e:
         log.critical("can't start", reason=str(e))
         sys.exit(1)

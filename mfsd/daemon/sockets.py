@@ -10,7 +10,7 @@ comes from inet_diag either way.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -21,7 +21,7 @@ from mfsd.daemon.meant import listed_of, made, maker_of, matches, rows_of
 from mfsd.datapath import _abi
 from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
 from mfsd.host.makers import Census, Makers
-from mfsd.host.sockets import DiagError, SocketResolver
+from mfsd.host.sockets import SocketResolver
 from mfsd.logs import Seldom
 from mfsd.model import (
     CookieSelector,
@@ -70,8 +70,11 @@ class HostSockets:
         self._teller = teller
         self._wake = wake
         self._diag = SocketResolver()
+        """For the thread, whose listings take their time."""
+        self._asked = SocketResolver(self._diag)
+        """For the event loop, which never waits for a listing."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mfsd-sockets")
-        self._answers: list[Found] = []
+        self._answers: deque[Found] = deque()
         self._known: OrderedDict[int, Socket] = OrderedDict()
         self._sought: set[CookieSelector] = set()
         """Cookies that a search for is to begin."""
@@ -85,12 +88,13 @@ class HostSockets:
         self._next_families = 0.0
         self._seldom = Seldom()
         if teller is not None:
-            self._thread.submit(self._enter_older)
+            self._search("listing sockets", self._enter_older)
 
     def close(self) -> None:
         """Idempotent. The teller is the caller's."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._diag.close()
+        self._asked.close()
 
     # --- engine.sockets.Sockets ---------------------------------------------------------------------------------------
 
@@ -108,9 +112,8 @@ class HostSockets:
                     out.append(Closed(event.sock.cookie, event.acked, event.clean))
                 else:
                     out.append(Established(self._socket(event.sock), event.slot, event.active))
-        if self._answers:
-            answers, self._answers = self._answers, []
-            out += answers
+        while self._answers:
+            out.append(self._answers.popleft())
         self._follow_makers()
         return out
 
@@ -128,8 +131,8 @@ class HostSockets:
         if selector.protocol != IPPROTO_TCP:
             return None  # its socket may have many peers: the classifier goes by the tuple
         try:
-            found = self._diag.resolve(selector)
-        except DiagError as e:
+            found = self._asked.resolve(selector)
+        except OSError as e:
             self._failed("looking up a socket", e)
             return None
         return _listed(found[0]) if found else None
@@ -139,24 +142,25 @@ class HostSockets:
         if endpoints.protocol == IPPROTO_TCP:
             return False
         try:
-            return self._diag.owner(endpoints) == uid
-        except DiagError as e:
+            return self._asked.owner(endpoints) == uid
+        except OSError as e:
             self._failed("looking up a socket", e)
             return False
 
     def look(self, selectors: Sequence[Selector]) -> None:
         """See Sockets."""
-        self._thread.submit(self._look, list(selectors))
+        wanted = list(selectors)
+        self._search("listing sockets", lambda: self._look(wanted), lambda: self._not_found(wanted))
 
-    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None]:
+    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None] | None:
         """See Sockets."""
         if not sockets:
             return {}
         try:
-            return self._diag.tcp_progress(sockets)
-        except DiagError as e:
+            return self._asked.tcp_progress(sockets)
+        except OSError as e:
             self._failed("asking TCP", e)
-            return {}
+            return None
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
         """See Sockets."""
@@ -215,13 +219,13 @@ class HostSockets:
                 if set(new) - set(old) or self._teller is None:
                     again[selector] = None
             if again:
-                self._thread.submit(self._look, list(again))
+                self.look(list(again))
         now = time.monotonic()
         if now >= self._next_families:
             self._next_families = now + FAMILIES_S
             makers = {m for s, _ in self._rules if (m := maker_of(s)) is not None}
             if makers:
-                self._thread.submit(self._look_for, makers)
+                self._search("looking for processes", lambda: self._look_for(makers))
 
     def _look_for(self, makers: Iterable[Maker]) -> None:
         found = self._census.look(set(makers))
@@ -260,38 +264,44 @@ class HostSockets:
         first = not self._sought
         self._sought.add(CookieSelector(cookie))
         if first:
-            self._thread.submit(self._look_for_cookies)
+            self._search("listing sockets", self._look_for_cookies)
 
     # --- searches, in the thread --------------------------------------------------------------------------------------
 
+    def _search(self, what: str, work: Callable[[], None], failed: Callable[[], None] = lambda: None) -> None:
+        """Have the thread work; whatever goes wrong there is logged, and ``failed`` is called."""
+
+        def body() -> None:
+            try:
+                work()
+            except Exception as e:  # noqa: BLE001 - nobody looks at the result, and others wait for the next search
+                self._failed(what, e)
+                failed()
+
+        self._thread.submit(body)
+
+    def _not_found(self, selectors: Sequence[Selector]) -> None:
+        self._answers.extend(Found(s, None) for s in selectors)
+        self._wake()
+
     def _look_for_cookies(self) -> None:
         sought, self._sought = self._sought, set()
-        try:
-            self._from_listing(list(sought))
-        except OSError as e:
-            self._failed("listing sockets", e)
+        self._from_listing(list(sought))
         self._wake()
 
     def _enter_older(self) -> None:
         """Connections that were there before the kernel began to tell go into the directory, too."""
         assert self._teller is not None  # noqa: S101 - for the type checker
-        try:
-            for listed in self._diag.all():
-                if self._teller.find(listed.cookie) is None:
-                    self._teller.add(listed.cookie, listed.endpoints, listed.uid)
-        except OSError as e:
-            self._failed("listing sockets", e)
+        for listed in self._diag.all():
+            if self._teller.find(listed.cookie) is None:
+                self._teller.add(listed.cookie, listed.endpoints, listed.uid)
 
     def _look(self, selectors: list[Selector]) -> None:
         makers = {m for s in selectors if (m := maker_of(s)) is not None}
         if makers - self._latest.keys():
             self._look_for(makers | self._latest.keys())
-        try:
-            found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
-        except OSError as e:
-            self._failed("listing sockets", e)
-            found = [[] for _ in selectors]
-        self._answers += [Found(s, f) for s, f in zip(selectors, found, strict=True)]
+        found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
+        self._answers.extend(Found(s, f) for s, f in zip(selectors, found, strict=True))
         self._wake()
 
     def _from_listing(self, selectors: Sequence[Selector]) -> list[list[Socket]]:
@@ -329,12 +339,14 @@ class HostSockets:
 
     def _socket(self, told: Told) -> Socket:
         assert self._teller is not None  # noqa: S101 - for the type checker
+        if told.bound:
+            self._asked.bound_to(told.cookie, told.bound)
         here = told.netns == self._teller.netns
         return Socket(told.cookie, told.endpoints, told.uid, told.pid, here, told.tid, told.cgroup)
 
-    def _failed(self, what: str, error: OSError) -> None:
+    def _failed(self, what: str, error: Exception) -> None:
         if self._seldom(what):
-            log.warning("sockets", what=what, error=str(error))
+            log.warning("sockets", what=what, error=f"{type(error).__name__}: {error}")
 
 
 def _listed(found: Listed) -> Socket:

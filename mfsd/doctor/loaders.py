@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath.bpf.bcc import check_headers, interpreter
 from mfsd.datapath.bpf.libbpf import LibbpfLoader, library
+from mfsd.datapath.bpf.teller import Teller
 from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.doctor.finding import Finding, Severity
 
@@ -28,6 +29,10 @@ _NEEDED: Final = (12, 39)
 _ALL: Final = 21
 """CAP_SYS_ADMIN stands in for CAP_BPF."""
 _TRIAL_ROWS: Final = 16
+_LISTED: Final = (
+    "new connections of a selector are found a quarter of a second late, their first bytes are default traffic, and "
+    "each look costs more the more sockets the host has"
+)
 
 
 def effective(context: Context) -> int | None:
@@ -131,10 +136,15 @@ def bcc(_: Context) -> Iterator[Finding]:
         yield Finding("loader.bcc", Severity.OK, "BCC and kernel headers are there", f"bindings of {python}")
 
 
+def _may_load(context: Context) -> bool:
+    """CAP_BPF (or CAP_SYS_ADMIN) and CAP_NET_ADMIN are there."""
+    mask = effective(context) or 0
+    return bool((mask >> 39 & 1 or mask >> _ALL & 1) and mask >> 12 & 1)
+
+
 def classifier(context: Context) -> Iterator[Finding]:
     """Load it, attach it nowhere, and unload it: the verifier's own word."""
-    mask = effective(context) or 0
-    if not (mask >> 39 & 1 or mask >> _ALL & 1) or not mask >> 12 & 1:
+    if not _may_load(context):
         return
     try:
         LibbpfLoader().open_classifier(_TRIAL_ROWS).close()
@@ -156,4 +166,39 @@ def classifier(context: Context) -> Iterator[Finding]:
         )
 
 
-CHECKS: Final[tuple[Check, ...]] = (capabilities, memlock, libbpf, bcc, classifier)
+def sockets(context: Context) -> Iterator[Finding]:
+    """Whether the kernel tells of connections; hooked in for a moment, with no slots and no rules."""
+    wanted = context.config.daemon.sockets
+    if wanted == "listing":
+        yield Finding(
+            "loader.sockets",
+            Severity.INFO,
+            "Connections are listed by inet_diag, as configured",
+            f'daemon.sockets = "{wanted}"',
+            _LISTED,
+            'daemon.sockets = "auto" lets the kernel tell of them where it can',
+        )
+    if wanted == "listing" or not _may_load(context):
+        return
+    try:
+        with LibbpfLoader().open_classifier(_TRIAL_ROWS) as known, Teller(known):
+            pass
+    except (DatapathError, OSError) as e:
+        yield Finding(
+            "loader.sockets",
+            Severity.FAIL if wanted == "kernel" else Severity.WARN,
+            "The kernel does not tell of connections: they are listed by inet_diag",
+            str(e),
+            'mfsd does not start with daemon.sockets = "kernel"' if wanted == "kernel" else _LISTED,
+            "mount cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup/unified), in a container the host's; use Linux 6.1",
+        )
+    else:
+        yield Finding(
+            "loader.sockets",
+            Severity.OK,
+            "The kernel tells of connections",
+            "its programs hang on the root of cgroup v2 (tried and taken off again)",
+        )
+
+
+CHECKS: Final[tuple[Check, ...]] = (capabilities, memlock, libbpf, bcc, classifier, sockets)

@@ -51,6 +51,8 @@ class TransferColumns:
     ordered: npt.NDArray[np.bool_]
     position: F8
     """0: unknown."""
+    hold_until: F8
+    """inf: not said."""
     ttl: F8
 
     def __len__(self) -> int:
@@ -90,6 +92,7 @@ class TransferColumns:
             deadline=self.deadline[at],
             ordered=self.ordered[at],
             position=self.position[at],
+            hold_until=self.hold_until[at],
             ttl=self.ttl[at],
         )
 
@@ -154,6 +157,7 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
                 of,
                 c.target_layer,
                 deadline,
+                c.hold_until,
                 now,
                 expires,
                 LEVEL_NEW,

@@ -8,12 +8,12 @@ connection. Both are on TCP's own scale, on which a connection begins at 0 and i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.engine.locating import Unlocated
 from mfsd.engine.peers import Peers
 from mfsd.engine.records import Connection, Position, User
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
@@ -33,9 +33,6 @@ MarkKind = tuple[Stage, float, bool]
 """(stage, due_in, gives_way) of a mark."""
 
 IPPROTO_TCP: Final = 6
-LOCATE_S: Final = 1.0
-"""A cookie that no socket has for so long is reported as gone."""
-LOCATE_RETRY_S: Final = 0.1
 UNSEEN_S: Final = 20.0
 """A tuple that no packet has had for so long loses its slot."""
 LONG_AGO: Final = -INF
@@ -44,12 +41,8 @@ LENT: Final = 256
 """Free slots that the kernel holds, to take by itself; at most an eighth of the table."""
 
 
-@dataclass(slots=True)
-class _Search:
-    """The search for the socket of a cookie."""
-
-    next_try: float = 0.0
-    give_up: float = INF
+class UnknownError(Exception):
+    """The kernel can't be asked now: nothing follows from that."""
 
 
 class Connections:
@@ -75,7 +68,7 @@ class Connections:
         self.by_slot: dict[int, Connection] = {}
         self.by_cookie: dict[int, Connection] = {}
         self._by_tuple: dict[Endpoints, Connection] = {}
-        self._unlocated: dict[Connection, _Search] = {}
+        self._unlocated = Unlocated(table)
         """Known by cookie only."""
         self._strange: list[Connection] = []
         """Named by somebody whose they have turned out not to be."""
@@ -125,7 +118,7 @@ class Connections:
             if found is None:
                 # An unconnected socket, perhaps: its key works at once, and its addresses follow.
                 conn.only = -1 if session is None else session.only
-                self._unlocated[conn] = _Search()
+                self._unlocated.add(conn)
             else:
                 self.locate(conn, found)
         else:
@@ -164,7 +157,7 @@ class Connections:
 
     def locate(self, conn: Connection, socket: Socket) -> None:
         """Its addresses have become known."""
-        self._unlocated.pop(conn, None)
+        self._unlocated.discard(conn)
         conn.here, conn.uid, conn.pid = socket.here, socket.uid, socket.pid
         self._unseen[conn.slot] = INF
         if conn.only not in (-1, socket.uid):
@@ -172,18 +165,21 @@ class Connections:
         if conn.endpoints is None:
             self._set_endpoints(conn, socket.endpoints)
 
+    def unlocate(self, conn: Connection) -> None:
+        """It could not be established. Should its socket not try again soon, ``search`` reports it as gone."""
+        if conn.endpoints is not None:
+            self._forget_endpoints(conn, conn.endpoints)
+            conn.endpoints, conn.only = None, conn.uid
+            self.peer[conn.slot] = -1
+        self._unlocated.add(conn, over=True)
+
     def search(self, now: float) -> list[Connection]:
-        """Look again for the sockets of cookies. Returns those that do not show up for LOCATE_S, or are others'."""
-        for conn, search in list(self._unlocated.items()):
-            if now < search.next_try:
-                continue
+        """Look again for the sockets of cookies. Returns those that do not show up, or are others'."""
+        for conn in self._unlocated.due(now):
             found = self.sockets.by_cookie(conn.cookie)
             if found is not None:
                 self.locate(conn, found)
-                continue
-            search.give_up = min(search.give_up, now + LOCATE_S)
-            search.next_try = now + LOCATE_RETRY_S
-            if now >= search.give_up and not self.table.last_ns[conn.slot]:
+            elif self._unlocated.given_up(conn, now):
                 self._strange.append(conn)
         gone, self._strange = self._strange, []
         return gone
@@ -273,19 +269,22 @@ class Connections:
             self.keys.delete_cookie(conn.cookie)
             self.by_cookie.pop(conn.cookie, None)
         if conn.endpoints is not None:
-            if self._by_tuple.get(conn.endpoints) is conn:
-                self.keys.delete_tuple(conn.endpoints)
-                del self._by_tuple[conn.endpoints]
-            self.peers.give_back(conn.endpoints.dst)
+            self._forget_endpoints(conn, conn.endpoints)
         self.last_stage[conn.slot] = Stage.NONE
         self.mark_set[conn.slot] = 0
-        self._unlocated.pop(conn, None)
+        self._unlocated.discard(conn)
         self._unplaced.pop(conn, None)
         self.rest_since[conn.slot] = self._unseen[conn.slot] = INF
         conn.user.connections -= 1
         self.table.give_back(conn.slot)
         self._lane_users[conn.lane] -= 1
         del self.by_slot[conn.slot]
+
+    def _forget_endpoints(self, conn: Connection, endpoints: Endpoints) -> None:
+        if self._by_tuple.get(endpoints) is conn:
+            self.keys.delete_tuple(endpoints)
+            del self._by_tuple[endpoints]
+        self.peers.give_back(endpoints.dst)
 
     # --- what holds a connection --------------------------------------------------------------------------------------
 
@@ -341,13 +340,17 @@ class Connections:
         """What the peer of one connection is known to have acknowledged."""
         return max(float(self.table.acked[conn.slot]), float(self._acked[conn.slot]))
 
+    def moved_at(self, conn: Connection) -> float:
+        """When its last packet left; 0: it has sent none."""
+        return float(self.table.last_ns[conn.slot]) / NS
+
     def moved(self, streams: Streams) -> Moved:
         """How far streams have come now."""
         return Moved(streams.offsets(self.sent()), streams.offsets(self.acked()))
 
     def written(self, conn: Connection) -> float:
         """How far the process has written, on TCP's word if that can be had; inf: nobody knows yet, see ``placed``."""
-        position = self.ask([conn]).get(conn)
+        position = self._ask_one(conn)
         if position is not None:
             return position.written
         if self.table.last_ns[conn.slot]:
@@ -361,7 +364,7 @@ class Connections:
         for conn in list(self._unplaced):
             position = self.origin(conn)
             if position is None and conn.here:
-                told = self.ask([conn]).get(conn)
+                told = self._ask_one(conn)
                 position = None if told is None else told.written
             if position is not None:
                 del self._unplaced[conn]
@@ -372,6 +375,10 @@ class Connections:
         """A stage has been announced on a connection. If it was unhinted so far, its packets leave the default band."""
         self.last_stage[conn.slot] = stage
         self.rest_since[conn.slot] = INF
+        self.leave_default(conn, band)
+
+    def leave_default(self, conn: Connection, band: int) -> None:
+        """Packets of a connection that was unhinted so far go to a band at once; the next tick decides what is best."""
         if conn.band == self._default:
             conn.band = self.table.band[conn.slot] = band
 
@@ -402,16 +409,18 @@ class Connections:
     def ask(self, conns: Sequence[Connection]) -> dict[Connection, Position | None]:
         """Where connections stand now, on TCP's word; None: the socket is gone, nobody knows how.
 
-        Connections whose sockets are elsewhere (or not located yet) are absent.
+        Connections whose sockets are elsewhere (or not located yet) are absent. Raises UnknownError.
         """
         askable = [c for c in conns if c.here and c.endpoints is not None and c.endpoints.protocol == IPPROTO_TCP]
         answers = self.sockets.progress([(c.cookie, c.endpoints) for c in askable if c.endpoints is not None])
+        if answers is None:
+            raise UnknownError
         out: dict[Connection, Position | None] = {}
         for conn in askable:
             if conn.cookie not in answers:
                 out[conn] = None
                 continue
-            p = answers[conn.cookie]
+            p, conn.missing = answers[conn.cookie], False
             if p is None:
                 end = max(float(self.table.sent[conn.slot]), self._sent[conn.slot])
                 out[conn] = Position(end, end, over=True)
@@ -419,12 +428,22 @@ class Connections:
             written = float(p.bytes_acked + p.unsent_plus_unacked)
             self._sent[conn.slot] = written - p.notsent
             self._acked[conn.slot] = p.bytes_acked
-            out[conn] = Position(float(p.bytes_acked), written, quiet_s=p.last_ack_ms / 1000)
+            out[conn] = Position(
+                float(p.bytes_acked), written, quiet_s=p.last_ack_ms / 1000, sent_ago_s=p.last_sent_ms / 1000
+            )
         return out
 
-    def forget_progress(self, conn: Connection, acked: float) -> None:
-        """The last word on a connection that is over."""
-        self._sent[conn.slot] = self._acked[conn.slot] = acked
+    def sent_ago(self, conn: Connection) -> float:
+        """Seconds since a connection has sent data, as far as anybody can tell; inf: nobody can."""
+        position = self._ask_one(conn)
+        return INF if position is None else position.sent_ago_s
+
+    def _ask_one(self, conn: Connection) -> Position | None:
+        """Where one stands; None: nobody knows."""
+        try:
+            return self.ask([conn]).get(conn)
+        except UnknownError:
+            return None
 
 
 def _own(session: Session | None, uid: int, field: str) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.engine.connections import UnknownError
 from mfsd.engine.endings import REST, SLACK
 from mfsd.engine.slots import NS
 
@@ -34,6 +35,8 @@ ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
 STALLED_S: Final = 0.25
 """A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all."""
+DEBT_S: Final = 1.0
+"""So is one on which a transfer may have been announced after its bytes had gone; what is missing then was its."""
 
 
 @dataclass(slots=True)
@@ -46,12 +49,18 @@ class Delivery:
     endings: Endings
     _confirm: dict[Stream, None] = field(default_factory=dict)
     """Streams to ask although their slots give no reason."""
+    _doubtful: dict[Stream, None] = field(default_factory=dict)
+    """Streams with a debt."""
     _ask_from: int = 0
     _last_run: float = 0.0
 
     def confirm(self, stream: Stream) -> None:
         """Ask at the next tick how far this stream has got."""
         self._confirm[stream] = None
+
+    def doubt(self, stream: Stream) -> None:
+        """A transfer on it may have been announced after its bytes had gone: see whether the last ones never come."""
+        self._doubtful[stream] = None
 
     def run(self, moved: Moved, now: float) -> None:
         """Retire what has arrived."""
@@ -70,7 +79,7 @@ class Delivery:
             # Take turns: many starved transfers may wait here for a long time.
             rows = np.roll(rows, -(self._ask_from % len(rows)))[:ASK_MAX]
             self._ask_from += ASK_MAX
-        asked = dict.fromkeys(t.objects[row].stream for row in rows) | self._confirm
+        asked = dict.fromkeys(t.objects[row].stream for row in rows) | self._confirm | self._overdue(now)
         self._confirm.clear()
         if done:
             self.endings.end(done, now, delivered_at=now)
@@ -93,14 +102,35 @@ class Delivery:
         still = self.connections.table.last_ns.take(slot, mode="clip") < int((now - STALLED_S) * NS)
         return near & still & (slot >= 0)
 
+    def _overdue(self, now: float) -> dict[Stream, None]:
+        """Streams with a debt on which nothing has moved, and nothing was announced, for DEBT_S."""
+        out: dict[Stream, None] = {}
+        for stream in list(self._doubtful):
+            if not stream.debt or not stream.queue:
+                del self._doubtful[stream]
+            elif self._rested(stream, now):
+                out[stream] = None
+        return out
+
+    def _rested(self, stream: Stream, now: float) -> bool:
+        moved = max((self.connections.moved_at(c) for c in stream.members), default=0.0)
+        return max(moved, float(self.books.transfers.get(stream.queue[-1], "created"))) < now - DEBT_S
+
     def _ask(self, asked: Iterable[Stream], now: float) -> None:
         conns = list({c: None for s in asked for c in s.members})
-        positions = self.connections.ask(conns)
+        try:
+            positions = self.connections.ask(conns)
+        except UnknownError:
+            self._confirm |= dict.fromkeys(asked)  # what is not known is asked again
+            return
+        again: dict[Stream, None] = {}
         for conn, position in positions.items():
-            if position is None:
-                self.endings.lost(conn, now)
-            elif position.over:
+            if position is None and not self.endings.lost(conn, now):
+                again |= dict.fromkeys(conn.streams)
+            elif position is not None and position.over:
                 self.endings.closed(conn, position.acked, now, clean=True)
+        self._confirm |= again
+        asked = [s for s in asked if s not in again]
         for done, delivered_at in self._judge(asked, positions, now):
             self.endings.end(done, now, delivered_at=delivered_at)
         for stream in asked:
@@ -164,6 +194,10 @@ class Delivery:
                 arrived = False
             if arrived:
                 done.append(transfer)
+        missing = end[at + len(stream.queue) - 1] - acked
+        if stream.debt and quiet and missing <= stream.debt + SLACK and self._rested(stream, now):
+            # What is missing is no more than had gone before the first of them was announced.
+            done, stream.debt = list(stream.queue), 0.0
         if not stream.ordered and acked - start[at] + SLACK >= sum(size[at : at + len(stream.queue)]):
             done = list(stream.queue)  # all that was announced has moved, in whatever order
         moved_ago = min((p.quiet_s for p in told.values()), default=0.0)

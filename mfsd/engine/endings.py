@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd.engine.watches import exact_endpoints
 from mfsd.model import INF, CookieSelector, Event, EventKind
 
 if TYPE_CHECKING:
@@ -38,21 +39,27 @@ class Endings:
 
     # --- transfers ----------------------------------------------------------------------------------------------------
 
-    def end(self, transfers: Iterable[Transfer], now: float, *, delivered_at: float | None = None) -> None:
-        """Take transfers out of everything, in one pass over each stream. ``delivered_at`` None: they were not."""
+    def end(
+        self, transfers: Iterable[Transfer], now: float, *, delivered_at: float | None = None, lost: bool = False
+    ) -> None:
+        """Take transfers out of everything, in one pass over each stream.
+
+        ``delivered_at`` None: they were not; ``lost``: though they should have been.
+        """
         ended = {t: None for t in transfers if t.session.transfers.get(t.id) is t}
         for stream in {t.stream for t in ended}:
             self._unqueue(stream, ended, now, delivered=delivered_at is not None)
         for transfer in ended:
             self.books.strike_transfer(transfer)
             request = transfer.request
-            if delivered_at is None:
-                continue
-            self.books.counters.transfers_completed += 1
-            if request is not None:
-                request.delivered_at = max(request.delivered_at, delivered_at)
-                if request.completed and not request.transfers:
-                    self.finish(request, now)
+            if delivered_at is not None:
+                self.books.counters.transfers_completed += 1
+                if request is not None:
+                    request.delivered_at = max(request.delivered_at, delivered_at)
+            elif lost and request is not None:
+                request.delivered_at = INF  # never
+            if request is not None and request.completed and not request.transfers:
+                self.finish(request, now)
 
     def _unqueue(self, stream: Stream, ended: dict[Transfer, None], now: float, *, delivered: bool) -> None:
         """Take transfers off a stream. What was not delivered will not come: those behind move forward."""
@@ -146,14 +153,18 @@ class Endings:
         """Take a mark back."""
         session = mark.session
         session.marks.pop(mark.selector, None)
-        for conn in list(mark.conns):
-            self.connections.set_mark(conn, mark, now, on=False)
-        mark.conns.clear()
+        self.lift(mark, now)
         watch = session.watches.get(mark.selector)
         if watch is not None:
             watch.mark = None
             if not watch.stream_in_use:
                 self.unwatch(watch, now)
+
+    def lift(self, mark: Mark, now: float) -> None:
+        """Take a mark off its connections."""
+        for conn in list(mark.conns):
+            self.connections.set_mark(conn, mark, now, on=False)
+        mark.conns.clear()
 
     def unwatch(self, watch: Watch, now: float) -> None:
         """A selector is no longer true for new connections."""
@@ -174,16 +185,27 @@ class Endings:
         """End a connection; the peer has acknowledged payload up to ``acked``, which was all if ``clean``."""
         reason = "its connection was closed before all had arrived" if clean else "its connection was reset"
         for stream in list(conn.streams):
-            self.books.streams.part(stream, conn, acked)
+            self.books.streams.part(stream, conn, acked, self.connections.moved_at(conn))
             self._after(stream, now, reason, clean=clean)
+        for watch in list(conn.watches):
+            # Its selector named this connection; the next one with these ports may be anybody's.
+            if exact_endpoints(watch.selector) is not None and watch.mark is None and not watch.stream_in_use:
+                self.unwatch(watch, now)
         self.drop(conn, now)
 
-    def lost(self, conn: Connection, now: float) -> None:
-        """A connection is gone, and nobody has told how: what was known last is all there is."""
+    def lost(self, conn: Connection, now: float) -> bool:
+        """A connection is gone, and nobody has told how: what was known last is all there is.
+
+        False: not yet, because how it ended may have been told meanwhile, but not heard.
+        """
+        if self.connections.sockets.tells and not conn.missing:
+            conn.missing = True
+            return False
         table = self.connections.table
         acked = self.connections.acked_by(conn)
         clean = acked > 0 and acked + 1 >= float(table.sent[conn.slot])  # 1: a FIN
         self.closed(conn, acked, now, clean=clean)
+        return True
 
     def _after(self, stream: Stream, now: float, reason: str, *, clean: bool) -> None:
         """A member of a stream is gone: see what can still come of its transfers."""
@@ -192,11 +214,14 @@ class Endings:
         start = [float(transfers.get(t, "start")) for t in stream.queue]
         end = [float(transfers.get(t, "end")) for t in stream.queue]
         alive = bool(stream.members)
+        one = stream.watch is None or exact_endpoints(stream.selector) is not None
         done, over = [], []
         for transfer, began, ends in zip(stream.queue, start, end, strict=True):
             # The others of a selector may bring what is missing, unless that is so little that it was never written.
-            final = stream.watch is None or transfer.handed_over or ends - offset <= REST * (ends - began)
-            if ends <= offset + SLACK or (not alive and began < offset and clean and final):
+            final = one or transfer.handed_over or ends - offset <= REST * (ends - began)
+            # All that was written has arrived: all of what was said to have been, however late it was announced.
+            whole = not alive and clean and (transfer.handed_over or (began < offset and final))
+            if ends <= offset + SLACK or whole:
                 done.append(transfer)
             elif not alive and final:
                 over.append(transfer)
@@ -204,7 +229,7 @@ class Endings:
         for transfer in over:
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.CONNECTION_GONE, owner, transfer.id, reason))
-        self.end(over, now)
+        self.end(over, now, lost=True)
         if not alive and stream.watch is None:
             self._close(stream)
 
@@ -213,7 +238,7 @@ class Endings:
         if self.connections.by_slot.get(conn.slot) is not conn:
             return
         for stream in list(conn.streams):
-            self.books.streams.part(stream, conn, self.connections.acked_by(conn))
+            self.books.streams.part(stream, conn, self.connections.acked_by(conn), self.connections.moved_at(conn))
             self._after(stream, now, reason, clean=False)
         for watch in conn.watches:
             watch.conns.discard(conn)

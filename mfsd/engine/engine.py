@@ -16,6 +16,7 @@ import numpy as np
 from mfsd.engine import bulk
 from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
+from mfsd.engine.connections import UnknownError
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import Endings
 from mfsd.engine.ledger import Ledger
@@ -191,8 +192,13 @@ class Engine:
                 self._established(event, now)
             elif isinstance(event, Closed):
                 conn = self.connections.by_cookie.get(event.cookie)
-                if conn is not None:
+                if conn is not None and not event.acked and not event.clean:
+                    # Nobody has answered: it was never established, and its process may connect it again.
+                    self.connections.unlocate(conn)
+                elif conn is not None:
                     self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean)
+            elif event.sockets is None:
+                self.watches.failed(event.selector, now)
             else:
                 for watch in self.watches.found(event.selector):
                     self._found(watch, event.sockets, now)
@@ -235,7 +241,7 @@ class Engine:
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.EXPIRED, owner, transfer.id, "not completed in its time to live"))
         self.books.counters.transfers_expired += len(transfers)
-        self.endings.end(transfers, now)
+        self.endings.end(transfers, now, lost=True)
         for request in self._expired(self.books.requests, now):
             self.endings.finish(request, now)
         for batch in self._expired(self.books.batches, now):
@@ -248,7 +254,7 @@ class Engine:
             self.endings.drop(conn, now)
 
     def _expire_sessions(self, now: float) -> None:
-        """Renew what marks hold; end sessions without a process that have nothing left."""
+        """Renew what marks hold; end the sessions of those whose end nobody sees."""
         limits = self.ledger.limits
         for session in list(self.books.sessions.values()):
             for mark in session.marks.values():
@@ -256,9 +262,11 @@ class Engine:
                 watch = session.watches.get(mark.selector)
                 if watch is not None:
                     self.watches.get(session, mark.selector, watch.band, now + limits.max_ttl_s, now)
-            said = session.requests or session.batches or session.transfers or session.marks
-            if not session.pid and not said and session.seen + limits.default_ttl_s < now:
-                self.end_session(session, now)
+            if session.maker is None and not session.attached:
+                # Who has had a stream may come again with another one. Single calls say nothing of their caller's end.
+                said = session.requests or session.batches or session.transfers or session.marks
+                if (session.kept or not said) and session.seen + limits.default_ttl_s < now:
+                    self.end_session(session, now)
 
     @staticmethod
     def _expired(store: Dense[R], now: float) -> list[R]:
@@ -272,7 +280,11 @@ class Engine:
         window = [s for s in slots if s >= self._sweep_from][:SWEEP_BATCH] or slots[:SWEEP_BATCH]
         self._sweep_from = window[-1] + 1
         conns = [self.connections.by_slot[s] for s in window]
-        for conn, position in self.connections.ask([c for c in conns if c.here]).items():
+        try:
+            positions = self.connections.ask([c for c in conns if c.here])
+        except UnknownError:
+            return
+        for conn, position in positions.items():
             if position is None:
                 self.endings.lost(conn, now)
             elif position.over:

@@ -43,6 +43,8 @@ class Guarantees:
 
     devices: Sequence[Device]
     bands: Bands
+    collectives: int = -1
+    """Index of the band of collectives, which is guaranteed nothing and needs no standing rate; -1: none."""
     _told: dict[int, tuple[float, dict[int, float]]] = field(default_factory=dict)
     """When, and the share by index of the band, by row of the device."""
 
@@ -67,10 +69,11 @@ class Guarantees:
             int(band): min(float(np.ceil((asked[band] + self.bands.bands[band].floor) / STEP) * STEP), 1.0)
             for band in np.flatnonzero(asked)
         }
-        standing = min(PACKET / (DEBT_S * rate), MOST_STANDING)
-        for band in self.bands.level_bands:
-            if band.index < self.bands.default.index and standing > band.floor:
-                shares[band.index] = max(standing, shares.get(band.index, 0.0))
+        above = (b for b in self.bands.level_bands if b.index < self.bands.default.index)
+        waiting = [b for b in above if b.index not in shares and b.index != self.collectives]
+        room = 1.0 - sum(shares.get(b.index, b.floor) for b in self.bands.bands)
+        standing = min(PACKET / (DEBT_S * rate), MOST_STANDING, room / max(len(waiting), 1))
+        shares |= {b.index: standing for b in waiting if standing > b.floor}
         return shares
 
     def _tell(self, row: int, shares: dict[int, float], now: float) -> None:

@@ -7,11 +7,12 @@ at a clock or decides a level; engine.py does the one, steering.py the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mfsd.bands import LEVEL_NEW
+from mfsd.engine.late import Lateness
+from mfsd.engine.locating import SYN
 from mfsd.engine.records import ENTRY, Batch, Connection, Mark, Request, Session, Transfer, Watch
-from mfsd.engine.slots import NS
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
     INF,
@@ -40,11 +41,6 @@ if TYPE_CHECKING:
     from mfsd.engine.watches import Watches
     from mfsd.model import Selector
 
-LATE: Final = 0.9
-"""Share of a transfer's bytes that must have gone unannounced just before its hint for it to be suspected late."""
-LATE_S: Final = 5.0
-"""How long ago that may have been."""
-
 
 class Ledger:
     """Applies hints to the books, within limits."""
@@ -65,6 +61,7 @@ class Ledger:
         self.watches = watches
         self.delivery = delivery
         self.endings = endings
+        self.late = Lateness(books, connections, delivery)
         self.band_of = band_of
         self.limits = limits
 
@@ -240,6 +237,7 @@ class Ledger:
                 stream.index,
                 hint.target_layer,
                 deadline,
+                hint.hold_until,
                 now,
                 expires,
                 LEVEL_NEW,
@@ -270,7 +268,7 @@ class Ledger:
         stream = session.streams.get(selector)
         if stream is not None:
             if stream.watch is not None:
-                self.watches.get(session, selector, self.band_of(stage), expires, now)
+                self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
         else:
             conn = self._connection(session, selector, expires)
             if conn is not None:
@@ -278,7 +276,7 @@ class Ledger:
             watch = None
             if not isinstance(selector, CookieSelector):
                 # An exact tuple, too, may name one connection after another.
-                watch = self.watches.get(session, selector, self.band_of(stage), expires, now)
+                watch = self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
             stream = session.streams[selector] = self.books.streams.open(session, selector, watch)
             mark = session.marks.get(selector)
             stream.ordered = ordered and (mark is None or mark.ordered)
@@ -290,6 +288,12 @@ class Ledger:
                 self._join(stream, conn, position or None)
         self.connections.renew(stream.members, expires)
         return stream
+
+    def _begins(self, session: Session, selector: Selector, stage: Stage) -> int:
+        """The band of a selector's new connections: that of the stage that is said now, or of the mark above it."""
+        watch = session.watches.get(selector)
+        band = self.band_of(stage)
+        return band if watch is None or watch.mark is None else min(band, self.band_of(watch.mark.stage))
 
     def _connection(self, session: Session, selector: Selector, expires: float) -> Connection | None:
         """The one connection that a selector names; None: it may name several, or one still to come."""
@@ -311,25 +315,13 @@ class Ledger:
 
         And whether as many bytes as it has went without a hint just before it.
         """
-        before = stream.queue[-1] if stream.queue and stream.queue[-1].maybe_late else None
-        if before is not None and offset <= stream.announced - float(self.books.transfers.get(before, "size")):
-            # Nothing has moved since: it was announced after its bytes had gone.
-            moved = self._moved(stream)
-            self.endings.end([before], now, delivered_at=now if moved is None else moved)
-            stream.announced = offset
+        offset = self.late.settle(stream, offset, now)
         if not stream.ordered:
             return offset, False
-        start, late = self.behind(stream, position, offset), False
-        if not stream.queue and start - stream.announced >= LATE * size:
-            moved = self._moved(stream)
-            late = moved is not None and moved > now - LATE_S
+        start = self.behind(stream, position, offset)
+        late = self.late.suspect(stream, size, start, now)
         stream.announced = start + size
         return start, late
-
-    def _moved(self, stream: Stream) -> float | None:
-        """When the connection that joined last has sent something last; None: there is none."""
-        slot = self.books.streams.slot[stream.index]
-        return float(self.connections.table.last_ns[slot]) / NS if slot >= 0 else None
 
     def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
         """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
@@ -345,7 +337,10 @@ class Ledger:
 
     def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
         """A connection becomes part of a stream, from where the process has written to now."""
-        self.books.streams.join(stream, conn, self.connections.written(conn) if position is None else float(position))
+        at = self.connections.written(conn) if position is None else float(position)
+        self.books.streams.join(stream, conn, at)
+        if len(stream.members) == 1 and at < INF:
+            stream.before = at - SYN
 
     def joined(self, watch: Watch, conn: Connection, position: float | None, now: float) -> None:
         """A watch has found a connection, which stood at ``position`` (None: ask)."""
@@ -357,6 +352,7 @@ class Ledger:
         if watch.mark is not None and conn not in watch.mark.conns:
             watch.mark.conns.add(conn)
             self.connections.set_mark(conn, watch.mark, now, on=True)
+            self.connections.leave_default(conn, self.band_of(watch.mark.stage))
         if watch.stream is not None and conn not in watch.stream.members:
             at = self.connections.written(conn) if position is None else position
             self.books.streams.join(watch.stream, conn, at)
@@ -412,10 +408,11 @@ class Ledger:
                 "max_marks_per_session",
                 "take back those that are not needed",
             )
-        else:
-            self.endings.unmark(old, now)
         mark = Mark(session, hint.selector, hint.stage, hint.ordered, hint.due_in, hint.gives_way)
         self._put_mark(session, mark, now)
+        if old is not None:
+            # Not before: the kernel knows the selector all the time, so that no new connection is missed.
+            self.endings.lift(old, now)
 
     def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
         expires = now + self.limits.max_ttl_s

@@ -32,6 +32,7 @@ TRANSFER_COLUMNS: Final = {
     "stream": "i4",
     "target_layer": "i4",
     "deadline": "f8",
+    "hold_until": "f8",
     "created": "f8",
     "expires": "f8",
     "level": "i2",
@@ -94,7 +95,11 @@ class Session:
     """User whose connections alone it may name; -1: anybody's."""
     user: User = field(default_factory=lambda: User(-1))
     maker: object = None
-    """Who opened it, and alone may use it."""
+    """Who opened it, and alone may use it; None: nobody whom the kernel vouches for."""
+    attached: int = 0
+    """Streams of the API that are open for it."""
+    kept: bool = False
+    """It has had one, so that the end of the last one is that of its client."""
     requests: dict[str, Request] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     transfers: dict[str, Transfer] = field(default_factory=dict)
@@ -128,7 +133,7 @@ class Request:
     completed: bool = False
     """The worker said that all its bytes have been handed over."""
     delivered_at: float = 0.0
-    """When its last byte so far was seen delivered; 0: none yet."""
+    """When its last byte so far was seen delivered; 0: none yet; inf: some will never be."""
     row: int = -1
 
 
@@ -221,6 +226,8 @@ class Connection:
     expires: float = 0.0
     promotions: int = 0
     rescues: int = 0
+    missing: bool = False
+    """TCP knew nothing of its socket when it was asked last."""
 
 
 MEMBER_COLUMNS: Final = {
@@ -256,6 +263,10 @@ class Stream:
     members: dict[Connection, Member] = field(default_factory=dict)
     ordered: bool = True
     """False: the bytes of its transfers are interleaved."""
+    before: float = 0.0
+    """Bytes that had been written on its first connection when it was opened, none of which it knows."""
+    debt: float = 0.0
+    """Size of a transfer on it that was perhaps announced after its bytes had gone (Transfer.maybe_late)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +281,8 @@ class Position:
     """Closed, and all acknowledged."""
     quiet_s: float = 0.0
     """Since the last acknowledgement came."""
+    sent_ago_s: float = INF
+    """Since data were sent last."""
 
     @property
     def quiet(self) -> bool:

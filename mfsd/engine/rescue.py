@@ -134,7 +134,8 @@ class Rescuer:
         """Seconds until TCP would repair a purge by its timer, where it has nothing new to send; else 0."""
         if not conn.here or conn.endpoints is None:
             return 0.0
-        tcp = self.connections.sockets.progress([(conn.cookie, conn.endpoints)]).get(conn.cookie)
+        told = self.connections.sockets.progress([(conn.cookie, conn.endpoints)])
+        tcp = None if told is None else told.get(conn.cookie)
         return tcp.rto_us / 1e6 if tcp is not None and tcp.notsent == 0 else 0.0
 
     def rescued(self) -> int:

@@ -60,6 +60,11 @@ class Progress(Protocol):
         """Since the last acknowledgement came."""
         ...
 
+    @property
+    def last_sent_ms(self) -> int:
+        """Since data were sent last."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Established:
@@ -88,7 +93,8 @@ class Found:
     """Answer to ``look``: the connections that a selector names, open already."""
 
     selector: Selector
-    sockets: Sequence[Socket]
+    sockets: Sequence[Socket] | None
+    """None: the search has failed, and is to be tried again."""
 
 
 Event = Established | Closed | Found
@@ -133,8 +139,11 @@ class Sockets(Protocol):
         """
         ...
 
-    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None]:
-        """TCP's word by cookie; None: it is over, and all was acknowledged (TIME_WAIT). Absent: it is gone."""
+    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None] | None:
+        """TCP's word by cookie; None: it is over, and all was acknowledged (TIME_WAIT). Absent: it is gone.
+
+        Instead of all that None: the kernel can't be asked now, and nothing is known.
+        """
         ...
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:

@@ -81,6 +81,7 @@ class Steering:
         self.stage_level = stage_levels(policy)
         self._marked = []
         self._stage_band = self.ladder.bands(self.stage_level)
+        self.guarantees.collectives = self.band_of(Stage.COLLECTIVE)
 
     def band_of(self, stage: Stage, due_in: float = INF) -> int:
         """Where bytes belong of which nothing but the stage is known, and in how many seconds they count as due."""

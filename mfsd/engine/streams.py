@@ -48,6 +48,8 @@ class Streams:
         self._free: list[int] = []
         self._gone: F8 = np.zeros(64)
         """Bytes that members moved which are gone, by stream."""
+        self._parted: F8 = np.zeros(64)
+        """When such a one moved something last, by stream."""
         self.slot: npt.NDArray[np.int32] = np.full(64, -1, dtype=np.int32)
         """Slot of the member that joined last, by stream; -1: it has none."""
 
@@ -69,9 +71,10 @@ class Streams:
             self._open.append(None)
             if index >= len(self._gone):
                 self._gone = np.concatenate([self._gone, np.zeros(index)])
+                self._parted = np.concatenate([self._parted, np.zeros(index)])
                 self.slot = np.concatenate([self.slot, np.full(index, -1, dtype=np.int32)])
         stream = self._open[index] = Stream(session, selector, watch, index)
-        self._gone[index], self.slot[index] = 0.0, -1
+        self._gone[index], self._parted[index], self.slot[index] = 0.0, 0.0, -1
         return stream
 
     def close(self, stream: Stream) -> None:
@@ -95,8 +98,9 @@ class Streams:
         conn.streams.add(stream)
         self.slot[stream.index] = conn.slot
 
-    def part(self, stream: Stream, conn: Connection, position: float) -> None:
-        """A member is gone; it has come as far as ``position``."""
+    def part(self, stream: Stream, conn: Connection, position: float, moved_at: float) -> None:
+        """A member is gone; it has come as far as ``position``, and has sent something last at ``moved_at``."""
+        self._parted[stream.index] = max(self._parted[stream.index], moved_at)
         joined = float(self.members.get(stream.members[conn], "joined"))
         self._gone[stream.index] += max(position - joined, 0.0)
         self._leave(stream, conn)
@@ -109,6 +113,10 @@ class Streams:
     def rejoin(self, member: Member, position: float) -> None:
         """Correct where a member joined."""
         self.members.put(member, "joined", position)
+
+    def parted(self, stream: Stream) -> float:
+        """When a member that is gone has sent something last; 0: never."""
+        return float(self._parted[stream.index])
 
     # --- offsets ------------------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ def views_of(
         level=t.live("level"),
         device=connections.device_of(slot),
         peer=connections.peer.take(slot),
-        max_defer=np.full(t.n, np.inf),
+        max_defer=t.live("hold_until") - t.live("created"),
         infeasible=t.live("infeasible"),
     )
     np.maximum(transfers.left, 1.0, out=transfers.left)  # acknowledged, but not retired yet
@@ -139,7 +139,7 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
         rate=np.array([e.rate for e in estimators] or [0.0]),
         load=np.minimum(load.sum(axis=1), 1.0),
         load_above=np.minimum(above[:, at], 1.0),
-        floor=floors[:, others].sum(axis=1),
+        floor=floors.sum(axis=1),
         taken=np.minimum(load, floors)[:, others].sum(axis=1),
         peer_rate=connections.peers.rate,
     )

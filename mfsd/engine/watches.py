@@ -42,6 +42,7 @@ class Watches:
         """Selectors whose open connections are to be searched for."""
         self._looking: set[Selector] = set()
         self._next_look = 0.0
+        self._not_before = 0.0
 
     def __len__(self) -> int:
         return sum(len(w) for w in self._by_peer.values())
@@ -115,10 +116,17 @@ class Watches:
         if not self._sockets.tells and now >= self._next_look and not self._looking:
             self._next_look = now + FALLBACK_S
             self._to_look.update((w.selector, None) for ws in self._by_peer.values() for w in ws)
-        if self._to_look and not self._looking:
+        if self._to_look and not self._looking and now >= self._not_before:
             wanted, self._to_look = list(self._to_look), {}
             self._looking.update(wanted)
             self._sockets.look(wanted)
+
+    def failed(self, selector: Selector, now: float) -> None:
+        """A search has failed: try again a little later, if anybody still wants to know."""
+        self._looking.discard(selector)
+        self._not_before = now + FALLBACK_S
+        if any(w.selector == selector for w in self._by_peer.get(_peer(selector), ())):
+            self._to_look[selector] = None
 
     def found(self, selector: Selector) -> list[Watch]:
         """The watches that wanted this answer."""

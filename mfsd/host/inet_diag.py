@@ -110,9 +110,13 @@ def _row(m: nl.Message) -> Row:
 
 
 class Tcp(NamedTuple):
-    """The parts of ``struct tcp_info`` that mfsd reads. ``last_ack_ms``: since the last acknowledgement came."""
+    """The parts of ``struct tcp_info`` that mfsd reads.
+
+    ``last_sent_ms``: since data were sent last, ``last_ack_ms``: since the last acknowledgement came.
+    """
 
     rto_us: int
+    last_sent_ms: int
     last_ack_ms: int
     snd_cwnd: int
     total_retrans: int
@@ -121,8 +125,8 @@ class Tcp(NamedTuple):
 
 
 _TCP_INFO: Final = struct.Struct(
-    "=8xI44xI20xI16xI16xQ16xI"
-)  # rto@8 last_ack_recv@56 snd_cwnd@80 total_retrans@100 bytes_acked@120 notsent@144
+    "=8xI32xI8xI20xI16xI16xQ16xI"
+)  # rto@8 last_data_sent@44 last_ack_recv@56 snd_cwnd@80 total_retrans@100 bytes_acked@120 notsent@144
 
 
 class Answer(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.host import inet_diag
-from mfsd.host.inet_diag import Diag, DiagError, Filter, Row
+from mfsd.host.inet_diag import Answer, Diag, DiagError, Filter, Row
 from mfsd.model import (
     Address,
     CookieSelector,
@@ -68,7 +68,7 @@ class TcpProgress:
     ``bytes_acked + unsent_plus_unacked`` grows exactly by what the process writes (and by 1 for the FIN) always holds.
     ``notsent`` is the part of ``unsent_plus_unacked`` that was never handed to the device. ``total_retrans`` counts
     segments, ``cwnd`` is in segments, ``state`` as in include/net/tcp_states.h (`inet_diag.STATE_NAMES`);
-    ``last_ack_ms`` is the time since the last acknowledgement came.
+    ``last_sent_ms`` is the time since data were sent last, ``last_ack_ms`` since the last acknowledgement came.
     """
 
     bytes_acked: int
@@ -79,14 +79,16 @@ class TcpProgress:
     cwnd: int
     state: int
     last_ack_ms: int
+    last_sent_ms: int
 
 
 class SocketResolver:
     """Finds sockets. Holds one netlink descriptor until `close`; may be shared by threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: SocketResolver | None = None) -> None:
+        """``like``: whose knowledge of interfaces to share; each has a descriptor, and a turn to take, of its own."""
         self._diag = Diag()
-        self._bound: dict[int, int] = {}
+        self._bound: dict[int, int] = {} if like is None else like._bound  # noqa: SLF001 - of our own class
         """Interface by cookie, of sockets bound to one (SO_BINDTODEVICE, VRF, link-local): part of the lookup key."""
 
     def close(self) -> None:
@@ -109,9 +111,8 @@ class SocketResolver:
         unconnected UDP sockets, because their cookie would stand for all their peers: the classifier matches both
         by the tuple itself.
 
-        Raises HintError when the selector can't match, naming its field, and DiagError.
+        Raises HintError when a process can't be looked at, and DiagError.
         """
-        _validate(selector)
         if isinstance(selector, ProcessSelector):
             inodes = process_sockets(selector.pid)
             return self._resolve([selector], {0: inodes})[0]
@@ -140,6 +141,11 @@ class SocketResolver:
                     inodes[n] = set()
         return self._resolve(selectors, inodes)
 
+    def bound_to(self, cookie: int, ifindex: int) -> None:
+        """A socket is bound to an interface, which is part of what it is looked up by."""
+        if len(self._bound) < _BOUND_MAX:
+            self._bound[cookie] = ifindex
+
     def all(self) -> Iterator[Socket]:
         """Every TCP socket that has, or may yet get, bytes to send."""
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -149,7 +155,8 @@ class SocketResolver:
     def tcp_progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, TcpProgress | None]:
         """Progress by cookie of TCP sockets given as (cookie, endpoints); those that are gone are absent.
 
-        None: in TIME_WAIT, so all has been acknowledged. One exact lookup each, several per system call. A reused tuple
+        None: in TIME_WAIT, or waiting for no more than the FIN of the peer, so all has been acknowledged. One exact
+        lookup each, several per system call. A reused tuple
         has another cookie and counts as gone.
         """
         wanted = [(c, e) for c, e in sockets if e.protocol == socket.IPPROTO_TCP]
@@ -171,7 +178,7 @@ class SocketResolver:
         )
         out: dict[int, TcpProgress | None] = {}
         for (cookie, _), answer in zip(wanted, answers, strict=True):
-            if answer is not None and answer.row.state == inet_diag.TIME_WAIT:
+            if answer is not None and _over(answer):
                 out[cookie] = None
                 continue
             if answer is None or answer.tcp is None or not _PROGRESS >> answer.row.state & 1:
@@ -187,6 +194,7 @@ class SocketResolver:
                 tcp.snd_cwnd,
                 row.state,
                 tcp.last_ack_ms,
+                tcp.last_sent_ms,
             )
         return out
 
@@ -237,8 +245,8 @@ class SocketResolver:
                     out[n][row.cookie] = self._socket(row, protocol)
 
     def _socket(self, row: Row, protocol: int) -> Socket:
-        if row.ifindex and len(self._bound) < _BOUND_MAX:
-            self._bound[row.cookie] = row.ifindex
+        if row.ifindex:
+            self.bound_to(row.cookie, row.ifindex)
         src, dst = ipaddress.ip_address(row.src), ipaddress.ip_address(row.dst)
         return Socket(row.cookie, Endpoints(src, row.sport, dst, row.dport, protocol), row.uid, row.inode)
 
@@ -313,28 +321,11 @@ def _packed(address: Address) -> bytes:
     return address.packed
 
 
-def _validate(selector: HintSelector) -> None:
-    """Raise HintError for what no socket can ever match."""
-    if isinstance(selector, CookieSelector):
-        if not 0 < selector.cookie < inet_diag.NO_COOKIE:
-            raise HintError(
-                "selector.cookie", f"{selector.cookie} is no socket cookie", "send what getsockopt(SO_COOKIE) gives"
-            )
-        return
-    if isinstance(selector, ProcessSelector):
-        return
-    if selector.protocol not in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
-        raise HintError("selector.tuple.protocol", f"{selector.protocol} can't be shaped", "send 6 (TCP) or 17 (UDP)")
-    if selector.protocol == socket.IPPROTO_UDP and not selector.exact:
-        raise HintError(
-            "selector.tuple",
-            "UDP needs one source address and exact ports",
-            "set src_addr, src_port and dst_port, or mark TCP",
-        )
-    if selector.src is not None and len(_packed(selector.src)) != len(_packed(selector.dst)):
-        raise HintError(
-            "selector.tuple.src_addr", "is of another address family than dst_addr", "send both as IPv4 or both as IPv6"
-        )
+def _over(answer: Answer) -> bool:
+    """What is left of a closed socket whose FIN has been acknowledged (struct inet_timewait_sock, tcp_time_wait())."""
+    return answer.row.state == inet_diag.TIME_WAIT or (
+        answer.row.state == inet_diag.FIN_WAIT2 and answer.tcp is None  # a full socket has something to say
+    )
 
 
 def process_sockets(pid: int) -> set[int]:

@@ -41,7 +41,7 @@ class Arm:
     floors: tuple[float, ...] = ()
     """bands.floors of the hosts."""
     classes: tuple[int, int] | None = None
-    """Levels in the switch's first class, and in the first two together; None: see network.marks."""
+    """Levels in the switch's first class, and in the first two together; None: the policy's own (Policy.classes)."""
     peers: bool = False
     """The daemons know the rate of the decode hosts' links ([[peer]])."""
     background: float = 0.0
@@ -75,6 +75,7 @@ def _net(name: str, title: str, **more: Any) -> Arm:
 
 _MAIN: Final = (
     Arm("none", "fair sharing (no mfsd)"),
+    _arm("demand-bound", "demand bound (the default)", "demand-bound"),
     _arm("two-class", "static two-class", "two-class"),
     _arm("sjf", "SJF", "sjf"),
     _arm("edf", "EDF (stage 3 only, as in the paper)", "edf"),

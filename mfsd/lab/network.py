@@ -6,8 +6,7 @@ senders. It knows nothing but the DSCP of a packet, in one of these settings:
 
     none      no queues at all: it forwards at the speed of memory, and hosts that only receive are not shaped
     fifo      one queue: what mfsd does on the hosts is all there is
-    classes   three strict classes; which levels are in which is the arm's choice, by default
-              what the policy puts at or above the collectives, all other, the scavenger
+    classes   three strict classes; which levels are in which is the policy's choice (Policy.classes), or the arm's
     levels    one strict class per band
 """
 
@@ -18,13 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from mfsd.bands import Urgency
 from mfsd.daemon import config as configuration
 from mfsd.daemon.config_bands import bands_of
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
-from mfsd.model import Stage
 from mfsd.policy.registry import make_policy
-from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -128,20 +126,16 @@ class Network:
 
 
 def marks(arm: Arm, switch: str) -> dict[str, int]:
-    """DSCP by band name, such that the switch can do what its setting says."""
+    """DSCP by class or by band name, such that the switch can do what its setting says."""
     if not arm.policy or switch in {"none", "fifo"}:
         return {}
     policy = make_policy(arm.policy, arm.levels, arm.params)
     bands = bands_of(configuration.parse({"bands": {"levels": arm.levels}}), policy)
     if switch == "levels":
         return {b.name: LEVELS_FROM + b.index for b in bands.bands}
-    if arm.classes is not None:
-        first, second = arm.classes
-    else:
-        collective = int(stage_levels(policy)[Stage.COLLECTIVE])
-        # A policy that puts collectives last knows no order of stages: its first level is what it deems urgent.
-        ordered = 0 <= collective < policy.levels - 1 or policy.levels == 1
-        first, second = collective + 1 if ordered else 1, arm.levels
+    if arm.classes is None:
+        return {Urgency.URGENT: HIGH, Urgency.MIDDLE: 0, Urgency.LAST: LOW}
+    first, second = arm.classes
     levels = {b.name: HIGH if i < first else 0 if i < second else LOW for i, b in enumerate(bands.level_bands)}
     last = {bands.background.name: LOW, bands.scavenger.name: LOW}
     return {bands.control.name: HIGH, **levels, bands.default.name: 0, **last}

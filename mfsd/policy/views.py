@@ -153,8 +153,8 @@ class LinkView:
     load_above: F8
     """Shape (devices, levels + 1): share taken lately by levels more urgent than this one, control included."""
     floor: F8
-    """Share of the rate that the floors of control, default, background and scavenger keep together, 0..1: guarantees
-    get the rest at most. 0 where the device has no floors."""
+    """Share of the rate that the floors of all bands keep together, 0..1: guarantees get the rest at most. 0 where the
+    device has no floors."""
     taken: F8
     """Share of the rate that control, default, background and scavenger took lately, each at most its floor: what even
     the highest level can't have, 0..1."""

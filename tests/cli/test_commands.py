@@ -341,6 +341,20 @@ def test_a_process_is_marked_with_its_children_and_says_how_many_match(rig: Rig)
     assert (ran.code, ran.out.splitlines()) == (0, ["accepted", "no connection matches now; those still to come will"])
 
 
+P2D = ("hint", "transfer", "t", "--stage", "p2d", "--bytes", "5", "--request", "r", "--from", "10.0.0.1:5", *TO)
+
+
+def test_how_long_a_transfer_may_be_held_back(rig: Rig) -> None:
+    assert rig.run("hint", "request", "r", "--ttft-left", "60s").code == 0
+    beyond = rig.run(*P2D, "--max-defer", "301s")
+    assert (beyond.code, beyond.err.split(": ")[2]) == (1, "transfer.max_defer_us")
+    assert rig.run(*P2D, "--max-defer", "8s").code == 0
+    assert rig.run(*P2D[:-1], "10.0.0.3:7", "--max-defer", "-8s").code == 2
+    for option in ("--ttl", "--compute-left"):
+        ran = rig.run("hint", "request", "r", "--ttft-left", "-1s", option, "-1s")
+        assert (ran.code, "only deadlines can be in the past" in ran.err) == (2, True)
+
+
 def test_rejected_hint(rig: Rig) -> None:
     wrong = ("hint", "transfer", "t", "--stage", "p2d", "--bytes", "0", "--request", "r", "--from", "10.0.0.1:5", *TO)
     ran = rig.run(*wrong)

@@ -10,7 +10,7 @@ import platform
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
 import pytest
 from support.ctl import run
@@ -21,6 +21,7 @@ from mfsd.daemon.config import Config, DaemonConfig, DeviceConfig
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS, HookUser, attach
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
+from mfsd.datapath.errors import LoaderError
 from mfsd.datapath.facts import read_facts
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.tc import TcSocket
@@ -366,3 +367,48 @@ def test_the_command(tmp_path: Path) -> None:
     assert run("doctor", "--config", str(tmp_path / "absent.toml")).code == 1
     conf.write_text("[daemon]\nslots = 3\n")
     assert "daemon.slots" in run("doctor", "--config", str(conf)).err
+
+
+# --- how connections become known -------------------------------------------------------------------------------------
+
+
+class NotThere:
+    """A classifier, or a teller, as far as the doctor looks at one."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def open_classifier(self, _rows: int) -> NotThere:
+        return self
+
+
+def test_sockets_that_are_listed_as_configured(tmp_path: Path) -> None:
+    wanted = Config(daemon=DaemonConfig(socket=tmp_path / "s", state_dir=tmp_path / "state", sockets="listing"))
+    found = only(loaders.sockets(Context((), wanted, tmp_path)))
+    assert (found.id, found.severity) == ("loader.sockets", Severity.INFO)
+    assert "inet_diag" in found.title
+
+
+@pytest.mark.parametrize(("wanted", "severity"), [("auto", Severity.WARN), ("kernel", Severity.FAIL)])
+def test_sockets_that_can_not_be_told_are_a_finding_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: Literal["auto", "kernel"], severity: Severity
+) -> None:
+    def fail(_: object) -> None:
+        raise LoaderError("finding the root of cgroup v2", "only a part of it is to be seen here")
+
+    configured = Config(daemon=DaemonConfig(socket=tmp_path / "s", state_dir=tmp_path / "state", sockets=wanted))
+    context = Context((), configured, tmp_path)
+    assert not list(loaders.sockets(context))  # nothing is tried without the capabilities
+    put(context, "proc/self/status", f"CapEff:\t{1 << 39 | 1 << 12:016x}")
+    monkeypatch.setattr(loaders, "LibbpfLoader", NotThere)
+    monkeypatch.setattr(loaders, "Teller", fail)
+    found = only(loaders.sockets(context))
+    assert (found.id, found.severity) == ("loader.sockets", severity)
+    assert "only a part of it" in found.detail
+    assert "cgroup v2" in found.fix
+    monkeypatch.setattr(loaders, "Teller", NotThere)
+    assert only(loaders.sockets(context)).severity is Severity.OK

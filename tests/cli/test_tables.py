@@ -75,9 +75,9 @@ def test_extreme_answers_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert "packets: cookie 1 G\n" in out  # counters at zero are left out
     assert "! eth1: observed only: [link] is foreign\n" in out  # no markup of rich's
     (row,) = [line.split() for line in out.splitlines() if line.startswith("level 0")]
-    assert " ".join(row) == "level 0 6d66:2001 32 - 500 Mbit/s 1 Gbit/s 5 1 PB 1 T 5 262 kB 46"
+    assert " ".join(row) == "level 0 6d66:2001 32 - 500 Mbit/s 1 Gbit/s 5 1 PB 1 T 5 262 kB middle 46"
     (control,) = [line.split() for line in out.splitlines() if line.startswith("control")]
-    assert " ".join(control) == "control 6d66:1001 1 20 Mbit/s - - 0 0 B 0 0 0 B -"
+    assert " ".join(control) == "control 6d66:1001 1 20 Mbit/s - - 0 0 B 0 0 0 B urgent -"
     tables.console().print(show.render_connections([samples.connection()]))
     (_, row_text) = capsys.readouterr().out.splitlines()
     assert samples.LONG_V6 in row_text
@@ -95,7 +95,7 @@ PLANS: Final = (
         device="eth0", backend="htb", found=["qdisc mq 0: root"], undo=["word " * 40 + "end"],
         steps=[pb.PlanStep(what="A step", command=" ".join(COMMAND), done=True)],
     ),
-    pb.DevicePlan(device="eth1", backend="prio", reasons=["auto"]),
+    pb.DevicePlan(device="eth1", backend="prio", reasons=["auto"], marks=["DSCP 46 into packets of level 0"]),
 )  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def test_a_plan_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "eth0: htb", "found", "  qdisc mq 0: root", "steps", "  [done] A step", f"    {' '.join(COMMAND)}", "undo",
         f"  {'word ' * 40}end",
-        "eth1: prio", "why so", "  auto", "steps", "  nothing to do: all of it is in place",
+        "eth1: prio", "why so", "  auto", "marks", "  DSCP 46 into packets of level 0",
+        "steps", "  nothing to do: all of it is in place",
     ]  # fmt: skip
 
 

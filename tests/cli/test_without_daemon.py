@@ -94,6 +94,33 @@ def daemon(pair: NetnsPair, conf: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.bpf
+def test_marks_by_class_follow_the_policy(netns_pair: NetnsPair, conf: Path) -> None:
+    def ctl(*args: str) -> Ran:
+        return run("--socket", str(conf.parent / "s"), *args)
+
+    def marks() -> list[tuple[int, str]]:
+        bands = ctl("status", "--json").json["devices"][0]["bands"]
+        return [(b["dscp"], b["urgency"]) for b in bands if b["name"].startswith("level")]
+
+    text = conf.read_text().replace("[bands]\n", "[bands]\ndscp = { urgent = 46, last = 8 }\n")
+    conf.write_text(text + '[policy]\nname = "mfs"\n')
+    words = [
+        "DSCP 46 into packets of control, level 0, level 1",
+        "DSCP 8 into packets of background, scavenger",
+    ]
+    assert inside(netns_pair, "plan", "--config", str(conf), "--json").json["devices"][0]["marks"] == words
+    with daemon(netns_pair, conf) as process:
+        assert ctl("plan", "--json").json["devices"][0]["marks"] == words
+        assert marks() == [(46, "urgent")] * 2 + [(-1, "middle")] * 3
+        conf.write_text(text + '[policy]\nname = "deadline-ladder"\n')
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 30
+        while marks() != [(46, "urgent")] + [(-1, "middle")] * 4:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+@pytest.mark.bpf
 def test_a_real_daemon(netns_pair: NetnsPair, conf: Path) -> None:
     def ctl(*args: str) -> Ran:
         return run("--socket", str(conf.parent / "s"), *args)

@@ -22,6 +22,8 @@ import pytest
 from support.labfakes import Voice, request
 
 from mfsd.client import Cookie
+from mfsd.daemon import config as configuration
+from mfsd.daemon.config_bands import dscp_of
 from mfsd.lab import run as cells
 from mfsd.lab.arms import ARMS, Faults
 from mfsd.lab.hosts.alarm import Alarm
@@ -45,10 +47,16 @@ GOVERNED = [a for a in ARMS.values() if a.policy]
 REQUEST = request(7, 0, new=1000, slo=0.3)
 
 
+def marked(arm: Any) -> dict[str, int]:
+    """DSCP by band of a daemon that is told the arm's marks."""
+    bands = {"levels": arm.levels, "dscp": {str(k): v for k, v in marks(arm, "classes").items()}}
+    return dscp_of(configuration.parse({"bands": bands, "policy": {"name": arm.policy, **arm.params}}))
+
+
 @pytest.mark.parametrize("arm", GOVERNED, ids=lambda a: a.name)
 def test_the_switch_tells_apart_what_its_setting_says(arm: Any) -> None:
     assert marks(arm, "fifo") == {}
-    classes = marks(arm, "classes")
+    classes = marked(arm)
     assert classes["control"] == classes["level 0"] == HIGH
     assert classes["background"] == classes["scavenger"] == LOW
     assert classes["default"] == 0
@@ -58,11 +66,11 @@ def test_the_switch_tells_apart_what_its_setting_says(arm: Any) -> None:
     assert min(levels.values()) == levels["control"] == LEVELS_FROM
 
 
-@pytest.mark.parametrize("name", ["ladder", "two-class", "mfs", "mfs-nop1", "sjf", "karuna"])
+@pytest.mark.parametrize("name", ["demand-bound", "ladder", "two-class", "mfs", "mfs-nop1", "sjf", "karuna"])
 def test_collectives_go_into_the_first_class(name: str) -> None:
     arm = ARMS[name]
     level = stage_levels(make_policy(arm.policy, arm.levels, arm.params))[Stage.COLLECTIVE]
-    assert marks(arm, "classes")[f"level {level}"] == HIGH
+    assert marked(arm)[f"level {level}"] == HIGH
 
 
 def test_an_arm_may_say_which_levels_are_in_which_class() -> None:
@@ -74,8 +82,8 @@ def test_an_arm_may_say_which_levels_are_in_which_class() -> None:
 
 
 def test_mfs_shares_the_first_class_between_p1_and_the_collectives() -> None:
-    assert marks(ARMS["mfs"], "classes")["level 1"] == HIGH
-    assert marks(ARMS["ladder"], "classes")["level 1"] == 0
+    assert marked(ARMS["mfs"])["level 1"] == HIGH
+    assert marked(ARMS["ladder"])["level 1"] == 0
 
 
 @pytest.mark.parametrize(("name", "early"), [("two-class", 1), ("ladder", 3), ("mfs", 3)])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mfsd.daemon import config_text
+from mfsd.daemon import config_bands, config_text
 from mfsd.daemon.config import Config, ConfigError, DeviceConfig, PeerConfig, RuleConfig, load, parse, render
 from mfsd.model import Mode
 from mfsd.units import Rate
@@ -100,11 +100,11 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         ({"daemon": {"tick_ms": 0.5}}, "daemon.tick_ms = 0.5: must be a number from 1, at most 1000"),
         (
             {"daemon": {"socket": "mfsd.sock"}},
-            'daemon.socket = "mfsd.sock": must be an absolute path of at most 107 bytes',
+            'daemon.socket = "mfsd.sock": must be an absolute path of at most 104 bytes',
         ),
         (
-            {"daemon": {"socket": "/" + "x" * 107}},
-            f'daemon.socket = "/{"x" * 107}": must be an absolute path of at most 107 bytes',
+            {"daemon": {"socket": "/" + "x" * 104}},
+            f'daemon.socket = "/{"x" * 104}": must be an absolute path of at most 104 bytes',
         ),
         (
             {"daemon": {"listen": "localhost"}},
@@ -184,8 +184,15 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         (
             {"bands": {"dscp": {"level 9": 46}}},
             (
-                'bands.dscp."level 9" = 46: no such band; allowed: control, level 0, level 1, level 2, level 3, '
-                "level 4, default, background, scavenger"
+                'bands.dscp."level 9" = 46: no such class or band; allowed: urgent, middle, last, or by band control, '
+                "level 0, level 1, level 2, level 3, level 4, default, background, scavenger"
+            ),
+        ),
+        (
+            {"bands": {"dscp": {"urgent": 46, "level 0": 8}}},
+            (
+                'bands.dscp = { urgent = 46, "level 0" = 8 }: classes and bands together; give either code points by '
+                "class (urgent, middle, last), or one for each band that is to be marked"
             ),
         ),
         (
@@ -199,6 +206,10 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
         (
             {"limits": {"max_deadline_s": 1, "min_deadline_ms": 2000}},
             "limits.min_deadline_ms = 2000.0: at most limits.max_deadline_s (1 s)",
+        ),
+        (
+            {"limits": {"max_defer_s": 1, "min_defer_ms": 2000}},
+            "limits.min_defer_ms = 2000.0: at most limits.max_defer_s (1 s)",
         ),
     ],
 )
@@ -328,3 +339,36 @@ def test_the_example_file_is_the_defaults() -> None:
     told = parse(tomllib.loads("\n".join(lines)))
     assert told == Config()
     assert told.limits.model_fields_set == set(type(told.limits).model_fields)
+
+
+THREE = {"urgent": 46, "middle": 26, "last": 8}
+CONTROL = {"control": 46, "level 0": 46, "level 1": 46}
+REST = {"background": 8, "scavenger": 8}
+
+
+@pytest.mark.parametrize(
+    ("policy", "levels", "given", "marked"),
+    [
+        # The guaranteed levels of the default policy go with the collectives, half of the deferred with the unhinted.
+        ("demand-bound", 5, THREE, CONTROL | {"level 2": 46, "level 3": 46, "default": 26, "level 4": 26} | REST),
+        ("demand-bound", 3, THREE, CONTROL | {"default": 26, "level 2": 26} | REST),
+        ("demand-bound", 5, {"urgent": 46, "last": 8}, CONTROL | {"level 2": 46, "level 3": 46} | REST),
+        ("two-class", 2, THREE, {"control": 46, "level 0": 46, "default": 26, "level 1": 26} | REST),
+        ("two-class", 2, {"middle": 0}, {"default": 0, "level 1": 0}),
+        ("two-class", 2, {"level 1": 8}, {"level 1": 8}),
+        ("two-class", 2, {}, {}),
+    ],
+)
+def test_marks_by_class(policy: str, levels: int, given: dict[str, int], marked: dict[str, int]) -> None:
+    config = parse({"policy": {"name": policy}, "bands": {"levels": levels, "dscp": given}})
+    assert config_bands.dscp_of(config) == marked
+
+
+def test_marks_in_words() -> None:
+    config = parse({"bands": {"dscp": THREE}})
+    plan = config_bands.bands_of(config, config_bands.policy_of(config))
+    assert config_bands.marks_in_words(config_bands.dscp_of(config), plan) == [
+        "DSCP 46 into packets of control, level 0, level 1, level 2, level 3",
+        "DSCP 26 into packets of default, level 4",
+        "DSCP 8 into packets of background, scavenger",
+    ]

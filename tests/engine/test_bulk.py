@@ -52,6 +52,7 @@ def columns(hints: Sequence[TransferHint]) -> TransferColumns:
         deadline=np.array([h.deadline for h in hints]),
         ordered=np.array([h.ordered for h in hints], dtype=np.bool_),
         position=np.array([h.position for h in hints], dtype=np.float64),
+        hold_until=np.array([h.hold_until for h in hints]),
         ttl=np.array([h.ttl for h in hints]),
     )
 
@@ -100,7 +101,9 @@ SELECTORS: list[Selector] = [CookieSelector(1), CookieSelector(2), CookieSelecto
 )
 def test_the_same_as_one_by_one(rows: list[tuple[Selector, tuple[str, str], Stage, int, float]]) -> None:
     hints = [
-        TransferHint(f"t{i}", *owner, stage, i, size, selector, deadline, ttl=10.0 + i)
+        TransferHint(
+            f"t{i}", *owner, stage, i, size, selector, deadline, ttl=10.0 + i, hold_until=1010.0 + i if i % 2 else INF
+        )
         for i, (selector, owner, stage, size, deadline) in enumerate(rows)
         if any(owner) or stage.ownerless
     ]
@@ -202,11 +205,12 @@ def test_a_request_that_ends_meanwhile_moves_no_rows_of_others() -> None:
     assert h.session.transfers["late"].maybe_late
     h.engine.apply(h.session, RequestHint("r", h.now + 6), h.now)
     h.session.requests["over"].completed = True
+    h.now += 0.1  # nothing is written meanwhile
     row = TransferHint("next", "r", "", Stage.P2D, 0, MSS, CookieSelector(1))
     assert not h.engine.transfers(h.session, columns([row]), h.now)
+    h.tick()
     assert set(h.session.transfers) == {"next"}
     assert set(h.session.requests) == {"r"}
-    h.tick()
     t = h.engine.books.transfers
     assert h.engine.books.requests.objects[int(t.live("request")[0])].id == "r"
 

@@ -386,3 +386,248 @@ def test_a_selector_means_its_users_sockets_only() -> None:
     marked = {c.cookie for c in h.connections.by_slot.values() if c.marks}
     assert marked == {1, 4}
     assert after[1].cookie not in h.keys.cookies
+
+
+def test_a_mark_that_comes_while_its_socket_is_being_closed_ends() -> None:
+    """The key catches the last acknowledgement, and nobody ever finds the socket."""
+    h = Host()
+    s = h.socket(1)
+    h.kernel.vanish(s)
+    h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.COLLECTIVE), h.now)
+    h.send(s, 0)
+    h.tick(0.1)
+    elsewhere = FakeSocket(2, s.endpoints)  # one that nobody finds either, but it sends
+    h.engine.apply(h.session, MarkHint(CookieSelector(2), Stage.COLLECTIVE), h.now)
+    h.send(elsewhere, MSS)
+    for _ in range(50):
+        h.tick(0.1)
+    assert [m.selector for m in h.session.marks.values()] == [CookieSelector(2)]
+    assert list(h.connections.by_cookie) == [2]
+
+
+def test_two_announced_at_once_behind_unhinted_bytes_are_both_to_come() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("0", s, MSS)
+    h.send(s, MSS)
+    h.tick(0.01)
+    h.send(s, 100 * MSS)
+    h.tick(0.01)
+    for name in "ab":
+        h.transfer(name, s, 100 * MSS)
+    assert list(h.session.transfers) == ["a", "b"]
+    for name, left in (("a", ["b"]), ("b", [])):
+        h.tick(0.9)
+        h.send(s, 100 * MSS)
+        h.tick(0.01)
+        assert list(h.session.transfers) == left, name
+    assert counted(h)[0] == 3
+
+
+def test_one_that_was_late_although_the_next_came_right_behind_it_corrects_itself_once_all_is_quiet() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("0", s, MSS)
+    h.send(s, MSS)
+    h.tick(0.01)
+    h.send(s, 100 * MSS)
+    h.tick(0.01)
+    for name in "ab":
+        h.transfer(name, s, 100 * MSS)
+    h.send(s, 100 * MSS)
+    h.tick(0.01)
+    h.transfer("c", s, 100 * MSS)
+    h.send(s, 100 * MSS)
+    for _ in range(12):
+        h.tick(0.1)
+    assert not h.session.transfers
+    assert counted(h)[0] == 4
+
+
+def test_a_request_that_has_lost_bytes_is_missed_and_over_at_once() -> None:
+    h = Host()
+    kept, gone = h.socket(1), h.socket(2)
+    h.request("r", 60.0)
+    h.transfer("a", kept, MSS)
+    h.transfer("b", gone, 9 * MSS)
+    h.send(kept, MSS)
+    h.send(gone, MSS, acked=False)
+    h.tick(0.01)
+    done(h, "r", What.REQUEST)
+    h.kernel.close(gone, clean=False)
+    h.tick(0.01)
+    assert counted(h) == (1, 0, 1)
+    assert not h.session.requests
+
+
+def test_a_socket_that_could_not_be_connected_may_try_again() -> None:
+    h = Host()
+    s = h.socket(1)
+    s.bytes_acked = 0
+    h.request("r", 60.0)
+    h.transfer("t", s, MSS)
+    h.kernel.close(s, clean=False)  # refused
+    h.tick(0.5)
+    assert not h.session.events
+    h.kernel.connect(s)
+    h.tick(0.01)
+    h.send(s, MSS)
+    h.tick(0.01)
+    assert counted(h)[0] == 1
+    h.kernel.close(s, clean=False)
+    other = h.socket(2)
+    other.bytes_acked = 0
+    h.transfer("u", other, MSS)
+    h.kernel.close(other, clean=False)
+    for _ in range(30):
+        h.tick(0.1)
+    assert [(e.kind, e.transfer_id) for e in h.session.events] == [(EventKind.CONNECTION_GONE, "u")]
+    assert h.table.taken == 0
+
+
+def test_marking_again_leaves_no_gap() -> None:
+    h = Host()
+    s = h.socket(1)
+    unwatched: list[object] = []
+    h.kernel.unwatch = lambda selector, uid: unwatched.append((selector, uid))  # type: ignore[method-assign]
+    for stage in (Stage.COLLECTIVE, Stage.P2D, Stage.KV_REUSE):
+        h.engine.apply(h.session, MarkHint(peer(s), stage), h.now)
+        h.tick(0.01)
+        assert h.kernel.rules[peer(s), -1][0] == h.engine.steering.band_of(stage)
+    assert not unwatched
+    assert h.band(s) == "level 1"
+    h.engine.apply(h.session, MarkHint(peer(s), Stage.NONE), h.now)
+    assert unwatched == [(peer(s), -1)]
+
+
+def test_an_exact_tuple_ends_with_its_connection() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    e = s.endpoints
+    exact = TupleSelector(e.src, e.dst, PortRange(e.sport, e.sport), PortRange(e.dport, e.dport), 6)
+    h.transfer("t", exact, MSS)
+    h.send(s, MSS)
+    h.tick(0.01)
+    assert (exact, -1) in h.kernel.rules
+    h.kernel.close(s)
+    h.tick(0.01)
+    assert not h.kernel.rules
+    assert not h.session.watches
+
+
+def test_what_is_not_known_ends_nothing() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("t", s, 10 * MSS)
+    h.send(s, 10 * MSS, acked=False)
+    done(h, "t")
+    progress = h.kernel.progress
+    h.kernel.progress = lambda _: None  # type: ignore[method-assign,assignment,return-value]
+    for _ in range(30):
+        h.tick(0.1)
+    assert list(h.session.transfers) == ["t"]
+    h.kernel.progress = progress  # type: ignore[method-assign]
+    h.tick(0.01)
+    assert list(h.session.transfers) == ["t"]
+    h.ack(s, 10 * MSS)
+    h.tick(0.01)
+    assert counted(h)[0] == 1
+
+
+def test_a_search_that_fails_is_made_again() -> None:
+    h = Host()
+    s = h.socket(1)
+    look = h.kernel.look
+    h.kernel.look = h.kernel.fail  # type: ignore[method-assign]
+    h.engine.apply(h.session, MarkHint(peer(s), Stage.COLLECTIVE), h.now)
+    for _ in range(5):
+        h.tick(0.01)
+    assert not [w for w in h.session.watches.values() if w.looked]
+    h.kernel.look = look  # type: ignore[method-assign]
+    h.tick(0.3)
+    h.tick(0.01)
+    assert [w for w in h.session.watches.values() if w.looked]
+    assert h.band(s) == "level 0"
+
+
+@pytest.mark.parametrize("position", [0, 1 + 100 * MSS])
+def test_the_first_hint_of_a_connection_may_be_late_too(position: int) -> None:
+    h = Host()
+    s = h.socket(1)
+    s.bytes_acked, s.last_sent_ms = 1 + 100 * MSS, 1000
+    h.request("r", 60.0)
+    h.transfer("late", s, 100 * MSS, position=position)
+    h.tick(0.1)
+    for i in range(5):
+        h.transfer(str(i), s, 100 * MSS)
+        h.tick(0.001)
+        h.send(s, 100 * MSS)
+        h.tick(0.01)
+        assert not h.session.transfers
+    assert counted(h)[0] == 6
+
+
+def test_bytes_of_a_late_hint_are_done_when_they_have_arrived() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("0", s, MSS)
+    h.send(s, MSS)
+    h.tick(0.01)
+    h.send(s, 100 * MSS, acked=False)
+    h.transfer("late", s, 100 * MSS)
+    h.tick(0.1)
+    h.transfer("next", s, 100 * MSS)
+    h.tick(0.01)
+    assert list(h.session.transfers) == ["late", "next"]
+    h.ack(s, 100 * MSS)
+    h.tick(0.01)
+    assert list(h.session.transfers) == ["next"]
+    h.send(s, 100 * MSS)
+    h.tick(0.01)
+    assert counted(h)[0] == 3
+
+
+def test_a_late_hint_of_a_connection_that_is_closed_already_is_done_when_its_worker_says_so() -> None:
+    h = Host()
+    first = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("a", peer(first), 100 * MSS)
+    h.tick(0.01)
+    h.send(first, 100 * MSS)
+    h.kernel.close(first)
+    second = FakeSocket(2, first.endpoints)
+    h.kernel.connect(second)
+    h.send(second, 100 * MSS)
+    h.tick(0.01)
+    h.transfer("b", peer(first), 100 * MSS)
+    done(h, "r", What.REQUEST)
+    h.kernel.close(second)
+    h.tick(0.01)
+    assert counted(h) == (2, 1, 0)
+    assert not h.session.events
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_session_that_nobody_vouches_for_ends_with_its_stream(*, streamed: bool) -> None:
+    """Single calls have no end, so what they mark stays."""
+    h = Host()
+    s = h.socket(1)
+    h.engine.apply(h.session, MarkHint(peer(s), Stage.COLLECTIVE), h.now)
+    h.session.attached, h.session.kept = (1, True) if streamed else (0, False)
+    for _ in range(100):
+        h.tick(1.0)
+    assert h.band(s) == "level 0"
+    if streamed:
+        h.session.attached, h.session.seen = 0, h.now
+        h.tick(20.0)
+        assert h.band(s) == "level 0"  # it may come again
+        h.tick(20.0)
+        h.tick(0.1)
+        assert not h.engine.books.sessions
+        assert not h.kernel.rules
+        assert h.table.taken == 0

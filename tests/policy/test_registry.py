@@ -31,7 +31,7 @@ def test_policies_and_the_simulator_need_numpy_and_the_ground_only() -> None:
     code = "import sys, mfsd.policy.registry, mfsd.policy.still, mfsd.lab.sim.cases; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     ours = {name for name in loaded if name.split(".")[0] == "mfsd"}
-    ground = {"mfsd", "mfsd.model", "mfsd.units", "mfsd.bands"}
+    ground = {"mfsd", "mfsd.lab", "mfsd.model", "mfsd.units", "mfsd.bands"}
     assert {n for n in ours - ground if not n.startswith(("mfsd.policy", "mfsd.lab.sim"))} == set()
     assert not {"grpc", "google.protobuf", "pydantic", "pyroute2", "psutil", "mfsd.datapath"} & set(loaded)
 

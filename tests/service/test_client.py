@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -41,13 +42,15 @@ def test_every_call_arrives(running: Running, connection: tuple[socket.socket, s
         client.request("r", ttft_left_s=5.0, compute_left_s=0.1, ttl_s=3.0)
         client.batch("b", ["r"], layers=4, layer_compute_s=0.01)
         client.layer("b", 2)
-        client.transfer("t", sock, 1 << 20, stage=Stage.P2D, request="r", layer=1, deadline_s=4.0)
+        client.transfer("t", sock, 1 << 20, stage=Stage.P2D, request="r", layer=1, deadline_s=4.0, max_defer_s=8.0)
         client.transfer("c", Cookie(cookie_of(sock)), 100, stage=Stage.COLLECTIVE, batch="b")
         client.mark(sock, Stage.COLLECTIVE)
         assert client.flush(20)
         stats = client.stats
         assert (stats.sent, stats.accepted, stats.rejected, stats.dropped) == (6, 6, 0, 0)
         assert known(running, "transfers") == {"t", "c"}
+        t, c = running.ask(lambda e: (e.books.transfers.live("hold_until") - e.books.sessions["worker"].seen).tolist())
+        assert (7 < t <= 8, c) == (True, math.inf)
         assert running.ask(lambda e: e.books.sessions["worker"].pid) == os.getpid()
         assert running.ask(lambda e: int(e.books.batches.live("current_layer")[0])) == 2
         client.unmark(sock)

@@ -42,6 +42,7 @@ HINTS: list[Hint] = [
     MarkHint(CookieSelector(5), Stage.NONE),
     MarkHint(CookieSelector(5), Stage.BACKGROUND, ordered=False),
     TransferHint("t", "", "", Stage.BACKGROUND, 4, 4096, CookieSelector(7), ttl=2.0, ordered=False, position=1 << 40),
+    TransferHint("t", "r", "", Stage.P2D, 4, 4096, CookieSelector(7), ttl=2.0, hold_until=NOW + 8.5),
 ]
 
 
@@ -75,6 +76,7 @@ def test_what_the_client_encodes_in_columns_the_daemon_decodes() -> None:
             float(decoded.ttl[i]),
             bool(decoded.ordered[i]),
             int(decoded.position[i]),
+            float(decoded.hold_until[i]),
         )
         for i in range(len(hints))
     ]
@@ -87,6 +89,15 @@ def test_a_deadline_that_is_just_now_is_not_taken_for_missing() -> None:
     message = hints_pb2.Hint()
     encode(RequestHint("r", NOW), NOW, message)
     assert message.request.ttft_left_us == -1
+
+
+def test_a_transfer_that_has_been_held_back_for_long_enough_still_says_so_to_a_new_daemon() -> None:
+    hint = TransferHint("t", "r", "", Stage.P2D, 0, 1, CookieSelector(1), hold_until=NOW + 8.0)
+    for waited, left in ((0.0, 8_000_000), (6.5, 1_500_000), (8.0, 1), (20.0, 1)):
+        message, many = hints_pb2.Hint(), hints_pb2.TransferColumns()
+        encode(hint, NOW + waited, message)
+        encode_columns([hint], NOW + waited, many)
+        assert (message.transfer.max_defer_us, list(many.max_defer_us)) == (left, [left])
 
 
 def ids(ledger: Ledger, now: float) -> list[Any]:

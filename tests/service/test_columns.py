@@ -60,6 +60,7 @@ def test_they_do_what_single_hints_do(
         deadline_us=[0, 5_000_000, 0, 0],
         position=[7],
         ttl_us=[1_000_000, 0, 0, 10**15],
+        max_defer_us=[0, 1, 9_000_000, 0],
     )
     batch = pb.Hint(batch=pb.Batch(id="g", request_ids=["r"]))
     owners = ["", *many.owners]
@@ -69,7 +70,7 @@ def test_they_do_what_single_hints_do(
                 id=many.ids[i], request_id=owners[many.request[i]], batch_id=owners[many.batch[i]],
                 stage=many.stage[i], bytes=many.bytes[i], target_layer=many.target_layer[i],  # type: ignore[arg-type]
                 selector=many.selectors[many.selector[i]], deadline_us=many.deadline_us[i], position=7,
-                ttl_us=many.ttl_us[i],
+                ttl_us=many.ttl_us[i], max_defer_us=many.max_defer_us[i],
             )
         )
         for i in range(4)
@@ -87,7 +88,7 @@ def test_they_do_what_single_hints_do(
                 numbers = [float(rows.get(t, c)) for c in ("stage", "size", "start", "end", "target_layer", "ordered")]
                 times = [
                     round(float(rows.get(t, c)) - engine.books.sessions[session].seen, 1)
-                    for c in ("deadline", "expires")
+                    for c in ("deadline", "hold_until", "expires")
                 ]
                 found[t.id] = (numbers, times, t.request and t.request.id, t.batch and t.batch.id, t.stream.selector)
             return sorted(found.items())
@@ -117,6 +118,7 @@ BAD = [
     ({"target_layer": [0, 5000, 0]}, 1, "transfers.target_layer[1]", "at most 4096"),
     ({"deadline_us": [0, 0, 10**15]}, 2, "transfers.deadline_us[2]", "limits.max_deadline_s"),
     ({"deadline_us": [0, 0, -(10**15)]}, 2, "transfers.deadline_us[2]", "limits.max_deadline_s"),
+    ({"max_defer_us": [0, 0, 300_000_001]}, 2, "transfers.max_defer_us[2]", "limits.max_defer_s"),
     ({"selector": [0, 0, 1]}, 2, "transfers.selector[2]", "1 is beyond the last of the selectors"),
     (
         {"selectors": [pb.Selector(cookie=1), MULTICAST], "selector": [0, 1, 0]},

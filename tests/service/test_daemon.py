@@ -305,7 +305,7 @@ def test_a_faulty_file_changes_nothing(spawn: Callable[[], Process], config: Pat
     status = process.status()
     assert status.mode == pb.MODE_OBSERVE
     assert list(status.notices)[-1] == (
-        'reload refused, nothing changed: daemon.tick_ms = "often": must be a number from 1, at most 1000'
+        f'reload refused, nothing changed: {config}: daemon.tick_ms = "often": must be a number from 1, at most 1000'
     )
     config.write_text(good)
     process.popen.send_signal(signal.SIGHUP)

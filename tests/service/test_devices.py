@@ -15,6 +15,7 @@ from support.vanishing import vanishings
 from mfsd.daemon import config_bands
 from mfsd.daemon.config import parse
 from mfsd.daemon.devices import Devices
+from mfsd.datapath import _abi
 from mfsd.engine.device import Rescue
 from mfsd.engine.records import Connection
 from mfsd.model import Mode
@@ -87,6 +88,33 @@ def test_a_missing_device_is_noted_and_set_up_when_it_appears(inside: Inside) ->
         assert w.estimator.configured == 12.5e6
 
     inside(body)
+
+
+def test_marks_by_class_are_told_to_the_classifier(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    config = parse(
+        {
+            "daemon": {"state_dir": str(tmp_path), "slots": 64},
+            "device": [{"name": "v0", "rate": "1gbit"}],
+            "bands": {"levels": 3, "dscp": {"urgent": 46, "last": 8}},
+            "policy": {"name": "demand-bound"},
+        }
+    )
+
+    def body() -> None:
+        devices = Devices(config, config_bands.bands_of(config, config_bands.policy_of(config)))
+        (device,) = devices.all
+        device.write_map()
+        written = device.classifier.dev["bands"]["dscp"][0, : len(device.bands)].tolist()
+        keep = _abi.DSCP_KEEP
+        by_name = dict(zip([b.name for b in device.bands.bands], written, strict=True))
+        assert by_name == {
+            "control": 46, "level 0": 46, "level 1": 46, "default": keep, "level 2": keep, "background": 8,
+            "scavenger": 8,
+        }  # fmt: skip
+        assert int(device.classifier.dev["flags"][0]) & _abi.DEV_MARK_DSCP
+        devices.close()
+
+    netns_pair.call(netns_pair.a, body)
 
 
 def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> None:

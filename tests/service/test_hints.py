@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from typing import TYPE_CHECKING, Any, cast
 
@@ -106,6 +107,7 @@ CASES = [
     (transfer(bytes=LIMITS.max_transfer_bytes + 1), "transfer.bytes", "limits.max_transfer_bytes"),
     (transfer(target_layer=5000), "transfer.target_layer", "at most 4096"),
     (transfer(deadline_us=10**15), "transfer.deadline_us", "limits.max_deadline_s"),
+    (transfer(max_defer_us=10**15), "transfer.max_defer_us", "at most 300000000 us (limits.max_defer_s)"),
     (on(Selector()), "transfer.selector", "is not set"),
     (on(Selector(cookie=0)), "transfer.selector.cookie", "0 is no socket cookie"),
     (on(Selector(cookie=(1 << 64) - 1)), "transfer.selector.cookie", "is no socket cookie"),
@@ -236,6 +238,20 @@ def test_deadlines_and_lives_are_clamped(api: Api, running: Running) -> None:
     assert before == 0
     assert now - 20 < deadline < now + LIMITS.min_deadline_ms / 1000
     assert expires <= deadline + LIMITS.max_ttl_s + 1
+
+
+def test_how_long_a_transfer_may_be_held_back_is_clamped_from_below_and_shown_to_the_policy(
+    api: Api, running: Running
+) -> None:
+    said = {"short": 1, "long": 9_000_000, "unsaid": 0}
+    api.send(request(), *(transfer(id=name, max_defer_us=us) for name, us in said.items()))
+
+    def held(engine: Any) -> dict[str, float]:
+        view = engine.steering.views(running.daemon.ticker._clock()).transfers
+        rows = {t.id: engine.books.transfers.row(t) for t in engine.books.sessions["test"].transfers.values()}
+        return {name: round(float(view.max_defer[row]), 6) for name, row in rows.items()}
+
+    assert running.ask(held) == {"short": LIMITS.min_defer_ms / 1e3, "long": 9.0, "unsaid": math.inf}
 
 
 def test_the_same_transfer_twice_is_refused(api: Api) -> None:

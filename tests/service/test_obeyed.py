@@ -57,7 +57,7 @@ def test_what_a_hint_says_is_in_the_table_when_it_is_answered(
         stage = pb.STAGE_COLLECTIVE if n % 2 else pb.STAGE_P2D
         last = pb.Hint(cancellation=pb.Cancellation(transfer_id=f"t{n - 1}"))
         api.send(REQUEST, last, transfer(f"t{n}", pb.Selector(cookie=cookie_of(sock)), stage))
-        assert (band_of(running, sock) == "level 0") == bool(n % 2)
+        assert (band_of(running, sock) == "level 1") == bool(n % 2)
 
 
 def test_what_a_new_selector_means_is_found_when_it_is_answered(
@@ -67,7 +67,7 @@ def test_what_a_new_selector_means_is_found_when_it_is_answered(
     mark = pb.Hint(connection=pb.ConnectionMark(selector=to(sock), stage=pb.STAGE_COLLECTIVE))
     reply = api.send(mark)
     assert [(m.index, m.connections) for m in reply.matched] == [(0, 1)]
-    assert band_of(running, sock) == "level 0"
+    assert band_of(running, sock) == "level 1"
     elsewhere = pb.Selector(tuple=pb.Tuple(dst_addr="10.9.9.9"))
     reply = api.send(REQUEST, mark, transfer("a", to(sock)), transfer("b", elsewhere), transfer("c", elsewhere))
     assert [(m.index, m.connections) for m in reply.matched] == [(1, 1), (3, 0)]
@@ -131,4 +131,4 @@ def test_a_connection_that_is_made_later_is_in_its_band_too(api: Api, running: R
         port = first.getpeername()[1]
     with connected(port) as (second, _):
         wait_for(lambda: running.ask(lambda e: cookie_of(second) in e.connections.by_cookie))
-        wait_for(lambda: band_of(running, second) == "level 0")
+        wait_for(lambda: band_of(running, second) == "level 1")

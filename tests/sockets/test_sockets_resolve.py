@@ -208,19 +208,6 @@ def test_many_rules_share_a_listing(net: Net, resolver: SocketResolver, rules: i
     assert all(not s for s in found[len(wanted[: rules // 2]) : len(wanted[: rules // 2]) + len(absent)])
 
 
-def test_impossible_selectors_are_refused(resolver: SocketResolver) -> None:
-    for selector, field in (
-        (CookieSelector(0), "selector.cookie"),
-        (TupleSelector(V4, V4, ANY, one(5), 17), "selector.tuple"),
-        (TupleSelector(V4, V4, one(4), one(5), 132), "selector.tuple.protocol"),
-        (TupleSelector(V6, V4, one(4), one(5)), "selector.tuple.src_addr"),
-    ):
-        with pytest.raises(HintError) as caught:
-            resolver.resolve(selector)
-        assert caught.value.field == field
-        assert caught.value.fix
-
-
 def test_no_descriptor_is_leaked(own_netns: None) -> None:  # noqa: ARG001 - the fixture's effect
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):

@@ -51,6 +51,7 @@ class FakeSocket:
     notsent: int = 0
     rto_us: int = 200_000
     last_ack_ms: int = 0
+    last_sent_ms: int = 0
     uid: int = 0
     pid: int = 0
     here: bool = True
@@ -158,6 +159,10 @@ class FakeKernel:
     def vanish(self, sock: FakeSocket) -> None:
         """A connection is gone, and the event is lost."""
         self.sockets.remove(sock)
+
+    def fail(self, selectors: Sequence[Selector]) -> None:
+        """A search can't be made."""
+        self._events += [Found(selector, None) for selector in selectors]
 
     def _matches(self, selector: Selector, s: FakeSocket) -> bool:
         if isinstance(selector, CookieSelector):

@@ -87,9 +87,11 @@ class Demand:
     def laxity(self, row: int) -> float:
         return min(g.due - g.total / self.link.room for g in self.behind(row))
 
-    def before(self, row: int) -> float:
-        g = self.groups[bucket(self.link.rows[row][0])]
-        return g.total - g.own
+    def before(self, row: int, *, well: bool = False) -> float:
+        """``well``: without what is due in the bucket before its own."""
+        b = bucket(self.link.rows[row][0])
+        last = self.groups.get(b - 1)
+        return self.groups[b].total - self.groups[b].own - (last.own if well and last else 0.0)
 
     def steady(self) -> float:
         return max((self.share(g) for g in self.groups.values() if not self.late(g)), default=0.0)
@@ -178,8 +180,8 @@ class Plain:
     def among(self, i: int, seconds: float, *, longer: bool = False) -> bool:
         """Among the first: of its device, or of a scarcer link into its peer."""
         here, *far = self.links(i)
-        stays = STAYS_FIRST if longer and self.was(i, "urgent", "first") else 1.0
-        return here.before(i) < seconds * stays or any(d.before(i) < seconds for d in far if d.need(i) > here.need(i))
+        stays = longer and self.was(i, "urgent", "first") and here.before(i, well=True) < seconds * STAYS_FIRST
+        return here.before(i) < seconds or stays or any(d.before(i) < seconds for d in far if d.need(i) > here.need(i))
 
     def needs(self, i: int) -> bool:
         if math.isinf(self.due[i]) or self.s.t.stage[i] not in (KV, P2D):

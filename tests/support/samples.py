@@ -32,10 +32,10 @@ def status() -> pb.Status:
     device = out.devices.add(
         name="eth0", ifindex=2, backend="htb", attach="tcx", loader="libbpf", rate_bytes_per_s=125e6, utilisation=0.73
     )
-    device.bands.add(name="control", classid="6d66:1001", lanes=1, floor_bytes_per_s=2.5e6, dscp=-1)
+    device.bands.add(name="control", classid="6d66:1001", lanes=1, floor_bytes_per_s=2.5e6, dscp=-1, urgency="urgent")
     device.bands.add(
         index=1, name="level 0", classid="6d66:2001", lanes=32, bytes=10**15, packets=10**12, drops=5, dscp=46,
-        backlog_bytes=262144, connections=5, guaranteed_bytes_per_s=62.5e6, got_bytes_per_s=125e6,
+        backlog_bytes=262144, connections=5, guaranteed_bytes_per_s=62.5e6, got_bytes_per_s=125e6, urgency="middle",
     )  # fmt: skip
     device.stats["cookie"] = 10**9
     device.stats["miss"] = 0

@@ -13,6 +13,7 @@ gone. Needs CAP_NET_ADMIN in the namespace and CAP_BPF in the initial one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import weakref
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier
     from mfsd.datapath.tc import TcSocket
 
-__all__ = ["Attachment", "HookUser", "Method", "Standing", "attach", "hook_users", "remove_leftover"]
+__all__ = ["Attachment", "HookUser", "Method", "Standing", "attach", "hook_users", "inherit", "remove_leftover"]
 
 TCX_EGRESS: Final = 47
 """BPF_TCX_EGRESS, enum bpf_attach_type in include/uapi/linux/bpf.h (6.6)."""
@@ -69,6 +70,10 @@ class Attachment:
     token: socket.socket | None = None
     """clsact: tells other daemons that the filter's owner lives."""
 
+    def fileno(self) -> int:
+        """Descriptor of the TCX link; -1 without one."""
+        return self.link_fd
+
     def update(self, classifier: Classifier) -> None:
         """Put another classifier in the place of this one; no packet passes between. Raises AttachError."""
         what = f"replacing the classifier of device {self.ifindex}"
@@ -104,9 +109,12 @@ class Attachment:
     def detach(self) -> None:
         """Take the classifier off. Does nothing the second time, or when the device is gone. Raises AttachError."""
         if self.method == "tcx":
-            if self.link_fd >= 0:
-                os.close(self.link_fd)
-                self.link_fd = -1
+            fd, self.link_fd = self.link_fd, -1
+            if fd >= 0:
+                # Somebody else may hold the link, too: the service manager does, over a restart.
+                with contextlib.suppress(OSError):
+                    syscall.link_detach(fd)
+                os.close(fd)
             return
         if self.token is not None:
             clsact.remove(self.ifindex, lambda user: user.handle == self.handle)
@@ -171,6 +179,20 @@ def _attach_filter(sock: TcSocket, classifier: Classifier, ifindex: int, number:
     weakref.finalize(attachment, token.close)
     _mine.add(attachment)
     return attachment
+
+
+def inherit(classifier: Classifier, ifindex: int, link_fd: int) -> Attachment | None:
+    """Put a classifier in the place of another process's, whose TCX link this is; no packet passes between.
+
+    The link is the attachment's from now on. When it does not hang on this device (any more) it is closed, with None.
+    """
+    attachment = Attachment(ifindex, "tcx", link_fd)
+    with contextlib.suppress(AttachError):
+        attachment.update(classifier)
+        if attachment.standing().attached:
+            return attachment
+    attachment.detach()
+    return None
 
 
 _mine: Final[weakref.WeakSet[Attachment]] = weakref.WeakSet()

@@ -49,6 +49,7 @@ PROG_QUERY: Final = 16
 MAP_LOOKUP_BATCH: Final = 24
 LINK_CREATE: Final = 28
 LINK_UPDATE: Final = 29
+LINK_DETACH: Final = 34
 
 SCHED_CLS: Final = 3
 """BPF_PROG_TYPE_SCHED_CLS."""
@@ -326,6 +327,11 @@ def link_create(prog_fd: int, target: int, attach_type: int, flags: int) -> int:
 def link_update(link_fd: int, prog_fd: int) -> None:
     """Replace the program of a link atomically."""
     call(LINK_UPDATE, UPDATE_ATTR.pack(link_fd, prog_fd, 0, 0))
+
+
+def link_detach(link_fd: int) -> None:
+    """Take a link's program off, whoever else holds the link. Does nothing the second time."""
+    call(LINK_DETACH, struct.pack("=I", link_fd))
 
 
 def link_info(link_fd: int) -> tuple[int, int]:

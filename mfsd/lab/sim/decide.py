@@ -187,7 +187,7 @@ class PolicyDecider:
             self.policy.levels,
             load=np.minimum(above[-1], 1.0),
             load_above=np.minimum(above[at], 1.0),
-            floor=self._floors[others].sum(),
+            floor=self._floors.sum(),
             taken=np.minimum(self._usage, self._floors)[others].sum(),
         )
 

@@ -108,6 +108,12 @@ class Load:
         """What is due before each entry, in seconds of the link, shape (m,)."""
         return (self.total - self.own).ravel().take(self.cell)
 
+    def well_before(self) -> F8:
+        """The same without what is due in the bucket before its own: time that passes moves entries between buckets."""
+        own = self.own.copy()
+        own[:, 1:] += self.own[:, :-1]
+        return (self.total - own).ravel().take(self.cell)
+
 
 class Need:
     """What it takes to meet a load, if each link gives a share ``room`` of its rate, shape (links,), to it.

@@ -69,7 +69,7 @@ class Verdict:
             lost=asked.lost.rows(view) & (t.stage != BACKGROUND),
             need=here.shares(),
             late=here.late() | (here.later() & was_urgent),
-            first=(before < FIRST_S) | ((before < STAYS_FIRST * FIRST_S) & (was_urgent | was_first)),
+            first=(before < FIRST_S) | ((asked.load.well_before() < STAYS_FIRST * FIRST_S) & (was_urgent | was_first)),
             next=before < NEXT_S,
             laxity=here.laxity(),
             layer_need=np.zeros(len(t)),

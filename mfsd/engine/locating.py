@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections of which nothing is known yet but their socket's cookie, and the search for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from mfsd.engine.slots import NS
+from mfsd.model import INF
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mfsd.engine.records import Connection
+    from mfsd.engine.slots import FlowTable
+
+LOCATE_S: Final = 1.0
+"""A cookie that no socket has for so long is reported as gone."""
+RETRY_S: Final = 0.1
+SILENT_S: Final = 3.0
+"""So is one that has sent nothing but acknowledgements since it was hinted, and those so long ago: its socket was being
+closed. One that has sent more lives where nobody can look, such as an unconnected UDP socket, or one in a network
+namespace other than the daemon's that is older than the daemon."""
+SYN: Final = 1
+"""Bytes, as TCP counts."""
+
+
+@dataclass(slots=True)
+class _Search:
+    """The search for the socket of a cookie."""
+
+    over: bool
+    """It had one, which could not be connected."""
+    next_try: float = 0.0
+    give_up: float = INF
+
+
+@dataclass(slots=True)
+class Unlocated:
+    """All of them."""
+
+    table: FlowTable
+    _searches: dict[Connection, _Search] = field(default_factory=dict)
+
+    def __contains__(self, conn: object) -> bool:
+        return conn in self._searches
+
+    def add(self, conn: Connection, *, over: bool = False) -> None:
+        """Search for a socket from now on. ``over``: the one that there was could not be connected."""
+        self._searches[conn] = _Search(over)
+
+    def discard(self, conn: Connection) -> None:
+        """It is found, or nobody wants to know. No error when it is not here."""
+        self._searches.pop(conn, None)
+
+    def due(self, now: float) -> Iterator[Connection]:
+        """Those to look for now; who is found is to be discarded before the next one is asked for."""
+        for conn, search in list(self._searches.items()):
+            if now >= search.next_try:
+                search.next_try = now + RETRY_S
+                yield conn
+
+    def given_up(self, conn: Connection, now: float) -> bool:
+        """A connection has not been found again; for long enough to say that it is gone."""
+        search = self._searches[conn]
+        search.give_up = min(search.give_up, now + LOCATE_S)
+        return now >= search.give_up and (search.over or self._silent(conn.slot, now))
+
+    def _silent(self, slot: int, now: float) -> bool:
+        last, moved = int(self.table.last_ns[slot]), int(self.table.sent[slot])
+        if self.table.acked[slot]:  # else counted from 0 on: what acknowledges in TIME_WAIT is no full socket
+            moved = (moved - int(self.table.origin[slot])) & 0xFFFFFFFF
+        return not last or (moved <= SYN and last < int((now - SILENT_S) * NS))

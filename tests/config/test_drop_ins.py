@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""conf.d: what several files say together, and which of them is named when something is wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mfsd.daemon import config_files
+from mfsd.daemon.config import ConfigError, load
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def main(tmp_path: Path) -> Path:
+    path = tmp_path / "mfsd.toml"
+    path.write_text('[daemon]\ntick_ms = 5\n[[device]]\nname = "eth0"\nrate = "10gbit"\n[bands.dscp]\ncontrol = 8\n')
+    (tmp_path / "conf.d").mkdir()
+    return path
+
+
+def drop_in(main: Path, name: str, text: str) -> Path:
+    path = main.parent / "conf.d" / name
+    path.write_text(text)
+    return path
+
+
+def test_tables_are_merged_key_by_key_and_the_later_file_wins(main: Path) -> None:
+    drop_in(main, "20-b.toml", "[daemon]\ntick_ms = 7\n[bands.dscp]\ndefault = 1\n")
+    drop_in(main, "10-a.toml", '[daemon]\ntick_ms = 6\nmode = "enforce"\n')
+    drop_in(main, "30-c.toml.bak", "[daemon]\ntick_ms = 8\n")
+    config = load(main)
+    assert (config.daemon.tick_ms, config.daemon.mode.value) == (7, "enforce")
+    assert config.bands.dscp == {"control": 8, "default": 1}
+
+
+def test_devices_are_added_and_a_known_one_is_changed(main: Path) -> None:
+    drop_in(main, "a.toml", '[[device]]\nname = "eth1"\n[[device]]\nname = "eth0"\nrate = "5gbit"\ntiny_len = 0\n')
+    drop_in(main, "b.toml", '[[peer]]\nnetwork = "10.0.0.0/8"\nrate = "1gbit"\n')
+    drop_in(main, "c.toml", '[[peer]]\nnetwork = "10.0.0.0/8"\nrate = "2gbit"\n')
+    config = load(main)
+    assert [(d.name, str(d.rate), d.tiny_len) for d in config.device] == [("eth0", "5gbit", 0), ("eth1", "None", 128)]
+    assert [str(p.rate) for p in config.peer] == ["2gbit"]
+
+
+def test_two_entries_for_a_device_in_one_file_are_still_a_mistake(main: Path) -> None:
+    path = drop_in(main, "a.toml", '[[device]]\nname = "eth1"\n[[device]]\nname = "eth1"\n')
+    with pytest.raises(ConfigError, match="each device once") as e:
+        load(main)
+    assert str(e.value).startswith(f"{path}: device[1].name")
+
+
+def test_without_mfsd_toml_the_drop_ins_do(main: Path) -> None:
+    main.unlink()
+    with pytest.raises(ConfigError, match=r"mfsd\.toml: can't be read"):
+        load(main)
+    drop_in(main, "a.toml", "[daemon]\ntick_ms = 9\n")
+    assert load(main).daemon.tick_ms == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[daemon]\ntick_ms = 0\n", "daemon.tick_ms = 0: must be"),
+        ("[daemon]\nzoo = 0\n", "daemon.zoo = 0: unknown key"),
+        ("[zoo]\n", "zoo = {}: unknown key"),
+        ("daemon = 3\n", "daemon = 3: must be a section"),
+        ("device = 3\n", "device = 3: must be"),
+        ('[[device]]\nname = "eth1"\nrate = "fast"\n', 'device[0].rate = "fast": must be'),
+        ("[[device]]\ntiny_len = 1\n", "device[0].name = (unset): required"),
+        ("[bands]\nfloors = [0.1, 2.0]\n", "bands.floors[1] = 2.0: must be"),
+        ("[bands.dscp]\n'level 7' = 3\n", 'bands.dscp."level 7" = 3: no such band'),
+        ("[policy]\nmargins = 9\n", "policy.margins"),
+        ("[daemon\n", "is not TOML"),
+    ],
+)
+def test_a_problem_names_its_file_and_the_place_in_it(main: Path, text: str, problem: str) -> None:
+    drop_in(main, "a.toml", '[[device]]\nname = "eth2"\n')
+    path = drop_in(main, "b.toml", text)
+    with pytest.raises(ConfigError) as e:
+        load(main)
+    (line,) = str(e.value).splitlines()
+    assert line.startswith(f"{path}: {problem}")
+
+
+def test_every_file_s_problems_at_once(main: Path) -> None:
+    a = drop_in(main, "a.toml", "[daemon]\nslots = 1\n")
+    b = drop_in(main, "b.toml", "[rescue]\nstall_ms = -1\n")
+    with pytest.raises(ConfigError) as e:
+        load(main)
+    assert [line.partition(": ")[0] for line in str(e.value).splitlines()] == [str(a), str(b)]
+
+
+def test_a_problem_of_two_files_together_is_the_later_one_s(main: Path) -> None:
+    # Each is right by itself; the floor that is named came with the second.
+    drop_in(main, "a.toml", "[bands]\ndefault_floor = 0.6\n")
+    path = drop_in(main, "b.toml", "[bands]\nfloors = [0.5]\n")
+    with pytest.raises(ConfigError, match="all floors together") as e:
+        load(main)
+    assert str(e.value).startswith(f"{path}: bands.floors")
+
+
+def test_the_order_of_files(main: Path) -> None:
+    names = ["z.toml", "10.toml", "2.toml"]
+    for name in names:
+        drop_in(main, name, "")
+    assert [p.name for p in config_files.files(main)] == ["mfsd.toml", "10.toml", "2.toml", "z.toml"]

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do no harm, on real TCP: the default policy misses no transfer that plain TCP has in time.
+
+The cases are those in which the policy before it starved a transfer that plain sharing meets, and their like; the whole
+suite is bench/noharm.py. Where it looks like harm a case is played twice again: a late wake-up of the machine is none.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from mfsd.lab.hosts.net import Fabric
+from mfsd.lab.noharm import HOSTS, Arm, Beside, Case, Link
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make network namespaces"),
+]
+
+WORST: Final = [
+    Case.one(beside, alone, due / alone)
+    for beside, alone, due in [
+        (Beside.MARK, 0.2, 0.6),
+        (Beside.MARK, 0.2, 1.4),
+        (Beside.MARK, 0.84, 2.5),
+        (Beside.BURSTS_50, 0.84, 2.5),
+        (Beside.BURSTS_75, 0.2, 0.6),
+        (Beside.BULK_1, 0.2, 0.6),
+        (Beside.BULK_1, 0.2, 1.4),
+        (Beside.BULK_1, 0.84, 2.5),
+        (Beside.BULK_4, 0.2, 1.4),
+        (Beside.LOOSER, 0.84, 2.5),
+        (Beside.EQUAL, 0.2, 0.6),
+        (Beside.DOOMED, 0.2, 0.6),
+    ]
+]
+MOST: Final = 3
+"""Times that a case is played."""
+
+
+@pytest.fixture
+def fabric() -> Iterator[Fabric]:
+    with Fabric(HOSTS) as hosts:
+        yield hosts
+
+
+def play(fabric: Fabric, arm: Arm, cases: list[Case]) -> list[list[bool]]:
+    with Link(fabric, arm) as link:
+        return [link.play(case).met for case in cases]
+
+
+def test_whatever_plain_tcp_has_in_time_is_in_time(fabric: Fabric) -> None:
+    plain = play(fabric, Arm.PLAIN, WORST)
+    met = [case for case, there in zip(WORST, plain, strict=True) if all(there)]
+    assert len(met) > len(WORST) * 2 // 3, "plain TCP itself misses most: the test says nothing"
+    late = met
+    for _ in range(MOST):
+        outcome = play(fabric, Arm.DEFAULT, late)
+        late = [case for case, here in zip(late, outcome, strict=True) if not all(here)]
+        if not late:
+            break
+    assert not late
