@@ -6,14 +6,17 @@ from __future__ import annotations
 import os
 import tomllib
 from ipaddress import ip_network
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mfsd.daemon.config import ConfigError, parse, render
+from mfsd.daemon.config import ConfigError, load, parse, render
 from mfsd.daemon.config_rules import CONDITIONS, in_force, of_library, shipped
 from mfsd.daemon.rules import state_of
 from mfsd.model import INF, Maker, PortRange, RuleSelector, Stage
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KV: dict[str, Any] = {"name": "kv", "stage": "p2d"}
 
@@ -108,3 +111,12 @@ def test_shipped_rules_are_right_and_say_what_was_verified(name: str) -> None:
 def test_all_shipped_rules_have_names_of_their_own() -> None:
     names = [r.name for name in shipped() for r in of_library(name)]
     assert len(set(names)) == len(names)
+
+
+def test_a_drop_in_adds_rules_and_changes_those_of_the_same_name(tmp_path: Path) -> None:
+    main = tmp_path / "mfsd.toml"
+    main.write_text('[[rule]]\nname = "a"\nstage = "p2d"\npid = 1\n')
+    (tmp_path / "conf.d").mkdir()
+    more = '[[rule]]\nname = "b"\nstage = "background"\npid = 2\n[[rule]]\nname = "a"\nstage = "collective"\n'
+    (tmp_path / "conf.d" / "rules.toml").write_text(more)
+    assert [(r.name, r.stage, r.pid) for r in load(main).rule] == [("a", "collective", 1), ("b", "background", 2)]
