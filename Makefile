@@ -12,10 +12,11 @@ PURE := not (root or netns or bpf)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup system generated build check demo lab lab-quick test test-vm coverage bench lint format clean
+.PHONY: help setup system generated build check demo lab lab-quick test test-vm test-deb test-systemd test-metrics \
+	test-kubernetes deb wheel coverage bench lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  benchmarks:     $$(ls bench/*.py | sed -e 's,bench/,,' -e 's,\.py,,' | grep -v -e __init__ -e common | tr '\n' ' ')"
 
 system:
@@ -53,6 +54,25 @@ test: build ## all tests of this machine's kernel, as root; fails if a tier did 
 
 test-vm: build ## the kernel tests in guests, KERNEL=6.1|6.12|7.3|all: build/vm/; all: docs/kernels.md
 	$(PY) scripts/vm/run.py --report $(KERNEL)
+
+wheel: build ## wheel and sdist, with the compiled BPF objects, in dist/; the same commit gives the same files
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(PY) -m build -q --no-isolation
+
+deb: build ## the Debian package for 12 and 13, in dist/
+	$(PY) packaging/deb.py
+
+test-deb: deb ## the package installed, upgraded, removed and purged in fresh Debian 12 and 13: build/system/
+	MFSD_DEB="$$(ls $(CURDIR)/dist/mfsd_*.deb)" $(PY) -m pytest -q tests/system/test_package.py
+
+test-systemd: deb ## the unit under a real systemd of Debian 12 and 13: build/system/
+	MFSD_DEB="$$(ls $(CURDIR)/dist/mfsd_*.deb)" $(PY) -m pytest -q tests/system/test_unit_runs.py
+
+test-metrics: build ## a real Prometheus reads a daemon; each query of the dashboard has an answer
+	$(PY) -m pytest -q tests/monitoring
+
+test-kubernetes: build ## the chart rendered by Helm's code and checked against Kubernetes' schemas (350 MB of packages)
+	$(PY) -m pip install -q --disable-pip-version-check -c scripts/constraints.txt -e '.[kubernetes]'
+	$(PY) -m pytest -q tests/kubernetes
 
 coverage: generated ## branches that the tests without privileges take in policy, engine, api and client
 	rm -rf build/coverage

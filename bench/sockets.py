@@ -41,6 +41,7 @@ import psutil
 
 from bench.common import Figure, write
 from mfsd.client import Client, Stage, cookie_of
+from mfsd.client.introduction import introduced
 from mfsd.lab.hosts.enter import inside
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2_grpc
 from mfsd.v1 import hints_pb2 as pb
@@ -242,7 +243,7 @@ def wrong_share(channel: grpc.Channel, client: Client, *, kept: bool) -> float:
 
 def phase(a: str, seconds: float) -> dict[str, Any]:
     """All of it against one daemon."""
-    with daemon(a) as (target, process), grpc.insecure_channel(target) as channel, inside(a):
+    with daemon(a) as (target, process), introduced(target) as channel, inside(a):
         time.sleep(2)
         before, began = process.cpu_times(), time.monotonic()
         calls = unary(channel, seconds)

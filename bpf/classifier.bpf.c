@@ -182,12 +182,10 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 	struct bpf_tcp_sock *tcp = 0;
 	struct bpf_sock *sk = skb->sk;
 
-	if (sk) {
+	if (sk)
 		sk = bpf_sk_fullsock(sk);
-		if (!sk)
-			return; /* what acknowledges in TIME_WAIT, or answers a SYN, carries no payload and is on no scale of ours */
+	if (sk)
 		tcp = bpf_tcp_sock(sk);
-	}
 	if (!tcp && s->parsed && s->h.proto == IPPROTO_UDP) {
 		__sync_fetch_and_add(&slot->sent, skb->len - s->h.l4 - 8);
 		return;
@@ -207,7 +205,7 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 			slot->origin = (__u32)s->position + flight;
 		slot->acked = s->position;
 		slot->sent = s->position + (before && (__s32)(ahead - flight) > 0 ? ahead : flight);
-	} else if (before) {
+	} else if (before && !s->hit) { /* what a socket in TIME_WAIT says, or one half made, is no payload */
 		syn = s->raw[9] >> 1 & 1; /* a SYN has a number of its own, but is no payload */
 		end += syn;
 		if (!slot->last_ns)

@@ -77,6 +77,12 @@ def configure(style: Literal["console", "json"], level: str) -> None:
     )
 
 
+def level() -> str:
+    """Least severe events that are logged now."""
+    now = logging.getLogger().level
+    return next(name for name, number in LEVELS.items() if number == now)
+
+
 def set_level(level: str) -> None:
     """Least severe events to log from now on."""
     logging.getLogger().setLevel(LEVELS[level])

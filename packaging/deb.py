@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Build the Debian package; docs/packaging.md has the reasons.
+"""Build the Debian package; docs/operating.md has the reasons.
 
     deb.py             dist/mfsd_VERSION_amd64.deb, for Debian 12 and 13
     deb.py --lock      write packaging/wheels.lock anew from pyproject.toml and scripts/constraints.txt
@@ -178,8 +178,7 @@ def stage(version: str, date: int) -> Path:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", BUILD, ROOT, env=env)
     (wheel,) = BUILD.glob("mfsd-*.whl")
     unpack(wheel, tree / "lib")
-    for left_out in ("lab", "sim"):  # the lab needs a dozen packages more
-        shutil.rmtree(tree / "lib/mfsd" / left_out)
+    shutil.rmtree(tree / "lib/mfsd/lab")  # which needs a dozen packages more
     for what in ("man", "completions"):
         run(sys.executable, ROOT / "scripts" / "reference.py", what, source / what, env=env)
     debian = source / "debian"

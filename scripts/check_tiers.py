@@ -24,7 +24,8 @@ ALLOWED_SKIPS = (
 )
 ALLOWED_WITHOUT_SETUP = (*ALLOWED_SKIPS, "systemd-analyze is not installed")
 
-ELSEWHERE = ("vm",)  # collected in guests only; scripts/vm/judge.py watches over them
+ELSEWHERE = ("vm", "system", "kubernetes")
+"""Collected in guests, in machines of their own, and with Helm's code only; their targets of make watch over them."""
 PRIVILEGED = ("bpf", "e2e")  # nothing in them runs without
 
 

@@ -276,7 +276,9 @@ def manual(folder: Path) -> None:
 {page.see_also}
 """
         done = subprocess.run(["/usr/bin/go-md2man"], input=source.encode(), capture_output=True, check=True)
-        (folder / f"{page.name}.{page.section}").write_bytes(done.stdout)
+        # groff 1.23 warns of the font C on terminals, which have none; bold is what it is beside it.
+        text = done.stdout.replace(rb"\fB\fC", rb"\fB").replace(rb"\fC", rb"\fB")
+        (folder / f"{page.name}.{page.section}").write_bytes(text)
 
 
 def completions(folder: Path) -> None:

@@ -8,9 +8,11 @@ is a worker. One interceptor decides for all services, so a method that is added
 
 from __future__ import annotations
 
+from inspect import isasyncgenfunction
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2
 
 from mfsd.api import errors
@@ -18,7 +20,7 @@ from mfsd.api.identity import TOKEN
 from mfsd.v1 import hints_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 
     from mfsd.api.identity import Identities, Peer
 
@@ -41,32 +43,26 @@ class Access(grpc.aio.ServerInterceptor):
     ) -> Any:
         """See grpc.aio."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(FOR_ALL):
+        if handler is None:
             return handler
-        return self._guarded(handler)
-
-    def _guarded(self, handler: Any) -> Any:
-        """The same handler for operators only."""
-        serializers = handler.request_deserializer, handler.response_serializer
+        check = self._anybody if handler_call_details.method.startswith(FOR_ALL) else self._check
+        serializers = _tolerant(handler.request_deserializer), handler.response_serializer
         if not handler.response_streaming:
             inner = handler.unary_unary
 
             async def once(request: Any, context: Context) -> Any:
-                await self._check(context)
-                return await inner(request, context)
+                await check(context)
+                return await inner(await _formed(request, context), context)
 
             return grpc.unary_unary_rpc_method_handler(once, *serializers)
-        many = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        if handler.request_streaming:
+            both = _many(handler.stream_stream, _all_formed, check)
+            return grpc.stream_stream_rpc_method_handler(both, *serializers)
+        return grpc.unary_stream_rpc_method_handler(_many(handler.unary_stream, _formed, check), *serializers)
 
-        async def on_and_on(request: Any, context: Context) -> AsyncIterator[Any]:
-            await self._check(context)
-            async for reply in many(request, context):
-                yield reply
-
-        make: Any = (
-            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
-        )
-        return make(on_and_on, *serializers)
+    @staticmethod
+    async def _anybody(context: Context) -> None:
+        """Let everybody in."""
 
     async def _check(self, context: Context) -> None:
         if by_certificate(context):
@@ -87,6 +83,53 @@ class Access(grpc.aio.ServerInterceptor):
                 "daemon.operator_group",
             )
             await errors.abort(context, errors.of_call(refused))
+
+
+_MALFORMED: Final = object()
+
+
+def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """Have what is no message of ours answered, instead of logged with a traceback each time."""
+
+    def parsed(raw: bytes) -> Any:
+        try:
+            return raw if parse is None else parse(raw)
+        except DecodeError:
+            return _MALFORMED
+
+    return parsed
+
+
+async def _formed(request: Any, context: Context) -> Any:
+    if request is _MALFORMED:
+        refused = errors.Refused(code_pb2.INVALID_ARGUMENT, "the message is malformed")
+        await errors.abort(context, errors.of_call(refused))
+    return request
+
+
+async def _all_formed(requests: AsyncIterable[Any], context: Context) -> AsyncIterator[Any]:
+    async def formed() -> AsyncIterator[Any]:
+        async for request in requests:
+            yield await _formed(request, context)
+
+    return formed()
+
+
+def _many(
+    inner: Any, formed: Callable[[Any, Context], Awaitable[Any]], check: Callable[[Context], Awaitable[None]]
+) -> Any:
+    """A handler of many answers, which it yields, or writes itself."""
+
+    async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
+        await check(context)
+        async for reply in inner(await formed(request, context), context):
+            yield reply
+
+    async def writes(request: Any, context: Context) -> None:
+        await check(context)
+        await inner(await formed(request, context), context)
+
+    return answers if isasyncgenfunction(inner) else writes
 
 
 def by_certificate(context: Context) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from google.rpc import code_pb2, status_pb2
 
-from mfsd.api import errors, messages, pages
-from mfsd.model import PORT_MAX, HintError, Mode
+from mfsd.api import errors, messages, pages, trace
+from mfsd.model import INF, PORT_MAX, HintError, Mode
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 
@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 
 WATCH_MIN_US: Final = 100_000
 WATCH_DEFAULT_US: Final = 1_000_000
+WATCHERS: Final = 64
+"""At a time."""
+LEVELS: Final = {
+    pb.LOG_LEVEL_UNSPECIFIED: None,
+    pb.LOG_LEVEL_DEBUG: "debug",
+    pb.LOG_LEVEL_INFO: "info",
+    pb.LOG_LEVEL_WARNING: "warning",
+    pb.LOG_LEVEL_ERROR: "error",
+}
+LEVEL_NUMBERS: Final = {name: number for number, name in LEVELS.items()}
 MODES: Final = {pb.MODE_OBSERVE: Mode.OBSERVE, pb.MODE_ENFORCE: Mode.ENFORCE}
 
 
@@ -34,6 +44,9 @@ class ControlService(control_pb2_grpc.ControlServicer):
     def __init__(self, daemon: Operations, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._daemon = daemon
         self._clock = clock
+        self._watchers = 0
+        self._views: dict[bool, tuple[float, pb.WatchReply]] = {}
+        """When made, by whether connections are in it."""
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -68,12 +81,29 @@ class ControlService(control_pb2_grpc.ControlServicer):
         interval = request.interval_us or WATCH_DEFAULT_US
         if interval < WATCH_MIN_US:
             await _invalid(context, "interval_us", f"{interval} us", f"at least {WATCH_MIN_US}, or 0 for one second")
-        while True:
-            now = self._clock()
+        if self._watchers >= WATCHERS:
+            refused = status_pb2.Status(
+                code=code_pb2.RESOURCE_EXHAUSTED, message=f"{WATCHERS} are watching already; end one of them"
+            )
+            await errors.abort(context, refused)
+        self._watchers += 1
+        try:
+            while True:
+                yield await self._view(connections=request.connections)
+                await asyncio.sleep(interval / 1e6)
+        finally:
+            self._watchers -= 1
+
+    async def _view(self, *, connections: bool) -> pb.WatchReply:
+        """What watchers see; made once for all of them who look at about the same time."""
+        now = self._clock()
+        made, view = self._views.get(connections, (-INF, pb.WatchReply()))
+        if now - made >= WATCH_MIN_US / 2e6:
             first = pb.ListConnectionsRequest()
-            page = pages.connections(self._daemon.engine, now, first).connections if request.connections else ()
-            yield pb.WatchReply(status=await self._status(), connections=page)
-            await asyncio.sleep(interval / 1e6)
+            page = pages.connections(self._daemon.engine, now, first).connections if connections else ()
+            view = pb.WatchReply(status=await self._status(), connections=page)
+            self._views[connections] = now, view
+        return view
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:  # noqa: N802 - as generated
         """Why one connection or transfer is where it is."""
@@ -90,6 +120,17 @@ class ControlService(control_pb2_grpc.ControlServicer):
         if found is None:
             value = getattr(request, str(target))
             await _not_found(context, f"no {target} {value!r}; it may be finished: list connections or transfers")
+        return found
+
+    async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.Metrics:  # noqa: ARG002, N802 - as generated
+        """All metrics."""
+        return pb.Metrics(text=await self._daemon.metrics())
+
+    async def Trace(self, request: pb.TraceRequest, context: Context) -> pb.RequestTrace:  # noqa: N802 - as generated
+        """Where the time of one request went."""
+        found = trace.of_request(self._daemon.engine, self._clock(), request.request_id, request.session)
+        if found is None:
+            await _not_found(context, f"no request {request.request_id!r} that is not over or was lately")
         return found
 
     # --- acting -------------------------------------------------------------------------------------------------------
@@ -132,6 +173,12 @@ class ControlService(control_pb2_grpc.ControlServicer):
             what = f"cookie {request.cookie}" if request.cookie else f"port {request.port}"
             await _not_found(context, f"no TCP connection of this host has {what}")
         return messages.rules(self._daemon, verdicts)
+
+    async def SetLogLevel(self, request: pb.SetLogLevelRequest, context: Context) -> pb.SetLogLevelReply:  # noqa: N802 - as generated
+        """Log more, or less."""
+        if request.level not in LEVELS:
+            await _invalid(context, "level", f"unknown level {request.level}", "use LOG_LEVEL_DEBUG (1) to ERROR (4)")
+        return pb.SetLogLevelReply(level=LEVEL_NUMBERS[self._daemon.set_log_level(LEVELS[request.level])])
 
     async def _status(self) -> pb.Status:
         figures = await self._daemon.figures()

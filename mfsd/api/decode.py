@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from mfsd.v1 import hints_pb2
 
 US: Final = 1e-6
-SELECTORS_CACHED: Final = 65_536
+SELECTOR_BYTES: Final = 256
+"""Of the longest one that says nothing but what we know."""
+SELECTORS_CACHED: Final = 16_384
 """Distinct selectors to remember; the cache starts over when it is full, which costs a few microseconds each."""
 STAGES: Final = {int(s): s for s in Stage if s is not Stage.NONE}
 STAGES_TEXT: Final = "use STAGE_KV_REUSE (1), STAGE_COLLECTIVE (2), STAGE_P2D (3) or STAGE_BACKGROUND (4)"
@@ -228,6 +230,8 @@ class Decoder:
         found = self._selectors.get(raw)
         if found is None:
             found = decode_selector(field, m)
+            if len(raw) > SELECTOR_BYTES:
+                return found  # with fields that nobody knows; not to be kept
             if len(self._selectors) >= SELECTORS_CACHED:
                 self._selectors.clear()
             self._selectors[raw] = found

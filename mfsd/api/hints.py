@@ -2,9 +2,10 @@
 """The Hints service: what workers say, handed to the engine one hint at a time.
 
 Everything runs on the daemon's one event loop, together with the engine: there are no threads and no locks around it.
-A batch is applied without giving way, so a stream's replies and the engine's state are always in the order of the
-batches. A bad hint costs only itself. A reply is sent when the kernel obeys what it answers: after the engine's next
-tick, for which all the batches that have come before it wait together.
+A batch gives way only between hints, when it takes long, and the next one of its stream waits for it, so a stream's
+replies and the engine's state are always in the order of the batches. A bad hint costs only itself. A reply is sent
+when the kernel obeys what it answers: after the engine's next tick, for which all the batches that have come before it
+wait together.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from google.rpc import code_pb2
 
 from mfsd.api import advice, columns, errors
 from mfsd.api.access import by_certificate, peer_of
+from mfsd.api.identity import LASTING
 from mfsd.logs import Seldom
 from mfsd.model import CookieSelector, Event, HintError, MarkHint, ProgressHint, TransferHint
 from mfsd.v1 import hints_pb2 as pb
@@ -67,6 +69,12 @@ LOOK_S: Final = 0.1
 """A reply waits for a search of open connections no longer than this."""
 ROW: Final = -1
 """Instead of a hint's index: it was a row of columns."""
+TURN_S: Final = 0.001
+"""A batch is applied for so long before others have their turn."""
+REST: Final = 3.0
+"""So many times as long it waits then, if there are others: their calls take several rounds of the loop."""
+LATELY_S: Final = 0.1
+"""There are others if they have sent something within that time."""
 AHEAD: Final = 256
 """Batches of one stream that wait to be answered; no more are read meanwhile."""
 
@@ -85,6 +93,23 @@ class Answer:
     """The engine's count of ticks then."""
     fresh: dict[Watch, int] = field(default_factory=dict)
     """Selectors that are marked, or that the session has not used before; index of the first hint that named it."""
+
+
+class _Turn:
+    """Time that a batch may take at a stretch."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    @property
+    def over(self) -> bool:
+        return time.perf_counter() - self._since > TURN_S
+
+    async def give(self, *, contended: bool) -> None:
+        """Let others have theirs."""
+        took = time.perf_counter() - self._since
+        await asyncio.sleep(min(REST * took, SETTLE_S) if contended else 0)
+        self._since = time.perf_counter()
 
 
 class HintsService(hints_pb2_grpc.HintsServicer):
@@ -111,13 +136,18 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         self._seldom = Seldom()
         self.elsewhere: Callable[[Address, Address], Awaitable[pb.Advice]] | None = None
         """What another host's daemon says of its way to an address: (there, that host)."""
+        self._latest = self._before = ("", 0.0)
+        """The session that has sent something last, the one before it, and when."""
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
-    def apply(self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False) -> Answer:
+    async def apply(
+        self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False, lasting: bool = False
+    ) -> Answer:
         """Apply a batch that ``peer`` says. Raises HintError or errors.Refused if no part of it can be.
 
-        ``alone``: the peer waits for the answer before it says more.
+        ``alone``: the peer waits for the answer before it says more. Others have their turn when it takes long.
+        ``lasting``: its session is to outlive the peer.
         """
         rows, steps = len(batch.transfers.ids), len(batch.progress.batch_ids)
         limit, size = self.decoder.limits.max_hints_per_batch, len(batch.hints) + rows + steps
@@ -129,16 +159,17 @@ class HintsService(hints_pb2_grpc.HintsServicer):
                 exhausted=True,
             )
         engine, now = self.engine, self.clock()
-        session = self._session(batch.session, peer, now)
+        session = self._session(batch.session, peer, now, lasting=lasting)
+        self._heard(session.name)
         engine.hear(now)
         answer = Answer(
             session, pb.HintReply(seq=batch.seq, epoch=engine.epoch, takes_columns=True), now, self._ticks.count
         )
         reply, rejected = answer.reply, 0
         if batch.hints:
-            rejected += self._singly(batch, answer, now)
+            rejected += await self._singly(batch, answer, now)
         if steps:
-            rejected += self._progress(batch.progress, answer, now)
+            rejected += await self._progress(batch.progress, answer, now)
         if rows:
             rejected += self._transfers(batch.transfers, answer, now)
         reply.accepted = size - rejected
@@ -166,11 +197,13 @@ class HintsService(hints_pb2_grpc.HintsServicer):
                 out.append(pb.Advice() if self.elsewhere is None else await self.elsewhere(dst, src))
         return pb.AdviseReply(advice=out)
 
-    def _session(self, name: str, peer: Peer | None, now: float) -> Session:
+    def _session(self, name: str, peer: Peer | None, now: float, *, lasting: bool) -> Session:
         """The session of that name, if it is the peer's. Raises HintError or errors.Refused."""
         if peer is not None and peer.gone:
             raise errors.Refused(code_pb2.UNAUTHENTICATED, "the connection that its token was given on is closed")
         known = self.engine.books.sessions.get(name)
+        if known is not None and known.lasting and lasting:
+            known.maker = peer  # one operator after the other
         if known is not None and known.maker is not peer:
             whose = "somebody without a token" if known.maker is None else f"process {known.pid} of user {known.uid}"
             raise errors.Refused(
@@ -179,27 +212,52 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if peer is None:
             return self.engine.session(name, now)
         session = self.engine.session(name, now, pid=peer.pid, uid=peer.uid, only=peer.only, maker=peer)
-        if known is None:
+        if known is None and lasting:
+            session.lasting = True
+        elif known is None:
             sessions = self.engine.books.sessions
             peer.sessions = [s for s in peer.sessions if sessions.get(s.name) is s] + [session]
         return session
 
-    def _singly(self, batch: pb.HintBatch, answer: Answer, now: float) -> int:
+    async def _singly(self, batch: pb.HintBatch, answer: Answer, now: float) -> int:
         """Apply hints one by one; how many were rejected."""
-        session, reply = answer.session, answer.reply
-        decode, apply = self.decoder.decode, self.engine.apply
-        for index, message in enumerate(batch.hints):
+        turn, engine, index, hints = _Turn(), self.engine, 0, batch.hints
+        while index < len(hints):
+            if answer.session.over:
+                raise _ended(answer.session)
+            engine.gather(now, on=True)
             try:
-                hint = decode(message, now)
-                apply(session, hint, now)
-            except HintError as e:
-                reply.rejected.add(index=index, status=errors.rejection(e, _full_path(e.field, message)))
-            except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
-                reply.rejected.add(index=index, status=self._failed(f"hints[{index}]", answer, e))
-            else:
-                if isinstance(hint, (TransferHint, MarkHint)) and not isinstance(hint.selector, CookieSelector):
-                    self._note(answer, index, hint, now)
-        return len(reply.rejected)
+                while index < len(hints) and not turn.over:
+                    self._one(hints[index], index, answer, now)
+                    index += 1
+            finally:
+                engine.gather(now, on=False)
+            if index < len(hints):
+                await turn.give(contended=self._contended(answer.session.name))
+        return len(answer.reply.rejected)
+
+    def _one(self, message: pb.Hint, index: int, answer: Answer, now: float) -> None:
+        session, reply = answer.session, answer.reply
+        try:
+            hint = self.decoder.decode(message, now)
+            self.engine.apply(session, hint, now)
+        except HintError as e:
+            reply.rejected.add(index=index, status=errors.rejection(e, _full_path(e.field, message)))
+        except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
+            reply.rejected.add(index=index, status=self._failed(f"hints[{index}]", answer, e))
+        else:
+            if isinstance(hint, (TransferHint, MarkHint)) and not isinstance(hint.selector, CookieSelector):
+                self._note(answer, index, hint, now)
+
+    def _contended(self, name: str) -> bool:
+        """Another session has sent something lately."""
+        other, at = self._latest if self._latest[0] != name else self._before
+        return other != "" and time.perf_counter() - at < LATELY_S
+
+    def _heard(self, name: str) -> None:
+        if self._latest[0] != name:
+            self._before = self._latest
+        self._latest = name, time.perf_counter()
 
     @staticmethod
     def _note(answer: Answer, index: int, hint: TransferHint | MarkHint, now: float) -> None:
@@ -207,14 +265,19 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if watch is not None and (isinstance(hint, MarkHint) or (watch.since == now and not watch.looked)):
             answer.fresh.setdefault(watch, index)
 
-    def _progress(self, message: pb.ProgressColumns, answer: Answer, now: float) -> int:
+    async def _progress(self, message: pb.ProgressColumns, answer: Answer, now: float) -> int:
         """Apply progress by columns; how many rows were rejected."""
         part, rejected = pb.Rejection.PROGRESS, 0
         try:
             hints = list(columns.progress(self.decoder, message, now))
         except HintError as e:
             return _whole(answer.reply, part, len(message.batch_ids), e)
+        turn = _Turn()
         for row, hint in enumerate(hints):
+            if turn.over:
+                await turn.give(contended=self._contended(answer.session.name))
+            if answer.session.over:
+                raise _ended(answer.session)
             error = errors.rejection(hint) if isinstance(hint, HintError) else self._step(answer, hint, row, now)
             if error is not None:
                 rejected += 1
@@ -296,7 +359,10 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - named by the proto
         """Unary call; see proto/mfsd/v1/hints.proto."""
         try:
-            return await self.settle(self.apply(request, self._peer(context), alone=True))
+            peer = self._peer(context)
+            asked = any(key == LASTING for key, _ in context.invocation_metadata() or ())
+            lasting = asked and peer is not None and peer.operator
+            return await self.settle(await self.apply(request, peer, alone=True, lasting=lasting))
         except (HintError, errors.Refused) as e:
             await errors.abort(context, errors.of_call(e))
 
@@ -309,7 +375,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             peer = self._peer(context)
             async for batch in request_iterator:
                 answers.check(batch.session)
-                await answers.put(self.apply(batch, peer))
+                await answers.put(await self.apply(batch, peer))
             await answers.finish()
         except (HintError, errors.Refused) as e:
             await answers.finish()
@@ -391,6 +457,10 @@ class _Answers:
         session.seen = self._service.clock()
         if session.wake is self._wake:
             session.wake = None
+
+
+def _ended(session: Session) -> errors.Refused:
+    return errors.Refused(code_pb2.UNAUTHENTICATED, f"session {session.name!r} has ended meanwhile")
 
 
 def _whole(reply: pb.HintReply, part: pb.Rejection.Part.ValueType, rows: int, error: HintError) -> int:

@@ -39,6 +39,8 @@ GROUPS: Final = 1024
 """Bytes that Python's getsockopt can return: 256 groups. Of who has more, only the first one (SO_PEERCRED) is known."""
 TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
 """Metadata of a call."""
+LASTING: Final = "mfsd-lasting"
+"""Metadata of an operator's single call: what it says outlives the connection that the token was given on."""
 RESERVED: Final = 16
 """Connections that operators may have when all others are taken."""
 USERS: Final = 4

@@ -264,7 +264,7 @@ def _connection(
         slot=conn.slot,
         cookie=conn.cookie,
         endpoints=str(conn.endpoints) if conn.endpoints is not None else f"cookie {conn.cookie}",
-        level=_shown_level(level),
+        level=shown_level(level),
         band=engine.steering.bands.bands[conn.band].name,
         lane=conn.lane,
         stage=int(known.last_stage[conn.slot]) if first is None else first.stage.value,  # type: ignore[arg-type]  # an open enum
@@ -289,7 +289,7 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
         target_layer=int(view.target_layer[row]),
         bytes=int(view.size[row]),
         bytes_left=round(float(view.left[row])),
-        level=_shown_level(int(view.level[row])),
+        level=shown_level(int(view.level[row])),
         slot=int(view.conn[row]),
     )
     time_left = float(view.deadline[row]) - views.now
@@ -303,5 +303,6 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
     return out
 
 
-def _shown_level(level: int) -> int:
+def shown_level(level: int) -> int:
+    """As in proto mfsd.v1.Connection.level."""
     return _SHOWN_LEVEL.get(level, level)

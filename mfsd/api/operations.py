@@ -115,6 +115,14 @@ class Operations(Protocol):
         """Median and 99th percentile, seconds."""
         ...
 
+    async def metrics(self) -> str:
+        """All metrics in OpenMetrics' text format."""
+        ...
+
+    def set_log_level(self, level: str | None) -> str:
+        """Change the least severe level that is logged (None: don't); the one in force then."""
+        ...
+
     def steering_changed(self) -> None:
         """Mode or pause have changed: tell the kernel."""
         ...

@@ -11,7 +11,7 @@ import grp
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -144,7 +144,13 @@ class Server:
         listener.setblocking(False)
         return listener
 
-    def _bind(self, path: Path, bind: Callable[[], object]) -> None:
+    def bind_for_operators(self, path: Path, bind: Callable[[], object]) -> None:
+        """Make a unix socket with ``bind`` that operators may use. Raises ServerError."""
+        self._bind(path, bind, "operator_group")
+
+    def _bind(
+        self, path: Path, bind: Callable[[], object], key: Literal["socket_group", "operator_group"] = "socket_group"
+    ) -> None:
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             _remove_stale(path)
@@ -155,24 +161,25 @@ class Server:
             finally:
                 os.umask(before)
             self._bound.append(path)
-            self._set_group(path)
-            path.chmod(0o660)
+            group: str | None = getattr(self._config, key)
+            self._set_group(path, key, group)
+            path.chmod(0o660 if group is not None or key == "socket_group" else 0o600)
         except (OSError, RuntimeError) as e:
             raise ServerError(f'daemon.socket = "{path}": {e}') from e
 
-    def _set_group(self, path: Path) -> None:
-        name = self._config.socket_group
+    def _set_group(self, path: Path, key: str, name: str | None) -> None:
+        """``key``: of the configuration, which has the name."""
         if name is None:
             return
         try:
             gid = grp.getgrnam(name).gr_gid
         except KeyError:
-            raise ServerError(f'daemon.socket_group = "{name}": there is no such group on this host') from None
+            raise ServerError(f'daemon.{key} = "{name}": there is no such group on this host') from None
         try:
             os.chown(path, -1, gid)
         except PermissionError as e:
             raise ServerError(
-                f'daemon.socket_group = "{name}": mfsd may not give its socket to this group; make its user a member '
+                f'daemon.{key} = "{name}": mfsd may not give its socket to this group; make its user a member '
                 "(SupplementaryGroups= in the unit)"
             ) from e
 

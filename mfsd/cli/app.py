@@ -26,6 +26,9 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "watch": ("show", "Status again and again."),
     "rules": ("rules", "Rules of the configuration, and what they say of a connection."),
     "explain": ("show", "Why a connection or transfer is at its level."),
+    "trace": ("stats", "Where the time of a request went."),
+    "stats": ("stats", "Print the metrics, and (--help) what each means."),
+    "log-level": ("stats", "Show or change how much the daemon logs."),
     "plan": ("act", "What mfsd would change on the devices, or has changed."),
     "observe": ("act", "Classify, count and predict, but leave packets alone."),
     "enforce": ("act", "Steer packets."),
@@ -62,7 +65,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"mfsd.cli.{COMMANDS[cmd_name][0]}")
-        command = getattr(module, cmd_name)
+        command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)  # noqa: S101 - COMMANDS names commands only
         return command
 

@@ -14,6 +14,7 @@ from mfsd.cli.app import Globals, with_globals
 from mfsd.cli.connect import TIMEOUT_S, hints
 from mfsd.cli.errors import Exit
 from mfsd.cli.values import DURATION, ENDPOINT, SIZE, SPAN, Endpoint
+from mfsd.client.introduction import LASTING
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _hint(name: str) -> Callable[[Body], click.Command]:
 def _send(g: Globals, session: str, body: pb.Hint) -> None:
     batch = pb.HintBatch(session=session, seq=1, hints=[body])
     with hints(g.socket) as daemon:
-        reply = daemon.Send(batch, timeout=TIMEOUT_S)
+        reply = daemon.Send(batch, timeout=TIMEOUT_S, metadata=((LASTING, "1"),))
     if g.json:
         output.print_json(reply)
     else:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
+LASTING: Final = "mfsd-lasting"
+"""Metadata of an operator's single call: what it says outlives the connection that the token was given on."""
 TIMEOUT_S: Final = 2.0
 LINE_MAX: Final = 512
 

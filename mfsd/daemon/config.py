@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS
 from mfsd.daemon import config_files
 from mfsd.daemon.bands_section import BandsConfig
+from mfsd.daemon.config_endpoints import MetricsConfig, metrics_problems
 from mfsd.daemon.config_rules import RuleConfig, RulesConfig
 from mfsd.daemon.config_rules import problems as rule_problems
 from mfsd.daemon.config_text import example, explain, key, render, shown, toml
@@ -206,11 +207,12 @@ class Config(Section):
     rules: RulesConfig = RulesConfig()
     relay: RelayConfig = RelayConfig()
     rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(as_tuple)] = ()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
-        problems += _limit_problems(self.limits)
+        problems += [*_limit_problems(self.limits), *metrics_problems(self.metrics)]
         problems += [*rule_problems(self.rule, self.rules.library), *self.relay.problems()]
         problems += [
             f"{name} = ({len(found)} sections): at most {most}"

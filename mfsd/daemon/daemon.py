@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -19,8 +18,10 @@ from mfsd.api.hints import HintsService
 from mfsd.api.identity import Identities
 from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
-from mfsd.daemon import config_bands, reload, wiring
+from mfsd.daemon import config_bands, measures, reload, wiring
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.exposition import Exposition
+from mfsd.daemon.lock import StartError, lock
 from mfsd.daemon.predecessor import Predecessor
 from mfsd.daemon.rights import rights_of
 from mfsd.daemon.rules import Rules, cgroup_root
@@ -47,12 +48,11 @@ CARE_S: Final = 5.0
 STATUS_S: Final = 5.0
 """How often the one-line status for systemctl is renewed."""
 
+SNAPSHOT_S: Final = 5.0
+"""How long a scrape waits for the event loop."""
+
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
-
-
-class StartError(RuntimeError):
-    """The daemon can't start; the text says why and what to do."""
 
 
 class Daemon:
@@ -71,7 +71,7 @@ class Daemon:
         self._reload_problems: list[str] = []
         self._device_work = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
-        self._lock_file = _lock(config.daemon.state_dir)
+        self._lock_file = lock(config.daemon.state_dir)
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock_file.close)
             policy = config_bands.policy_of(config)
@@ -108,6 +108,8 @@ class Daemon:
                 hints.elsewhere = self._relay.advice
             control = ControlService(self, clock=clock.monotonic)
             self._server = Server(hints, control, self._identities, config.daemon)
+            self._registry = measures.registry_of(lambda: self._snapshot(loop))
+            self._exposition = Exposition(config.metrics, config.daemon.socket, self._registry)
             self._undo = undo.pop_all()
         self._next_watchdog = 0.0
 
@@ -123,6 +125,7 @@ class Daemon:
                 await self._server.start()
                 if self._relay is not None:
                     await self._relay.start()
+                self._exposition.start(self._server.bind_for_operators)
                 self.ticker.start()
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
@@ -142,9 +145,13 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._hand_over and self._supervisor.present:
+            # What clients have said stays in force until the next daemon knows it.
+            self._identities.ended = lambda _peer: None
         await self._server.stop()
         if self._relay is not None:
             await self._relay.stop()
+        await asyncio.to_thread(self._exposition.close)  # what it waits for may wait for the loop
         self.ticker.stop()
         if self._hand_over and self._supervisor.present:
             # Nothing is drained: packets follow what was decided last until the next daemon has taken over.
@@ -286,7 +293,7 @@ class Daemon:
         self._verbose = not self._verbose
         level = "debug" if self._verbose else self.config.daemon.log_level
         logs.set_level(level)
-        log.warning("log level", level=level)
+        log.warning("log level", now=level)
 
     async def _change(self, old: Config, new: Config, keys: set[str]) -> list[str]:
         """Apply the changed keys; returns those that turn out to need a restart."""
@@ -356,6 +363,27 @@ class Daemon:
         """See Ticker."""
         return self.ticker.durations()
 
+    async def metrics(self) -> str:
+        """All metrics in OpenMetrics' text format."""
+        return await asyncio.to_thread(measures.text_of, self._registry)
+
+    def _snapshot(self, loop: asyncio.AbstractEventLoop) -> measures.Snapshot:
+        """Have the loop take one; for other threads."""
+
+        async def take() -> measures.Snapshot:
+            ticks = self.ticker.count, self.ticker.busy_s, self.ticker.failure
+            return measures.snapshot(self, await self.figures(), ticks, clock.monotonic())
+
+        return asyncio.run_coroutine_threadsafe(take(), loop).result(SNAPSHOT_S)
+
+    def set_log_level(self, level: str | None) -> str:
+        """Until a reload or restart."""
+        if level is not None and level != logs.level():
+            logs.set_level(level)
+            self._verbose = level != self.config.daemon.log_level
+            log.warning("log level", now=level)
+        return logs.level()
+
     def steering_changed(self) -> None:
         """Mode or pause have changed."""
         self.devices.set_steering(steers=self.engine.steers)
@@ -406,31 +434,3 @@ def _plan(device: Device, plan: Any) -> pb.DevicePlan:
         reasons=plan.reasons,
         marks=config_bands.marks_in_words(device.dscp, device.bands),
     )
-
-
-def _lock(state_dir: Path) -> IO[str]:
-    """Be the only daemon of a state directory. Raises StartError."""
-    path = state_dir / configuration.LOCK
-    try:
-        state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = path.open("a+", encoding="ascii", errors="replace")
-    except OSError as e:
-        raise StartError(f'daemon.state_dir = "{state_dir}": {e}') from e
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        pid = file.read(20).strip() or "unknown"
-        file.close()
-        raise StartError(
-            f"another mfsd (pid {pid}) uses {state_dir}; stop it, or give this one its own daemon.state_dir and socket"
-        ) from None
-    except OSError as e:
-        file.close()
-        raise StartError(f'daemon.state_dir = "{state_dir}": {path.name} can\'t be locked: {e}') from e
-    try:
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"{os.getpid()}\n".encode())
-    except OSError as e:  # the lock holds all the same: a full disk only keeps others from reading whose it is
-        log.warning("lock", file=str(path), problem=str(e))
-    return file

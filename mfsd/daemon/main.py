@@ -18,7 +18,8 @@ from mfsd import logs
 from mfsd.api.server import ServerError
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_files
-from mfsd.daemon.daemon import Daemon, StartError
+from mfsd.daemon.daemon import Daemon
+from mfsd.daemon.lock import StartError
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.errors import DatapathError
 from mfsd.relay.incoming import RelayError

@@ -35,8 +35,8 @@ _BEAT_S: Final = 0.02
 LIMIT_S: Final = 20.0
 """A daemon that takes longer to start lets go: its predecessor's levels are old by then."""
 SETTLE_S: Final = (0.5, 5.0)
-"""Least and longest time for clients to come back. They double the time between attempts, so as much time as the
-daemon was away is enough."""
+"""Least and longest time for clients to come back. They double the time between attempts, at the socket that says who
+they are and then at gRPC's, so after twice the time that the daemon was away all have tried."""
 
 
 def link_name(ifindex: int) -> str:
@@ -82,7 +82,7 @@ class Predecessor:
     def settle_s(self) -> float:
         """How long clients should get to announce everything again, from when the API is open."""
         least, most = SETTLE_S
-        return min(max(least, self.away_s + time.monotonic() - self._born), most)
+        return min(least + 2 * (self.away_s + time.monotonic() - self._born), most)
 
     def link(self, ifindex: int) -> int:
         """The TCX link of a device, which is the caller's from now on; -1 if there is none."""

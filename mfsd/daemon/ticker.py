@@ -93,6 +93,8 @@ class Ticker:
         self._refilled = clock()
         self.count = 0
         """Ticks that succeeded."""
+        self.busy_s = 0.0
+        """Seconds that all ticks took."""
         self._ticked: asyncio.Event | None = None
         """The next one has ended, or has been waited for long enough; None: nobody waits."""
         self._took: deque[tuple[float, float]] = deque(maxlen=KEPT_MAX)
@@ -173,6 +175,7 @@ class Ticker:
                 self._ticked = None
             self._beat(self._clock())
         took = self._clock() - now
+        self.busy_s += took
         self._refill(now + took)
         worked = time.thread_time() - worked  # others that take the processor away are not to be paid for
         self._budget -= worked

@@ -22,6 +22,7 @@ from mfsd.engine.records import (
     User,
 )
 from mfsd.engine.streams import Streams
+from mfsd.engine.tally import Tally
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class Books:
     everybody: User = field(default_factory=lambda: User(-1))
     """All users added up."""
     counters: Counters = field(default_factory=Counters)
+    tally: Tally = field(default_factory=Tally)
     arrange_wanted: bool = False
     """A batch arrived or departed: the inter-request decision is due."""
 

@@ -164,6 +164,8 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
                 -1,  # seen_layer
                 False,  # infeasible
                 [t.stream.ordered for t in transfers],
+                0.0,  # begun
+                LEVEL_NEW,
             ),
         )
     return bad

@@ -158,6 +158,10 @@ class Deferred(Dense[T]):
             self._dead.append(obj.row)
         obj.row = GONE
 
+    def noted(self, obj: T, names: Iterable[str]) -> list[Any] | None:
+        """Values of an object, without carrying out what was noted before; None: its own are among that."""
+        return None if obj.row < 0 else [self._columns[name][obj.row].item() for name in names]
+
     def _settle(self) -> None:
         """Carry out what was noted."""
         if self._dead:

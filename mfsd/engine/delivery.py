@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.streams import Moved
 
+JUDGE_S: Final = 20e-6
+"""Looking through one transfer of a stream takes a twentieth of that."""
 ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
 STALLED_S: Final = 0.25
@@ -47,16 +49,16 @@ class Delivery:
     connections: Connections
     rescuer: Rescuer
     endings: Endings
-    _confirm: dict[Stream, None] = field(default_factory=dict)
-    """Streams to ask although their slots give no reason."""
+    _confirm: dict[Stream, float] = field(default_factory=dict)
+    """Streams to ask although their slots give no reason, and when."""
     _doubtful: dict[Stream, None] = field(default_factory=dict)
     """Streams with a debt."""
     _ask_from: int = 0
     _last_run: float = 0.0
 
-    def confirm(self, stream: Stream) -> None:
-        """Ask at the next tick how far this stream has got."""
-        self._confirm[stream] = None
+    def confirm(self, stream: Stream, at: float = 0.0) -> None:
+        """Ask at the first tick after ``at`` how far this stream has got."""
+        self._confirm[stream] = at
 
     def doubt(self, stream: Stream) -> None:
         """A transfer on it may have been announced after its bytes had gone: see whether the last ones never come."""
@@ -74,17 +76,28 @@ class Delivery:
         arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered")
         done = [t.objects[row] for row in np.flatnonzero(arrived)]
         reach = moved.sent.take(stream)
+        self._begin(reach > start)
         rows = np.flatnonzero(~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now)))
         if len(rows) > ASK_MAX:
             # Take turns: many starved transfers may wait here for a long time.
             rows = np.roll(rows, -(self._ask_from % len(rows)))[:ASK_MAX]
             self._ask_from += ASK_MAX
-        asked = dict.fromkeys(t.objects[row].stream for row in rows) | self._confirm | self._overdue(now)
-        self._confirm.clear()
+        asked = dict.fromkeys(t.objects[row].stream for row in rows)
+        due = [stream for stream, at in self._confirm.items() if at <= now][:ASK_MAX]
+        for stream in due:
+            del self._confirm[stream]
+        asked |= dict.fromkeys(due) | self._overdue(now)
         if done:
             self.endings.end(done, now, delivered_at=now)
         if asked:
             self._ask(asked, now)
+
+    def _begin(self, moving: npt.NDArray[np.bool_]) -> None:
+        """Note of which transfers the first byte has left. It left since the last run."""
+        t = self.books.transfers
+        begun = t.live("begun")
+        new = moving & (begun == 0)
+        begun[new] = np.maximum(t.live("created")[new], self._last_run)
 
     def _stalled(
         self,
@@ -121,12 +134,12 @@ class Delivery:
         try:
             positions = self.connections.ask(conns)
         except UnknownError:
-            self._confirm |= dict.fromkeys(asked)  # what is not known is asked again
+            self._confirm |= dict.fromkeys(asked, 0.0)  # what is not known is asked again
             return
-        again: dict[Stream, None] = {}
+        again: dict[Stream, float] = {}
         for conn, position in positions.items():
             if position is None and not self.endings.lost(conn, now):
-                again |= dict.fromkeys(conn.streams)
+                again |= dict.fromkeys(conn.streams, 0.0)
             elif position is not None and position.over:
                 self.endings.closed(conn, position.acked, now, clean=True)
         self._confirm |= again
@@ -135,7 +148,8 @@ class Delivery:
             self.endings.end(done, now, delivered_at=delivered_at)
         for stream in asked:
             if any(x.handed_over for x in stream.queue):
-                self.confirm(stream)
+                # The more there is to look through, the less often, should the peer not read.
+                self.confirm(stream, now + JUDGE_S * len(stream.queue))
 
     def _judge(
         self, asked: Iterable[Stream], positions: Mapping[Connection, Position | None], now: float
@@ -245,7 +259,7 @@ class Delivery:
         for transfer in transfers:
             transfer.handed_over = True
             if transfer.stream.members:
-                self._confirm[transfer.stream] = None
+                self._confirm[transfer.stream] = 0.0
             else:
                 nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
         self.endings.end(nowhere, now, delivered_at=now)

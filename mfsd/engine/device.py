@@ -28,6 +28,8 @@ class Rescue:
     """Bytes/s that the lane moves by itself."""
     in_time_s: float = 0.0
     """A lane that is empty within this time is left alone."""
+    promoted: float = 0.0
+    """When the connection was."""
 
 
 @dataclass(frozen=True, slots=True)

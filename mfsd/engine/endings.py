@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SLACK: Final = 0.5
 """Bytes; offsets are floating-point numbers."""
+AT_ONCE: Final = 8192
+"""Transfers struck out in one go; some 30 ms."""
 REST: Final = 0.2
 """Share of a transfer that may be missing, once nothing more is to come, for it to count as announced too large."""
 
@@ -49,6 +51,7 @@ class Endings:
         ended = {t: None for t in transfers if t.session.transfers.get(t.id) is t}
         for stream in {t.stream for t in ended}:
             self._unqueue(stream, ended, now, delivered=delivered_at is not None)
+        self.books.tally.ended(ended, self.books.transfers, now, delivered_at)
         for transfer in ended:
             self.books.strike_transfer(transfer)
             request = transfer.request
@@ -86,18 +89,23 @@ class Endings:
 
     def _uncount(self, stream: Stream, ended: dict[Transfer, None]) -> None:
         """Interleaved bytes: what the others have moved is what moved meanwhile, less what was these transfers'."""
-        transfers = self.books.transfers
+        t, queue = self.books.transfers, list(stream.queue)
         offset = self.books.streams.offset(stream, self.connections.sent_by)
-        for one in stream.queue:
-            if one not in ended:
-                continue
-            start, size = float(transfers.get(one, "start")), float(transfers.get(one, "size"))
-            for other in stream.queue:
-                if other not in ended:
-                    began = float(transfers.get(other, "start"))
-                    shift = max(min(size, offset - max(began, start)), 0.0)
-                    transfers.put(other, "start", began + shift)
-                    transfers.put(other, "end", float(transfers.get(other, "end")) + shift)
+        gone = np.array([x in ended for x in queue])
+        rows = t.rows(queue)
+        start, size = t.live("start")[rows[gone]], t.live("size")[rows[gone]]
+        left = rows[~gone]
+        if not len(left):
+            return
+        order = np.argsort(start, kind="stable")
+        start, size = start[order], size[order]
+        earlier = np.concatenate([[0.0], np.cumsum(size)])
+        later = np.concatenate([[0.0], np.cumsum(np.clip(np.minimum(size, offset - start), 0.0, None)[::-1])])[::-1]
+        began = t.live("start")[left]
+        at = np.searchsorted(start, began, side="right")
+        shift = np.minimum(earlier[at] + later[at], np.maximum(offset - began, 0.0))
+        t.live("start")[left] += shift
+        t.live("end")[left] += shift
 
     def _close(self, stream: Stream) -> None:
         conns = list(stream.members)
@@ -112,7 +120,9 @@ class Endings:
     def finish(self, request: Request, now: float) -> None:
         """A request is over: count it and forget it. Of one without bytes, the worker's word is all there is."""
         at = request.delivered_at or (INF if request.session.over else now)
-        met = at <= self.books.requests.get(request, "deadline")
+        deadline = float(self.books.requests.get(request, "deadline"))
+        met = at <= deadline
+        self.books.tally.finished(request, float(self.books.requests.get(request, "arrival")), deadline, at)
         self.books.counters.deadlines_met += met
         self.books.counters.deadlines_missed += not met
         self.forget(request, now)
@@ -120,10 +130,22 @@ class Endings:
     def forget(self, request: Request, now: float) -> None:
         """Strike out a request with all its transfers, and its batch if nothing else is in it."""
         batch = request.batch
+        if len(request.transfers) > AT_ONCE:
+            self._orphan(request)
         self.end(list(request.transfers), now)
         self.books.strike_request(request)
         if batch is not None and not batch.requests and not batch.transfers:
             self.books.strike_batch(batch)
+
+    def _orphan(self, request: Request) -> None:
+        """Too many to strike out at once: they are nobody's from now on, and end some at a time, unasked for."""
+        t = self.books.transfers
+        rows = t.rows(request.transfers)
+        t.live("request")[rows] = -1
+        t.live("expires")[rows] = -INF
+        for transfer in request.transfers:
+            transfer.request = None
+        request.transfers.clear()
 
     def end_batch(self, batch: Batch) -> None:
         """A batch is over; its requests live on."""

@@ -18,14 +18,14 @@ from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.connections import UnknownError
 from mfsd.engine.delivery import Delivery
-from mfsd.engine.endings import Endings
+from mfsd.engine.endings import AT_ONCE, Endings
 from mfsd.engine.ledger import Ledger
 from mfsd.engine.records import Session, Watch
 from mfsd.engine.rescue import Rescuer
 from mfsd.engine.sockets import Closed, Established, Socket
 from mfsd.engine.steering import Steering
 from mfsd.engine.watches import Watches
-from mfsd.model import Event, EventKind, HintError, Mode
+from mfsd.model import INF, Event, EventKind, HintError, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,8 +141,14 @@ class Engine:
         if self.elsewhere is None or not self.elsewhere.take(session, hint, now):
             self.ledger.apply(session, hint, now)
 
+    def gather(self, now: float, *, on: bool) -> None:
+        """Between on and off, and no longer than till others have their turn, cancellations are gathered."""
+        self.ledger.gathering = on
+        self.ledger.settle(now)
+
     def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
         """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
+        self.ledger.settle(now)
         if self.elsewhere is None:
             return bulk.announce(self.ledger, session, columns, now)
         away = [s is not None and self.elsewhere.sends(s) for s in columns.selectors]
@@ -236,11 +242,13 @@ class Engine:
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""
-        transfers = self._expired(self.books.transfers, now)
+        transfers = self._expired(self.books.transfers, now)[:AT_ONCE]
         for transfer in transfers:
+            if self.books.transfers.get(transfer, "expires") == -INF:
+                continue  # cancelled, with too many others
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.EXPIRED, owner, transfer.id, "not completed in its time to live"))
-        self.books.counters.transfers_expired += len(transfers)
+            self.books.counters.transfers_expired += 1
         self.endings.end(transfers, now, lost=True)
         for request in self._expired(self.books.requests, now):
             self.endings.finish(request, now)
@@ -254,7 +262,7 @@ class Engine:
             self.endings.drop(conn, now)
 
     def _expire_sessions(self, now: float) -> None:
-        """Renew what marks hold; end the sessions of those whose end nobody sees."""
+        """Renew what marks hold; end the sessions of those whose end nobody sees, and, after long, of the silent."""
         limits = self.ledger.limits
         for session in list(self.books.sessions.values()):
             for mark in session.marks.values():
@@ -262,15 +270,22 @@ class Engine:
                 watch = session.watches.get(mark.selector)
                 if watch is not None:
                     self.watches.get(session, mark.selector, watch.band, now + limits.max_ttl_s, now)
-            if session.maker is None and not session.attached:
+            said = session.requests or session.batches or session.transfers or session.marks
+            if session.attached:
+                continue
+            if session.maker is None or session.lasting:
                 # Who has had a stream may come again with another one. Single calls say nothing of their caller's end.
-                said = session.requests or session.batches or session.transfers or session.marks
                 if (session.kept or not said) and session.seen + limits.default_ttl_s < now:
                     self.end_session(session, now)
+            elif not said and session.seen + limits.max_ttl_s < now:
+                self.end_session(session, now)
 
     @staticmethod
     def _expired(store: Dense[R], now: float) -> list[R]:
-        return [store.objects[row] for row in np.flatnonzero(store.live("expires") < now)] if store.n else []
+        if not store.n:
+            return []
+        objects = store.objects
+        return [objects[row] for row in np.flatnonzero(store.live("expires") < now).tolist()]
 
     def _sweep(self, now: float) -> None:
         """Look whether idle connections still exist; busy ones are asked anyway when they near their end."""

@@ -64,9 +64,24 @@ class Ledger:
         self.late = Lateness(books, connections, delivery)
         self.band_of = band_of
         self.limits = limits
+        self.gathering = False
+        """Cancellations that follow each other take effect together, at ``settle`` at the latest."""
+        self._cancelled: dict[Transfer, None] = {}
+
+    def settle(self, now: float) -> None:
+        """Have gathered cancellations take effect: each alone would cost a pass over its stream."""
+        if self._cancelled:
+            ended, self._cancelled = self._cancelled, {}
+            self.endings.end(ended, now)
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
+        if self.gathering and isinstance(hint, EndHint) and hint.cancelled and hint.what is What.TRANSFER:
+            transfer = session.transfers.get(hint.id)
+            if transfer is not None:
+                self._cancelled[transfer] = None
+            return
+        self.settle(now)
         if isinstance(hint, TransferHint):
             self._transfer(session, hint, now)
         elif isinstance(hint, ProgressHint):
@@ -244,6 +259,8 @@ class Ledger:
                 -1,  # seen_layer
                 False,  # infeasible
                 stream.ordered,
+                0.0,  # begun
+                LEVEL_NEW,
             ),
         )
         session.transfers[hint.id] = transfer
@@ -366,27 +383,26 @@ class Ledger:
         # What is not there has been retired by its bytes, or has expired and its worker was told: nothing to say.
         if hint.what is What.TRANSFER:
             transfer = session.transfers.get(hint.id)
-            self._over(session, [] if transfer is None else [transfer], now, cancelled=hint.cancelled)
+            self._over([] if transfer is None else [transfer], now, cancelled=hint.cancelled)
         elif hint.what is What.REQUEST:
             request = session.requests.get(hint.id)
             if request is None:
                 return
             request.completed = not hint.cancelled
-            self._over(session, list(request.transfers), now, cancelled=hint.cancelled)
+            if hint.cancelled:
+                self.endings.forget(request, now)
+                return
+            self.delivery.hand_over(list(request.transfers), now)
             if session.requests.get(hint.id) is request and not request.transfers:
-                if hint.cancelled:
-                    self.endings.forget(request, now)
-                else:
-                    self.endings.finish(request, now)
+                self.endings.finish(request, now)
         else:
             batch = session.batches.get(hint.id)
             if batch is not None:
                 own = [t for t in batch.transfers if t.request is None]
-                self._over(session, own, now, cancelled=hint.cancelled)
+                self._over(own, now, cancelled=hint.cancelled)
                 self.books.strike_batch(batch)
 
-    def _over(self, session: Session, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
-        del session
+    def _over(self, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
         if cancelled:
             self.endings.end(transfers, now)
         else:

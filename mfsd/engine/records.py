@@ -39,6 +39,8 @@ TRANSFER_COLUMNS: Final = {
     "seen_layer": "i4",  # layer of its batch at the last evaluation
     "infeasible": "?",
     "ordered": "?",  # its bytes follow those before it in its stream
+    "begun": "f8",  # when its first byte left, to within a tick; 0: not yet
+    "first_level": "i2",  # what the policy decided first
 }
 REQUEST_COLUMNS: Final = {
     "deadline": "f8",
@@ -96,6 +98,8 @@ class Session:
     user: User = field(default_factory=lambda: User(-1))
     maker: object = None
     """Who opened it, and alone may use it; None: nobody whom the kernel vouches for."""
+    lasting: bool = False
+    """An operator's, of single calls of one process after the other: it ends when nothing that it said is alive."""
     attached: int = 0
     """Streams of the API that are open for it."""
     kept: bool = False
@@ -163,6 +167,8 @@ class Transfer:
     """The worker said that all its bytes have been written."""
     maybe_late: bool = False
     """As many bytes as it has had just gone without a hint when it was announced: perhaps they were its."""
+    path: tuple[tuple[float, int], ...] = ()
+    """(when, level) of each later decision; the latest ones."""
     row: int = -1
 
 

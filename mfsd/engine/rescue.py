@@ -126,7 +126,8 @@ class Rescuer:
         for conn, late in allowed:
             del self._stuck[conn]
             floor = self.bands.bands[late.band].floor * device.estimator.rate if device.floors else 0.0
-            orders.append(Rescue(conn, late.band, conn.lane, floor, self._timer(conn) if floor else 0.0))
+            in_time_s = self._timer(conn) if floor else 0.0
+            orders.append(Rescue(conn, late.band, conn.lane, floor, in_time_s, late.since))
         if orders:
             device.rescue(orders)
 
@@ -138,14 +139,17 @@ class Rescuer:
         tcp = None if told is None else told.get(conn.cookie)
         return tcp.rto_us / 1e6 if tcp is not None and tcp.notsent == 0 else 0.0
 
-    def rescued(self) -> int:
-        """How many lanes have been purged since the last call. What was not needed is given back to the budget."""
-        purged = 0
+    def rescued(self) -> list[float]:
+        """When those were promoted whose lanes have been purged since the last call.
+
+        What was not needed is given back to the budget.
+        """
+        purged: list[float] = []
         for index, device in enumerate(self.devices):
             for done in device.rescued():
                 if done.freed:
                     done.order.conn.rescues += 1
-                    purged += 1
+                    purged.append(done.order.promoted)
                 else:
                     self._budgets[index].tokens += 1
         return purged

@@ -39,8 +39,13 @@ FEASIBLE_S: Final = 0.05
 """How often infeasible transfers are looked for, to tell their workers, if decisions don't say who they are."""
 AMPLE: Final = 1e12
 """Bytes/s of a link on which nothing is late."""
+PATH_MAX: Final = 16
+"""Decisions remembered of each transfer."""
 SIZES_KEPT: Final = 512
 """Sizes of the latest transfers, for policies that order by size."""
+
+TELL_MAX: Final = 4096
+"""Transfers of which workers are told at one tick that they have become infeasible, or are no more."""
 
 
 @dataclass(slots=True)
@@ -131,7 +136,7 @@ class Steering:
                 views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
             decision = self.policy.evaluate(views)
             guarantee = decision.guarantee
-            self.books.transfers.live("level")[:] = decision.level
+            self._note(decision.level, now)
             self.books.transfers.live("seen_layer")[:] = views.transfers.current_layer
             if decision.infeasible is not None:
                 self._tell_infeasible(views, decision.infeasible)
@@ -145,7 +150,20 @@ class Steering:
             self.guarantees.drain(now)
         self._write(now, rescue=steers)
         self.rescuer.run(now)
-        self.books.counters.rescues += self.rescuer.rescued()
+        promoted = self.rescuer.rescued()
+        self.books.counters.rescues += len(promoted)
+        self.books.tally.rescues += [now - at for at in promoted]
+
+    def _note(self, level: I2, now: float) -> None:
+        """Take over what was decided, and note what has changed."""
+        transfers = self.books.transfers
+        before = transfers.live("level")
+        new, changed = before == LEVEL_NEW, before != level
+        transfers.live("first_level")[new] = level[new]
+        for row in np.flatnonzero(changed & ~new):
+            transfer = transfers.objects[row]
+            transfer.path = (*transfer.path[1 - PATH_MAX :], (now, int(level[row])))
+        before[:] = level
 
     def _arrange(self, views: Views) -> None:
         arrangement = self.policy.arrange(views)
@@ -210,8 +228,10 @@ class Steering:
 
     def _tell_infeasible(self, views: Views, flags: B1) -> None:
         known = self.books.transfers.live("infeasible")
-        for row in np.flatnonzero(flags != known):
-            transfer = self.books.transfers.objects[row]
+        objects = self.books.transfers.objects
+        changed = np.flatnonzero(flags != known)[:TELL_MAX]  # the others at the next tick
+        for row in changed:
+            transfer = objects[row]
             kind, reason = EventKind.RESTORED, "it can be in time again"
             if flags[row]:
                 late = views.now - views.transfers.deadline[row]
@@ -219,7 +239,7 @@ class Steering:
                 reason += f"{late:.3f} s late" if late > 0 else f"{-late:.3f} s to go"
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(kind, owner, transfer.id, reason))
-        known[:] = flags
+        known[changed] = flags[changed]
 
     def _tell_pruned(self, pruned: npt.NDArray[np.bool_]) -> None:
         before = self.books.requests.live("pruned")

@@ -86,11 +86,15 @@ def _interleaved(books: Books, view: TransferView, sent: npt.NDArray[np.float64]
     stream, start, size = t.live("stream")[loose], t.live("start")[loose], t.live("size")[loose]
     _, which, count = np.unique(stream, return_inverse=True, return_counts=True)
     left = np.maximum(size - np.maximum(sent[loose] - start, 0.0) / count[which], np.minimum(size, STUCK_BYTES))
-    view.left[loose], view.ahead[loose] = left, 0.0
-    for group in np.flatnonzero(count > 1):
-        rows = np.flatnonzero(which == group)
-        own = left[rows]
-        view.ahead[loose[rows]] = np.minimum(own[:, None], own[None, :]).sum(axis=1) - own
+    view.left[loose] = left
+    if len(loose):
+        # In order of what is left: all of those before it, and its own amount of each of those behind it.
+        order = np.lexsort((left, which))
+        first = np.concatenate([[0], np.cumsum(count)[:-1]])[which[order]]
+        own = left[order]
+        before = np.cumsum(own) - own
+        behind = count[which[order]] - (np.arange(len(order)) - first) - 1
+        view.ahead[loose[order]] = np.maximum(before - before[first], 0.0) + own * behind
 
 
 def _requests(books: Books, now: float) -> RequestView:

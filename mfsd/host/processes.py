@@ -29,16 +29,22 @@ class ProcessGoneError(LookupError):
         self.pid = pid
 
 
-def start_time(pid: int) -> float:
-    """Seconds since boot at which a live process started. Raises ProcessGoneError, also for a zombie."""
+def _stat(pid: int) -> tuple[int, float]:
+    """(parent, seconds since boot at its start) of a live process. Raises ProcessGoneError, also for a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+        fields = stat[stat.rindex(")") + 2 :].split()  # the name may hold spaces and parentheses
+        state, parent, started = fields[0], int(fields[1]), int(fields[19])
+    except (FileNotFoundError, ProcessLookupError, ValueError, IndexError):  # one that is ending may read as nothing
         raise ProcessGoneError(pid) from None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the name may hold spaces and parentheses
-    if fields[0] in _DEAD_STATES:
+    if state in _DEAD_STATES:
         raise ProcessGoneError(pid)
-    return int(fields[19]) / _TICKS
+    return parent, started / _TICKS
+
+
+def start_time(pid: int) -> float:
+    """Seconds since boot at which a live process started. Raises ProcessGoneError, also for a zombie."""
+    return _stat(pid)[1]
 
 
 def alive(pid: int, started: float) -> bool:
@@ -58,22 +64,23 @@ class Families:
 
     def look(self, ancestors: Iterable[int]) -> dict[int, frozenset[int]]:
         """Descendants by ancestor, those of living ones only. One pass over all processes, some 10 us each."""
-        parents: dict[int, int] = {p.pid: p.info["ppid"] for p in psutil.process_iter(["ppid"])}
+        living: dict[int, float] = {}
         children: dict[int, list[int]] = {}
-        for pid, parent in parents.items():
+        for pid in psutil.pids():
+            try:
+                parent, living[pid] = _stat(pid)
+            except ProcessGoneError:
+                continue
             children.setdefault(parent, []).append(pid)
         before, self._known = self._known, {}
         for ancestor in ancestors:
             # A child whose parent has ended belongs to init now, but it is still one of the family.
-            found = {pid: t for pid, t in before.get(ancestor, {}).items() if pid in parents and alive(pid, t)}
-            todo = [ancestor, *found] if ancestor in parents else list(found)
+            found = {pid: t for pid, t in before.get(ancestor, {}).items() if living.get(pid) == t}
+            todo = [ancestor, *found] if ancestor in living else list(found)
             while todo:
                 for pid in children.get(todo.pop(), ()):
                     if pid not in found:
-                        try:
-                            found[pid] = start_time(pid)
-                        except ProcessGoneError:
-                            continue
+                        found[pid] = living[pid]
                         todo.append(pid)
             self._known[ancestor] = found
         return {ancestor: frozenset(found) for ancestor, found in self._known.items()}

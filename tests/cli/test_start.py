@@ -40,7 +40,7 @@ def test_completion_script(shell: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("mfsctl st", {"status"}),
+        ("mfsctl st", {"status", "stats"}),
         ("mfsctl hint tr", {"transfer"}),
         ("mfsctl hint done ", {"transfer", "request", "batch"}),
     ],

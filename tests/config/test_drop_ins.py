@@ -72,7 +72,7 @@ def test_without_mfsd_toml_the_drop_ins_do(main: Path) -> None:
         ('[[device]]\nname = "eth1"\nrate = "fast"\n', 'device[0].rate = "fast": must be'),
         ("[[device]]\ntiny_len = 1\n", "device[0].name = (unset): required"),
         ("[bands]\nfloors = [0.1, 2.0]\n", "bands.floors[1] = 2.0: must be"),
-        ("[bands.dscp]\n'level 7' = 3\n", 'bands.dscp."level 7" = 3: no such band'),
+        ("[bands.dscp]\n'level 7' = 3\n", 'bands.dscp."level 7" = 3: no such class or band'),
         ("[policy]\nmargins = 9\n", "policy.margins"),
         ("[daemon\n", "is not TOML"),
     ],

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
@@ -94,3 +97,37 @@ def test_the_daemons_programs_say_what_is_missing(
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{program}: No module named ")
     assert line.endswith("pip install 'mfsd[daemon]'")
+
+
+def test_wheel_and_sdist_carry_what_is_compiled_and_are_the_same_again(tmp_path: Path) -> None:
+    """An sdist is enough for a wheel where there is no clang; and a build elsewhere gives the same bytes."""
+    copy = tmp_path / "elsewhere" / "mfsd"
+    tracked = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    env = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
+    bare = env | {"PATH": str(Path(sys.executable).parent)}
+    made: list[bytes] = []
+    for here, where in ((ROOT, tmp_path / "a"), (copy, tmp_path / "b")):
+        build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", str(where)]
+        subprocess.run(build, cwd=here, env=env, check=True, capture_output=True)
+        (wheel,) = where.glob("*.whl")
+        made.append(wheel.read_bytes())
+    assert made[0] == made[1]
+    compiled = {f"mfsd/datapath/_bpf/{s.name.replace('.c', '.o')}" for s in (ROOT / "bpf").glob("*.bpf.c")}
+    needed = compiled | {"mfsd/datapath/_abi.py", "mfsd/v1/hints_pb2.py", "mfsd/v1/control_pb2_grpc.py"}
+    assert compiled
+    with zipfile.ZipFile(wheel) as archive:
+        assert needed <= set(archive.namelist())
+    (sdist,) = (tmp_path / "a").glob("*.tar.gz")
+    with tarfile.open(sdist) as unpacked:
+        unpacked.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    assert all((folder / name).exists() for name in needed)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "c")]
+    subprocess.run(build, cwd=folder, env=bare, check=True, capture_output=True)
+    (again,) = (tmp_path / "c").glob("*.whl")
+    with zipfile.ZipFile(again) as archive, zipfile.ZipFile(wheel) as first:
+        assert all(archive.read(name) == first.read(name) for name in needed)

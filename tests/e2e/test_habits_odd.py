@@ -247,7 +247,8 @@ def test_what_the_accepting_side_sends(daemon: Daemon, client: Client) -> None:
         assert grown.wrong(12 * 50 * KB, right="level 0") <= WRONG
         client.transfer("t", accepted[0], MB, stage=Stage.P2D, request="r")
         assert client.flush(5)
-        reader = threading.Thread(target=lambda: [p.recv(MB, socket.MSG_WAITALL) for p in opened], daemon=True)
+        there = next(p for p in opened if p.getsockname() == accepted[0].getpeername())
+        reader = threading.Thread(target=lambda: there.recv(MB, socket.MSG_WAITALL), daemon=True)
         reader.start()
         accepted[0].sendall(bytes(MB))
         settled(daemon, (1, 0, 0))

@@ -296,3 +296,25 @@ def test_a_peer_that_speaks_is_hung_up_on_and_a_silent_one_costs_nothing(
 def test_the_daemon_closes_all_when_it_stops(running: Running, me: Introduced) -> None:
     running.stop()
     assert me.hung_up()
+
+
+def test_what_an_operator_says_by_hand_outlives_the_command(running: Running) -> None:
+    """``mfsctl hint``, one command after the other; a worker's single call does not."""
+
+    def by_hand(*words: str) -> None:
+        command = [sys.executable, "-m", "mfsd.cli", "--socket", str(running.socket), "hint", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def sessions() -> dict[str, list[str]]:
+        return running.ask(lambda e: {s.name: list(s.requests) for s in e.books.sessions.values()})
+
+    by_hand("request", "a", "--ttft-left", "60s")
+    by_hand("request", "b", "--ttft-left", "60s")
+    assert sessions() == {"mfsctl": ["a", "b"]}
+    with worker(running.target) as (_, said):
+        assert said[0] == "True"
+    wait_for(lambda: "worker" not in sessions())
+    by_hand("done", "request", "a")
+    by_hand("done", "request", "b")
+    assert not sessions()["mfsctl"]

@@ -111,7 +111,10 @@ def booted(suite: str, netns: str, folder: Path) -> Iterator[Machine]:
         f"--directory={root}", f"--network-namespace-path=/run/netns/{netns}", "--capability=all",
         "--system-call-filter=bpf", "--console=pipe", "--link-journal=no",
     ]  # fmt: skip
-    script = f'echo $$ > {group}/cgroup.procs && mount -t cgroup2 cgroup2 {CGROUP} && exec "$@"'
+    # In the host's cgroup namespace, as on a host: the kernel tells of connections at the root of the hierarchy.
+    script = (
+        f'echo $$ > {group}/cgroup.procs && mount -t cgroup2 cgroup2 {CGROUP} && SYSTEMD_NSPAWN_USE_CGNS=0 exec "$@"'
+    )
     with (folder / "console.txt").open("w") as console:
         nspawn = subprocess.Popen(
             ["unshare", "-m", "bash", "-c", script, "-", *argv],
@@ -134,6 +137,8 @@ def _wait(machine: Machine, nspawn: subprocess.Popen[bytes]) -> Machine:
                 machine.leader = int(child)
                 state = machine.run("systemctl is-system-running --wait", check=False).stdout.strip()
                 if state in ("running", "degraded"):
+                    # nspawn shows another boot_id than the kernel's, but not to units with a /proc of their own.
+                    machine.run("umount /proc/sys/kernel/random/boot_id", check=False)
                     return machine
         time.sleep(0.1)
     raise AssertionError("systemd did not come up")

@@ -14,7 +14,7 @@ from support.reference import COLLECTIVE, KV, P2D, SCAVENGER, State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FIRST_S, STAYS_FIRST, NEXT_S, NEAR_S, HOLD = 0.02, 3.0, 0.01, 0.1, 0.7
+FIRST_S, STAYS_FIRST, NEXT_S, NEAR_S, HOLD, HELD_S = 0.02, 3.0, 0.01, 0.1, 0.7, 0.25
 SHORTEST, LONGEST = 2.0**-10, 2.0**12
 
 
@@ -186,8 +186,12 @@ class Plain:
     def needs(self, i: int) -> bool:
         if math.isinf(self.due[i]) or self.s.t.stage[i] not in (KV, P2D):
             return False
-        least = self.p.defer_until * (HOLD if self.was(i, "urgent", "first", "others") else 1.0)
-        return self.need(i) >= least or self.late(i)
+        held = self.was(i, "urgent", "first", "others")
+        least = self.p.defer_until * (HOLD if held else 1.0)
+        return self.need(i) >= least or self.late(i) or (held and self.laxity(i) < HELD_S)
+
+    def laxity(self, i: int) -> float:
+        return min(d.laxity(i) for d in self.links(i))
 
     def layer_need(self, i: int) -> float:
         """Share of its device that it and stage 1 due before it need to be there when their layers start."""
@@ -221,8 +225,7 @@ class Plain:
             needs = self.needs(i)
             if needs and self.late(i) and self.among(i, NEXT_S):
                 return int(lay.urgent)
-            spare = min(d.laxity(i) for d in self.links(i))
-            if needs or spare < NEAR_S or self.layer_need(i) >= p.defer_until or math.isinf(s.rate(i)):
+            if needs or self.laxity(i) < NEAR_S or self.layer_need(i) >= p.defer_until or math.isinf(s.rate(i)):
                 return int(lay.first if self.among(i, FIRST_S, longer=True) else lay.others)
         return self._deferred(i)
 
@@ -275,7 +278,8 @@ class Plain:
             return min(sum(min(share(d), 1.0) * d.link.rate for d in far) / here.link.rate, 1.0)
 
         most = max(here.steady(), here.rush())
-        own = most if most >= HOLD * self.p.defer_until else 0.0
+        near = any(g.due - g.total / here.link.room < HELD_S for g in here.groups.values())
+        own = most if most >= HOLD * self.p.defer_until or near else 0.0
         total = max(own, together(lambda d: max(d.steady(), d.rush())))
         return total, max(here.rush(), together(lambda d: d.rush()))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a restart of the daemon looks on the wire: a hinted TCP connection, and what a witness at its far end sees.
 
-The classifier writes a DSCP into every packet of the band that the connection belongs to, so a packet without it went
+The classifier writes a DSCP into every packet of a band of hinted traffic, so a packet without it went
 as unhinted traffic does. A queue that lost packets shows as retransmissions.
 """
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PORT: Final = 5001
 DSCP: Final = 46
+HINTED: Final = (*(f"level {n}" for n in range(5)), "background", "scavenger")
+"""Where a hinted connection may be; which of them is the policy's affair."""
 CONFIG: Final = f"""
 [daemon]
 mode = "enforce"
@@ -33,7 +35,7 @@ name = "v0"
 rate = "100mbit"
 [bands]
 lanes = 8
-dscp = {{ "level 0" = {DSCP} }}
+dscp = {{ {", ".join(f'"{name}" = {DSCP}' for name in HINTED)} }}
 """
 SENDER: Final = """
 import json, socket, struct, sys, time

@@ -161,6 +161,11 @@ class Need:
         laxity: F8 = self._suffix(np.minimum, self._load.due - self._least)
         return laxity
 
+    def spare(self) -> F8:
+        """Seconds that each link has to spare before somebody is late, shape (links,)."""
+        spare: F8 = (self._load.due - self._least).min(axis=1)
+        return spare
+
     def steady(self) -> F8:
         """Share of its rate at which each link meets all that isn't late, with the margin, shape (links,)."""
         steady: F8 = self._calm.max(axis=1)

@@ -13,7 +13,7 @@ from mfsd.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
 from mfsd.policy.demand_bound.layout import Layout
 from mfsd.policy.demand_bound.load import Margin
-from mfsd.policy.demand_bound.verdict import NEAR_S, Verdict
+from mfsd.policy.demand_bound.verdict import HELD_S, NEAR_S, Verdict
 from mfsd.policy.demand_bound.words import Case, explain
 from mfsd.policy.parts import buckets, pick
 from mfsd.policy.parts.params import option
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mfsd.policy.views import B1, F8, I2, Explanation, Views
 
 HOLD: Final = 0.7
-"""A transfer that is guaranteed stays so until it needs less than this share of ``defer_until``."""
+"""A transfer that is guaranteed stays so until it needs less than this share of ``defer_until``; and see HELD_S."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,8 @@ class DemandBound(Policy):
     def needs(self, view: Views, verdict: Verdict) -> B1:
         """Transfers that need a guarantee, shape (n,)."""
         held = self.layout.guaranteed(view.transfers.level)
-        needs = (verdict.need >= self.defer_until) | (held & (verdict.need >= HOLD * self.defer_until)) | verdict.late
+        held &= (verdict.need >= HOLD * self.defer_until) | (verdict.laxity < HELD_S)
+        needs = (verdict.need >= self.defer_until) | held | verdict.late
         stage = view.transfers.stage  # others have a deadline, too, if they stand before KV on its connection
         needs &= (verdict.asked.due < np.inf) & ((stage == KV_REUSE) | (stage == P2D))
         return needs

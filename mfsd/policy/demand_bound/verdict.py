@@ -28,6 +28,9 @@ that it must be well below the margin."""
 
 NEAR_S: Final = 0.1
 """With less to spare a transfer stands above unhinted traffic whatever it needs, here and in the fabric."""
+HELD_S: Final = 0.25
+"""With less to spare a transfer that is guaranteed stays so, whatever it needs: deferred, it would be promoted again
+soon, and each promotion costs some of the margin."""
 
 
 @dataclass(slots=True)
@@ -74,7 +77,7 @@ class Verdict:
             laxity=here.laxity(),
             layer_need=np.zeros(len(t)),
             slow=np.zeros(len(t), dtype=np.bool_),
-            total=np.where(most >= calm, most, 0.0),
+            total=np.where((most >= calm) | (here.spare() < HELD_S), most, 0.0),
             rush=here.rush(),
         )
         if asked.far is not None:

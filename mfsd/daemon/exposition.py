@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The endpoint that Prometheus reads: HTTP on a unix socket or on TCP, with threads of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import structlog
+from prometheus_client import make_wsgi_app
+
+from mfsd.api.server import ServerError
+from mfsd.daemon.config_endpoints import OFF, UNIX
+from mfsd.daemon.config_values import host_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from prometheus_client import CollectorRegistry
+
+    from mfsd.daemon.config_endpoints import MetricsConfig
+
+PATIENCE_S: Final = 10.0
+"""For a client to say what it wants, and to take the answer."""
+
+log = structlog.get_logger(__name__)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = PATIENCE_S
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """One line per scrape is noise."""
+        log.debug("scraped", request=format % args)
+
+    def address_string(self) -> str:
+        """Clients of a unix socket have none."""
+        return self.client_address[0] if self.client_address else ""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """Each scrape in a thread; ``server_close`` waits for those at work."""
+
+    context: ssl.SSLContext | None = None
+
+    def get_request(self) -> tuple[Any, Any]:
+        """TLS begins in the thread, where a client that says nothing keeps nobody waiting."""
+        request, address = super().get_request()
+        request.settimeout(PATIENCE_S)
+        if self.context is not None:
+            request = self.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        return request, address or ("", 0)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up, or fails to shake hands, is its own affair."""
+        log.debug("scrape failed", client=str(client_address), request=str(request))
+
+
+class _UnixServer(_Server):
+    address_family = socket.AF_UNIX
+    allow_reuse_address = False
+
+    def server_bind(self) -> None:
+        """As HTTPServer, which takes the address for a pair."""
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = "localhost", 0
+        self.setup_environ()
+
+
+class Exposition:
+    """Serves a registry where the configuration says."""
+
+    def __init__(self, config: MetricsConfig, api: Path, registry: CollectorRegistry) -> None:
+        """``api``: daemon.socket, beside which ours lies."""
+        self._config = config
+        self._path = api.with_name(f"{api.name}.metrics")
+        self._registry = registry
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, bind: Callable[[Path, Callable[[], object]], None]) -> None:
+        """Open it. ``bind(path, how)`` makes a unix socket for operators. Raises ServerError."""
+        listen = self._config.listen
+        if listen == OFF:
+            return
+        if listen == UNIX:
+            bind(self._path, lambda: self._open(_UnixServer, str(self._path)))
+        else:
+            try:
+                self._open(_Server if ":" not in host_port(listen)[0] else _Server6, host_port(listen))
+            except (OSError, ssl.SSLError) as e:
+                raise ServerError(f'metrics.listen = "{listen}": can\'t be opened: {e}') from e
+        server = self._server
+        assert server is not None  # noqa: S101 - opened just now
+        server.set_app(make_wsgi_app(self._registry))
+        self._thread = threading.Thread(target=server.serve_forever, name="mfsd-metrics", daemon=True)
+        self._thread.start()
+
+    def _open(self, kind: type[_Server], address: Any) -> None:
+        context = self._tls()
+        server = kind(address, _Handler)
+        server.context = context
+        self._server = server
+
+    def _tls(self) -> ssl.SSLContext | None:
+        c = self._config
+        if c.tls_cert is None or c.tls_key is None:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(c.tls_cert, c.tls_key)
+        if c.tls_client_ca is not None:
+            context.load_verify_locations(c.tls_client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    @property
+    def port(self) -> int:
+        """Of TCP; 0: none."""
+        return 0 if self._server is None else self._server.server_port
+
+    def close(self) -> None:
+        """Wait for scrapes at work, and end. Idempotent."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.shutdown()
+        server.server_close()
+        if self._config.listen == UNIX:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6

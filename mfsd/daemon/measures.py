@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values of all metrics (mfsd/metrics.py), for prometheus_client.
+
+A scrape costs the event loop a copy of what the engine knows (``snapshot``, some tens of microseconds); counters of
+devices are read by their threads, and text is made in that of whoever asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
+from prometheus_client.openmetrics.exposition import generate_latest
+from prometheus_client.samples import Exemplar
+
+import mfsd
+from mfsd.metrics import BY_NAME, METRICS, PREFIX
+from mfsd.model import INF, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import numpy.typing as npt
+    from prometheus_client import Metric as Family
+
+    from mfsd.api.operations import Device, Figures, Operations
+    from mfsd.engine.engine import Engine
+    from mfsd.engine.tally import Histogram
+
+REQUEST_LABEL: Final = "request_id"
+REQUEST_MAX: Final = 128 - len(REQUEST_LABEL)
+"""OpenMetrics allows 128 characters for the labels of an exemplar."""
+_STAGES: Final = tuple(s for s in Stage if s is not Stage.NONE)
+_MAKE: Final = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily,
+                "info": InfoMetricFamily}  # fmt: skip
+
+Values = dict[str, list[tuple[tuple[str, ...], float]]]
+"""By name, (values of the labels, value) of each sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One device as the event loop sees it."""
+
+    device: Device
+    figures: Figures
+    connections: npt.NDArray[np.int64]
+    """By band."""
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the engine knows at one moment; nothing in it changes any more."""
+
+    build: Mapping[str, str]
+    values: Values
+    histograms: Mapping[str, Mapping[str, Histogram]]
+    devices: Sequence[Seen]
+    bands: Sequence[tuple[str, float]]
+    """(name, floor as share of the link) by index."""
+
+
+def snapshot(daemon: Operations, figures: Sequence[Figures], ticks: tuple[int, float, str], now: float) -> Snapshot:
+    """Take it, on the event loop.
+
+    ``figures``: of all devices. ``ticks``: how many there have been, seconds that they took, why the last failed.
+    """
+    engine, books = daemon.engine, daemon.engine.books
+    count, busy, failure = ticks
+    p50, p99 = daemon.tick_durations()
+    c = books.counters
+    values: Values = {
+        "uptime_seconds": [((), now - daemon.started)],
+        "enforcing": [((), float(engine.steers))],
+        "sessions": [((), len(books.sessions))],
+        "requests": [((), books.requests.n)],
+        "requests_pruned": [((), int(books.requests.live("pruned").sum()))],
+        "batches": [((), books.batches.n)],
+        "connections": [((), len(engine.connections))],
+        "slots": [((), len(engine.connections.table))],
+        "selectors_unmatched": [((), len(engine.watches.unseen(now)))],
+        "hints": [(("accepted",), c.hints_accepted), (("rejected",), c.hints_rejected)],
+        "transfers_ended": [(("completed",), c.transfers_completed), (("expired",), c.transfers_expired)],
+        "requests_ended": [(("met",), c.deadlines_met), (("missed",), c.deadlines_missed)],
+        "promotions": [((), c.promotions)],
+        "rescues": [((), c.rescues)],
+        "ticks": [((), count)],
+        "tick_busy_seconds": [((), busy)],
+        "tick_recent_seconds": [(("0.5",), p50), (("0.99",), p99)],
+        "tick_failing": [((), float(bool(failure)))],
+        "notices": [((), len(daemon.notices()))],
+        **_transfers(engine, now),
+    }
+    devices = daemon.all_devices
+    return Snapshot(
+        build={
+            "version": mfsd.__version__,
+            "policy": engine.steering.policy.name,
+            "loader": devices[0].loader if devices else "",
+        },
+        values=values,
+        histograms=_histograms(engine),
+        devices=[_seen(engine, i, d, f) for i, (d, f) in enumerate(zip(devices, figures, strict=False))],
+        bands=[(b.name, b.floor) for b in engine.steering.bands.bands],
+    )
+
+
+def _transfers(engine: Engine, now: float) -> Values:
+    """Unfinished transfers by stage."""
+    views = engine.steering.views(now)
+    t, rates = views.transfers, views.link.rate
+    rate = rates.take(t.device, mode="clip") if len(rates) else np.zeros(len(t))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        alone = np.where(rate > 0, t.left / rate, 0.0)
+    laxity = t.deadline - now - alone
+    out: Values = {n: [] for n in ("transfers", "transfers_at_risk", "transfers_left_bytes", "least_laxity_seconds")}
+    for stage in _STAGES:
+        label, of = (stage.name.lower(),), t.stage == stage
+        timed = laxity[of & (t.deadline < INF)]
+        out["transfers"].append((label, int(of.sum())))
+        out["transfers_at_risk"].append((label, int((timed < 0).sum())))
+        out["transfers_left_bytes"].append((label, float(t.left[of].sum())))
+        if len(timed):
+            out["least_laxity_seconds"].append((label, float(timed.min())))
+    return out
+
+
+def _histograms(engine: Engine) -> dict[str, Mapping[str, Histogram]]:
+    found = engine.books.tally.histograms()
+    return {
+        "rescue_latency_seconds": found["rescue"],
+        "request_slack_seconds": found["request_slack"],
+        "transfer_slack_seconds": found["slack"],
+        "transfer_queue_seconds": found["queue"],
+        "transfer_wire_seconds": found["wire"],
+    }
+
+
+def _seen(engine: Engine, index: int, device: Device, figures: Figures) -> Seen:
+    table = engine.connections.table
+    used = np.flatnonzero(table.used[: table.high]).astype(np.int32)
+    band = table.band[used[engine.connections.device_of(used) == index]]
+    return Seen(
+        device,
+        figures,
+        np.bincount(band, minlength=256),
+        {
+            "device_attached": float(bool(device.hook)),
+            "device_needs_care": float(bool(device.notice or device.failure)),
+            "device_rate_bytes_per_second": device.estimator.configured,
+            "device_measured_bytes_per_second": device.estimator.measured,
+            "device_busy_ratio": device.estimator.utilisation,
+        },
+    )
+
+
+# --- in the thread of whoever asks ------------------------------------------------------------------------------------
+
+
+class Collector:
+    """prometheus_client's way to ask; ``take`` returns a snapshot and may wait for the event loop."""
+
+    def __init__(self, take: Callable[[], Snapshot]) -> None:
+        self._take = take
+
+    def collect(self) -> Iterator[Family]:
+        """All families, in the order in which they are described."""
+        taken = self._take()
+        values = taken.values | _device_values(taken)
+        for metric in METRICS:
+            family = _family(metric.name)
+            if metric.kind == "info":
+                family.add_metric((), taken.build)
+            elif metric.kind == "histogram":
+                for stage, histogram in taken.histograms[metric.name].items():
+                    family.add_metric((stage,) if metric.labels else (), _buckets(histogram), histogram.sum)
+            else:
+                for labels, value in values[metric.name]:
+                    family.add_metric(labels, value)
+            yield family
+
+
+def _family(name: str) -> Any:
+    metric = BY_NAME[name]
+    # The label names of an info are those of its value.
+    labels = () if metric.kind == "info" else metric.labels
+    unit = {} if metric.kind == "info" else {"unit": metric.unit}
+    return _MAKE[metric.kind](f"{PREFIX}{name}", metric.what, labels=labels, **unit)
+
+
+def _device_values(taken: Snapshot) -> Values:
+    """What is counted by device."""
+    out: Values = {m.name: [] for m in METRICS if "device" in m.labels}
+    for seen in taken.devices:
+        device = seen.device
+        name, backend = device.name, device.backend
+        for metric, value in seen.values.items():
+            out[metric].append(((name,), value))
+        out["device_shaped"].append(((name, backend), float(bool(backend))))
+        out["classified_packets"] += [((name, counter), n) for counter, n in seen.figures.stats.items()]
+        rate = device.estimator.configured if device.floors else 0.0
+        for row in seen.figures.bands:
+            band, floor = taken.bands[row.index]
+            for metric, value in (
+                ("band_sent_bytes", row.bytes),
+                ("band_sent_packets", row.packets),
+                ("band_dropped_packets", row.drops),
+                ("band_queued_bytes", row.backlog),
+                ("band_floor_bytes_per_second", floor * rate),
+                ("band_connections", int(seen.connections[row.index])),
+            ):
+                out[metric].append(((name, band), value))
+    return out
+
+
+def _buckets(histogram: Histogram) -> list[Any]:
+    """(upper bound, how many are not above it, exemplar or None) of each bucket."""
+    out: list[Any] = []
+    total = 0
+    for bound, n, one in zip((*histogram.bounds, INF), histogram.counts, histogram.exemplars, strict=True):
+        total += n
+        example = None if one is None else Exemplar({REQUEST_LABEL: one.request[:REQUEST_MAX]}, one.value)
+        out.append(("+Inf" if bound == INF else repr(bound), total, example))
+    return out
+
+
+def registry_of(take: Callable[[], Snapshot]) -> CollectorRegistry:
+    """Ours and the process's own (process_cpu_seconds_total, process_resident_memory_bytes, ...)."""
+    registry = CollectorRegistry()
+    registry.register(Collector(take))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def text_of(registry: CollectorRegistry) -> str:
+    """OpenMetrics' text format."""
+    exposed: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]
+    return exposed.decode()

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Very many of something: what ends ends in one pass, no tick takes long, and nothing outlives its session."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.harness import FakeSocket, Host, exact_tuple
+
+from mfsd.engine.connections import UNSEEN_S
+from mfsd.engine.endings import AT_ONCE
+from mfsd.engine.records import ENTRY
+from mfsd.engine.settings import LimitsConfig
+from mfsd.model import (
+    CookieSelector,
+    EndHint,
+    Endpoints,
+    EventKind,
+    HintError,
+    MarkHint,
+    PortRange,
+    ProcessSelector,
+    RequestHint,
+    Stage,
+    TransferHint,
+    TupleSelector,
+    What,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MANY = 65_536
+FEW = 4096
+MORE = LimitsConfig(max_transfers_per_user=1 << 20, max_transfers=1 << 20, max_mb_per_user=60_000)
+
+
+def crowd(count: int, *, ordered: bool = True) -> tuple[Host, FakeSocket]:
+    """A host with so many transfers of one request on one connection."""
+    h = Host(limits=MORE)
+    sock = h.socket(1)
+    h.request("r", 20.0)
+    for i in range(count):
+        h.transfer(str(i), sock, 1000, ordered=ordered)
+    h.tick(0.01)
+    return h, sock
+
+
+def took(work: Callable[[], object]) -> float:
+    """Seconds of processor, of which quadratic work on MANY takes minutes."""
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_session_of_very_many_transfers_ends_in_one_pass(*, ordered: bool) -> None:
+    h, sock = crowd(MANY, ordered=ordered)
+    h.send(sock, 1000 * MANY // 2)
+    assert took(lambda: h.engine.end_session(h.session, h.now)) < 1.0
+    assert took(lambda: h.tick(0.01)) < 1.0
+    h.tick(1.0)
+    assert h.engine.books.transfers.n == 0
+    assert h.session.user.transfers == h.engine.books.everybody.transfers == 0
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_very_many_transfers_expire_some_at_a_time(*, ordered: bool) -> None:
+    h, _ = crowd(MANY, ordered=ordered)
+    h.now += 100.0
+    rounds = 0
+    while h.engine.books.transfers.n:
+        before = h.engine.books.transfers.n
+        assert took(lambda: h.tick(0.11)) < 1.0
+        rounds += 1
+        assert before - h.engine.books.transfers.n <= 2 * AT_ONCE
+    assert rounds <= MANY / AT_ONCE + 1
+    assert h.session.user.bytes == 0
+
+
+def test_a_request_of_very_many_transfers_is_cancelled_without_a_word() -> None:
+    h, _ = crowd(MANY)
+    h.session.events.clear()
+    cancel = EndHint(What.REQUEST, "r", cancelled=True)
+    assert took(lambda: h.engine.apply(h.session, cancel, h.now)) < 1.0
+    assert "r" not in h.session.requests
+    for _ in range(MANY // AT_ONCE + 2):
+        h.tick(0.11)
+    assert not h.session.transfers
+    assert not [e for e in h.session.events if e.kind is EventKind.EXPIRED]
+    assert h.engine.books.counters.transfers_expired == 0
+
+
+def test_handed_over_transfers_whose_peer_never_reads_cost_little() -> None:
+    h, sock = crowd(FEW)
+    h.send(sock, 1000 * FEW, acked=False)
+    h.engine.end_session(h.session, h.now)
+    h.tick(0.01)
+    before = time.process_time()
+    for _ in range(100):
+        h.tick(0.01)
+    busy = time.process_time() - before
+    assert h.engine.books.transfers.n == FEW
+    assert busy < 0.5  # 5 ms each
+    h.ack(sock, 1000 * FEW)
+    h.tick(0.5)
+    h.tick(0.01)
+    assert h.engine.books.transfers.n == 0
+
+
+def test_very_many_streams_that_wait_take_turns() -> None:
+    h = Host(slots=4096, limits=MORE)
+    h.request("r", 20.0)
+    socks = [h.socket(i) for i in range(1, 2001)]
+    for sock in socks:
+        h.transfer(str(sock.cookie), sock, 1000)
+        h.send(sock, 1000, acked=False)
+    h.engine.end_session(h.session, h.now)
+    h.tick(0.01)  # also looks whether some are gone
+    h.kernel.asked = 0
+    h.tick(0.01)
+    assert h.kernel.asked <= 2 * 64
+    for sock in socks:
+        h.ack(sock, 1000)
+    for _ in range(100):
+        h.tick(0.01)
+    assert h.engine.books.transfers.n == 0
+    assert h.engine.books.counters.transfers_completed == 2000
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 100), st.integers(1, 50), st.booleans()), min_size=1, max_size=8),
+    st.integers(0, 120),
+)
+def test_interleaved_bytes_are_shared_as_if_one_ended_after_the_other(
+    announced: list[tuple[int, int, bool]], offset: int
+) -> None:
+    h = Host()
+    sock = h.socket(1)
+    h.request("r", 20.0)
+    for i, (_, size, _) in enumerate(announced):
+        h.transfer(str(i), sock, size, ordered=False)
+    stream = h.session.streams[CookieSelector(1)]
+    h.tick()
+    t = h.engine.books.transfers
+    starts = sorted(start for start, _, _ in announced)
+    for transfer, start in zip(stream.queue, starts, strict=True):
+        t.put(transfer, "start", float(start))
+        t.put(transfer, "end", float(start + t.get(transfer, "size")))
+    h.send(sock, offset)
+    ended = {x: None for x, (_, _, over) in zip(stream.queue, announced, strict=True) if over}
+    want = {}
+    for other in stream.queue:
+        began = float(t.get(other, "start"))
+        for one in ended:
+            since, own = float(t.get(one, "start")), float(t.get(one, "size"))
+            began += max(min(own, offset - max(began, since)), 0.0)
+        want[other] = began
+    h.engine.endings._uncount(stream, ended)
+    assert all(t.get(x, "start") == pytest.approx(want[x]) for x in stream.queue if x not in ended)
+    assert all(t.get(x, "end") - t.get(x, "start") == t.get(x, "size") for x in stream.queue)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=20))
+def test_what_stands_before_interleaved_bytes(announced: list[tuple[int, int]]) -> None:
+    h = Host()
+    socks = [h.socket(i) for i in range(1, 5)]
+    h.request("r", 20.0)
+    for i, (which, size) in enumerate(announced):
+        h.transfer(str(i), socks[which], size * 100_000, ordered=False)
+    h.tick()
+    view = h.engine.steering.views(h.now, h.connections.moved(h.engine.books.streams)).transfers
+    rows = h.engine.books.transfers.objects
+    for transfer, ahead in zip(rows, view.ahead.tolist(), strict=True):
+        sizes = [100_000 * s for w, s in announced if socks[w].cookie == transfer.stream.selector.cookie]  # type: ignore[union-attr]
+        own = float(h.engine.books.transfers.get(transfer, "size"))
+        assert ahead == pytest.approx(np.minimum(sizes, own).sum() - own)
+
+
+# --- nothing outlives its session -------------------------------------------------------------------------------------
+
+
+def by_port(port: int) -> TupleSelector:
+    return TupleSelector(None, exact_tuple(Host().socket(1).endpoints).dst, PortRange(), PortRange(port, port), 6)
+
+
+def test_waiting_marks_end_with_their_sessions() -> None:
+    h = Host(limits=LimitsConfig(max_selectors=1 << 20, max_selectors_per_user=1 << 20))
+    for n in range(10):
+        session = h.engine.session(f"s{n}", h.now)
+        for port in range(1, 1025):
+            h.engine.apply(session, MarkHint(by_port(port), Stage.COLLECTIVE), h.now)
+        h.engine.end_session(session, h.now)
+    assert len(h.engine.watches) == 0
+    assert not h.kernel.rules
+    sock = h.socket(77)
+    h.tick(0.01)
+    assert sock.cookie not in h.keys.cookies
+    assert h.engine.books.everybody.selectors == 0
+
+
+def test_marks_of_two_sessions_stack() -> None:
+    h = Host()
+    sock = h.socket(1)
+    other = h.engine.session("other", h.now)
+    h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.COLLECTIVE), h.now)
+    h.tick(0.01)
+    alone = h.band(sock)
+    h.engine.apply(other, MarkHint(CookieSelector(1), Stage.BACKGROUND), h.now)
+    h.tick(0.01)
+    h.engine.end_session(other, h.now)
+    h.tick(10.0)
+    assert h.band(sock) == alone
+    h.engine.end_session(h.session, h.now)
+    h.tick(0.2)
+    assert sock.cookie not in h.keys.cookies
+
+
+def test_tuples_that_nothing_uses_lose_their_slots() -> None:
+    h = Host(slots=256)
+    h.request("r", 500.0)
+    e = h.socket(1).endpoints
+    for port in range(1, 101):
+        selector = exact_tuple(Endpoints(e.src, port, e.dst, 9, 17))
+        h.transfer(f"t{port}", selector, 1000, ttl=500.0)
+    assert h.table.taken == 100
+    h.tick(0.1)
+    h.tick(UNSEEN_S + 0.2)
+    h.tick(0.2)
+    assert h.table.taken == 0
+
+
+def test_who_may_name_only_its_own_needs_a_socket_for_a_tuple() -> None:
+    h = Host()
+    e = h.socket(1).endpoints
+    udp = Endpoints(e.src, 5000, e.dst, 9, 17)
+    session = h.engine.session("w", h.now, pid=7, uid=1000, only=1000)
+    h.engine.apply(session, RequestHint("r", h.now + 5.0), h.now)
+    hint = TransferHint("t", "r", "", Stage.P2D, 0, 1000, exact_tuple(udp))
+    h.engine.apply(session, hint, h.now)
+    assert h.table.taken == 0
+    h.kernel.senders.append(FakeSocket(9, udp, uid=1000))
+    h.engine.apply(session, TransferHint("u", "r", "", Stage.P2D, 0, 1000, exact_tuple(udp)), h.now)
+    other = h.engine.session("x", h.now, pid=8, uid=1000, only=1000)
+    h.engine.apply(other, RequestHint("r", h.now + 5.0), h.now)
+    h.engine.apply(other, hint, h.now)
+    assert h.table.taken == 1
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_user_at_its_limits_leaves_room_for_others() -> None:
+    limits = LimitsConfig(
+        max_connections_per_user=4, max_selectors_per_user=3, max_transfers_per_user=5, max_sessions_per_user=2
+    )
+    h = Host(slots=16, limits=limits)
+    greedy = [h.engine.session(f"g{i}", h.now, pid=i, uid=1, only=1) for i in (1, 2)]
+    with pytest.raises(HintError, match="max_sessions_per_user"):
+        h.engine.session("g3", h.now, pid=3, uid=1, only=1)
+    socks = [h.socket(i, uid=1) for i in range(1, 8)]
+    for session in greedy:
+        h.engine.apply(session, RequestHint("r", h.now + 5.0), h.now)
+
+    def said(session_hints: list[tuple[int, object]]) -> list[str]:
+        out = []
+        for n, hint in session_hints:
+            try:
+                h.engine.apply(greedy[n], hint, h.now)  # type: ignore[arg-type]
+            except HintError as e:
+                out.append(str(e) if e.exhausted else "something else")
+        return out
+
+    marks = said([(i % 2, MarkHint(CookieSelector(s.cookie), Stage.COLLECTIVE)) for i, s in enumerate(socks)])
+    assert len(marks) == 3
+    assert "max_connections_per_user" in marks[0]
+    selectors = said([(i % 2, MarkHint(ProcessSelector(i + 1, None, PortRange()), Stage.COLLECTIVE)) for i in range(5)])
+    assert len(selectors) == 2
+    assert "max_selectors_per_user" in selectors[0]
+    one = CookieSelector(socks[0].cookie)
+    transfers = said([(i % 2, TransferHint(str(i), "r", "", Stage.P2D, 0, 9, one)) for i in range(8)])
+    assert len(transfers) == 3
+    assert "max_transfers_per_user" in transfers[0]
+    honest = h.engine.session("honest", h.now, pid=9, uid=2, only=2)
+    own = h.socket(50, uid=2)
+    h.engine.apply(honest, RequestHint("r", h.now + 5.0), h.now)
+    h.engine.apply(honest, TransferHint("t", "r", "", Stage.P2D, 0, 9, CookieSelector(own.cookie)), h.now)
+    h.engine.apply(honest, MarkHint(ProcessSelector(1, None, PortRange()), Stage.COLLECTIVE), h.now)
+    for session in greedy:
+        h.engine.end_session(session, h.now)
+    h.tick(10.0)
+    h.tick(10.0)
+    user = greedy[0].user
+    assert (user.sessions, user.connections, user.selectors, user.transfers, user.bytes) == (0, 0, 0, 0, 0)
+
+
+def test_memory_of_one_user_is_bounded() -> None:
+    h = Host(limits=LimitsConfig(max_mb_per_user=0.01))
+    for i in range(10_000 // (ENTRY + 1)):
+        h.request(str(i), 5.0)
+    with pytest.raises(HintError, match="max_mb_per_user"):
+        h.request("x", 5.0)
+    h.engine.apply(h.session, EndHint(What.REQUEST, "0", cancelled=True), h.now)
+    h.request("x", 5.0)
+
+
+def test_a_range_in_a_full_table_takes_what_there_is_and_no_tick_fails() -> None:
+    h = Host(slots=16)
+    socks = [h.socket(i) for i in range(1, 21)]
+    h.engine.apply(h.session, MarkHint(by_port(6000), Stage.COLLECTIVE), h.now)
+    for _ in range(3):
+        h.tick(0.3)
+    assert 12 <= h.table.taken <= 16
+    h.engine.end_session(h.session, h.now)
+    h.tick(0.3)
+    assert h.table.taken == 0
+    assert not h.keys.cookies
+    assert len(socks) == 20
+
+
+def test_a_request_is_counted_once_however_its_transfers_end() -> None:
+    h = Host()
+    h.request("r", 5.0)
+    e = h.socket(1).endpoints
+    for port in (1, 2, 3):
+        h.transfer(f"t{port}", exact_tuple(Endpoints(e.src, port, e.dst, 9, 6)), 1000)
+    h.engine.apply(h.session, EndHint(What.REQUEST, "r", cancelled=False), h.now)
+    for _ in range(20):
+        h.tick(1.0)
+    counters = h.engine.books.counters
+    assert counters.deadlines_met + counters.deadlines_missed == 1
+
+
+def test_a_session_that_says_nothing_ends() -> None:
+    limits = LimitsConfig()
+    h = Host(limits=limits)
+    h.engine.session("quiet", h.now, pid=1, uid=5, only=5, maker=object())
+    h.engine.session("nameless", h.now)
+    h.tick(limits.default_ttl_s + 0.2)
+    assert set(h.engine.books.sessions) == {"quiet"}
+    h.tick(limits.max_ttl_s)
+    assert not h.engine.books.sessions
+    assert h.engine.books.user(5).idle
