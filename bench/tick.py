@@ -66,6 +66,7 @@ class Simulated:
     app_limited: bool = False
     slow_start: bool = False
     queued: int = 0
+    holes: bool = False
     unsent_plus_unacked: int = 1 << 40
     notsent: int = 1 << 40
     rto_us: int = 200_000

@@ -128,6 +128,8 @@ class Probes:
         same = known.tenancy.take(probe.slots) == probe.tenancy
         still = [c for c in probe.asked if known.by_slot.get(c.slot) is c]
         after = known.tcp(still)
+        if any(p.holes for p in (*probe.asked.values(), *after.values())):
+            return  # what is acknowledged at one end of the window is not what has arrived
         if any(limited_by_network(probe.asked[c], after[c], seconds) for c in still if c in after):
             moved = np.maximum(known.acked_of(probe.slots) - probe.acked, 0.0)
             known.peers.saw(probe.peer, float(moved[same].sum()) / seconds, now)

@@ -95,6 +95,11 @@ class Progress(Protocol):
         """Memory of packets that are below TCP and have not left the host's queues."""
         ...
 
+    @property
+    def holes(self) -> bool:
+        """Something was lost or overtaken, so that bytes_acked stands still until it has arrived, and then jumps."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Established:

@@ -117,6 +117,7 @@ class Tcp(NamedTuple):
     ``last_sent_ms``: since data were sent last, ``last_ack_ms``: since the last acknowledgement came.
     """
 
+    ca_state: int
     flags: int
     rto_us: int
     last_sent_ms: int
@@ -132,9 +133,11 @@ class Tcp(NamedTuple):
 
 
 _TCP_INFO: Final = struct.Struct(
-    "=7xBI32xI8xI16xII16xI16xQ16xI20xQQQ"
-)  # delivery_rate_app_limited@7 rto@8 last_data_sent@44 last_ack_recv@56 snd_ssthresh@76 snd_cwnd@80 total_retrans@100
-# bytes_acked@120 notsent@144 busy_time@168 rwnd_limited@176 sndbuf_limited@184
+    "=xB5xBI32xI8xI16xII16xI16xQ16xI20xQQQ"
+)  # ca_state@1 delivery_rate_app_limited@7 rto@8 last_data_sent@44 last_ack_recv@56 snd_ssthresh@76 snd_cwnd@80
+# total_retrans@100 bytes_acked@120 notsent@144 busy_time@168 rwnd_limited@176 sndbuf_limited@184
+HOLES: Final = frozenset({1, 3, 4})
+"""Tcp.ca_state: TCP_CA_Disorder, TCP_CA_Recovery, TCP_CA_Loss."""
 APP_LIMITED: Final = 1
 """Bit of Tcp.flags."""
 _MEMORY: Final = struct.Struct("=8xI")  # SK_MEMINFO_WMEM_ALLOC, include/uapi/linux/sock_diag.h

@@ -72,7 +72,8 @@ class TcpProgress:
     ``busy_us`` is for how long there has been something to send or to be acknowledged, of it ``rwnd_limited_us`` with
     the receiver's window closed and ``sndbuf_limited_us`` with too small a send buffer; ``app_limited``: the process
     gave too little when the rate was measured last; ``slow_start``: no loss or delay has ended it yet; ``queued`` is
-    the memory of packets that are below TCP and have not left the host's queues.
+    the memory of packets that are below TCP and have not left the host's queues; ``holes``: something was lost or
+    overtaken, so that ``bytes_acked`` stands still until it has arrived and then jumps.
     """
 
     bytes_acked: int
@@ -90,6 +91,7 @@ class TcpProgress:
     app_limited: bool
     slow_start: bool
     queued: int
+    holes: bool
 
 
 class SocketResolver:
@@ -211,6 +213,7 @@ class SocketResolver:
                 bool(tcp.flags & inet_diag.APP_LIMITED),
                 tcp.snd_cwnd < tcp.snd_ssthresh,
                 answer.queued,
+                tcp.ca_state in inet_diag.HOLES,
             )
         return out
 

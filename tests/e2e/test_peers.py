@@ -33,6 +33,22 @@ OTHER = "10.77.0.3"
 
 
 @contextlib.contextmanager
+def rival_sender(pair: NetnsPair) -> Iterator[NetnsPair]:
+    """Another host that sends to the slow receiver, as near to it as ``a`` is: from ``a`` of the pair to ``b``."""
+    name, here = f"{pair.b}-rival", "10.79.0.2"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        pair.run(
+            pair.b,
+            f"ip link add x0 type veth peer name x1 netns {name}; ip addr add 10.79.0.1/24 dev x0; ip link set x0 up",
+        )
+        pair.run(name, f"ip addr add {here}/24 dev x1; ip link set x1 up; ip route add default via 10.79.0.1")
+        yield dataclasses.replace(pair, a=name, addr_a=here, b=f"{pair.b}-far", addr_b=SLOW)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@contextlib.contextmanager
 def slow_receiver(pair: NetnsPair) -> Iterator[NetnsPair]:
     """A host behind ``b``, the port to which gives half of what ``a``'s does; ``b`` of the pair that is returned."""
     name = f"{pair.b}-far"
@@ -114,11 +130,15 @@ def test_the_rate_of_a_single_peer_is_used_when_many_windows_agree(netns_pair: N
         assert known(daemon)[SLOW].sightings >= MANY
 
 
-def test_the_share_of_a_single_peers_port_is_not_used(netns_pair: NetnsPair, tmp_path: Path) -> None:
-    with learning(netns_pair, tmp_path) as (daemon, flow), contextlib.ExitStack() as stack:
-        far = dataclasses.replace(netns_pair, b=f"{netns_pair.b}-far", addr_b=SLOW)
-        for _ in range(2):
-            rival = Flow.open(dataclasses.replace(far, a=netns_pair.b, addr_a=GATEWAY))
+@pytest.mark.parametrize("rivals", [1, 3])
+def test_the_share_of_a_single_peers_port_is_not_used(netns_pair: NetnsPair, tmp_path: Path, rivals: int) -> None:
+    with (
+        learning(netns_pair, tmp_path) as (daemon, flow),
+        rival_sender(netns_pair) as pair,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(rivals):
+            rival = Flow.open(pair)
             stack.callback(rival.close)
             rival.saturate()
         end = time.monotonic() + LONG * AGE_S + SEEN_S / 2

@@ -285,6 +285,21 @@ def test_the_engine_learns_nothing_where_the_receiver_or_the_process_is_slow(lim
     assert h.connections.peers.known(h.now) == []
 
 
+def test_the_jump_after_a_loss_is_no_rate() -> None:
+    h = Host("demand-bound")
+    slow, *_ = far_hosts(h)
+    rate = 50e6
+    for _ in range(40):
+        busy(h, slow, rate, 0.05)
+        slow.holes = True
+        busy(h, slow, 0.1 * rate, 0.05)  # what has arrived behind the hole is not acknowledged
+        h.send(slow, round(0.9 * rate * 0.05))
+        slow.holes = False
+    (known,) = h.connections.peers.known(h.now)
+    assert known.sightings >= SIGHTINGS
+    assert known.learnt < 1.2 * rate
+
+
 def test_the_engine_learns_nothing_of_what_is_configured_and_asks_nobody() -> None:
     rate = Rate.parse("400mbit")
     h = Host("demand-bound", peers=[PeerConfig(network=ip_network("10.0.0.2"), rate=rate)])

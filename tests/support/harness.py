@@ -59,6 +59,7 @@ class FakeSocket:
     app_limited: bool = False
     slow_start: bool = False
     queued: int = 0
+    holes: bool = False
     uid: int = 0
     pid: int = 0
     here: bool = True
