@@ -82,14 +82,22 @@ def used(daemon: Daemon) -> float:
 
 @contextlib.contextmanager
 def learning(
-    pair: NetnsPair, folder: Path, others: Sequence[NetnsPair] = (), extra: str = ""
+    pair: NetnsPair, folder: Path, others: Sequence[NetnsPair] = (), extra: str = "", rivals: int = 0
 ) -> Iterator[tuple[Daemon, Flow]]:
-    """A daemon that knows connections to the slow receiver and to ``others``; the first one, which is in use."""
+    """A daemon that knows connections to the slow receiver and to ``others``; the first one, which is in use.
+
+    ``rivals``: connections of another host to the slow receiver, in use before.
+    """
     with (
         slow_receiver(pair) as far,
+        rival_sender(pair) as elsewhere,
         running(Daemon(pair, folder, extra=extra)) as daemon,
         contextlib.ExitStack() as stack,
     ):
+        for _ in range(rivals):
+            rival = Flow.open(elsewhere)
+            stack.callback(rival.close)
+            rival.saturate()
         flows = [Flow.open(there) for there in (far, *others)]
         for flow in flows:
             stack.callback(flow.close)
@@ -132,15 +140,7 @@ def test_the_rate_of_a_single_peer_is_used_when_many_windows_agree(netns_pair: N
 
 @pytest.mark.parametrize("rivals", [1, 3])
 def test_the_share_of_a_single_peers_port_is_not_used(netns_pair: NetnsPair, tmp_path: Path, rivals: int) -> None:
-    with (
-        learning(netns_pair, tmp_path) as (daemon, flow),
-        rival_sender(netns_pair) as pair,
-        contextlib.ExitStack() as stack,
-    ):
-        for _ in range(rivals):
-            rival = Flow.open(pair)
-            stack.callback(rival.close)
-            rival.saturate()
+    with learning(netns_pair, tmp_path, rivals=rivals) as (daemon, flow):
         end = time.monotonic() + LONG * AGE_S + SEEN_S / 2
         while time.monotonic() < end:
             assert not used(daemon)
