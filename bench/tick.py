@@ -53,6 +53,8 @@ TICKS = 400
 PER_BATCH = 64
 TICK_S = 0.010
 LINK = 1.25e9
+LIMITS = LimitsConfig(max_connections_per_user=16_384)
+"""All connections are one user's."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def measure(n: int) -> tuple[float, float, float, float]:
         bands = Bands.build(5, default_after=policy.default_after, lanes=32)
         sockets = SimulatedSockets()
         connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), sockets, bands)
-        engine = Engine(connections, policy, bands, [SimulatedDevice(bands)], LimitsConfig(), RescueConfig())
+        engine = Engine(connections, policy, bands, [SimulatedDevice(bands)], LIMITS, RescueConfig())
         session = engine.session("bench", 0.0)
         now = 100.0
         for i in range(n):
@@ -188,7 +190,7 @@ def measure(n: int) -> tuple[float, float, float, float]:
             sent = rng.integers(0, 100_000, n)
             for name in ("bytes", "sent", "acked"):
                 rows[name][slots] += sent.astype(np.uint64)
-            rows["packets"][slots] += 2
+            rows["packets"][slots] += 16  # so that a window is over in two ticks
             rows["last_ns"][slots] = int(now * 1e9)
             sockets.busy_us += round(TICK_S * 1e6)
             if k % 4 == 0:
