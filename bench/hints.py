@@ -94,6 +94,10 @@ class Echo(hints_pb2_grpc.HintsServicer):
         async for request in request_iterator:
             await context.write(self._reply(request))
 
+    async def Advise(self, request: pb.AdviseRequest, context: Any) -> pb.AdviseReply:  # noqa: N802 - as generated
+        del request, context
+        return pb.AdviseReply()
+
 
 async def echo(directory: Path) -> None:
     server = grpc.aio.server()

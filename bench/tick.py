@@ -31,6 +31,7 @@ from mfsd.model import (
     BatchHint,
     CookieSelector,
     Endpoints,
+    Maker,
     ProgressHint,
     RequestHint,
     Selector,
@@ -85,6 +86,10 @@ class SimulatedSockets:
 
     def descends(self, pid: int, ancestor: int) -> bool:
         return pid == ancestor
+
+    def made_by(self, socket: Socket, maker: Maker) -> bool:
+        del socket, maker
+        return False
 
     def look(self, selectors: Sequence[Selector]) -> None:
         raise NotImplementedError(selectors)

@@ -18,7 +18,7 @@
 #endif
 
 enum mfsd_consts {
-	MFSD_ABI_VERSION = 2,
+	MFSD_ABI_VERSION = 3,
 	MFSD_MAX_BANDS = 16,	  /* what a prio qdisc can have (TCQ_PRIO_BANDS) */
 	MFSD_DSCP_KEEP = 0xff,	  /* band_map.dscp: leave the packet's DSCP alone */
 	MFSD_BAND_KEEP = 0xff,	  /* slot.band: count, but leave skb->priority alone */
@@ -29,7 +29,7 @@ enum mfsd_consts {
 	MFSD_EVENT_BYTES = 1 << 18, /* size of the ring buffer of events */
 	MFSD_NO_SLOT = 0xffffffff, /* event.slot: there was no free slot, or none is wanted */
 	MFSD_NO_RULE = 0xffffffff, /* event.rule: matched by its 5-tuple, or unmatched */
-	MFSD_ANY_ID = 0xffffffff, /* rule.uid, rule.pid: anybody's */
+	MFSD_ANY_ID = 0xffffffff, /* rule.uid, rule.pid, rule.tid: anybody's */
 };
 
 /* mfsd_host.flags [user] */
@@ -124,13 +124,12 @@ struct mfsd_rule {
 	__u8 daddr[16], dmask[16];
 	__u64 cgroup;	  /* 0: any */
 	__u64 expires_ns; /* of the slots that it makes */
-	__u32 pid, uid;	  /* MFSD_ANY_ID: any */
+	__u32 pid, tid, uid; /* MFSD_ANY_ID: any */
 	__u16 sport_first, sport_last; /* host order, inclusive */
 	__u16 dport_first, dport_last;
 	__u16 lanes;	  /* that connections are spread over: 1 .. lanes - 1; lane 0 alone if it is 1 */
 	__u8 band;	  /* where its connections begin */
 	__u8 used;
-	__u8 pad[4];
 };
 
 /* Indices of the rules that name one peer (key: its address), or (key: all 0) none in particular. [user] */

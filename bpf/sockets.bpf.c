@@ -145,6 +145,8 @@ static __always_inline int names(const struct mfsd_rule *r, const struct mfsd_so
 		return 0;
 	if ((r->pid != MFSD_ANY_ID && r->pid != sock->owner.pid) || (r->uid != MFSD_ANY_ID && r->uid != sock->owner.uid))
 		return 0;
+	if (r->tid != MFSD_ANY_ID && r->tid != sock->owner.tid)
+		return 0;
 	return !r->cgroup || r->cgroup == sock->owner.cgroup;
 }
 

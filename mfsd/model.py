@@ -77,6 +77,9 @@ class PortRange:
     def __contains__(self, port: int) -> bool:
         return self.first <= port <= self.last
 
+    def __str__(self) -> str:
+        return str(self.first) if self.exact else f"{self.first}-{self.last}"
+
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -114,7 +117,39 @@ class ProcessSelector:
     dport: PortRange
 
 
-Selector = CookieSelector | TupleSelector | ProcessSelector
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Who has made a socket, or the one that listened for it: all that is given must hold. Patterns as fnmatch has."""
+
+    pid: int = 0
+    """That process or one that descends from it; 0: any."""
+    executable: str = ""
+    """Pattern of its file: of the path if it has a slash in it, else of the name."""
+    thread: str = ""
+    """Pattern of the name of the thread that called socket(2)."""
+    cgroup: str = ""
+    """Pattern of its cgroup's path from the root, or of one above that."""
+    uid: int = -1
+
+    @property
+    def anybody(self) -> bool:
+        """It asks for nothing."""
+        return self == Maker()
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSelector:
+    """TCP sockets by who made them and where they lead, for rules of the configuration."""
+
+    maker: Maker
+    remote: Network | None = None
+    sport: PortRange = PortRange()
+    dport: PortRange = PortRange()
+
+
+HintSelector = CookieSelector | TupleSelector | ProcessSelector
+"""What hints can name."""
+Selector = HintSelector | RuleSelector
 
 NO_COOKIE: Final = (1 << 64) - 1
 """INET_DIAG_NOCOOKIE twice, include/uapi/linux/inet_diag.h: "any socket" to the kernel."""
@@ -310,6 +345,10 @@ class MarkHint:
     selector: Selector
     stage: Stage
     ordered: bool = True
+    due_in: float = INF
+    """Seconds to the deadline that its bytes count as having, always; INF: none."""
+    gives_way: bool = False
+    """It says nothing while transfers are announced on the connection."""
 
 
 Hint = RequestHint | BatchHint | ProgressHint | TransferHint | EndHint | MarkHint

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from google.rpc import code_pb2, status_pb2
 
 from mfsd.api import errors, messages, pages, trace
-from mfsd.model import INF, HintError, Mode
+from mfsd.model import INF, PORT_MAX, HintError, Mode
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 
@@ -163,6 +163,16 @@ class ControlService(control_pb2_grpc.ControlServicer):
         """Put the qdiscs back."""
         restored, problems = await self._daemon.restore(await self._named(request.device, context))
         return pb.RestoreReply(restored=restored, problems=problems)
+
+    async def ListRules(self, request: pb.ListRulesRequest, context: Context) -> pb.ListRulesReply:  # noqa: N802 - as generated
+        """Rules, and what they say of connections."""
+        if request.port > PORT_MAX:
+            await _invalid(context, "port", f"{request.port} is no port", f"1 to {PORT_MAX}")
+        verdicts = await self._daemon.verdicts(request.cookie, request.port)
+        if (request.cookie or request.port) and not verdicts and self._daemon.rules:
+            what = f"cookie {request.cookie}" if request.cookie else f"port {request.port}"
+            await _not_found(context, f"no TCP connection of this host has {what}")
+        return messages.rules(self._daemon, verdicts)
 
     async def SetLogLevel(self, request: pb.SetLogLevelRequest, context: Context) -> pb.SetLogLevelReply:  # noqa: N802 - as generated
         """Log more, or less."""

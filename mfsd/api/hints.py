@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from google.rpc import code_pb2
 
-from mfsd.api import columns, errors
+from mfsd.api import advice, columns, errors
 from mfsd.api.access import by_certificate, peer_of
 from mfsd.api.identity import LASTING
 from mfsd.logs import Seldom
@@ -29,7 +29,7 @@ from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable
+    from collections.abc import AsyncIterable, Awaitable, Callable
     from typing import Protocol
 
     import grpc
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mfsd.api.identity import Identities, Peer
     from mfsd.engine.engine import Engine
     from mfsd.engine.records import Session, Watch
+    from mfsd.model import Address
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -133,6 +134,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         self._ticks = ticks
         self.clock = clock
         self._seldom = Seldom()
+        self.elsewhere: Callable[[Address, Address], Awaitable[pb.Advice]] | None = None
+        """What another host's daemon says of its way to an address: (there, that host)."""
         self._latest = self._before = ("", 0.0)
         """The session that has sent something last, the one before it, and when."""
 
@@ -178,6 +181,21 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if reply.accepted:
             self._ticks.poke(waiting=alone)
         return answer
+
+    async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:  # noqa: N802 - as generated
+        """What paths can bear."""
+        try:
+            self._peer(context)
+            ways = advice.ways(request)
+        except (HintError, errors.Refused) as e:
+            await errors.abort(context, errors.of_call(e))
+        now, out = self.clock(), []
+        for dst, src in ways:
+            if src is None or advice.ours(src):
+                out.append(advice.advice(self.engine, dst, now))
+            else:
+                out.append(pb.Advice() if self.elsewhere is None else await self.elsewhere(dst, src))
+        return pb.AdviseReply(advice=out)
 
     def _session(self, name: str, peer: Peer | None, now: float, *, lasting: bool) -> Session:
         """The session of that name, if it is the peer's. Raises HintError or errors.Refused."""

@@ -11,7 +11,7 @@ import psutil
 import mfsd
 from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.engine.slots import NS
-from mfsd.model import INF, Mode, PortRange, ProcessSelector, Stage, TupleSelector
+from mfsd.model import INF, Mode, PortRange, ProcessSelector, RuleSelector, Stage, TupleSelector
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mfsd.api.operations import BandRow, Device, Figures, Operations
+    from mfsd.api.operations import BandRow, Device, Figures, Operations, Verdict
     from mfsd.engine.engine import Engine
     from mfsd.engine.records import Connection, Transfer, Watch
     from mfsd.model import Selector
     from mfsd.policy.views import Views
 
+RULES: Final = "mfsd:rules"
+"""The session whose marks are the configuration's rules."""
 NAMED: Final = 8
 """Selectors without a connection that the notices name."""
 SHOWN: Final = 1000
@@ -84,7 +86,21 @@ def _words(selector: Selector) -> str:
     if isinstance(selector, ProcessSelector):
         remote = "anywhere" if selector.remote is None else str(selector.remote)
         return f"process {selector.pid} -> {_host(remote, selector.dport)}"
+    if isinstance(selector, RuleSelector):
+        return conditions(selector)
     return f"cookie {selector.cookie}"
+
+
+def conditions(selector: RuleSelector) -> str:
+    """What a rule asks for, in words."""
+    maker = selector.maker
+    words = [f"remote {selector.remote}"] if selector.remote is not None else []
+    words += [f"remote port {selector.dport}"] if selector.dport != PortRange() else []
+    words += [f"local port {selector.sport}"] if selector.sport != PortRange() else []
+    words += [f"process {maker.pid}"] if maker.pid else []
+    words += [f"{what} {value}" for what in ("executable", "thread", "cgroup") if (value := getattr(maker, what))]
+    words += [f"user {maker.uid}"] if maker.uid >= 0 else []
+    return ", ".join(words)
 
 
 def _host(address: str, ports: PortRange) -> str:
@@ -92,6 +108,37 @@ def _host(address: str, ports: PortRange) -> str:
     if ports == PortRange():
         return text
     return f"{text}:{ports.first}" if ports.exact else f"{text}:{ports.first}-{ports.last}"
+
+
+def rules(daemon: Operations, verdicts: Sequence[Verdict]) -> pb.ListRulesReply:
+    """Rules in force, with what they name now."""
+    marks = daemon.engine.books.sessions.get(RULES)
+    held = {} if marks is None else {selector: len(mark.conns) for selector, mark in marks.marks.items()}
+    return pb.ListRulesReply(
+        rules=[
+            pb.Rule(
+                name=r.name,
+                source=r.source,
+                conditions=conditions(r.selector),
+                stage=int(r.stage),  # type: ignore[arg-type] # the same numbers
+                interleaved=not r.ordered,
+                deadline_us=0 if r.due_in == INF else int(r.due_in * 1e6),
+                connections=held.get(r.selector, 0),
+                problem=r.problem,
+            )
+            for r in daemon.rules
+        ],
+        verdicts=[
+            pb.RuleVerdict(
+                connection=str(v.socket.endpoints),
+                cookie=v.socket.cookie,
+                pid=v.socket.pid,
+                rule=v.rule.name,
+                failing=v.failing,
+            )
+            for v in verdicts
+        ],
+    )
 
 
 def _device(engine: Engine, index: int, device: Device, figures: Figures) -> pb.Device:

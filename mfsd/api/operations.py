@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from mfsd.engine.device import Device as EngineDevice
     from mfsd.engine.engine import Engine
-    from mfsd.model import Mode
+    from mfsd.engine.sockets import Socket
+    from mfsd.model import Mode, RuleSelector, Stage
     from mfsd.v1 import control_pb2 as pb
 
     class Device(EngineDevice, Protocol):
@@ -48,6 +49,32 @@ class BandRow:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleState:
+    """A rule in force."""
+
+    name: str
+    source: str
+    """Where it comes from."""
+    selector: RuleSelector
+    stage: Stage
+    ordered: bool
+    due_in: float
+    """INF: none."""
+    problem: str = ""
+    """Why it names nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a rule names a connection."""
+
+    socket: Socket
+    rule: RuleState
+    failing: tuple[str, ...]
+    """Conditions that don't hold, in words; none: it does."""
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What has been read of one device."""
 
@@ -61,6 +88,15 @@ class Operations(Protocol):
 
     engine: Engine
     started: float
+
+    @property
+    def rules(self) -> Sequence[RuleState]:
+        """Rules in force."""
+        ...
+
+    async def verdicts(self, cookie: int, port: int) -> Sequence[Verdict]:
+        """What each rule says of the connections with a cookie, or with a port at either end."""
+        ...
 
     @property
     def all_devices(self) -> Sequence[Device]:

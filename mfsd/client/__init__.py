@@ -10,11 +10,12 @@
 Needs grpcio and protobuf only (``pip install mfsd``), and no privileges.
 """
 
-from mfsd.client.client import Client, Rejected, Stats, Transfer
+from mfsd.client.client import Advice, Client, Rejected, Stats, Transfer
 from mfsd.client.selectors import Cookie, Fd, cookie_of, process_peer, tuple_of
 from mfsd.model import Event, EventKind, Stage
 
 __all__ = [
+    "Advice",
     "Client",
     "Cookie",
     "Event",

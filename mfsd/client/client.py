@@ -17,6 +17,8 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from mfsd.client.advice import Advice, Advisor
+from mfsd.client.events import Events
 from mfsd.client.link import Link, Rejected, Stats
 from mfsd.client.selectors import Connection, Named, name
 from mfsd.model import (
@@ -34,11 +36,11 @@ from mfsd.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
     from types import TracebackType
     from typing import Self
 
-__all__ = ["Client", "Rejected", "Stats", "Transfer"]
+__all__ = ["Advice", "Client", "Rejected", "Stats", "Transfer"]
 
 DEFAULT_TARGET: Final = "unix:/run/mfsd/mfsd.sock"
 TARGET_VARIABLE: Final = "MFSD_TARGET"
@@ -92,9 +94,12 @@ class Client:
             target = os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
         self.session = session or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(6)}"
         self._link: Link | None = None
+        self._events = Events(on_event)
+        self._advisor: Advisor | None = None
         if target:
             _need_threads()
-            self._link = Link(self.session, target, queue, batch, on_event, on_rejected)
+            self._advisor = Advisor(target)
+            self._link = Link(self.session, target, queue, batch, self._events.tell, on_rejected)
         _clients.add(self)
 
     # --- hints --------------------------------------------------------------------------------------------------------
@@ -226,6 +231,20 @@ class Client:
         if self._link is not None:
             self._link.put(hint)
 
+    # --- the way back -------------------------------------------------------------------------------------------------
+
+    def events(self) -> AsyncIterator[Event]:
+        """What the daemon tells from now on, in the running event loop, until ``close``: ``async for e in ...``."""
+        return self._events.listen()
+
+    def advice(self, peer: str, *, source: str = "") -> Advice | None:
+        """What the path to a host can bear, and how long bytes take: to choose where to decode, or to recompute.
+
+        ``source``: the sending host, if that is another one. Never waits: what is told is a fraction of a second old,
+        and None until a daemon has said something, which the first question makes it do.
+        """
+        return None if self._advisor is None else self._advisor.get(peer, source)
+
     # --- life ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -245,6 +264,10 @@ class Client:
         link, self._link = self._link, None
         if link is not None:
             link.close(timeout)
+        advisor, self._advisor = self._advisor, None
+        if advisor is not None:
+            advisor.close()
+        self._events.close()
 
     def __enter__(self) -> Self:
         return self
@@ -255,7 +278,7 @@ class Client:
         self.close()
 
     def _forked(self) -> None:
-        link, self._link = self._link, None
+        link, self._link, self._advisor = self._link, None, None
         if link is not None:
             link.forked()
 

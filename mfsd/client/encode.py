@@ -19,6 +19,7 @@ from mfsd.model import (
     PortRange,
     ProgressHint,
     RequestHint,
+    RuleSelector,
     Selector,
     TransferHint,
     TupleSelector,
@@ -155,6 +156,8 @@ def _selector(selector: Selector, out: pb.Selector) -> None:
         out.tuple.protocol = selector.protocol
         _ports(selector.sport, out.tuple.src_port)
         _ports(selector.dport, out.tuple.dst_port)
+    elif isinstance(selector, RuleSelector):
+        raise TypeError("a rule's selector is for the daemon's configuration, not for hints")
     else:
         out.process.pid = selector.pid
         out.process.remote = str(selector.remote) if selector.remote is not None else ""

@@ -35,6 +35,8 @@ WARN_S: Final = 10.0
 """Least time between two warnings about hints that are refused."""
 AWAY_S: Final = 30.0
 """A daemon that can't be reached for so long is worth a warning."""
+TRIPS: Final = 32
+"""Round trips of which the shortest counts."""
 CAUSES: Final = 64
 """Things warned of once that are remembered."""
 
@@ -66,6 +68,20 @@ class Stats:
     connects: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a link gets to a daemon."""
+
+    credentials: grpc.ChannelCredentials | None = None
+    """None: a plain channel."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Of the channel, besides the usual ones."""
+    correct: bool = False
+    """Times are corrected by what messages take, half of the shortest of the latest round trips."""
+    drops: Callable[[Hint, float], bool] | None = None
+    """Hints that are not sent any more."""
+
+
 @dataclass(slots=True, eq=False)
 class _Stream:
     """One attempt: state that dies with the connection."""
@@ -77,6 +93,8 @@ class _Stream:
     columns: bool = False
     """The daemon takes them."""
     unanswered: dict[int, Batch] = field(default_factory=dict)
+    sent: dict[int, float] = field(default_factory=dict)
+    """When messages were, by number."""
     over: bool = False
 
     def ended(self) -> bool:
@@ -95,11 +113,14 @@ class Link:
         batch: int,
         on_event: Callable[[Event], None] | None,
         on_rejected: Callable[[Rejected], None] | None,
+        way: Way | None = None,
     ) -> None:
+        """``way``: how to get there; None: over a plain channel, at once."""
         if queue < 1 or batch < 1:
             raise ValueError(f"queue = {queue}, batch = {batch}: both must be at least 1")
         self._session, self._target = session, target
         self._introduction = Introduction(target)
+        self._way = way or Way()
         self._batch = batch
         self._on_event, self._on_rejected = on_event, on_rejected
         self._queue: deque[Hint] = deque()
@@ -113,6 +134,9 @@ class Link:
         self._again: deque[Hint] = deque()
         """Sent but not answered when the stream broke."""
         self._stream: _Stream | None = None
+        self._took: deque[float] = deque(maxlen=TRIPS)
+        self._transit = 0.0
+        """Seconds that messages are on their way."""
         self._warned = 0.0
         self._said: set[str] = set()
         """What has been warned of since a daemon was reached last."""
@@ -180,14 +204,17 @@ class Link:
     # --- our thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        channel = grpc.insecure_channel(
-            self._target,
-            options=[
-                ("grpc.initial_reconnect_backoff_ms", int(BACKOFF_S[0] * 1000)),
-                ("grpc.min_reconnect_backoff_ms", int(BACKOFF_S[0] * 1000)),
-                ("grpc.max_reconnect_backoff_ms", int(BACKOFF_S[1] * 1000)),
-                ("grpc.enable_http_proxy", 0),
-            ],
+        options = [
+            ("grpc.initial_reconnect_backoff_ms", int(BACKOFF_S[0] * 1000)),
+            ("grpc.min_reconnect_backoff_ms", int(BACKOFF_S[0] * 1000)),
+            ("grpc.max_reconnect_backoff_ms", int(BACKOFF_S[1] * 1000)),
+            ("grpc.enable_http_proxy", 0),
+            *self._way.options,
+        ]
+        channel = (
+            grpc.insecure_channel(self._target, options)
+            if self._way.credentials is None
+            else grpc.secure_channel(self._target, self._way.credentials, options)
         )
         stub = hints_pb2_grpc.HintsStub(channel)
         backoff, reached = BACKOFF_S[0], time.monotonic()
@@ -269,6 +296,10 @@ class Link:
         rejected: list[Rejected] = []
         with self._changed:
             batch = stream.unanswered.pop(reply.seq, None)
+            sent = stream.sent.pop(reply.seq, None)
+            if sent is not None and self._way.correct:
+                self._took.append(time.monotonic() - sent)
+                self._transit = min(self._took) / 2
             if not stream.epoch:
                 stream.epoch, stream.columns = reply.epoch, reply.takes_columns
                 self._said.clear()
@@ -354,6 +385,11 @@ class Link:
         """The next hints to send, oldest first. The lock is held."""
         source = self._again or self._queue
         hints = [source.popleft() for _ in range(min(len(source), self._batch))]
+        if self._way.drops is not None:
+            now = time.monotonic()
+            kept = [hint for hint in hints if not self._way.drops(hint, now)]
+            self._stats.dropped += len(hints) - len(kept)
+            hints = kept
         batch = split(hints) if stream.columns else Batch(hints, len(hints))
         source.extendleft(reversed(hints[len(batch.hints) :]))
         if source is self._queue:
@@ -368,7 +404,8 @@ class Link:
             stream.unanswered[stream.seq] = batch
             self._stats.sent += len(batch.hints)
         out = hints_pb2.HintBatch(session=self._session, seq=stream.seq)
-        encode_batch(batch, time.monotonic(), out)
+        stream.sent[stream.seq] = now = time.monotonic()
+        encode_batch(batch, now + self._transit, out)
         return out
 
 

@@ -9,14 +9,16 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import termios
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from mfsd.model import (
     CookieSelector,
+    HintSelector,
     ProcessSelector,
-    Selector,
     TupleSelector,
     process_selector,
     tuple_selector,
@@ -52,7 +54,7 @@ class HasFileno(Protocol):
         ...
 
 
-Connection = HasFileno | Fd | Selector
+Connection = HasFileno | Fd | HintSelector
 """A socket, its descriptor or its cookie, or a selector made by ``tuple_of`` or ``process_peer``."""
 
 
@@ -60,7 +62,7 @@ Connection = HasFileno | Fd | Selector
 class Named:
     """What a connection is to the daemon."""
 
-    selector: Selector
+    selector: HintSelector
     position: int = 0
     """Bytes written to it so far, on TCP's scale; 0: unknown."""
     fault: str = ""
@@ -125,10 +127,19 @@ def _borrowed(fd: int) -> Iterator[socket.socket]:
         sock.detach()
 
 
+_tcp: weakref.WeakKeyDictionary[socket.socket, CookieSelector] = weakref.WeakKeyDictionary()
+"""What never changes of a TCP socket; two system calls saved each time."""
+
+
 def _of_socket(sock: Any) -> Named:
+    known = _tcp.get(sock) if type(sock) is socket.socket else None
+    if known is not None:
+        return Named(known, _position(sock))  # which fails for a socket that is closed
     selector = CookieSelector(cookie_of(sock))
     protocol = sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
     if protocol == socket.IPPROTO_TCP:
+        if type(sock) is socket.socket:
+            _tcp[sock] = selector
         return Named(selector, _position(sock))
     if protocol == IPPROTO_MPTCP:
         return Named(
@@ -143,13 +154,13 @@ def _position(sock: Any) -> int:
     """Bytes written, on the scale of tcpi_bytes_acked; 0: unknown."""
     if not hasattr(sock, "fileno"):
         return 0
-    acked = _acked(sock)
+    acked, number = _acked(sock), sock.fileno()
     for _ in range(TRIES):
-        (queued,) = struct.unpack("=i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))  # SIOCOUTQ
+        queued = int.from_bytes(fcntl.ioctl(number, termios.TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)  # SIOCOUTQ
         before, acked = acked, _acked(sock)
         if before == acked:
             break  # else some were acknowledged between the two calls
-    return acked + int(queued)
+    return acked + queued
 
 
 def _acked(sock: Any) -> int:

@@ -20,6 +20,8 @@ from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS
 from mfsd.daemon import config_files
 from mfsd.daemon.bands_section import BandsConfig
 from mfsd.daemon.config_endpoints import MetricsConfig, metrics_problems
+from mfsd.daemon.config_rules import RuleConfig, RulesConfig
+from mfsd.daemon.config_rules import problems as rule_problems
 from mfsd.daemon.config_text import example, explain, key, render, shown, toml
 from mfsd.daemon.config_values import (
     DeviceName,
@@ -40,6 +42,7 @@ from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
 from mfsd.model import Mode
 from mfsd.policy import registry
+from mfsd.relay.settings import RelayConfig
 
 __all__ = [
     "BandsConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "DeviceConfig",
     "PeerConfig",
     "PolicyConfig",
+    "RuleConfig",
     "load",
     "parse",
     "render",
@@ -200,12 +204,16 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
+    rules: RulesConfig = RulesConfig()
+    relay: RelayConfig = RelayConfig()
+    rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(as_tuple)] = ()
     metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
         problems += [*_limit_problems(self.limits), *metrics_problems(self.metrics)]
+        problems += [*rule_problems(self.rule, self.rules.library), *self.relay.problems()]
         problems += [
             f"{name} = ({len(found)} sections): at most {most}"
             for name, found, most in (("device", self.device, MAX_DEVICES), ("peer", self.peer, MAX_PEERS))

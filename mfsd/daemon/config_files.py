@@ -2,8 +2,8 @@
 """The configuration's files: mfsd.toml, and what the files of conf.d beside it add to it or change.
 
 conf.d/*.toml are read in the order of their names. Tables are merged key by key; a later file wins. Entries of
-[[device]] and [[peer]] are added, except that an entry for a device or network that an earlier file has changes that
-one's keys.
+[[device]], [[peer]] and [[rule]] are added, except that an entry for a device, network or name that an earlier file has
+changes that one's keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_DOTS: Final = 1000
 """In a line, comments aside: tomllib takes time and memory in the square of the length of a dotted key."""
 _DEPTH: Final = 3
 """Keys of one below another that are merged, section.key.name: below there is nothing."""
-IDENTITY: Final = {"device": "name", "peer": "network"}
+IDENTITY: Final = {"device": "name", "peer": "network", "rule": "name"}
 """Key that tells the entries of a list of sections apart."""
 _PART: Final = re.compile(r"\.?(?:\"(?:[^\"\\]|\\.)*\"|[^.\[\"]+)|\[\d+\]")
 """One step of a place: a key or an index."""

@@ -24,19 +24,22 @@ from mfsd.daemon.exposition import Exposition
 from mfsd.daemon.lock import StartError, lock
 from mfsd.daemon.predecessor import Predecessor
 from mfsd.daemon.rights import rights_of
+from mfsd.daemon.rules import Rules, cgroup_root
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.supervisor import Supervisor
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.datapath.errors import DatapathError
 from mfsd.host import clock
+from mfsd.host.makers import Census
 from mfsd.model import Mode
+from mfsd.relay.relay import Relay
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from mfsd.api.operations import Figures
+    from mfsd.api.operations import Figures, RuleState, Verdict
     from mfsd.daemon.config import Config
     from mfsd.daemon.device import Device
 
@@ -77,9 +80,12 @@ class Daemon:
             self.devices = Devices(config, config_bands.bands_of(config, policy), self._predecessor)
             undo.callback(self.devices.close)
             loop = asyncio.get_running_loop()
-            self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard))
+            self._cgroups = cgroup_root(undo)
+            self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard), self._cgroups)
             undo.callback(self._sockets.close)
             self.engine = wiring.engine_of(config, self.devices, policy, self._sockets)
+            self._rules = Rules(self.engine, cgroups=self._cgroups is not None)
+            self._rules.put(config, clock.monotonic())
             # The engine's times stand in the table beside the kernel's: all of them are the kernel's.
             self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat, clock=clock.monotonic)
             self._decoder = Decoder(config.limits)
@@ -96,6 +102,10 @@ class Daemon:
                 anonymous=config.daemon.anonymous,
                 clock=clock.monotonic,
             )
+            self._relay: Relay | None = None
+            if config.relay.on:
+                self._relay = Relay(config.relay, self.engine, self._decoder, self.ticker.poke, clock.monotonic)
+                hints.elsewhere = self._relay.advice
             control = ControlService(self, clock=clock.monotonic)
             self._server = Server(hints, control, self._identities, config.daemon)
             self._registry = measures.registry_of(lambda: self._snapshot(loop))
@@ -113,6 +123,8 @@ class Daemon:
                 self.devices.beat()
                 await self._care()
                 await self._server.start()
+                if self._relay is not None:
+                    await self._relay.start()
                 self._exposition.start(self._server.bind_for_operators)
                 self.ticker.start()
                 if self.devices.teller is not None:
@@ -137,6 +149,8 @@ class Daemon:
             # What clients have said stays in force until the next daemon knows it.
             self._identities.ended = lambda _peer: None
         await self._server.stop()
+        if self._relay is not None:
+            await self._relay.stop()
         await asyncio.to_thread(self._exposition.close)  # what it waits for may wait for the loop
         self.ticker.stop()
         if self._hand_over and self._supervisor.present:
@@ -291,6 +305,8 @@ class Daemon:
             self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
         self.engine.set_limits(merged.limits, merged.rescue)
         self._decoder.set_limits(merged.limits)
+        if keys & {"rule", "rules.library"}:
+            self._rules.put(merged, clock.monotonic())
         self._identities.limit = merged.limits.max_sessions_per_user
         if "bands.dscp" in keys or _touches(keys, "policy."):  # whose classes its levels are
             self.devices.set_dscp(config_bands.dscp_of(self.config))
@@ -324,9 +340,24 @@ class Daemon:
         out += self.devices.problems
         if self.devices.teller_problem:
             out.append(self.devices.teller_problem)
+        out += [] if self._relay is None else self._relay.notices()
+        out += [f"rule {r.name!r} names nothing: {r.problem}" for r in self.rules if r.problem]
         if not self.all_devices:
             out.append("no [[device]] is configured: hints are taken, nothing is shaped")
         return out + self._reload_problems
+
+    @property
+    def rules(self) -> Sequence[RuleState]:
+        """Rules in force."""
+        return self._rules.states
+
+    async def verdicts(self, cookie: int, port: int) -> list[Verdict]:
+        """What rules say of connections."""
+        if not cookie and not port:
+            return []
+        return await asyncio.to_thread(
+            lambda: self._rules.verdicts(self._sockets.named(cookie, port), Census(self._cgroups))
+        )
 
     def tick_durations(self) -> tuple[float, float]:
         """See Ticker."""

@@ -11,6 +11,7 @@ at a time. What the event loop reads meanwhile (``Device.shape``) is one immutab
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -181,11 +182,8 @@ class Devices:
     def _care_for_all(self, mode: Mode) -> None:
         with self._spare():
             state_dir, gone = self.config.daemon.state_dir, self._departures.since()
-            found = [
-                device
-                for device in self.all
-                if self._guarded(device, lambda d: locate.locate(self._sock, d, state_dir, gone))
-            ]
+            look = partial(locate.locate, self._sock, state_dir, gone)
+            found = [device for device in self.all if self._guarded(device, look)]
             ours = {d.ifindex for d in self.all}
             leftovers.cut(self.predecessor.others(ours))
             self.problems = leftovers.put_back(self._sock, state_dir, ours, [d.name for d in self.all])
@@ -210,8 +208,7 @@ class Devices:
         fit = mode is Mode.ENFORCE and not device.given_up and not device.put_back
         if shape is None and fit and self.predecessor.at_work:
             # The qdiscs first: until the classifiers change places, packets follow the old one into them.
-            notices = _tried(lambda: self._enforce(device)) + self._hook(device)
-            device.note("; ".join(notices))
+            device.note("; ".join(_tried(lambda: self._enforce(device)) + self._hook(device)))
             return
         notices = self._hook(device)
         if shape is not None:

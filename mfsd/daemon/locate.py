@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-def locate(sock: TcSocket, device: Device, state_dir: Path, gone: set[int] | None) -> None:
+def locate(sock: TcSocket, state_dir: Path, gone: set[int] | None, device: Device) -> None:
     """Find out which index the name means now, and let go of another one that it meant before.
 
     ``gone``: indices that have been away since the last time; None: nobody knows. Raises OSError.

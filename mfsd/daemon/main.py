@@ -22,6 +22,7 @@ from mfsd.daemon.daemon import Daemon
 from mfsd.daemon.lock import StartError
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.errors import DatapathError
+from mfsd.relay.incoming import RelayError
 
 if TYPE_CHECKING:
     from mfsd.daemon.config import Config
@@ -84,6 +85,6 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     keep_freed()
     try:
         asyncio.run(_serve(config, path, predecessor))
-    except (StartError, ServerError, DatapathError, OSError) as e:
+    except (StartError, ServerError, RelayError, DatapathError, OSError) as e:
         log.critical("can't start", reason=str(e))
         sys.exit(1)

@@ -26,7 +26,7 @@ RELOADABLE: Final = frozenset(
     }
 )
 """Keys that a running daemon can change, besides the sections below."""
-RELOADABLE_SECTIONS: Final = frozenset({"policy", "limits", "rescue"})
+RELOADABLE_SECTIONS: Final = frozenset({"policy", "limits", "rescue", "rules", "rule"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def changes(old: Config, new: Config) -> Changes:
         a, b = getattr(old, section), getattr(new, section)
         if a == b:
             continue
-        if section == "peer":
-            restart.append(section)
+        if section in ("peer", "rule"):
+            (now if section in RELOADABLE_SECTIONS else restart).append(section)
             continue
         if section == "device":
             _device_changes(old, new, now, restart)

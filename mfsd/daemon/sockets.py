@@ -9,30 +9,34 @@ comes from inet_diag either way.
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import structlog
 
+from mfsd.daemon.meant import listed_of, made, maker_of, matches, rows_of
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf.keys import address_bytes
-from mfsd.datapath.bpf.rules import Match
 from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
-from mfsd.host.processes import Families
+from mfsd.host.makers import Census, Makers
 from mfsd.host.sockets import SocketResolver
 from mfsd.logs import Seldom
-from mfsd.model import CookieSelector, HintError, PortRange, ProcessSelector, Selector, TupleSelector
+from mfsd.model import (
+    CookieSelector,
+    Maker,
+    ProcessSelector,
+    RuleSelector,
+    Selector,
+    TupleSelector,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
-    import numpy.typing as npt
-
+    from mfsd.datapath.bpf.rules import Match
     from mfsd.datapath.bpf.teller import Teller, Told
     from mfsd.engine.sockets import Progress
     from mfsd.host.sockets import Socket as Listed
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
 
 IPPROTO_TCP: Final = 6
 FAMILIES_S: Final = 1.0
-"""How often descendants of processes that selectors name are looked for."""
+"""How often it is looked for whom selectors mean: descendants of a process, processes of a name, cgroups."""
 KNOWN_MAX: Final = 65_536
 """Sockets remembered from listings where the kernel doesn't tell."""
 
@@ -59,7 +63,10 @@ class _Rule:
 class HostSockets:
     """See the module. ``wake`` is called from any thread when an answer to ``look`` has come."""
 
-    def __init__(self, teller: Teller | None, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, teller: Teller | None, wake: Callable[[], None] = lambda: None, cgroups: Path | None = None
+    ) -> None:
+        """``cgroups``: root of cgroup v2."""
         self._teller = teller
         self._wake = wake
         self._diag = SocketResolver()
@@ -74,10 +81,10 @@ class HostSockets:
         self._rules: dict[tuple[Selector, int], _Rule] = {}
         self._wanted: dict[Match, int] = {}
         """How many selectors and users share a match."""
-        self._families = Families()
-        self._descendants: Mapping[int, frozenset[int]] = {}
-        self._grown: list[Mapping[int, frozenset[int]]] = []
-        """Answers of the thread, the newest last."""
+        self._census = Census(cgroups)
+        self._meant: Mapping[Maker, Makers] = {}
+        self._latest: Mapping[Maker, Makers] = {}
+        """The thread's last answer, which replaces the former."""
         self._next_families = 0.0
         self._seldom = Seldom()
         if teller is not None:
@@ -107,7 +114,7 @@ class HostSockets:
                     out.append(Established(self._socket(event.sock), event.slot, event.active))
         while self._answers:
             out.append(self._answers.popleft())
-        self._follow_families()
+        self._follow_makers()
         return out
 
     def by_cookie(self, cookie: int) -> Socket | None:
@@ -160,9 +167,9 @@ class HostSockets:
         rule = self._rules.get((selector, uid))
         if rule is None:
             rule = self._rules[selector, uid] = _Rule([], (band, lanes, expires_ns))
-            if isinstance(selector, ProcessSelector):
+            if maker_of(selector) is not None:
                 self._next_families = 0.0
-            self._put(rule, self._matches(selector, uid))
+            self._put(rule, matches(selector, uid, self._meaning))
         elif rule.place != (band, lanes, expires_ns):
             rule.place = band, lanes, expires_ns
             self._put(rule, rule.matches)
@@ -192,53 +199,65 @@ class HostSockets:
 
     def descends(self, pid: int, ancestor: int) -> bool:
         """See Sockets."""
-        return pid == ancestor or pid in self._descendants.get(ancestor, ())
+        return pid == ancestor or pid in (self._meaning(Maker(pid=ancestor)).pids or ())
 
-    def _matches(self, selector: Selector, uid: int) -> list[Match]:
-        """What the kernel has to match for a selector."""
-        if isinstance(selector, TupleSelector):
-            dst = ipaddress.ip_network(selector.dst)
-            return [Match(selector.src, dst, selector.sport, selector.dport, uid=uid)]
-        if isinstance(selector, ProcessSelector):
-            pids = self._family(selector)
-            return [Match(None, selector.remote, PortRange(), selector.dport, pid, uid) for pid in pids]
-        return []
+    def made_by(self, socket: Socket, maker: Maker) -> bool:
+        """See Sockets."""
+        return maker.anybody or made(socket, maker, self._meaning(maker))
 
-    def _follow_families(self) -> None:
-        """Let processes' descendants count like them: those that the thread has found, and have it look again."""
-        if self._grown:
-            before, self._descendants, self._grown = self._descendants, self._grown[-1], []
+    def _follow_makers(self) -> None:
+        """Let selectors mean whom the thread has found last, and have it look again."""
+        if self._latest is not self._meant:
+            before, self._meant = self._meant, self._latest
             again: dict[Selector, None] = {}
             for (selector, uid), rule in self._rules.items():
-                if isinstance(selector, ProcessSelector):
-                    family = self._descendants.get(selector.pid, frozenset())
-                    if family != before.get(selector.pid, frozenset()):
-                        self._put(rule, self._matches(selector, uid))
-                    if family - before.get(selector.pid, frozenset()):
-                        again[selector] = None
+                maker = maker_of(selector)
+                if maker is None or self._meant.get(maker) == before.get(maker):
+                    continue
+                old, new = rule.matches, matches(selector, uid, self._meaning)
+                self._put(rule, new)
+                if set(new) - set(old) or self._teller is None:
+                    again[selector] = None
             if again:
                 self.look(list(again))
         now = time.monotonic()
         if now >= self._next_families:
-            pids = {s.pid for s, _ in self._rules if isinstance(s, ProcessSelector)}
             self._next_families = now + FAMILIES_S
-            if pids:
-                self._search("looking for descendants", lambda: self._look_for_families(pids))
+            makers = {m for s, _ in self._rules if (m := maker_of(s)) is not None}
+            if makers:
+                self._search("looking for processes", lambda: self._look_for(makers))
 
-    def _look_for_families(self, pids: set[int]) -> None:
-        found = self._families.look(pids)
-        self._grown.append(found)  # which the loop may take away at once
-        if found != self._descendants:
+    def _look_for(self, makers: Iterable[Maker]) -> None:
+        found = self._census.look(set(makers))
+        if found != self._latest:
+            self._latest = found
             self._wake()
 
-    def _family(self, selector: ProcessSelector) -> list[int]:
-        grown = self._grown  # from any thread
-        return [selector.pid, *(grown[-1] if grown else self._descendants).get(selector.pid, ())]
+    def _meaning(self, maker: Maker) -> Makers:
+        """Whom a description means, as far as is known; nobody, until it has been looked for. From any thread."""
+        found = self._latest.get(maker)
+        if found is not None:
+            return found
+        nobody: frozenset[int] = frozenset()
+        process = bool(maker.pid or maker.executable)
+        return Makers(nobody if process else None, nobody if maker.thread else None, nobody if maker.cgroup else None)
 
     def lend(self, slots: Sequence[int]) -> None:
         """See Sockets."""
         if self._teller is not None:
             self._teller.lend(slots)
+
+    def named(self, cookie: int, port: int) -> list[Socket]:
+        """Connections with a cookie, or with a port at either end. A search, for other threads than the loop's."""
+        if self._teller is not None:
+            cookies, rows = self._teller.all()
+            told = self._teller.told(cookies, rows)
+            every = [
+                self._socket(t) for t in told if port in (t.endpoints.sport, t.endpoints.dport) or t.cookie == cookie
+            ]
+        else:
+            every = [_listed(s) for s in self._diag.all()]
+        return [s for s in every if s.cookie == cookie or (port and port in (s.endpoints.sport, s.endpoints.dport))]
 
     def _seek(self, cookie: int) -> None:
         """Have all cookies that are asked for until it begins searched for together."""
@@ -278,22 +297,22 @@ class HostSockets:
                 self._teller.add(listed.cookie, listed.endpoints, listed.uid)
 
     def _look(self, selectors: list[Selector]) -> None:
-        pids = {s.pid for s in selectors if isinstance(s, ProcessSelector)}
-        if pids - self._descendants.keys():
-            self._look_for_families(pids | self._descendants.keys())
+        makers = {m for s in selectors if (m := maker_of(s)) is not None}
+        if makers - self._latest.keys():
+            self._look_for(makers | self._latest.keys())
         found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
         self._answers.extend(Found(s, f) for s, f in zip(selectors, found, strict=True))
         self._wake()
 
     def _from_listing(self, selectors: Sequence[Selector]) -> list[list[Socket]]:
-        single = [
-            (n, replace(s, pid=pid)) if isinstance(s, ProcessSelector) else (n, s)
-            for n, s in enumerate(selectors)
-            for pid in (self._family(s) if isinstance(s, ProcessSelector) else (0,))
-        ]
+        plain = [(n, s) for n, s in enumerate(selectors) if isinstance(s, CookieSelector | TupleSelector)]
         found: list[list[Socket]] = [[] for _ in selectors]
-        for (n, _), sockets in zip(single, self._diag.resolve_many([s for _, s in single]), strict=True):
+        for (n, _), sockets in zip(plain, self._diag.resolve_many([s for _, s in plain]), strict=True):
             found[n] += map(_listed, sockets)
+        others = [(n, s) for n, s in enumerate(selectors) if isinstance(s, ProcessSelector | RuleSelector)]
+        every = list(self._diag.all()) if others else []
+        for n, selector in others:
+            found[n] += map(_listed, listed_of(selector, every, self._meaning))
         for known in found:
             for one in known:
                 self._known[one.cookie] = one
@@ -304,30 +323,26 @@ class HostSockets:
     def _from_directory(self, selectors: Sequence[Selector]) -> list[list[Socket]]:
         assert self._teller is not None  # noqa: S101 - for the type checker
         cookies, rows = self._teller.all()
+        every = list(self._diag.all()) if any(maker_of(s) is not None for s in selectors) else []
         out: list[list[Socket]] = []
         for selector in selectors:
-            family = self._family(selector) if isinstance(selector, ProcessSelector) else []
-            picked = _pick(selector, rows, family)
+            picked = rows_of(selector, rows)
+            maker = maker_of(selector)
             found = [self._socket(t) for t in self._teller.told(cookies[picked], rows[picked])]
-            if isinstance(selector, ProcessSelector):
+            if isinstance(selector, ProcessSelector | RuleSelector) and maker is not None:
+                found = [s for s in found if self.made_by(s, maker)]
                 # Of connections that are older than we are, the directory does not know whose they are.
                 known = {s.cookie for s in found}
-                for pid in family:
-                    found += [s for s in map(_listed, self._of_process(selector, pid)) if s.cookie not in known]
+                found += [_listed(s) for s in listed_of(selector, every, self._meaning) if s.cookie not in known]
             out.append(found)
         return out
-
-    def _of_process(self, selector: ProcessSelector, pid: int) -> list[Listed]:
-        try:
-            return self._diag.resolve(replace(selector, pid=pid))
-        except HintError:
-            return []  # gone, or not ours to see
 
     def _socket(self, told: Told) -> Socket:
         assert self._teller is not None  # noqa: S101 - for the type checker
         if told.bound:
             self._asked.bound_to(told.cookie, told.bound)
-        return Socket(told.cookie, told.endpoints, told.uid, told.pid, told.netns == self._teller.netns)
+        here = told.netns == self._teller.netns
+        return Socket(told.cookie, told.endpoints, told.uid, told.pid, here, told.tid, told.cgroup)
 
     def _failed(self, what: str, error: Exception) -> None:
         if self._seldom(what):
@@ -336,35 +351,3 @@ class HostSockets:
 
 def _listed(found: Listed) -> Socket:
     return Socket(found.cookie, found.endpoints, found.uid, 0, here=True)
-
-
-def _pick(selector: Selector, rows: npt.NDArray[Any], pids: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """Which rows of the directory a selector means, shape (n,). ``pids``: the processes of a ProcessSelector."""
-    if isinstance(selector, CookieSelector):
-        return np.zeros(len(rows), dtype=np.bool_)
-    key = rows["key"]
-    swap = key["dport"].dtype.newbyteorder(">")
-    dport = key["dport"].view(swap)
-    out = (dport >= selector.dport.first) & (dport <= selector.dport.last)
-    if isinstance(selector, ProcessSelector):
-        out &= np.isin(rows["owner"]["pid"], pids)
-        if selector.remote is not None:
-            out &= _within(key["daddr"], selector.remote)
-        return out
-    sport = key["sport"].view(swap)
-    out &= (sport >= selector.sport.first) & (sport <= selector.sport.last)
-    out &= _within(key["daddr"], ipaddress.ip_network(selector.dst))
-    if selector.src is not None:
-        out &= _within(key["saddr"], ipaddress.ip_network(selector.src))
-    return out
-
-
-def _within(
-    addresses: npt.NDArray[np.uint8], network: ipaddress.IPv4Network | ipaddress.IPv6Network
-) -> npt.NDArray[np.bool_]:
-    """Which of (n, 16) addresses lie in a network."""
-    bits = network.prefixlen + (96 if network.version == 4 else 0)
-    mask = np.frombuffer((((1 << bits) - 1) << (128 - bits)).to_bytes(16, "big"), "u1")
-    wanted = np.frombuffer(address_bytes(network.network_address), "u1")
-    inside: npt.NDArray[np.bool_] = np.all((addresses & mask) == (wanted & mask), axis=1)
-    return inside

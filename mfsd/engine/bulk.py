@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mfsd.bands import LEVEL_NEW
 from mfsd.engine.records import Transfer
-from mfsd.model import INF, HintError, Selector, Stage
+from mfsd.model import INF, HintError, Selector, Stage, TransferHint
 
 if TYPE_CHECKING:
     from mfsd.engine.ledger import Ledger
@@ -57,6 +57,24 @@ class TransferColumns:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def hint(self, i: int) -> TransferHint:
+        """A row by itself."""
+        owners, selector = ["", *self.owners], self.selectors[self.selector[i]]
+        assert selector is not None  # noqa: S101 - rows without one are left out
+        return TransferHint(
+            self.ids[i],
+            owners[self.request[i]],
+            owners[self.batch[i]],
+            Stage(int(self.stage[i])),
+            int(self.target_layer[i]),
+            int(self.size[i]),
+            selector,
+            float(self.deadline[i]),
+            float(self.ttl[i]),
+            bool(self.ordered[i]),
+            int(self.position[i]),
+        )
 
     def keep(self, wanted: npt.NDArray[np.bool_]) -> TransferColumns:
         """The same with these rows only."""

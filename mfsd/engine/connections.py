@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mfsd.model import Address
 
 F8 = npt.NDArray[np.float64]
+MarkKind = tuple[Stage, float, bool]
+"""(stage, due_in, gives_way) of a mark."""
 
 IPPROTO_TCP: Final = 6
 UNSEEN_S: Final = 20.0
@@ -84,8 +86,10 @@ class Connections:
         """By slot: dense index of the remote address, -1 while unknown."""
         self.last_stage: npt.NDArray[np.uint8] = np.zeros(n, dtype=np.uint8)
         """By slot: stage of the last transfer announced there; bytes without a transfer of their own inherit it."""
-        self.mark_stages: npt.NDArray[np.uint8] = np.zeros(n, dtype=np.uint8)
-        """By slot: a bit (1 << stage) for each stage that a mark gives the connection."""
+        self.mark_sets: dict[frozenset[MarkKind], int] = {frozenset(): 0}
+        """What sets of marks a connection had so far, numbered."""
+        self.mark_set: npt.NDArray[np.int32] = np.zeros(n, dtype=np.int32)
+        """By slot: number of its set of marks; 0: none."""
         self.rest_since: F8 = np.full(n, INF)
         """By slot: since when a connection has nothing that holds it; inf while it has, or is not taken."""
         self._unseen: F8 = np.full(n, INF)
@@ -267,7 +271,7 @@ class Connections:
         if conn.endpoints is not None:
             self._forget_endpoints(conn, conn.endpoints)
         self.last_stage[conn.slot] = Stage.NONE
-        self.mark_stages[conn.slot] = 0
+        self.mark_set[conn.slot] = 0
         self._unlocated.discard(conn)
         self._unplaced.pop(conn, None)
         self.rest_since[conn.slot] = self._unseen[conn.slot] = INF
@@ -295,10 +299,8 @@ class Connections:
     def set_mark(self, conn: Connection, mark: Mark, now: float, *, on: bool) -> None:
         """Put a mark on a connection, beside those of others, or take it off."""
         (conn.marks.add if on else conn.marks.discard)(mark)
-        bits = 0
-        for one in conn.marks:
-            bits |= 1 << one.stage
-        self.mark_stages[conn.slot] = bits
+        kinds = frozenset((m.stage, m.due_in, m.gives_way) for m in conn.marks)
+        self.mark_set[conn.slot] = self.mark_sets.setdefault(kinds, len(self.mark_sets))
         self.note_rest(conn, now, linger=False)
 
     def idle(self, now: float, linger: float) -> list[Connection]:

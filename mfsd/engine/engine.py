@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mfsd.engine.bulk import Bad, TransferColumns
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
+    from mfsd.engine.elsewhere import Elsewhere
     from mfsd.engine.settings import LimitsConfig, RescueConfig
     from mfsd.model import Hint
     from mfsd.policy.base import Policy
@@ -77,6 +78,7 @@ class Engine:
         self.mode = mode
         self.paused = False
         self.epoch = secrets.randbits(63) | 1
+        self.elsewhere: Elsewhere | None = None
         self._next_house = self._next_sweep = 0.0
         self._sweep_from = 0
 
@@ -130,11 +132,14 @@ class Engine:
             return
         del sessions[session.name]
         session.user.sessions -= 1
+        if self.elsewhere is not None:
+            self.elsewhere.ended(session)
         self.delivery.hand_over(self.endings.end_session(session, now), now)
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
-        self.ledger.apply(session, hint, now)
+        if self.elsewhere is None or not self.elsewhere.take(session, hint, now):
+            self.ledger.apply(session, hint, now)
 
     def gather(self, now: float, *, on: bool) -> None:
         """Between on and off, and no longer than till others have their turn, cancellations are gathered."""
@@ -144,7 +149,19 @@ class Engine:
     def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
         """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
         self.ledger.settle(now)
-        return bulk.announce(self.ledger, session, columns, now)
+        if self.elsewhere is None:
+            return bulk.announce(self.ledger, session, columns, now)
+        away = [s is not None and self.elsewhere.sends(s) for s in columns.selectors]
+        if not any(away):
+            return bulk.announce(self.ledger, session, columns, now)
+        bad: Bad = []
+        handed_on = np.array(away).take(columns.selector)
+        for row in np.flatnonzero(handed_on).tolist():
+            try:
+                self.elsewhere.take(session, columns.hint(row), now)
+            except HintError as e:
+                bad.append((int(columns.row[row]), e))
+        return bad + bulk.announce(self.ledger, session, columns.keep(~handed_on), now)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 

@@ -52,10 +52,10 @@ class Ledger:
         watches: Watches,
         delivery: Delivery,
         endings: Endings,
-        band_of: Callable[[Stage], int],
+        band_of: Callable[..., int],
         limits: LimitsConfig,
     ) -> None:
-        """``band_of``: where bytes begin of which nothing but the stage is known."""
+        """``band_of(stage, due_in)``: where bytes begin of which nothing but these is known."""
         self.books = books
         self.connections = connections
         self.watches = watches
@@ -424,7 +424,8 @@ class Ledger:
                 "max_marks_per_session",
                 "take back those that are not needed",
             )
-        self._put_mark(session, Mark(session, hint.selector, hint.stage, hint.ordered), now)
+        mark = Mark(session, hint.selector, hint.stage, hint.ordered, hint.due_in, hint.gives_way)
+        self._put_mark(session, mark, now)
         if old is not None:
             # Not before: the kernel knows the selector all the time, so that no new connection is missed.
             self.endings.lift(old, now)
@@ -436,7 +437,7 @@ class Ledger:
         if isinstance(selector, CookieSelector):
             conn = self.connections.of_cookie(selector.cookie, expires, session)
         else:
-            watch = self.watches.get(session, selector, self.band_of(mark.stage), expires, now)
+            watch = self.watches.get(session, selector, self.band_of(mark.stage, mark.due_in), expires, now)
             watch.mark = mark
             for known in list(watch.conns):
                 self.joined(watch, known, None, now)

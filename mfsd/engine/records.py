@@ -180,6 +180,8 @@ class Mark:
     selector: Selector
     stage: Stage
     ordered: bool = True
+    due_in: float = INF
+    gives_way: bool = False
     conns: set[Connection] = field(default_factory=set)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.model import Endpoints, Selector, TupleSelector
+    from mfsd.model import Endpoints, Maker, Selector, TupleSelector
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,10 @@ class Socket:
     """That process, in the daemon's pid namespace; 0: unknown."""
     here: bool
     """It is in the daemon's network namespace, so that TCP's word on it can be had."""
+    tid: int = 0
+    """The thread that made it; 0: unknown."""
+    cgroup: int = 0
+    """Id of that one's cgroup (v2); 0: unknown."""
 
 
 class Progress(Protocol):
@@ -124,10 +128,14 @@ class Sockets(Protocol):
         """A process is another one, or was started by it or by one that descends from it, as far as is known."""
         ...
 
+    def made_by(self, socket: Socket, maker: Maker) -> bool:
+        """Somebody of that description has made it, as far as is known."""
+        ...
+
     def look(self, selectors: Sequence[Selector]) -> None:
         """Search for connections that are open already; the answer comes among the events.
 
-        A ProcessSelector is answered again, unasked, when the process has got descendants.
+        Those that name processes are answered again, unasked, when there are more of these.
         """
         ...
 

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.views import views_of
-from mfsd.model import Event, EventKind, Stage
+from mfsd.model import INF, Event, EventKind, Stage
 from mfsd.policy.still import stage_levels
+from mfsd.policy.views import LinkView, TransferView, Views
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.streams import Moved
     from mfsd.policy.base import Policy
-    from mfsd.policy.views import B1, F8, I2, Views
+    from mfsd.policy.views import B1, F8, I2
 
 OBSERVE_S: Final = 0.02
 """How often the devices' counters are read."""
 FEASIBLE_S: Final = 0.05
 """How often infeasible transfers are looked for, to tell their workers, if decisions don't say who they are."""
+AMPLE: Final = 1e12
+"""Bytes/s of a link on which nothing is late."""
 PATH_MAX: Final = 16
 """Decisions remembered of each transfer."""
 SIZES_KEPT: Final = 512
@@ -58,8 +61,8 @@ class Steering:
     ladder: Ladder = field(init=False)
     guarantees: Guarantees = field(init=False)
     stage_level: I2 = field(init=False)
-    _marked_level: I2 = field(init=False)
-    """By set of stages (bits): the most urgent one's."""
+    _marked: list[tuple[int, int]] = field(init=False)
+    """By set of marks (Connections.mark_sets): the most urgent level of those that count always, and of all."""
     _stage_band: npt.NDArray[np.uint8] = field(init=False)
     _sizes: F8 = field(default_factory=lambda: np.zeros(0))
     _next_observe: float = 0.0
@@ -81,14 +84,30 @@ class Steering:
         self.policy = policy
         self.ladder = Ladder(self.bands, policy.levels)
         self.stage_level = stage_levels(policy)
-        bits = np.arange(1 << len(Stage))[:, None] >> np.arange(len(Stage)) & 1
-        self._marked_level = np.where(bits > 0, self.stage_level, LEVEL_SCAVENGER).min(axis=1).astype(np.int16)
+        self._marked = []
         self._stage_band = self.ladder.bands(self.stage_level)
         self.guarantees.collectives = self.band_of(Stage.COLLECTIVE)
 
-    def band_of(self, stage: Stage) -> int:
-        """Where bytes belong of which nothing but the stage is known."""
-        return int(self._stage_band[stage])
+    def band_of(self, stage: Stage, due_in: float = INF) -> int:
+        """Where bytes belong of which nothing but the stage is known, and in how many seconds they count as due."""
+        if due_in == INF:
+            return int(self._stage_band[stage])
+        return int(self.ladder.bands(np.array([self._level_of(stage, due_in)], dtype=np.int16))[0])
+
+    def _level_of(self, stage: Stage, due_in: float) -> int:
+        if due_in == INF:
+            return int(self.stage_level[stage])
+        one = TransferView.of(1, stage=int(stage), deadline=due_in)
+        return int(self.policy.evaluate(Views.of(one, LinkView.of(AMPLE, self.policy.levels))).level[0])
+
+    def _marks(self) -> tuple[I2, I2]:
+        """``_marked``, completed, by columns."""
+        for kinds in list(self.connections.mark_sets)[len(self._marked) :]:
+            levels = [(self._level_of(stage, due_in), gives_way) for stage, due_in, gives_way in kinds]
+            always = min((level for level, gives_way in levels if not gives_way), default=LEVEL_SCAVENGER)
+            self._marked.append((always, min((level for level, _ in levels), default=LEVEL_SCAVENGER)))
+        columns = np.array(self._marked, dtype=np.int16)
+        return columns[:, 0], columns[:, 1]
 
     def views(self, now: float, moved: Moved | None = None) -> Views:
         """What the policy sees now, given how far streams have come (None: look)."""
@@ -180,6 +199,8 @@ class Steering:
     def levels(self) -> I2:
         """Level by slot, shape (high,): of the most urgent transfer, else of the last stage; a mark is the least.
 
+        Marks that give way (rules) count where there is no transfer.
+
         A transfer's level is that of all connections of its stream: nobody can tell which of them its bytes take.
         """
         high = self.connections.table.high
@@ -197,10 +218,10 @@ class Steering:
             np.minimum.at(level, slot[on], of_stream.take(stream[on]))
             busy[slot[on]] = True
         level = np.where(busy, level, self.stage_level.take(self.connections.last_stage[:high]))
-        marks = self.connections.mark_stages[:high]
+        marks = self.connections.mark_set[:high]
         if marks.any():
-            marked = self._marked_level.take(marks)
-            level = np.where(marks > 0, np.where(busy, np.minimum(level, marked), marked), level)
+            always, least = self._marks()
+            level = np.where(marks > 0, np.where(busy, np.minimum(level, always.take(marks)), least.take(marks)), level)
         return level
 
     # --- the way back -------------------------------------------------------------------------------------------------

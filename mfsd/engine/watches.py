@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.engine.records import Watch
 from mfsd.engine.slots import NS
-from mfsd.model import CookieSelector, Endpoints, HintError, ProcessSelector, Selector, TupleSelector
+from mfsd.model import CookieSelector, Endpoints, HintError, ProcessSelector, RuleSelector, Selector, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -166,6 +166,13 @@ class Watches:
                 e.dport in selector.dport
                 and (selector.remote is None or e.dst in selector.remote)
                 and self._sockets.descends(socket.pid, selector.pid)
+            )
+        if isinstance(selector, RuleSelector):
+            return (
+                e.sport in selector.sport
+                and e.dport in selector.dport
+                and (selector.remote is None or e.dst in selector.remote)
+                and self._sockets.made_by(socket, selector.maker)
             )
         return isinstance(selector, CookieSelector) and selector.cookie == socket.cookie
 

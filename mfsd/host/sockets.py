@@ -21,8 +21,8 @@ from mfsd.model import (
     CookieSelector,
     Endpoints,
     HintError,
+    HintSelector,
     ProcessSelector,
-    Selector,
     TupleSelector,
 )
 
@@ -103,7 +103,7 @@ class SocketResolver:
     ) -> None:
         self.close()
 
-    def resolve(self, selector: Selector) -> list[Socket]:
+    def resolve(self, selector: HintSelector) -> list[Socket]:
         """Sockets that the selector means now, in no particular order; empty if there are none yet.
 
         An exact TCP tuple costs one lookup; everything else lists sockets, filtered in the kernel where it can.
@@ -127,7 +127,7 @@ class SocketResolver:
         (answer,) = self._diag.lookup([request])
         return -1 if answer is None else answer.row.uid
 
-    def resolve_many(self, selectors: Sequence[Selector]) -> list[list[Socket]]:
+    def resolve_many(self, selectors: Sequence[HintSelector]) -> list[list[Socket]]:
         """As `resolve` for each, aligned with ``selectors``, sharing one listing per address family.
 
         Meant for rules that wait for their sockets: what can't be resolved (process gone, not permitted) is empty.
@@ -200,7 +200,7 @@ class SocketResolver:
 
     # --- one pass over all selectors ----------------------------------------------------------------------------------
 
-    def _resolve(self, selectors: Sequence[Selector], inodes: dict[int, set[int]]) -> list[list[Socket]]:
+    def _resolve(self, selectors: Sequence[HintSelector], inodes: dict[int, set[int]]) -> list[list[Socket]]:
         """``inodes`` holds the sockets of the process by index of its selector."""
         out: list[dict[int, Socket]] = [{} for _ in selectors]  # by cookie: a listing may show a socket twice
         exact = [n for n, s in enumerate(selectors) if isinstance(s, TupleSelector) and s.exact and s.protocol == 6]
@@ -214,7 +214,7 @@ class SocketResolver:
         self._listed(socket.IPPROTO_UDP, 1 << inet_diag.ESTABLISHED, selectors, udp | cookies, inodes, out)
         return [list(found.values()) for found in out]
 
-    def _exact(self, selectors: Sequence[Selector], indices: list[int], out: list[dict[int, Socket]]) -> None:
+    def _exact(self, selectors: Sequence[HintSelector], indices: list[int], out: list[dict[int, Socket]]) -> None:
         requests = []
         for n in indices:
             s = selectors[n]
@@ -231,7 +231,7 @@ class SocketResolver:
         self,
         protocol: int,
         states: int,
-        selectors: Sequence[Selector],
+        selectors: Sequence[HintSelector],
         indices: set[int],
         inodes: dict[int, set[int]],
         out: list[dict[int, Socket]],
@@ -254,7 +254,7 @@ class SocketResolver:
 class _Index:
     """Selectors arranged so that a listed socket finds those that mean it without trying all."""
 
-    def __init__(self, selectors: dict[int, Selector], inodes: dict[int, set[int]]) -> None:
+    def __init__(self, selectors: dict[int, HintSelector], inodes: dict[int, set[int]]) -> None:
         self._cookies: dict[int, list[int]] = {}
         self._tuples: dict[bytes, list[tuple[int, TupleSelector]]] = {}
         self._inodes: dict[int, list[tuple[int, ProcessSelector]]] = {}

@@ -18,7 +18,7 @@ from pyroute2 import IPRoute, netns
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
-from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, attach, hook_users, remove_leftover
+from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, attach, hook_users, inherit, remove_leftover
 from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.bpf.loader import PROGRAM
@@ -308,6 +308,39 @@ def test_update_replaces_the_program(ns: Namespace, classifier: Classifier, meth
         assert runs(ns, successor)
         assert not runs(ns, classifier)
         assert len(ns.run(lambda: hook_users(i))) == 1
+    ns.run(a.detach)
+
+
+@TCX
+def test_detached_is_off_though_somebody_else_holds_the_link(ns: Namespace, classifier: Classifier) -> None:
+    i = index(ns)
+    a = ns.run(lambda: attach(classifier, i, "tcx"))
+    held = os.dup(a.fileno())
+    try:
+        ns.run(a.detach)
+        assert ns.run(lambda: hook_users(i)) == []
+        again = ns.run(lambda: attach(classifier, i, "tcx"))  # EEXIST if it still hung there
+        assert ns.run(lambda: inherit(classifier, i, os.dup(held))) is None  # is worth nothing any more
+        assert ns.run(again.standing).attached
+        ns.run(again.detach)
+    finally:
+        os.close(held)
+
+
+@TCX
+def test_a_link_is_inherited_on_its_own_device_only(ns: Namespace, classifier: Classifier) -> None:
+    i, other = index(ns), index(ns, "d1")
+    a = ns.run(lambda: attach(classifier, i, "tcx"))
+    with LibbpfLoader().open_classifier(64, classifier) as successor:
+        b = ns.run(lambda: inherit(successor, i, os.dup(a.fileno())))
+        assert b is not None
+        assert ns.run(b.standing).attached
+        assert not ns.run(a.standing).attached  # of the same link, which has another program now
+        assert runs(ns, successor)
+        assert len(ns.run(lambda: hook_users(i))) == 1
+        assert ns.run(lambda: inherit(successor, other, os.dup(b.fileno()))) is None
+        assert ns.run(lambda: hook_users(i)) == []
+        ns.run(b.detach)
     ns.run(a.detach)
 
 

@@ -4,27 +4,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
 from ipaddress import ip_network
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from support.privileges import DAEMON, call_with
 
 from mfsd.daemon import sockets
 from mfsd.daemon.sockets import HostSockets
+from mfsd.datapath.bpf.cgroup import mounted_at
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.teller import Teller
 from mfsd.engine.sockets import Established, Found
 from mfsd.host.processes import Families
-from mfsd.model import PortRange, ProcessSelector
+from mfsd.model import Maker, PortRange, ProcessSelector, RuleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from support.namespaces import NetnsPair
 
@@ -103,7 +106,7 @@ def host(
         if request.param == "told":
             teller = stack.enter_context(netns_pair.call(netns_pair.a, lambda: Teller(classifier)))
             teller.lend(range(16))
-        made = netns_pair.call(netns_pair.a, lambda: HostSockets(teller))
+        made = netns_pair.call(netns_pair.a, lambda: HostSockets(teller, cgroups=mounted_at()))
         stack.callback(made.close)
         yield made
 
@@ -150,8 +153,9 @@ def test_the_peers_that_a_selector_names_hold_for_children_too(host: HostSockets
         host.watch(selector, -1, 3, 2, 2**62)
         until(host, lambda _: host.descends(child, worker.popen.pid))
         host.look([selector])
-        answers = [e for e in until(host, lambda es: any(isinstance(e, Found) for e in es)) if isinstance(e, Found)]
-        assert len(answers[-1].sockets or ()) == wanted
+        # An answer that nobody asked for may still come for the selector before.
+        answers = [e for e in until(host, functools.partial(answered, selector)) if answered(selector, [e])]
+        assert [len(e.sockets or ()) for e in answers if isinstance(e, Found)][-1] == wanted
         host.unwatch(selector, -1)
 
 
@@ -167,3 +171,145 @@ def test_a_child_stays_of_the_family_when_its_parent_ends(worker: Worker) -> Non
     while families.look([worker.popen.pid])[worker.popen.pid]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def answered(selector: ProcessSelector, events: list[Event]) -> bool:
+    return any(isinstance(e, Found) and e.selector == selector for e in events)
+
+
+def rule_of(**more: Any) -> RuleSelector:
+    return RuleSelector(Maker(**more))
+
+
+def test_a_process_is_told_by_its_executable_and_by_its_user(host: HostSockets, worker: Worker, port: int) -> None:
+    _, open_already = worker.connects()
+    runs = os.readlink(f"/proc/{worker.popen.pid}/exe")  # noqa: PTH115
+    named = [
+        RuleSelector(Maker(executable=runs), None, PortRange(), PortRange(port, port)),
+        RuleSelector(
+            Maker(executable=f"{runs.rpartition('/')[2][:-1]}?", uid=os.geteuid()), dport=PortRange(port, port)
+        ),
+        RuleSelector(Maker(uid=os.geteuid(), pid=worker.popen.pid), ip_network("10.0.0.0/8")),
+    ]
+    others = [rule_of(executable="no-such*"), RuleSelector(Maker(uid=12345), dport=PortRange(port, port))]
+    for selector in (*named, *others):
+        host.watch(selector, -1, 3, 2, 2**62)
+    host.look([*named, *others])
+    events = until(host, lambda seen: sum(isinstance(e, Found) for e in seen) >= 5)
+    answers = {e.selector: [s.cookie for s in e.sockets or ()] for e in events if isinstance(e, Found)}
+    assert [open_already in answers[s] for s in (*named, *others)] == [True, True, True, False, False]
+    if host.tells:
+        _, later = worker.connects()
+        (event,) = [
+            e for e in until(host, lambda s: any(isinstance(e, Established) for e in s)) if isinstance(e, Established)
+        ]
+        assert event.socket.cookie == later
+        assert event.slot is not None
+        assert all(host.made_by(event.socket, s.maker) for s in named)
+        assert not any(host.made_by(event.socket, s.maker) for s in others)
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of our own, below one whose name is a unit's."""
+    root = mounted_at()
+    if root is None:
+        pytest.skip("cgroup v2 is not mounted")
+    unit = root / f"mfsd-test-{os.getpid()}.service"
+    inner = unit / "inner"
+    inner.mkdir(parents=True)
+    yield inner
+    for folder in (inner, unit):
+        wait_until_gone(folder)
+
+
+def wait_until_gone(folder: Path) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            folder.rmdir()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        else:
+            return
+
+
+def test_a_process_is_told_by_its_cgroup(host: HostSockets, worker: Worker, cgroup: Path) -> None:
+    unit = rule_of(cgroup=f"*/{cgroup.parent.name}")
+    other = rule_of(cgroup="/no-such/*")
+    (cgroup / "cgroup.procs").write_text(f"{worker.popen.pid}\n")
+    try:
+        _, open_already = worker.connects()
+        for selector in (unit, other):
+            host.watch(selector, -1, 3, 2, 2**62)
+        host.look([unit, other])
+        events = until(host, lambda seen: found(seen, open_already))
+        assert not any(isinstance(e, Found) and e.selector == other and e.sockets for e in events)
+        if host.tells:
+            _, later = worker.connects()
+            events = until(host, lambda seen: any(isinstance(e, Established) for e in seen))
+            assert [e.socket.cookie for e in events if isinstance(e, Established) and e.slot is not None] == [later]
+    finally:
+        worker.end()
+
+
+THREADS: Final = """
+import ctypes, socket, sys, threading
+host, port = sys.argv[1:]
+def work(name, sock):
+    ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # PR_SET_NAME
+    for line in lines[name]:
+        one = socket.create_connection((host, int(port)))
+        print(int.from_bytes(one.getsockopt(socket.SOL_SOCKET, 57, 8), sys.byteorder), flush=True)
+        kept.append(one)
+        done.set()
+import queue
+kept, done = [], threading.Event()
+class Lines:
+    def __init__(self): self.q = queue.Queue()
+    def __iter__(self): return iter(self.q.get, None)
+lines = {b"NCCL Service 0": Lines(), b"other": Lines()}
+for name in lines:
+    threading.Thread(target=work, args=(name, None), daemon=True).start()
+for line in sys.stdin:
+    done.clear()
+    lines[line.strip().encode()].q.put(1)
+    done.wait()
+"""
+
+
+def test_connections_are_told_by_the_thread_that_makes_them(
+    host: HostSockets, netns_pair: NetnsPair, port: int
+) -> None:
+    command = [sys.executable, "-c", THREADS, netns_pair.addr_b, str(port)]
+    popen: subprocess.Popen[str] = netns_pair.call(
+        netns_pair.a, lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    )
+    assert popen.stdin is not None
+    assert popen.stdout is not None
+
+    def connect(name: str) -> int:
+        assert popen.stdin is not None
+        assert popen.stdout is not None
+        popen.stdin.write(f"{name}\n")
+        popen.stdin.flush()
+        return int(popen.stdout.readline())
+
+    try:
+        early = connect("NCCL Service 0"), connect("other")
+        selector = rule_of(thread="NCCL*", pid=popen.pid)
+        host.watch(selector, -1, 3, 2, 2**62)
+        host.look([selector])
+        if not host.tells:  # a listing does not say which thread made a socket: better nobody's than everybody's
+            events = until(host, lambda seen: any(isinstance(e, Found) for e in seen))
+            assert not any(e.sockets for e in events if isinstance(e, Found))
+            return
+        events = until(host, lambda seen: found(seen, early[0]))
+        assert not found(events, early[1])
+        later = connect("other"), connect("NCCL Service 0")
+        events = until(host, lambda seen: any(isinstance(e, Established) for e in seen))
+        assert [e.socket.cookie for e in events if isinstance(e, Established)] == [later[1]]
+    finally:
+        popen.kill()
+        popen.communicate()

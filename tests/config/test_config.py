@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mfsd.daemon import config_bands, config_text
-from mfsd.daemon.config import Config, ConfigError, DeviceConfig, PeerConfig, load, parse, render
+from mfsd.daemon.config import Config, ConfigError, DeviceConfig, PeerConfig, RuleConfig, load, parse, render
 from mfsd.model import Mode
 from mfsd.units import Rate
 
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = {"name": "eth0"}
 PEER = {"network": "fd00::/8", "rate": "1gbit"}
-LISTS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
+RULE: dict[str, Any] = {"name": "kv", "stage": "p2d", "remote_ports": 6379}
+LISTS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "device": (DeviceConfig, DEVICE),
     "peer": (PeerConfig, PEER),
+    "rule": (RuleConfig, RULE),
 }
 """Sections that may come several times: their model, and one that is right."""
 
@@ -34,7 +36,7 @@ def _section(name: str) -> Any:
 
 ALL_KEYS = [
     (section, key)
-    for section in ("daemon", "device", "peer", "bands", "policy", "limits", "rescue")
+    for section in ("daemon", "device", "peer", "bands", "policy", "limits", "rescue", "rules", "relay", "rule")
     for key in _section(section).model_fields
 ]
 NUMBERS = [
@@ -330,9 +332,11 @@ def test_the_example_file_is_the_defaults() -> None:
     assert parse(tomllib.loads(text)) == Config()
     # With every key that has a default uncommented it still says the same.
     lines = [re.sub(r"^#(\w+ = .+)$", r"\1", line) for line in text.splitlines()]
-    device = lines.index("#[[device]]")
-    end = next(i for i in range(device, len(lines)) if not lines[i])
-    told = parse(tomllib.loads("\n".join(lines[:device] + lines[end:])))
+    for section in ("device", "peer", "rule"):
+        start = lines.index(f"#[[{section}]]")
+        end = next((i for i in range(start, len(lines)) if not lines[i]), len(lines))
+        del lines[start:end]
+    told = parse(tomllib.loads("\n".join(lines)))
     assert told == Config()
     assert told.limits.model_fields_set == set(type(told.limits).model_fields)
 

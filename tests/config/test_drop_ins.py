@@ -75,6 +75,11 @@ def test_without_mfsd_toml_the_drop_ins_do(main: Path) -> None:
         ("[bands.dscp]\n'level 7' = 3\n", 'bands.dscp."level 7" = 3: no such class or band'),
         ("[policy]\nmargins = 9\n", "policy.margins"),
         ("[daemon\n", "is not TOML"),
+        ("#" * (config_files.MAX_BYTES + 1), "is not TOML: more than"),
+        ("a = " + "[" * 5000 + "]" * 5000, "is not TOML: nested too deeply"),
+        (f"{'.'.join('a' * 900)} = 1", "a = { a = { a = { a = ... } } }: unknown key"),
+        (f"[daemon]\n{'x' * 300}.y = 1", f"daemon.{'x' * 200}... (300 characters) = "),
+        (f"[daemon]\n'{'.' * 300}' = 1", 'daemon."' + "." * 199 + "... (302 characters) = "),
     ],
 )
 def test_a_problem_names_its_file_and_the_place_in_it(main: Path, text: str, problem: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-DOCS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PRESENT: Final = [path for path in DOCS if path.name != "CHANGELOG.md"]
 """Those that say how things are; the change log also names what is gone."""
 TOP: Final = ("mfsd", "bpf", "proto", "systemd", "tests", "scripts", "bench", "packaging", "docs", ".ci")

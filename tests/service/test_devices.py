@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.benches import wait_until
@@ -15,7 +17,9 @@ from support.vanishing import vanishings
 from mfsd.daemon import config_bands
 from mfsd.daemon.config import parse
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.predecessor import HOST, Predecessor, link_name
 from mfsd.datapath import _abi
+from mfsd.datapath.bpf.attach import hook_users
 from mfsd.engine.device import Rescue
 from mfsd.engine.records import Connection
 from mfsd.model import Mode
@@ -277,3 +281,57 @@ def test_a_device_that_vanishes_meanwhile_leaves_the_others_alone(
 
     netns_pair.call(netns_pair.a, body)
     assert not list(tmp_path.glob("qdisc-*"))
+
+
+def test_classifiers_change_places_and_one_that_nobody_cares_for_goes_before_its_qdiscs(
+    netns_pair: NetnsPair, tmp_path: Path
+) -> None:
+    both: dict[str, Any] = {
+        "daemon": {"state_dir": str(tmp_path), "mode": "enforce", "slots": 64},
+        "device": [{"name": "v0", "rate": "1gbit"}, {"name": "w0", "rate": "100mbit"}],
+    }
+    one = both | {"device": both["device"][:1]}
+
+    def made(data: dict[str, Any], predecessor: Predecessor | None = None) -> Devices:
+        config = parse(data)
+        return Devices(config, config_bands.bands_of(config, config_bands.policy_of(config)), predecessor)
+
+    def body() -> None:
+        add_w()
+        v, w = (socket.if_nametoindex(n) for n in ("v0", "w0"))
+        before = made(both)
+        before.care(Mode.ENFORCE)
+        before.beat()
+        old = [u.prog_id for i in (v, w) for u in hook_users(i)]
+        attachments = [d.attachment for d in before.all]
+        shapes = [d.shape for d in before.all]
+        held = {name: os.dup(d if isinstance(d, int) else d.fileno()) for name, d in before.descriptors().items()}
+        before.leave()
+        assert [u.prog_id for i in (v, w) for u in hook_users(i)] == old
+        predecessor = Predecessor(held)
+        after = made(one, predecessor)
+        after.care(Mode.ENFORCE)
+        assert [u.prog_id for i in (v, w) for u in hook_users(i)] == old, "nothing is touched"
+        assert (root("v0"), root("w0")) == ("htb", "htb")
+        for shape in shapes:  # else the one before lives, and its notes are its own
+            assert shape is not None
+            shape.enforcer.close()
+        after.succeed(Mode.ENFORCE)
+        assert not predecessor.at_work
+        (device,) = after.all
+        assert (device.notice, device.enforced) == ("", True)
+        assert device.shape is not None
+        assert device.shape.enforcer.adopted
+        (user,) = hook_users(v)
+        assert user.prog_id not in old
+        assert hook_users(w) == []
+        assert list(after.descriptors()) == [HOST, link_name(v)]
+        after.restore(["v0"])
+        after.close()
+        before.close()
+        assert hook_users(v) == []
+        for attachment in attachments:
+            assert attachment is not None
+            attachment.detach()
+
+    netns_pair.call(netns_pair.a, body)

@@ -59,6 +59,32 @@ def test_descriptors_are_kept_by_name_and_let_go(manager: socket.socket, tmp_pat
     supervisor.close()
 
 
+class Numbered:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def fileno(self) -> int:
+        return self.number
+
+
+def test_another_object_with_the_same_number_is_another_descriptor(manager: socket.socket, tmp_path: Path) -> None:
+    supervisor = Supervisor({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with paths[0].open("w") as a, paths[1].open("w") as b:
+        first, second = Numbered(a.fileno()), Numbered(a.fileno())
+        supervisor.keep({"link": first})
+        os.dup2(b.fileno(), a.fileno())
+        supervisor.keep({"link": second})
+        supervisor.keep({"link": second})
+    assert received(manager)[1] == [paths[0].stat().st_ino]
+    assert received(manager) == ("FDSTOREREMOVE=1\nFDNAME=link", [])
+    assert received(manager)[1] == [paths[1].stat().st_ino]
+    manager.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        received(manager)
+    supervisor.close()
+
+
 def test_a_manager_that_does_not_read_stops_nobody(manager: socket.socket, tmp_path: Path) -> None:
     supervisor = Supervisor({"NOTIFY_SOCKET": str(tmp_path / "notify")})
     for _ in range(5000):

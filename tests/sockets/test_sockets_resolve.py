@@ -19,7 +19,7 @@ from mfsd.host.sockets import SocketResolver, process_sockets
 from mfsd.model import CookieSelector, HintError, PortRange, ProcessSelector, TupleSelector
 
 if TYPE_CHECKING:
-    from mfsd.model import Selector
+    from mfsd.model import HintSelector
 
 pytestmark = pytest.mark.netns
 
@@ -36,7 +36,7 @@ def one(p: int) -> PortRange:
     return PortRange(p, p)
 
 
-def cookies(resolver: SocketResolver, selector: Selector) -> set[int]:
+def cookies(resolver: SocketResolver, selector: HintSelector) -> set[int]:
     return {s.cookie for s in resolver.resolve(selector)}
 
 
@@ -180,7 +180,7 @@ def test_resolve_many_agrees_with_resolve(net: Net, resolver: SocketResolver) ->
     s4, s6 = net.listen("127.0.0.1"), net.listen("::1")
     c4 = [net.connect(s4, "127.0.0.1")[0] for _ in range(5)]
     c6 = [net.connect(s6, "::1")[0] for _ in range(5)]
-    selectors: list[Selector] = [
+    selectors: list[HintSelector] = [
         TupleSelector(None, V4, ANY, one(port(s4))),
         TupleSelector(None, V6, ANY, one(port(s6))),
         TupleSelector(V4, V4, one(port(c4[0])), one(port(s4))),

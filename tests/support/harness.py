@@ -19,8 +19,10 @@ from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
 from mfsd.model import (
     CookieSelector,
     Endpoints,
+    Maker,
     PortRange,
     RequestHint,
+    RuleSelector,
     Selector,
     Stage,
     TransferHint,
@@ -71,6 +73,8 @@ class FakeKernel:
         self.senders: list[FakeSocket] = []
         """Unconnected ones."""
         self.descendants: dict[int, set[int]] = {}
+        self.makers: dict[Maker, set[int]] = {}
+        """Cookies of the sockets that somebody of a description has made."""
         self.asked = 0
         """Sockets asked for TCP's word."""
         self._table, self._keys = table, keys
@@ -93,6 +97,10 @@ class FakeKernel:
 
     def descends(self, pid: int, ancestor: int) -> bool:
         return pid == ancestor or pid in self.descendants.get(ancestor, ())
+
+    def made_by(self, socket: Socket, maker: Maker) -> bool:
+        names = self.makers.get(maker, set())
+        return maker.anybody or socket.cookie in names
 
     def look(self, selectors: Sequence[Selector]) -> None:
         for selector in selectors:
@@ -167,6 +175,14 @@ class FakeKernel:
                 and e.sport in selector.sport
                 and e.dport in selector.dport
                 and e.protocol == selector.protocol
+            )
+        if isinstance(selector, RuleSelector):
+            e = s.endpoints
+            return (
+                e.sport in selector.sport
+                and e.dport in selector.dport
+                and (selector.remote is None or e.dst in selector.remote)
+                and self.made_by(s.told, selector.maker)
             )
         return self.descends(s.pid, selector.pid) and (selector.remote is None or s.endpoints.dst in selector.remote)
 

@@ -38,6 +38,7 @@ class Match:
     dport: PortRange
     pid: int = -1
     uid: int = -1
+    tid: int = -1
     cgroup: int = 0
 
     @property
@@ -88,6 +89,7 @@ class Rules:
         row["sport_first"], row["sport_last"] = match.sport.first, match.sport.last
         row["dport_first"], row["dport_last"] = match.dport.first, match.dport.last
         row["pid"] = _abi.ANY_ID if match.pid < 0 else match.pid
+        row["tid"] = _abi.ANY_ID if match.tid < 0 else match.tid
         row["uid"] = _abi.ANY_ID if match.uid < 0 else match.uid
         row["cgroup"], row["expires_ns"], row["lanes"], row["band"], row["used"] = (
             match.cgroup,

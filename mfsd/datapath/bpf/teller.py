@@ -60,6 +60,7 @@ class Told:
     """0: unknown, and so is uid."""
     uid: int
     cgroup: int
+    tid: int = 0
     bound: int = 0
     """Interface that it is bound to; 0: none."""
 
@@ -204,7 +205,8 @@ def _told(cookie: int, row: Any) -> Told:
     pid = int(owner["pid"])
     uid = int(owner["uid"]) if pid else -1
     known = 0 if pid == _abi.ANY_ID else pid
-    return Told(cookie, endpoints, int(row["netns"]), known, uid, int(owner["cgroup"]), int(row["bound"]))
+    cgroup, tid, bound = int(owner["cgroup"]), int(owner["tid"]), int(row["bound"])
+    return Told(cookie, endpoints, int(row["netns"]), known, uid, cgroup, tid, bound)
 
 
 def netns_cookie() -> int:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a path can bear: the engine's view of one peer."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mfsd.model import HintError, tuple_selector
+from mfsd.v1 import hints_pb2 as pb
+
+if TYPE_CHECKING:
+    from mfsd.engine.engine import Engine
+    from mfsd.model import Address
+
+PATHS_MAX: Final = 256
+"""Of one question."""
+
+
+def address(field: str, text: str) -> Address:
+    """An address of a path. Raises HintError."""
+    try:
+        return tuple_selector(text).dst
+    except HintError as e:
+        raise HintError(field, e.problem, e.fix) from None
+
+
+def ways(request: pb.AdviseRequest) -> list[tuple[Address, Address | None]]:
+    """The paths that are asked for: (there, from where; None: from here). Raises HintError."""
+    if len(request.paths) > PATHS_MAX:
+        raise HintError("paths", f"{len(request.paths)} of them", f"at most {PATHS_MAX} at a time")
+    return [
+        (address(f"paths[{i}].dst", p.dst), address(f"paths[{i}].src", p.src) if p.src else None)
+        for i, p in enumerate(request.paths)
+    ]
+
+
+def ours(one: Address) -> bool:
+    """It is an address of this host."""
+    family = socket.AF_INET6 if one.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as s:
+        try:
+            s.bind((str(one), 0))
+        except OSError:
+            return False
+    return True
+
+
+def advice(engine: Engine, dst: Address, now: float) -> pb.Advice:
+    """Of the way from this host to ``dst``."""
+    connections, devices = engine.connections, engine.steering.devices
+    if not devices:
+        return pb.Advice()
+    t = engine.steering.views(now).transfers
+    slots = np.array(
+        [c.slot for c in connections.by_slot.values() if c.endpoints is not None and c.endpoints.dst == dst], np.int32
+    )
+    used = connections.device_of(slots)
+    device = int(np.bincount(used).argmax()) if len(used) else 0
+    rate = devices[device].estimator.rate
+    far = float("inf")
+    if len(slots) and len(connections.peers.rate):
+        far = float(connections.peers.rate[connections.peer[slots[0]]])
+    load = min(float(np.sum(devices[device].estimator.band_load)), 1.0)
+    return pb.Advice(
+        known=rate > 0,
+        rate_bytes_per_s=min(rate, far),
+        spare_bytes_per_s=rate * (1.0 - load),
+        queued_bytes=float(t.left[np.isin(t.conn, slots)].sum()),
+        device_queued_bytes=float(t.left[(t.conn >= 0) & (t.device == device)].sum()),
+    )

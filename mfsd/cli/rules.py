@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules in force, what they say of a connection, and those that mfsd ships."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+from rich.text import Text
+
+from mfsd import tables, units
+from mfsd.cli import output
+from mfsd.cli.app import Globals, command
+from mfsd.cli.connect import TIMEOUT_S, control
+from mfsd.cli.errors import CliError
+from mfsd.v1 import control_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
+
+
+def render_rules(rules: Iterable[pb.Rule]) -> RenderableType:
+    """A table, or a line that says there are none."""
+    rows = [
+        [
+            r.name, r.conditions, output.STAGES.get(r.stage, "?"), "no" if r.interleaved else "yes",
+            units.duration(r.deadline_us / 1e6) if r.deadline_us else "-", str(r.connections), r.source,
+        ]
+        for r in rules
+    ]  # fmt: skip
+    if not rows:
+        return Text("no rules: name some in [rules] or [[rule]] sections of the configuration")
+    return tables.table(
+        [
+            ("rule", "left"), ("connections of", "left"), ("stage", "left"), ("ordered", "left"), ("due in", "right"),
+            ("now", "right"), ("from", "left"),
+        ],
+        rows,
+    )  # fmt: skip
+
+
+def _print_verdicts(verdicts: Iterable[pb.RuleVerdict]) -> None:
+    last = None
+    for v in verdicts:
+        if v.cookie != last:
+            last = v.cookie
+            click.echo(f"{v.connection}, cookie {v.cookie}" + (f", process {v.pid}" if v.pid else ""))
+        click.echo(output.paragraph(f"{v.rule}: {'; '.join(v.failing) or 'names it'}", "  "))
+
+
+@command("rules")
+@click.option("--cookie", type=click.IntRange(1), help="Say of the connection of this socket (SO_COOKIE) who names it.")
+@click.option("--port", type=click.IntRange(1, 65535), help="The same of connections with this port at either end.")
+@click.option("--library", is_flag=False, flag_value="", metavar="[NAME]", help="List shipped rules, or print some.")
+def rules(g: Globals, cookie: int | None, port: int | None, library: str | None) -> None:
+    """Rules of the configuration, and what they say of a connection.
+
+    With --cookie or --port every rule says whether it names the connection, and if not, why.
+    """
+    if library is not None:
+        _library(library)
+        return
+    with control(g.socket) as daemon:
+        answer = daemon.ListRules(pb.ListRulesRequest(cookie=cookie or 0, port=port or 0), timeout=TIMEOUT_S)
+    if g.json:
+        output.print_json(answer)
+    elif cookie or port:
+        _print_verdicts(answer.verdicts)
+    else:
+        tables.console().print(render_rules(answer.rules))
+        for r in answer.rules:
+            if r.problem:
+                click.echo(f"! {r.name}: {r.problem}")
+
+
+def _library(name: str) -> None:
+    from mfsd.daemon.config_rules import shipped  # noqa: PLC0415 - brings pydantic, needed here only
+
+    files = shipped()
+    if not name:
+        for one, file in files.items():
+            comment = file.read_text(encoding="utf-8").splitlines()[1]
+            click.echo(f"{one:16}{comment.removeprefix('# ')}")
+    elif name in files:
+        click.echo(files[name].read_text(encoding="utf-8"), nl=False)
+    else:
+        raise CliError(f"no rules {name!r} are shipped; there are: {', '.join(files)}")

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keeps hints from ever harming who sends them."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
+
+from mfsd.client import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+
+RESOLVED_MAX: Final = 4096
+
+log = logging.getLogger("mfsd.integrations")
+
+
+class Guard:
+    """Runs pieces of code whose failure must not be the caller's; each cause is logged once. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, what: str, body: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Run ``body``; if it fails, say once that ``what`` did."""
+        try:
+            body(*args, **kwargs)
+        except Exception as e:  # whatever it is, serving goes on
+            cause = f"{what}: {type(e).__name__}"
+            if cause not in self._said and len(self._said) < RESOLVED_MAX:
+                self._said.add(cause)
+                log.exception("mfsd: %s failed; serving goes on without these hints", what)
+
+
+def client(target: str | None = None, **more: Any) -> Client:
+    """A client; one that sends nothing where there can't be one (gevent's patched threads)."""
+    try:
+        return Client(target=target, **more)
+    except (RuntimeError, ValueError) as e:
+        log.warning("mfsd: no hints are sent: %s", e)
+        return Client(target="")
+
+
+class Resolver:
+    """Addresses of hosts, without waiting: a name is looked up in the background, and unknown until then."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+        self._asked: set[str] = set()
+
+    def address(self, host: str) -> str:
+        """Its address; empty: not known (yet)."""
+        try:
+            return str(ip_address(host))
+        except ValueError:
+            pass
+        if host not in self._known and host not in self._asked and len(self._asked) < RESOLVED_MAX:
+            self._asked.add(host)
+            threading.Thread(target=self._resolve, args=(host,), name="mfsd-resolve", daemon=True).start()
+        return self._known.get(host, "")
+
+    def _resolve(self, host: str) -> None:
+        try:
+            self._known[host] = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        except OSError:
+            self._asked.discard(host)
+
+    def ours_towards(self, address: str) -> str:
+        """Our address on the way to another one: what the kernel would choose. Sends nothing; empty: no way there."""
+        if not address:
+            return ""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as s:
+                s.connect((address, 9))
+                return str(s.getsockname()[0])
+        except OSError:
+            return ""
+
+
+def ports(text: str) -> tuple[int, int]:
+    """A range as UCX_TCP_PORT_RANGE has it ("20000-20099"); (0, 0), which is any, for what is none."""
+    first, _, last = text.partition("-")
+    if not first.strip().isdecimal() or not (last or first).strip().isdecimal():
+        return 0, 0
+    pair = int(first), int(last or first)
+    return pair if 0 < pair[0] <= pair[1] < 65536 else (0, 0)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes a KV connector of vLLM send hints: to be mixed in before the connector's own class.
+
+    class Mine(MfsdConnector, LMCacheConnectorV1): ...
+
+Everything here asks the connector first and returns what it returns; hints come after, and their failure is logged once
+and is nobody's. What a version of vLLM does not call is not missed. Hooks that a connector lacks stay lacking.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from mfsd.integrations import guard
+from mfsd.integrations.vllm.state import Hints, bytes_per_token, extra_config, listeners
+
+
+class MfsdConnector:
+    """See the module. Only the scheduler's side sends hints: it alone knows deadlines, sizes and peers together."""
+
+    mfsd_push: ClassVar[bool] = False
+    """KV is written to the decode host's listeners."""
+    mfsd_mooncake: ClassVar[bool] = False
+    """They are Mooncake's."""
+    _mfsd_guard: ClassVar[guard.Guard] = guard.Guard()
+    _mfsd_hints: Hints | None = None
+
+    def _mfsd(self) -> Hints:
+        hints = self._mfsd_hints
+        if hints is None:
+            config = getattr(self, "_vllm_config", None)
+            extra = extra_config(config)
+            per_token = bytes_per_token(config, getattr(self, "_kv_cache_config", None), extra)
+            hints = self._mfsd_hints = Hints(
+                guard.client(extra.get("mfsd_target")),
+                extra,
+                per_token,
+                self.mfsd_push,
+                listeners(push=self.mfsd_push, mooncake=self.mfsd_mooncake),
+            )
+        return hints
+
+    # --- the scheduler's side -----------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: Any) -> None:
+        """A request has arrived."""
+        parent = getattr(super(), "on_new_request", None)
+        if parent is not None:
+            parent(request)
+        self._mfsd_guard("a request's hint", lambda: self._mfsd().arrived(request))
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Any:
+        """How many tokens the connector can bring; none where they would be late and ``mfsd_recompute`` is set."""
+        found = super().get_num_new_matched_tokens(request, num_computed_tokens)  # type: ignore[misc]
+        late: list[bool] = []
+        self._mfsd_guard("the question whether to load", lambda: late.append(self._mfsd_late(request, found)))
+        return (0, False) if late and late[0] else found
+
+    def _mfsd_late(self, request: Any, found: Any) -> bool:
+        hints, params = self._mfsd(), getattr(request, "kv_transfer_params", None)
+        if not hints.extra.get("mfsd_recompute") or not params or not found[0]:
+            return False
+        return not hints.worth_loading(request, params, found[0])
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> Any:
+        """The request has blocks, and KV of so many tokens is to come."""
+        params = dict(getattr(request, "kv_transfer_params", None) or {})  # the connector ticks them off
+        out = super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
+        self._mfsd_guard("a transfer's hint", lambda: self._mfsd().loads(request, params, num_external_tokens))
+        return out
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """A step is put together."""
+        out = super().build_connector_meta(scheduler_output)  # type: ignore[misc]
+        self._mfsd_guard("a batch's hint", lambda: self._mfsd().step(scheduler_output))
+        return out
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Workers have finished transfers, or failed to."""
+        parent = getattr(super(), "update_connector_output", None)
+        if parent is not None:
+            parent(connector_output)
+        self._mfsd_guard("a completion's hint", lambda: self._mfsd_over(connector_output))
+
+    def _mfsd_over(self, output: Any) -> None:
+        hints = self._mfsd()
+        hints.failed(getattr(output, "failed_recving", None) or ())
+        hints.loaded(getattr(output, "finished_recving", None) or ())
+
+    def request_finished(self, request: Any, block_ids: Any) -> Any:
+        """A request is over; on a prefill host its KV waits to be fetched."""
+        out = super().request_finished(request, block_ids)  # type: ignore[misc]
+        return self._mfsd_finished(request, out)
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> Any:
+        """The same, of models with several groups of KV."""
+        out = super().request_finished_all_groups(request, block_ids)  # type: ignore[misc]
+        return self._mfsd_finished(request, out)
+
+    def _mfsd_finished(self, request: Any, out: Any) -> Any:
+        params = out[1] if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict) else None
+        self._mfsd_guard("an end's hint", lambda: self._mfsd().finished(request, params))
+        return out
+
+    def shutdown(self) -> Any:
+        """The engine ends."""
+        hints, self._mfsd_hints = self._mfsd_hints, None
+        if hints is not None:
+            self._mfsd_guard("the last hints", hints.client.close)
+        parent = getattr(super(), "shutdown", None)
+        return parent() if parent is not None else None

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hints of one vLLM engine need to know of each other. Everything here runs in the scheduler's process."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from mfsd.client import Stage, tuple_of
+from mfsd.integrations import guard
+from mfsd.integrations.vllm.deadline import DEADLINE, deadline_of, number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mfsd.client import Client
+    from mfsd.model import TupleSelector
+
+PORTS: Final = "mfsd_ports"
+"""In kv_transfer_params: first and last port of the prefill host's listeners."""
+HOST: Final = "mfsd_host"
+"""In kv_transfer_params: the prefill host's address for KV."""
+KNOWN_MAX: Final = 65_536
+"""Requests that are remembered; the oldest go first."""
+NO_DEADLINE_S: Final = 30.0
+"""Where nobody has said when a token is due, KV must not be late for ever: it counts as due in so long."""
+
+
+class Request(Protocol):
+    """Of vllm.v1.request.Request what is used."""
+
+    request_id: str
+
+
+def extra_config(config: Any) -> dict[str, Any]:
+    """kv_connector_extra_config of a VllmConfig."""
+    found = getattr(getattr(config, "kv_transfer_config", None), "kv_connector_extra_config", None)
+    return dict(found) if found else {}
+
+
+def bytes_per_token(config: Any, cache: Any, extra: Mapping[str, Any]) -> float:
+    """KV of one token in all layers and ranks; 0: unknown."""
+    said = number(extra.get("mfsd_bytes_per_token"))
+    if said:
+        return said
+    blocks = getattr(cache, "num_blocks", 0)
+    block = getattr(getattr(config, "cache_config", None), "block_size", 0)
+    tensors = getattr(cache, "kv_cache_tensors", ())
+    if not blocks or not block:
+        return 0.0
+    ranks = getattr(getattr(config, "parallel_config", None), "tensor_parallel_size", 1)
+    return float(sum(t.size for t in tensors) / blocks / block * ranks)
+
+
+@dataclass(slots=True)
+class _Known:
+    deadline: float
+    """Unix time."""
+    loading: bool = False
+    """A transfer of it is announced."""
+
+
+@dataclass(slots=True)
+class Hints:
+    """Turns what the scheduler shows into hints."""
+
+    client: Client
+    extra: dict[str, Any]
+    per_token: float
+    """Bytes."""
+    push: bool = False
+    """KV goes to listeners of the decode host; else decode reads from listeners of the prefill host."""
+    ports: tuple[int, int] = (0, 0)
+    """Of our own listeners."""
+    resolver: guard.Resolver = field(default_factory=guard.Resolver)
+    _known: dict[str, _Known] = field(default_factory=dict)
+    _step: int = 0
+    _batch: str = ""
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def arrived(self, request: Any) -> None:
+        """A request is new here."""
+        deadline = self._deadline(request)
+        if deadline is None:
+            return
+        self._remember(request.request_id, deadline)
+        self.client.request(request.request_id, ttft_left_s=deadline - time.time())
+
+    def _deadline(self, request: Any) -> float | None:
+        sampling = getattr(request, "sampling_params", None)
+        return deadline_of(
+            getattr(request, "kv_transfer_params", None),
+            getattr(sampling, "extra_args", None),
+            self.extra,
+            getattr(request, "arrival_time", None) or time.time(),
+            getattr(request, "num_prompt_tokens", 0),
+        )
+
+    def _remember(self, request_id: str, deadline: float) -> _Known:
+        known = self._known.setdefault(request_id, _Known(deadline))
+        if len(self._known) > KNOWN_MAX:
+            del self._known[next(iter(self._known))]
+        return known
+
+    def finished(self, request: Any, params: dict[str, Any] | None) -> None:
+        """A request is over here. ``params``: what goes back to the router, which is added to."""
+        known = self._known.pop(request.request_id, None)
+        if params is not None and params.get("do_remote_prefill", True):
+            deadline = known.deadline if known is not None else self._deadline(request)
+            if deadline is not None:
+                params[DEADLINE] = round(deadline * 1000, 3)
+            if self.ports[0]:
+                params[PORTS] = list(self.ports)
+            if self.extra.get("mfsd_data_host"):
+                params[HOST] = self.extra["mfsd_data_host"]
+        if known is None:
+            return
+        if known.loading:
+            self.client.cancel(request=request.request_id)  # aborted before its KV was here
+        else:
+            self.client.done(request=request.request_id)
+
+    # --- transfers ----------------------------------------------------------------------------------------------------
+
+    def loads(self, request: Any, params: Mapping[str, Any] | None, tokens: int) -> None:
+        """KV of so many tokens is about to come: from a prefill host if ``params`` name one, else from the store."""
+        size = int(tokens * self.per_token)
+        if tokens <= 0 or size <= 0:
+            return
+        stage, where = self._where(params or {})
+        if where is None:
+            return
+        rid = request.request_id
+        deadline = self._deadline(request)
+        known = self._known.get(rid) or self._remember(
+            rid, time.time() + NO_DEADLINE_S if deadline is None else deadline
+        )
+        if known.loading:
+            return
+        known.loading = True
+        # Again, because a daemon elsewhere may not have heard of the request; a renewal costs the same.
+        self.client.request(rid, ttft_left_s=known.deadline - time.time())
+        self.client.transfer(f"{rid}/kv", where, size, stage=stage, request=rid, interleaved=True)
+
+    def _where(self, params: Mapping[str, Any]) -> tuple[Stage, TupleSelector | None]:
+        """What the bytes are, and the connections that they come by; None: nobody knows."""
+        host = self.prefill_host(params)
+        if host:
+            theirs = params.get(PORTS)
+            listeners = (
+                (int(theirs[0]), int(theirs[1])) if isinstance(theirs, list | tuple) and len(theirs) == 2 else (0, 0)
+            )
+            return Stage.P2D, self._selector(host, (0, 0) if self.push else listeners)
+        store = str(self.extra.get("mfsd_store", ""))
+        name, colon, port = store.rpartition(":")
+        if not colon:
+            return Stage.KV_REUSE, None
+        return Stage.KV_REUSE, self._selector(name.strip("[]"), guard.ports(port))
+
+    def prefill_host(self, params: Mapping[str, Any]) -> str:
+        """Where a request's KV comes from; empty: it names no host."""
+        host = params.get(HOST) or params.get("remote_host")
+        if not host and params.get("remote_bootstrap_addr"):
+            host = str(params["remote_bootstrap_addr"]).rpartition("//")[2].rpartition(":")[0].strip("[]")
+        return str(host or "")
+
+    def _selector(self, host: str, sport: tuple[int, int]) -> TupleSelector | None:
+        there = self.resolver.address(host)
+        here = str(self.extra.get("mfsd_data_host") or "") or self.resolver.ours_towards(there)
+        if not there or not here:
+            return None
+        return tuple_of(here, self.ports if self.push else 0, there, sport)
+
+    def loaded(self, request_ids: Iterable[str]) -> None:
+        """KV has come."""
+        for rid in request_ids:
+            known = self._known.get(rid)
+            if known is not None and known.loading:
+                known.loading = False
+                self.client.done(transfer=f"{rid}/kv")
+
+    def failed(self, request_ids: Iterable[str]) -> None:
+        """KV will not come."""
+        for rid in request_ids:
+            known = self._known.get(rid)
+            if known is not None and known.loading:
+                known.loading = False
+                self.client.cancel(transfer=f"{rid}/kv")
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def step(self, output: Any) -> None:
+        """The scheduler has put a step together: prompts that are in it run in one forward pass."""
+        new = [r.req_id for r in getattr(output, "scheduled_new_reqs", ()) if r.req_id in self._known]
+        if self._batch:
+            self.client.done(batch=self._batch)
+            self._batch = ""
+        if new:
+            self._step += 1
+            self._batch = f"step-{self._step}"
+            self.client.batch(self._batch, new)
+
+    # --- whether to load ----------------------------------------------------------------------------------------------
+
+    def worth_loading(self, request: Any, params: Mapping[str, Any], tokens: int) -> bool:
+        """False: the network can't bring the KV in time, as far as the daemons know, even if nothing goes before."""
+        host = self.resolver.address(self.prefill_host(params))
+        deadline = self._deadline(request)
+        if not host or deadline is None:
+            return True
+        advice = self.client.advice(self.resolver.ours_towards(host), source=host)
+        if advice is None:
+            return True
+        needed = advice.least_s(int(tokens * self.per_token))
+        return not math.isfinite(needed) or time.time() + needed <= deadline
+
+
+def listeners(*, push: bool, mooncake: bool) -> tuple[int, int]:
+    """Ports of our own listeners, from the environment; (0, 0): any."""
+    del push
+    if mooncake:
+        low, high = os.environ.get("MC_MIN_RPC_PORT", "15000"), os.environ.get("MC_MAX_RPC_PORT", "17000")
+        return guard.ports(f"{low}-{high}")
+    return guard.ports(os.environ.get("UCX_TCP_PORT_RANGE", ""))

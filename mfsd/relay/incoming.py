@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hints that the daemons of other hosts bring: who may, about what, and how they reach the engine.
+
+The service is mfsd.v1.Hints on an endpoint of its own. Nobody is heard there whose certificate is not signed by our CA
+(TLS sees to that), or does not name somebody on the list. A peer may speak only of bytes that go to itself. It can
+not use up more than one session may (limits), and what it says ends by expiry, or when it has been gone for GRACE_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
+
+import grpc
+import structlog
+
+from mfsd.api import advice, errors
+from mfsd.logs import Seldom
+from mfsd.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector
+from mfsd.v1 import hints_pb2 as pb
+from mfsd.v1 import hints_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from mfsd.api.decode import Decoder
+    from mfsd.engine.engine import Engine
+    from mfsd.engine.records import Session
+    from mfsd.model import Address, Hint
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+GRACE_S: Final = 10.0
+"""What a peer has said is kept for so long after its stream has ended: it says only what is new when it comes back."""
+STOP_S: Final = 0.2
+EVENTS_PER_REPLY: Final = 256
+EVENTS_S: Final = 0.05
+"""How often events are looked for."""
+
+log = structlog.get_logger(__name__)
+
+
+class RelayError(RuntimeError):
+    """The endpoint can't be opened."""
+
+
+class Incoming(hints_pb2_grpc.HintsServicer):
+    """See the module. ``owns(host, address)``: the host at an address has that other one, too."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        decoder: Decoder,
+        poke: Callable[[], None],
+        owns: Callable[[Address, Address], bool],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.allow: tuple[str, ...] = ()
+        self._engine, self._decoder, self._poke, self._owns, self._clock = engine, decoder, poke, owns, clock
+        self._seldom = Seldom()
+        self._server: grpc.aio.Server | None = None
+        self._gone: dict[str, asyncio.TimerHandle] = {}
+        self._open: dict[str, int] = {}
+        """Streams by session."""
+
+    async def serve(self, listen: str, credentials: grpc.ServerCredentials) -> int:
+        """Open the endpoint; its port. Raises RelayError."""
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        hints_pb2_grpc.add_HintsServicer_to_server(self, self._server)
+        try:
+            port = self._server.add_secure_port(listen, credentials)
+        except RuntimeError as e:
+            raise RelayError(f'relay.listen = "{listen}": can\'t be opened: {e}') from e
+        await self._server.start()
+        return port
+
+    async def stop(self) -> None:
+        """Idempotent."""
+        for timer in self._gone.values():
+            timer.cancel()
+        if self._server is not None:
+            await self._server.stop(STOP_S)
+            self._server = None
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    async def Stream(  # type: ignore[override]  # noqa: N802 - as generated; grpc.aio takes writers, too
+        self, request_iterator: AsyncIterator[pb.HintBatch], context: Context
+    ) -> None:
+        """See the proto. A batch is answered when it has been applied, so that the peer knows how long it took."""
+        name, host = await self._who(context)
+        session: Session | None = None
+        teller: asyncio.Task[None] | None = None
+        lock = asyncio.Lock()
+        try:
+            async for batch in request_iterator:
+                if session is None:
+                    session = await self._session(name, batch.session, context)
+                    teller = asyncio.create_task(self._tell(session, context, lock))
+                reply = self._apply(session, host, batch)
+                async with lock:
+                    await context.write(reply)
+        finally:
+            if teller is not None:
+                teller.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await teller
+            if session is not None:
+                self._left(session)
+
+    async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - as generated
+        """One batch; the session ends when it has been silent for GRACE_S."""
+        name, host = await self._who(context)
+        session = await self._session(name, request.session, context)
+        try:
+            return self._apply(session, host, request)
+        finally:
+            self._left(session)
+
+    async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:  # noqa: N802 - as generated
+        """What our paths can bear."""
+        await self._who(context)
+        try:
+            ways = advice.ways(request)
+        except HintError as e:
+            await errors.abort(context, errors.of_call(e))
+        now = self._clock()
+        return pb.AdviseReply(advice=[advice.advice(self._engine, dst, now) for dst, _ in ways])
+
+    # --- who ----------------------------------------------------------------------------------------------------------
+
+    async def _who(self, context: Context) -> tuple[str, Address]:
+        """Name and address of who calls, if it may; else the call ends."""
+        names = _names(context.auth_context())
+        name = next((n for n in names if any(_matches(n, a) for a in self.allow)), "")
+        host = _host(context.peer())
+        if not name or host is None:
+            shown = ", ".join(names) or "nobody"
+            if self._seldom(f"refused {shown}"):
+                log.warning("relay: refused", certificate=names, peer=context.peer())
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED, f"{shown} may not bring hints here; relay.allow names who may"
+            )
+            raise AssertionError  # abort raises
+        return name, host
+
+    async def _session(self, name: str, said: str, context: Context) -> Session:
+        full = f"relay:{name}:{said}"
+        timer = self._gone.pop(full, None)
+        if timer is not None:
+            timer.cancel()
+        try:
+            session = self._engine.session(full, self._clock(), maker=self)
+        except HintError as e:
+            await errors.abort(context, errors.of_call(e))
+        self._open[full] = self._open.get(full, 0) + 1
+        return session
+
+    def _left(self, session: Session) -> None:
+        self._open[session.name] -= 1
+        if self._open[session.name]:
+            return
+        del self._open[session.name]
+        end = lambda: self._end(session)  # noqa: E731 - said once
+        self._gone[session.name] = asyncio.get_running_loop().call_later(GRACE_S, end)
+
+    def _end(self, session: Session) -> None:
+        self._gone.pop(session.name, None)
+        self._engine.end_session(session, self._clock())
+
+    # --- what ---------------------------------------------------------------------------------------------------------
+
+    def _apply(self, session: Session, host: Address, batch: pb.HintBatch) -> pb.HintReply:
+        now = self._clock()
+        reply = pb.HintReply(seq=batch.seq, epoch=self._engine.epoch)
+        limit = self._decoder.limits.max_hints_per_batch
+        for index, message in enumerate(batch.hints[:limit]):
+            try:
+                hint = self._decoder.decode(message, now)
+                self._permit(hint, host)
+                self._engine.ledger.apply(session, hint, now)  # never handed on again: it was for us
+            except HintError as e:
+                reply.rejected.add(index=index, status=errors.rejection(e))
+            except Exception as e:  # what one hint trips over must cost neither the others nor the stream
+                if self._seldom("failed"):
+                    log.exception("relay: a hint failed")
+                problem = HintError(f"hints[{index}]", f"failed here: {type(e).__name__}", "see this daemon's log")
+                reply.rejected.add(index=index, status=errors.rejection(problem))
+            else:
+                reply.accepted += 1
+        session.seen = now
+        counters = self._engine.books.counters
+        counters.hints_accepted += reply.accepted
+        counters.hints_rejected += len(reply.rejected)
+        _drain(session, reply)
+        if reply.accepted:
+            self._poke()
+        return reply
+
+    def _permit(self, hint: Hint, host: Address) -> None:
+        """Raise HintError for what a peer may not say."""
+        if isinstance(hint, RequestHint | EndHint):
+            return
+        if not isinstance(hint, TransferHint | MarkHint):
+            raise HintError("hint", "is of a kind that does not cross hosts", "send requests, transfers and marks")
+        where = "transfer.selector" if isinstance(hint, TransferHint) else "connection.selector"
+        selector = hint.selector
+        if not isinstance(selector, TupleSelector):
+            raise HintError(where, "names no addresses", "name the connection by tuple: nothing else crosses hosts")
+        if not self._owns(host, selector.dst):
+            raise HintError(
+                f"{where}.tuple.dst_addr",
+                f"{selector.dst} is not {host}, which says so",
+                "speak of bytes that go to yourself; name your other networks in relay.peers of this host",
+            )
+
+    async def _tell(self, session: Session, context: Context, lock: asyncio.Lock) -> None:
+        """Write events as they come."""
+        while True:
+            if session.events:
+                reply = pb.HintReply(epoch=self._engine.epoch)
+                _drain(session, reply)
+                async with lock:
+                    await context.write(reply)
+            await asyncio.sleep(EVENTS_S)
+
+
+def _drain(session: Session, reply: pb.HintReply) -> None:
+    for _ in range(min(len(session.events), EVENTS_PER_REPLY)):
+        e = session.events.popleft()
+        reply.events.add(kind=e.kind.value, request_id=e.request_id, transfer_id=e.transfer_id, reason=e.reason)
+
+
+def _names(auth: Any) -> list[str]:
+    """Names of a certificate: those it is for, else that of its subject."""
+    found = [v.decode(errors="replace") for v in auth.get("x509_subject_alternative_name", ())]
+    return found or [v.decode(errors="replace") for v in auth.get("x509_common_name", ())]
+
+
+def _matches(name: str, allowed: str) -> bool:
+    if allowed.startswith("*."):
+        return name.partition(".")[2] == allowed[2:]
+    return name == allowed
+
+
+def _host(peer: str) -> Address | None:
+    """Address of a gRPC peer: "ipv4:10.0.0.1:4711", "ipv6:%5Bfd00::1%5D:4711"."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return None
+    address = ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
+    mapped = address.ipv4_mapped if address.version == 6 else None
+    return mapped or address

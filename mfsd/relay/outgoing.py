@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handing hints on to the daemons of other hosts, and their events back to the workers.
+
+To each peer there is one link of the client SDK (mfsd.client.link): bounded, never waiting, reconnecting by itself,
+saying again what is alive to a daemon that has lost it. What the sessions of all workers say goes over it as one
+session, with their ids prefixed. Times are what is left when a message leaves, less what it takes to get there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from mfsd.client.link import Link, Way
+from mfsd.model import (
+    INF,
+    EndHint,
+    Event,
+    HintError,
+    MarkHint,
+    RequestHint,
+    Stage,
+    TransferHint,
+    TupleSelector,
+    What,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+
+    from mfsd.engine.records import Session
+    from mfsd.model import Address, Hint, Selector
+    from mfsd.relay.table import Peer, Table
+
+QUEUE: Final = 8192
+"""Hints that wait for one peer; the oldest go first."""
+BATCH: Final = 64
+REMEMBERED: Final = 65_536
+"""Transfers, and requests, of one session that are followed; the oldest go first."""
+SEPARATOR: Final = "/"
+
+
+@dataclass(slots=True, eq=False)
+class _Told:
+    """What one session has said about other hosts."""
+
+    session: Session
+    prefix: str
+    requests: OrderedDict[str, RequestHint] = field(default_factory=OrderedDict)
+    """The latest word on each."""
+    heard: dict[str, set[Peer]] = field(default_factory=dict)
+    """Who has been told of a request."""
+    transfers: OrderedDict[str, Peer] = field(default_factory=OrderedDict)
+    marks: dict[Selector, Peer] = field(default_factory=dict)
+
+
+class Outgoing:
+    """engine.elsewhere.Elsewhere. ``soon`` has the daemon's loop call something, from any thread."""
+
+    def __init__(
+        self,
+        table: Table,
+        name: str,
+        credentials: Callable[[], grpc.ChannelCredentials],
+        soon: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``name``: of this daemon, unique among those of all hosts. ``clock``: the engine's."""
+        self._clock = clock
+        self.table = table
+        self._name = name
+        self._credentials = credentials
+        self._soon = soon
+        self._links: dict[Peer, Link] = {}
+        self._told: dict[Session, _Told] = {}
+        self._by_prefix: dict[str, _Told] = {}
+        self._next = 0
+        self.handed_on = 0
+        """Hints, so far."""
+
+    # --- engine.elsewhere.Elsewhere -----------------------------------------------------------------------------------
+
+    def sends(self, selector: Selector) -> bool:
+        """See Elsewhere."""
+        return self._peer(selector) is not None
+
+    def take(self, session: Session, hint: Hint, now: float) -> bool:
+        """See Elsewhere. What is said of a request is said here, too: it may have bytes of this host as well."""
+        if isinstance(hint, TransferHint):
+            return self._transfer(session, hint, now)
+        if isinstance(hint, MarkHint):
+            return self._mark(session, hint)
+        if isinstance(hint, RequestHint):
+            self._request(session, hint)
+        elif isinstance(hint, EndHint):
+            return self._end(session, hint)
+        return False
+
+    def ended(self, session: Session) -> None:
+        """See Elsewhere."""
+        told = self._told.pop(session, None)
+        if told is None:
+            return
+        del self._by_prefix[told.prefix]
+        for name, peer in told.transfers.items():
+            self._say(peer, EndHint(What.TRANSFER, told.prefix + name, cancelled=True))
+        for name, peers in told.heard.items():
+            for peer in peers:
+                self._say(peer, EndHint(What.REQUEST, told.prefix + name, cancelled=True))
+        for selector, peer in told.marks.items():
+            self._say(peer, MarkHint(selector, Stage.NONE))
+
+    def has(self, host: Address, address: Address) -> bool:
+        """The host at an address has that other one, too."""
+        return self.table.sends(host, address)
+
+    # --- hints --------------------------------------------------------------------------------------------------------
+
+    def _peer(self, selector: Selector) -> Peer | None:
+        if not isinstance(selector, TupleSelector) or selector.src is None:
+            return None
+        return self.table.of(selector.src)
+
+    def _of(self, session: Session) -> _Told:
+        told = self._told.get(session)
+        if told is None:
+            self._next += 1
+            told = self._told[session] = _Told(session, f"{self._next:x}{SEPARATOR}")
+            self._by_prefix[told.prefix] = told
+        return told
+
+    def _request(self, session: Session, hint: RequestHint) -> None:
+        told = self._of(session)
+        told.requests[hint.id] = hint
+        told.requests.move_to_end(hint.id)
+        if len(told.requests) > REMEMBERED:
+            told.heard.pop(told.requests.popitem(last=False)[0], None)
+        for peer in told.heard.get(hint.id, ()):
+            self._say(peer, self._renamed(told, hint))
+
+    @staticmethod
+    def _renamed(told: _Told, hint: RequestHint) -> RequestHint:
+        return replace(hint, id=told.prefix + hint.id, batch_id="")
+
+    def _transfer(self, session: Session, hint: TransferHint, now: float) -> bool:
+        peer = self._peer(hint.selector)
+        if peer is None:
+            return False
+        told = self._of(session)
+        if hint.id in told.transfers or hint.id in session.transfers:
+            raise HintError("transfer.id", f"{hint.id!r} is announced already", "ids are unique within a session")
+        request = told.requests.get(hint.request_id)
+        if request is None and not hint.stage.ownerless:
+            problem = f"no request {hint.request_id!r} in this session"
+            raise HintError("transfer.request_id", problem, "announce it before its transfers")
+        if min(hint.deadline, INF if request is None else request.deadline) <= now:
+            return True  # nothing that the other daemon could do would help any more
+        if request is not None and peer not in told.heard.setdefault(request.id, set()):
+            told.heard[request.id].add(peer)
+            self._say(peer, self._renamed(told, request))
+        owner = "" if request is None else told.prefix + request.id
+        name = told.prefix + hint.id
+        self._say(peer, replace(hint, id=name, request_id=owner, batch_id="", position=0))
+        told.transfers[hint.id] = peer
+        if len(told.transfers) > REMEMBERED:
+            told.transfers.popitem(last=False)
+        return True
+
+    def _mark(self, session: Session, hint: MarkHint) -> bool:
+        peer = self._peer(hint.selector)
+        if peer is None:
+            return False
+        told = self._of(session)
+        if hint.stage is Stage.NONE:
+            told.marks.pop(hint.selector, None)
+        else:
+            told.marks[hint.selector] = peer
+        self._say(peer, hint)
+        return True
+
+    def _end(self, session: Session, hint: EndHint) -> bool:
+        told = self._told.get(session)
+        if told is None:
+            return False
+        renamed = replace(hint, id=told.prefix + hint.id)
+        if hint.what is What.TRANSFER:
+            peer = told.transfers.pop(hint.id, None)
+            if peer is not None:
+                self._say(peer, renamed)
+            return peer is not None
+        if hint.what is What.REQUEST:
+            told.requests.pop(hint.id, None)
+            for peer in told.heard.pop(hint.id, ()):
+                self._say(peer, renamed)
+        return False
+
+    # --- links --------------------------------------------------------------------------------------------------------
+
+    def _say(self, peer: Peer, hint: Hint) -> None:
+        link = self._links.get(peer)
+        if link is None:
+            options: tuple[tuple[str, Any], ...] = ()
+            if peer.name:
+                options = (("grpc.ssl_target_name_override", peer.name),)
+            way = Way(self._credentials(), options, correct=True, drops=self._late)
+            link = self._links[peer] = Link(self._name, peer.target, QUEUE, BATCH, self._heard, None, way)
+        self.handed_on += 1
+        if isinstance(hint, TransferHint | RequestHint) and hint.deadline != INF:
+            # Links go by this process's clock, the engine by the kernel's: in a time namespace they differ.
+            hint = replace(hint, deadline=hint.deadline + time.monotonic() - self._clock())
+        link.put(hint)
+
+    def _late(self, hint: Hint, now: float) -> bool:
+        """It is about a deadline that has passed while it waited. In a link's thread."""
+        deadline = hint.deadline if isinstance(hint, TransferHint | RequestHint) else INF
+        if isinstance(hint, TransferHint):
+            prefix, separator, name = hint.request_id.partition(SEPARATOR)
+            told = self._by_prefix.get(prefix + separator)
+            request = None if told is None else told.requests.get(name)
+            if request is not None and request.deadline <= self._clock():
+                return True
+        return deadline <= now
+
+    def _heard(self, event: Event) -> None:
+        """A peer tells something; in its link's thread."""
+        self._soon(lambda: self._tell(event))
+
+    def _tell(self, event: Event) -> None:
+        prefix, separator, request = event.request_id.partition(SEPARATOR)
+        other, separated, transfer = event.transfer_id.partition(SEPARATOR)
+        told = self._by_prefix.get((prefix or other) + (separator or separated))
+        if told is not None:
+            told.session.tell(replace(event, request_id=request, transfer_id=transfer))
+
+    def look_after(self, table: Table) -> None:
+        """Take what names stand for now; links to who is gone are closed."""
+        self.table = table
+        here = {*table.peers.values()}
+        for peer in [p for p in self._links if p not in here]:
+            self._links.pop(peer).close(0.0)
+
+    def states(self) -> list[str]:
+        """Peers that can't be reached, in words."""
+        return [
+            f"relay: no connection to {p.name or p.address} ({p.target}); {link.stats().queued} hints wait"
+            for p, link in self._links.items()
+            if not link.stats().connected
+        ]
+
+    def close(self) -> None:
+        """Idempotent."""
+        for link in self._links.values():
+            link.close(0.0)
+        self._links.clear()

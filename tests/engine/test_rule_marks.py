@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Marks by who makes a socket and where it leads, with a time to the deadline; hints go before rules."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import pytest
+from support.harness import Host
+
+from mfsd.engine.sockets import Established
+from mfsd.model import Maker, MarkHint, PortRange, RuleSelector, Stage
+from mfsd.policy.registry import make_policy
+
+TO_6000 = RuleSelector(Maker(), dport=PortRange(6000, 6000))
+
+
+def rule(h: Host, selector: RuleSelector, stage: Stage, due_in: float = float("inf")) -> None:
+    session = h.engine.session("mfsd:rules", h.now)
+    h.engine.apply(session, MarkHint(selector, stage, due_in=due_in, gives_way=True), h.now)
+
+
+def test_connections_that_are_open_and_those_to_come_get_the_rules_band() -> None:
+    h = Host()
+    before = h.socket(1)
+    rule(h, TO_6000, Stage.COLLECTIVE)
+    h.tick()
+    h.tick()
+    after = h.socket(2)
+    assert h.band(after) == "level 0"  # before the engine has heard of it
+    h.tick()
+    assert h.band(before) == h.band(after) == "level 0"
+
+
+@pytest.mark.parametrize(
+    ("selector", "named"),
+    [
+        (RuleSelector(Maker(), ip_network("10.0.0.0/24")), True),
+        (RuleSelector(Maker(), ip_network("10.0.1.0/24")), False),
+        (RuleSelector(Maker(), sport=PortRange(40001, 40001)), True),
+        (RuleSelector(Maker(), sport=PortRange(40002, 40002)), False),
+        (RuleSelector(Maker(executable="redis")), True),
+        (RuleSelector(Maker(executable="ray")), False),
+    ],
+)
+def test_all_conditions_must_hold(selector: RuleSelector, named: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    h = Host()
+    h.kernel.makers[Maker(executable="redis")] = {1}
+    rule(h, selector, Stage.COLLECTIVE)
+    sock = h.socket(1)
+    h.kernel._events.append(Established(sock.told, None, active=True))  # even if the kernel can't tell
+    h.tick()
+    marks = [m for c in h.connections.by_slot.values() for m in c.marks]
+    assert bool(marks) == named
+
+
+def test_hints_go_before_rules_and_marks_of_workers_do_not() -> None:
+    h = Host()
+    a, b = h.socket(1), h.socket(2)
+    rule(h, TO_6000, Stage.COLLECTIVE)
+    h.tick()
+    h.engine.apply(h.session, MarkHint(RuleSelector(Maker(), sport=PortRange(40002, 40002)), Stage.COLLECTIVE), h.now)
+    h.request("r", 60.0)
+    for sock in (a, b):
+        h.transfer(f"t{sock.cookie}", sock, 1000, Stage.P2D)
+    h.tick()
+    h.tick()
+    assert h.band(a) == "level 4"
+    assert h.band(b) == "level 0"
+
+
+def test_a_rule_with_a_time_to_the_deadline_ranks_as_a_transfer_that_is_due_then() -> None:
+    h = Host()
+    for port, due_in in ((40001, 0.001), (40002, 0.1), (40003, 60.0)):
+        rule(h, RuleSelector(Maker(), sport=PortRange(port, port)), Stage.P2D, due_in)
+    h.tick()
+    socks = [h.socket(n) for n in (1, 2, 3)]
+    bands = [h.band(s) for s in socks]
+    h.tick()
+    assert [h.band(s) for s in socks] == bands == sorted(bands)
+    assert len(set(bands)) == 3
+    h.request("r", 0.1)
+    reference = h.socket(4, dst="10.0.0.9")
+    h.transfer("t", reference, 1, Stage.P2D)
+    h.tick()
+    assert h.band(reference) == bands[1]
+
+
+def test_another_policy_ranks_rules_anew() -> None:
+    h = Host()
+    rule(h, TO_6000, Stage.P2D, 0.001)
+    sock = h.socket(1)
+    h.tick()
+    before = h.band(sock)
+    h.engine.steering.change_policy(make_policy("two-class", 5, {}))
+    h.tick()
+    assert h.band(sock) != before
+
+
+def test_a_rule_that_is_taken_back_lets_go() -> None:
+    h = Host()
+    rule(h, TO_6000, Stage.COLLECTIVE)
+    sock = h.socket(1)
+    h.tick()
+    rule(h, TO_6000, Stage.NONE)
+    h.tick(1.0)
+    assert not h.kernel.rules
+    assert sock.cookie not in h.connections.by_cookie

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hints that cross hosts, between daemons of this process: 127.0.0.2 sends, 127.0.0.1 waits."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from support.certificates import Authority, Papers
+from support.daemons import PATIENCE_S, Running, wait_for
+
+from mfsd.client import Client, Event, EventKind, Stage, cookie_of, tuple_of
+from mfsd.client.introduction import introduced
+from mfsd.daemon.config import ConfigError, parse
+from mfsd.v1 import hints_pb2 as pb
+from mfsd.v1 import hints_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+SENDER, WAITER = "127.0.0.2", "127.0.0.1"
+MB = 1_000_000
+
+
+def free_port() -> int:
+    with socket.create_server((SENDER, 0)) as s:
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture(scope="module")
+def papers(authority: Authority) -> Papers:
+    return authority.papers("sender.test", SENDER)
+
+
+@pytest.fixture(scope="module")
+def own(authority: Authority) -> Papers:
+    return authority.papers("waiter.test", WAITER)
+
+
+class Hosts:
+    """A daemon that sends and one that waits."""
+
+    def __init__(self, folder: Path, papers: Papers, own: Papers) -> None:
+        self.folder, self.papers, self.own = folder, papers, own
+        self.port = free_port()
+        self.sender = self.start_sender()
+        (folder / "w").mkdir()
+        relay = {"peers": [f"{SENDER}:{self.port}"], **own.settings}
+        self.waiter = Running(folder / "w", relay=relay)
+
+    def start_sender(self, **more: Any) -> Running:
+        (self.folder / "s").mkdir(exist_ok=True)
+        relay = {"listen": f"{SENDER}:{self.port}", "allow": ["waiter.test"], **self.papers.settings} | more
+        return Running(self.folder / "s", relay=relay)
+
+    def stop(self) -> None:
+        self.waiter.stop()
+        self.sender.stop()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, papers: Papers, own: Papers) -> Iterator[Hosts]:
+    made = Hosts(tmp_path, papers, own)
+    yield made
+    made.stop()
+
+
+@contextlib.contextmanager
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """(the end that sends, the one that waits)."""
+    with socket.create_server((SENDER, 0)) as listener:
+        waits = socket.create_connection(listener.getsockname())
+        sends, _ = listener.accept()
+        with sends, waits:
+            yield sends, waits
+
+
+def from_sender(sends: socket.socket) -> Any:
+    return tuple_of(WAITER, 0, SENDER, sends.getsockname()[1])
+
+
+def transfers(daemon: Running) -> dict[str, float]:
+    """Time left by name, of the transfers that a daemon knows."""
+    return daemon.ask(
+        lambda e: {
+            t.id: float(e.books.transfers.get(t, "deadline")) - time.monotonic()
+            for s in e.books.sessions.values()
+            for t in s.transfers.values()
+        }
+    )
+
+
+def test_a_hint_of_who_waits_reaches_the_daemon_of_who_sends(hosts: Hosts) -> None:
+    with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
+        client.request("r", ttft_left_s=5.0)
+        client.transfer("r/kv", from_sender(sends), MB, stage=Stage.P2D, request="r")
+        assert client.flush(PATIENCE_S)
+        (left,) = wait_for(lambda: transfers(hosts.sender)).values()
+        assert 4.0 < left < 5.0
+        assert not transfers(hosts.waiter)
+        cookie = cookie_of(sends)
+        wait_for(lambda: hosts.sender.ask(lambda e: cookie in e.connections.by_cookie))
+        client.request("r", ttft_left_s=50.0)  # a correction follows
+        wait_for(lambda: next(iter(transfers(hosts.sender).values())) > 10)
+        client.done(transfer="r/kv")
+        client.done(request="r")
+        wait_for(lambda: not transfers(hosts.sender) or sends.send(bytes(MB)))
+
+
+def test_columns_are_handed_on_too(hosts: Hosts) -> None:
+    with connection() as (sends, waits), Client(target=hosts.waiter.target) as client:
+        client.request("r", ttft_left_s=5.0)
+        assert client.flush(PATIENCE_S)
+        for n in range(20):
+            where = from_sender(sends) if n % 2 else waits
+            client.transfer(f"t{n}", where, MB, stage=Stage.P2D, request="r")
+        assert client.flush(PATIENCE_S)
+        wait_for(lambda: len(transfers(hosts.sender)) == 10)
+        assert sorted(transfers(hosts.waiter)) == sorted(f"t{n}" for n in range(0, 20, 2))
+
+
+def test_what_the_sender_knows_comes_back(hosts: Hosts) -> None:
+    events: list[Event] = []
+    with connection() as (sends, _), Client(target=hosts.waiter.target, on_event=events.append) as client:
+        client.request("r", ttft_left_s=0.3, ttl_s=0.1)
+        client.transfer("r/kv", from_sender(sends), MB, stage=Stage.P2D, request="r", ttl_s=0.1)
+        wait_for(lambda: any(e.kind is EventKind.EXPIRED for e in events))
+        (event,) = [e for e in events if e.kind is EventKind.EXPIRED]
+        assert (event.request_id, event.transfer_id) == ("r", "r/kv")
+
+
+def test_a_session_that_ends_takes_back_what_it_said_elsewhere(hosts: Hosts) -> None:
+    with connection() as (sends, _):
+        with Client(target=hosts.waiter.target) as client:
+            client.request("r", ttft_left_s=60.0)
+            client.transfer("r/kv", from_sender(sends), MB, stage=Stage.P2D, request="r")
+            client.mark(tuple_of(WAITER, 0, SENDER, 1), Stage.COLLECTIVE)
+            wait_for(lambda: transfers(hosts.sender))
+        wait_for(lambda: not transfers(hosts.sender))
+        marks = lambda e: [m for s in e.books.sessions.values() for m in s.marks if s.name.startswith("relay:")]  # noqa: E731
+        wait_for(lambda: not hosts.sender.ask(marks))
+
+
+def test_what_is_late_is_not_handed_on(hosts: Hosts) -> None:
+    with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
+        client.request("late", ttft_left_s=-1.0)
+        client.request("soon", ttft_left_s=60.0)
+        client.transfer("late/kv", from_sender(sends), MB, stage=Stage.P2D, request="late")
+        client.transfer("soon/kv", from_sender(sends), MB, stage=Stage.P2D, request="soon")
+        assert client.flush(PATIENCE_S)
+        (name,) = wait_for(lambda: transfers(hosts.sender))
+        assert name.endswith("soon/kv")
+        assert client.stats.rejected == 0
+
+
+def test_a_sender_that_restarts_hears_again_what_is_alive(hosts: Hosts) -> None:
+    with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
+        client.request("r", ttft_left_s=60.0)
+        client.transfer("r/kv", from_sender(sends), MB, stage=Stage.P2D, request="r")
+        wait_for(lambda: transfers(hosts.sender))
+        hosts.sender.stop()
+        client.transfer("r/more", from_sender(sends), MB, stage=Stage.P2D, request="r")
+        assert client.flush(PATIENCE_S)  # the worker does not notice
+        wait_for(lambda: any("no connection to" in n for n in hosts.waiter.daemon.notices()))
+        hosts.sender = hosts.start_sender()
+        wait_for(lambda: len(transfers(hosts.sender)) == 2)
+        wait_for(lambda: not any("no connection to" in n for n in hosts.waiter.daemon.notices()))
+
+
+def test_advice_of_the_way_from_another_host(hosts: Hosts) -> None:
+    with Client(target=hosts.waiter.target) as client:
+        for _ in range(10):
+            assert client.advice(WAITER, source=SENDER) is None  # a daemon without devices knows nothing
+            time.sleep(0.02)
+    wrong = pb.AdviseRequest(paths=[pb.Path(dst="10.0.0.1"), pb.Path(dst="x")])
+    with introduced(hosts.waiter.target) as channel, pytest.raises(grpc.RpcError) as e:
+        hints_pb2_grpc.HintsStub(channel).Advise(wrong)
+    assert "paths[1].dst" in str(e.value)
+    assert code(lambda: stub(hosts.waiter.target).Advise(wrong)) is grpc.StatusCode.UNAUTHENTICATED
+
+
+# --- who may ----------------------------------------------------------------------------------------------------------
+
+
+def stub(target: str, credentials: grpc.ChannelCredentials | None = None, **options: Any) -> hints_pb2_grpc.HintsStub:
+    channel = (
+        grpc.insecure_channel(target)
+        if credentials is None
+        else grpc.secure_channel(target, credentials, list(options.items()))
+    )
+    return hints_pb2_grpc.HintsStub(channel)
+
+
+def credentials(papers: Papers | None, ca: Path) -> grpc.ChannelCredentials:
+    if papers is None:
+        return grpc.ssl_channel_credentials(ca.read_bytes())
+    return grpc.ssl_channel_credentials(ca.read_bytes(), papers.key.read_bytes(), papers.cert.read_bytes())
+
+
+def send(hosts: Hosts, papers: Papers | None, *hints: pb.Hint) -> pb.HintReply:
+    said = stub(f"{SENDER}:{hosts.port}", credentials(papers, hosts.papers.ca))
+    return said.Send(pb.HintBatch(session="s", seq=1, hints=hints), timeout=PATIENCE_S)
+
+
+def code(call: Callable[[], Any]) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as e:
+        call()
+    return e.value.code()
+
+
+def transfer(dst: str, src: str = SENDER) -> pb.Hint:
+    selector = pb.Selector(tuple=pb.Tuple(src_addr=src, dst_addr=dst))
+    return pb.Hint(transfer=pb.Transfer(id="t", stage=pb.STAGE_BACKGROUND, bytes=1, selector=selector))
+
+
+def test_only_who_is_on_the_list_is_heard(hosts: Hosts, authority: Authority, tmp_path: Path) -> None:
+    request = pb.Hint(request=pb.Request(id="r", ttft_left_us=1_000_000))
+    assert send(hosts, hosts.own, request).accepted == 1
+    stranger = authority.papers("stranger.test")
+    assert code(lambda: send(hosts, stranger, request)) is grpc.StatusCode.PERMISSION_DENIED
+    forged = Authority(tmp_path / "other").papers("waiter.test", WAITER)
+    assert code(lambda: send(hosts, None, request)) is grpc.StatusCode.UNAVAILABLE  # TLS refuses
+    assert code(lambda: send(hosts, forged, request)) is grpc.StatusCode.UNAVAILABLE
+    plain = stub(f"{SENDER}:{hosts.port}")
+    assert code(lambda: plain.Send(pb.HintBatch(session="s"), timeout=5)) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_peer_speaks_of_its_own_bytes_only(hosts: Hosts) -> None:
+    reply = send(hosts, hosts.own, transfer("127.0.0.3"), transfer(WAITER))
+    assert reply.accepted == 1
+    assert "127.0.0.3 is not 127.0.0.1, which says so" in reply.rejected[0].status.message
+    cookie = pb.Hint(connection=pb.ConnectionMark(selector=pb.Selector(cookie=7), stage=pb.STAGE_COLLECTIVE))
+    batch = pb.Hint(batch=pb.Batch(id="b"))
+    reply = send(hosts, hosts.own, cookie, batch)
+    assert [r.status.message.partition(":")[0] for r in reply.rejected] == ["connection.selector", "hint"]
+
+
+def test_a_server_that_is_not_who_it_should_be_gets_no_hints(tmp_path: Path, authority: Authority, own: Papers) -> None:
+    impostor = authority.papers("impostor.test", "127.0.0.9")  # right authority, wrong host
+    hosts = Hosts(tmp_path, impostor, own)
+    try:
+        with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
+            client.request("r", ttft_left_s=60.0)
+            client.transfer("r/kv", from_sender(sends), MB, stage=Stage.P2D, request="r")
+            assert client.flush(PATIENCE_S)
+            wait_for(lambda: any("no connection to" in n for n in hosts.waiter.daemon.notices()))
+            time.sleep(0.3)
+            assert not transfers(hosts.sender)
+    finally:
+        hosts.stop()
+
+
+def test_the_configuration_says_what_is_missing() -> None:
+    with pytest.raises(ConfigError) as e:
+        parse({"relay": {"listen": "x", "peers": ["a:1 b", "c"]}})
+    found = e.value.problems
+    assert found == [
+        "relay.cert = (unset): required with relay.listen and relay.peers; must be an absolute path",
+        "relay.key = (unset): required with relay.listen and relay.peers; must be an absolute path",
+        "relay.ca = (unset): required with relay.listen and relay.peers; must be an absolute path",
+        'relay.listen = "x": must be "host:port"',
+        "relay.allow = []: nobody could bring hints; name those who may, or leave out relay.listen",
+        'relay.peers[0] = "a:1 b": must be "host:port" or "host:port network ..."',
+        'relay.peers[1] = "c": must be "host:port" or "host:port network ..."',
+    ]

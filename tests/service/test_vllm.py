@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixin of vLLM's connectors, with a real daemon.
+
+The connector below it is a stand-in that behaves as vLLM's base class says it must. With the real ones it was run by
+hand: docs/integrations/vllm.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemons import PATIENCE_S, Running, wait_for
+
+import mfsd.integrations.vllm as integration
+from mfsd.integrations.vllm import MfsdConnector
+from mfsd.integrations.vllm.deadline import deadline_of
+from mfsd.integrations.vllm.state import bytes_per_token
+from mfsd.model import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK = 32
+PER_TOKEN = 1000
+PORTS = [20000, 20099]
+
+
+@dataclass
+class Request:
+    """As vllm.v1.request.Request."""
+
+    request_id: str
+    kv_transfer_params: dict[str, Any] | None = None
+    sampling_params: Any = None
+    arrival_time: float = field(default_factory=time.time)
+    num_prompt_tokens: int = 1000
+
+
+class Connector:
+    """As KVConnectorBase_V1."""
+
+    def __init__(self, extra: dict[str, Any]) -> None:
+        self._vllm_config = SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
+            cache_config=SimpleNamespace(block_size=BLOCK),
+            parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        )
+        tensors = [SimpleNamespace(size=100 * BLOCK * PER_TOKEN // 4)] * 2
+        self._kv_cache_config = SimpleNamespace(num_blocks=100, kv_cache_tensors=tensors)
+        self.calls: list[str] = []
+
+    def on_new_request(self, request: Any) -> None:
+        del request
+        self.calls.append("new")
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        del request
+        return 1000 - num_computed_tokens, True
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        del blocks, num_external_tokens
+        if request.kv_transfer_params:
+            request.kv_transfer_params["do_remote_prefill"] = False
+
+    def build_connector_meta(self, scheduler_output: Any) -> str:
+        del scheduler_output
+        return "meta"
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        del connector_output
+        self.calls.append("output")
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        del block_ids
+        if request.kv_transfer_params and request.kv_transfer_params.get("do_remote_decode"):
+            return True, {"do_remote_prefill": True, "remote_host": "127.0.0.1", "remote_port": 5600}
+        return False, None
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+class Mine(MfsdConnector, Connector):
+    pass
+
+
+@pytest.fixture
+def mine(running: Running) -> Iterator[Mine]:
+    connector = Mine({"mfsd_target": running.target})
+    yield connector
+    connector.shutdown()
+
+
+def flush(connector: Mine) -> None:
+    assert connector._mfsd().client.flush(PATIENCE_S)
+
+
+def deadlines(running: Running) -> dict[str, float]:
+    return running.ask(
+        lambda e: {
+            r.id: float(e.books.requests.get(r, "deadline")) - time.monotonic()
+            for s in e.books.sessions.values()
+            for r in s.requests.values()
+        }
+    )
+
+
+def transfers(running: Running) -> list[Any]:
+    return running.ask(lambda e: [t for s in e.books.sessions.values() for t in s.transfers.values()])
+
+
+def test_prefill_passes_the_deadline_on_and_decode_announces_its_kv(
+    mine: Mine, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = time.time()
+    xargs = SimpleNamespace(extra_args={"mfsd_ttft_slo_ms": 5000})
+    first = Request("p", {"do_remote_decode": True}, xargs, arrived)
+    mine.on_new_request(first)
+    assert mine.calls == ["new"]
+    flush(mine)
+    assert deadlines(running)["p"] == pytest.approx(5.0, abs=0.5)
+    mine._mfsd().ports = (PORTS[0], PORTS[1])
+    delay, params = mine.request_finished(first, [1])
+    assert delay
+    assert params is not None
+    assert params["mfsd_ports"] == PORTS
+    assert params["mfsd_deadline_unix_ms"] == pytest.approx((arrived + 5) * 1000, abs=1)
+    flush(mine)
+    assert not deadlines(running)
+
+    monkeypatch.setattr(mine._mfsd(), "ports", (0, 0))
+    second = Request("d", dict(params), None, arrived + 1)  # decode has seen nothing but what prefill has passed on
+    mine.on_new_request(second)
+    assert mine.get_num_new_matched_tokens(second, 0) == (1000, True)
+    mine.update_state_after_alloc(second, None, 1000)
+    mine.update_state_after_alloc(second, None, 0)  # as vLLM does when the blocks are there
+    flush(mine)
+    assert deadlines(running)["d"] == pytest.approx(arrived + 5 - time.time(), abs=0.5)
+    (transfer,) = transfers(running)
+    assert (transfer.id, transfer.stage) == ("d/kv", Stage.P2D)
+    selector = transfer.stream.selector
+    assert (str(selector.src), str(selector.dst)) == ("127.0.0.1", "127.0.0.1")
+    assert (selector.sport.first, selector.sport.last) == tuple(PORTS)
+    assert not transfer.stream.ordered
+    size = running.ask(lambda e: float(e.books.transfers.get(transfer, "size")))
+    assert size == 1000 * PER_TOKEN
+    assert mine.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(req_id="d")])) == "meta"
+    flush(mine)
+    batches = running.ask(lambda e: [len(b.requests) for s in e.books.sessions.values() for b in s.batches.values()])
+    assert batches == [1]
+    mine.update_connector_output(SimpleNamespace(finished_recving={"d", "other"}))
+    mine.request_finished(second, [])
+    flush(mine)
+    assert "output" in mine.calls
+    handed = running.ask(lambda e: [t.handed_over for s in e.books.sessions.values() for t in s.transfers.values()])
+    assert handed in ([], [True])
+
+
+def test_what_is_aborted_or_fails_is_cancelled(mine: Mine, running: Running) -> None:
+    for how in ("abort", "fail"):
+        request = Request(how, {"remote_host": "127.0.0.1", "mfsd_ttft_slo_ms": 60_000})
+        mine.on_new_request(request)
+        mine.update_state_after_alloc(request, None, 10)
+    flush(mine)
+    assert len(transfers(running)) == 2
+    mine.request_finished(Request("abort"), [])
+    mine.update_connector_output(SimpleNamespace(failed_recving={"fail"}))
+    flush(mine)
+    assert not transfers(running)
+    assert list(deadlines(running)) == ["fail"]  # which goes on, by recomputing
+
+
+def test_kv_of_a_store_is_stage_1(running: Running) -> None:
+    mine = Mine({"mfsd_target": running.target, "mfsd_store": "127.0.0.1:6379", "mfsd_ttft_slo_ms": 1000})
+    try:
+        request = Request("r")
+        mine.on_new_request(request)
+        mine.update_state_after_alloc(request, None, 10)
+        flush(mine)
+        (transfer,) = transfers(running)
+        assert transfer.stage is Stage.KV_REUSE
+        assert transfer.stream.selector.sport.first == transfer.stream.selector.sport.last == 6379
+    finally:
+        mine.shutdown()
+
+
+def test_kv_that_would_be_late_is_not_loaded_if_so_configured(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Mine({"mfsd_target": running.target, "mfsd_recompute": True, "mfsd_ttft_slo_ms": 1000})
+    try:
+        request = Request("r", {"remote_host": "127.0.0.1"})
+        assert mine.get_num_new_matched_tokens(request, 0) == (1000, True)  # nothing is known yet
+
+        def advise(rate: float) -> None:
+            monkeypatch.setattr("mfsd.api.advice.advice", lambda *_: advice_of(rate))
+            mine._mfsd().client.advice("127.0.0.1", source="127.0.0.1")
+            client = mine._mfsd().client
+            wait_for(lambda: (a := client.advice("127.0.0.1", source="127.0.0.1")) is not None and a.rate == rate)
+
+        advise(1000 * PER_TOKEN / 0.5)
+        assert mine.get_num_new_matched_tokens(request, 0) == (1000, True)
+        advise(1000 * PER_TOKEN / 2.0)
+        assert mine.get_num_new_matched_tokens(request, 0) == (0, False)
+    finally:
+        mine.shutdown()
+
+
+def advice_of(rate: float) -> Any:
+    from mfsd.v1 import hints_pb2  # noqa: PLC0415 - for this one test
+
+    return hints_pb2.Advice(known=True, rate_bytes_per_s=rate)
+
+
+class Old:
+    """A connector that lacks what came later."""
+
+    def __init__(self, target: str) -> None:
+        self._vllm_config = SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(kv_connector_extra_config={"mfsd_target": target})
+        )
+
+    def update_state_after_alloc(self, *_: Any) -> str:
+        return "as before"
+
+
+class Ancient(MfsdConnector, Old):
+    pass
+
+
+def test_nothing_of_ours_ever_reaches_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    for target in ("unix:/nowhere/mfsd.sock", "not a target", ""):
+        one = Ancient(target)
+        one.on_new_request(object())  # without any attribute that we need
+        one.on_new_request(Request("r", {"mfsd_ttft_slo_ms": "soon"}, None, float("nan")))
+        one.update_connector_output(object())
+        for odd in ({"remote_host": 7}, {"remote_host": "no such host"}, {"mfsd_ports": "x", "remote_host": "::1"}):
+            assert one.update_state_after_alloc(Request("r", odd), None, 10) == "as before"
+        one.shutdown()
+    assert all("serving goes on" in r.message or "mfsd" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("params", "xargs", "config", "deadline"),
+    [
+        ({"mfsd_deadline_unix_ms": 5e6}, {"mfsd_deadline_unix_ms": 6e6}, {}, 5000.0),
+        (None, {"mfsd_deadline_unix_ms": "6000000"}, {"mfsd_ttft_slo_ms": 1}, 6000.0),
+        ({"mfsd_ttft_slo_ms": 500}, {"x-llm-d-slo-ttft-ms": "900"}, {}, 100.5),
+        ({}, {"x-llm-d-slo-ttft-ms": "900"}, {"mfsd_ttft_slo_ms": 1}, 100.9),
+        (None, {"x-slo-ttft-ms": 900, "mfsd_ttft_slo_ms": True}, {}, 100.9),
+        (None, None, {"mfsd_ttft_slo_ms": 200, "mfsd_ttft_slo_ms_per_token": 1}, 101.2),
+        ({"mfsd_ttft_slo_ms": "soon"}, {"mfsd_ttft_slo_ms": "inf"}, {}, None),
+        (None, None, {}, None),
+    ],
+)
+def test_where_a_deadline_comes_from(params: Any, xargs: Any, config: Any, deadline: float | None) -> None:
+    assert deadline_of(params, xargs, config, 100.0, 1000) == (None if deadline is None else pytest.approx(deadline))
+
+
+def test_bytes_per_token() -> None:
+    cache = SimpleNamespace(num_blocks=10, kv_cache_tensors=[SimpleNamespace(size=320 * 7)])
+    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=32), parallel_config=object())
+    assert bytes_per_token(config, cache, {}) == 7
+    assert bytes_per_token(config, cache, {"mfsd_bytes_per_token": 9}) == 9
+    assert bytes_per_token(object(), object(), {}) == 0
+
+
+@pytest.mark.skipif("vllm" in sys.modules, reason="needs an environment without vLLM")
+def test_without_vllm_the_module_can_be_imported_and_says_what_is_missing() -> None:
+    with pytest.raises(ModuleNotFoundError, match="vllm"):
+        _ = integration.MfsdNixlConnector
+    with pytest.raises(AttributeError):
+        _ = integration.MfsdOther

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Throw-away certificate authorities, by the openssl command."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Papers:
+    """Files of one host, all PEM."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Keys of section [relay]."""
+        return {"cert": str(self.cert), "key": str(self.key), "ca": str(self.ca)}
+
+    @property
+    def toml(self) -> str:
+        return "".join(f'{key} = "{value}"\n' for key, value in self.settings.items())
+
+
+class Authority:
+    """Signs certificates."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.cert, self.key = folder / "ca.pem", folder / "ca.key"
+        _openssl(
+            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+            "-subj", "/CN=mfsd test authority", "-keyout", self.key, "-out", self.cert,
+        )  # fmt: skip
+
+    def papers(self, name: str, *addresses: str) -> Papers:
+        """Of a host with this name and these addresses."""
+        key, request, cert = (self.folder / f"{name}.{end}" for end in ("key", "csr", "pem"))
+        names = ",".join([f"DNS:{name}", *(f"IP:{a}" for a in addresses)])
+        _openssl(
+            "req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-subj", f"/CN={name}", "-keyout", key, "-out", request,
+        )  # fmt: skip
+        extensions = self.folder / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={names}\n")
+        _openssl(
+            "x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self.key, "-CAcreateserial", "-days", "2",
+            "-extfile", extensions, "-out", cert,
+        )  # fmt: skip
+        return Papers(cert, key, self.cert)
+
+
+def _openssl(*words: str | Path) -> None:
+    done = subprocess.run(["openssl", *map(str, words)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
