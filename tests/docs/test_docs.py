@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from pydantic import BaseModel
 
 from mfsd.cli.app import COMMANDS
 from mfsd.daemon import config
+from mfsd.daemon.config_rules import RuleConfig
 from mfsd.lab.app import main as lab
 from mfsd.policy import registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from pydantic import BaseModel
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -123,15 +123,9 @@ def test_the_command_reference_has_every_command() -> None:
 
 @pytest.mark.parametrize("path", PRESENT, ids=named)
 def test_keys_of_the_configuration_that_are_named_exist(path: Path) -> None:
-    sections: dict[str, type[BaseModel]] = {
-        "daemon": config.DaemonConfig,
-        "device": config.DeviceConfig,
-        "peer": config.PeerConfig,
-        "bands": config.BandsConfig,
-        "limits": config.LimitsConfig,
-        "rescue": config.RescueConfig,
-        "metrics": config.MetricsConfig,
-    }
+    plain = {name: type(value) for name, value in config.Config() if isinstance(value, BaseModel) and name != "policy"}
+    lists = (("device", config.DeviceConfig), ("peer", config.PeerConfig), ("rule", RuleConfig))
+    sections: dict[str, type[BaseModel]] = dict([*plain.items(), *lists])
     pattern = re.compile(rf"({'|'.join(sections)})\.([a-z_]+)(?: = .+)?")
     keys = [found.groups() for found in map(pattern.fullmatch, spans(path)) if found]
     assert not [f"{section}.{key}" for section, key in keys if key not in sections[section].model_fields]
