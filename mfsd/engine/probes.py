@@ -34,8 +34,8 @@ LEAST_PACKETS: Final = 8
 """With fewer a window means nothing."""
 PROBES: Final = 4
 """Peers probed at a time."""
-BEGIN_S: Final = 0.019
-"""Time between two that begin: every other tick, so that few ticks both begin and end one."""
+BEGIN_S: Final = 0.039
+"""Time between two that begin: every fourth tick, so that most ticks neither begin nor end one."""
 ASKED: Final = 4
 """Connections of a peer that are asked: at 10 us each."""
 

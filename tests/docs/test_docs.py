@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation says of the tree, held against the tree: links, files, commands, keys, policies, examples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from pydantic import BaseModel
+
+from mfsd.cli.app import COMMANDS
+from mfsd.daemon import config
+from mfsd.daemon.config_rules import RuleConfig
+from mfsd.lab.app import main as lab
+from mfsd.policy import registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+DOCS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PRESENT: Final = [path for path in DOCS if path.name != "CHANGELOG.md"]
+"""Those that say how things are; the change log also names what is gone."""
+TOP: Final = ("mfsd", "bpf", "proto", "systemd", "tests", "scripts", "bench", "packaging", "docs", ".ci")
+MOST: Final = 400
+"""Lines of a file."""
+
+_FENCE: Final = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_SPAN: Final = re.compile(r"`([^`\n]+)`")
+_LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_DESCRIBED: Final = re.compile(r"default ('[^']*'|[^,]+), ([^:]+): (.+)")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def spans(path: Path) -> list[str]:
+    """What stands in backticks outside of blocks."""
+    return _SPAN.findall(_FENCE.sub("", path.read_text()))
+
+
+def code(path: Path) -> str:
+    """Blocks, fenced or indented, and what stands in backticks."""
+    text = path.read_text()
+    fenced = [body for _, body in _FENCE.findall(text)]
+    indented = [line for line in _FENCE.sub("", text).splitlines() if line.startswith("    ")]
+    return "\n".join([*fenced, *indented, *spans(path)])
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """Rows of the first table below a heading, without its head."""
+    lines = text[text.index(f"\n{heading}\n") :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+@pytest.mark.parametrize("path", DOCS, ids=named)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in _LINK.findall(path.read_text()):
+        if re.match(r"\w+:", link):
+            continue  # another host's
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=named)
+def test_files_that_are_named_are_there(path: Path) -> None:
+    files = [s for s in spans(path) if re.fullmatch(rf"({'|'.join(map(re.escape, TOP))})/[\w./*-]+", s)]
+    missing = [f for f in files if not any(ROOT.glob(f.rstrip("/")))]
+    assert not missing
+    assert files or path.name != "architecture.md"
+
+
+def test_every_room_is_in_the_table_of_rooms() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = " ".join(row[0] for row in table(text, "## Rooms"))
+    entries = [p for p in (ROOT / "mfsd").iterdir() if not p.name.startswith("__")]
+    assert not [p.name for p in entries if f"`mfsd/{p.name}{'/' if p.is_dir() else ''}`" not in rooms]
+
+
+def test_files_that_are_too_long_have_a_reason() -> None:
+    rows = table((ROOT / "docs/architecture.md").read_text(), "## Files over 400 lines")
+    generated = {ROOT / "mfsd/datapath/_abi.py", *(ROOT / "mfsd/v1").rglob("*.py")}
+    files = {*(ROOT / "mfsd").rglob("*.py"), *(ROOT / "bpf").glob("*.[ch]")} - generated
+    long = {f"`{named(f)}`" for f in files if len(f.read_text().splitlines()) > MOST}
+    assert {row[0] for row in rows} == long
+    assert all(row[1] for row in rows)
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=named)
+def test_commands_that_are_named_exist(path: Path) -> None:
+    text = code(path)
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"\bmake ([a-z][a-z-]*)", text))
+    assert not {t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)}
+    benchmarks = set(re.findall(r"\bNAME=([a-z]+)", text))
+    assert not {n for n in benchmarks if not (ROOT / f"bench/{n}.py").exists()}
+    assert not set(re.findall(r"\bmfsd-lab ([a-z]+)", text)) - set(lab.commands)
+    assert not set(re.findall(r"\bmfsctl ([a-z][a-z-]*)", text)) - set(COMMANDS)
+
+
+def test_the_command_reference_has_every_command() -> None:
+    text = (ROOT / "docs/mfsctl.md").read_text()
+    headings = "\n".join(re.findall(r"^##+ (.+)$", text, re.MULTILINE))
+    assert not [name for name in COMMANDS if not re.search(rf"\b{name}\b", headings, re.IGNORECASE)]
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=named)
+def test_keys_of_the_configuration_that_are_named_exist(path: Path) -> None:
+    plain = {name: type(value) for name, value in config.Config() if isinstance(value, BaseModel) and name != "policy"}
+    lists = (("device", config.DeviceConfig), ("peer", config.PeerConfig), ("rule", RuleConfig))
+    sections: dict[str, type[BaseModel]] = dict([*plain.items(), *lists])
+    pattern = re.compile(rf"({'|'.join(sections)})\.([a-z_]+)(?: = .+)?")
+    keys = [found.groups() for found in map(pattern.fullmatch, spans(path)) if found]
+    assert not [f"{section}.{key}" for section, key in keys if key not in sections[section].model_fields]
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=named)
+def test_examples_of_the_configuration_are_accepted(path: Path, tmp_path: Path) -> None:
+    blocks = [body for language, body in _FENCE.findall(path.read_text()) if language == "toml"]
+    for i, block in enumerate(blocks):
+        file = tmp_path / f"{i}.toml"
+        file.write_text(block)
+        config.load(file)
+    assert blocks or path.name != "README.md"
+
+
+def test_every_policy_is_compared() -> None:
+    rows = table((ROOT / "docs/policies.md").read_text(), "## All of them")
+    names = [name for row in rows for name in _SPAN.findall(row[0])]
+    assert sorted(names) == sorted(registry.names())
+    for row in rows:
+        least = [str(registry.make_policy(name).least_levels) for name in _SPAN.findall(row[0])]
+        assert row[3] == ", ".join(dict.fromkeys(least)), row[0]
+
+
+def parameters() -> Iterator[list[str]]:
+    """Rows of the table of parameters; policies of one class with one default share a row."""
+    shared: dict[tuple[type, str, str], list[str]] = {}
+    for name in registry.names():
+        for key, text in registry.describe(name).items():
+            shared.setdefault((type(registry.make_policy(name)), key, text), []).append(f"`{name}`")
+    for (_, key, text), names in shared.items():
+        found = _DESCRIBED.fullmatch(text)
+        assert found is not None, text
+        default = {"True": "true", "False": "false"}.get(found[1], found[1].replace("'", '"'))
+        yield [", ".join(names), f"`{key}`", default, found[2].replace("'", '"'), found[3]]
+
+
+def test_every_parameter_has_its_default() -> None:
+    rows = table((ROOT / "docs/policies.md").read_text(), "## Parameters")
+    assert rows == list(parameters())
