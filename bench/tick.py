@@ -24,6 +24,7 @@ from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.engine.connections import Connections
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
+from mfsd.engine.probes import Probes
 from mfsd.engine.settings import LimitsConfig, RescueConfig
 from mfsd.engine.slots import FlowTable
 from mfsd.engine.sockets import Event, Socket
@@ -52,6 +53,8 @@ TICKS = 400
 PER_BATCH = 64
 TICK_S = 0.010
 LINK = 1.25e9
+LIMITS = LimitsConfig(max_connections_per_user=16_384)
+"""All connections are one user's."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class Simulated:
     """TCP's word on a socket that exists only here."""
 
     bytes_acked: int = 0
+    busy_us: int = 0
+    rwnd_limited_us: int = 0
+    sndbuf_limited_us: int = 0
+    app_limited: bool = False
+    slow_start: bool = False
+    queued: int = 0
+    holes: bool = False
     unsent_plus_unacked: int = 1 << 40
     notsent: int = 1 << 40
     rto_us: int = 200_000
@@ -70,6 +80,8 @@ class SimulatedSockets:
     """engine.sockets.Sockets that knows every cookie."""
 
     tells = True
+    busy_us = 0
+    """For how long they all have been limited by the network."""
 
     def events(self) -> list[Event]:
         return []
@@ -95,7 +107,7 @@ class SimulatedSockets:
         raise NotImplementedError(selectors)
 
     def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> dict[int, Simulated]:
-        return {cookie: Simulated() for cookie, _ in sockets}
+        return {cookie: Simulated(busy_us=self.busy_us) for cookie, _ in sockets}
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
         raise NotImplementedError(selector, uid, band, lanes, expires_ns)
@@ -132,14 +144,30 @@ class SimulatedDevice:
         del shares
 
 
-def measure(n: int) -> tuple[float, float]:
-    """Median and p99 of a tick with n connections, in ms."""
+class TimedProbes(Probes):
+    """The engine's, and how long they take."""
+
+    def __init__(self, connections: Connections) -> None:
+        super().__init__(connections)
+        self.took: list[float] = []
+        """Milliseconds."""
+
+    def run(self, now: float) -> None:
+        """As the engine does, timed."""
+        start = time.perf_counter()
+        super().run(now)
+        self.took.append((time.perf_counter() - start) * 1000)
+
+
+def measure(n: int) -> tuple[float, float, float, float]:
+    """Median and p99 of a tick with n connections, and of what of it learns the peers' rates, in ms."""
     rng = np.random.default_rng(n)
     with LibbpfLoader().open_classifier(16_384) as classifier:
         policy = make_policy("deadline-ladder", 5, {})
         bands = Bands.build(5, default_after=policy.default_after, lanes=32)
-        connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), SimulatedSockets(), bands)
-        engine = Engine(connections, policy, bands, [SimulatedDevice(bands)], LimitsConfig(), RescueConfig())
+        sockets = SimulatedSockets()
+        connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), sockets, bands)
+        engine = Engine(connections, policy, bands, [SimulatedDevice(bands)], LIMITS, RescueConfig())
         session = engine.session("bench", 0.0)
         now = 100.0
         for i in range(n):
@@ -153,6 +181,7 @@ def measure(n: int) -> tuple[float, float]:
             hint = TransferHint(f"t{i}", f"r{i}", "", stage, int(rng.integers(0, 64)), size, CookieSelector(i + 1))
             engine.apply(session, hint, now)
         engine.tick(now)
+        engine.probes = probes = TimedProbes(connections)
         took = []
         rows, slots = classifier.slots, np.array(sorted(connections.by_slot))
         for k in range(TICKS):
@@ -161,7 +190,9 @@ def measure(n: int) -> tuple[float, float]:
             sent = rng.integers(0, 100_000, n)
             for name in ("bytes", "sent", "acked"):
                 rows[name][slots] += sent.astype(np.uint64)
+            rows["packets"][slots] += 16  # so that a window is over in two ticks
             rows["last_ns"][slots] = int(now * 1e9)
+            sockets.busy_us += round(TICK_S * 1e6)
             if k % 4 == 0:
                 batch = int(rng.integers(0, (n + PER_BATCH - 1) // PER_BATCH))
                 engine.apply(session, ProgressHint(f"b{batch}", k // 8), now)
@@ -169,8 +200,15 @@ def measure(n: int) -> tuple[float, float]:
             engine.tick(now)
             took.append((time.perf_counter() - start) * 1000)
         assert engine.books.transfers.n == n, "transfers must stay unfinished for the whole run"
+        assert any(p.sightings for p in connections.peers.known(now)), "no window of the network's was seen"
         engine.end_session(session, now)
-        return float(np.median(took)), float(np.percentile(took, 99))
+        learning = probes.took
+        return (
+            float(np.median(took)),
+            float(np.percentile(took, 99)),
+            float(np.median(learning)),
+            float(np.percentile(learning, 99)),
+        )
 
 
 def main() -> None:
@@ -178,9 +216,11 @@ def main() -> None:
     keep_freed()  # as the daemon does
     figures = []
     for n in COUNTS:
-        median, p99 = measure(n)
+        median, p99, learning, learning_p99 = measure(n)
         if n == COUNTS[-1]:
             figures.append(Figure.against(f"tick_{n}_ms", median, "ms", target=1.0, want="at most"))
+            figures.append(Figure.against(f"learning_{n}_ms", learning, "ms", target=0.2, want="at most"))
+            figures.append(Figure(f"learning_{n}_p99_ms", learning_p99, "ms"))
         else:
             figures.append(Figure(f"tick_{n}_ms", median, "ms"))
         figures.append(Figure(f"tick_{n}_p99_ms", p99, "ms"))

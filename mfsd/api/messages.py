@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from mfsd.api.operations import BandRow, Device, Figures, Operations, Verdict
     from mfsd.engine.engine import Engine
+    from mfsd.engine.peers import Known
     from mfsd.engine.records import Connection, Transfer, Watch
     from mfsd.model import Selector
     from mfsd.policy.views import Views
@@ -29,6 +30,8 @@ RULES: Final = "mfsd:rules"
 """The session whose marks are the configuration's rules."""
 NAMED: Final = 8
 """Selectors without a connection that the notices name."""
+PEERS: Final = 100
+"""Peers that a status lists."""
 SHOWN: Final = 1000
 """Transfers that an explanation lists."""
 _SHOWN_LEVEL: Final = {LEVEL_NEW: -1, LEVEL_NONE: -1, LEVEL_SCAVENGER: -2, LEVEL_BACKGROUND: -3}
@@ -61,6 +64,20 @@ def status(daemon: Operations, figures: Sequence[Figures], now: float) -> pb.Sta
         tick_p50_ms=p50 * 1000,
         tick_p99_ms=p99 * 1000,
         notices=[*daemon.notices(), *_unseen(unseen)],
+        peers=[_peer(p) for p in engine.connections.peers.known(now)[:PEERS]],
+    )
+
+
+def _peer(known: Known) -> pb.Peer:
+    return pb.Peer(
+        address=str(known.address),
+        configured_bytes_per_s=known.configured if known.configured < INF else 0.0,
+        learnt_bytes_per_s=known.learnt,
+        sightings=known.sightings,
+        used_bytes_per_s=known.used if known.used < INF else 0.0,
+        given_up=known.given_up,
+        in_time=known.in_time,
+        raised=known.raised,
     )
 
 

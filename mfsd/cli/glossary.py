@@ -69,6 +69,18 @@ BAND: Final = {
     "connections": "connections in it now",
 }
 
+PEER: Final = {
+    "address": "host that connections lead to, of whose link something is known",
+    "configured_bytes_per_s": "what the link into it carries, by a [[peer]] section; 0: there is none",
+    "learnt_bytes_per_s": "the most that it took lately while nothing but the network held us back; 0: seen too seldom",
+    "sightings": "how often that was seen in the last 30 s; 5 are needed, of a single peer 20 that agree",
+    "used_bytes_per_s": "what the policy goes by: the configured rate, or a learnt one below that of our link (and, of "
+    "several peers, above the fair share of it); 0: none",
+    "given_up": "transfers given up while a learnt rate was in use, and over by now",
+    "in_time": "of these: in time after all; more than 2 % raise the learnt rate by a quarter, and both begin anew",
+    "raised": "by what factor the learnt rate has been raised so far",
+}
+
 STATS: Final = {
     "cookie": "packets of hinted connections matched by socket cookie, and steered",
     "tuple": "packets of hinted connections matched by addresses and ports, and steered",
@@ -88,5 +100,6 @@ SECTIONS: Final = (
     ("counters (since the daemon started)", "counters.", COUNTERS),
     ("device", "devices[].", DEVICE),
     ("band", "devices[].bands[].", BAND),
+    ("peer", "peers[].", PEER),
     ("classifier (packets on this device)", "devices[].stats.", STATS),
 )

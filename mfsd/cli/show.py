@@ -84,12 +84,33 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
         )  # fmt: skip
 
 
+def _peers(peers: Iterable[pb.Peer]) -> RenderableType:
+    def rate(value: float) -> str:
+        return units.rate(value) if value else "-"
+
+    return tables.table(
+        [
+            ("peer", "left"), ("configured", "right"), ("learnt", "right"), ("seen", "right"), ("used", "right"),
+            ("given up", "right"), ("in time", "right"), ("raised", "right"),
+        ],
+        (
+            [
+                p.address, rate(p.configured_bytes_per_s), rate(p.learnt_bytes_per_s), str(p.sightings),
+                rate(p.used_bytes_per_s), str(p.given_up), str(p.in_time), f"{p.raised:.3g}",
+            ]
+            for p in peers
+        ),
+    )  # fmt: skip
+
+
 def render_status(s: pb.Status) -> Group:
     """One screen."""
     lines = list(_summary(s))
     parts: list[RenderableType] = [Text(lines[0], style="bold"), *(Text(line) for line in lines[1:])]
     for device in s.devices:
         parts += _device(device)
+    if s.peers:
+        parts += [Text(), _peers(s.peers)]
     if not s.devices:
         parts.append(Text("\nno devices: name one in a [[device]] section of the configuration"))
     parts += [Text(f"{'' if n else chr(10)}! {notice}", style="yellow") for n, notice in enumerate(s.notices)]

@@ -176,7 +176,7 @@ class PeerConfig(Section):
     )
     rate: RateValue = setting(
         ...,
-        "What the link into each of these hosts carries: bounds of what can be in time use it.",
+        "What the link into each of these hosts carries: bounds of what can be in time use it. Else it is learnt.",
         allowed=A_RATE,
     )
 

@@ -163,6 +163,7 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
                 LEVEL_NEW,
                 -1,  # seen_layer
                 False,  # infeasible
+                False,  # given_up
                 [t.stream.ordered for t in transfers],
                 0.0,  # begun
                 LEVEL_NEW,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mfsd.bands import Bands
     from mfsd.engine.records import Mark, Session
-    from mfsd.engine.sockets import Socket, Sockets
+    from mfsd.engine.sockets import Progress, Socket, Sockets
     from mfsd.model import Address
 
 F8 = npt.NDArray[np.float64]
@@ -81,6 +81,8 @@ class Connections:
         self._sent: F8 = np.zeros(n)
         self._acked: F8 = np.zeros(n)
         """By slot: what TCP has said when asked; the slot itself may know more by now."""
+        self.tenancy: npt.NDArray[np.int64] = np.zeros(n, dtype=np.int64)
+        """By slot: how many connections have had it."""
         # One element more than there are slots: index -1 ("no connection") reads the last.
         self.peer: npt.NDArray[np.int32] = np.full(n + 1, -1, dtype=np.int32)
         """By slot: dense index of the remote address, -1 while unknown."""
@@ -227,6 +229,7 @@ class Connections:
         self._lane_users[lane] += 1
         self._sent[slot] = self._acked[slot] = 0.0
         self.peer[slot] = -1
+        self.tenancy[slot] += 1
         self.by_slot[slot] = conn
         if endpoints is not None:
             self._set_endpoints(conn, endpoints)
@@ -332,6 +335,10 @@ class Connections:
         high = self.table.high
         return np.maximum(self.table.acked[:high], self._acked[:high])
 
+    def acked_of(self, slots: npt.NDArray[np.intp]) -> F8:
+        """The same for some slots, shape (len(slots),)."""
+        return np.maximum(self.table.acked.take(slots), self._acked.take(slots))
+
     def sent_by(self, conn: Connection) -> float:
         """What has left one connection."""
         return max(float(self.table.sent[conn.slot]), float(self._sent[conn.slot]))
@@ -425,13 +432,32 @@ class Connections:
                 end = max(float(self.table.sent[conn.slot]), self._sent[conn.slot])
                 out[conn] = Position(end, end, over=True)
                 continue
-            written = float(p.bytes_acked + p.unsent_plus_unacked)
-            self._sent[conn.slot] = written - p.notsent
-            self._acked[conn.slot] = p.bytes_acked
             out[conn] = Position(
-                float(p.bytes_acked), written, quiet_s=p.last_ack_ms / 1000, sent_ago_s=p.last_sent_ms / 1000
+                float(p.bytes_acked),
+                self._note(conn, p),
+                quiet_s=p.last_ack_ms / 1000,
+                sent_ago_s=p.last_sent_ms / 1000,
             )
         return out
+
+    def tcp(self, conns: Sequence[Connection]) -> dict[Connection, Progress]:
+        """TCP's own account of connections; absent where it can't be had, or where they are over."""
+        askable = [c for c in conns if c.here and c.endpoints is not None and c.endpoints.protocol == IPPROTO_TCP]
+        answers = self.sockets.progress([(c.cookie, c.endpoints) for c in askable if c.endpoints is not None])
+        out = {c: p for c in askable if (p := answers.get(c.cookie)) is not None} if answers else {}
+        for conn, progress in out.items():
+            self._note(conn, progress)
+        return out
+
+    def _note(self, conn: Connection, p: Progress) -> float:
+        """Take down how far a connection is; returns how far its process has written."""
+        written = float(p.bytes_acked + p.unsent_plus_unacked)
+        self._sent[conn.slot], self._acked[conn.slot] = written - p.notsent, p.bytes_acked
+        return written
+
+    def forget_progress(self, conn: Connection, acked: float) -> None:
+        """The last word on a connection that is over."""
+        self._sent[conn.slot] = self._acked[conn.slot] = acked
 
     def sent_ago(self, conn: Connection) -> float:
         """Seconds since a connection has sent data, as far as anybody can tell; inf: nobody can."""

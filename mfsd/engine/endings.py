@@ -15,6 +15,7 @@ from mfsd.model import INF, CookieSelector, Event, EventKind
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mfsd.engine.audit import Audit
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Stream, Transfer, Watch
@@ -38,6 +39,7 @@ class Endings:
     connections: Connections
     watches: Watches
     rescuer: Rescuer
+    audit: Audit
 
     # --- transfers ----------------------------------------------------------------------------------------------------
 
@@ -53,6 +55,7 @@ class Endings:
             self._unqueue(stream, ended, now, delivered=delivered_at is not None)
         self.books.tally.ended(ended, self.books.transfers, now, delivered_at)
         for transfer in ended:
+            self.audit.ended(transfer, delivered_at)
             self.books.strike_transfer(transfer)
             request = transfer.request
             if delivered_at is not None:

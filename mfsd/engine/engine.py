@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 
 from mfsd.engine import bulk
+from mfsd.engine.audit import Audit
 from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.connections import UnknownError
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import AT_ONCE, Endings
 from mfsd.engine.ledger import Ledger
+from mfsd.engine.probes import Probes
 from mfsd.engine.records import Session, Watch
 from mfsd.engine.rescue import Rescuer
 from mfsd.engine.sockets import Closed, Established, Socket
@@ -70,7 +72,9 @@ class Engine:
         self.steering = Steering(books, connections, policy, bands, devices, self.rescuer)
         self.watches = Watches(books, connections.sockets, bands.level_bands[0].lanes, limits)
         connections.per_user = limits.max_connections_per_user
-        self.endings = Endings(books, connections, self.watches, self.rescuer)
+        self.audit = Audit(books, connections)
+        self.probes = Probes(connections)
+        self.endings = Endings(books, connections, self.watches, self.rescuer, self.audit)
         self.delivery = Delivery(books, connections, self.rescuer, self.endings)
         self.ledger = Ledger(
             books, connections, self.watches, self.delivery, self.endings, self.steering.band_of, limits
@@ -183,13 +187,17 @@ class Engine:
             self.endings.drop(conn, now, f"no socket of this user has cookie {conn.cookie}")
         moved = self.connections.moved(self.books.streams)
         self.delivery.run(moved, now)
+        self.probes.run(now)
         if now >= self._next_house:
             self._next_house = now + HOUSEKEEPING_S
             self._expire(now)
+            rates = [d.estimator.rate for d in self.steering.devices]
+            self.connections.peers.refresh(now, max(rates, default=0.0))
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
             self._sweep(now)
         self.steering.run(moved, now, steers=self.steers)
+        self.audit.note()
 
     def hear(self, now: float) -> None:
         """Take in what the kernel tells of connections."""

@@ -258,6 +258,7 @@ class Ledger:
                 LEVEL_NEW,
                 -1,  # seen_layer
                 False,  # infeasible
+                False,  # given_up
                 stream.ordered,
                 0.0,  # begun
                 LEVEL_NEW,

@@ -38,6 +38,7 @@ TRANSFER_COLUMNS: Final = {
     "level": "i2",
     "seen_layer": "i4",  # layer of its batch at the last evaluation
     "infeasible": "?",
+    "given_up": "?",  # infeasible at some time by a learnt rate: audit.py
     "ordered": "?",  # its bytes follow those before it in its stream
     "begun": "f8",  # when its first byte left, to within a tick; 0: not yet
     "first_level": "i2",  # what the policy decided first

@@ -65,6 +65,41 @@ class Progress(Protocol):
         """Since data were sent last."""
         ...
 
+    @property
+    def busy_us(self) -> int:
+        """For how long there has been something to send or to be acknowledged; cumulative, as are the next two."""
+        ...
+
+    @property
+    def rwnd_limited_us(self) -> int:
+        """Of it with the receiver's window closed."""
+        ...
+
+    @property
+    def sndbuf_limited_us(self) -> int:
+        """Of it with too small a send buffer."""
+        ...
+
+    @property
+    def app_limited(self) -> bool:
+        """The process gave too little when the rate was measured last."""
+        ...
+
+    @property
+    def slow_start(self) -> bool:
+        """No loss or delay has ended it yet."""
+        ...
+
+    @property
+    def queued(self) -> int:
+        """Memory of packets that are below TCP and have not left the host's queues."""
+        ...
+
+    @property
+    def holes(self) -> bool:
+        """Something was lost or overtaken, so that bytes_acked stands still until it has arrived, and then jumps."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Established:

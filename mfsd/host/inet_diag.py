@@ -24,7 +24,9 @@ NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
 INET_DIAG_REQ_BYTECODE: Final = 1
 INET_DIAG_INFO: Final = 2
+INET_DIAG_SKMEMINFO: Final = 7
 EXT_INFO: Final = 1 << (INET_DIAG_INFO - 1)
+EXT_MEMORY: Final = 1 << (INET_DIAG_SKMEMINFO - 1)
 NO_COOKIE: Final = 0xFFFFFFFF_FFFFFFFF
 """INET_DIAG_NOCOOKIE: any socket with these endpoints."""
 
@@ -115,18 +117,30 @@ class Tcp(NamedTuple):
     ``last_sent_ms``: since data were sent last, ``last_ack_ms``: since the last acknowledgement came.
     """
 
+    ca_state: int
+    flags: int
     rto_us: int
     last_sent_ms: int
     last_ack_ms: int
+    snd_ssthresh: int
     snd_cwnd: int
     total_retrans: int
     bytes_acked: int
     notsent: int
+    busy_us: int
+    rwnd_limited_us: int
+    sndbuf_limited_us: int
 
 
 _TCP_INFO: Final = struct.Struct(
-    "=8xI32xI8xI20xI16xI16xQ16xI"
-)  # rto@8 last_data_sent@44 last_ack_recv@56 snd_cwnd@80 total_retrans@100 bytes_acked@120 notsent@144
+    "=xB5xBI32xI8xI16xII16xI16xQ16xI20xQQQ"
+)  # ca_state@1 delivery_rate_app_limited@7 rto@8 last_data_sent@44 last_ack_recv@56 snd_ssthresh@76 snd_cwnd@80
+# total_retrans@100 bytes_acked@120 notsent@144 busy_time@168 rwnd_limited@176 sndbuf_limited@184
+HOLES: Final = frozenset({1, 3, 4})
+"""Tcp.ca_state: TCP_CA_Disorder, TCP_CA_Recovery, TCP_CA_Loss."""
+APP_LIMITED: Final = 1
+"""Bit of Tcp.flags."""
+_MEMORY: Final = struct.Struct("=8xI")  # SK_MEMINFO_WMEM_ALLOC, include/uapi/linux/sock_diag.h
 
 
 class Answer(NamedTuple):
@@ -134,6 +148,8 @@ class Answer(NamedTuple):
 
     row: Row
     tcp: Tcp | None
+    queued: int
+    """Memory of packets below TCP (sk_wmem_alloc); 0 unless asked for with EXT_MEMORY."""
 
 
 def lookup_request(  # every field of the kernel's key is an argument
@@ -268,4 +284,7 @@ def _answer(m: nl.Message) -> Answer | None:
         return None
     at, length = nl.find(m.data, m.body + _MESSAGE.size, m.end, INET_DIAG_INFO)
     has_info = length >= nl.ATTR.size + _TCP_INFO.size
-    return Answer(_row(m), Tcp._make(_TCP_INFO.unpack_from(m.data, at + nl.ATTR.size)) if has_info else None)
+    tcp = Tcp._make(_TCP_INFO.unpack_from(m.data, at + nl.ATTR.size)) if has_info else None
+    at, length = nl.find(m.data, m.body + _MESSAGE.size, m.end, INET_DIAG_SKMEMINFO)
+    queued = _MEMORY.unpack_from(m.data, at + nl.ATTR.size)[0] if length >= nl.ATTR.size + _MEMORY.size else 0
+    return Answer(_row(m), tcp, queued)

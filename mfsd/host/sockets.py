@@ -69,6 +69,11 @@ class TcpProgress:
     ``notsent`` is the part of ``unsent_plus_unacked`` that was never handed to the device. ``total_retrans`` counts
     segments, ``cwnd`` is in segments, ``state`` as in include/net/tcp_states.h (`inet_diag.STATE_NAMES`);
     ``last_sent_ms`` is the time since data were sent last, ``last_ack_ms`` since the last acknowledgement came.
+    ``busy_us`` is for how long there has been something to send or to be acknowledged, of it ``rwnd_limited_us`` with
+    the receiver's window closed and ``sndbuf_limited_us`` with too small a send buffer; ``app_limited``: the process
+    gave too little when the rate was measured last; ``slow_start``: no loss or delay has ended it yet; ``queued`` is
+    the memory of packets that are below TCP and have not left the host's queues; ``holes``: something was lost or
+    overtaken, so that ``bytes_acked`` stands still until it has arrived and then jumps.
     """
 
     bytes_acked: int
@@ -80,6 +85,13 @@ class TcpProgress:
     state: int
     last_ack_ms: int
     last_sent_ms: int
+    busy_us: int
+    rwnd_limited_us: int
+    sndbuf_limited_us: int
+    app_limited: bool
+    slow_start: bool
+    queued: int
+    holes: bool
 
 
 class SocketResolver:
@@ -171,7 +183,7 @@ class SocketResolver:
                     e.dport,
                     ifindex=bound.get(cookie, 0) if bound else 0,
                     cookie=cookie,
-                    ext=inet_diag.EXT_INFO,
+                    ext=inet_diag.EXT_INFO | inet_diag.EXT_MEMORY,
                 )
                 for cookie, e in wanted
             ]
@@ -195,6 +207,13 @@ class SocketResolver:
                 row.state,
                 tcp.last_ack_ms,
                 tcp.last_sent_ms,
+                tcp.busy_us,
+                tcp.rwnd_limited_us,
+                tcp.sndbuf_limited_us,
+                bool(tcp.flags & inet_diag.APP_LIMITED),
+                tcp.snd_cwnd < tcp.snd_ssthresh,
+                answer.queued,
+                tcp.ca_state in inet_diag.HOLES,
             )
         return out
 

@@ -82,9 +82,10 @@ def test_help_stats_describes_every_number(rig: Rig) -> None:
     ran = rig.run("status", "--help-stats")
     assert not rig.tap.asked  # no daemon needed
     described: dict[Any, dict[str, str]] = {
-        pb.Status: glossary.STATUS, pb.Counters: glossary.COUNTERS, pb.Device: glossary.DEVICE, pb.Band: glossary.BAND
+        pb.Status: glossary.STATUS, pb.Counters: glossary.COUNTERS, pb.Device: glossary.DEVICE, pb.Band: glossary.BAND,
+        pb.Peer: glossary.PEER,
     }  # fmt: skip
-    containers = {"devices", "counters", "bands", "stats"}
+    containers = {"devices", "counters", "bands", "stats", "peers"}
     for message, texts in described.items():
         assert set(texts) == {f.name for f in message.DESCRIPTOR.fields} - containers
     stats = {n.removeprefix("STAT_").lower() for n in vars(_abi) if n.startswith("STAT_")} - {"max"}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,13 @@ class FakeSocket:
     rto_us: int = 200_000
     last_ack_ms: int = 0
     last_sent_ms: int = 0
+    busy_us: int = 0
+    rwnd_limited_us: int = 0
+    sndbuf_limited_us: int = 0
+    app_limited: bool = False
+    slow_start: bool = False
+    queued: int = 0
+    holes: bool = False
     uid: int = 0
     pid: int = 0
     here: bool = True
@@ -110,7 +118,7 @@ class FakeKernel:
         known = {s.cookie: s for s in self.sockets}
         wanted = [cookie for cookie, _ in sockets]
         self.asked += len(wanted)
-        return {cookie: known[cookie] for cookie in wanted if cookie in known}
+        return {cookie: copy.copy(known[cookie]) for cookie in wanted if cookie in known}
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
         self.rules[selector, uid] = (band, lanes, expires_ns)

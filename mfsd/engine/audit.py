@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follows the transfers that were given up because of a learnt rate, to see whether they arrive in time after all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
+    from mfsd.engine.records import Transfer
+    from mfsd.model import Address
+
+
+@dataclass(slots=True)
+class Audit:
+    """See the module. What it finds goes to the peers."""
+
+    books: Books
+    connections: Connections
+    _given_up: dict[Transfer, Address] = field(default_factory=dict)
+
+    def note(self) -> None:
+        """Take down who has been given up since the last call; after the policy has decided."""
+        peers, t = self.connections.peers, self.books.transfers
+        learnt = peers.judged_by_what_was_learnt()
+        if not learnt.any():
+            return
+        noted = t.live("given_up")
+        new = np.flatnonzero(t.live("infeasible") & ~noted)
+        if not len(new):
+            return
+        peer = self.connections.peer.take(self.books.streams.slot.take(t.live("stream")[new]))
+        on = np.append(learnt, False).take(peer)  # peer -1 takes the last
+        noted[new[on]] = True
+        for row, index in zip(new[on].tolist(), peer[on].tolist(), strict=True):
+            self._given_up[t.objects[row]] = peers.address(index)
+
+    def ended(self, transfer: Transfer, delivered_at: float | None) -> None:
+        """A transfer is about to be struck out; ``delivered_at`` None: it was not."""
+        address = self._given_up.pop(transfer, None)
+        if address is not None:
+            in_time = delivered_at is not None and delivered_at <= self.books.transfers.get(transfer, "deadline")
+            self.connections.peers.ended(address, in_time=bool(in_time))
