@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -37,6 +38,8 @@ ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
 STALLED_S: Final = 0.25
 """A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all."""
+DOUBTS: Final = 128
+"""Streams with a debt that are looked at in one tick."""
 DEBT_S: Final = 1.0
 """So is one on which a transfer may have been announced after its bytes had gone; what is missing then was its."""
 
@@ -118,11 +121,12 @@ class Delivery:
     def _overdue(self, now: float) -> dict[Stream, None]:
         """Streams with a debt on which nothing has moved, and nothing was announced, for DEBT_S."""
         out: dict[Stream, None] = {}
-        for stream in list(self._doubtful):
-            if not stream.debt or not stream.queue:
-                del self._doubtful[stream]
-            elif self._rested(stream, now):
-                out[stream] = None
+        for stream in list(islice(self._doubtful, DOUBTS)):
+            del self._doubtful[stream]
+            if stream.debt and stream.queue:
+                self._doubtful[stream] = None  # behind the others, who have their turn in the next tick
+                if self._rested(stream, now):
+                    out[stream] = None
         return out
 
     def _rested(self, stream: Stream, now: float) -> bool:
