@@ -179,28 +179,37 @@ static __always_inline __u32 tcp_words(struct __sk_buff *skb, struct scratch *s)
 static __always_inline void note_progress(struct __sk_buff *skb, struct scratch *s, struct mfsd_slot *slot)
 {
 	__u32 *seq = (__u32 *)s->raw, before, end, ahead, flight, syn;
-	struct bpf_tcp_sock *tcp = 0;
+	struct bpf_tcp_sock *tcp;
 	struct bpf_sock *sk = skb->sk;
 
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
-	if (sk)
+	/* Kept as notes: older kernels lose what they know of the pointer when headers are read in between (R0 scalar). */
+	s->own = 0;
+	if (sk) {
 		tcp = bpf_tcp_sock(sk);
-	if (!tcp && s->parsed && s->h.proto == IPPROTO_UDP) {
+		if (tcp) {
+			s->una = tcp->snd_una;
+			s->flight = tcp->snd_nxt - s->una;
+			s->position = tcp->bytes_acked;
+			s->own = 1;
+		}
+	}
+	MFSD_REREAD();
+	if (!s->own && s->parsed && s->h.proto == IPPROTO_UDP) {
 		__sync_fetch_and_add(&slot->sent, skb->len - s->h.l4 - 8);
 		return;
 	}
-	if (!tcp && (!s->parsed || s->h.proto != IPPROTO_TCP))
+	if (!s->own && (!s->parsed || s->h.proto != IPPROTO_TCP))
 		return;
 	before = tcp_words(skb, s);
 	MFSD_REREAD();
 	/* Ethernet pads short frames, so these are measured by the IP length. */
 	end = s->parsed && s->h.l4_len ? s->h.l4_len : skb->len - before;
 	end = MFSD_NET32(*seq) + end - (s->raw[8] >> 4) * 4;
-	if (tcp) {
-		flight = tcp->snd_nxt - tcp->snd_una;
-		ahead = end - tcp->snd_una;
-		s->position = tcp->bytes_acked;
+	if (s->own) {
+		flight = s->flight;
+		ahead = end - s->una;
 		if (!slot->last_ns)
 			slot->origin = (__u32)s->position + flight;
 		slot->acked = s->position;
