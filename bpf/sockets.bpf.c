@@ -65,8 +65,19 @@ struct {
 	__type(key, int);
 	__type(value, struct mfsd_owner);
 } mfsd_owners SEC(".maps");
-/* What is being put together; sock_ops runs with softirqs off, and the stack is small. */
-MFSD_PERCPU_ARRAY(mfsd_draft, struct mfsd_event, 1);
+/*
+ * What is being put together; sock_ops runs with softirqs off, and the stack is small. Keys and what a search has found so
+ * far are here, too: without CAP_PERFMON older kernels take 32 bits that are kept on the stack for a pointer, and refuse
+ * to have them changed ("attempt to corrupt spilled pointer", seen on 6.1).
+ */
+struct draft {
+	struct mfsd_event event; /* first: what is given to the ring */
+	struct in6_addr nobody; /* stays zero: the peer of rules that name none */
+	__u32 index;
+	__u8 band; /* of event.rule */
+	__u8 overflow; /* there are more rules than are looked at */
+};
+MFSD_PERCPU_ARRAY(mfsd_draft, struct draft, 1);
 
 SEC("cgroup/sock_create")
 int mfsd_socket(struct bpf_sock *sk)
@@ -128,50 +139,84 @@ static __always_inline void describe(struct bpf_sock_ops *ctx, struct mfsd_sock 
 		__builtin_memset(&sock->owner, 0, sizeof(sock->owner));
 }
 
-static __always_inline int differs(const __u8 *a, const __u8 *b, const __u8 *mask)
+static __always_inline __u64 differs(const __u8 *a, const __u8 *b, const __u8 *mask)
 {
 	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b, *m = (const __u64 *)mask;
 
-	return ((x[0] ^ y[0]) & m[0]) || ((x[1] ^ y[1]) & m[1]);
+	return ((x[0] ^ y[0]) & m[0]) | ((x[1] ^ y[1]) & m[1]);
 }
 
+/* The sign bit: set unless first <= port <= last. */
+static __always_inline __u64 outside(__u64 port, __u64 first, __u64 last)
+{
+	return ((port - first) | (last - port)) & (1ULL << 63);
+}
+
+/* 0 if they are the same, or any will do. */
+static __always_inline __u64 another(__u64 wanted, __u64 id)
+{
+	return (wanted ^ MFSD_ANY_ID) * (wanted ^ id); /* of 32 bits each, so nothing overflows */
+}
+
+/*
+ * Arithmetic instead of branches: the verifier goes both ways at each, and into what a mispredicted one would do, for
+ * every rule of a list.
+ */
 static __always_inline int names(const struct mfsd_rule *r, const struct mfsd_sock *sock)
 {
-	__u16 sport = MFSD_NET16(sock->key.sport), dport = MFSD_NET16(sock->key.dport);
+	__u64 off = r->used ^ 1;
 
-	if (!r->used || sport < r->sport_first || sport > r->sport_last || dport < r->dport_first || dport > r->dport_last)
-		return 0;
-	if (differs(sock->key.daddr, r->daddr, r->dmask) || differs(sock->key.saddr, r->saddr, r->smask))
-		return 0;
-	if ((r->pid != MFSD_ANY_ID && r->pid != sock->owner.pid) || (r->uid != MFSD_ANY_ID && r->uid != sock->owner.uid))
-		return 0;
-	if (r->tid != MFSD_ANY_ID && r->tid != sock->owner.tid)
+	off |= outside(MFSD_NET16(sock->key.sport), r->sport_first, r->sport_last);
+	off |= outside(MFSD_NET16(sock->key.dport), r->dport_first, r->dport_last);
+	off |= differs(sock->key.daddr, r->daddr, r->dmask) | differs(sock->key.saddr, r->saddr, r->smask);
+	off |= another(r->pid, sock->owner.pid) | another(r->uid, sock->owner.uid) | another(r->tid, sock->owner.tid);
+	if (off)
 		return 0;
 	return !r->cgroup || r->cgroup == sock->owner.cgroup;
 }
 
-/* The rule of a list that puts the connection highest; MFSD_NO_RULE if none names it, *overflow if there are others. */
-static __always_inline __u32 best_of(const struct mfsd_rules_of *list, const struct mfsd_sock *sock, __u32 best,
-				     __u8 *band, int *overflow)
+#define WORDS (sizeof(struct mfsd_rules_of) / sizeof(__u16))
+_Static_assert(!(WORDS & (WORDS - 1)), "a power of two");
+
+struct look {
+	struct draft *d;
+	const struct mfsd_rules_of *list;
+};
+
+/* The next rule of a list: d->event.rule becomes that if it puts the connection higher. 1: there are no more. */
+static long consider(__u32 i, struct look *look)
 {
+	const struct mfsd_rules_of *list = look->list;
+	struct draft *d = look->d;
 	struct mfsd_rule *r;
-	__u32 i, index;
+	__u64 at = i + 1;
+
+	if (i >= list->n)
+		return 1;
+	/* Masked, as the verifier also goes where a mispredicted branch would: n and rules are WORDS numbers. */
+	MFSD_HIDE(at);
+	d->index = ((const __u16 *)list)[at & (WORDS - 1)];
+	r = MFSD_LOOKUP(mfsd_rules, &d->index);
+	if (r && names(r, &d->event.sock) && (d->event.rule == MFSD_NO_RULE || r->band < d->band)) {
+		d->event.rule = d->index;
+		d->band = r->band;
+	}
+	return 0;
+}
+
+/*
+ * Puts the rule of a list that puts the connection highest into d->event.rule, if there is a better one than that. By
+ * bpf_loop() (Linux 5.17), which has the body verified once; without CAP_PERFMON 6.1 gives up on a loop of its own.
+ */
+static __always_inline void best_of(const struct mfsd_rules_of *list, struct draft *d)
+{
+	struct look look = { d, list };
 
 	if (!list)
-		return best;
+		return;
 	if (list->n > MFSD_RULES_PER_PEER)
-		*overflow = 1;
-	for (i = 0; i < MFSD_RULES_PER_PEER; i++) {
-		if (i >= list->n)
-			break;
-		index = list->rule[i];
-		r = MFSD_LOOKUP(mfsd_rules, &index);
-		if (!r || !names(r, sock) || (best != MFSD_NO_RULE && r->band >= *band))
-			continue;
-		best = index;
-		*band = r->band;
-	}
-	return best;
+		d->overflow = 1;
+	bpf_loop(MFSD_RULES_PER_PEER, consider, &look, 0);
 }
 
 /* Undoes take_slot(), but for the key. */
@@ -187,18 +232,17 @@ static __always_inline void give_back(__u32 *index)
 }
 
 /* Takes a free slot for a connection that a rule names; MFSD_NO_SLOT if there is none. */
-static __always_inline __u32 take_slot(__u64 cookie, const struct mfsd_rule *r)
+static __always_inline __u32 take_slot(struct draft *d, const struct mfsd_rule *r)
 {
 	struct mfsd_slot *slot;
-	__u32 index;
 
-	if (bpf_map_pop_elem(&mfsd_free, &index))
+	if (bpf_map_pop_elem(&mfsd_free, &d->index))
 		return MFSD_NO_SLOT;
-	slot = MFSD_LOOKUP(mfsd_slots, &index);
+	slot = MFSD_LOOKUP(mfsd_slots, &d->index);
 	if (!slot)
 		return MFSD_NO_SLOT; /* can't be: the daemon put it there */
 	slot->generation += 1;
-	slot->lane = r->lanes > 1 ? 1 + (__u16)(cookie % (r->lanes - 1)) : 0;
+	slot->lane = r->lanes > 1 ? 1 + (__u16)(d->event.cookie % (r->lanes - 1)) : 0;
 	slot->band = r->band;
 	slot->flags = 0;
 	slot->bytes = 0;
@@ -209,11 +253,11 @@ static __always_inline __u32 take_slot(__u64 cookie, const struct mfsd_rule *r)
 	slot->origin = 0;
 	slot->ifindex = 0;
 	slot->expires_ns = r->expires_ns;
-	if (bpf_map_update_elem(&mfsd_cookies, &cookie, &index, BPF_NOEXIST)) {
-		give_back(&index);
+	if (bpf_map_update_elem(&mfsd_cookies, &d->event.cookie, &d->index, BPF_NOEXIST)) {
+		give_back(&d->index);
 		return MFSD_NO_SLOT;
 	}
-	return index;
+	return d->index;
 }
 
 /* 0 unless the ring is full. What is not told must not have happened: the callers see to that. */
@@ -222,14 +266,12 @@ static __always_inline long tell(struct mfsd_event *e)
 	return bpf_ringbuf_output(&mfsd_events, e, sizeof(*e), 0);
 }
 
-static __always_inline void established(struct bpf_sock_ops *ctx, struct mfsd_event *e)
+static __always_inline void established(struct bpf_sock_ops *ctx, struct draft *d)
 {
+	struct mfsd_event *e = &d->event;
 	struct mfsd_rules_of *list;
-	struct in6_addr nobody = {};
 	struct mfsd_rule *r;
-	int overflow = 0;
 	__u32 *slot;
-	__u8 band = 0;
 
 	describe(ctx, &e->sock);
 	bpf_map_update_elem(&mfsd_socks, &e->cookie, &e->sock, BPF_ANY);
@@ -247,16 +289,18 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct mfsd_ev
 			bpf_map_delete_elem(&mfsd_cookies, &e->cookie); /* it goes on by its tuple */
 		return;
 	}
+	e->rule = MFSD_NO_RULE;
+	d->overflow = 0;
 	list = MFSD_LOOKUP(mfsd_rules_of, (struct in6_addr *)e->sock.key.daddr);
-	e->rule = best_of(list, &e->sock, MFSD_NO_RULE, &band, &overflow);
-	list = MFSD_LOOKUP(mfsd_rules_of, &nobody);
-	e->rule = best_of(list, &e->sock, e->rule, &band, &overflow);
+	best_of(list, d);
+	list = MFSD_LOOKUP(mfsd_rules_of, &d->nobody);
+	best_of(list, d);
 	e->slot = MFSD_NO_SLOT;
 	if (e->rule != MFSD_NO_RULE) {
 		r = MFSD_LOOKUP(mfsd_rules, &e->rule);
 		if (r)
-			e->slot = take_slot(e->cookie, r);
-	} else if (!overflow) {
+			e->slot = take_slot(d, r);
+	} else if (!d->overflow) {
 		return;
 	}
 	e->kind = MFSD_EVENT_MATCHED;
@@ -291,15 +335,17 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 {
 	MFSD_CONST(__u32, zero, 0);
 	struct mfsd_event *e;
+	struct draft *d;
 	__u32 op = ctx->op;
 
 	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_STATE_CB)
 		return ALLOW;
 	if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] != TCP_CLOSE)
 		return ALLOW;
-	e = MFSD_LOOKUP(mfsd_draft, &zero);
-	if (!e)
+	d = MFSD_LOOKUP(mfsd_draft, &zero);
+	if (!d)
 		return ALLOW; /* can't be: an array of one */
+	e = &d->event;
 	e->cookie = bpf_get_socket_cookie(ctx);
 	e->acked = 0;
 	e->flags = op == BPF_SOCK_OPS_TCP_CONNECT_CB ? MFSD_EVENT_ACTIVE : 0;
@@ -309,7 +355,7 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 		return ALLOW;
 	}
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
-	established(ctx, e);
+	established(ctx, d);
 	return ALLOW;
 }
 

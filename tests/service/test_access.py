@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-STRANGER = 65_534
+STRANGER = 61_234
 CALLS = {
     method.name: method
     for method in control_pb2.DESCRIPTOR.services_by_name["Control"].methods
