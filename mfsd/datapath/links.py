@@ -44,7 +44,6 @@ _IFF_UP: Final = 1
 _NAME_MAX: Final = 15
 _NAMED: Final = 20
 """Devices that an error names, at most."""
-_SO_RCVBUFFORCE: Final = 33
 _ROOM: Final = 4 << 20
 """Bytes; a message about a device is some 2 KiB, and the kernel tells of all devices of the namespace."""
 
@@ -142,15 +141,7 @@ class Departures:
 
     def __init__(self) -> None:
         """Raises OSError."""
-        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        try:
-            self._sock.bind((0, _GROUP_LINK))
-            self._sock.setblocking(False)
-            with contextlib.suppress(PermissionError):
-                self._sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ROOM)
-        except BaseException:
-            self._sock.close()
-            raise
+        self._sock = nl.opened(socket.NETLINK_ROUTE, groups=_GROUP_LINK, room=_ROOM)
 
     def since(self) -> set[int] | None:
         """Indices of devices that have left since the last call; None when there were too many messages to tell."""

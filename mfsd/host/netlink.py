@@ -172,6 +172,24 @@ def messages(data: bytes) -> list[Message]:
 # --- the socket -------------------------------------------------------------------------------------------------------
 
 
+def opened(protocol: int, *, groups: int = 0, room: int = 0) -> socket.socket:
+    """A non-blocking netlink socket that hears the multicast ``groups``, with ``room`` bytes for what comes if we may.
+
+    Raises OSError.
+    """
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    try:
+        sock.bind((0, groups))
+        sock.setblocking(False)
+        if room:
+            with contextlib.suppress(PermissionError):
+                sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, room)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class NetlinkSocket:
     """A socket for requests, in the network namespace of the thread that makes it, for as long as it lives.
 
@@ -182,15 +200,10 @@ class NetlinkSocket:
     """
 
     def __init__(self, protocol: int, *, in_flight: int, room: int = 0) -> None:
-        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        self._sock = opened(protocol, room=room)
         try:
-            self._sock.bind((0, 0))
-            self._sock.setblocking(False)
             self._sock.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
             self._sock.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
-            if room:
-                with contextlib.suppress(PermissionError):
-                    self._sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, room)
         except BaseException:
             self._sock.close()
             raise

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from support.habits import Sink
 from support.rig import Daemon, running
 
 if TYPE_CHECKING:
@@ -14,9 +15,24 @@ if TYPE_CHECKING:
 
     from support.namespaces import NetnsPair
 
+    from mfsd.client import Event
+
 
 @pytest.fixture
 def daemon(netns_pair: NetnsPair, tmp_path: Path) -> Iterator[Daemon]:
     """mfsd, enforcing htb on v0."""
     with running(Daemon(netns_pair, tmp_path)) as d:
         yield d
+
+
+@pytest.fixture
+def sink(netns_pair: NetnsPair) -> Iterator[Sink]:
+    """Takes connections in namespace ``b`` and reads them."""
+    with Sink(netns_pair) as s:
+        yield s
+
+
+@pytest.fixture
+def events() -> list[Event]:
+    """What the test's client was told."""
+    return []

@@ -42,17 +42,6 @@ pytestmark = pytest.mark.netns
 
 
 @pytest.fixture
-def sink(netns_pair: NetnsPair) -> Iterator[Sink]:
-    with Sink(netns_pair) as s:
-        yield s
-
-
-@pytest.fixture
-def events() -> list[Event]:
-    return []
-
-
-@pytest.fixture
 def client(daemon: Daemon, events: list[Event]) -> Iterator[Client]:
     with daemon.client(on_event=events.append) as c:
         assert c.flush(20)

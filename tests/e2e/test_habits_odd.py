@@ -20,20 +20,8 @@ from mfsd.client import Client, Event, EventKind, Rejected, Stage, Transfer, tup
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from support.namespaces import NetnsPair
 
 pytestmark = pytest.mark.netns
-
-
-@pytest.fixture
-def sink(netns_pair: NetnsPair) -> Iterator[Sink]:
-    with Sink(netns_pair) as s:
-        yield s
-
-
-@pytest.fixture
-def events() -> list[Event]:
-    return []
 
 
 @pytest.fixture

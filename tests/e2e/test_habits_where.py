@@ -33,12 +33,6 @@ LINK = RATE_MBIT * 125_000
 
 
 @pytest.fixture
-def sink(netns_pair: NetnsPair) -> Iterator[Sink]:
-    with Sink(netns_pair) as s:
-        yield s
-
-
-@pytest.fixture
 def client(daemon: Daemon) -> Iterator[Client]:
     with daemon.client() as c:
         assert c.flush(20)

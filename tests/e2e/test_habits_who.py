@@ -13,18 +13,11 @@ from support.rig import Daemon, running, wait_for
 from mfsd.client import cookie_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from support.namespaces import NetnsPair
 
 pytestmark = pytest.mark.netns
-
-
-@pytest.fixture
-def sink(netns_pair: NetnsPair) -> Iterator[Sink]:
-    with Sink(netns_pair) as s:
-        yield s
 
 
 MARKS_ITS_SOCKET = """

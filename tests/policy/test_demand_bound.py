@@ -5,52 +5,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from support import policy_views as pv
 from support import reference as ref
+from support.demand import (
+    COLLECTIVE,
+    DEFERRED,
+    FIRST,
+    OTHERS,
+    RATE,
+    URGENT,
+    alone,
+    decide,
+    demand_bound,
+    random_state,
+    seeds,
+    shares,
+)
 from support.reference_demand import Plain
 
 from mfsd.bands import LEVEL_SCAVENGER
-from mfsd.policy import registry
-from mfsd.policy.demand_bound.policy import DemandBound
-
-if TYPE_CHECKING:
-    from mfsd.policy.views import Decision, TransferView, Views
 
 CASES = 400
-seeds = st.integers(0, 2**32 - 1)
-RATE = 1e9
-URGENT, COLLECTIVE, FIRST, OTHERS, DEFERRED = range(5)
-
-
-def _policy(levels: int = 5, **params: Any) -> DemandBound:
-    policy = registry.make_policy("demand-bound", levels, params)
-    assert isinstance(policy, DemandBound)
-    return policy
-
-
-def _random(seed: int, levels: int = 5, n: int = 14) -> Views:
-    rng = np.random.default_rng(seed)
-    return pv.random_view(rng, int(rng.integers(0, n)), devices=int(rng.integers(1, 4)), levels=levels)
-
-
-def _alone(size: float, due: float, **columns: Any) -> TransferView:
-    """A transfer that takes ``size`` seconds of the link."""
-    return pv.transfers(1, **({"size": size * RATE, "left": size * RATE, "deadline": due} | columns))
-
-
-def _decide(t: TransferView, policy: DemandBound | None = None, **link: Any) -> Decision:
-    return (policy or _policy()).evaluate(pv.view(t, net=pv.link(RATE, 5, **link)))
-
-
-def _share(decision: Decision) -> list[float]:
-    assert decision.guarantee is not None
-    return [round(float(x) / RATE, 4) for x in decision.guarantee[0]]
 
 
 # --- against the plain policy -----------------------------------------------------------------------------------------
@@ -62,9 +42,9 @@ def _share(decision: Decision) -> list[float]:
 )
 def test_levels_and_guarantees_are_those_of_the_plain_policy(levels: int, params: dict[str, Any]) -> None:
     """Given who is lost."""
-    policy = _policy(levels, **params)
+    policy = demand_bound(levels, **params)
     for case in range(CASES):
-        view = _random(case, levels)
+        view = random_state(case, levels)
         lost = policy.judge(view).asked.lost
         plain = Plain(ref.State(view), policy, (set(np.flatnonzero(lost.requests)), set(np.flatnonzero(lost.alone))))
         want = [plain.level(i) for i in plain.s.rows()]
@@ -75,7 +55,7 @@ def test_levels_and_guarantees_are_those_of_the_plain_policy(levels: int, params
 
 @given(seed=seeds)
 def test_guarantees_take_no_more_than_floors_leave_and_go_to_who_needs_them(seed: int) -> None:
-    view, policy = _random(seed, n=40), _policy()
+    view, policy = random_state(seed, n=40), demand_bound()
     decision = policy.evaluate(view)
     guarantee = decision.guarantee
     assert guarantee is not None
@@ -90,7 +70,7 @@ def test_guarantees_take_no_more_than_floors_leave_and_go_to_who_needs_them(seed
 @given(seed=seeds)
 def test_the_same_state_is_not_decided_to_and_fro(seed: int) -> None:
     """As long as nothing changes, decisions settle: who is lost is the memory of that."""
-    view, policy = _random(seed, n=30), _policy()
+    view, policy = random_state(seed, n=30), demand_bound()
     seen = []
     for _ in range(6):
         decision = policy.evaluate(view)
@@ -102,7 +82,7 @@ def test_the_same_state_is_not_decided_to_and_fro(seed: int) -> None:
 
 @given(seed=seeds)
 def test_infeasible_is_what_the_decision_says(seed: int) -> None:
-    view, policy = _random(seed), _policy()
+    view, policy = random_state(seed), demand_bound()
     decision = policy.evaluate(view)
     assert decision.infeasible is not None
     assert policy.infeasible(view).tolist() == decision.infeasible.tolist()
@@ -117,75 +97,75 @@ def test_infeasible_is_what_the_decision_says(seed: int) -> None:
 
 def test_a_transfer_waits_until_it_needs_half_of_the_link_and_is_guaranteed_that_then() -> None:
     """0.84 s of work, with a margin of 25 ms and 3 %."""
-    waits = _decide(_alone(0.84, 5.0))
+    waits = decide(alone(0.84, 5.0))
     assert waits.level == [DEFERRED]
-    assert _share(waits) == [0.0] * 5
+    assert shares(waits) == [0.0] * 5
     # From 1.758 s on: 0.84 / (1.758 * 0.97 - 0.025) = 0.5.
-    assert _decide(_alone(0.84, 1.77)).level == [DEFERRED]
-    now = _decide(_alone(0.84, 1.75))
+    assert decide(alone(0.84, 1.77)).level == [DEFERRED]
+    now = decide(alone(0.84, 1.75))
     assert now.level == [FIRST]
-    assert _share(now) == [0, 0, pytest.approx(1.1 * 0.84 / (1.75 * 0.97 - 0.025), abs=1e-4), 0, 0]
-    assert _share(_decide(_alone(0.84, 1.2))) == [0, 0, 0.7, 0, 0]  # 1.1 times what it needs, but at most so much ...
-    tight = _decide(_alone(0.84, 0.88))
+    assert shares(now) == [0, 0, pytest.approx(1.1 * 0.84 / (1.75 * 0.97 - 0.025), abs=1e-4), 0, 0]
+    assert shares(decide(alone(0.84, 1.2))) == [0, 0, 0.7, 0, 0]  # 1.1 times what it needs, but at most so much ...
+    tight = decide(alone(0.84, 0.88))
     assert tight.level == [URGENT]  # ... until only the margin is left: 0.88 * 0.97 - 0.025 = 0.829
-    assert _share(tight)[0] == pytest.approx(1.0)
-    assert _share(_decide(_alone(0.84, 0.88), floor=0.2)) == pytest.approx([0.8, 0, 0, 0, 0])
-    loose = _decide(_alone(0.4, 0.75), _policy(most=1.0))
-    assert _share(loose) == pytest.approx([0, 0, 1.1 * 0.4 / (0.75 * 0.97 - 0.025), 0, 0], abs=1e-4)
+    assert shares(tight)[0] == pytest.approx(1.0)
+    assert shares(decide(alone(0.84, 0.88), floor=0.2)) == pytest.approx([0.8, 0, 0, 0, 0])
+    loose = decide(alone(0.4, 0.75), demand_bound(most=1.0))
+    assert shares(loose) == pytest.approx([0, 0, 1.1 * 0.4 / (0.75 * 0.97 - 0.025), 0, 0], abs=1e-4)
 
 
 def test_it_keeps_its_guarantee_until_it_needs_much_less() -> None:
     for due, level in ((1.9, FIRST), (2.4, FIRST), (2.6, DEFERRED)):  # 0.46, 0.36 and 0.33 of the link
-        assert _decide(_alone(0.84, due, level=FIRST)).level == [level]
-        assert _decide(_alone(0.84, due, level=DEFERRED)).level == [DEFERRED]
+        assert decide(alone(0.84, due, level=FIRST)).level == [level]
+        assert decide(alone(0.84, due, level=DEFERRED)).level == [DEFERRED]
 
 
 def test_twenty_transfers_that_have_time_alone_have_none_together() -> None:
     """Each needs 0.11 s and is due in 3 s or a little later."""
     t = pv.transfers(20, size=0.11 * RATE, left=0.11 * RATE, deadline=3.0)
-    assert set(_decide(t).level.tolist()) == {FIRST}  # all due together, so all due first
+    assert set(decide(t).level.tolist()) == {FIRST}  # all due together, so all due first
     t.deadline[:] = 3.0 + 0.07 * np.arange(20)
-    levels = _decide(t).level.tolist()
+    levels = decide(t).level.tolist()
     assert levels == [FIRST] + [OTHERS] * 19
-    assert _share(_decide(t))[FIRST] == pytest.approx(0.59, abs=0.01)
-    assert _decide(t.take(np.arange(5))).level.tolist() == [DEFERRED] * 5
+    assert shares(decide(t))[FIRST] == pytest.approx(0.59, abs=0.01)
+    assert decide(t.take(np.arange(5))).level.tolist() == [DEFERRED] * 5
 
 
 def test_those_who_need_less_than_half_on_top_of_the_others_wait() -> None:
     """The second needs the link after the first, the third does not."""
     t = pv.transfers(3, left=[0.5 * RATE, 0.4 * RATE, 0.1 * RATE], deadline=[0.8, 1.8, 20.0])
-    assert _decide(t).level.tolist() == [FIRST, OTHERS, DEFERRED]
+    assert decide(t).level.tolist() == [FIRST, OTHERS, DEFERRED]
 
 
 def test_more_levels_order_those_who_wait_by_what_they_need() -> None:
     """Halves of ``defer_until``; with fewer levels there is no urgent one, and "first" and "others" are one."""
     t = pv.transfers(5, left=0.1 * RATE, deadline=[0.35, 0.75, 1.5, 3.0, 900.0])
-    needs = [_policy(8).judge(pv.view(t.take(np.array([i])), net=pv.link(RATE, 8))).need[0] for i in range(5)]
+    needs = [demand_bound(8).judge(pv.view(t.take(np.array([i])), net=pv.link(RATE, 8))).need[0] for i in range(5)]
     assert [round(float(x), 2) for x in needs] == [0.32, 0.14, 0.07, 0.03, 0.0]
-    single = [_decide(t.take(np.array([i])), _policy(8)).level[0] for i in range(5)]
+    single = [decide(t.take(np.array([i])), demand_bound(8)).level[0] for i in range(5)]
     assert single == [4, 5, 6, 7, 7]
-    tight, collective = _alone(0.84, 0.88), _alone(1.0, math.inf, stage=2)
+    tight, collective = alone(0.84, 0.88), alone(1.0, math.inf, stage=2)
     for levels, want in ((3, (1, 0)), (4, (1, 0)), (5, (0, 1))):
-        assert (_decide(tight, _policy(levels)).level[0], _decide(collective, _policy(levels)).level[0]) == want
+        assert (decide(tight, demand_bound(levels)).level[0], decide(collective, demand_bound(levels)).level[0]) == want
 
 
 def test_collectives_and_what_has_no_deadline() -> None:
     t = pv.transfers(5, stage=[2, 3, 1, 0, 4], deadline=[0.001, math.inf, math.inf, 0.1, 0.1])
-    assert _decide(t).level.tolist() == [COLLECTIVE, DEFERRED, DEFERRED, -1, 0x7FFD]
+    assert decide(t).level.tolist() == [COLLECTIVE, DEFERRED, DEFERRED, -1, 0x7FFD]
 
 
 def test_with_little_to_spare_it_stands_above_unhinted_traffic_but_is_guaranteed_nothing() -> None:
-    decision = _decide(_alone(0.01, 0.1))
+    decision = decide(alone(0.01, 0.1))
     assert decision.level == [FIRST]
-    assert _share(decision) == [0.0] * 5
-    assert _decide(_alone(0.01, 0.12)).level == [DEFERRED]
+    assert shares(decision) == [0.0] * 5
+    assert decide(alone(0.01, 0.12)).level == [DEFERRED]
 
 
 def test_without_a_known_rate_nothing_waits_below_unhinted_traffic() -> None:
     t = pv.transfers(3, left=RATE, deadline=[0.01, 5.0, math.inf])
-    decision = _policy().evaluate(pv.view(t, net=pv.link(0.0, 5)))
+    decision = demand_bound().evaluate(pv.view(t, net=pv.link(0.0, 5)))
     assert decision.level.tolist() == [URGENT, FIRST, DEFERRED]
-    assert _share(decision) == [0.0] * 5
+    assert shares(decision) == [0.0] * 5
     assert decision.infeasible is not None
     assert not decision.infeasible.any()
 
@@ -193,20 +173,20 @@ def test_without_a_known_rate_nothing_waits_below_unhinted_traffic() -> None:
 def test_a_slow_peer_is_served_at_its_pace() -> None:
     """0.1 s of the device are nearly 1 s of the link into the peer; due in 1.9 s, most of that is needed."""
     t = pv.transfers(2, left=0.1 * RATE, deadline=[1.9, 1.5], peer=[0, 1])
-    assert _decide(t).level.tolist() == [DEFERRED] * 2
-    decision = _decide(t, peer_rate=[1.1e8, np.inf])
+    assert decide(t).level.tolist() == [DEFERRED] * 2
+    decision = decide(t, peer_rate=[1.1e8, np.inf])
     assert decision.level.tolist() == [FIRST, DEFERRED]
-    assert _share(decision)[FIRST] == pytest.approx(1.1 * 0.11 * (0.1 / 0.11) / (1.9 * 0.97 - 0.025), abs=0.001)
-    lost = _decide(t, peer_rate=[4e7, np.inf])
+    assert shares(decision)[FIRST] == pytest.approx(1.1 * 0.11 * (0.1 / 0.11) / (1.9 * 0.97 - 0.025), abs=0.001)
+    lost = decide(t, peer_rate=[4e7, np.inf])
     assert lost.infeasible is not None
     assert lost.infeasible.tolist() == [True, False]
-    late = _decide(t, peer_rate=[0.1 * RATE / 1.88, np.inf])
+    late = decide(t, peer_rate=[0.1 * RATE / 1.88, np.inf])
     assert late.level.tolist() == [URGENT, DEFERRED]
 
 
 def test_what_others_take_of_their_floors_leaves_less_room() -> None:
-    assert _decide(_alone(0.9, 1.0), taken=0.05).infeasible == [False]
-    assert _decide(_alone(0.9, 1.0), taken=0.2).infeasible == [True]
+    assert decide(alone(0.9, 1.0), taken=0.05).infeasible == [False]
+    assert decide(alone(0.9, 1.0), taken=0.2).infeasible == [True]
 
 
 @pytest.mark.parametrize(
@@ -223,10 +203,10 @@ def test_nobody_is_held_back_for_longer_than_allowed(
     stage: int, columns: dict[str, float], held: int, through: int
 ) -> None:
     longest = columns.get("max_defer", 15.0)
-    before = _alone(0.1, created=-longest + 0.01, stage=stage, **{"due": 0.0} | {"deadline": 0.0} | columns)
-    assert _decide(before).level == [held]
-    assert _share(_decide(before)) == [0.0] * 5
+    before = alone(0.1, created=-longest + 0.01, stage=stage, **{"due": 0.0} | {"deadline": 0.0} | columns)
+    assert decide(before).level == [held]
+    assert shares(decide(before)) == [0.0] * 5
     after = dataclasses.replace(before, created=np.array([-longest]))
-    assert _decide(after).level == [through]
-    assert _share(_decide(after)) == [0, 0, 0, 0.05, 0]
-    assert _decide(after).infeasible == [columns["deadline"] < 0]
+    assert decide(after).level == [through]
+    assert shares(decide(after)) == [0, 0, 0, 0.05, 0]
+    assert decide(after).infeasible == [columns["deadline"] < 0]

@@ -6,46 +6,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-from hypothesis import strategies as st
 from support import policy_views as pv
+from support.demand import RATE, demand_bound
 
-from mfsd.policy import registry
-from mfsd.policy.demand_bound.policy import DemandBound
-from mfsd.policy.views import Decision, Views
+from mfsd.policy.views import Views
 
 if TYPE_CHECKING:
     from mfsd.policy.views import TransferView
-
-seeds = st.integers(0, 2**32 - 1)
-RATE = 1e9
-URGENT, COLLECTIVE, FIRST, OTHERS, DEFERRED = range(5)
-
-
-def _policy(levels: int = 5, **params: Any) -> DemandBound:
-    policy = registry.make_policy("demand-bound", levels, params)
-    assert isinstance(policy, DemandBound)
-    return policy
-
-
-def _random(seed: int, levels: int = 5, n: int = 14) -> Views:
-    rng = np.random.default_rng(seed)
-    return pv.random_view(rng, int(rng.integers(0, n)), devices=int(rng.integers(1, 4)), levels=levels)
-
-
-def _alone(size: float, due: float, **columns: Any) -> TransferView:
-    """A transfer that takes ``size`` seconds of the link."""
-    return pv.transfers(1, **({"size": size * RATE, "left": size * RATE, "deadline": due} | columns))
-
-
-def _decide(t: TransferView, policy: DemandBound | None = None, **link: Any) -> Decision:
-    return (policy or _policy()).evaluate(pv.view(t, net=pv.link(RATE, 5, **link)))
-
-
-def _share(decision: Decision) -> list[float]:
-    assert decision.guarantee is not None
-    return [round(float(x) / RATE, 4) for x in decision.guarantee[0]]
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -55,7 +23,7 @@ def _why(t: TransferView, row: int = 0, **link: Any) -> tuple[str, dict[str, flo
     view = pv.view(t, net=pv.link(25e6, 5, **link))
     if (t.request >= 0).any():
         view.requests = pv.requests(int(t.request.max()) + 1, deadline=2.0)
-    why = _policy().explain(row, view)
+    why = demand_bound().explain(row, view)
     return " ".join(why.reasons), why.figures
 
 
@@ -101,7 +69,7 @@ def test_explain_who_is_lost_and_who_was_kept() -> None:
     assert "its deadline has passed" in _why(pv.transfers(1, deadline=-1.0))[0]
     slow = pv.transfers(1, request=0, deadline=2.0, compute_left=3.0)
     view = pv.view(slow, pv.requests(1, deadline=2.0, compute_left=3.0), pv.link(25e6, 5))
-    assert "Its request is given up: its compute alone takes 3 s." in _policy().explain(0, view).reasons
+    assert "Its request is given up: its compute alone takes 3 s." in demand_bound().explain(0, view).reasons
 
 
 @pytest.mark.parametrize(
@@ -129,11 +97,11 @@ def test_explain_says(columns: dict[str, Any], link: dict[str, Any], sentence: s
 
 def test_explain_without_a_rate_and_before_a_layer() -> None:
     view = pv.view(pv.transfers(1, deadline=5.0), net=pv.link(0.0, 5))
-    text = " ".join(_policy().explain(0, view).reasons)
+    text = " ".join(demand_bound().explain(0, view).reasons)
     assert (
         "It needs nobody knows how much of its device to be in time. Nobody knows what its device gives: level 2"
         in text
     )
     t = pv.transfers(1, stage=1, batch=0, target_layer=3, current_layer=2, deadline=9.0)
     view = Views.of(t, pv.link(RATE, 5), batches=pv.batches(1, layers=9, current_layer=2, layer_compute=0.1))
-    assert "The layer that it feeds is about to start: level 2" in " ".join(_policy().explain(0, view).reasons)
+    assert "The layer that it feeds is about to start: level 2" in " ".join(demand_bound().explain(0, view).reasons)

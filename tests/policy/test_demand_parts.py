@@ -4,53 +4,18 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import policy_views as pv
+from support.demand import DEFERRED, RATE, alone, decide, demand_bound, shares
 from support.reference_demand import bucket
 
 from mfsd.bands import LEVEL_SCAVENGER
-from mfsd.policy import registry
 from mfsd.policy.demand_bound import drop, fifo, load
-from mfsd.policy.demand_bound.policy import DemandBound
-from mfsd.policy.views import Decision, Views
-
-if TYPE_CHECKING:
-    from mfsd.policy.views import TransferView
-
-seeds = st.integers(0, 2**32 - 1)
-RATE = 1e9
-URGENT, COLLECTIVE, FIRST, OTHERS, DEFERRED = range(5)
-
-
-def _policy(levels: int = 5, **params: Any) -> DemandBound:
-    policy = registry.make_policy("demand-bound", levels, params)
-    assert isinstance(policy, DemandBound)
-    return policy
-
-
-def _random(seed: int, levels: int = 5, n: int = 14) -> Views:
-    rng = np.random.default_rng(seed)
-    return pv.random_view(rng, int(rng.integers(0, n)), devices=int(rng.integers(1, 4)), levels=levels)
-
-
-def _alone(size: float, due: float, **columns: Any) -> TransferView:
-    """A transfer that takes ``size`` seconds of the link."""
-    return pv.transfers(1, **({"size": size * RATE, "left": size * RATE, "deadline": due} | columns))
-
-
-def _decide(t: TransferView, policy: DemandBound | None = None, **link: Any) -> Decision:
-    return (policy or _policy()).evaluate(pv.view(t, net=pv.link(RATE, 5, **link)))
-
-
-def _share(decision: Decision) -> list[float]:
-    assert decision.guarantee is not None
-    return [round(float(x) / RATE, 4) for x in decision.guarantee[0]]
-
+from mfsd.policy.views import Views
 
 # --- whom to drop -----------------------------------------------------------------------------------------------------
 
@@ -99,7 +64,7 @@ def test_a_request_is_one_job_however_many_transfers_it_has(
 
 def test_the_view_decides_as_brute_force_does() -> None:
     """Stage 3 of separate requests on one device: as few are lost as can be, but for the tolerance."""
-    policy, rng = _policy(give_up=0.0), np.random.default_rng(3)
+    policy, rng = demand_bound(give_up=0.0), np.random.default_rng(3)
     for _ in range(300):
         n = int(rng.integers(1, 8))
         seconds, work = rng.uniform(0.1, 3, n), rng.uniform(0.05, 1.5, n)
@@ -123,7 +88,7 @@ def test_stage_1_is_not_dropped_but_due_with_the_next_request_of_its_batch() -> 
 
 
 def test_what_is_dropped_is_dropped_everywhere_and_tried_again_when_there_is_room() -> None:
-    policy = _policy()
+    policy = demand_bound()
     t = pv.transfers(4, request=[0, 0, 1, 2], device=[0, 1, 0, 1], size=1e6)
     t.left[:] = np.array([0.9, 0.1, 0.3, 0.95]) * RATE
     t.deadline[:] = 1.0
@@ -145,21 +110,21 @@ def test_what_is_dropped_is_dropped_everywhere_and_tried_again_when_there_is_roo
 
 
 def test_tolerance_holds_between_giving_up_and_coming_back() -> None:
-    policy, t = _policy(give_up=0.05), _alone(1.04, 1.0)
-    assert _decide(t, policy).infeasible == [False]
+    policy, t = demand_bound(give_up=0.05), alone(1.04, 1.0)
+    assert decide(t, policy).infeasible == [False]
     t.infeasible[:] = True
-    assert _decide(t, policy).infeasible == [True]
+    assert decide(t, policy).infeasible == [True]
     t.left[:] = 0.99 * RATE
-    assert _decide(t, policy).infeasible == [False]
+    assert decide(t, policy).infeasible == [False]
     t.left[:] = 1.06 * RATE
     t.infeasible[:] = False
-    assert _decide(t, policy).infeasible == [True]
+    assert decide(t, policy).infeasible == [True]
 
 
 def test_late_requests_and_those_that_compute_too_long_are_lost() -> None:
     t = pv.transfers(4, request=[0, 1, -1, 2], deadline=[-0.01, 1.0, -0.01, 1.0], left=1e3)
     view = pv.view(t, pv.requests(3, deadline=[-0.01, 1.0, 1.0], compute_left=[0.0, 1.1, 0.0]), pv.link(RATE, 5))
-    assert _policy().infeasible(view).tolist() == [True, True, True, False]
+    assert demand_bound().infeasible(view).tolist() == [True, True, True, False]
 
 
 def test_the_time_that_dropping_takes_is_bounded() -> None:
@@ -194,10 +159,10 @@ def test_what_stands_before_a_transfer_is_due_when_that_is(rows: list[tuple[int,
 def test_bytes_before_a_tight_transfer_are_hurried_whatever_they_are() -> None:
     """0.3 s of background, 0.3 s of loose stage 3, and a tight one behind them: it needs most of the link."""
     t = pv.transfers(3, conn=7, stage=[4, 3, 3], left=0.3 * RATE, ahead=[0, 0.3 * RATE, 0.6 * RATE], deadline=[9, 9, 1])
-    need = _policy(margin_ms=0.0, margin_share=0.0).judge(pv.view(t, net=pv.link(RATE, 5))).need
+    need = demand_bound(margin_ms=0.0, margin_share=0.0).judge(pv.view(t, net=pv.link(RATE, 5))).need
     assert need.tolist() == pytest.approx([0.9, 0.9, 0.9])
     t.conn[:] = [1, 2, 3]
-    need = _policy(margin_ms=0.0, margin_share=0.0).judge(pv.view(t, net=pv.link(RATE, 5))).need
+    need = demand_bound(margin_ms=0.0, margin_share=0.0).judge(pv.view(t, net=pv.link(RATE, 5))).need
     assert need[1:].tolist() == pytest.approx([0.6 / 9, 0.3])
 
 
@@ -208,18 +173,18 @@ def test_stage_1_is_due_for_the_first_request_of_its_batch_that_is_not_lost_and_
     view = Views.of(
         t, pv.link(RATE, 5), requests=r, batches=pv.batches(1, layers=10, current_layer=1, layer_compute=0.05)
     )
-    verdict = _policy(margin_ms=0.0, margin_share=0.0).judge(view)
+    verdict = demand_bound(margin_ms=0.0, margin_share=0.0).judge(view)
     # Request 2 is lost. Layers 2 to 9, or 8 and 9, are still to be computed once it is there.
     assert verdict.asked.due.tolist() == pytest.approx([0.9 - 8 * 0.05, 0.9 - 2 * 0.05])
     # Layer 2 is next, layer 8 is six layers after the current one: 0.2 s of work in 0.3 s.
     assert verdict.layer_need[0] >= 1.0
     assert verdict.layer_need[1] == pytest.approx(0.2 / 0.3)
     # Both stand above unhinted traffic, but only deadlines are guaranteed.
-    decision = _policy().evaluate(view)
+    decision = demand_bound().evaluate(view)
     assert (decision.level < DEFERRED).all()
-    assert _share(decision) == [0.0] * 5
+    assert shares(decision) == [0.0] * 5
     view.batches.compute_done[:] = True
-    assert _policy().judge(view).layer_need.tolist() == [0.0, 0.0]
+    assert demand_bound().judge(view).layer_need.tolist() == [0.0, 0.0]
 
 
 # --- buckets ----------------------------------------------------------------------------------------------------------
