@@ -40,7 +40,7 @@ from mfsd.model import (
     TransferHint,
     TupleSelector,
 )
-from mfsd.policy.registry import make_policy
+from mfsd.policy.registry import DEFAULT, make_policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -163,7 +163,7 @@ def measure(n: int) -> tuple[float, float, float, float]:
     """Median and p99 of a tick with n connections, and of what of it learns the peers' rates, in ms."""
     rng = np.random.default_rng(n)
     with LibbpfLoader().open_classifier(16_384) as classifier:
-        policy = make_policy("deadline-ladder", 5, {})
+        policy = make_policy(DEFAULT, 5)
         bands = Bands.build(5, default_after=policy.default_after, lanes=32)
         sockets = SimulatedSockets()
         connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), sockets, bands)

@@ -12,8 +12,11 @@ from mfsd.model import HintError, tuple_selector
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mfsd.engine.engine import Engine
     from mfsd.model import Address
+    from mfsd.policy.views import Views
 
 PATHS_MAX: Final = 256
 """Of one question."""
@@ -48,26 +51,31 @@ def ours(one: Address) -> bool:
     return True
 
 
-def advice(engine: Engine, dst: Address, now: float) -> pb.Advice:
+def answers(engine: Engine, there: Iterable[Address], now: float) -> list[pb.Advice]:
+    """Of the ways from this host to these addresses."""
+    views = engine.steering.views(now)
+    return [advice(engine, views, dst) for dst in there]
+
+
+def advice(engine: Engine, views: Views, dst: Address) -> pb.Advice:
     """Of the way from this host to ``dst``."""
     connections, devices = engine.connections, engine.steering.devices
     if not devices:
         return pb.Advice()
-    t = engine.steering.views(now).transfers
-    slots = np.array(
-        [c.slot for c in connections.by_slot.values() if c.endpoints is not None and c.endpoints.dst == dst], np.int32
-    )
+    t, peer, table = views.transfers, connections.peers.index(dst), connections.table
+    slots = np.zeros(0, np.int32)
+    if peer >= 0:  # a slot that is free keeps the peer that it had
+        slots = np.flatnonzero(table.used[: table.high] & (connections.peer[: table.high] == peer)).astype(np.int32)
     used = connections.device_of(slots)
     device = int(np.bincount(used).argmax()) if len(used) else 0
-    rate = devices[device].estimator.rate
+    estimator = devices[device].estimator
     far = float("inf")
     if len(slots) and len(connections.peers.rate):
-        far = float(connections.peers.rate[connections.peer[slots[0]]])
-    load = min(float(np.sum(devices[device].estimator.band_load)), 1.0)
+        far = float(connections.peers.rate[peer])
     return pb.Advice(
-        known=rate > 0,
-        rate_bytes_per_s=min(rate, far),
-        spare_bytes_per_s=rate * (1.0 - load),
-        queued_bytes=float(t.left[np.isin(t.conn, slots)].sum()),
+        known=estimator.rate > 0,
+        rate_bytes_per_s=min(estimator.rate, far),
+        spare_bytes_per_s=estimator.rate * (1.0 - estimator.load),
+        queued_bytes=float(t.left[t.peer == peer].sum()) if peer >= 0 else 0.0,
         device_queued_bytes=float(t.left[(t.conn >= 0) & (t.device == device)].sum()),
     )

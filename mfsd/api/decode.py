@@ -59,6 +59,17 @@ class Decoder:
         }
         self.set_limits(limits)
 
+    def check(self, size: int) -> None:
+        """Raise HintError for a batch of more hints than there may be in one."""
+        limit = self.limits.max_hints_per_batch
+        if size > limit:
+            raise HintError(
+                "hints",
+                f"{size} hints in one batch",
+                f"send at most {limit} at a time (limits.max_hints_per_batch)",
+                exhausted=True,
+            )
+
     def set_limits(self, limits: LimitsConfig) -> None:
         """Take new limits; they hold from the next hint on."""
         self.limits = limits

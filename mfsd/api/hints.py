@@ -150,14 +150,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         ``lasting``: its session is to outlive the peer.
         """
         rows, steps = len(batch.transfers.ids), len(batch.progress.batch_ids)
-        limit, size = self.decoder.limits.max_hints_per_batch, len(batch.hints) + rows + steps
-        if size > limit:
-            raise HintError(
-                "hints",
-                f"{size} hints in one batch",
-                f"send at most {limit} at a time (limits.max_hints_per_batch)",
-                exhausted=True,
-            )
+        size = len(batch.hints) + rows + steps
+        self.decoder.check(size)
         engine, now = self.engine, self.clock()
         session = self._session(batch.session, peer, now, lasting=lasting)
         self._heard(session.name)
@@ -177,7 +171,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         counters.hints_accepted += size - rejected
         counters.hints_rejected += rejected
         if session.events:
-            _drain(session, reply)
+            drain(session, reply)
         if reply.accepted:
             self._ticks.poke(waiting=alone)
         return answer
@@ -189,13 +183,17 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             ways = advice.ways(request)
         except (HintError, errors.Refused) as e:
             await errors.abort(context, errors.of_call(e))
-        now, out = self.clock(), []
-        for dst, src in ways:
-            if src is None or advice.ours(src):
-                out.append(advice.advice(self.engine, dst, now))
-            else:
-                out.append(pb.Advice() if self.elsewhere is None else await self.elsewhere(dst, src))
-        return pb.AdviseReply(advice=out)
+        here = {i: dst for i, (dst, src) in enumerate(ways) if src is None or advice.ours(src)}
+        far = [i for i in range(len(ways)) if i not in here]
+        said = dict(zip(here, advice.answers(self.engine, here.values(), self.clock()), strict=True))
+        said |= zip(far, await asyncio.gather(*(self._elsewhere(*ways[i]) for i in far)), strict=True)
+        return pb.AdviseReply(advice=[said[i] for i in range(len(ways))])
+
+    async def _elsewhere(self, dst: Address, src: Address | None) -> pb.Advice:
+        """What another host says of a path from it."""
+        if self.elsewhere is None or src is None:
+            return pb.Advice()
+        return await self.elsewhere(dst, src)
 
     def _session(self, name: str, peer: Peer | None, now: float, *, lasting: bool) -> Session:
         """The session of that name, if it is the peer's. Raises HintError or errors.Refused."""
@@ -429,7 +427,7 @@ class _Answers:
                 session = self._session
                 while session is not None and session.events:
                     reply = pb.HintReply(epoch=self._service.engine.epoch)
-                    _drain(session, reply)
+                    drain(session, reply)
                     await self._stream.write(reply)
         finally:
             self._room.set()
@@ -469,7 +467,7 @@ def _whole(reply: pb.HintReply, part: pb.Rejection.Part.ValueType, rows: int, er
     return rows
 
 
-def _drain(session: Session, reply: pb.HintReply) -> None:
+def drain(session: Session, reply: pb.HintReply) -> None:
     """Move events from a session into a reply."""
     for _ in range(min(len(session.events), EVENTS_PER_REPLY)):
         event: Event = session.events.popleft()

@@ -89,23 +89,26 @@ class Advisor:
             with grpc.insecure_channel(self._target, options=[("grpc.enable_http_proxy", 0)]) as channel:
                 stub = hints_pb2_grpc.HintsStub(channel)
                 while not self._closing:
+                    paths = self._paths()
                     # A daemon that is gone, hangs or is too old has nothing to say.
                     with contextlib.suppress(OSError, grpc.RpcError):
-                        self._ask(stub, introduction.token())
-                    self._wake.wait(REFRESH_S)
+                        if paths:
+                            self._ask(stub, paths, introduction.token())
+                    self._wake.wait(REFRESH_S if paths else None)
                     self._wake.clear()
         finally:
             introduction.close()
 
-    def _ask(self, stub: hints_pb2_grpc.HintsStub, token: str) -> None:
+    def _paths(self) -> list[tuple[str, str]]:
+        """What somebody wants to know still."""
         now = time.monotonic()
         with self._lock:
             for path in [p for p, at in self._wanted.items() if now - at > WANTED_S]:
                 del self._wanted[path]
                 self._known.pop(path, None)
-            paths = list(self._wanted)
-        if not paths:
-            return
+            return list(self._wanted)
+
+    def _ask(self, stub: hints_pb2_grpc.HintsStub, paths: list[tuple[str, str]], token: str) -> None:
         request = hints_pb2.AdviseRequest(paths=[hints_pb2.Path(dst=dst, src=src) for dst, src in paths])
         reply = stub.Advise(request, timeout=TIMEOUT_S, metadata=((TOKEN, token),) if token else ())
         now = time.monotonic()

@@ -7,7 +7,7 @@ are looked up once, offsets are read once, and the books get whole columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,6 +25,8 @@ I4 = npt.NDArray[np.int32]
 F8 = npt.NDArray[np.float64]
 
 _STAGES: Final = list(Stage)
+_SHARED: Final = ("ids", "owners", "selectors")
+"""Fields of TransferColumns that are no columns."""
 _OWNERLESS: Final = np.array([s.ownerless for s in Stage])
 
 
@@ -74,27 +76,14 @@ class TransferColumns:
             float(self.ttl[i]),
             bool(self.ordered[i]),
             int(self.position[i]),
+            float(self.hold_until[i]),
         )
 
     def keep(self, wanted: npt.NDArray[np.bool_]) -> TransferColumns:
         """The same with these rows only."""
         at = np.flatnonzero(wanted)
-        return replace(
-            self,
-            row=self.row[at],
-            ids=[self.ids[i] for i in at.tolist()],
-            request=self.request[at],
-            batch=self.batch[at],
-            stage=self.stage[at],
-            target_layer=self.target_layer[at],
-            size=self.size[at],
-            selector=self.selector[at],
-            deadline=self.deadline[at],
-            ordered=self.ordered[at],
-            position=self.position[at],
-            hold_until=self.hold_until[at],
-            ttl=self.ttl[at],
-        )
+        columns = {f.name: getattr(self, f.name)[at] for f in fields(self) if f.name not in _SHARED}
+        return replace(self, ids=[self.ids[i] for i in at.tolist()], **columns)
 
 
 Bad = list[tuple[int, HintError]]
@@ -147,7 +136,7 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
         request, batch = owners.rows(ledger, c)  # not before: a transfer that turns out to be over may move them
         ledger.books.transfers.extend(
             transfers,
-            (  # in the order of books.TRANSFER_COLUMNS
+            (  # in the order of records.TRANSFER_COLUMNS
                 c.stage,
                 c.size,
                 start,

@@ -122,8 +122,8 @@ class Dense(Generic[T]):
 class Deferred(Dense[T]):
     """A store whose rows are written and removed many at a time.
 
-    Writing sixteen numpy scalars costs more than all else that a hint does, so additions and removals are only noted,
-    and carried out in a few array operations when somebody looks.
+    Writing a numpy scalar per column costs more than all else that a hint does, so additions and removals are only
+    noted, and carried out in a few array operations when somebody looks.
     """
 
     def __init__(self, columns: dict[str, Any], capacity: int = 1024) -> None:

@@ -21,7 +21,7 @@ from mfsd.engine.streams import Moved, Streams
 from mfsd.model import INF, Endpoints, HintError, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mfsd.bands import Bands
     from mfsd.engine.records import Mark, Session
@@ -418,8 +418,7 @@ class Connections:
 
         Connections whose sockets are elsewhere (or not located yet) are absent. Raises UnknownError.
         """
-        askable = [c for c in conns if c.here and c.endpoints is not None and c.endpoints.protocol == IPPROTO_TCP]
-        answers = self.sockets.progress([(c.cookie, c.endpoints) for c in askable if c.endpoints is not None])
+        askable, answers = self._progress(conns)
         if answers is None:
             raise UnknownError
         out: dict[Connection, Position | None] = {}
@@ -442,22 +441,22 @@ class Connections:
 
     def tcp(self, conns: Sequence[Connection]) -> dict[Connection, Progress]:
         """TCP's own account of connections; absent where it can't be had, or where they are over."""
-        askable = [c for c in conns if c.here and c.endpoints is not None and c.endpoints.protocol == IPPROTO_TCP]
-        answers = self.sockets.progress([(c.cookie, c.endpoints) for c in askable if c.endpoints is not None])
+        askable, answers = self._progress(conns)
         out = {c: p for c in askable if (p := answers.get(c.cookie)) is not None} if answers else {}
         for conn, progress in out.items():
             self._note(conn, progress)
         return out
+
+    def _progress(self, conns: Sequence[Connection]) -> tuple[list[Connection], Mapping[int, Progress | None] | None]:
+        """Those that TCP can be asked about, and what it says by cookie; None: it can't be asked now."""
+        askable = [c for c in conns if c.here and c.endpoints is not None and c.endpoints.protocol == IPPROTO_TCP]
+        return askable, self.sockets.progress([(c.cookie, c.endpoints) for c in askable if c.endpoints is not None])
 
     def _note(self, conn: Connection, p: Progress) -> float:
         """Take down how far a connection is; returns how far its process has written."""
         written = float(p.bytes_acked + p.unsent_plus_unacked)
         self._sent[conn.slot], self._acked[conn.slot] = written - p.notsent, p.bytes_acked
         return written
-
-    def forget_progress(self, conn: Connection, acked: float) -> None:
-        """The last word on a connection that is over."""
-        self._sent[conn.slot] = self._acked[conn.slot] = acked
 
     def sent_ago(self, conn: Connection) -> float:
         """Seconds since a connection has sent data, as far as anybody can tell; inf: nobody can."""

@@ -38,10 +38,10 @@ ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
 STALLED_S: Final = 0.25
 """A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all."""
-DOUBTS: Final = 128
-"""Streams with a debt that are looked at in one tick."""
 DEBT_S: Final = 1.0
 """So is one on which a transfer may have been announced after its bytes had gone; what is missing then was its."""
+DOUBTS: Final = 128
+"""Streams with a debt that are looked at in one tick."""
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mfsd.engine.audit import Audit
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
-    from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Stream, Transfer, Watch
+    from mfsd.engine.records import Connection, Mark, Request, Session, Stream, Transfer, Watch
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.watches import Watches
 
@@ -149,10 +149,6 @@ class Endings:
         for transfer in request.transfers:
             transfer.request = None
         request.transfers.clear()
-
-    def end_batch(self, batch: Batch) -> None:
-        """A batch is over; its requests live on."""
-        self.books.strike_batch(batch)
 
     # --- sessions, watches, marks -------------------------------------------------------------------------------------
 

@@ -274,6 +274,9 @@ class Engine:
         limits = self.ledger.limits
         for session in list(self.books.sessions.values()):
             for mark in session.marks.values():
+                if now < mark.renew_at:
+                    continue
+                mark.renew_at = now + limits.max_ttl_s / 2
                 self.connections.renew(mark.conns, now + limits.max_ttl_s)
                 watch = session.watches.get(mark.selector)
                 if watch is not None:

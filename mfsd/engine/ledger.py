@@ -242,7 +242,7 @@ class Ledger:
         self.note(stream, hint.stage)
         self.books.transfers.append(
             transfer,
-            (  # in the order of books.TRANSFER_COLUMNS
+            (  # in the order of records.TRANSFER_COLUMNS
                 hint.stage,
                 hint.size,
                 start,
@@ -310,8 +310,8 @@ class Ledger:
     def _begins(self, session: Session, selector: Selector, stage: Stage) -> int:
         """The band of a selector's new connections: that of the stage that is said now, or of the mark above it."""
         watch = session.watches.get(selector)
-        band = self.band_of(stage)
-        return band if watch is None or watch.mark is None else min(band, self.band_of(watch.mark.stage))
+        band, mark = self.band_of(stage), None if watch is None else watch.mark
+        return band if mark is None else min(band, self.band_of(mark.stage, mark.due_in))
 
     def _connection(self, session: Session, selector: Selector, expires: float) -> Connection | None:
         """The one connection that a selector names; None: it may name several, or one still to come."""
@@ -368,9 +368,7 @@ class Ledger:
             conn.watches.add(watch)
             self.connections.renew((conn,), watch.expires if watch.mark is None else now + self.limits.max_ttl_s)
         if watch.mark is not None and conn not in watch.mark.conns:
-            watch.mark.conns.add(conn)
-            self.connections.set_mark(conn, watch.mark, now, on=True)
-            self.connections.leave_default(conn, self.band_of(watch.mark.stage))
+            self._put_on(watch.mark, conn, watch.band, now)
         if watch.stream is not None and conn not in watch.stream.members:
             at = self.connections.written(conn) if position is None else position
             self.books.streams.join(watch.stream, conn, at)
@@ -431,6 +429,12 @@ class Ledger:
             # Not before: the kernel knows the selector all the time, so that no new connection is missed.
             self.endings.lift(old, now)
 
+    def _put_on(self, mark: Mark, conn: Connection, band: int, now: float) -> None:
+        """The mark counts for a connection, whose packets leave the default band at once."""
+        mark.conns.add(conn)
+        self.connections.set_mark(conn, mark, now, on=True)
+        self.connections.leave_default(conn, band)
+
     def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
         expires = now + self.limits.max_ttl_s
         selector: Selector = mark.selector
@@ -444,5 +448,4 @@ class Ledger:
                 self.joined(watch, known, None, now)
         session.marks[selector] = mark
         if conn is not None:
-            mark.conns.add(conn)
-            self.connections.set_mark(conn, mark, now, on=True)
+            self._put_on(mark, conn, self.band_of(mark.stage, mark.due_in), now)

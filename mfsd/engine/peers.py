@@ -138,6 +138,10 @@ class Peers:
         """Peers with connections."""
         return len(self._index)
 
+    def index(self, address: Address) -> int:
+        """Of an address; -1: no connection leads there."""
+        return self._index.get(address, -1)
+
     def take(self, address: Address) -> int:
         """Index of an address, for one more connection."""
         index = self._index.get(address)

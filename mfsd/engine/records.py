@@ -184,6 +184,8 @@ class Mark:
     due_in: float = INF
     gives_way: bool = False
     conns: set[Connection] = field(default_factory=set)
+    renew_at: float = 0.0
+    """When its connections, and its watch, are renewed next."""
 
 
 @dataclass(slots=True, eq=False)
@@ -290,8 +292,3 @@ class Position:
     """Since the last acknowledgement came."""
     sent_ago_s: float = INF
     """Since data were sent last."""
-
-    @property
-    def quiet(self) -> bool:
-        """Nothing is on its way."""
-        return self.acked >= self.written

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mfsd.engine.device import Device
     from mfsd.engine.records import Connection
     from mfsd.engine.settings import RescueConfig
+    from mfsd.engine.sockets import Progress
 
 
 SILENT_S: Final = 0.05
@@ -122,22 +123,15 @@ class Rescuer:
         device, budget = self.devices[index], self._budgets.setdefault(index, _Budget())
         allowed = stuck[: budget.refill(now, float(self.config.max_per_s))]
         budget.tokens -= len(allowed)
+        told = self.connections.tcp([conn for conn, _ in allowed]) if allowed and device.floors else {}
         orders = []
         for conn, late in allowed:
             del self._stuck[conn]
             floor = self.bands.bands[late.band].floor * device.estimator.rate if device.floors else 0.0
-            in_time_s = self._timer(conn) if floor else 0.0
+            in_time_s = _timer(told.get(conn)) if floor else 0.0
             orders.append(Rescue(conn, late.band, conn.lane, floor, in_time_s, late.since))
         if orders:
             device.rescue(orders)
-
-    def _timer(self, conn: Connection) -> float:
-        """Seconds until TCP would repair a purge by its timer, where it has nothing new to send; else 0."""
-        if not conn.here or conn.endpoints is None:
-            return 0.0
-        told = self.connections.sockets.progress([(conn.cookie, conn.endpoints)])
-        tcp = None if told is None else told.get(conn.cookie)
-        return tcp.rto_us / 1e6 if tcp is not None and tcp.notsent == 0 else 0.0
 
     def rescued(self) -> list[float]:
         """When those were promoted whose lanes have been purged since the last call.
@@ -160,3 +154,8 @@ class Rescuer:
         if device is not None and device.enforced and self.bands.bands[conn.band].role in HINTED:
             return device.empty(conn.band, conn.lane)
         return now - float(self.connections.table.last_ns[conn.slot]) / NS > SILENT_S
+
+
+def _timer(tcp: Progress | None) -> float:
+    """Seconds until TCP would repair a purge by its timer, where it has nothing new to send; else 0."""
+    return tcp.rto_us / 1e6 if tcp is not None and tcp.notsent == 0 else 0.0

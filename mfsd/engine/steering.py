@@ -19,7 +19,6 @@ from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.views import views_of
 from mfsd.model import INF, Event, EventKind, Stage
-from mfsd.policy.still import stage_levels
 from mfsd.policy.views import LinkView, TransferView, Views
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Steering:
     def _set_policy(self, policy: Policy) -> None:
         self.policy = policy
         self.ladder = Ladder(self.bands, policy.levels)
-        self.stage_level = stage_levels(policy)
+        self.stage_level = policy.unannounced()
         self._marked = []
         self._stage_band = self.ladder.bands(self.stage_level)
         self.guarantees.collectives = self.band_of(Stage.COLLECTIVE)
@@ -112,7 +111,9 @@ class Steering:
     def views(self, now: float, moved: Moved | None = None) -> Views:
         """What the policy sees now, given how far streams have come (None: look)."""
         moved = self.connections.moved(self.books.streams) if moved is None else moved
-        return views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now)
+        views = views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now)
+        views.sizes = self._sizes
+        return views
 
     def run(self, moved: Moved, now: float, *, steers: bool) -> None:
         """Decide all levels and write them, and what bands are guaranteed.

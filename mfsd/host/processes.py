@@ -64,6 +64,10 @@ class Families:
 
     def look(self, ancestors: Iterable[int]) -> dict[int, frozenset[int]]:
         """Descendants by ancestor, those of living ones only. One pass over all processes, some 10 us each."""
+        ancestors = frozenset(ancestors)
+        if not ancestors:
+            self._known = {}
+            return {}
         living: dict[int, float] = {}
         children: dict[int, list[int]] = {}
         for pid in psutil.pids():

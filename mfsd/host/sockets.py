@@ -168,8 +168,7 @@ class SocketResolver:
         """Progress by cookie of TCP sockets given as (cookie, endpoints); those that are gone are absent.
 
         None: in TIME_WAIT, or waiting for no more than the FIN of the peer, so all has been acknowledged. One exact
-        lookup each, several per system call. A reused tuple
-        has another cookie and counts as gone.
+        lookup each, several per system call. A reused tuple has another cookie and counts as gone.
         """
         wanted = [(c, e) for c, e in sockets if e.protocol == socket.IPPROTO_TCP]
         bound = self._bound

@@ -19,6 +19,7 @@ import grpc
 import structlog
 
 from mfsd.api import advice, errors
+from mfsd.api.hints import drain
 from mfsd.logs import Seldom
 from mfsd.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector
 from mfsd.v1 import hints_pb2 as pb
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 GRACE_S: Final = 10.0
 """What a peer has said is kept for so long after its stream has ended: it says only what is new when it comes back."""
 STOP_S: Final = 0.2
-EVENTS_PER_REPLY: Final = 256
 EVENTS_S: Final = 0.05
 """How often events are looked for."""
 
@@ -105,6 +105,8 @@ class Incoming(hints_pb2_grpc.HintsServicer):
                 reply = self._apply(session, host, batch)
                 async with lock:
                     await context.write(reply)
+        except HintError as e:
+            await errors.abort(context, errors.of_call(e))
         finally:
             if teller is not None:
                 teller.cancel()
@@ -119,6 +121,8 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         session = await self._session(name, request.session, context)
         try:
             return self._apply(session, host, request)
+        except HintError as e:
+            await errors.abort(context, errors.of_call(e))
         finally:
             self._left(session)
 
@@ -129,8 +133,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
             ways = advice.ways(request)
         except HintError as e:
             await errors.abort(context, errors.of_call(e))
-        now = self._clock()
-        return pb.AdviseReply(advice=[advice.advice(self._engine, dst, now) for dst, _ in ways])
+        return pb.AdviseReply(advice=advice.answers(self._engine, [dst for dst, _ in ways], self._clock()))
 
     # --- who ----------------------------------------------------------------------------------------------------------
 
@@ -176,10 +179,11 @@ class Incoming(hints_pb2_grpc.HintsServicer):
     # --- what ---------------------------------------------------------------------------------------------------------
 
     def _apply(self, session: Session, host: Address, batch: pb.HintBatch) -> pb.HintReply:
+        """Raises HintError for a batch that is too large."""
+        self._decoder.check(len(batch.hints))
         now = self._clock()
         reply = pb.HintReply(seq=batch.seq, epoch=self._engine.epoch)
-        limit = self._decoder.limits.max_hints_per_batch
-        for index, message in enumerate(batch.hints[:limit]):
+        for index, message in enumerate(batch.hints):
             try:
                 hint = self._decoder.decode(message, now)
                 self._permit(hint, host)
@@ -197,7 +201,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         counters = self._engine.books.counters
         counters.hints_accepted += reply.accepted
         counters.hints_rejected += len(reply.rejected)
-        _drain(session, reply)
+        drain(session, reply)
         if reply.accepted:
             self._poke()
         return reply
@@ -224,16 +228,10 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         while True:
             if session.events:
                 reply = pb.HintReply(epoch=self._engine.epoch)
-                _drain(session, reply)
+                drain(session, reply)
                 async with lock:
                     await context.write(reply)
             await asyncio.sleep(EVENTS_S)
-
-
-def _drain(session: Session, reply: pb.HintReply) -> None:
-    for _ in range(min(len(session.events), EVENTS_PER_REPLY)):
-        e = session.events.popleft()
-        reply.events.add(kind=e.kind.value, request_id=e.request_id, transfer_id=e.transfer_id, reason=e.reason)
 
 
 def _names(auth: Any) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mfsd.client.link import Link, Way
 from mfsd.model import (
@@ -79,8 +79,6 @@ class Outgoing:
         self._told: dict[Session, _Told] = {}
         self._by_prefix: dict[str, _Told] = {}
         self._next = 0
-        self.handed_on = 0
-        """Hints, so far."""
 
     # --- engine.elsewhere.Elsewhere -----------------------------------------------------------------------------------
 
@@ -203,15 +201,14 @@ class Outgoing:
     def _say(self, peer: Peer, hint: Hint) -> None:
         link = self._links.get(peer)
         if link is None:
-            options: tuple[tuple[str, Any], ...] = ()
-            if peer.name:
-                options = (("grpc.ssl_target_name_override", peer.name),)
-            way = Way(self._credentials(), options, correct=True, drops=self._late)
+            way = Way(self._credentials(), peer.options, correct=True, drops=self._late)
             link = self._links[peer] = Link(self._name, peer.target, QUEUE, BATCH, self._heard, None, way)
-        self.handed_on += 1
-        if isinstance(hint, TransferHint | RequestHint) and hint.deadline != INF:
-            # Links go by this process's clock, the engine by the kernel's: in a time namespace they differ.
-            hint = replace(hint, deadline=hint.deadline + time.monotonic() - self._clock())
+        # Links go by this process's clock, the engine by the kernel's: in a time namespace they differ.
+        ahead = time.monotonic() - self._clock()
+        if isinstance(hint, TransferHint):
+            hint = replace(hint, deadline=hint.deadline + ahead, hold_until=hint.hold_until + ahead)
+        elif isinstance(hint, RequestHint):
+            hint = replace(hint, deadline=hint.deadline + ahead)
         link.put(hint)
 
     def _late(self, hint: Hint, now: float) -> bool:
@@ -236,12 +233,11 @@ class Outgoing:
         if told is not None:
             told.session.tell(replace(event, request_id=request, transfer_id=transfer))
 
-    def look_after(self, table: Table) -> None:
-        """Take what names stand for now; links to who is gone are closed."""
+    def look_after(self, table: Table) -> list[Link]:
+        """Take what names stand for now; returns the links to who is gone, for the caller to close."""
         self.table = table
         here = {*table.peers.values()}
-        for peer in [p for p in self._links if p not in here]:
-            self._links.pop(peer).close(0.0)
+        return [self._links.pop(p) for p in list(self._links) if p not in here]
 
     def states(self) -> list[str]:
         """Peers that can't be reached, in words."""

@@ -111,7 +111,12 @@ class Relay:
         for problem in table.problems:
             if self._seldom(problem):
                 log.warning("relay", problem=problem)
-        self.outgoing.look_after(table)
+        gone = self.outgoing.look_after(table)
+        for link in gone:
+            await asyncio.to_thread(link.close, 0.0)  # joins its thread
+        here = {*table.peers.values()}
+        for peer in [p for p in self._channels if p not in here]:
+            await self._channels.pop(peer).close(ADVICE_S)  # somebody may be asking
 
     async def _keep_looking_up(self) -> None:
         while True:
@@ -130,8 +135,7 @@ class Relay:
             return known if peer is not None else pb.Advice()
         channel = self._channels.get(peer)
         if channel is None:
-            options = [("grpc.ssl_target_name_override", peer.name)] if peer.name else []
-            channel = grpc.aio.secure_channel(peer.target, self._channel_credentials(), options)
+            channel = grpc.aio.secure_channel(peer.target, self._channel_credentials(), peer.options)
             self._channels[peer] = channel
         try:
             request = pb.AdviseRequest(paths=[pb.Path(dst=str(dst))])

@@ -36,6 +36,11 @@ class Peer:
         host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
         return f"{'ipv6' if self.address.version == 6 else 'ipv4'}:{host}:{self.port}"
 
+    @property
+    def options(self) -> tuple[tuple[str, str], ...]:
+        """Of a channel to it."""
+        return (("grpc.ssl_target_name_override", self.name),) if self.name else ()
+
 
 @dataclass(slots=True)
 class Table:

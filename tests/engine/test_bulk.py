@@ -231,3 +231,13 @@ def test_a_row_of_an_unknown_owner_is_refused_in_the_words_of_a_single_one() -> 
     with pytest.raises(HintError) as single:
         h.engine.apply(h.session, row, h.now)
     assert str(bad) == str(single.value)
+
+
+def test_a_row_by_itself_says_all_that_its_columns_say() -> None:
+    """Every field differs from its default, so that none can be left out."""
+    hint = TransferHint(
+        "t", "r", "b", Stage.P2D, 3, 4096, CookieSelector(7), 9.0, 11.0, ordered=False, position=5, hold_until=13.0
+    )
+    whole = columns([hint, hint])
+    assert whole.hint(1) == hint
+    assert whole.keep(np.array([False, True])).hint(0) == hint

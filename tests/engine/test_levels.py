@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from support.harness import Host
+from support.harness import MSS, Host
 
 from mfsd.bands import LEVEL_NEW
 from mfsd.daemon.config import parse
@@ -195,3 +195,13 @@ def test_a_changed_policy_starts_from_fresh_levels() -> None:
     h.engine.steering.bands = bands_of(config, policy_of(config))
     assert change_policy(h.engine, config)
     assert h.engine.books.transfers.live("level")[0] == LEVEL_NEW
+
+
+def test_policies_are_shown_the_sizes_seen_lately_at_every_tick_and_in_explanations() -> None:
+    h = Host("sjf")
+    h.request("r", 60.0)
+    for cookie in (1, 2, 3):
+        h.transfer(str(cookie), h.socket(cookie), cookie * MSS)
+    for _ in range(3):
+        h.tick(0.01)
+        assert sorted(h.engine.steering.views(h.now).sizes.tolist()) == [MSS, 2 * MSS, 3 * MSS]

@@ -9,7 +9,7 @@ import pytest
 from support.harness import Host
 
 from mfsd.engine.sockets import Established
-from mfsd.model import Maker, MarkHint, PortRange, RuleSelector, Stage
+from mfsd.model import CookieSelector, Maker, MarkHint, PortRange, RuleSelector, Stage
 from mfsd.policy.registry import make_policy
 
 TO_6000 = RuleSelector(Maker(), dport=PortRange(6000, 6000))
@@ -106,3 +106,21 @@ def test_a_rule_that_is_taken_back_lets_go() -> None:
     h.tick(1.0)
     assert not h.kernel.rules
     assert sock.cookie not in h.connections.by_cookie
+
+
+def test_what_a_rule_finds_open_begins_where_the_kernel_puts_those_to_come() -> None:
+    """By its deadline, not by its stage alone; and at once, not at the next tick."""
+    h = Host("deadline-ladder", rate=125e6)
+    known = h.socket(1)
+    rule(h, TO_6000, Stage.P2D, due_in=0.05)
+    h.engine.watches.look(h.now)
+    h.engine.hear(h.now)
+    to_come = h.socket(2)
+    assert h.band(known) == h.band(to_come) != "default"
+
+
+def test_a_cookies_mark_is_obeyed_at_once() -> None:
+    h = Host()
+    sock = h.socket(1)
+    h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.COLLECTIVE), h.now)
+    assert h.band(sock) == "level 0"

@@ -17,7 +17,6 @@ from support import policy_views as pv
 from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
 from mfsd.policy.parts.params import Problem, options
-from mfsd.policy.still import stage_levels
 
 if TYPE_CHECKING:
     from mfsd.policy.base import Policy
@@ -28,7 +27,7 @@ DEFAULT_FIRST = "demand-bound"
 
 
 def test_policies_and_the_simulator_need_numpy_and_the_ground_only() -> None:
-    code = "import sys, mfsd.policy.registry, mfsd.policy.still, mfsd.lab.sim.cases; print(*sys.modules)"
+    code = "import sys, mfsd.policy.registry, mfsd.lab.sim.cases; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     ours = {name for name in loaded if name.split(".")[0] == "mfsd"}
     ground = {"mfsd", "mfsd.lab", "mfsd.model", "mfsd.units", "mfsd.bands"}
@@ -219,7 +218,7 @@ def test_levels_of_stages_of_which_nothing_else_is_known(name: str, want: list[i
     """By size, in the middle and just above unhinted traffic, but for PIAS; by deadline, collectives are due now."""
     policy = registry.make_policy(name, 5)
     background = LEVEL_NONE if name == "fair" else LEVEL_BACKGROUND
-    assert stage_levels(policy).tolist() == [*want, background]
+    assert policy.unannounced().tolist() == [*want, background]
     if name in ("sjf", "srpt"):
         assert want[1] == policy.default_after - 1
 

@@ -60,8 +60,9 @@ class Hosts:
 
     def start_sender(self, **more: Any) -> Running:
         (self.folder / "s").mkdir(exist_ok=True)
+        limits = more.pop("limits", {})
         relay = {"listen": f"{SENDER}:{self.port}", "allow": ["waiter.test"], **self.papers.settings} | more
-        return Running(self.folder / "s", relay=relay)
+        return Running(self.folder / "s", relay=relay, limits=limits)
 
     def stop(self) -> None:
         self.waiter.stop()
@@ -115,6 +116,23 @@ def test_a_hint_of_who_waits_reaches_the_daemon_of_who_sends(hosts: Hosts) -> No
         client.done(transfer="r/kv")
         client.done(request="r")
         wait_for(lambda: not transfers(hosts.sender) or sends.send(bytes(MB)))
+
+
+def test_a_peer_that_takes_few_hints_at_a_time_gets_all_of_them(
+    tmp_path: Path, papers: Papers, own: Papers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Hosts.start_sender
+    monkeypatch.setattr(Hosts, "start_sender", lambda self: start(self, limits={"max_hints_per_batch": 4}))
+    hosts = Hosts(tmp_path, papers, own)
+    try:
+        with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
+            client.request("r", ttft_left_s=50.0)
+            for n in range(20):
+                client.transfer(f"t{n}", from_sender(sends), MB, stage=Stage.P2D, request="r")
+            assert client.flush(PATIENCE_S)
+            wait_for(lambda: len(transfers(hosts.sender)) == 20)
+    finally:
+        hosts.stop()
 
 
 def test_columns_are_handed_on_too(hosts: Hosts) -> None:

@@ -18,6 +18,7 @@ from mfsd.policy.demand_bound.drop import MOST, most_work_first
 from mfsd.policy.demand_bound.due import Lost, jobs, seconds_left
 from mfsd.policy.demand_bound.fifo import hurried_by
 from mfsd.policy.demand_bound.load import Load, bucket
+from mfsd.policy.parts.bound import rates
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -117,11 +118,6 @@ class Asked:
             gone[list(dropped)] = True
             seen += looked
         return (Lost(gone[:r], gone[r:]) if gone.any() else None), seen
-
-
-def rates(view: Views) -> F8:
-    """Bytes/s of each device, shape (devices,); inf where it isn't known."""
-    return np.where(view.link.rate > 0, view.link.rate, np.inf)
 
 
 def judge(view: Views, tolerance: float, calm: float) -> Asked:

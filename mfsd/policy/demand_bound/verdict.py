@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final, Self
 import numpy as np
 
 from mfsd.policy.demand_bound.due import seconds_to_layer
-from mfsd.policy.demand_bound.judge import Asked, Far, judge, rates
+from mfsd.policy.demand_bound.judge import Asked, Far, judge
 from mfsd.policy.demand_bound.load import Load, Margin, Need
+from mfsd.policy.parts.bound import rates
 from mfsd.policy.views import BACKGROUND
 
 if TYPE_CHECKING:

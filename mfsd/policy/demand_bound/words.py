@@ -12,9 +12,9 @@ import numpy as np
 from mfsd import units
 from mfsd.bands import LEVEL_SCAVENGER
 from mfsd.policy.base import place
-from mfsd.policy.demand_bound.judge import rates
 from mfsd.policy.demand_bound.load import BUCKETS, Margin, bucket
 from mfsd.policy.demand_bound.verdict import NEAR_S, Verdict
+from mfsd.policy.parts.bound import rates
 from mfsd.policy.views import COLLECTIVE, P2D
 
 if TYPE_CHECKING:

@@ -87,8 +87,7 @@ def link_loads(view: Views) -> pruning.Loads:
     cells = (requests + 1 + len(view.batches)) * links
     flat: F8 = np.bincount(owner + t.device, weights=weights, minlength=cells).astype(np.float64, copy=False)
     matrix = flat.reshape(-1, links)
-    rate = np.where(view.link.rate > 0, view.link.rate, np.inf)
-    matrix /= np.append(rate, np.ones(peers))
+    matrix /= np.append(bound.rates(view), np.ones(peers))
     if peers:
         far = t.peer >= 0
         seconds = weights[far] / bound.peer_rates(view, far)

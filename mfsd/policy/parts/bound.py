@@ -27,9 +27,14 @@ if TYPE_CHECKING:
     from mfsd.policy.views import B1, F8, Views
 
 
+def rates(view: Views, unknown: float = np.inf) -> F8:
+    """Bytes/s of each device, shape (devices,); ``unknown`` where it isn't known (0)."""
+    return np.where(view.link.rate > 0, view.link.rate, unknown)
+
+
 def device_rate(view: Views) -> F8:
     """Bytes/s of each transfer's device, shape (n,), or (1,) when there is one; unknown (0) counts as infinite."""
-    rate = np.where(view.link.rate > 0, view.link.rate, np.inf)
+    rate = rates(view)
     return rate if len(rate) == 1 else rate.take(view.transfers.device)
 
 
@@ -49,7 +54,7 @@ def peer_rates(view: Views, far: B1, unknown: float = np.inf) -> F8:
 
     ``unknown``: what a device of unknown rate counts as. Shape (number of True in ``far``,).
     """
-    rate = np.where(view.link.rate > 0, view.link.rate, unknown)[view.transfers.device[far]]
+    rate = rates(view, unknown)[view.transfers.device[far]]
     if not len(view.link.peer_rate):
         return rate
     known = _far_rate(view)[far]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometric buckets: how a continuous key (time to a deadline, size, bytes sent) becomes one of a few levels.
+"""Buckets: how a continuous key (time to a deadline, size, bytes sent) becomes one of a few levels.
 
-Equal ratios between neighbouring edges minimise the worst relative quantisation error (MFS paper, RMLQ).
+Equal ratios between neighbouring edges minimise the worst relative quantisation error (MFS paper, RMLQ); quantiles
+hold equally many.
 """
 
 from __future__ import annotations

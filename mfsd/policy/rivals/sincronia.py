@@ -34,7 +34,7 @@ def demands(view: Views, coflow: I4) -> F8:
     """Link time in seconds that each coflow still needs, shape (c, links): devices first, then the links into peers."""
     t, devices = view.transfers, len(view.link.rate)
     links = devices + int(t.peer.max(initial=-1)) + 1
-    rate = np.where(view.link.rate > 0, view.link.rate, 1.0)  # with an unknown rate, bytes serve as well: ratios matter
+    rate = bound.rates(view, unknown=1.0)  # with an unknown rate, bytes serve as well: ratios matter
     count = int(coflow.max(initial=-1)) + 1
     cells = count * links
     flat = np.bincount(coflow * links + t.device, weights=t.left / rate[t.device], minlength=cells)
