@@ -125,7 +125,7 @@ HIDDEN = (
 )  # fmt: skip
 """The daemon may not mount anything itself there."""
 TWO = ("setpriv", "--bounding-set=-all,+bpf,+net_admin", "--inh-caps=-all,+bpf,+net_admin")
-OTHER = (54_321, 0)
+OTHER = ("setpriv", "--reuid=54321", "--regid=0", "--clear-groups")
 
 
 def test_a_daemon_that_can_see_no_process_of_others(netns_pair: NetnsPair, tmp_path: Path, sink: Sink) -> None:
@@ -150,7 +150,7 @@ with Client(target=target) as client:
 """
     with (
         running(Daemon(netns_pair, tmp_path, wrap=(*HIDDEN, *TWO))) as daemon,
-        worker(daemon, body, user=OTHER) as one,
+        worker(daemon, body, wrap=OTHER) as one,
     ):
         assert one.hear() == ["True", "0"]
         settled(daemon, (1, 1, 0))
@@ -176,7 +176,8 @@ for i in range(8):
 say(client.flush(0.1))
 client.close()
 """
-    with worker(daemon, body, user=(65_534, 65_534)) as one:
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    with worker(daemon, body, wrap=nobody) as one:
         out, err = one.result()
     assert out.split() == ["False"]
     (line,) = err.splitlines()
@@ -252,7 +253,7 @@ client.mark(tuple_of(host, port), Stage.COLLECTIVE)
 say(client.flush(20), cookie_of(s))
 hear()
 """
-    with dial(daemon.pair) as before, worker(daemon, body, user=OTHER) as one:
+    with dial(daemon.pair) as before, worker(daemon, body, wrap=OTHER) as one:
         flushed, own = one.hear()
         assert flushed == "True"
         with dial(daemon.pair) as after:

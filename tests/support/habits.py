@@ -190,15 +190,9 @@ def transfers(daemon: Daemon) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def worker(
-    daemon: Daemon, body: str, *arguments: str, wrap: tuple[str, ...] = (), user: tuple[int, int] = (0, 0)
-) -> Iterator[Worker]:
-    """A process in namespace ``a`` that runs ``body`` with the client library and a function ``dial``.
-
-    ``user``: user and group that it becomes once it has loaded everything, so that the checkout may be out of their
-    reach; none else of root's is left to it.
-    """
-    process = Worker(daemon, body, arguments, wrap, user)
+def worker(daemon: Daemon, body: str, *arguments: str, wrap: tuple[str, ...] = ()) -> Iterator[Worker]:
+    """A process in namespace ``a`` that runs ``body`` with a Client named ``client`` and a function ``dial``."""
+    process = Worker(daemon, body, arguments, wrap)
     try:
         yield process
     finally:
@@ -206,15 +200,9 @@ def worker(
 
 
 PRELUDE: Final = """
-import ctypes, encodings.idna, logging, os, socket, sys, time
+import os, socket, sys, time
 from mfsd.client import *
-target, host, port, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[6:]
-uid, gid = int(sys.argv[4]), int(sys.argv[5])
-if uid:
-    os.setgroups([])
-    os.setgid(gid)
-    os.setuid(uid)
-    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: what /proc shows of it is its own, as after an exec
+target, host, port, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 def dial():
     return socket.create_connection((host, port))
 def say(*words):
@@ -227,12 +215,9 @@ def hear():
 class Worker:
     """See ``worker``."""
 
-    def __init__(
-        self, daemon: Daemon, body: str, arguments: tuple[str, ...], wrap: tuple[str, ...], user: tuple[int, int]
-    ) -> None:
+    def __init__(self, daemon: Daemon, body: str, arguments: tuple[str, ...], wrap: tuple[str, ...]) -> None:
         pair = daemon.pair
-        where = (f"unix:{daemon.socket}", pair.addr_b, str(PORT))
-        command = [sys.executable, "-c", PRELUDE + body, *where, *map(str, user), *arguments]
+        command = [sys.executable, "-c", PRELUDE + body, f"unix:{daemon.socket}", pair.addr_b, str(PORT), *arguments]
         self.popen = pair.call(
             pair.a,
             lambda: subprocess.Popen(
