@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.habits import MB, Grown, Sink, band, dial, settled, worker
+from support.others import within_reach
 from support.rig import Daemon, running, wait_for
 
 from mfsd.client import cookie_of
@@ -125,7 +126,7 @@ HIDDEN = (
 )  # fmt: skip
 """The daemon may not mount anything itself there."""
 TWO = ("setpriv", "--bounding-set=-all,+bpf,+net_admin", "--inh-caps=-all,+bpf,+net_admin")
-OTHER = ("setpriv", "--reuid=54321", "--regid=0", "--clear-groups")
+OTHER = (*within_reach(), "setpriv", "--reuid=54321", "--regid=0", "--clear-groups")
 
 
 def test_a_daemon_that_can_see_no_process_of_others(netns_pair: NetnsPair, tmp_path: Path, sink: Sink) -> None:
@@ -176,7 +177,7 @@ for i in range(8):
 say(client.flush(0.1))
 client.close()
 """
-    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    nobody = (*within_reach(), "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     with worker(daemon, body, wrap=nobody) as one:
         out, err = one.result()
     assert out.split() == ["False"]

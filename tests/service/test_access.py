@@ -15,6 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.daemons import PATIENCE_S, Api, Running, call_violation, wait_for
+from support.others import within_reach
 from support.peers import Introduced
 
 from mfsd.api.identity import Peer, Rights
@@ -136,7 +137,7 @@ def test_the_kernel_says_who_is_a_member_of_the_operators_group(start: Callable[
         path.chmod(0o666)
 
     def pause(*groups: int) -> str:
-        argv = [sys.executable, "-c", AS, running.target, *map(str, groups)]
+        argv = [*within_reach(), sys.executable, "-c", AS, running.target, *map(str, groups)]
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
 
     member = grp.getgrnam("daemon").gr_gid

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 from support.daemons import PATIENCE_S, Running, connected, wait_for
+from support.others import within_reach
 
 from mfsd.client import Client, Cookie, Fd, Rejected, Stage, Transfer, cookie_of, process_peer, tuple_of
 from mfsd.client.selectors import IPPROTO_MPTCP, name
@@ -318,7 +319,10 @@ def test_who_may_not_use_the_socket_is_told_once(running: Running, closed: str) 
     if closed == "folder":
         folder.chmod(0o750)
     done = subprocess.run(
-        [sys.executable, "-c", NOT_IN_THE_GROUP, str(running.socket)], capture_output=True, text=True, check=False
+        [*within_reach(), sys.executable, "-c", NOT_IN_THE_GROUP, str(running.socket)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()

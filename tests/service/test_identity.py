@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from support.daemons import PATIENCE_S, Api, Running, wait_for
+from support.others import within_reach
 from support.peers import Introduced, worker
 
 from mfsd.api.identity import RESERVED
@@ -227,11 +228,11 @@ def test_a_daemon_that_does_not_see_its_clients_in_proc(tmp_path: Path) -> None:
     config = tmp_path / "mfsd.toml"
     config.write_text(f'[daemon]\nsocket = "{run}/mfsd.sock"\nstate_dir = "{run}"\nanonymous = true\n')
     command = [sys.executable, "-m", "mfsd.daemon", "--config", str(config)]
-    daemon = ["unshare", "--mount", "sh", "-c", HIDDEN, "sh", *command]
+    daemon = [*within_reach(), "unshare", "--mount", "sh", "-c", HIDDEN, "sh", *command]
     with subprocess.Popen(daemon, stderr=subprocess.PIPE) as process:
         try:
             wait_for((run / "mfsd.sock").exists)
-            as_other = ("setpriv", "--reuid=54321", "--regid=12345", "--clear-groups")
+            as_other = (*within_reach(), "setpriv", "--reuid=54321", "--regid=12345", "--clear-groups")
             with worker(f"unix:{run}/mfsd.sock", wrapper=as_other) as (_, said):
                 assert (said[0], said[2]) == ("True", "0")
                 with grpc.insecure_channel(f"unix:{run}/mfsd.sock") as channel:
