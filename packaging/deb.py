@@ -183,8 +183,7 @@ def stage(version: str, date: int) -> Path:
         run(sys.executable, ROOT / "scripts" / "reference.py", what, source / what, env=env)
     debian = source / "debian"
     shutil.copytree(PACKAGING / "debian", debian)
-    for name in ("mfsd.service", "mfsd.toml"):
-        shutil.copy(ROOT / "systemd" / name, source / name)
+    shutil.copy(ROOT / "systemd" / "mfsd.toml", source / "mfsd.toml")
     shutil.copy(ROOT / "systemd" / "mfsd.service", debian / "mfsd.service")
     shutil.copy(ROOT / "systemd" / "sysusers.conf", debian / "mfsd.sysusers")
     shutil.copy(ROOT / "systemd" / "tmpfiles.conf", debian / "mfsd.tmpfiles")

@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Reference pages from the one truth each: commands from click, configuration from its models, the API from proto/.
+"""Reference pages from the one truth each: commands from click, configuration from its models.
 
-    reference.py man FOLDER           mfsctl.1, mfsd.8, mfsd.toml.5 (needs go-md2man)
-    reference.py completions FOLDER   mfsctl and mfsd for bash, zsh, fish
-
-The site takes the same Markdown (scripts/docs_hooks.py), so neither can go stale.
+reference.py man FOLDER           mfsctl.1, mfsd.8, mfsd.toml.5 (needs go-md2man)
+reference.py completions FOLDER   mfsctl and mfsd for bash, zsh, fish
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ from mfsd.daemon.reload import RELOADABLE, RELOADABLE_SECTIONS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FileDescriptorProto
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 SHELLS: Final = {"bash": "{0}", "zsh": "_{0}", "fish": "{0}.fish"}
@@ -131,8 +128,8 @@ def configuration() -> Page:
             nothing.
 
             `/etc/mfsd/conf.d/*.toml` are read after `/etc/mfsd/mfsd.toml`, in the order of their names. Tables are
-            merged key by key; the later file wins. `[[device]]` and `[[peer]]` entries are added; one for a device or
-            network that an earlier file has changes that one's keys.
+            merged key by key; the later file wins. `[[device]]`, `[[peer]]` and `[[rule]]` entries are added; one for a
+            device, network or name that an earlier file has changes that one's keys.
         """),
         "Keys marked *reload* change in a running daemon (`systemctl reload mfsd`), the others at its next start.",
     ]
@@ -152,104 +149,9 @@ def _code(allowed: str) -> str:
     return re.sub(r'"[^"]*"', lambda m: f"`{m[0]}`", allowed)
 
 
-# --- API --------------------------------------------------------------------------------------------------------------
-
-
-def api() -> Page:
-    """Services and messages with the comments of proto/."""
-    from google.protobuf.descriptor_pb2 import FileDescriptorSet
-
-    files = sorted(str(p.relative_to(ROOT / "proto")) for p in (ROOT / "proto").rglob("*.proto"))
-    out: list[str] = []
-    for file in FileDescriptorSet.FromString(_descriptors(files)).file:
-        if file.name in files:
-            out += _file(file)
-    return Page("api", 0, "the hint and control API (gRPC)", "\n\n".join(out))
-
-
-def _descriptors(files: Sequence[str]) -> bytes:
-    import google.rpc
-    import grpc_tools
-
-    googleapis = Path(next(iter(google.rpc.__path__))).parents[1]
-    includes = [ROOT / "proto", Path(grpc_tools.__file__).parent / "_proto", googleapis]
-    output = ROOT / "build" / "gen" / "api.pb"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", "grpc_tools.protoc", *(f"-I{i}" for i in includes), "--include_source_info",
-            f"--descriptor_set_out={output}", *files]  # fmt: skip
-    subprocess.run(argv, check=True)
-    return output.read_bytes()
-
-
-_NUMBERS: Final = {"service": 6, "message": 4, "enum": 5, "field": 2, "value": 2, "method": 2, "nested": 3, "inner": 4}
-"""Numbers of the lists in descriptor.proto, of which the places of comments are made."""
-
-
-class _Comments:
-    def __init__(self, file: FileDescriptorProto) -> None:
-        self._at = {tuple(loc.path): loc for loc in file.source_code_info.location}
-
-    def __call__(self, *place: int) -> str:
-        loc = self._at.get(place)
-        text = (loc.leading_comments or loc.trailing_comments) if loc is not None else ""
-        text = inspect.cleandoc(text).replace("<", "&lt;")
-        text = re.sub(r"(?<!\n)\n(?= ?\* )", "\n\n", text, count=1)  # a list needs an empty line before it
-        return re.sub(r"^ (?=\* | {2})", "", text, flags=re.MULTILINE)
-
-    def head(self) -> str:
-        """The comment at the top of the file, above `syntax`."""
-        return re.sub(r"^SPDX.*\n\n?", "", self(12))
-
-
-def _file(file: FileDescriptorProto) -> list[str]:
-    comments = _Comments(file)
-    out = [f"## {file.name}", comments.head()]
-    for i, service in enumerate(file.service):
-        place = (_NUMBERS["service"], i)
-        out += [f"### service {service.name}", comments(*place)]
-        for j, m in enumerate(service.method):
-            a, b = ("stream " * s + t.rpartition(".")[2]
-                    for s, t in ((m.client_streaming, m.input_type), (m.server_streaming, m.output_type)))  # fmt: skip
-            out.append(f"`{m.name}({a}) returns ({b})`\n: {_indent(comments(*place, _NUMBERS['method'], j))}")
-    for i, message in enumerate(file.message_type):
-        out += _message(message, comments, (_NUMBERS["message"], i), message.name)
-    for i, enum in enumerate(file.enum_type):
-        out += _enum(enum, comments, (_NUMBERS["enum"], i), enum.name)
-    return [o for o in out if o]
-
-
-def _message(message: DescriptorProto, comments: _Comments, place: tuple[int, ...], name: str) -> list[str]:
-    out = [f"### message {name}", comments(*place)]
-    for i, field in enumerate(message.field):
-        kind = field.type_name.rpartition(".")[2] or field.Type.Name(field.type).removeprefix("TYPE_").lower()
-        repeated = "repeated " if field.label == field.LABEL_REPEATED else ""
-        choice = field.HasField("oneof_index") and not field.proto3_optional
-        one_of = f" *(one of {message.oneof_decl[field.oneof_index].name})*" if choice else ""
-        text = _indent(comments(*place, _NUMBERS["field"], i)) or "See its type."
-        out.append(f"`{repeated}{kind} {field.name} = {field.number}`{one_of}\n: {text}")
-    for i, nested in enumerate(message.nested_type):
-        if not nested.options.map_entry:
-            out += _message(nested, comments, (*place, _NUMBERS["nested"], i), f"{name}.{nested.name}")
-    for i, enum in enumerate(message.enum_type):
-        out += _enum(enum, comments, (*place, _NUMBERS["inner"], i), f"{name}.{enum.name}")
-    return out
-
-
-def _enum(enum: EnumDescriptorProto, comments: _Comments, place: tuple[int, ...], name: str) -> list[str]:
-    out = [f"### enum {name}", comments(*place)]
-    for i, value in enumerate(enum.value):
-        text = _indent(comments(*place, _NUMBERS["value"], i)) or "-"
-        out.append(f"`{value.name} = {value.number}`\n: {text}")
-    return out
-
-
-def _indent(text: str) -> str:
-    return text.replace("\n", "\n    ")
-
-
 # --- output -----------------------------------------------------------------------------------------------------------
 
-PAGES: Final = {"mfsctl": commands, "mfsd": daemon_page, "mfsd.toml": configuration, "api": api}
+PAGES: Final = {"mfsctl": commands, "mfsd": daemon_page, "mfsd.toml": configuration}
 
 
 def manual(folder: Path) -> None:
@@ -257,7 +159,7 @@ def manual(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     epoch = time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", "0")) or time.time())
     date = time.strftime("%Y-%m-%d", epoch)
-    for page in (make() for make in PAGES.values() if make is not api):
+    for page in (make() for make in PAGES.values()):
         body = page.body.replace("\n## ", "\n# ")
         if page.section == 8:  # sections of a manual are in capitals, but for names
             body = re.sub(r"^# .*$", lambda m: m[0].upper(), body, flags=re.MULTILINE)

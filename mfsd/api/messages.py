@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 
 import mfsd
-from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandSpec, Urgency
 from mfsd.engine.slots import NS
 from mfsd.model import INF, Mode, PortRange, ProcessSelector, RuleSelector, Stage, TupleSelector
 from mfsd.v1 import control_pb2 as pb
@@ -51,7 +51,10 @@ def status(daemon: Operations, figures: Sequence[Figures], now: float) -> pb.Sta
         mode=pb.MODE_ENFORCE if engine.mode is Mode.ENFORCE else pb.MODE_OBSERVE,
         paused=engine.paused,
         policy=engine.steering.policy.name,
-        devices=[_device(engine, i, d, f) for i, (d, f) in enumerate(zip(daemon.all_devices, figures, strict=False))],
+        devices=[
+            _device(engine, i, *one)
+            for i, one in enumerate(zip(daemon.all_devices, figures, engine.connections.by_band(), strict=False))
+        ],
         sessions=len(books.sessions),
         requests=books.requests.n,
         batches=books.batches.n,
@@ -158,10 +161,10 @@ def rules(daemon: Operations, verdicts: Sequence[Verdict]) -> pb.ListRulesReply:
     )
 
 
-def _device(engine: Engine, index: int, device: Device, figures: Figures) -> pb.Device:
-    table = engine.connections.table
-    used = np.flatnonzero(table.used[: table.high]).astype(np.int32)
-    users = np.bincount(table.band[used[engine.connections.device_of(used) == index]], minlength=256)
+def _device(engine: Engine, index: int, device: Device, figures: Figures, users: npt.NDArray[np.int64]) -> pb.Device:
+    steering = engine.steering
+    shares = steering.guarantees.shares(index) if device.floors else {}
+    classes = steering.ladder.classes(steering.policy.classes)
     return pb.Device(
         name=device.name,
         ifindex=device.ifindex,
@@ -171,15 +174,17 @@ def _device(engine: Engine, index: int, device: Device, figures: Figures) -> pb.
         rate_bytes_per_s=device.estimator.configured,
         measured_bytes_per_s=device.estimator.measured,
         utilisation=device.estimator.utilisation,
-        bands=[_band(engine, device, index, row, int(users[row.index])) for row in figures.bands],
+        bands=[
+            _band(steering.bands.bands[r.index], device, r, int(users[r.index]), shares.get(r.index, 0.0), classes)
+            for r in figures.bands
+        ],
         stats=figures.stats,
     )
 
 
-def _band(engine: Engine, device: Device, index: int, row: BandRow, connections: int) -> pb.Band:
-    steering, rate = engine.steering, device.estimator.rate
-    spec = steering.bands.bands[row.index]
-    shares = steering.guarantees.shares(index) if device.floors else {}
+def _band(
+    spec: BandSpec, device: Device, row: BandRow, connections: int, share: float, classes: Sequence[Urgency]
+) -> pb.Band:
     return pb.Band(
         index=row.index,
         name=spec.name,
@@ -192,9 +197,9 @@ def _band(engine: Engine, device: Device, index: int, row: BandRow, connections:
         backlog_bytes=row.backlog,
         dscp=device.dscp.get(spec.name, -1),
         connections=connections,
-        urgency=steering.ladder.classes(steering.policy.classes)[row.index],
-        guaranteed_bytes_per_s=shares.get(row.index, 0.0) * device.estimator.configured,
-        got_bytes_per_s=float(device.estimator.band_load[row.index]) * rate,
+        urgency=classes[row.index],
+        guaranteed_bytes_per_s=share * device.estimator.configured,
+        got_bytes_per_s=float(device.estimator.band_load[row.index]) * device.estimator.rate,
     )
 
 

@@ -21,8 +21,7 @@ from mfsd.bands import (
     fill_floors,
 )
 from mfsd.daemon.config_text import key, toml
-from mfsd.daemon.config_values import as_tuple
-from mfsd.engine.settings import Section, setting
+from mfsd.engine.settings import Section, as_tuple, setting
 
 MAX_LANES: Final = 256
 """Minors of a band: its classids are 0xBBLL with band BB and lane LL."""

@@ -34,12 +34,11 @@ from mfsd.daemon.config_values import (
     RateValue,
     SocketPath,
     UserName,
-    as_tuple,
     host_port,
     loopback,
 )
 from mfsd.datapath import _abi
-from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, setting
+from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, as_tuple, setting
 from mfsd.model import Mode
 from mfsd.policy import registry
 from mfsd.relay.settings import RelayConfig
@@ -212,7 +211,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _together(self) -> Config:
         problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
-        problems += [*_limit_problems(self.limits), *metrics_problems(self.metrics)]
+        problems += [*_limit_problems(self.limits), *metrics_problems(self.metrics, self.daemon.socket)]
         problems += [*rule_problems(self.rule, self.rules.library), *self.relay.problems()]
         problems += [
             f"{name} = ({len(found)} sections): at most {most}"

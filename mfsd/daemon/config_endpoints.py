@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
-from typing import Final
+import os
+from typing import TYPE_CHECKING, Final
 
 from pydantic import field_validator
 
 from mfsd.daemon.config_text import toml
-from mfsd.daemon.config_values import FilePath, host_port, loopback
+from mfsd.daemon.config_values import SUN_PATH, FilePath, host_port, loopback
 from mfsd.engine.settings import Section, setting
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 OFF: Final = "off"
 UNIX: Final = "unix"
+SUFFIX: Final = ".metrics"
+"""Behind the name of the daemon's socket, for the one of UNIX."""
 
 
 class MetricsConfig(Section):
@@ -42,9 +48,15 @@ class MetricsConfig(Section):
         return self.tls_cert is not None
 
 
-def metrics_problems(m: MetricsConfig) -> list[str]:
+def metrics_problems(m: MetricsConfig, daemon_socket: Path) -> list[str]:
     """What is wrong across keys."""
     out = []
+    most = SUN_PATH - 1 - len(SUFFIX)
+    if m.listen == UNIX and len(os.fsencode(daemon_socket)) > most:
+        out.append(
+            f"daemon.socket = {toml(daemon_socket)}: at most {most} bytes, so that the metrics' socket beside it "
+            'has room; choose a shorter path, or metrics.listen = "off"'
+        )
     if (m.tls_cert is None) != (m.tls_key is None):
         missing = "tls_key" if m.tls_key is None else "tls_cert"
         out.append(f"metrics.{missing}: is not set; a certificate and its key go together")

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 import tomllib
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, InstanceOf, PlainValidator, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, InstanceOf, ValidationError, field_validator
 
 from mfsd.daemon.config_text import explain, toml
-from mfsd.engine.settings import Section, setting
+from mfsd.daemon.config_values import NetworkValue  # noqa: TC001 - pydantic reads annotations
+from mfsd.engine.settings import Section, as_tuple, setting
 from mfsd.model import PID_MAX, PORT_MAX, PortRange
 
 if TYPE_CHECKING:
@@ -37,19 +37,6 @@ def _ports(value: Any) -> Any:
     return ports
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
-        return value
-    if not isinstance(value, str):  # ip_network takes numbers, too
-        raise ValueError("not a text")  # noqa: TRY004 - pydantic wants this one
-    return ipaddress.ip_network(value)
-
-
-NetworkValue = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
 PortsValue = Annotated[InstanceOf[PortRange], BeforeValidator(_ports)]
 
 
@@ -135,7 +122,7 @@ class RuleConfig(Section):
 class RulesConfig(Section):
     """``[rules]``: rules that mfsd ships."""
 
-    library: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = setting(
+    library: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = setting(
         (), "Shipped rules that are in force, by name: `mfsctl rules --library` lists them."
     )
 
@@ -151,7 +138,7 @@ class RulesError(ValueError):
 class _File(Section):
     """What a shipped file holds."""
 
-    rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(_tuple)] = Field(min_length=1)
+    rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(as_tuple)] = Field(min_length=1)
 
 
 def shipped() -> dict[str, Traversable]:

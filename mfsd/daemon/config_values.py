@@ -153,11 +153,6 @@ def _listen(text: str) -> str:
     return text
 
 
-def as_tuple(value: Any) -> Any:
-    """TOML has lists only."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 RateValue = Annotated[InstanceOf[Rate], BeforeValidator(_rate)]
 NetworkValue = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
 SocketPath = Annotated[InstanceOf[Path], BeforeValidator(_file), AfterValidator(_socket)]

@@ -15,7 +15,7 @@ import structlog
 from prometheus_client import make_wsgi_app
 
 from mfsd.api.server import ServerError
-from mfsd.daemon.config_endpoints import OFF, UNIX
+from mfsd.daemon.config_endpoints import OFF, SUFFIX, UNIX
 from mfsd.daemon.config_values import host_port
 
 if TYPE_CHECKING:
@@ -79,10 +79,9 @@ class Exposition:
     def __init__(self, config: MetricsConfig, api: Path, registry: CollectorRegistry) -> None:
         """``api``: daemon.socket, beside which ours lies."""
         self._config = config
-        self._path = api.with_name(f"{api.name}.metrics")
+        self._path = api.with_name(f"{api.name}{SUFFIX}")
         self._registry = registry
         self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
 
     def start(self, bind: Callable[[Path, Callable[[], object]], None]) -> None:
         """Open it. ``bind(path, how)`` makes a unix socket for operators. Raises ServerError."""
@@ -99,8 +98,7 @@ class Exposition:
         server = self._server
         assert server is not None  # noqa: S101 - opened just now
         server.set_app(make_wsgi_app(self._registry))
-        self._thread = threading.Thread(target=server.serve_forever, name="mfsd-metrics", daemon=True)
-        self._thread.start()
+        threading.Thread(target=server.serve_forever, name="mfsd-metrics", daemon=True).start()
 
     def _open(self, kind: type[_Server], address: Any) -> None:
         context = self._tls()

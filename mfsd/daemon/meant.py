@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mfsd.datapath.bpf.keys import address_bytes
-from mfsd.datapath.bpf.rules import Match
+from mfsd.datapath.bpf.rules import Match, masked
 from mfsd.host.makers import members
 from mfsd.host.sockets import process_sockets
 from mfsd.model import CookieSelector, HintError, Maker, PortRange, ProcessSelector, RuleSelector, TupleSelector
@@ -100,9 +99,7 @@ def _within(
     addresses: npt.NDArray[np.uint8], network: ipaddress.IPv4Network | ipaddress.IPv6Network
 ) -> npt.NDArray[np.bool_]:
     """Which of (n, 16) addresses lie in a network."""
-    bits = network.prefixlen + (96 if network.version == 4 else 0)
-    mask = np.frombuffer((((1 << bits) - 1) << (128 - bits)).to_bytes(16, "big"), "u1")
-    wanted = np.frombuffer(address_bytes(network.network_address), "u1")
+    wanted, mask = (np.frombuffer(raw, "u1") for raw in masked(network))
     inside: npt.NDArray[np.bool_] = np.all((addresses & mask) == (wanted & mask), axis=1)
     return inside
 

@@ -109,7 +109,7 @@ def snapshot(daemon: Operations, figures: Sequence[Figures], ticks: tuple[int, f
         },
         values=values,
         histograms=_histograms(engine),
-        devices=[_seen(engine, i, d, f) for i, (d, f) in enumerate(zip(devices, figures, strict=False))],
+        devices=[_seen(*one) for one in zip(devices, figures, engine.connections.by_band(), strict=False)],
         bands=[(b.name, b.floor) for b in engine.steering.bands.bands],
     )
 
@@ -145,14 +145,11 @@ def _histograms(engine: Engine) -> dict[str, Mapping[str, Histogram]]:
     }
 
 
-def _seen(engine: Engine, index: int, device: Device, figures: Figures) -> Seen:
-    table = engine.connections.table
-    used = np.flatnonzero(table.used[: table.high]).astype(np.int32)
-    band = table.band[used[engine.connections.device_of(used) == index]]
+def _seen(device: Device, figures: Figures, users: npt.NDArray[np.int64]) -> Seen:
     return Seen(
         device,
         figures,
-        np.bincount(band, minlength=256),
+        users,
         {
             "device_attached": float(bool(device.hook)),
             "device_needs_care": float(bool(device.notice or device.failure)),

@@ -29,12 +29,6 @@ if TYPE_CHECKING:
     from mfsd.engine.sockets import Socket
     from mfsd.host.makers import Census, Makers
 
-STAGES: Final = {
-    "kv_reuse": Stage.KV_REUSE,
-    "collective": Stage.COLLECTIVE,
-    "p2d": Stage.P2D,
-    "background": Stage.BACKGROUND,
-}
 VERDICTS_MAX: Final = 32
 """Connections that are explained at once."""
 
@@ -117,7 +111,7 @@ def state_of(source: str, rule: RuleConfig, uid_of: Callable[[str], int] | None 
         maker, rule.remote, rule.local_ports or PortRange(), rule.remote_ports or PortRange()
     )  # fmt: skip
     due_in = INF if rule.deadline_ms is None else rule.deadline_ms / 1000
-    return RuleState(rule.name, source, selector, STAGES[rule.stage], rule.ordered, due_in, problem)
+    return RuleState(rule.name, source, selector, Stage[rule.stage.upper()], rule.ordered, due_in, problem)
 
 
 def _uid(user: str) -> int:

@@ -45,7 +45,8 @@ QDISCS: Final = {
 """Qdisc -> what mfsd, or the machine, uses it for."""
 _OPTIONS: Final = {"clsact": "NET_SCH_INGRESS", "mq": "NET_SCHED"}
 _MODULES: Final = {"clsact": "sch_ingress"}
-_ESSENTIAL: Final = ("htb", "prio")
+_ESSENTIAL: Final = ("htb", "ets", "prio")
+"""One of them must be there (mfsd/datapath/qdisc/plan.py)."""
 
 
 def release() -> tuple[int, int]:
@@ -188,7 +189,7 @@ def _probe(kind: str) -> bool | None:
 
 
 def qdiscs(context: Context) -> Iterator[Finding]:
-    """One of htb and prio must be there."""
+    """One of htb, ets and prio must be there."""
     config = config_text(context)
     known = {kind: has_qdisc(kind, config) for kind in QDISCS}
     words = {True: "yes", False: "no", None: "unknown"}
@@ -198,11 +199,11 @@ def qdiscs(context: Context) -> Iterator[Finding]:
         yield Finding(
             "kernel.qdiscs",
             Severity.FAIL,
-            "The kernel has neither htb nor prio",
+            "The kernel has none of htb, ets and prio",
             seen,
             "mfsd can observe, but not enforce",
-            "use a kernel with CONFIG_NET_SCH_HTB or CONFIG_NET_SCH_PRIO (Debian: linux-image-amd64, not -cloud), or "
-            "install linux-modules-extra",
+            "use a kernel with CONFIG_NET_SCH_HTB, CONFIG_NET_SCH_ETS or CONFIG_NET_SCH_PRIO (Debian: "
+            "linux-image-amd64, not -cloud), or install linux-modules-extra",
         )
     elif all(known[k] is None for k in _ESSENTIAL):
         yield Finding(

@@ -316,6 +316,12 @@ class Connections:
         over |= unseen + UNSEEN_S < now
         return [self.by_slot[slot] for slot in np.flatnonzero(over & self.table.used[:high]).tolist()]
 
+    def by_band(self) -> npt.NDArray[np.int64]:
+        """How many connections are in each band of each device, shape (devices, 256); one row without devices."""
+        used = np.flatnonzero(self.table.used[: self.table.high]).astype(np.int32)
+        cells = self.device_of(used).astype(np.int64) * 256 + self.table.band[used]
+        return np.bincount(cells, minlength=256 * max(len(self._devices()), 1)).reshape(-1, 256)
+
     def renew(self, conns: Iterable[Connection], expires: float) -> None:
         """Keep connections alive in the kernel until ``expires`` at least."""
         for conn in conns:

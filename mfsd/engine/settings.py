@@ -17,6 +17,11 @@ def setting(default: Any, doc: str, *, allowed: str | None = None, **constraints
     return Field(default, description=doc, json_schema_extra=extra, **constraints)
 
 
+def as_tuple(value: Any) -> Any:
+    """TOML has lists only."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Section(BaseModel):
     """A section of the configuration file."""
 

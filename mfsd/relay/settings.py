@@ -9,11 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, InstanceOf
 
-from mfsd.engine.settings import Section, setting
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+from mfsd.engine.settings import Section, as_tuple, setting
 
 
 def _path(value: Any) -> Any:
@@ -40,13 +36,13 @@ class RelayConfig(Section):
     listen: str | None = setting(
         None, "Where the daemons of other hosts bring hints.", allowed='"host:port"; 0.0.0.0 or [::] for all addresses'
     )
-    peers: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = setting(
+    peers: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = setting(
         (),
         "Their daemons. A name is looked up again and again, and stands for all its addresses. What else stands there "
         "are the networks that the host sends from, if not from that address.",
         allowed='a list of "host:port" or "host:port network ...", e.g. "mfsd.serving.svc:5731"',
     )
-    allow: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = setting(
+    allow: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = setting(
         (),
         "Who may bring hints: names in their certificates.",
         allowed='a list of names, e.g. "decode-1.example"; "*" at the beginning stands for one label',

@@ -351,7 +351,7 @@ def test_leftover_of_a_crash_is_replaced_or_removed(ns: Namespace, classifier: C
         a = ns.run(lambda: attach(successor, i, "clsact"))
         assert len(ns.run(lambda: hook_users(i))) == 1
         assert runs(ns, successor)
-        assert a.made_qdisc, "inherited from the one that was killed"
+        assert a.handle & 1, "inherited from the one that was killed"
         assert ns.run(lambda: remove_leftover(i))
     assert not ns.run(lambda: remove_leftover(i))
     assert "clsact" not in traces(ns)
@@ -364,7 +364,7 @@ def test_leftover_of_a_crash_leaves_a_clsact_that_was_there_before(ns: Namespace
     ns.run(lambda: attach(classifier, i, "clsact"))  # dropped on the floor
     with LibbpfLoader().open_classifier(64, classifier) as successor:
         a = ns.run(lambda: attach(successor, i, "clsact"))
-        assert not a.made_qdisc
+        assert not a.handle & 1
     assert ns.run(lambda: remove_leftover(i))
     assert traces(ns) == before
 

@@ -94,6 +94,7 @@ def test_kernel_version(context: Context, monkeypatch: pytest.MonkeyPatch, relea
             "htb no, ets no, prio no, tbf no, drr no, clsact yes",
         ),
         ("CONFIG_NET_SCH_HTB=m\n", Severity.OK, "htb yes, ets no, prio no"),
+        ("CONFIG_NET_SCH_ETS=y\n", Severity.OK, "htb no, ets yes, prio no"),
     ],
 )
 def test_qdiscs_of_a_kernel_configuration(

@@ -107,6 +107,13 @@ def test_every_number_has_bounds_and_names_them(section: str, key: str) -> None:
             f'daemon.socket = "/{"x" * 104}": must be an absolute path of at most 104 bytes',
         ),
         (
+            {"daemon": {"socket": "/" + "x" * 99}},
+            (
+                f'daemon.socket = "/{"x" * 99}": at most 99 bytes, so that the metrics\' socket beside it has room; '
+                'choose a shorter path, or metrics.listen = "off"'
+            ),
+        ),
+        (
             {"daemon": {"listen": "localhost"}},
             ('daemon.listen = "localhost": must be "host:port" with a loopback address; others need the tls keys'),
         ),

@@ -17,7 +17,7 @@ import contextlib
 import errno
 import os
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Self
 
 from mfsd.datapath import links, tc
@@ -65,8 +65,6 @@ class Attachment:
     """clsact: of our filter."""
     prog_id: int = 0
     """Of the program that hangs there."""
-    made_qdisc: bool = field(default=False)
-    """clsact: the qdisc is mfsd's to delete."""
     token: socket.socket | None = None
     """clsact: tells other daemons that the filter's owner lives."""
 
@@ -120,7 +118,6 @@ class Attachment:
             clsact.remove(self.ifindex, lambda user: user.handle == self.handle)
             self.token.close()
             self.token = None
-        self.made_qdisc = False
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +172,7 @@ def _attach_filter(sock: TcSocket, classifier: Classifier, ifindex: int, number:
         if fresh:
             clsact.delete_qdisc(sock, ifindex)
         raise
-    attachment = Attachment(ifindex, "clsact", handle=handle, prog_id=number, made_qdisc=made, token=token)
+    attachment = Attachment(ifindex, "clsact", handle=handle, prog_id=number, token=token)
     weakref.finalize(attachment, token.close)
     _mine.add(attachment)
     return attachment

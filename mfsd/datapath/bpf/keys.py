@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mfsd.model import Address, Endpoints
 
-_V4_MAPPED: Final = bytes(10) + b"\xff\xff"
+V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 _TUPLE_PAD: Final = bytes(_abi.TUPLE_DTYPE.fields["pad"][0].itemsize)  # type: ignore[index]  # it has fields
 
 
@@ -70,7 +70,7 @@ def cookie_key(cookie: int) -> bytes:
 
 def address_bytes(address: Address) -> bytes:
     """16 bytes of an address; IPv4 as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2)."""
-    return _V4_MAPPED + address.packed if isinstance(address, ipaddress.IPv4Address) else address.packed
+    return V4_MAPPED + address.packed if isinstance(address, ipaddress.IPv4Address) else address.packed
 
 
 def tuple_key(endpoints: Endpoints) -> bytes:

@@ -48,7 +48,7 @@ class Match:
         return address_bytes(self.dst.network_address) if single and self.dst is not None else NOBODY
 
 
-def _masked(network: Network | None) -> tuple[bytes, bytes]:
+def masked(network: Network | None) -> tuple[bytes, bytes]:
     """(address, mask) of 16 bytes each; IPv4 as IPv4-mapped."""
     if network is None:
         return NOBODY, NOBODY
@@ -84,7 +84,7 @@ class Rules:
         row = np.zeros((), dtype=_abi.RULE_DTYPE)
         source = None if match.src is None else ipaddress.ip_network(match.src)
         for name, network in (("s", source), ("d", match.dst)):
-            address, mask = _masked(network)
+            address, mask = masked(network)
             row[f"{name}addr"], row[f"{name}mask"] = np.frombuffer(address, "u1"), np.frombuffer(mask, "u1")
         row["sport_first"], row["sport_last"] = match.sport.first, match.sport.last
         row["dport_first"], row["dport_last"] = match.dport.first, match.dport.last

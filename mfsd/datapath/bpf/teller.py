@@ -21,6 +21,7 @@ import numpy as np
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.cgroup import open_root
+from mfsd.datapath.bpf.keys import V4_MAPPED, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import SHARED_MAPS, Mapped
 from mfsd.datapath.bpf.ring import Ring
@@ -44,7 +45,6 @@ _CGROUP_SOCK_OPS: Final = 3
 """enum bpf_attach_type."""
 SO_NETNS_COOKIE: Final = 71
 _OWN_MAPS: Final = ("mfsd_socks", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events")
-_MAPPED_V4: Final = bytes(10) + b"\xff\xff"
 EVENTS_AT_ONCE: Final = 1024
 
 
@@ -139,12 +139,8 @@ class Teller:
     def add(self, cookie: int, endpoints: Endpoints, uid: int) -> None:
         """Enter a connection that is older than we are; of its maker nothing but the user is known."""
         sock = np.zeros((), dtype=_abi.SOCK_DTYPE)
-        for name, address in (("saddr", endpoints.src), ("daddr", endpoints.dst)):
-            packed = address.packed if address.version == 6 else _MAPPED_V4 + address.packed
-            sock["key"][name] = np.frombuffer(packed, "u1")
-        sock["key"]["sport"], sock["key"]["dport"] = socket.htons(endpoints.sport), socket.htons(endpoints.dport)
-        sock["key"]["proto"], sock["netns"] = endpoints.protocol, self.netns
-        sock["owner"]["pid"], sock["owner"]["uid"] = _abi.ANY_ID, uid
+        sock["key"] = np.frombuffer(tuple_key(endpoints), dtype=_abi.TUPLE_DTYPE)[0]
+        sock["netns"], sock["owner"]["pid"], sock["owner"]["uid"] = self.netns, _abi.ANY_ID, uid
         self._socks.update(cookie.to_bytes(8, "little"), sock.tobytes())
 
     def all(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[Any]]:
@@ -196,9 +192,9 @@ def _told(cookie: int, row: Any) -> Told:
     key, owner = row["key"], row["owner"]
     src, dst = key["saddr"].tobytes(), key["daddr"].tobytes()
     endpoints = Endpoints(
-        ip_address(src[12:] if src[:12] == _MAPPED_V4 else src),
+        ip_address(src[12:] if src[:12] == V4_MAPPED else src),
         socket.ntohs(int(key["sport"])),
-        ip_address(dst[12:] if dst[:12] == _MAPPED_V4 else dst),
+        ip_address(dst[12:] if dst[:12] == V4_MAPPED else dst),
         socket.ntohs(int(key["dport"])),
         int(key["proto"]),
     )

@@ -34,7 +34,6 @@ EXPLICIT_CLASSES: Final = frozenset({"htb", "drr"})
 """Kinds whose classes are made by messages; the others make theirs with the qdisc, or dump flows as classes."""
 _STRICT: Final = frozenset({"ets"})
 """Kinds that insist on the flag of nested attributes, which is missing in their own dumps (nla_parse_nested)."""
-_NESTED: Final = 0x8000
 _MAJOR: Final = 0xFFFF0000
 MQ: Final = "mq"
 """What the kernel puts at the root of a device of several queues, to have its default on each."""
@@ -280,7 +279,7 @@ def codel_request(dumped: int) -> int:
 
 def _request(item: Saved, ifindex: int) -> bytes:
     options = _as_request(item)
-    number = tc.TCA_OPTIONS | (_NESTED if item.kind in _STRICT else 0)
+    number = tc.TCA_OPTIONS | (nl.NLA_NESTED if item.kind in _STRICT else 0)
     body = tc.kind_attr(item.kind) + (b"" if options is None else nl.attr(number, options))
     if item.type == "class":
         return tc.message(tc.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL, ifindex, item.handle, item.parent, body=body)
