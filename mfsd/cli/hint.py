@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
     Body = Callable[..., pb.Hint]
 
-STAGES: Final = {
-    "kv-reuse": pb.STAGE_KV_REUSE,
-    "collective": pb.STAGE_COLLECTIVE,
-    "p2d": pb.STAGE_P2D,
-    "background": pb.STAGE_BACKGROUND,
-}
+STAGES: Final = {word: pb.Stage.ValueType(number) for number, word in output.STAGES.items() if number}
 KIND: Final = click.Choice(["transfer", "request", "batch"])
 
 

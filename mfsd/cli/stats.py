@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric as Family
 
-LEVELS: Final = {"debug": 1, "info": 2, "warning": 3, "error": 4}
-"""Numbers in the enum LogLevel of the proto."""
+_PREFIX: Final = "LOG_LEVEL_"
+LEVELS: Final = {name.removeprefix(_PREFIX).lower(): number for name, number in pb.LogLevel.items() if number}
 
 
 def _epilog() -> str:
@@ -132,9 +132,9 @@ def _transfer_row(t: pb.TransferTrace, now: float) -> list[str]:
 def log_level(g: Globals, level: str | None) -> None:
     """Show the least severe level that the daemon logs, or change it until a reload or restart."""
     with control(g.socket) as daemon:
-        number = pb.LogLevel.ValueType(LEVELS[level] if level else 0)
-        answer = daemon.SetLogLevel(pb.SetLogLevelRequest(level=number), timeout=TIMEOUT_S)
-    name = next(name for name, number in LEVELS.items() if number == answer.level)
+        request = pb.SetLogLevelRequest(level=LEVELS[level] if level else pb.LOG_LEVEL_UNSPECIFIED)
+        answer = daemon.SetLogLevel(request, timeout=TIMEOUT_S)
+    name = pb.LogLevel.Name(answer.level).removeprefix(_PREFIX).lower()
     if g.json:
         output.print_json({"level": name})
     else:

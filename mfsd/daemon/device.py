@@ -143,7 +143,7 @@ class Device:
     def read(self) -> Reading | None:
         """See engine.device.Device; so are the others."""
         shape = self._shape
-        return None if shape is None else self._hands.read(shape, self.classifier, len(self.bands))
+        return None if shape is None else self._hands.read(shape, self.classifier, self.bands)
 
     def rescue(self, orders: Sequence[Rescue]) -> None:
         """Free what promoted connections have left behind."""

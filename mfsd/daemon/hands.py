@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
 
-    import numpy.typing as npt
-
+    from mfsd.bands import Bands
     from mfsd.datapath.bpf.loader import Classifier
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
     from mfsd.engine.device import Rescue
@@ -83,18 +82,20 @@ class Hands:
 
     # --- counters -----------------------------------------------------------------------------------------------------
 
-    def read(self, shape: Any, classifier: Classifier, bands: int) -> Reading | None:
+    def read(self, shape: Any, classifier: Classifier, bands: Bands) -> Reading | None:
         """The last reading, and an order for another."""
         if not self._reading:
             self._reading = True
             self._do("read", shape, lambda: self._read(shape.enforcer, classifier, bands))
         return self._readings.popleft() if self._readings else None
 
-    def _read(self, enforcer: DeviceEnforcer, classifier: Classifier, bands: int) -> None:
+    def _read(self, enforcer: DeviceEnforcer, classifier: Classifier, bands: Bands) -> None:
         try:
             sent, backlog = enforcer.link_bytes()
-            offered: npt.NDArray[Any] = classifier.bands()["bytes"][:bands]
-            self._readings.append(Reading(clock.monotonic(), sent, backlog, offered.astype(np.float64)))
+            offered = classifier.bands()["bytes"][: len(bands)].astype(np.float64)
+            # The classifier counts hinted packets alone; what else came to the qdisc is the default band's.
+            offered[bands.default.index] += sent + backlog - offered.sum()
+            self._readings.append(Reading(clock.monotonic(), sent, backlog, offered))
         finally:
             self._reading = False
 

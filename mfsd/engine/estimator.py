@@ -33,7 +33,7 @@ class Reading:
     backlog: int
     """Bytes queued now."""
     offered: npt.NDArray[np.float64]
-    """Bytes that the classifier sent to each band, shape (bands,)."""
+    """Bytes that came to each band, shape (bands,): unhinted ones to the default band."""
 
 
 @dataclass(slots=True)

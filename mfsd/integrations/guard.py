@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from ipaddress import ip_address
@@ -91,3 +92,9 @@ def ports(text: str) -> tuple[int, int]:
         return 0, 0
     pair = int(first), int(last or first)
     return pair if 0 < pair[0] <= pair[1] < 65536 else (0, 0)
+
+
+def mooncake_ports() -> tuple[int, int]:
+    """First and last port of Mooncake's listeners, here and at its peers."""
+    low, high = os.environ.get("MC_MIN_RPC_PORT", "15000"), os.environ.get("MC_MAX_RPC_PORT", "17000")
+    return ports(f"{low}-{high}")

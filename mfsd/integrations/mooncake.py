@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from mfsd.client import Stage, tuple_of
 from mfsd.integrations import guard
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from mfsd.client import Client
     from mfsd.model import TupleSelector
 
-PORTS: Final = "15000", "17000"
-"""Mooncake's own range."""
 _numbers = itertools.count()
 
 
@@ -49,8 +47,7 @@ class _Hinted:
 
     def __init__(self, inner: Any, client: Client, ports: tuple[int, int] | None) -> None:
         self._inner, self._client = inner, client
-        low, high = os.environ.get("MC_MIN_RPC_PORT", PORTS[0]), os.environ.get("MC_MAX_RPC_PORT", PORTS[1])
-        self._ports = guard.ports(f"{low}-{high}") if ports is None else ports
+        self._ports = guard.mooncake_ports() if ports is None else ports
         self._guard, self._resolver = guard.Guard(), guard.Resolver()
 
     def __getattr__(self, name: str) -> Any:

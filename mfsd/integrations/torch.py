@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from typing import TYPE_CHECKING, TypeVar
 
-from mfsd.client import Cookie, Stage
-from mfsd.client.selectors import SO_COOKIE
+from mfsd.client import Cookie, Stage, cookie_of
 from mfsd.integrations import guard
 
 if TYPE_CHECKING:
@@ -88,7 +86,6 @@ def _cookie(one: socket.socket) -> int:
         return 0
     try:
         one.getpeername()
-        (cookie,) = struct.unpack("=Q", one.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+        return cookie_of(one)
     except OSError:
         return 0
-    return int(cookie)

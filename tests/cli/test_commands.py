@@ -11,10 +11,11 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
+import structlog
 from google.protobuf import json_format
 from support import samples
 from support.ctl import Rig, run
-from support.daemons import wait_for
+from support.daemons import Running, wait_for
 from support.samples import COOKIE
 from support.tap import Scripted, served
 
@@ -397,3 +398,78 @@ def test_wrong_values(rig: Rig, args: tuple[str, ...]) -> None:
     assert ran.code == 2
     assert "write" in ran.err
     assert not rig.tap.asked
+
+
+# --- where time went, metrics, logs, rules ----------------------------------------------------------------------------
+
+
+def test_where_the_time_of_a_request_goes_while_it_lives_and_after(busy: Rig) -> None:
+    text = busy.run("trace", "r")
+    assert text.code == 0, text.err
+    assert text.out.startswith("request r of session mfsctl: not over after ")
+    assert "to spare" in text.out.splitlines()[0]
+    rows = {line.split()[0]: line for line in text.out.splitlines() if line.startswith(("t1", "t2"))}
+    assert "p2d" in rows["t1"]
+    assert "under way" in rows["t1"]
+    assert "collective" in rows["t2"]
+    told = busy.run("trace", "r", "--json").json
+    assert not told["over"]
+    assert {t["id"]: (t["bytes"], "ended_s" in t) for t in told["transfers"]} == {
+        "t1": ("10000000", False),
+        "t2": ("5", False),
+    }
+    assert sum(told["spent"].values()) == pytest.approx(told["seconds"], abs=1e-3)
+    assert busy.run("hint", "cancel", "transfer", "t2").code == 0
+    assert busy.run("hint", "done", "request", "r").code == 0
+    over = busy.run("trace", "r", "--json").json
+    assert over["over"]
+    ended = next(t for t in over["transfers"] if t["id"] == "t2")
+    assert "ended_s" in ended
+    assert not ended["delivered"]
+    nobody = busy.run("trace", "nobody")
+    assert nobody.code == 1
+    assert "nobody" in nobody.err
+
+
+def test_metrics_count_what_has_been_said(busy: Rig) -> None:
+    before = busy.run("stats", "hints", "--json").json
+    assert busy.run("hint", "transfer", "t3", "--request", "no", "--stage", "p2d", "--bytes", "1", *TO).code == 1
+    assert busy.run("hint", "request", "another", "--ttft-left", "1s").code == 0
+    after = busy.run("stats", "hints", "--json").json
+
+    def total(told: dict[str, Any], name: str) -> float:
+        return float(sum(s["value"] for s in told[name]["samples"] if s["name"].endswith("_total")))
+
+    grown = {name: total(after, name) - total(before, name) for name in after if after[name]["type"] == "counter"}
+    assert grown["mfsd_hints"] == 2
+    table = busy.run("stats", "hints").out
+    assert "hints_total" in table
+    assert "build_info" not in table
+    assert busy.run("stats", "--openmetrics").out.endswith("# EOF\n")
+
+
+def test_the_level_of_the_log_changes_at_run_time(tmp_path: Path) -> None:
+    with structlog.testing.capture_logs() as logged:
+        running = Running(tmp_path)
+        try:
+            rig = Rig(cast("Any", None), running.socket)
+            before = rig.run("log-level").out.strip()
+            assert rig.run("log-level", "error").out == "error\n"
+            assert rig.run("log-level", "--json").json == {"level": "error"}
+            assert rig.run("log-level", "debug").out == "debug\n"
+            assert rig.run("log-level", "loud").code == 2
+            assert rig.run("log-level", before).out == f"{before}\n"
+        finally:
+            running.stop()
+    assert [e["now"] for e in logged if e["event"] == "log level"] == ["error", "debug", before]
+
+
+def test_rules_of_the_library_and_none_of_the_daemon(rig: Rig) -> None:
+    assert rig.run("rules", "--json").code == 0
+    listed = rig.run("rules", "--library")
+    assert listed.code == 0
+    assert "redis" in listed.out
+    shown = rig.run("rules", "--library", "redis")
+    assert shown.code == 0, shown.err
+    assert "[[rule]]" in shown.out
+    assert rig.run("rules", "--library", "no-such-program").code != 0

@@ -219,3 +219,25 @@ def test_unhinted_traffic_is_left_alone(daemon: Daemon) -> None:
         after = daemon.status().devices[0]
     assert after.stats["miss"] - before.stats["miss"] >= 100
     assert all(b.bytes == 0 for b in after.bands if b.name.startswith("level"))
+
+
+def test_advice_says_what_the_way_to_a_peer_bears_and_what_is_announced_on_it(daemon: Daemon) -> None:
+    there = daemon.pair.addr_b
+    with flows(daemon.pair, 1) as (flow,), daemon.client() as client:
+        idle = wait_for(lambda: client.advice(there), "the first word")
+        assert idle.rate == pytest.approx(LINK)
+        assert (idle.queued, idle.device_queued) == (0.0, 0.0)
+        client.request("r", ttft_left_s=60)
+        client.transfer("t", flow.sender, 30 * MB, stage=Stage.P2D, request="r")
+        assert client.flush(5)
+
+        def announced() -> float:
+            said = client.advice(there)
+            return said.queued if said is not None else 0.0
+
+        wait_for(lambda: announced() == 30 * MB, "what is announced")
+        client.cancel(transfer="t")
+        assert client.flush(5)
+        wait_for(lambda: announced() == 0.0, "that it is taken back")
+        flow.saturate()
+        wait_for(lambda: (said := client.advice(there)) is not None and said.spare < 0.2 * LINK, "the load to be seen")

@@ -36,7 +36,7 @@ class MfsdConnector:
                 extra,
                 per_token,
                 self.mfsd_push,
-                listeners(push=self.mfsd_push, mooncake=self.mfsd_mooncake),
+                listeners(mooncake=self.mfsd_mooncake),
             )
         return hints
 

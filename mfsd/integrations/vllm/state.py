@@ -14,7 +14,7 @@ from mfsd.integrations import guard
 from mfsd.integrations.vllm.deadline import DEADLINE, deadline_of, number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from mfsd.client import Client
     from mfsd.model import TupleSelector
@@ -177,19 +177,20 @@ class Hints:
 
     def loaded(self, request_ids: Iterable[str]) -> None:
         """KV has come."""
-        for rid in request_ids:
-            known = self._known.get(rid)
-            if known is not None and known.loading:
-                known.loading = False
-                self.client.done(transfer=f"{rid}/kv")
+        for rid in self._no_longer_loading(request_ids):
+            self.client.done(transfer=f"{rid}/kv")
 
     def failed(self, request_ids: Iterable[str]) -> None:
         """KV will not come."""
+        for rid in self._no_longer_loading(request_ids):
+            self.client.cancel(transfer=f"{rid}/kv")
+
+    def _no_longer_loading(self, request_ids: Iterable[str]) -> Iterator[str]:
         for rid in request_ids:
             known = self._known.get(rid)
             if known is not None and known.loading:
                 known.loading = False
-                self.client.cancel(transfer=f"{rid}/kv")
+                yield rid
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -219,10 +220,8 @@ class Hints:
         return not math.isfinite(needed) or time.time() + needed <= deadline
 
 
-def listeners(*, push: bool, mooncake: bool) -> tuple[int, int]:
+def listeners(*, mooncake: bool) -> tuple[int, int]:
     """Ports of our own listeners, from the environment; (0, 0): any."""
-    del push
     if mooncake:
-        low, high = os.environ.get("MC_MIN_RPC_PORT", "15000"), os.environ.get("MC_MAX_RPC_PORT", "17000")
-        return guard.ports(f"{low}-{high}")
+        return guard.mooncake_ports()
     return guard.ports(os.environ.get("UCX_TCP_PORT_RANGE", ""))
