@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml scripts/setup.sh scripts/constraints.txt
 generated: $(STAMP)
 	@$(PY) scripts/build.py
 
-check: lint ## first thing to run: lint and the tests that need no privileges, under a minute, as any user
+check: lint ## first thing to run: lint and the tests that need no privileges, some three minutes, as any user
 	@mkdir -p build
 	$(PY) -m pytest -q -n logical -m "$(PURE)" --junitxml=build/check.xml
 	@$(PY) scripts/check_tiers.py --pure build/check.xml
