@@ -25,7 +25,7 @@ from mfsd.engine.connections import Connections
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
 from mfsd.engine.probes import Probes
-from mfsd.engine.settings import LimitsConfig, RescueConfig
+from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
 from mfsd.engine.slots import FlowTable
 from mfsd.engine.sockets import Event, Socket
 from mfsd.model import (
@@ -167,7 +167,7 @@ def measure(n: int) -> tuple[float, float, float, float]:
         bands = Bands.build(5, default_after=policy.default_after, lanes=32)
         sockets = SimulatedSockets()
         connections = Connections(FlowTable(classifier.slots), KernelKeys(classifier), sockets, bands)
-        engine = Engine(connections, policy, bands, [SimulatedDevice(bands)], LIMITS, RescueConfig())
+        engine = Engine(connections, policy, bands, [SimulatedDevice(bands)], LIMITS, RescueConfig(), TenantsConfig())
         session = engine.session("bench", 0.0)
         now = 100.0
         for i in range(n):

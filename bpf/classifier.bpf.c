@@ -16,7 +16,8 @@
  *   3. Note in the slot: where TCP says the stream stands, wire bytes, packets, time, device. This happens in observe
  *	mode, too: it is how the daemon learns the progress of a transfer.
  *   4. Which band? The slot's, except that a packet that carries no data but lets data flow (a pure ACK, a SYN) goes
- *	to the control band: behind deferred bulk it would stall the opposite direction. FIN and RST stay with the data:
+ *	to the control band: behind deferred bulk it would stall the opposite direction. So does a tiny packet of another
+ *	protocol whose connection is above the default band anyway. FIN and RST stay with the data:
  *	they take effect when they arrive, so overtaking the data before them would cost a recovery (FIN) or lose that
  *	data (RST).
  *   5. Obey: the full classid of the band's leaf goes to skb->priority, which prio, ets and HTB take without a filter,
@@ -96,7 +97,9 @@ static __always_inline int is_control(struct __sk_buff *skb, struct scratch *s, 
 {
 	if (s->h.proto == IPPROTO_TCP)
 		return skb->len <= MAX_CONTROL_LEN && is_tcp_control(skb, s, 1);
-	return !s->h.fragment && skb->len <= dev->tiny_len; /* a fragment that overtakes the others helps nobody */
+	/* A fragment that overtakes the others helps nobody. Unlike ACKs these packets may be anything, so only those of
+	 * connections that stand above unhinted traffic by themselves, and pay for it, ride here. */
+	return !s->h.fragment && s->band < dev->default_band && skb->len <= dev->tiny_len;
 }
 
 /* Writes `dscp` if the packet has another one. 1 if it was written. */

@@ -18,7 +18,7 @@
 #endif
 
 enum mfsd_consts {
-	MFSD_ABI_VERSION = 3,
+	MFSD_ABI_VERSION = 4,
 	MFSD_MAX_BANDS = 16,	  /* what a prio qdisc can have (TCQ_PRIO_BANDS) */
 	MFSD_DSCP_KEEP = 0xff,	  /* band_map.dscp: leave the packet's DSCP alone */
 	MFSD_BAND_KEEP = 0xff,	  /* slot.band: count, but leave skb->priority alone */
@@ -159,10 +159,12 @@ struct mfsd_band_map {
 struct mfsd_dev {
 	__u32 major;	   /* [user] handle of our root qdisc, shifted: 0xMMMM0000 */
 	__u32 flags;	   /* [user] enum mfsd_dev_flags */
-	__u32 tiny_len;	   /* [user] UDP/other hinted packets of at most this many bytes count as control; 0: none */
+	__u32 tiny_len;	   /* [user] UDP/other hinted packets of at most this many bytes count as control, if their own
+			    * band is above the default one; 0: none */
 	__u8 n_bands;	   /* [user] */
 	__u8 control_band; /* [user] index of the control band */
-	__u8 pad[2];
+	__u8 default_band; /* [user] index of the band of unhinted packets */
+	__u8 pad;
 	struct mfsd_band_map bands[MFSD_MAX_BANDS]; /* [user] */
 };
 

@@ -362,6 +362,7 @@ class EventKind(enum.IntEnum):
     RESTORED = 3
     EXPIRED = 4
     CONNECTION_GONE = 5
+    DEMOTED = 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mfsd.engine.engine import Engine
     from mfsd.engine.peers import Known
     from mfsd.engine.records import Connection, Transfer, Watch
+    from mfsd.engine.urgency import Use
     from mfsd.model import Selector
     from mfsd.policy.views import Views
 
@@ -34,6 +36,8 @@ PEERS: Final = 100
 """Peers that a status lists."""
 SHOWN: Final = 1000
 """Transfers that an explanation lists."""
+TENANTS: Final = 100
+"""Rows of tenants that a status lists."""
 _SHOWN_LEVEL: Final = {LEVEL_NEW: -1, LEVEL_NONE: -1, LEVEL_SCAVENGER: -2, LEVEL_BACKGROUND: -3}
 """Level numbers as shown: -1 none or not decided yet, -2 scavenger, -3 background (proto mfsd.v1.Connection.level)."""
 _PROCESS: Final = psutil.Process()
@@ -68,6 +72,20 @@ def status(daemon: Operations, figures: Sequence[Figures], now: float) -> pb.Sta
         tick_p99_ms=p99 * 1000,
         notices=[*daemon.notices(), *_unseen(unseen)],
         peers=[_peer(p) for p in engine.connections.peers.known(now)[:PEERS]],
+        tenants=[_tenant(u) for u in islice(engine.steering.urgency.uses(), TENANTS)],
+    )
+
+
+def _tenant(use: Use) -> pb.Tenant:
+    return pb.Tenant(
+        uid=use.uid,
+        device=use.device,
+        connections=use.connections,
+        moved_bytes_per_s=use.moved,
+        urgent_bytes_per_s=use.urgent,
+        allowed_bytes_per_s=use.allowed,
+        demoted=use.demoted,
+        demotions=use.demotions,
     )
 
 
@@ -245,6 +263,10 @@ def explanation(
     if conn is None:
         out.reasons.append(
             "no connection matches its selector yet; the first one that does is put into its band at once"
+        )
+    if conn is not None and engine.steering.urgency.demoted(conn):
+        out.reasons.insert(
+            0, "its user has moved more urgent traffic than its budget: demoted for now (status, tenants)"
         )
     if not engine.steers:
         out.reasons.append("packets are not steered: " + ("paused" if engine.paused else "the mode is observe"))

@@ -38,6 +38,7 @@ COUNTERS: Final = {
     "rescues": "promotions whose packets sat in a starved queue and were purged, to be sent anew at once",
     "deadlines_met": "requests that were complete before their deadline",
     "deadlines_missed": "requests that were not",
+    "demotions": "times a user's urgent traffic was demoted because it went beyond its budget",
 }
 
 DEVICE: Final = {
@@ -81,6 +82,17 @@ PEER: Final = {
     "raised": "by what factor the learnt rate has been raised so far",
 }
 
+TENANT: Final = {
+    "uid": "user who owns the sockets; -1: nobody knows",
+    "device": "where its connections move this",
+    "connections": "how many it has, on all devices",
+    "moved_bytes_per_s": "what they moved lately, average over half a second",
+    "urgent_bytes_per_s": "of it above unhinted traffic",
+    "allowed_bytes_per_s": "how much of that it may move at present ([tenants] of the configuration); 0: as it likes",
+    "demoted": "it has moved more: its connections wait below unhinted traffic for now",
+    "demotions": "how often that began",
+}
+
 STATS: Final = {
     "cookie": "packets of hinted connections matched by socket cookie, and steered",
     "tuple": "packets of hinted connections matched by addresses and ports, and steered",
@@ -101,5 +113,6 @@ SECTIONS: Final = (
     ("device", "devices[].", DEVICE),
     ("band", "devices[].bands[].", BAND),
     ("peer", "peers[].", PEER),
+    ("user (shown when there are several, or one was demoted)", "tenants[].", TENANT),
     ("classifier (packets on this device)", "devices[].stats.", STATS),
 )

@@ -103,6 +103,23 @@ def _peers(peers: Iterable[pb.Peer]) -> RenderableType:
     )  # fmt: skip
 
 
+def _tenants(tenants: Iterable[pb.Tenant]) -> RenderableType:
+    return tables.table(
+        [
+            ("user", "right"), ("device", "left"), ("conns", "right"), ("moves", "right"), ("urgent", "right"),
+            ("allowed", "right"), ("demoted", "left"), ("times", "right"),
+        ],
+        (
+            [
+                "-" if t.uid < 0 else str(t.uid), t.device, str(t.connections), units.rate(t.moved_bytes_per_s),
+                units.rate(t.urgent_bytes_per_s), units.rate(t.allowed_bytes_per_s) if t.allowed_bytes_per_s else "-",
+                "yes" if t.demoted else "no", units.count(t.demotions),
+            ]
+            for t in tenants
+        ),
+    )  # fmt: skip
+
+
 def render_status(s: pb.Status) -> Group:
     """One screen."""
     lines = list(_summary(s))
@@ -111,6 +128,8 @@ def render_status(s: pb.Status) -> Group:
         parts += _device(device)
     if s.peers:
         parts += [Text(), _peers(s.peers)]
+    if len(s.tenants) > 1 or any(t.demotions for t in s.tenants):
+        parts += [Text(), _tenants(s.tenants)]
     if not s.devices:
         parts.append(Text("\nno devices: name one in a [[device]] section of the configuration"))
     parts += [Text(f"{'' if n else chr(10)}! {notice}", style="yellow") for n, notice in enumerate(s.notices)]

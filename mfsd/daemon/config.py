@@ -38,7 +38,7 @@ from mfsd.daemon.config_values import (
     loopback,
 )
 from mfsd.datapath import _abi
-from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, as_tuple, setting
+from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, TenantsConfig, as_tuple, setting
 from mfsd.model import Mode
 from mfsd.policy import registry
 from mfsd.relay.settings import RelayConfig
@@ -163,7 +163,11 @@ class DeviceConfig(Section):
     )
     control_unhinted: bool = setting(False, "Pure ACKs of unhinted TCP connections go to the control band, too.")
     tiny_len: int = setting(
-        128, "Hinted packets other than TCP of at most so many bytes count as control; 0: none.", ge=0, le=1500
+        128,
+        "Hinted packets other than TCP of at most so many bytes count as control, while their connection is above "
+        "unhinted traffic; 0: none.",
+        ge=0,
+        le=1500,
     )
 
 
@@ -203,6 +207,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
+    tenants: TenantsConfig = TenantsConfig()
     rules: RulesConfig = RulesConfig()
     relay: RelayConfig = RelayConfig()
     rule: Annotated[tuple[RuleConfig, ...], BeforeValidator(as_tuple)] = ()

@@ -303,7 +303,7 @@ class Daemon:
         if _touches(keys, "policy.") and not wiring.change_policy(self.engine, merged):
             waiting = sorted(k for k in keys if k.startswith("policy."))
             self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
-        self.engine.set_limits(merged.limits, merged.rescue)
+        self.engine.set_limits(merged.limits, merged.rescue, merged.tenants)
         self._decoder.set_limits(merged.limits)
         if keys & {"rule", "rules.library"}:
             self._rules.put(merged, clock.monotonic())

@@ -120,6 +120,7 @@ class Device:
             flags |= _abi.DEV_MARK_DSCP
         entry["flags"], entry["tiny_len"] = flags, self.config.tiny_len
         entry["n_bands"], entry["control_band"] = len(self.bands), self.bands.control.index
+        entry["default_band"] = self.bands.default.index
         entry["major"] = 0 if shape is None else shape.enforcer.major
         for spec in self.bands.bands:
             row = entry["bands"][spec.index]

@@ -26,7 +26,7 @@ RELOADABLE: Final = frozenset(
     }
 )
 """Keys that a running daemon can change, besides the sections below."""
-RELOADABLE_SECTIONS: Final = frozenset({"policy", "limits", "rescue", "rules", "rule"})
+RELOADABLE_SECTIONS: Final = frozenset({"policy", "limits", "rescue", "tenants", "rules", "rule"})
 
 
 @dataclass(frozen=True, slots=True)

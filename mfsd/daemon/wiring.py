@@ -43,6 +43,7 @@ def engine_of(
         devices.all,
         config.limits,
         config.rescue,
+        config.tenants,
         mode=config.daemon.mode,
     )
 

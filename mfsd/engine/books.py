@@ -37,6 +37,7 @@ class Counters:
     rescues: int = 0
     deadlines_met: int = 0
     deadlines_missed: int = 0
+    demotions: int = 0
 
 
 @dataclass(slots=True)

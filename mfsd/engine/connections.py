@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.engine.lanes import Lanes
 from mfsd.engine.locating import Unlocated
 from mfsd.engine.peers import Peers
 from mfsd.engine.records import Connection, Position, User
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
 from mfsd.engine.streams import Moved, Streams
+from mfsd.engine.tenants import Parted, Tenants
 from mfsd.model import INF, Endpoints, HintError, Stage
 
 if TYPE_CHECKING:
@@ -74,10 +76,9 @@ class Connections:
         """Named by somebody whose they have turned out not to be."""
         self._unplaced: dict[Connection, None] = {}
         """Joined to streams at a position that nobody knows."""
-        self._lane_users = np.zeros(max(b.lanes for b in bands.level_bands), dtype=np.int64)
-        """Connections per lane. A connection has the same lane in every band. With two lanes or more, lane 0 is for
-        what must never be purged: anything but TCP."""
+        self.lanes = Lanes(max(b.lanes for b in bands.level_bands))
         n = len(table)
+        self.tenants = Tenants(n)
         self._sent: F8 = np.zeros(n)
         self._acked: F8 = np.zeros(n)
         """By slot: what TCP has said when asked; the slot itself may know more by now."""
@@ -161,6 +162,11 @@ class Connections:
         """Its addresses have become known."""
         self._unlocated.discard(conn)
         conn.here, conn.uid, conn.pid = socket.here, socket.uid, socket.pid
+        if self.tenants.uid(conn.tenant) != socket.uid:
+            self._leave_lane(conn)
+            self.tenants.part(conn.slot, conn.tenant)
+            tcp = socket.endpoints.protocol == IPPROTO_TCP
+            self._enter_lane(conn, self.tenants.join(conn.slot, socket.uid), tcp=tcp)
         self._unseen[conn.slot] = INF
         if conn.only not in (-1, socket.uid):
             self._strange.append(conn)
@@ -214,7 +220,7 @@ class Connections:
             self.table.adopt(slot)
             self._lent -= 1
         else:
-            lane, band = self._free_lane(tcp=endpoints is None or endpoints.protocol == IPPROTO_TCP), self._default
+            lane, band = 0, self._default
             try:
                 slot = self.table.take(self._default, lane, int(expires * NS))
             except TableFullError:
@@ -226,7 +232,8 @@ class Connections:
                 ) from None
         conn = Connection(slot, cookie, None, lane, user, band=band, expires=expires)
         user.connections += 1
-        self._lane_users[lane] += 1
+        tcp = endpoints is None or endpoints.protocol == IPPROTO_TCP
+        self._enter_lane(conn, self.tenants.join(slot, user.uid), tcp=tcp)
         self._sent[slot] = self._acked[slot] = 0.0
         self.peer[slot] = -1
         self.tenancy[slot] += 1
@@ -251,19 +258,23 @@ class Connections:
             self._lent += len(slots)
             self.sockets.lend(slots)
 
-    def _free_lane(self, *, tcp: bool) -> int:
-        """The lane with the fewest connections."""
-        if len(self._lane_users) == 1 or not tcp:
-            return 0
-        return 1 + int(self._lane_users[1:].argmin())
+    def _enter_lane(self, conn: Connection, tenant: int, *, tcp: bool = True) -> None:
+        """Give a connection the lane that suits its tenant: the one that it has, if that will do."""
+        conn.tenant = tenant
+        conn.lane = self.table.lane[conn.slot] = self.lanes.take(tenant, tcp=tcp, wish=conn.lane)
+
+    def _leave_lane(self, conn: Connection) -> None:
+        self.lanes.give_back(conn.lane, conn.tenant, self.moved_at(conn))
+
+    def alone(self, conn: Connection, now: float) -> bool:
+        """Nothing but its own tenant's packets can be queued in its lane."""
+        return self.lanes.alone(conn.lane, conn.tenant, now)
 
     def _set_endpoints(self, conn: Connection, endpoints: Endpoints) -> None:
         conn.endpoints = endpoints
-        if endpoints.protocol != IPPROTO_TCP and conn.lane and len(self._lane_users) > 1:
-            self._lane_users[conn.lane] -= 1
-            conn.lane = self._free_lane(tcp=False)
-            self._lane_users[conn.lane] += 1
-            self.table.lane[conn.slot] = conn.lane
+        if endpoints.protocol != IPPROTO_TCP and conn.lane and not self.lanes.one:
+            self._leave_lane(conn)
+            self._enter_lane(conn, conn.tenant, tcp=False)
         self.peer[conn.slot] = self.peers.take(endpoints.dst)
 
     def drop(self, conn: Connection) -> None:
@@ -279,8 +290,11 @@ class Connections:
         self._unplaced.pop(conn, None)
         self.rest_since[conn.slot] = self._unseen[conn.slot] = INF
         conn.user.connections -= 1
+        self._leave_lane(conn)
+        total = int(self.table.bytes[conn.slot])
+        self.tenants.parted.append(Parted(conn.slot, int(self.tenancy[conn.slot]), conn.tenant, total))
+        self.tenants.part(conn.slot, conn.tenant)
         self.table.give_back(conn.slot)
-        self._lane_users[conn.lane] -= 1
         del self.by_slot[conn.slot]
 
     def _forget_endpoints(self, conn: Connection, endpoints: Endpoints) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.elsewhere import Elsewhere
-    from mfsd.engine.settings import LimitsConfig, RescueConfig
+    from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
     from mfsd.model import Hint
     from mfsd.policy.base import Policy
 
@@ -63,13 +63,14 @@ class Engine:
         devices: Sequence[Device],
         limits: LimitsConfig,
         rescue: RescueConfig,
+        tenants: TenantsConfig,
         *,
         mode: Mode = Mode.ENFORCE,
     ) -> None:
         self.connections = connections
         self.books = books = Books()
         self.rescuer = Rescuer(devices, connections, bands, rescue)
-        self.steering = Steering(books, connections, policy, bands, devices, self.rescuer)
+        self.steering = Steering(books, connections, policy, bands, devices, self.rescuer, tenants)
         self.watches = Watches(books, connections.sockets, bands.level_bands[0].lanes, limits)
         connections.per_user = limits.max_connections_per_user
         self.audit = Audit(books, connections)
@@ -86,11 +87,12 @@ class Engine:
         self._next_house = self._next_sweep = 0.0
         self._sweep_from = 0
 
-    def set_limits(self, limits: LimitsConfig, rescue: RescueConfig) -> None:
+    def set_limits(self, limits: LimitsConfig, rescue: RescueConfig, tenants: TenantsConfig) -> None:
         """Take other limits; they hold from now on."""
         self.ledger.limits = self.watches.limits = limits
         self.connections.per_user = limits.max_connections_per_user
         self.rescuer.config = rescue
+        self.steering.urgency.config = tenants
 
     # --- sessions and hints -------------------------------------------------------------------------------------------
 

@@ -231,6 +231,8 @@ class Connection:
     streams: set[Stream] = field(default_factory=set)
     watches: set[Watch] = field(default_factory=set)
     marks: set[Mark] = field(default_factory=set)
+    tenant: int = 0
+    """Index of whose it is (tenants.py)."""
     band: int = 0
     expires: float = 0.0
     promotions: int = 0

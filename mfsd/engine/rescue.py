@@ -11,6 +11,8 @@ for nothing, and never by others:
 
 * a lane that still moves drains by itself; only one whose connection sent nothing for ``stall`` seconds is purged;
 * only TCP is ever purged; with two lanes or more, everything else lives in lane 0, which is never purged;
+* a lane that other tenants' packets may be in is not purged (lanes.py);
+* each tenant has an even part of a device's rescues: whoever flips connections between levels uses up its own;
 * the whole of a short message may be stuck, with nothing new to send behind it: then only the retransmission timer
   repairs a purge, and if the band's floor drains the lane sooner than that, it is left to do so.
 """
@@ -49,9 +51,16 @@ class _Stuck:
     since: float
 
 
+_Late = tuple["Connection", _Stuck]
+
+
+WANTING_S: Final = 1.0
+"""A tenant that has needed no rescue for so long leaves its part to others."""
+
+
 @dataclass(slots=True)
 class _Budget:
-    """Rescues that one device may have now; refilled at ``max_per_s``, up to a second's worth."""
+    """Rescues that one device, or one tenant there, may have now; refilled steadily, up to a second's worth."""
 
     tokens: float = 0.0
     refilled: float = 0.0
@@ -73,6 +82,10 @@ class Rescuer:
     config: RescueConfig
     _stuck: dict[Connection, _Stuck] = field(default_factory=dict)
     _budgets: dict[int, _Budget] = field(default_factory=dict)
+    _parts: dict[tuple[int, int], _Budget] = field(default_factory=dict)
+    """By device and tenant, of those that needed rescues lately."""
+    _wanted: dict[tuple[int, int], float] = field(default_factory=dict)
+    """When they did."""
 
     @property
     def waiting(self) -> bool:
@@ -105,7 +118,7 @@ class Rescuer:
         if not self._stuck:
             return
         stall_s = self.config.stall_ms / 1000
-        due: dict[int, list[tuple[Connection, _Stuck]]] = {}
+        due: dict[int, list[_Late]] = {}
         for conn, stuck in list(self._stuck.items()):
             index = self._device(conn)
             if not self.devices[index].enforced:
@@ -118,11 +131,10 @@ class Rescuer:
         for index, late in due.items():
             self._order(index, late, now)
 
-    def _order(self, index: int, stuck: list[tuple[Connection, _Stuck]], now: float) -> None:
+    def _order(self, index: int, stuck: list[_Late], now: float) -> None:
         """Order as many as the device may have now; the others wait."""
-        device, budget = self.devices[index], self._budgets.setdefault(index, _Budget())
-        allowed = stuck[: budget.refill(now, float(self.config.max_per_s))]
-        budget.tokens -= len(allowed)
+        device = self.devices[index]
+        allowed = self._allowed(index, [one for one in stuck if self._own(*one, now)], now)
         told = self.connections.tcp([conn for conn, _ in allowed]) if allowed and device.floors else {}
         orders = []
         for conn, late in allowed:
@@ -132,6 +144,31 @@ class Rescuer:
             orders.append(Rescue(conn, late.band, conn.lane, floor, in_time_s, late.since))
         if orders:
             device.rescue(orders)
+
+    def _own(self, conn: Connection, _: _Stuck, now: float) -> bool:
+        """Its lane is its tenant's own. Else its queue is left to its band's floor."""
+        if self.connections.alone(conn, now):
+            return True
+        del self._stuck[conn]
+        return False
+
+    def _allowed(self, index: int, stuck: list[_Late], now: float) -> list[_Late]:
+        """Those that the budgets of the device and of their tenants have room for."""
+        self._wanted |= {(index, conn.tenant): now for conn, _ in stuck}
+        for key in [k for k, at in self._wanted.items() if at < now - WANTING_S]:
+            del self._wanted[key]
+            self._parts.pop(key, None)
+        most, tenants = float(self.config.max_per_s), sum(i == index for i, _ in self._wanted)
+        whole = self._budgets.setdefault(index, _Budget())
+        room = whole.refill(now, most)
+        out: list[_Late] = []
+        for conn, late in stuck:
+            part = self._parts.setdefault((index, conn.tenant), _Budget())
+            if len(out) < room and part.refill(now, max(most / tenants, 1.0)) >= 1:
+                part.tokens -= 1
+                out.append((conn, late))
+        whole.tokens -= len(out)
+        return out
 
     def rescued(self) -> list[float]:
         """When those were promoted whose lanes have been purged since the last call.
@@ -146,6 +183,9 @@ class Rescuer:
                     purged.append(done.order.promoted)
                 else:
                     self._budgets[index].tokens += 1
+                    part = self._parts.get((index, done.order.conn.tenant))
+                    if part is not None:
+                        part.tokens += 1
         return purged
 
     def lane_empty(self, conn: Connection, now: float) -> bool:

@@ -63,11 +63,32 @@ class LimitsConfig(Section):
     max_marks_per_session: int = setting(1024, "Connection marks of one session.", ge=1, le=65_536)
 
 
+class TenantsConfig(Section):
+    """``[tenants]``: how urgent one tenant's traffic may be. A tenant is a user: whoever owns the socket."""
+
+    urgent_share: float = setting(
+        1.0,
+        "Share of a device's rate that one user's connections may move on bands above unhinted traffic; what is beyond "
+        "it waits below that.",
+        ge=0.01,
+        le=1,
+    )
+    even: bool = setting(
+        True,
+        "While a device is saturated and several users have hinted traffic there, none may move more in that way than "
+        "its even part.",
+    )
+    burst_ms: float = setting(100.0, "How much of that a user may save up, as time.", ge=20, le=10_000)
+
+
 class RescueConfig(Section):
     """``[rescue]``: promotions that take effect although packets sit in a starved queue."""
 
     enabled: bool = setting(True, "Purge the old queue of a promoted TCP connection that does not move.")
     stall_ms: float = setting(2.0, "A promoted connection that has sent nothing for so long is rescued.", ge=0, le=1000)
     max_per_s: int = setting(
-        200, "Rescues per device and second; further promotions wait for their queues.", ge=1, le=10_000
+        200,
+        "Rescues per device and second, in even parts for users who need any; others wait for their queues.",
+        ge=1,
+        le=10_000,
     )

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.engine.guarantees import Guarantees
+from mfsd.engine.urgency import Urgency
 from mfsd.engine.views import views_of
 from mfsd.model import INF, Event, EventKind, Stage
 from mfsd.policy.views import LinkView, TransferView, Views
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.rescue import Rescuer
+    from mfsd.engine.settings import TenantsConfig
     from mfsd.engine.streams import Moved
     from mfsd.policy.base import Policy
     from mfsd.policy.views import B1, F8, I2
@@ -57,7 +59,10 @@ class Steering:
     bands: Bands
     devices: Sequence[Device]
     rescuer: Rescuer
+    tenants: TenantsConfig
+    """As they were at the beginning; ``urgency`` has those in force."""
     ladder: Ladder = field(init=False)
+    urgency: Urgency = field(init=False)
     guarantees: Guarantees = field(init=False)
     stage_level: I2 = field(init=False)
     _marked: list[tuple[int, int]] = field(init=False)
@@ -69,6 +74,7 @@ class Steering:
 
     def __post_init__(self) -> None:
         self.guarantees = Guarantees(self.devices, self.bands)
+        self.urgency = Urgency(self.connections, self.devices, self.bands, self.books, self.tenants)
         self._set_policy(self.policy)
 
     def change_policy(self, policy: Policy) -> None:
@@ -149,6 +155,7 @@ class Steering:
             self.guarantees.give(guarantee, self.ladder, now)
         else:
             self.guarantees.drain(now)
+        self.urgency.count(now, steers=steers)
         self._write(now, rescue=steers)
         self.rescuer.run(now)
         promoted = self.rescuer.rescued()
@@ -182,7 +189,7 @@ class Steering:
         if not high:
             return
         level = self.levels()
-        band, old = self.ladder.bands(level), table.band[:high]
+        band, old = self.urgency.demote(self.ladder.bands(level)), table.band[:high]
         changed = np.flatnonzero((band != old) & table.used[:high])
         if not len(changed):
             return

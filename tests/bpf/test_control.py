@@ -133,6 +133,14 @@ def test_tiny_udp(rig: Rig, how: str, tiny: int, size: int, *, control: bool) ->
     assert r.priority == (leaf(0) if control else leaf(3, 2))
 
 
+@pytest.mark.parametrize("default", [0, 2, 3])
+def test_tiny_udp_whose_connection_is_not_above_unhinted_traffic_stays_there(rig: Rig, default: int) -> None:
+    rig.classifier.dev["tiny_len"], rig.classifier.dev["default_band"] = 400, default
+    hint(rig, "cookie")
+    assert rig.run(eth(TYPE_IP4, ip4(UDP, udp(b"x")))).priority == leaf(3, 2)
+    assert rig.run(seg4()).priority == leaf(0)  # an ACK lets others' data flow, wherever its own data are
+
+
 def test_tiny_does_not_apply_to_tcp_data_nor_to_fragments(rig: Rig) -> None:
     rig.classifier.dev["tiny_len"] = 400
     hint(rig, "cookie")

@@ -73,6 +73,7 @@ class Rig:
         c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
         c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
         c.dev["major"], c.dev["n_bands"], c.dev["control_band"] = MAJOR, BANDS, 0
+        c.dev["default_band"] = BANDS
         c.dev["bands"]["classid"][0, :BANDS] = [classid(b) for b in range(BANDS)]
         c.dev["bands"]["lanes"], c.dev["bands"]["dscp"] = LANES, _abi.DSCP_KEEP
 

@@ -14,7 +14,7 @@ from mfsd.engine.connections import Connections
 from mfsd.engine.device import Rescued
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
-from mfsd.engine.settings import LimitsConfig, RescueConfig
+from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
 from mfsd.engine.slots import NS, FlowTable, MemoryKeys, memory_rows
 from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
 from mfsd.model import (
@@ -246,6 +246,7 @@ class Host:
         rate: float = 125e6,
         limits: LimitsConfig | None = None,
         rescue: RescueConfig | None = None,
+        tenants: TenantsConfig | None = None,
         floors: tuple[float, ...] = (0.0,) * 5,
         peers: Sequence[PeerConfig] = (),
         devices: int = 1,
@@ -274,6 +275,7 @@ class Host:
             self.devices,
             limits or LimitsConfig(),
             rescue or RescueConfig(),
+            tenants or TenantsConfig(),
         )
         self.session = self.engine.session("worker", self.now)
 
