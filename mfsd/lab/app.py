@@ -23,6 +23,8 @@ from mfsd.lab.results import report, tables
 from mfsd.lab.run import load, path_of, results, run_all, seconds
 from mfsd.lab.serving.real import check_extra
 from mfsd.lab.settings import PRESETS, REGIMES, Settings
+from mfsd.lab.vllm import report as vllm_report
+from mfsd.lab.vllm.suite import QUICK, Plan, Suite
 from mfsd.policy import registry
 from mfsd.units import Rate
 
@@ -284,6 +286,29 @@ def real(out: Path, arms: Sequence[str], seed: Sequence[int], **given: Any) -> N
     with Bar(seconds(cells)) as bar:
         found = _run(_afresh(out / "real", cells), cells, bar)
     _finish(out, "real", found)
+
+
+@main.command()
+@_out()
+@click.option("--python", "interpreter", type=click.Path(path_type=Path, dir_okay=False), required=True,
+              help="Interpreter of an environment with vLLM for the CPU, NIXL and grpcio.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Two competitors, four requests, two kills: about four minutes.")
+@click.option("--requests", type=click.IntRange(1, 1000), help=f"Of each cell.  [default: {Plan().requests}]")
+@click.option("--kills", type=click.IntRange(0, 1000), help=f"Of the daemon.  [default: {Plan().kills}]")
+@click.option("--seed", type=click.IntRange(0), default=Plan().seed, show_default=True, help="Of the requests.")
+@_guard
+def vllm(out: Path, interpreter: Path, requests: int | None, kills: int | None, seed: int, quick: bool) -> None:  # noqa: FBT001 - click passes flags so
+    """Real vLLM on the CPU, prefill to decode over NIXL on TCP: plain, with rules, with the connector."""
+    plan = dataclasses.replace(QUICK if quick else Plan(), seed=seed)
+    plan = plan if requests is None else dataclasses.replace(plan, requests=requests)
+    plan = plan if kills is None else dataclasses.replace(plan, kills=kills)
+    with Bar(plan.seconds) as bar:
+        found = Suite(interpreter, plan, bar.tell).run()
+    rows, met = vllm_report.write(out, found)
+    report.show(rows, "mfsd-lab vllm")
+    for ok, words in met:
+        click.secho(words, fg="green" if ok else "red", bold=not ok)
+    click.echo(f"{out / vllm_report.NAME}.json  {out / vllm_report.NAME}.html")
 
 
 @main.command()

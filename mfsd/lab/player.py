@@ -96,12 +96,14 @@ class Player:
         self._receiver.close()
         self.poll.close()
 
-    def connect(self, unit: int) -> Flow:
-        """A new connection."""
+    def connect(self, unit: int, port: int = 0) -> Flow:
+        """A new connection. ``port``: our own; 0: any."""
         with inside(self._source.namespace):
             sock = prepare(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         flow = Flow(self, sock, unit)
         self._flows[sock.fileno()] = flow
+        if port:
+            sock.bind((self._source.address, port))
         sock.connect((self._sink.address, PORT))
         sock.sendall(HEAD.pack(unit))
         sock.setblocking(False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import pytest
-from support.certificates import Authority
+from mfsd.lab.hosts.certificates import Authority
 from support.rig import WAIT_S, wait_for
 
 from mfsd.client import Client, Stage, tuple_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from support.certificates import Authority, Papers
+from mfsd.lab.hosts.certificates import Authority, Papers
 from support.daemons import PATIENCE_S, Running, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, cookie_of, tuple_of

@@ -97,11 +97,11 @@ class Governor:
 
     def launch(self) -> None:
         """Start the process without waiting for it: several can come up at the same time. ``ready`` must follow."""
-        self.directory.mkdir(parents=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         config = self.directory / "mfsd.toml"
         config.write_text(configuration.render(self._config), encoding="utf-8")
         enter = [*python("mfsd.lab.hosts.enter"), self.host.namespace, str(os.getpid())]
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             # S603: our own module, with names that we made.
             self._process = subprocess.Popen(  # noqa: S603
                 [*enter, *python("mfsd.daemon"), "--config", str(config)],
@@ -164,6 +164,15 @@ class Governor:
         assert self._process is not None  # noqa: S101 - for the type checker
         times = psutil.Process(self._process.pid).cpu_times()
         return float(times.user + times.system)
+
+    def kill(self) -> None:
+        """End it by SIGKILL: what it made stays as it is. ``launch`` starts the next one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+        self._channel = None
+        self._open.close()
 
     def finish(self) -> None:
         """Tell it to end, as systemd would, without waiting. ``stop`` must follow."""

@@ -88,7 +88,19 @@ def _each(texts: Iterable[str]) -> str:
 def write(
     folder: Path, name: str, title: str, sections: Sequence[Section], results: Sequence[Result], data: Mapping[str, Any]
 ) -> None:
-    """NAME.json with ``data`` and the settings, NAME.html, and its pictures beside it."""
+    """NAME.json with ``data`` and the settings of these cells, NAME.html, and its pictures beside it."""
+    publish(folder, name, title, sections, settings(results), data)
+
+
+def publish(
+    folder: Path,
+    name: str,
+    title: str,
+    sections: Sequence[Section],
+    table: Sequence[tuple[str, str, str]],
+    data: Mapping[str, Any],
+) -> None:
+    """The same; ``table``: name, value and meaning of each setting."""
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         if section.figure is not None:
@@ -96,7 +108,6 @@ def write(
             section.figure.savefig(out, format="png", dpi=110)
             (folder / f"{name}-{section.name}.png").write_bytes(out.getvalue())
             section.picture = base64.b64encode(out.getvalue()).decode()
-    table = settings(results)
     page = {"title": title, "sections": sections, "settings": [["setting", "value", "meaning"], *table]}
     (folder / f"{name}.html").write_text(PAGE.render(page=page) + "\n", encoding="utf-8")
     full = {**data, "settings": {k: v for k, v, _ in table}, "machine": machine(), "commit": commit()}

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mfsd.lab.hosts.net import LabError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,11 +29,12 @@ class Papers:
 
     @property
     def toml(self) -> str:
+        """The same as text."""
         return "".join(f'{key} = "{value}"\n' for key, value in self.settings.items())
 
 
 class Authority:
-    """Signs certificates."""
+    """Signs certificates. Raises LabError."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +42,7 @@ class Authority:
         self.cert, self.key = folder / "ca.pem", folder / "ca.key"
         _openssl(
             "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-            "-subj", "/CN=mfsd test authority", "-keyout", self.key, "-out", self.cert,
+            "-subj", "/CN=mfsd lab authority", "-keyout", self.key, "-out", self.cert,
         )  # fmt: skip
 
     def papers(self, name: str, *addresses: str) -> Papers:
@@ -59,5 +63,11 @@ class Authority:
 
 
 def _openssl(*words: str | Path) -> None:
-    done = subprocess.run(["openssl", *map(str, words)], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """Raises LabError with its complaint."""
+    path = shutil.which("openssl")
+    if path is None:
+        raise LabError("openssl is not installed; on Debian: apt-get install openssl")
+    # S603: the arguments are names that we made ourselves.
+    done = subprocess.run([path, *map(str, words)], check=False, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        raise LabError(f"openssl {words[0]}: {done.stderr.strip()}")
