@@ -7,16 +7,18 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NAME ?=
 KERNEL ?= 6.1
+VLLM_VENV ?= build/venv-vllm
+ARGS ?=
 STAMP := $(VENV)/.mfsd-setup
 PURE := not (root or netns or bpf)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup system generated build check demo lab lab-quick test test-vm test-deb test-systemd test-metrics \
+.PHONY: help setup system generated build check demo lab lab-quick e2e-vllm test test-vm test-deb test-systemd test-metrics \
 	test-kubernetes deb wheel coverage bench lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  benchmarks:     $$(ls bench/*.py | sed -e 's,bench/,,' -e 's,\.py,,' | grep -v -e __init__ -e common | tr '\n' ' ')"
 
 system:
@@ -46,6 +48,10 @@ lab-quick: build ## the cluster lab, five policies at two loads, 4 minutes: buil
 
 lab: build ## the whole cluster lab: hours, goes on where it was interrupted: build/lab/lab.json, lab.html
 	$(PY) -m mfsd.lab full
+
+e2e-vllm: build ## real vLLM, prefill to decode on TCP, 11 minutes (ARGS=--quick: 3), once 3 GB: build/lab/e2e-vllm.html
+	PYTHON=$(PYTHON) sh scripts/vllm_env.sh $(VLLM_VENV)
+	$(PY) -m mfsd.lab vllm --python $(VLLM_VENV)/bin/python $(ARGS)
 
 test: build ## all tests of this machine's kernel, as root; fails if a tier did not run
 	@mkdir -p build

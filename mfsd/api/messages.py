@@ -13,6 +13,7 @@ import mfsd
 from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandSpec, Urgency
 from mfsd.engine.slots import NS
 from mfsd.model import INF, Mode, PortRange, ProcessSelector, RuleSelector, Stage, TupleSelector
+from mfsd.policy.base import place
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -258,6 +259,13 @@ def explanation(
         if conn is not None and len(parts) > 1:
             out.reasons.append(f"its most urgent transfer is {first.id!r} (of {len(parts)}; the byte stream is FIFO)")
         out.reasons.extend(why.reasons)
+        level = rows.live("level")
+        moves_at = int(engine.steering.moving(level)[rows.row(first)])
+        if moves_at < level[rows.row(first)]:
+            out.reasons.append(
+                f"it is written in turns with what else its connection carries, which moves at {place(moves_at)}, as "
+                "its stage does, since nothing there could be held back alone"
+            )
     elif conn is not None:
         out.reasons.append(_at_rest(engine, conn))
     if conn is None:

@@ -209,7 +209,8 @@ class Steering:
 
         Marks that give way (rules) count where there is no transfer.
 
-        A transfer's level is that of all connections of its stream: nobody can tell which of them its bytes take.
+        A transfer's level (``moving``) is that of all connections of its stream: nobody can tell which of them its
+        bytes take.
         """
         high = self.connections.table.high
         level = np.full(high, LEVEL_SCAVENGER, dtype=np.int16)
@@ -219,7 +220,7 @@ class Steering:
             of_stream = np.full(streams.high, LEVEL_SCAVENGER, dtype=np.int16)
             used = np.zeros(streams.high, dtype=np.bool_)
             where = transfers.live("stream").astype(np.intp)  # ufunc.at takes twice as long with other integers
-            np.minimum.at(of_stream, where, transfers.live("level"))
+            np.minimum.at(of_stream, where, self.moving(transfers.live("level")))
             used[where] = True
             slot, stream = streams.members.live("slot").astype(np.intp), streams.members.live("stream")
             on = used.take(stream)
@@ -231,6 +232,16 @@ class Steering:
             always, least = self._marks()
             level = np.where(marks > 0, np.where(busy, np.minimum(level, always.take(marks)), least.take(marks)), level)
         return level
+
+    def moving(self, level: I2) -> I2:
+        """Levels at which transfers move, shape (n,): those written in turns at their stage's, or a more urgent one.
+
+        Whoever holds one of these back, or gives it up, holds back all that is written to its connection from now on.
+        """
+        ordered = self.books.transfers.live("ordered")
+        if ordered.all():
+            return level
+        return np.where(ordered, level, np.minimum(level, self.stage_level.take(self.books.transfers.live("stage"))))
 
     # --- the way back -------------------------------------------------------------------------------------------------
 

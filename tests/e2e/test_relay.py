@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import pytest
-from mfsd.lab.hosts.certificates import Authority
 from support.rig import WAIT_S, wait_for
 
 from mfsd.client import Client, Stage, tuple_of
 from mfsd.client.introduction import introduced
+from mfsd.lab.hosts.certificates import Authority
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc as rpc
 

@@ -8,6 +8,7 @@ from ipaddress import ip_network
 import pytest
 from support.harness import Host
 
+from mfsd.api import messages
 from mfsd.engine.sockets import Established
 from mfsd.model import CookieSelector, Maker, MarkHint, PortRange, RuleSelector, Stage
 from mfsd.policy.registry import make_policy
@@ -124,3 +125,31 @@ def test_a_cookies_mark_is_obeyed_at_once() -> None:
     sock = h.socket(1)
     h.engine.apply(h.session, MarkHint(CookieSelector(1), Stage.COLLECTIVE), h.now)
     assert h.band(sock) == "level 0"
+
+
+def test_what_is_written_in_turns_moves_with_its_stage_and_what_is_written_in_order_waits() -> None:
+    """Nobody can hold back, or give up, interleaved bytes without holding back what is written behind them."""
+    h = Host("demand-bound", rate=125e6)
+    apart, shared, other = (h.socket(n) for n in (1, 2, 3))
+    h.request("late", -1.0)
+    h.request("r", 60.0)
+    h.transfer("deferred", apart, 1000, Stage.P2D, request="r")
+    h.transfer("interleaved", shared, 1000, Stage.P2D, request="r", ordered=False)
+    h.transfer("lost", other, 1000, Stage.P2D, request="late", ordered=False)
+    h.tick()
+    assert h.band(apart) == "level 4"
+    assert h.band(shared) == h.band(other) == "level 3"
+    (level,) = [
+        int(h.engine.books.transfers.get(t, "level")) for t in h.session.transfers.values() if t.id == "interleaved"
+    ]
+    assert level == 4
+    why = messages.explanation(h.engine, h.now, transfer_id="interleaved")
+    assert why is not None
+    assert "moves at level 3" in why.reasons[-1]
+    why = messages.explanation(h.engine, h.now, transfer_id="deferred")
+    assert why is not None
+    assert not any("moves at" in reason for reason in why.reasons)
+    stores = h.socket(4)
+    h.transfer("store", stores, 1000, Stage.BACKGROUND, ordered=False)
+    h.tick()
+    assert h.band(stores) == "background"

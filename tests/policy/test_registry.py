@@ -199,7 +199,7 @@ def _levels(
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("demand-bound", [-1, 4, 1, 4]),
+        ("demand-bound", [-1, 3, 1, 3]),
         ("deadline-ladder", [-1, 4, 0, 4]),
         ("mfs", [-1, 1, 1, 4]),
         ("mfs-nop1", [-1, 0, 0, 4]),

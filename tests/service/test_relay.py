@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from mfsd.lab.hosts.certificates import Authority, Papers
 from support.daemons import PATIENCE_S, Running, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, cookie_of, tuple_of
 from mfsd.client.introduction import introduced
 from mfsd.daemon.config import ConfigError, parse
+from mfsd.lab.hosts.certificates import Authority, Papers
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 

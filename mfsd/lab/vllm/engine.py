@@ -121,13 +121,13 @@ class Served:
 
     def ask(self, question: dict[str, Any]) -> None:
         """One question."""
-        from vllm import SamplingParams  # noqa: PLC0415 - of the other environment
-
         if "cancel" in question:
             found = self.ids.pop(question["cancel"], None)
             if found is not None:
                 self.engine.abort_request([found], internal=True)
             return
+        from vllm import SamplingParams  # noqa: PLC0415 - of the other environment
+
         extra = {**question["xargs"], "kv_transfer_params": question["params"]}
         sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True, extra_args=extra)
         ids = prompt(question["tokens"], question["seed"])

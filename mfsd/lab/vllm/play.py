@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SIZES: Final = (64, 192)
 """Tokens of a prompt: 8 and 24 MiB of KV."""
-SLACKS: Final = (1.5, 4.0)
+SLACKS: Final = (2.0, 4.0)
 """A request's objective over what it takes with the link to itself."""
 GAP_S: Final = (1.2, 2.0)
 """Between two arrivals."""

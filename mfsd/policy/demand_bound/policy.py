@@ -35,7 +35,7 @@ class DemandBound(Policy):
         0  urgent       about to be too late; above the collectives
         1  collectives
         2  first        needs its guarantee; due first
-        3  others       needs its guarantee; due later
+        3  others       needs its guarantee; due later. And KV of which nothing but the stage is known (rules)
            the default band: unhinted traffic
         4  deferred     needs less than ``defer_until`` of its link; with more levels, halves of that
            background, scavenger: stage 3 of requests that can't be in time
@@ -98,6 +98,11 @@ class DemandBound(Policy):
     def _edges(self) -> tuple[float, ...]:
         """Needs that divide the deferred levels, falling."""
         return tuple(self.defer_until / 2.0**i for i in range(1, self.levels - self.layout.deferred))
+
+    def unannounced(self) -> I2:
+        """Collectives first, then KV, above unhinted traffic: nobody knows how long it can wait."""
+        lay = self.layout
+        return self.by_stage(kv_reuse=lay.others, collective=lay.collective, p2d=lay.others)
 
     # --- deciding -----------------------------------------------------------------------------------------------------
 
