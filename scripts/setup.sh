@@ -11,8 +11,8 @@ say() { echo "setup: $*"; }
 system() {
     # clang, llvm: compile and strip the BPF object; bpftool: read its BTF; libbpf1: load it at run time;
     # libbpf-dev, linux-libc-dev: headers; iproute2: namespaces of the tests and the demo; ethtool: offloads in the lab;
-    # systemd: its systemd-analyze checks the unit.
-    packages="clang llvm bpftool libbpf1 libbpf-dev linux-libc-dev iproute2 ethtool procps python3 python3-venv systemd"
+    # systemd: its systemd-analyze checks the unit; tmux: the terminal of mfsctl top.
+    packages="clang llvm bpftool libbpf1 libbpf-dev linux-libc-dev iproute2 ethtool procps python3 python3-venv systemd tmux"
     missing=""
     for p in $packages; do
         status=$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null || true)

@@ -183,6 +183,7 @@ def rules(daemon: Operations, verdicts: Sequence[Verdict]) -> pb.ListRulesReply:
 def _device(engine: Engine, index: int, device: Device, figures: Figures, users: npt.NDArray[np.int64]) -> pb.Device:
     steering = engine.steering
     shares = steering.guarantees.shares(index) if device.floors else {}
+    standing = steering.guarantees.standing(index)
     classes = steering.ladder.classes(steering.policy.classes)
     return pb.Device(
         name=device.name,
@@ -194,7 +195,15 @@ def _device(engine: Engine, index: int, device: Device, figures: Figures, users:
         measured_bytes_per_s=device.estimator.measured,
         utilisation=device.estimator.utilisation,
         bands=[
-            _band(steering.bands.bands[r.index], device, r, int(users[r.index]), shares.get(r.index, 0.0), classes)
+            _band(
+                steering.bands.bands[r.index],
+                device,
+                r,
+                int(users[r.index]),
+                shares.get(r.index, 0.0),
+                classes,
+                stands=r.index in standing,
+            )
             for r in figures.bands
         ],
         stats=figures.stats,
@@ -202,8 +211,16 @@ def _device(engine: Engine, index: int, device: Device, figures: Figures, users:
 
 
 def _band(
-    spec: BandSpec, device: Device, row: BandRow, connections: int, share: float, classes: Sequence[Urgency]
+    spec: BandSpec,
+    device: Device,
+    row: BandRow,
+    connections: int,
+    share: float,
+    classes: Sequence[Urgency],
+    *,
+    stands: bool,
 ) -> pb.Band:
+    given = share * device.estimator.configured
     return pb.Band(
         index=row.index,
         name=spec.name,
@@ -217,7 +234,8 @@ def _band(
         dscp=device.dscp.get(spec.name, -1),
         connections=connections,
         urgency=classes[row.index],
-        guaranteed_bytes_per_s=share * device.estimator.configured,
+        guaranteed_bytes_per_s=0.0 if stands else given,
+        standing_bytes_per_s=given if stands else 0.0,
         got_bytes_per_s=float(device.estimator.band_load[row.index]) * device.estimator.rate,
     )
 
@@ -348,6 +366,8 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
     if time_left < INF:
         out.deadline_us = round(time_left * 1e6)
     rate = float(views.link.rate[view.device[row]])
+    if time_left < INF:
+        out.laxity_s = time_left - (float(view.left[row]) / rate if rate > 0 else 0.0)
     if late and time_left < INF and rate > 0:
         out.mlu = float(view.left[row]) / (time_left * rate) if time_left > 0 else INF
     if transfer.stage.early:

@@ -17,10 +17,12 @@ import grpc
 
 from mfsd.cli.errors import CliError, NotPermittedError, UnreachableError
 from mfsd.client.introduction import introduced
-from mfsd.v1 import control_pb2_grpc, hints_pb2_grpc
+from mfsd.v1 import control_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from mfsd.v1 import hints_pb2_grpc
 
 TIMEOUT_S: Final = 10.0
 _PROBE_S: Final = 3.0
@@ -96,6 +98,8 @@ def control(target: str) -> Iterator[control_pb2_grpc.ControlStub]:
 @contextlib.contextmanager
 def hints(target: str) -> Iterator[hints_pb2_grpc.HintsStub]:
     """Stub of the Hints service; errors of its calls become CliErrors."""
+    from mfsd.v1 import hints_pb2_grpc  # noqa: PLC0415 - one command needs it
+
     with _channel(target) as channel, translated(target):
         yield hints_pb2_grpc.HintsStub(channel)
 

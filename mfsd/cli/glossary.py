@@ -58,7 +58,10 @@ BAND: Final = {
     "without a hint; scavenger: requests that are given up",
     "classid": "its class (of lane 0) in tc's notation",
     "lanes": "leaf queues; connections are spread over them so that a rescue purges nobody else's packets",
-    "guaranteed_bytes_per_s": "rate that the policy has the band guaranteed now; 0: its floor only",
+    "guaranteed_bytes_per_s": "rate that the policy has the band guaranteed now; 0: nothing, so it has its floor, "
+    "or its standing rate",
+    "standing_bytes_per_s": "rate that a band which the policy has guaranteed nothing has in place of its floor, so "
+    "that a guarantee given later is in force at once; 0: none",
     "got_bytes_per_s": "rate that the band got lately, average over a tenth of a second",
     "floor_bytes_per_s": "rate that the band gets even when bands above it are busy; 0: none",
     "bytes": "bytes sent through it since the qdisc was installed",

@@ -9,7 +9,6 @@ import textwrap
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
-from google.protobuf import json_format
 
 from mfsd import tables
 
@@ -25,6 +24,8 @@ def as_dict(message: Message) -> dict[str, Any]:
 
     64-bit integers are strings, as the mapping wants: a socket cookie does not fit into a double.
     """
+    from google.protobuf import json_format  # noqa: PLC0415 - takes 10 ms, and tables don't need it
+
     return json_format.MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )

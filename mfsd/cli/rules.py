@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
-from rich.text import Text
 
 from mfsd import tables, units
 from mfsd.cli import output
@@ -31,7 +30,7 @@ def render_rules(rules: Iterable[pb.Rule]) -> RenderableType:
         for r in rules
     ]  # fmt: skip
     if not rows:
-        return Text("no rules: name some in [rules] or [[rule]] sections of the configuration")
+        return "no rules: name some in [rules] or [[rule]] sections of the configuration"
     return tables.table(
         [
             ("rule", "left"), ("connections of", "left"), ("stage", "left"), ("ordered", "left"), ("due in", "right"),
@@ -69,7 +68,7 @@ def rules(g: Globals, cookie: int | None, port: int | None, library: str | None)
     elif cookie or port:
         _print_verdicts(answer.verdicts)
     else:
-        tables.console().print(render_rules(answer.rules))
+        tables.write(render_rules(answer.rules))
         for r in answer.rules:
             if r.problem:
                 click.echo(f"! {r.name}: {r.problem}")

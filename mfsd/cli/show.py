@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
-from rich.console import Group
-from rich.live import Live
-from rich.text import Text
 
 from mfsd import tables, units
 from mfsd.cli import output
@@ -37,70 +35,74 @@ def mode_text(status: pb.Status) -> str:
 
 def _summary(s: pb.Status) -> Iterator[str]:
     c = s.counters
-    yield f"mfsd {s.version}  {mode_text(s)}  policy {s.policy}  up {units.duration(s.uptime_s)}"
-    yield (
-        f"sessions {s.sessions}  requests {s.requests}  batches {s.batches}  transfers {s.transfers}  "
-        f"connections {s.connections} of {s.slots}  waiting selectors {s.pending_selectors}"
-    )
-    yield (
-        f"deadlines met {units.count(c.deadlines_met)}, missed {units.count(c.deadlines_missed)}  "
-        f"transfers completed {units.count(c.transfers_completed)}, expired {units.count(c.transfers_expired)}"
-    )
-    yield (
-        f"hints accepted {units.count(c.hints_accepted)}, rejected {units.count(c.hints_rejected)}  "
-        f"promotions {units.count(c.promotions)}, of them rescued {units.count(c.rescues)}"
-    )
+    yield tables.phrases([f"mfsd {s.version}", mode_text(s), f"policy {s.policy}", f"up {units.duration(s.uptime_s)}"])
+    yield tables.phrases([
+        f"sessions {s.sessions}", f"requests {s.requests}", f"batches {s.batches}", f"transfers {s.transfers}",
+        f"connections {s.connections} of {s.slots}", f"waiting selectors {s.pending_selectors}",
+    ])  # fmt: skip
+    yield tables.phrases([
+        f"deadlines met {units.count(c.deadlines_met)}, missed {units.count(c.deadlines_missed)}",
+        f"transfers completed {units.count(c.transfers_completed)}, expired {units.count(c.transfers_expired)}",
+    ])  # fmt: skip
+    yield tables.phrases([
+        f"hints accepted {units.count(c.hints_accepted)}, rejected {units.count(c.hints_rejected)}",
+        f"promotions {units.count(c.promotions)}, of them rescued {units.count(c.rescues)}",
+    ])  # fmt: skip
     yield f"tick {s.tick_p50_ms:.2f} ms, p99 {s.tick_p99_ms:.2f} ms  memory {units.size(s.rss_bytes)}"
+
+
+BANDS: Final[list[tuple[str, Literal["left", "right"]]]] = [
+    ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"), ("guaranteed", "right"),
+    ("standing", "right"), ("got", "right"), ("conns", "right"), ("sent", "right"), ("packets", "right"),
+    ("drops", "right"), ("queued", "right"), ("fabric", "left"), ("dscp", "right"),
+]  # fmt: skip
+NOW: Final = ("floor", "guaranteed", "standing", "got", "conns", "queued")
+"""Columns of bands that tell how things stand; where a terminal has no room for all, they are a table of their own."""
+REST: Final = ("class", "lanes", "sent", "packets", "drops", "fabric", "dscp")
 
 
 def _device(d: pb.Device) -> Iterator[RenderableType]:
     how = f"{d.backend} " if d.backend else "observed only, "
-    yield Text(
-        f"\n{d.name}: {how}via {d.attach or 'nothing'}{f' ({d.loader})' if d.loader else ''}  "
-        f"rate {units.rate(d.rate_bytes_per_s)}  measured {units.rate(d.measured_bytes_per_s)}  "
+    head = tables.phrases([
+        f"{d.name}: {how}via {d.attach or 'nothing'}{f' ({d.loader})' if d.loader else ''}",
+        f"rate {units.rate(d.rate_bytes_per_s)}", f"measured {units.rate(d.measured_bytes_per_s)}",
         f"busy {d.utilisation:.0%}",
-        style="bold",
-    )
-    seen = "  ".join(f"{name} {units.count(n)}" for name, n in sorted(d.stats.items()) if n)
-    yield Text(f"packets: {seen or 'none yet'}")
+    ])  # fmt: skip
+    yield tables.Line(f"\n{head}", "bold")
+    seen = [f"{name} {units.count(n)}" for name, n in sorted(d.stats.items()) if n] or ["none yet"]
+    yield tables.Line(tables.phrases([f"packets: {seen[0]}", *seen[1:]]))
     if d.bands:
-        yield tables.table(
+        rows = [
             [
-                ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"),
-                ("guaranteed", "right"), ("got", "right"), ("conns", "right"),
-                ("sent", "right"), ("packets", "right"), ("drops", "right"), ("queued", "right"),
-                ("fabric", "left"), ("dscp", "right"),
-            ],
-            (
-                [
-                    b.name, b.classid or "-", str(b.lanes), units.rate(b.floor_bytes_per_s),
-                    units.rate(b.guaranteed_bytes_per_s) if b.guaranteed_bytes_per_s else "-",
-                    units.rate(b.got_bytes_per_s), str(b.connections),
-                    units.size(b.bytes), units.count(b.packets), units.count(b.drops),
-                    units.size(b.backlog_bytes), b.urgency, "-" if b.dscp < 0 else str(b.dscp),
-                ]
-                for b in d.bands
-            ),
-        )  # fmt: skip
-
-
-def _peers(peers: Iterable[pb.Peer]) -> RenderableType:
-    def rate(value: float) -> str:
-        return units.rate(value) if value else "-"
-
-    return tables.table(
-        [
-            ("peer", "left"), ("configured", "right"), ("learnt", "right"), ("seen", "right"), ("used", "right"),
-            ("given up", "right"), ("in time", "right"), ("raised", "right"),
-        ],
-        (
-            [
-                p.address, rate(p.configured_bytes_per_s), rate(p.learnt_bytes_per_s), str(p.sightings),
-                rate(p.used_bytes_per_s), str(p.given_up), str(p.in_time), f"{p.raised:.3g}",
+                b.name, b.classid or "-", str(b.lanes), units.rate(b.floor_bytes_per_s),
+                _rate(b.guaranteed_bytes_per_s), _rate(b.standing_bytes_per_s), units.rate(b.got_bytes_per_s),
+                str(b.connections), units.size(b.bytes), units.count(b.packets), units.count(b.drops),
+                units.size(b.backlog_bytes), b.urgency, "-" if b.dscp < 0 else str(b.dscp),
             ]
-            for p in peers
-        ),
-    )  # fmt: skip
+            for b in d.bands
+        ]  # fmt: skip
+        for n, part in enumerate(tables.parts(BANDS, rows, NOW, REST)):
+            yield from ("", part) if n else (part,)
+
+
+def _rate(value: float) -> str:
+    return units.rate(value) if value else "-"
+
+
+def _peers(peers: Iterable[pb.Peer]) -> Iterator[RenderableType]:
+    heads: list[tuple[str, Literal["left", "right"]]] = [
+        ("peer", "left"), ("configured", "right"), ("learnt", "right"), ("seen", "right"), ("used", "right"),
+        ("given up", "right"), ("in time", "right"), ("raised", "right"),
+    ]  # fmt: skip
+    rows = [
+        [
+            p.address, _rate(p.configured_bytes_per_s), _rate(p.learnt_bytes_per_s), str(p.sightings),
+            _rate(p.used_bytes_per_s), str(p.given_up), str(p.in_time), f"{p.raised:.3g}",
+        ]
+        for p in peers
+    ]  # fmt: skip
+    for part in tables.parts(heads, rows, ("configured", "learnt", "used"), ("seen", "given up", "in time", "raised")):
+        yield from ("", part)
 
 
 def _tenants(tenants: Iterable[pb.Tenant]) -> RenderableType:
@@ -112,7 +114,7 @@ def _tenants(tenants: Iterable[pb.Tenant]) -> RenderableType:
         (
             [
                 "-" if t.uid < 0 else str(t.uid), t.device, str(t.connections), units.rate(t.moved_bytes_per_s),
-                units.rate(t.urgent_bytes_per_s), units.rate(t.allowed_bytes_per_s) if t.allowed_bytes_per_s else "-",
+                units.rate(t.urgent_bytes_per_s), _rate(t.allowed_bytes_per_s),
                 "yes" if t.demoted else "no", units.count(t.demotions),
             ]
             for t in tenants
@@ -120,20 +122,21 @@ def _tenants(tenants: Iterable[pb.Tenant]) -> RenderableType:
     )  # fmt: skip
 
 
-def render_status(s: pb.Status) -> Group:
-    """One screen."""
+def render_status(s: pb.Status) -> list[RenderableType]:
+    """One screen: lines and tables."""
     lines = list(_summary(s))
-    parts: list[RenderableType] = [Text(lines[0], style="bold"), *(Text(line) for line in lines[1:])]
+    parts: list[RenderableType] = [tables.Line(lines[0], "bold"), *(tables.Line(line) for line in lines[1:])]
     for device in s.devices:
         parts += _device(device)
     if s.peers:
-        parts += [Text(), _peers(s.peers)]
+        parts += _peers(s.peers)
     if len(s.tenants) > 1 or any(t.demotions for t in s.tenants):
-        parts += [Text(), _tenants(s.tenants)]
+        parts += ["", _tenants(s.tenants)]
     if not s.devices:
-        parts.append(Text("\nno devices: name one in a [[device]] section of the configuration"))
-    parts += [Text(f"{'' if n else chr(10)}! {notice}", style="yellow") for n, notice in enumerate(s.notices)]
-    return Group(*parts)
+        parts.append(tables.Line("\nno devices: name one in a [[device]] section of the configuration"))
+    if s.notices:
+        parts += ["", *(tables.Line(f"! {notice}", "yellow") for notice in s.notices)]
+    return parts
 
 
 def render_connections(connections: Iterable[pb.Connection]) -> RenderableType:
@@ -147,7 +150,7 @@ def render_connections(connections: Iterable[pb.Connection]) -> RenderableType:
         for c in connections
     ]  # fmt: skip
     if not rows:
-        return Text("no connections")
+        return "no connections"
     return tables.table(
         [
             ("slot", "right"), ("connection", "left"), ("stage", "left"), ("band", "left"), ("lane", "right"),
@@ -170,7 +173,7 @@ def render_transfers(transfers: Iterable[pb.TransferState]) -> RenderableType:
         for t in transfers
     ]  # fmt: skip
     if not rows:
-        return Text("no transfers")
+        return "no transfers"
     return tables.table(
         [
             ("transfer", "left"), ("owner", "left"), ("stage", "left"), ("layer", "right"), ("left", "right"),
@@ -209,7 +212,7 @@ def print_status(g: Globals, answer: pb.Status) -> None:
     if g.json:
         output.print_json(answer)
     else:
-        tables.console().print(render_status(answer))
+        tables.write(*render_status(answer))
 
 
 def _paged(call: Any, request: Any, rows: str, limit: int) -> list[Any]:
@@ -233,7 +236,7 @@ def connections(g: Globals, limit: int) -> None:
     if g.json:
         output.print_rows("connections", rows)
     else:
-        tables.console().print(render_connections(rows))
+        tables.write(render_connections(rows))
 
 
 @command("transfers")
@@ -245,7 +248,7 @@ def transfers(g: Globals, limit: int) -> None:
     if g.json:
         output.print_rows("transfers", rows)
     else:
-        tables.console().print(render_transfers(rows))
+        tables.write(render_transfers(rows))
 
 
 @command("watch")
@@ -257,10 +260,14 @@ def watch(g: Globals, interval: float, *, with_connections: bool, count: int) ->
 
     On a terminal in place, elsewhere one after the other; with --json one object per line.
     """
+    from rich.console import Group  # noqa: PLC0415 - needed here only
+    from rich.live import Live  # noqa: PLC0415 - the same
+
     request = pb.WatchRequest(interval_us=round(interval * 1e6), connections=with_connections)
     with control(g.socket) as daemon, contextlib.suppress(KeyboardInterrupt):
         # No timeout: it would be one for the whole stream.
         answers = daemon.Watch(request)
+        gc.enable()
         console = tables.console()
         in_place = console.is_terminal and not g.json
         with Live(console=console, auto_refresh=False) if in_place else contextlib.nullcontext() as live:
@@ -269,20 +276,18 @@ def watch(g: Globals, interval: float, *, with_connections: bool, count: int) ->
                     output.print_json(answer, lines=True)
                     sys.stdout.flush()
                 elif live is not None:
-                    live.update(_frame(answer, with_connections), refresh=True)
+                    live.update(Group(*_frame(answer, with_connections)), refresh=True)
                 else:
-                    console.print(_frame(answer, with_connections), "")
+                    tables.write(*_frame(answer, with_connections), "")
                 if n == count:
                     return  # closing the channel ends the stream
     if count:
         raise CliError("the daemon ended the stream")
 
 
-def _frame(answer: pb.WatchReply, with_connections: bool) -> Group:  # noqa: FBT001 - an option handed on
-    parts: list[RenderableType] = [render_status(answer.status)]
-    if with_connections:
-        parts += [Text(""), render_connections(answer.connections)]
-    return Group(*parts)
+def _frame(answer: pb.WatchReply, with_connections: bool) -> list[RenderableType]:  # noqa: FBT001 - an option handed on
+    more = ["", render_connections(answer.connections)] if with_connections else []
+    return [*render_status(answer.status), *more]
 
 
 @command("explain")
@@ -306,13 +311,12 @@ def explain(g: Globals, transfer_id: str | None, slot: int | None, cookie: int |
     if g.json:
         output.print_json(answer)
         return
-    console = tables.console()
     for reason in answer.reasons:
         click.echo(output.paragraph(reason, "- "))
     if answer.HasField("connection"):
-        console.print("", render_connections([answer.connection]))
+        tables.write("", render_connections([answer.connection]))
     if answer.transfers:
-        console.print("", render_transfers(answer.transfers))
+        tables.write("", render_transfers(answer.transfers))
     if answer.figures:
         figures = ([name, f"{value:.6g}"] for name, value in sorted(answer.figures.items()))
-        console.print("", tables.table([("figure", "left"), ("value", "right")], figures))
+        tables.write("", tables.table([("figure", "left"), ("value", "right")], figures))

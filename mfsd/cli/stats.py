@@ -60,7 +60,7 @@ def stats(g: Globals, name: str | None, *, openmetrics: bool) -> None:
             }
         )
         return
-    tables.console().print(tables.table([("metric", "left"), ("labels", "left"), ("value", "right")], _rows(families)))
+    tables.write(tables.table([("metric", "left"), ("labels", "left"), ("value", "right")], _rows(families)))
 
 
 def _rows(families: Iterable[Family]) -> Iterable[list[str]]:
@@ -103,7 +103,7 @@ def trace(g: Globals, request_id: str, session: str) -> None:
         share = seconds / answer.seconds if answer.seconds else 0.0
         click.echo(f"  {share:>4.0%}  {units.duration(seconds):>8}  {words}")
     if answer.transfers:
-        tables.console().print("", tables.table(
+        tables.write("", tables.table(
             [("transfer", "left"), ("stage", "left"), ("size", "right"), ("announced", "right"), ("queue", "right"),
              ("wire", "right"), ("slack", "right"), ("levels", "left"), ("pro/resc", "right"), ("end", "left")],
             [_transfer_row(t, answer.seconds) for t in answer.transfers],

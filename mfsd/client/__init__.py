@@ -10,9 +10,15 @@
 Needs grpcio and protobuf only (``pip install mfsd``), and no privileges.
 """
 
-from mfsd.client.client import Advice, Client, Rejected, Stats, Transfer
-from mfsd.client.selectors import Cookie, Fd, cookie_of, process_peer, tuple_of
-from mfsd.model import Event, EventKind, Stage
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from mfsd.client.client import Advice, Client, Rejected, Stats, Transfer
+    from mfsd.client.selectors import Cookie, Fd, cookie_of, process_peer, tuple_of
+    from mfsd.model import Event, EventKind, Stage
 
 __all__ = [
     "Advice",
@@ -29,3 +35,20 @@ __all__ = [
     "process_peer",
     "tuple_of",
 ]
+
+_OF_CLIENT: Final = ("Advice", "Client", "Rejected", "Stats", "Transfer")
+_OF_MODEL: Final = ("Event", "EventKind", "Stage")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: mfsctl needs an introduction only, and must be quick."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "client.client" if name in _OF_CLIENT else "model" if name in _OF_MODEL else "client.selectors"
+    found = globals()[name] = getattr(import_module(f"mfsd.{module}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    """What there is to import."""
+    return sorted({*globals(), *__all__})

@@ -31,6 +31,8 @@ WINDOW: Final = 32
 """Batches on the way at most; a daemon that answers slowly makes hints wait here, where deadlines are still exact."""
 BACKOFF_S: Final = (0.05, 5.0)
 """First and longest time between attempts to connect."""
+CHANNEL_BACKOFF_S: Final = (0.05, 1.0)
+"""The same of gRPC within an attempt at a socket of this host, where one costs next to nothing."""
 WARN_S: Final = 10.0
 """Least time between two warnings about hints that are refused."""
 AWAY_S: Final = 30.0
@@ -100,6 +102,16 @@ class _Stream:
     def ended(self) -> bool:
         """Whether the connection is lost or the client closes."""
         return self.over
+
+
+def pause(away: float) -> float:
+    """Longest time until the next attempt, after ``away`` seconds without a daemon: a quarter of them.
+
+    A daemon that takes over from another waits for clients for twice the time that they have been without one
+    (mfsd/daemon/predecessor.py). An attempt that finds the socket beside gRPC's before that one is in vain; the next is
+    early enough all the same.
+    """
+    return min(max(away / 4, BACKOFF_S[0]), BACKOFF_S[1])
 
 
 class Link:
@@ -204,10 +216,11 @@ class Link:
     # --- our thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        first, most = CHANNEL_BACKOFF_S if self._target.startswith("unix:") else BACKOFF_S
         options = [
-            ("grpc.initial_reconnect_backoff_ms", int(BACKOFF_S[0] * 1000)),
-            ("grpc.min_reconnect_backoff_ms", int(BACKOFF_S[0] * 1000)),
-            ("grpc.max_reconnect_backoff_ms", int(BACKOFF_S[1] * 1000)),
+            ("grpc.initial_reconnect_backoff_ms", int(first * 1000)),
+            ("grpc.min_reconnect_backoff_ms", int(first * 1000)),
+            ("grpc.max_reconnect_backoff_ms", int(most * 1000)),
             ("grpc.enable_http_proxy", 0),
             *self._way.options,
         ]
@@ -217,18 +230,18 @@ class Link:
             else grpc.secure_channel(self._target, self._way.credentials, options)
         )
         stub = hints_pb2_grpc.HintsStub(channel)
-        backoff, reached = BACKOFF_S[0], time.monotonic()
+        reached = time.monotonic()
         try:
             while not self._closing:
                 stream = _Stream()
                 if (token := self._introduce()) is not None:
                     self._converse(stub, stream, token)
                 if stream.epoch:
-                    backoff, reached = BACKOFF_S[0], time.monotonic()
+                    reached = time.monotonic()
                 elif time.monotonic() - reached > AWAY_S:
                     self._warn_once("away", "no mfsd at %s for %.0f s; hints are kept for it", self._target, AWAY_S)
-                self._idle(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, hides nothing
-                backoff = min(backoff * 2, BACKOFF_S[1])
+                longest = pause(time.monotonic() - reached)
+                self._idle(longest * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, hides nothing
         finally:
             self._introduction.close()
             channel.close()

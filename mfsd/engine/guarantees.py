@@ -47,12 +47,19 @@ class Guarantees:
     """Index of the band of collectives, which is guaranteed nothing and needs no standing rate; -1: none."""
     _told: dict[int, tuple[float, dict[int, float]]] = field(default_factory=dict)
     """When, and the share by index of the band, by row of the device."""
+    _standing: dict[int, frozenset[int]] = field(default_factory=dict)
+    """Bands whose share is their standing rate, by row of the device."""
 
     def give(self, guarantee: F8 | None, ladder: Ladder, now: float) -> None:
         """Put ``guarantee`` in force: bytes/s on top of the floors, shape (devices, levels); None: floors only."""
         for row, device in enumerate(self.devices):
             rate = device.estimator.rate
-            self._tell(row, {} if guarantee is None or rate <= 0.0 else self._shares(guarantee[row], rate, ladder), now)
+            asked: dict[int, float] = {}
+            standing: dict[int, float] = {}
+            if guarantee is not None and rate > 0.0:
+                asked = self._asked(guarantee[row], rate, ladder)
+                standing = self._stand(asked, rate)
+            self._tell(row, asked | standing, now, frozenset(standing))
 
     def drain(self, now: float) -> None:
         """Packets go to the default band from now on: let what is queued in the other bands leave before that."""
@@ -60,26 +67,31 @@ class Guarantees:
             self._tell(row, draining(self.bands), now)
 
     def shares(self, row: int) -> Mapping[int, float]:
-        """What bands of a device are guaranteed at present, by index; others have their floors."""
+        """What bands of a device have at present in place of their floors, by index."""
         return self._told.get(row, (0.0, {}))[1]
 
-    def _shares(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
+    def standing(self, row: int) -> frozenset[int]:
+        """Of these, the bands that the policy has guaranteed nothing."""
+        return self._standing.get(row, frozenset())
+
+    def _asked(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
         asked = np.bincount(ladder.band_of, weights=guarantee, minlength=len(self.bands)) * (WIRE / rate)
-        shares = {
+        return {
             int(band): min(float(np.ceil((asked[band] + self.bands.bands[band].floor) / STEP) * STEP), 1.0)
             for band in np.flatnonzero(asked)
         }
-        above = (b for b in self.bands.level_bands if b.index < self.bands.default.index)
-        waiting = [b for b in above if b.index not in shares and b.index != self.collectives]
-        room = 1.0 - sum(shares.get(b.index, b.floor) for b in self.bands.bands)
-        standing = min(PACKET / (DEBT_S * rate), MOST_STANDING, room / max(len(waiting), 1))
-        shares |= {b.index: standing for b in waiting if standing > b.floor}
-        return shares
 
-    def _tell(self, row: int, shares: dict[int, float], now: float) -> None:
+    def _stand(self, asked: Mapping[int, float], rate: float) -> dict[int, float]:
+        above = (b for b in self.bands.level_bands if b.index < self.bands.default.index)
+        waiting = [b for b in above if b.index not in asked and b.index != self.collectives]
+        room = 1.0 - sum(asked.get(b.index, b.floor) for b in self.bands.bands)
+        standing = min(PACKET / (DEBT_S * rate), MOST_STANDING, room / max(len(waiting), 1))
+        return {b.index: standing for b in waiting if standing > b.floor}
+
+    def _tell(self, row: int, shares: dict[int, float], now: float, standing: frozenset[int] = frozenset()) -> None:
         when, told = self._told.get(row, (-REPEAT_S, {}))
         if (told != shares or now >= when + REPEAT_S) and self.devices[row].enforced:
-            self._told[row] = now, shares
+            self._told[row], self._standing[row] = (now, shares), standing
             self.devices[row].guarantee(shares)
 
 

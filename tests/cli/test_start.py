@@ -51,6 +51,19 @@ def test_completions(words: str, expected: set[str]) -> None:
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
 
 
+def test_a_status_imports_no_more_than_it_needs(rig: Rig) -> None:
+    """It is for impatient people; `make bench NAME=mfsctl` has the time."""
+    heavy = ["rich", "google.protobuf.json_format", "mfsd.client.client", "mfsd.model", "numpy", "prometheus_client"]
+    code = (
+        "import sys\nfrom mfsd.cli.app import mfsctl\n"
+        f"mfsctl(['--socket', {str(rig.socket)!r}, 'status'], standalone_mode=False)\n"
+        f"print('HEAVY', [m for m in {heavy!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "sessions 0" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
 @pytest.mark.parametrize("args", [("version",), ("--help",), ("status", "--help")])
 def test_start_up_imports_nothing_heavy(args: tuple[str, ...]) -> None:
     """Time is not measured here: what costs it is."""

@@ -75,9 +75,11 @@ def test_extreme_answers_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert "packets: cookie 1 G\n" in out  # counters at zero are left out
     assert "! eth1: observed only: [link] is foreign\n" in out  # no markup of rich's
     (row,) = [line.split() for line in out.splitlines() if line.startswith("level 0")]
-    assert " ".join(row) == "level 0 6d66:2001 32 - 500 Mbit/s 1 Gbit/s 5 1 PB 1 T 5 262 kB middle 46"
+    assert " ".join(row) == "level 0 6d66:2001 32 - 500 Mbit/s - 1 Gbit/s 5 1 PB 1 T 5 262 kB middle 46"
     (control,) = [line.split() for line in out.splitlines() if line.startswith("control")]
-    assert " ".join(control) == "control 6d66:1001 1 20 Mbit/s - - 0 0 B 0 0 0 B urgent -"
+    assert " ".join(control) == "control 6d66:1001 1 20 Mbit/s - - - 0 0 B 0 0 0 B urgent -"
+    (behind,) = [line.split() for line in out.splitlines() if line.startswith("background")]
+    assert " ".join(behind[:8]) == "background 6d66:9001 32 987 Mbit/s - 100 Mbit/s"
     tables.console().print(show.render_connections([samples.connection()]))
     (_, row_text) = capsys.readouterr().out.splitlines()
     assert samples.LONG_V6 in row_text
@@ -207,6 +209,34 @@ def test_mfsctl_on_a_terminal(long_names: Rig, columns: int) -> None:
     assert max(map(len, explained.splitlines())) <= columns
     sentence = long_names.run("explain", LONG[0], "--json").json["reasons"][-1]
     assert f"- {sentence}" in " ".join(explained.split())
+
+
+STATUS: Final = """
+import sys
+sys.path.insert(0, "tests")
+from support import samples
+from mfsd.cli import show
+from mfsd.cli.app import Globals
+show.print_status(Globals("", json=False), samples.status())
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 99, 200])
+def test_a_status_fits_a_terminal_and_no_cell_is_folded(columns: int) -> None:
+    shown = on_a_terminal([sys.executable, "-c", STATUS], columns).splitlines()
+    assert max(map(len, shown)) <= min(columns, 99)
+    heads = [line.split() for line in shown if line.startswith("band ")]
+    together = [name for line in heads for name in line if name != "band"]
+    assert sorted(together) == sorted(name for name, _ in show.BANDS if name != "band")
+    for name in ("control", "level 0", "background"):
+        assert sum(line.startswith(f"{name} ") for line in shown) == len(heads) == 2
+    (now,) = [line for line in shown if line.startswith("level 0 ") and "bit/s" in line]
+    assert " ".join(now.split()) == "level 0 - 500 Mbit/s - 1 Gbit/s 5 262 kB"
+    (rest,) = [line for line in shown if line.startswith("level 0 ") and "6d66:" in line]
+    assert " ".join(rest.split()) == "level 0 6d66:2001 32 1 PB 1 T 5 middle 46"
+    blanks = [n for n, line in enumerate(shown) if line.startswith(" ")]
+    assert not blanks  # nothing goes on in the next line
+    assert any("waiting selectors 0" in line for line in shown)  # no line ends within a phrase
 
 
 @pytest.mark.parametrize("columns", [40, 80])

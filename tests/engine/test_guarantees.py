@@ -84,8 +84,12 @@ def test_on_slow_links_bands_above_the_default_one_have_a_standing_rate() -> Non
     guarantees.collectives = 2
     guarantees.give(none, Ladder(bands, 5), 0.0)
     assert device.guaranteed == dict.fromkeys((1, 3, 4), MOST_STANDING)
+    assert guarantees.standing(0) == {1, 3, 4}
     guarantees.give(np.array([[0, 0, SLOW / 2, 0, 0]]), Ladder(bands, 5), 0.0)
     assert device.guaranteed[3] == pytest.approx(0.54)
+    assert guarantees.standing(0) == {1, 4}
+    guarantees.drain(0.0)
+    assert guarantees.standing(0) == set()
     fast, device = _one(bands, 125e6)
     fast.give(none, Ladder(bands, 5), 0.0)
     assert device.guaranteed[1] == pytest.approx(0.0272)

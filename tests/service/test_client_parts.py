@@ -12,6 +12,8 @@ from mfsd.api.decode import Decoder
 from mfsd.client import Stage, process_peer, tuple_of
 from mfsd.client.encode import COLUMNS, encode, encode_columns, split
 from mfsd.client.ledger import Ledger
+from mfsd.client.link import CHANNEL_BACKOFF_S, pause
+from mfsd.daemon import predecessor
 from mfsd.engine.settings import LimitsConfig
 from mfsd.model import (
     BatchHint,
@@ -179,3 +181,15 @@ def test_the_ledger_leaves_out_what_no_daemon_would_take() -> None:
     assert told[1].request_ids == ["r"]
     assert isinstance(told[3], TransferHint)
     assert (told[3].id, told[3].request_id, told[3].batch_id) == ("adopted", "", "b")
+
+
+@pytest.mark.parametrize("away", [0.0, 0.1, 0.4, 1.0, 2.0])
+def test_clients_come_back_before_a_daemon_takes_over(away: float) -> None:
+    """Attempts that are just too early: at the socket that says who they are, and at gRPC's."""
+    least, most = predecessor.SETTLE_S
+    at = away
+    for _ in range(2):
+        at += pause(at)
+    assert at + CHANNEL_BACKOFF_S[0] < away + min(least + 2 * away, most)
+    # When gRPC has failed as often as there was time for, its channel waits for longer, though no longer than this.
+    assert pause(away) * 2 + CHANNEL_BACKOFF_S[1] < most

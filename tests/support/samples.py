@@ -37,6 +37,11 @@ def status() -> pb.Status:
         index=1, name="level 0", classid="6d66:2001", lanes=32, bytes=10**15, packets=10**12, drops=5, dscp=46,
         backlog_bytes=262144, connections=5, guaranteed_bytes_per_s=62.5e6, got_bytes_per_s=125e6, urgency="middle",
     )  # fmt: skip
+    device.bands.add(
+        index=5, name="background", classid="6d66:9001", lanes=32, dscp=8, urgency="urgent", floor_bytes_per_s=123.4e6,
+        standing_bytes_per_s=12.5e6, got_bytes_per_s=123.4e6, backlog_bytes=999_000_000, bytes=999_000_000_000,
+        packets=999_000_000, drops=999_000_000, connections=16384,
+    )  # fmt: skip
     device.stats["cookie"] = 10**9
     device.stats["miss"] = 0
     return out

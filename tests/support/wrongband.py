@@ -2,7 +2,8 @@
 """How a restart of the daemon looks on the wire: a hinted TCP connection, and what a witness at its far end sees.
 
 The classifier writes a DSCP into every packet of a band of hinted traffic, so a packet without it went
-as unhinted traffic does. A queue that lost packets shows as retransmissions.
+as unhinted traffic does. A queue that lost packets shows as a hole in what comes; that TCP sent some again does not
+show it, for on a busy machine it takes packets for lost that are only late.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Seen:
     """The longest time in which none carried it while packets came."""
     silent_s: float
     """The longest time in which none came."""
+    holes: int
+    """Packets that came before something that had been sent before them: it was lost, or overtaken."""
     retransmitted: int
     connects: int
     """How often the client reached a daemon."""
@@ -79,6 +82,9 @@ class Witness:
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, bool]] = []
+        self.holes = 0
+        self._end: int | None = None
+        """Sequence number behind the last byte that came."""
         self._packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
         self._packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
         self._packets.bind(("v1", 0x0800))
@@ -95,7 +101,16 @@ class Witness:
                     continue
                 ihl = 14 + (head[14] & 15) * 4
                 if struct.unpack_from("!H", head, ihl + 2)[0] == PORT and struct.unpack_from("!H", head, 16)[0] > 100:
+                    self._follow(head, ihl)
                     self.marks.append((time.monotonic(), head[15] >> 2 == DSCP))
+
+    def _follow(self, head: bytes, tcp: int) -> None:
+        (begin,), total = struct.unpack_from("!I", head, tcp + 4), struct.unpack_from("!H", head, 16)[0]
+        end = begin + total - (tcp - 14) - (head[tcp + 12] >> 4) * 4 & 0xFFFFFFFF
+        if self._end is not None and 0 < (begin - self._end & 0xFFFFFFFF) < 1 << 31:
+            self.holes += 1
+        if self._end is None or (end - self._end & 0xFFFFFFFF) < 1 << 31:
+            self._end = end
 
     def close(self) -> None:
         self._over = True
@@ -125,7 +140,7 @@ def _sink() -> Iterator[None]:
 def watched(machine: Machine, pair: NetnsPair, seconds: float) -> Iterator[Seen]:
     """A hinted connection for so long; do to the daemon what is to be done meanwhile. The result is filled in after."""
     machine.write("/root/sender.py", SENDER)
-    seen = Seen(0, 0, 0.0, 0.0, 0, 0)
+    seen = Seen(0, 0, 0.0, 0.0, 0, 0, 0)
     with contextlib.ExitStack() as stack:
         with pair.inside(pair.b):
             stack.enter_context(_sink())
@@ -143,6 +158,7 @@ def watched(machine: Machine, pair: NetnsPair, seconds: float) -> Iterator[Seen]
         assert sender.returncode == 0, err
     report = json.loads(out)
     seen.retransmitted, seen.connects = report["retransmitted"], report["connects"]
+    seen.holes = witness.holes
     marks = [m for m in witness.marks if m[0] >= begin]
     seen.packets, seen.wrong = len(marks), sum(not right for _, right in marks)
     seen.silent_s = max(b[0] - a[0] for a, b in itertools.pairwise(marks))
