@@ -15,6 +15,10 @@ struct mfsd_sock abi_sock;
 struct mfsd_event abi_event;
 struct mfsd_rule abi_rule;
 struct mfsd_rules_of abi_rules_of;
+struct mfsd_yield abi_yield;
+struct mfsd_path_key abi_path_key;
+struct mfsd_path abi_path;
+struct mfsd_adopted abi_adopted;
 
 enum mfsd_consts abi_consts;
 enum mfsd_host_flags abi_host_flags;
@@ -22,3 +26,5 @@ enum mfsd_dev_flags abi_dev_flags;
 enum mfsd_stat abi_stat;
 enum mfsd_event_kind abi_event_kind;
 enum mfsd_event_flags abi_event_flags;
+enum mfsd_yield_class abi_yield_class;
+enum mfsd_yield_flags abi_yield_flags;

@@ -26,6 +26,7 @@ enum mfsd_consts {
 	MFSD_SOCKETS = 65536,	  /* sockets that the directory remembers; the least recently used go first */
 	MFSD_RULES = 4096,	  /* rules that the kernel can match */
 	MFSD_RULES_PER_PEER = 30, /* of them that name one peer, or that name none */
+	MFSD_PATHS = 4096,	  /* ways to peers, by band, that are steered; the least recently used go first */
 	MFSD_EVENT_BYTES = 1 << 18, /* size of the ring buffer of events */
 	MFSD_NO_SLOT = 0xffffffff, /* event.slot: there was no free slot, or none is wanted */
 	MFSD_NO_RULE = 0xffffffff, /* event.rule: matched by its 5-tuple, or unmatched */
@@ -188,6 +189,72 @@ enum mfsd_stat {
 struct mfsd_counter {
 	__u64 packets;
 	__u64 bytes; /* wire bytes */
+};
+
+/* What a band is to yield.bpf.c. */
+enum mfsd_yield_class {
+	MFSD_YIELD_NOT,	   /* urgent: its connections take what they can get */
+	MFSD_YIELD_FIRST,  /* yields to whoever does not yield */
+	MFSD_YIELD_SECOND, /* yields to the first, too */
+};
+
+/* mfsd_yield.flags [user] */
+enum mfsd_yield_flags {
+	MFSD_YIELD_REPLACE = 1, /* also the algorithm of sockets that have chosen theirs (TCP_CONGESTION) */
+};
+
+/* How the deferred bands yield; one element. [user] */
+struct mfsd_yield {
+	__u64 rate;		       /* of this host's link, bytes/s */
+	__u32 target_us;	       /* queue that the first class keeps at a bottleneck, at most; the second: half of it */
+	__u32 flags;		       /* enum mfsd_yield_flags */
+	__u64 floor[MFSD_MAX_BANDS];   /* bytes/s that every connection of a band may always send */
+	__u8 class_of[MFSD_MAX_BANDS]; /* enum mfsd_yield_class */
+};
+
+/* What the last search for older connections came to. */
+struct mfsd_adopted {
+	__u32 switched; /* [kernel] put under the algorithm */
+	__u32 deaf;	/* [kernel] of which we will not hear by ourselves: they must be searched for again */
+};
+
+/* Connections that are steered together. */
+struct mfsd_path_key {
+	__u8 peer[16]; /* its address; IPv4 as in mfsd_tuple */
+	__u64 netns;   /* cookie of the network namespace */
+	__u8 band;
+	__u8 pad[7]; /* 0 */
+};
+
+/* What is known of a path, and what its connections may send: see yield.h. Microseconds of CLOCK_MONOTONIC. [kernel] */
+struct mfsd_path {
+	__u64 slice_at;	  /* beginning of the slice that is being sampled */
+	__u64 base_since; /* beginning of the period of base_next_us */
+	__u64 empty_at;	  /* when the queue was last seen gone */
+	__u64 room_since; /* making room; 0: not */
+	__u64 yielded_at;
+	__u64 lost_at;
+	__u64 epoch_at; /* beginning of the count flows_now */
+	__u64 clock_at; /* when clock_us was last lowered or raised */
+	__u64 group_sum;
+	__u64 samples;	  /* since the path is known, and so are the next three */
+	__u64 delay_sum;  /* their queue */
+	__u64 steered_us; /* time that steps were taken for */
+	__u64 yielded_us; /* of it, yielding to somebody */
+	__u32 base_us;	  /* round trip without queue */
+	__u32 base_next_us;
+	__u32 delay_us; /* queue, as of the last step */
+	__u32 target_us;
+	__u32 least_us; /* of the samples of this group */
+	__u32 in_group;
+	__u32 groups; /* of this slice */
+	__u32 share;  /* window of one connection, 1/1024 packets */
+	__u32 part;   /* of the share in use, 1/1024 */
+	__u32 yielding;
+	__u32 flows; /* connections heard from in the last epoch */
+	__u32 flows_now;
+	__u32 epoch;
+	__u32 clock_us; /* own clock minus the peer's, at least */
 };
 
 #endif /* MFSD_H */

@@ -22,10 +22,14 @@ import platform
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.loader import DEVICE_MAPS, PROGRAM, SHARED_MAPS, Classifier, check_rows, check_sizes, own_copy
 from mfsd.datapath.errors import LoaderError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 LIBRARY: Final = "libbpf.so.1"
 OLDEST_KERNEL: Final = (5, 11)
@@ -35,6 +39,12 @@ _NO_VERDICT: Final = re.compile(r"processed |\d+: |; |from \d|\s|.*:$|$")
 """Statistics, instructions, source lines; and since 7.3 explanations below the verdict, indented and with headings."""
 _LOG_BYTES: Final = 4 << 20
 _LOG_LINES: Final = 25
+NAME_BYTES: Final = 16
+"""TCP_CA_NAME_MAX, and the kernel's names of programs and maps."""
+_F_LINK: Final = 1 << 13
+"""BPF_F_LINK, include/uapi/linux/bpf.h."""
+_STRUCT_OPS: Final = 44
+"""enum bpf_attach_type, since Linux 6.4."""
 _RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
 
 
@@ -59,6 +69,7 @@ _INT, _U32, _PTR, _STR = ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.
 _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "libbpf_set_print": (_PTR, (_PTR,)),
     "bpf_object__open_file": (_PTR, (_STR, _PTR)),
+    "bpf_object__open_mem": (_PTR, (_STR, ctypes.c_size_t, _PTR)),
     "bpf_object__load": (_INT, (_PTR,)),
     "bpf_object__close": (None, (_PTR,)),
     "bpf_object__find_map_by_name": (_PTR, (_PTR, _STR)),
@@ -68,6 +79,11 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_map__value_size": (_U32, (_PTR,)),
     "bpf_map__set_max_entries": (_INT, (_PTR, _U32)),
     "bpf_map__reuse_fd": (_INT, (_PTR, _INT)),
+    "bpf_map__set_map_flags": (_INT, (_PTR, _U32)),
+    "bpf_map__attach_struct_ops": (_PTR, (_PTR,)),
+    "bpf_link__fd": (_INT, (_PTR,)),
+    "bpf_link__disconnect": (None, (_PTR,)),
+    "bpf_link__destroy": (_INT, (_PTR,)),
     "bpf_program__fd": (_INT, (_PTR,)),
 }
 
@@ -135,14 +151,24 @@ def verdict(log: str) -> str:
 class BpfObject:
     """A BPF ELF file on its way into the kernel. Descriptors taken from it are the caller's own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Mapping[str, str] | None = None) -> None:
+        """``names``: words to put in place of others, where the object has these alone in NAME_BYTES bytes."""
         self._lib = library()
         self._path = path
         self._log = mmap.mmap(-1, _LOG_BYTES)  # touched only if the verifier speaks
         self._log_buf = (ctypes.c_char * _LOG_BYTES).from_buffer(self._log)
         opts = _OpenOpts(sz=ctypes.sizeof(_OpenOpts), kernel_log_size=_LOG_BYTES)
         opts.kernel_log_buf = ctypes.addressof(self._log_buf)
-        self._obj: int | None = self._lib.bpf_object__open_file(os.fsencode(path), ctypes.byref(opts))
+        self._image = b""
+        self._obj: int | None = None
+        if names is None:
+            self._obj = self._lib.bpf_object__open_file(os.fsencode(path), ctypes.byref(opts))
+        else:
+            self._image = path.read_bytes()
+            for old, new in names.items():
+                self._image = self._image.replace(*(word.encode().ljust(NAME_BYTES, b"\0") for word in (old, new)))
+            opts.object_name = path.name.split(".")[0].encode()
+            self._obj = self._lib.bpf_object__open_mem(self._image, len(self._image), ctypes.byref(opts))
         if not self._obj:
             e = ctypes.get_errno()
             raise LoaderError(
@@ -184,6 +210,24 @@ class BpfObject:
     def reuse_map(self, name: str, fd: int) -> None:
         """Use a map that exists instead of making one."""
         _checked(self._lib.bpf_map__reuse_fd(self._map(name), fd))
+
+    def link_map(self, name: str) -> None:
+        """Have a struct_ops map registered by a link, before loading (Linux 6.4)."""
+        _checked(self._lib.bpf_map__set_map_flags(self._map(name), _F_LINK))
+
+    def register(self, name: str) -> int:
+        """Register a loaded struct_ops map; the descriptor of its link, the caller's own. Raises OSError.
+
+        libbpf makes the link itself since 1.2; before that it only fills in the map.
+        """
+        attached = self._lib.bpf_map__attach_struct_ops(self._map(name))
+        if not attached:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        fd, own = self._lib.bpf_link__fd(attached), self._lib.bpf_map__fd(self._map(name))
+        self._lib.bpf_link__disconnect(attached)  # what is freed next then closes and takes off nothing
+        self._lib.bpf_link__destroy(attached)
+        return syscall.link_create(own, 0, _STRUCT_OPS, 0) if fd == own else int(fd)
 
     def map_fd(self, name: str) -> int:
         """Descriptor of a loaded map, the caller's own."""

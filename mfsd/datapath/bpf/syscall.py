@@ -49,6 +49,7 @@ PROG_QUERY: Final = 16
 MAP_LOOKUP_BATCH: Final = 24
 LINK_CREATE: Final = 28
 LINK_UPDATE: Final = 29
+ITER_CREATE: Final = 33
 LINK_DETACH: Final = 34
 
 SCHED_CLS: Final = 3
@@ -86,6 +87,7 @@ _INFO: Final = struct.Struct("=II56x16s")
 """Beginning of struct bpf_prog_info: type, id, name."""
 _LINK_INFO: Final = struct.Struct("=IIIII")
 """Beginning of struct bpf_link_info: type, id, prog_id, pad, tcx.ifindex."""
+_PAGE: Final = 4096
 _LOG_BYTES: Final = 1 << 20
 _LOG_LINES: Final = 25
 
@@ -322,6 +324,14 @@ def prog_test_run(prog_fd: int, data: bytes, context: bytes, repeat: int = 1) ->
 def link_create(prog_fd: int, target: int, attach_type: int, flags: int) -> int:
     """Attach a program to a device (or, by descriptor, to a cgroup) by a link; returns the link's descriptor."""
     return call(LINK_CREATE, LINK_ATTR.pack(prog_fd, target, attach_type, flags))[0]
+
+
+def iterate(link_fd: int) -> None:
+    """Run an iterator to its end; what it prints is thrown away."""
+    fd, _ = call(ITER_CREATE, struct.pack("=II", link_fd, 0))
+    with open(fd, "rb", buffering=0) as printed:
+        while printed.read(_PAGE):
+            pass
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:

@@ -1,0 +1,248 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * yield.h - how much a deferred connection may send: the control law of yield.bpf.c, on one struct mfsd_path.
+ *
+ * All connections of this host to one peer and in one band are steered together. They cross the same queue, so that
+ * what one of them has felt is news to all, and they are equals by construction; a connection of its own would hear
+ * from the queue once in 8 ms (64 of them on 200 Mbit/s) and go by luck. Two numbers say what each of them may have in
+ * flight: share * part.
+ *
+ * `share` is slow: the window of one connection while nobody urgent is about. It grows while the queue is below its
+ * target and shrinks above it, and the target of a large share is lower than that of a small one (target_of). So hosts
+ * that meet in the same queue come to the same share, whatever each of them began with: that is fairness inside a
+ * level. It learns nothing while it yields, nor until everybody who has been sent to sleep is back (calm_of).
+ *
+ * `part` is fast, and the same for all: 1 until the queue is past LIMIT of the target, then down to PART_LEAST within a
+ * round trip or two; and back to 1 at once when the queue is gone. Equals yield and return as equals.
+ *
+ * With less than four packets in flight a connection is paced, and pacing acts late: what is laid down at send time
+ * holds until the next packet. That dead time, more than the round trip, is what the gains below are made for
+ * (pace_of); it is why the rate follows the queue only a little (rate_of) though a window would follow it fully. While
+ * the share is used in full, packets go one by one, which halves the dead time; the receiver acknowledges every second.
+ * A yielding connection sends two at a time instead: its next packet would come too late to spare it the receiver's
+ * delayed ACK of 40 ms.
+ *
+ * Times are microseconds, windows UNIT-ths of packets, unless a name says otherwise.
+ */
+#ifndef MFSD_YIELD_H
+#define MFSD_YIELD_H
+
+#include "mfsd.h"
+
+#define UNIT 1024 /* of windows and of fractions */
+#define NEVER 0xffffffff
+#define MAX_SHARE (1 << 26)
+#define LEAST_SHARE 8
+#define FIRST_SHARE (UNIT / 2)
+#define FEW (4 * UNIT)	/* packets in flight below which a connection is paced by time */
+#define MANY (64 * UNIT) /* above which it is not paced at all */
+
+#define GROUP 4		   /* samples of which the least counts: noise only ever adds */
+#define SLICE_US 200	   /* least time between two steps */
+#define BASE_US 30000000   /* a base round trip is forgotten after one or two of these */
+#define PROBE_US 5000000   /* without an empty queue for so long, we make room to see the base */
+#define PROBE_PACES 6
+#define EPOCH_US 200000	   /* over which connections are counted */
+#define PART_LEAST (UNIT / 32)
+#define PART_PROBE (UNIT / 8)
+#define LIMIT 1792	   /* of the target, above which we yield */
+#define TRACK 100	   /* gain of the share around its target */
+#define GROW 256	   /* ... and in an empty queue */
+#define ADD 16		   /* what every share grows by in a pace */
+#define ONSET 16	   /* of the share, lost at every onset of yielding ... */
+#define FADE_US 1000000	   /* ... and the time in which it fades while it goes on: who stays is not asked to come back */
+#define FALL 4096	   /* per target's worth of queue past the limit, and at most, in a round trip */
+#define FOLLOW 400	   /* of the queue's error, in the rate */
+#define PROBES 1000	   /* share of the link that sleepers of one path take all the same: one in so many */
+#define CALM_US 20000
+#define STRENGTH 400	   /* packets of one connection in the queue, in the target */
+
+static __always_inline __u32 at_most(__u64 value, __u32 bound)
+{
+	return value < bound ? value : bound;
+}
+
+/* The queue that a share of this size aims at, a quarter of `most` to all of it: the larger, the less. */
+static __always_inline __u32 target_of(const struct mfsd_path *p, __u32 most)
+{
+	return at_most(most / 4 + (__u64)STRENGTH * (p->base_us + most) / (p->share + 1), most) + 1;
+}
+
+/* How long it takes until a change of the share shows. */
+static __always_inline __u32 pace_of(const struct mfsd_path *p, __u32 most)
+{
+	__u64 trip = p->base_us + most, gap = 0;
+
+	if (p->share < FEW)
+		gap = at_most(trip * UNIT / (p->share + 1) / 2, 4 * most);
+	return trip + gap + 1;
+}
+
+/* How long those sleep who have yielded. */
+static __always_inline __u64 calm_of(const struct mfsd_path *p, __u32 most)
+{
+	return CALM_US + (__u64)24 * (p->base_us + most) * UNIT / (p->share + 1);
+}
+
+static __always_inline void yield_to(struct mfsd_path *p, __u64 now, __u64 dt, __u32 delay, __u32 most)
+{
+	__u64 part = p->part, share = p->share, gain, step;
+	__u32 trip = p->base_us + most + 1, limit = (__u64)most * LIMIT / UNIT;
+
+	if (!p->yielding) {
+		p->yielding = 1;
+		share -= share * ONSET / UNIT;
+	}
+	share -= share * dt / (dt + FADE_US);
+	p->share = share;
+	p->yielded_at = now;
+	p->yielded_us += dt;
+	gain = at_most((__u64)FALL * (delay - limit) / (most + 1), FALL);
+	step = part * gain / UNIT * at_most(dt, trip) / trip;
+	part -= step < part / 4 * 3 ? step : part / 4 * 3;
+	p->part = part > PART_LEAST ? part : PART_LEAST;
+}
+
+static __always_inline void share_out(struct mfsd_path *p, __u64 now, __u64 dt, __u32 delay, __u32 target, __u32 most)
+{
+	__u32 pace = pace_of(p, most);
+	__u64 part = p->part, share = p->share, gain, step;
+
+	p->yielding = 0;
+	if (delay < target / 2) {
+		if (part < UNIT / 4)
+			p->empty_at = now;
+		part = UNIT;
+	} else {
+		part += (UNIT - part) * at_most(dt, pace) / pace + 1;
+	}
+	p->part = part < UNIT ? part : UNIT;
+	if (now - p->yielded_at < calm_of(p, most))
+		return;
+	dt = at_most(dt, 8 * pace);
+	gain = (__u64)TRACK * target / pace;
+	if (delay <= target) {
+		gain = gain * (target - delay) / target;
+		if (delay < target / 4)
+			gain += (__u64)GROW * (target / 4 - delay) / (target / 4);
+		step = share * gain * dt / UNIT / pace;
+		share += step < share / 4 ? step : share / 4;
+	} else {
+		step = share * gain * (delay - target) / target * dt / UNIT / pace;
+		share -= step < share / 4 ? step : share / 4;
+	}
+	share += ADD * dt / pace;
+	p->share = share < LEAST_SHARE ? LEAST_SHARE : at_most(share, MAX_SHARE);
+}
+
+/* Makes room for a moment, so that the queue shows the round trip without it. */
+static __always_inline void make_room(struct mfsd_path *p, __u64 now, __u32 most)
+{
+	if (!p->room_since)
+		p->room_since = now;
+	p->part = PART_PROBE;
+	p->yielded_at = now;
+	if (now - p->room_since > PROBE_PACES * (__u64)pace_of(p, most)) {
+		p->room_since = 0;
+		p->empty_at = now;
+		p->part = UNIT;
+	}
+}
+
+/* One step, of a slice that began at `begun` and in which the queue was `delay`. `most`: the target of this level. */
+static __always_inline void steer(struct mfsd_path *p, __u64 now, __u64 begun, __u32 delay, __u32 most)
+{
+	__u64 dt = at_most(now - begun, EPOCH_US);
+	__u32 target = target_of(p, most);
+
+	p->delay_us = delay;
+	p->target_us = target;
+	p->steered_us += dt;
+	if (p->room_since || now - p->empty_at > PROBE_US)
+		make_room(p, now, most);
+	else if (delay > (__u64)most * LIMIT / UNIT)
+		yield_to(p, now, dt, delay, most);
+	else
+		share_out(p, now, dt, delay, target, most);
+}
+
+/* The round trip without queue: the least of this period and the one before. */
+static __always_inline __u32 base_of(struct mfsd_path *p, __u64 now, __u32 trip)
+{
+	if (now - p->base_since > BASE_US) {
+		p->base_since = now;
+		p->base_us = p->base_next_us;
+		p->base_next_us = NEVER;
+	}
+	if (trip < p->base_next_us)
+		p->base_next_us = trip;
+	if (trip < p->base_us)
+		p->base_us = trip;
+	return p->base_us;
+}
+
+/*
+ * A round trip of `trip`, `back` of which a queue on the way back has taken. `lone`: the ACK is for one packet, which
+ * the receiver may have kept to itself for a while. Several CPUs may be at it; a sample that gets lost is no loss, but
+ * only one of them takes the step.
+ */
+static __always_inline void heard(struct mfsd_path *p, __u64 now, __u32 trip, __u32 back, int lone, __u32 most)
+{
+	__u32 delay = trip - base_of(p, now, trip), groups;
+	__u64 begun = p->slice_at;
+
+	delay -= back < delay ? back : delay;
+	if (lone && delay > p->delay_us)
+		return;
+	p->samples += 1;
+	p->delay_sum += delay;
+	if (delay < p->least_us)
+		p->least_us = delay;
+	p->in_group += 1;
+	if (p->in_group < GROUP)
+		return;
+	p->in_group = 0;
+	p->groups += 1;
+	p->group_sum += p->least_us;
+	p->least_us = NEVER;
+	groups = p->groups;
+	if (now - begun < SLICE_US || !groups || __sync_val_compare_and_swap(&p->slice_at, begun, now) != begun)
+		return;
+	delay = p->group_sum / groups;
+	p->groups = 0;
+	p->group_sum = 0;
+	steer(p, now, begun, delay, most);
+}
+
+/* A packet was lost, or marked by the network. */
+static __always_inline void lost(struct mfsd_path *p, __u64 now)
+{
+	if (now - p->lost_at < p->base_us + p->delay_us)
+		return;
+	p->lost_at = now;
+	p->yielded_at = now;
+	p->share -= p->share / 8;
+	p->part = PART_LEAST;
+}
+
+/* Bytes/s of a paced connection; 0: it need not be paced. */
+static __always_inline __u64 rate_of(const struct mfsd_path *p, __u32 mss, __u32 most)
+{
+	__u64 window = (__u64)p->share * p->part / UNIT;
+	__u32 trip, error, follow, target = p->target_us;
+
+	if (p->base_us == NEVER || window > MANY || p->delay_us <= most / 2)
+		return 0;
+	if (window >= FEW) {
+		trip = (p->base_us + p->delay_us) / 2; /* only to spread out what the window lets through */
+	} else {
+		trip = p->base_us + most;
+		follow = at_most((__u64)FOLLOW * target / pace_of(p, most), UNIT);
+		error = at_most(p->delay_us > target ? p->delay_us - target : target - p->delay_us, target);
+		error = (__u64)follow * error / UNIT;
+		trip = p->delay_us > target ? trip + error : trip - error;
+	}
+	return window * mss * 1000000 / UNIT / (trip + 1) + 1;
+}
+
+#endif /* MFSD_YIELD_H */

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that yield in the network: loading, registering and attaching bpf/yield.bpf.c, and what it has learnt.
+
+The algorithm is registered by a link, and the program that gives it to connections hangs on the root of cgroup v2 by
+another: both go with the process. Connections that run it then keep its code and its maps until their next packet, at
+which they find the sign of life too old and go back to the algorithm that they had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf import syscall
+from mfsd.datapath.bpf.cgroup import open_root
+from mfsd.datapath.bpf.libbpf import BpfObject, object_path
+from mfsd.datapath.bpf.loader import Mapped, own_copy
+from mfsd.datapath.errors import LoaderError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from mfsd.datapath.bpf.loader import Classifier
+
+NAME: Final = "mfsd_yield"
+"""Of the algorithm, as TCP_CONGESTION and ss(8) call it; a further daemon's has a number behind it."""
+NAMES: Final = 64
+BTF: Final = Path("/sys/kernel/btf/vmlinux")
+OPS: Final = "mfsd_yielding"
+GIVE: Final = "mfsd_mannered"
+ADOPT: Final = "mfsd_adopt"
+_SHARED: Final = ("mfsd_host", "mfsd_slots", "mfsd_cookies")
+_OWN: Final = ("mfsd_yield", "mfsd_paths", "mfsd_adopted")
+_CGROUP_SOCK_OPS: Final = 3
+_TRACE_ITER: Final = 28
+"""enum bpf_attach_type."""
+
+
+def missing(btf: bytes | None = None) -> str:
+    """What this kernel lacks for it; empty: nothing. ``btf``: of its types, for tests."""
+    release = platform.release()
+    if btf is None:
+        try:
+            btf = BTF.read_bytes()
+        except OSError as e:
+            return f"kernel {release} does not describe its types in {BTF} ({e.strerror}): CONFIG_DEBUG_INFO_BTF"
+    if b"\0BPF_STRUCT_OPS\0" not in btf:
+        return f"kernel {release} has no links for congestion controls, which would outlive the daemon: Linux 6.4"
+    if b"\0cubictcp_cong_avoid\0" not in btf:
+        return f"cubic is not part of kernel {release}: CONFIG_TCP_CONG_CUBIC=y"
+    return ""
+
+
+class Yielding:
+    """Loaded and attached. Raises LoaderError, with a named cause, where kernel or rights have not what it takes."""
+
+    def __init__(self, classifier: Classifier, cgroup: Path | None = None) -> None:
+        """``classifier``: whose slots and keys decide. ``cgroup``: where to hang; None: the root of cgroup v2."""
+        lack = missing()
+        if lack:
+            raise LoaderError("yielding in the network", lack)
+        self._fds: list[int] = []
+        self.name = ""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self._load(classifier)
+            self._attach(cgroup)
+            undo.pop_all()
+
+    def _load(self, classifier: Classifier) -> None:
+        for number in range(NAMES):
+            name = f"{NAME}{number or ''}"
+            with BpfObject(object_path("yield"), {NAME: name}) as obj:
+                for shared in _SHARED:
+                    obj.reuse_map(shared, classifier.map_fds[shared])
+                obj.link_map(OPS)
+                obj.load()
+                try:
+                    self._fds.append(obj.register(OPS))
+                except OSError as e:
+                    if e.errno == errno.EEXIST:
+                        continue
+                    raise LoaderError("registering the congestion control", str(e)) from e
+                self.name = name
+                self._give, self._adopt = obj.program_fd(GIVE), obj.program_fd(ADOPT)
+                maps = {name: obj.map_fd(name) for name in _OWN}
+                self._fds += [self._give, self._adopt, *maps.values()]
+                break
+        else:
+            raise LoaderError("registering the congestion control", f"{NAMES} daemons have theirs already")
+        self._settings = Mapped.open(maps["mfsd_yield"], _abi.YIELD_DTYPE, 1)
+        self._adopted = Mapped.open(maps["mfsd_adopted"], _abi.ADOPTED_DTYPE, 1)
+        self._paths = maps["mfsd_paths"]
+
+    def _attach(self, cgroup: Path | None) -> None:
+        root = open_root(cgroup)
+        try:
+            self._fds.append(syscall.link_create(self._give, root, _CGROUP_SOCK_OPS, 0))
+        except OSError as e:
+            fix = "mfsd needs CAP_NET_ADMIN and CAP_BPF, and the kernel CONFIG_CGROUP_BPF"
+            raise LoaderError("attaching to the root of cgroup v2", str(e), fix) from e
+        finally:
+            os.close(root)
+
+    @property
+    def settings(self) -> npt.NDArray[Any]:
+        """The kernel's own memory: shape (1,), YIELD_DTYPE. What is written takes effect at the next packet."""
+        return self._settings.array
+
+    def adopt(self) -> tuple[int, int]:
+        """Look at all connections of the calling thread's network namespace, also those that are older than we are.
+
+        How many got the algorithm, and how many have to be looked at again, as the kernel will not tell when they are
+        deferred (before Linux 6.12). Raises OSError.
+        """
+        self._adopted.array[:] = 0
+        link = syscall.link_create(self._adopt, 0, _TRACE_ITER, 0)
+        try:
+            syscall.iterate(link)
+        finally:
+            os.close(link)
+        found = self._adopted.array[0]
+        return int(found["switched"]), int(found["deaf"])
+
+    def paths(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """What is known of the ways to peers, by band: PATH_KEY_DTYPE and PATH_DTYPE rows."""
+        return syscall.map_dump(self._paths, _abi.PATH_KEY_DTYPE, _abi.PATH_DTYPE, _abi.PATHS)
+
+    def close(self) -> None:
+        """Unregister and detach. Connections that run the algorithm go back at their next packet. Idempotent."""
+        fds, self._fds = self._fds, []
+        for fd in reversed(fds):
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
