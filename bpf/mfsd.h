@@ -236,7 +236,6 @@ struct mfsd_path {
 	__u64 lost_at;
 	__u64 epoch_at; /* beginning of the count flows_now */
 	__u64 clock_at; /* when clock_us was last lowered or raised */
-	__u64 group_sum;
 	__u64 samples;	  /* since the path is known, and so are the next three */
 	__u64 delay_sum;  /* their queue */
 	__u64 steered_us; /* time that steps were taken for */
@@ -245,9 +244,8 @@ struct mfsd_path {
 	__u32 base_next_us;
 	__u32 delay_us; /* queue, as of the last step */
 	__u32 target_us;
-	__u32 least_us; /* of the samples of this group */
-	__u32 in_group;
-	__u32 groups; /* of this slice */
+	__u32 least_us; /* queue, of the samples of this slice */
+	__u32 in_group;	/* so many */
 	__u32 share;  /* window of one connection, 1/1024 packets */
 	__u32 part;   /* of the share in use, 1/1024 */
 	__u32 yielding;
@@ -255,6 +253,7 @@ struct mfsd_path {
 	__u32 flows_now;
 	__u32 epoch;
 	__u32 clock_us; /* own clock minus the peer's, at least */
+	__u32 regretted; /* the share was cut for a loss that may have been none */
 };
 
 #endif /* MFSD_H */

@@ -37,8 +37,8 @@
 #define FEW (4 * UNIT)	/* packets in flight below which a connection is paced by time */
 #define MANY (64 * UNIT) /* above which it is not paced at all */
 
-#define GROUP 4		   /* samples of which the least counts: noise only ever adds */
-#define SLICE_US 200	   /* least time between two steps */
+#define GROUP 4		   /* least samples of a step */
+#define SLICE_US 200	   /* least time between two steps; the least delay of it counts: noise only ever adds */
 #define BASE_US 30000000   /* a base round trip is forgotten after one or two of these */
 #define PROBE_US 5000000   /* without an empty queue for so long, we make room to see the base */
 #define PROBE_PACES 6
@@ -55,6 +55,7 @@
 #define FOLLOW 400	   /* of the queue's error, in the rate */
 #define PROBES 1000	   /* share of the link that sleepers of one path take all the same: one in so many */
 #define CALM_US 20000
+#define LOSS 8		   /* of the share, at a loss */
 #define STRENGTH 400	   /* packets of one connection in the queue, in the target */
 
 static __always_inline __u32 at_most(__u64 value, __u32 bound)
@@ -188,7 +189,7 @@ static __always_inline __u32 base_of(struct mfsd_path *p, __u64 now, __u32 trip)
  */
 static __always_inline void heard(struct mfsd_path *p, __u64 now, __u32 trip, __u32 back, int lone, __u32 most)
 {
-	__u32 delay = trip - base_of(p, now, trip), groups;
+	__u32 delay = trip - base_of(p, now, trip);
 	__u64 begun = p->slice_at;
 
 	delay -= back < delay ? back : delay;
@@ -199,30 +200,43 @@ static __always_inline void heard(struct mfsd_path *p, __u64 now, __u32 trip, __
 	if (delay < p->least_us)
 		p->least_us = delay;
 	p->in_group += 1;
-	if (p->in_group < GROUP)
+	if (p->in_group < GROUP || now - begun < SLICE_US ||
+	    __sync_val_compare_and_swap(&p->slice_at, begun, now) != begun)
 		return;
+	delay = p->least_us;
 	p->in_group = 0;
-	p->groups += 1;
-	p->group_sum += p->least_us;
 	p->least_us = NEVER;
-	groups = p->groups;
-	if (now - begun < SLICE_US || !groups || __sync_val_compare_and_swap(&p->slice_at, begun, now) != begun)
+	if (delay == NEVER)
 		return;
-	delay = p->group_sum / groups;
-	p->groups = 0;
-	p->group_sum = 0;
 	steer(p, now, begun, delay, most);
 }
 
-/* A packet was lost, or marked by the network. */
-static __always_inline void lost(struct mfsd_path *p, __u64 now)
+/*
+ * A packet was lost, or marked by the network. With a queue to be seen that is one more reason to yield. Without one it
+ * may be a buffer that is shorter than our target; or no loss at all but packets that have overtaken others, which TCP
+ * finds out later (kept).
+ */
+static __always_inline void lost(struct mfsd_path *p, __u64 now, __u32 most)
 {
-	if (now - p->lost_at < p->base_us + p->delay_us)
+	if (now - p->lost_at < p->base_us + p->delay_us + most)
 		return;
 	p->lost_at = now;
-	p->yielded_at = now;
-	p->share -= p->share / 8;
-	p->part = PART_LEAST;
+	p->share -= p->share / LOSS;
+	if (p->delay_us > most / 2) {
+		p->yielded_at = now;
+		p->part = PART_LEAST;
+	} else {
+		p->regretted = 1;
+	}
+}
+
+/* It was none. */
+static __always_inline void kept(struct mfsd_path *p)
+{
+	if (!p->regretted)
+		return;
+	p->regretted = 0;
+	p->share += p->share / (LOSS - 1);
 }
 
 /* Bytes/s of a paced connection; 0: it need not be paced. */

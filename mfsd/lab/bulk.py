@@ -42,21 +42,21 @@ HEAD: Final = struct.Struct("=I")
 class Bulk:
     """``n`` connections from one host to another, with their two processes. A context manager."""
 
-    def __init__(self, source: Host, sink: Host, n: int) -> None:
-        self._source, self._sink, self._n = source, sink, n
+    def __init__(self, source: Host, sink: Host, n: int, port: int = PORT) -> None:
+        self._source, self._sink, self._n, self._port = source, sink, n, port
         self._stack = contextlib.ExitStack()
         self.sockets: list[socket.socket] = []
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self._receiver = stack.enter_context(Child(__name__, "the bulk receiver"))
-            self._receiver.say(("receive", self._sink.namespace, self._n))
+            self._receiver.say(("receive", self._sink.namespace, (self._n, self._port)))
             self._receiver.hear(ANSWER_S)
             with inside(self._source.namespace):
                 for i in range(self._n):
                     s = stack.enter_context(prepare(socket.socket(socket.AF_INET, socket.SOCK_STREAM)))
                     s.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
-                    s.connect((self._sink.address, PORT))
+                    s.connect((self._sink.address, self._port))
                     s.sendall(HEAD.pack(i))
                     self.sockets.append(s)
             fds = [s.fileno() for s in self.sockets]
@@ -84,9 +84,9 @@ class Bulk:
         return np.array(counts), np.array(arrivals, dtype=np.int64).reshape(-1, 2)
 
 
-def receive(pipe: Connection, n: int) -> None:
+def receive(pipe: Connection, n: int, port: int) -> None:
     """Accept and read until the pipe is closed."""
-    server = prepare(socket.create_server(("", PORT), backlog=n + 1))
+    server = prepare(socket.create_server(("", port), backlog=n + 1))
     poll = select.epoll()
     poll.register(server, select.EPOLLIN)
     poll.register(pipe, select.EPOLLIN)
@@ -144,7 +144,7 @@ def main() -> None:
     role, namespace, more = pipe.recv()
     enter(namespace)
     with contextlib.suppress(EOFError):
-        receive(pipe, more) if role == "receive" else fill(pipe, more)
+        receive(pipe, *more) if role == "receive" else fill(pipe, more)
 
 
 if __name__ == "__main__":

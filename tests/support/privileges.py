@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CAP_NET_ADMIN: Final = 12
+CAP_PERFMON: Final = 38
 CAP_BPF: Final = 39
 DAEMON: Final = frozenset({CAP_NET_ADMIN, CAP_BPF})
 """All that the unit grants (AmbientCapabilities=)."""

@@ -329,9 +329,11 @@ def link_create(prog_fd: int, target: int, attach_type: int, flags: int) -> int:
 def iterate(link_fd: int) -> None:
     """Run an iterator to its end; what it prints is thrown away."""
     fd, _ = call(ITER_CREATE, struct.pack("=II", link_fd, 0))
-    with open(fd, "rb", buffering=0) as printed:
-        while printed.read(_PAGE):
+    try:
+        while os.read(fd, _PAGE):
             pass
+    finally:
+        os.close(fd)
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:

@@ -15,16 +15,16 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import numpy as np
-
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.cgroup import open_root
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
-from mfsd.datapath.bpf.loader import Mapped, own_copy
+from mfsd.datapath.bpf.loader import Mapped
 from mfsd.datapath.errors import LoaderError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from mfsd.datapath.bpf.loader import Classifier
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 NAME: Final = "mfsd_yield"
 """Of the algorithm, as TCP_CONGESTION and ss(8) call it; a further daemon's has a number behind it."""
 NAMES: Final = 64
+FIX: Final = "it needs CAP_PERFMON besides CAP_BPF and CAP_NET_ADMIN (AmbientCapabilities= in the unit)"
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 OPS: Final = "mfsd_yielding"
 GIVE: Final = "mfsd_mannered"
@@ -81,13 +82,13 @@ class Yielding:
                 for shared in _SHARED:
                     obj.reuse_map(shared, classifier.map_fds[shared])
                 obj.link_map(OPS)
-                obj.load()
+                _permitted(obj.load)
                 try:
                     self._fds.append(obj.register(OPS))
                 except OSError as e:
                     if e.errno == errno.EEXIST:
                         continue
-                    raise LoaderError("registering the congestion control", str(e)) from e
+                    raise LoaderError("registering the congestion control", str(e), FIX) from e
                 self.name = name
                 self._give, self._adopt = obj.program_fd(GIVE), obj.program_fd(ADOPT)
                 maps = {name: obj.map_fd(name) for name in _OWN}
@@ -144,3 +145,12 @@ class Yielding:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _permitted(load: Callable[[], None]) -> None:
+    try:
+        load()
+    except LoaderError as e:
+        if e.log_tail or e.cause not in {os.strerror(code) for code in (errno.EPERM, errno.EACCES)}:
+            raise
+        raise LoaderError(e.what, e.cause, FIX) from e

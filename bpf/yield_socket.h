@@ -1,0 +1,259 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * yield_socket.h - what a connection is to yield.bpf.c, by the daemon's tables, and how it becomes that: deferred, urgent,
+ * or given back to the algorithm that it ran before.
+ */
+#ifndef MFSD_YIELD_SOCKET_H
+#define MFSD_YIELD_SOCKET_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+#include "compat.h"
+#include "kernel.h"
+#include "mfsd.h"
+#include "yield.h"
+
+#define AF_INET		2
+#define SOL_TCP		6
+#define TCP_CONGESTION	13
+#define NAME_LEN	16   /* TCP_CA_NAME_MAX */
+#define PACING_NONE	0    /* enum sk_pacing */
+#define PACING_NEEDED	1
+#define PACING_FQ	2
+#define INFINITE	0x7fffffff /* TCP_INFINITE_SSTHRESH */
+#define INITIAL_WINDOW	10
+#define UNHINTED_US	5000000 /* without a slot for so long, a connection goes back to what it ran before */
+#define CUBIC_WORDS	8 /* of icsk_ca_priv are cubic's; the rest is ours */
+
+/* The classifier's; the loader puts them in place. */
+MFSD_MMAP_ARRAY(mfsd_host, struct mfsd_host, 1);
+MFSD_MMAP_ARRAY(mfsd_slots, struct mfsd_slot, MFSD_DEFAULT_SLOTS);
+MFSD_HASH(mfsd_cookies, __u64, __u32, MFSD_DEFAULT_SLOTS);
+
+/* Our own. */
+MFSD_MMAP_ARRAY(mfsd_yield, struct mfsd_yield, 1);
+MFSD_MAP(mfsd_paths, BPF_MAP_TYPE_LRU_HASH, struct mfsd_path_key, struct mfsd_path, MFSD_PATHS, 0);
+MFSD_MMAP_ARRAY(mfsd_adopted, struct mfsd_adopted, 1);
+
+enum standing {
+	SETTLED, /* not ours to touch, or not any more */
+	OURS,	 /* put under our algorithm by us */
+	FOREIGN, /* has chosen its algorithm itself */
+};
+
+/* What a socket was before we came. */
+struct before {
+	char name[NAME_LEN];
+	__u32 standing;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct before);
+} mfsd_before SEC(".maps");
+
+/* The loader puts another name in place of this one, here and below, where it is taken. */
+const volatile char mfsd_name[NAME_LEN] = "mfsd_yield";
+
+extern void cubictcp_init(struct sock *sk) __ksym;
+extern __u32 cubictcp_recalc_ssthresh(struct sock *sk) __ksym;
+extern void cubictcp_cong_avoid(struct sock *sk, __u32 ack, __u32 acked) __ksym;
+extern void cubictcp_state(struct sock *sk, __u8 state) __ksym;
+extern void cubictcp_acked(struct sock *sk, const struct ack_sample *sample) __ksym;
+extern __u32 tcp_reno_undo_cwnd(struct sock *sk) __ksym;
+
+/* Our part of icsk_ca_priv, behind cubic's. */
+struct mine {
+	__u64 hinted_at;
+	__u32 epoch;	/* of the path, in which we were counted last */
+	__u32 clock_us; /* as mfsd_path's, of a peer that has another clock for every connection */
+	__u8 class;
+	__u8 band;
+	__u8 paced; /* by us */
+	__u8 own_clock;
+	__u8 cubic; /* is what it ran before */
+};
+
+#define TCP(sk) ((struct tcp_sock *)(sk))
+#define MINE(tp) ((struct mine *)&(tp)->inet_conn.icsk_ca_priv[CUBIC_WORDS])
+
+static __always_inline struct mfsd_yield *config(void)
+{
+	__u32 zero = 0;
+
+	return MFSD_LOOKUP(mfsd_yield, &zero);
+}
+
+/* The daemon is alive, and steers. */
+static __always_inline int governed(__u64 now_ns, int *dead)
+{
+	struct mfsd_host *host;
+	__u32 zero = 0;
+
+	*dead = 1;
+	host = MFSD_LOOKUP(mfsd_host, &zero);
+	if (!host || host->abi_version != MFSD_ABI_VERSION)
+		return 0;
+	if (now_ns > host->heartbeat_ns && now_ns - host->heartbeat_ns > host->timeout_ns)
+		return 0;
+	*dead = 0;
+	return host->flags & MFSD_HOST_ENFORCE;
+}
+
+/* Band of a connection; MFSD_BAND_KEEP if it has none. */
+static __always_inline __u8 band_of(__u64 cookie, __u64 now_ns)
+{
+	struct mfsd_slot *slot;
+	__u32 *row;
+
+	row = MFSD_LOOKUP(mfsd_cookies, &cookie);
+	slot = row ? MFSD_LOOKUP(mfsd_slots, row) : 0;
+	return slot && now_ns <= slot->expires_ns && slot->band < MFSD_MAX_BANDS ? slot->band : MFSD_BAND_KEEP;
+}
+
+static __always_inline __u8 class_of(const struct mfsd_yield *y, __u8 band)
+{
+	return band < MFSD_MAX_BANDS ? y->class_of[band & (MFSD_MAX_BANDS - 1)] : MFSD_YIELD_NOT;
+}
+
+static __always_inline __u32 most_of(const struct mfsd_yield *y, __u8 class)
+{
+	return class == MFSD_YIELD_SECOND ? y->target_us / 2 : y->target_us;
+}
+
+static __always_inline struct mfsd_path *path_of(struct tcp_sock *tp)
+{
+	struct sock_common *sk = &tp->inet_conn.icsk_inet.sk.__sk_common;
+	struct mfsd_path_key key = {};
+	struct mfsd_path *p, fresh = {};
+	__u32 *peer = (__u32 *)key.peer;
+
+	if (sk->skc_family == AF_INET) {
+		peer[2] = MFSD_NET32(0xffff);
+		peer[3] = sk->skc_daddr;
+	} else {
+		peer[0] = sk->skc_v6_daddr.in6_u.u6_addr32[0];
+		peer[1] = sk->skc_v6_daddr.in6_u.u6_addr32[1];
+		peer[2] = sk->skc_v6_daddr.in6_u.u6_addr32[2];
+		peer[3] = sk->skc_v6_daddr.in6_u.u6_addr32[3];
+	}
+	key.netns = sk->skc_net.net->net_cookie;
+	key.band = MINE(tp)->band;
+	p = MFSD_LOOKUP(mfsd_paths, &key);
+	if (p)
+		return p;
+	fresh.slice_at = fresh.base_since = fresh.epoch_at = fresh.clock_at = tp->tcp_mstamp;
+	fresh.empty_at = tp->tcp_mstamp > PROBE_US ? tp->tcp_mstamp - PROBE_US + PROBE_US / 5 : 0;
+	fresh.base_us = fresh.base_next_us = fresh.least_us = NEVER;
+	fresh.share = FIRST_SHARE;
+	fresh.part = UNIT;
+	fresh.epoch = 1;
+	bpf_map_update_elem(&mfsd_paths, &key, &fresh, BPF_NOEXIST);
+	return MFSD_LOOKUP(mfsd_paths, &key);
+}
+
+/* --- what a socket is ------------------------------------------------------------------------------------------ */
+
+static __always_inline void pace(struct tcp_sock *tp, __u64 rate)
+{
+	struct sock *sk = (struct sock *)tp;
+	struct mine *m = MINE(tp);
+
+	if (sk->sk_pacing_status == PACING_FQ) {
+		sk->sk_pacing_rate = rate ? rate : ~0UL;
+	} else if (sk->sk_pacing_status == PACING_NEEDED && !m->paced) {
+		if (rate && rate < sk->sk_pacing_rate) /* the application has it paced */
+			sk->sk_pacing_rate = rate;
+	} else if (rate) {
+		sk->sk_pacing_rate = rate;
+		sk->sk_pacing_status = PACING_NEEDED;
+		m->paced = 1;
+	} else if (m->paced) {
+		sk->sk_pacing_status = PACING_NONE;
+		m->paced = 0;
+	}
+}
+
+/* From deferred to urgent: what the way holds, with the queue that we have kept. */
+static __always_inline void hurry(struct tcp_sock *tp, const struct mfsd_yield *y)
+{
+	struct mfsd_path *p = path_of(tp);
+	__u64 window = INITIAL_WINDOW;
+
+	pace(tp, 0);
+	if (p && p->base_us != NEVER && tp->mss_cache)
+		window = y->rate * (p->base_us + 2 * (__u64)y->target_us) / 1000000 / tp->mss_cache;
+	tp->snd_cwnd = window < INITIAL_WINDOW ? INITIAL_WINDOW : window;
+	tp->snd_ssthresh = INFINITE;
+}
+
+static __always_inline int is_cubic(const char *name)
+{
+	return name[0] == 'c' && name[1] == 'u' && name[2] == 'b' && name[3] == 'i' && name[4] == 'c' && !name[5];
+}
+
+/* Gives the socket to the algorithm that it ran before; icsk_ca_priv is not ours any more. 0 if that was possible. */
+static __always_inline long give_back(struct tcp_sock *tp)
+{
+	char name[NAME_LEN] = "cubic", last[NAME_LEN] = "reno";
+	struct before *before;
+
+	pace(tp, 0);
+	before = bpf_sk_storage_get(&mfsd_before, tp, 0, 0);
+	if (before) {
+		__builtin_memcpy(name, before->name, sizeof(name));
+		before->standing = SETTLED;
+	}
+	if (!bpf_setsockopt(tp, SOL_TCP, TCP_CONGESTION, name, sizeof(name)))
+		return 0;
+	return bpf_setsockopt(tp, SOL_TCP, TCP_CONGESTION, last, sizeof(last));
+}
+
+/* From one deferred band to another: the way is the same. */
+static __always_inline void move(struct tcp_sock *tp, __u8 band)
+{
+	struct mfsd_path *from = path_of(tp), *to;
+
+	MINE(tp)->band = band;
+	to = path_of(tp);
+	if (!from || !to || to->base_us != NEVER)
+		return;
+	to->base_us = from->base_us;
+	to->base_next_us = from->base_next_us;
+	to->base_since = from->base_since;
+	to->empty_at = from->empty_at;
+	to->clock_us = from->clock_us;
+	to->clock_at = from->clock_at;
+}
+
+/* Looks what the socket is now, and makes it that. 0 when it is not ours any more. */
+static __always_inline int settle(struct tcp_sock *tp, const struct mfsd_yield *y)
+{
+	__u64 now = tp->tcp_mstamp, now_ns = now * 1000;
+	__u8 band = MFSD_BAND_KEEP, class;
+	struct mine *m = MINE(tp);
+	int dead;
+
+	if (governed(now_ns, &dead))
+		band = band_of(tp->inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter, now_ns);
+	class = class_of(y, band);
+	if (band != MFSD_BAND_KEEP)
+		m->hinted_at = now;
+	if (m->class != MFSD_YIELD_NOT && class != MFSD_YIELD_NOT && band != m->band)
+		move(tp, band);
+	if (m->class != MFSD_YIELD_NOT && class == MFSD_YIELD_NOT)
+		hurry(tp, y);
+	if (class == MFSD_YIELD_NOT && (dead || !m->cubic || now - m->hinted_at > UNHINTED_US) && !give_back(tp))
+		return 0;
+	if (m->class != MFSD_YIELD_NOT && class == MFSD_YIELD_NOT)
+		cubictcp_init((struct sock *)tp);
+	m->class = class;
+	m->band = band;
+	return 1;
+}
+
+#endif /* MFSD_YIELD_SOCKET_H */

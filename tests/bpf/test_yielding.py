@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that yield in the network: who gets the algorithm, who keeps theirs, what it does, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pytest
+from support.privileges import CAP_PERFMON, DAEMON, call_with
+
+from mfsd.client.selectors import cookie_of
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf import yielding
+from mfsd.datapath.bpf.keys import cookie_key
+from mfsd.datapath.bpf.libbpf import LibbpfLoader
+from mfsd.datapath.bpf.yielding import Yielding
+from mfsd.datapath.errors import LoaderError
+from mfsd.host import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from support.namespaces import NetnsPair
+
+    from mfsd.datapath.bpf.loader import Classifier
+
+PATIENCE_S: Final = 20.0
+URGENT: Final = 1
+FIRST: Final = 5
+SECOND: Final = 6
+RATE: Final = 100_000_000 // 8
+FOREVER: Final = 2**63
+AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+CHUNK: Final = bytes(1 << 16)
+BTF: Final = b"\0BPF_STRUCT_OPS\0cubictcp_cong_avoid\0"
+
+pytestmark = pytest.mark.skipif(bool(yielding.missing()), reason=f"kernel: {yielding.missing()}")
+
+
+@pytest.mark.parametrize(
+    ("btf", "said"), [(b"\0BPF_STRUCT_OPS\0", "cubic"), (b"\0cubictcp_cong_avoid\0", "6.4"), (BTF, "")]
+)
+def test_what_a_kernel_lacks_is_named(btf: bytes, said: str) -> None:
+    assert bool(yielding.missing(btf)) == bool(said)
+    assert said in yielding.missing(btf)
+
+
+class Bench:
+    """A classifier's tables, the algorithm, and connections from one namespace to the other."""
+
+    def __init__(self, classifier: Classifier, loaded: Yielding, pair: NetnsPair) -> None:
+        self.classifier, self.yielding, self.pair = classifier, loaded, pair
+        self._stack = contextlib.ExitStack()
+        self._rows = iter(range(classifier.rows))
+        self._row: dict[socket.socket, int] = {}
+        host = classifier.host
+        host["abi_version"], host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
+        self.live()
+        settings = loaded.settings
+        settings["rate"], settings["target_us"] = RATE, 3000
+        settings["class_of"][0, [FIRST, SECOND]] = _abi.YIELD_FIRST, _abi.YIELD_SECOND
+
+    def live(self) -> None:
+        self.classifier.host["heartbeat_ns"], self.classifier.host["timeout_ns"] = clock.monotonic_ns(), 3600 * 10**9
+
+    def connect(self, family: int = socket.AF_INET, algorithm: str = "") -> socket.socket:
+        """A connection whose other end reads everything."""
+        address = self.pair.addr_b if family == socket.AF_INET else self.pair.addr6_b
+        server = self.pair.call(self.pair.b, lambda: socket.create_server((address, 0), family=family))
+        client = self.pair.call(self.pair.a, lambda: socket.socket(family, socket.SOCK_STREAM))
+        if algorithm:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, algorithm.encode())
+        with server:
+            client.connect(server.getsockname()[:2])
+            peer, _ = server.accept()
+        drain = threading.Thread(target=_drain, args=(peer,))
+        drain.start()
+        self._stack.callback(drain.join)
+        self._stack.callback(client.close)
+        return client
+
+    def hint(self, sock: socket.socket, band: int) -> None:
+        row = self._row.get(sock)
+        if row is None:
+            row = self._row[sock] = next(self._rows)
+            self.classifier.slots["expires_ns"][row] = FOREVER
+            self.classifier.slots["band"][row] = band
+            self.classifier.cookies.add(cookie_key(cookie_of(sock)), row)
+        self.classifier.slots["band"][row] = band
+
+    def forget(self, sock: socket.socket) -> None:
+        self.classifier.slots["expires_ns"][self._row[sock]] = 0
+
+    def sends_until(self, sock: socket.socket, holds: Callable[[], bool]) -> None:
+        """Send, and wait for what is to come of it."""
+        until = time.monotonic() + PATIENCE_S
+        while not holds():
+            assert time.monotonic() < until, algorithm_of(sock)
+            sock.sendall(CHUNK)
+
+    def becomes(self, sock: socket.socket, algorithm: str) -> None:
+        self.sends_until(sock, lambda: algorithm_of(sock) == algorithm)
+
+    def stays(self, sock: socket.socket, algorithm: str) -> None:
+        """As a yardstick, another connection gets the algorithm meanwhile."""
+        other = self.connect()
+        self.hint(other, FIRST)
+        before = acked(sock)
+        self.sends_until(sock, lambda: acked(sock) - before > 10 * len(CHUNK))
+        self.becomes(other, self.yielding.name)
+        assert algorithm_of(sock) == algorithm
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _drain(peer: socket.socket) -> None:
+    with peer, contextlib.suppress(ConnectionError):
+        while peer.recv(1 << 20):
+            pass
+
+
+def algorithm_of(sock: socket.socket) -> str:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+def acked(sock: socket.socket) -> int:
+    """tcpi_bytes_acked."""
+    return int.from_bytes(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)[120:128], "little")
+
+
+@pytest.fixture
+def bench(netns_pair: NetnsPair) -> Iterator[Bench]:
+    with contextlib.ExitStack() as stack:
+        classifier = stack.enter_context(call_with(DAEMON, lambda: LibbpfLoader().open_classifier(64)))
+        loaded = stack.enter_context(call_with(DAEMON | {CAP_PERFMON}, lambda: Yielding(classifier)))
+        made = Bench(classifier, loaded, netns_pair)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def default(netns_pair: NetnsPair) -> str:
+    """Algorithm of sockets that choose none."""
+    with netns_pair.call(netns_pair.a, lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as sock:
+        return algorithm_of(sock)
+
+
+@pytest.mark.bpf
+def test_it_needs_one_capability_more(bench: Bench) -> None:
+    with pytest.raises(LoaderError, match="CAP_PERFMON"):
+        call_with(DAEMON, lambda: Yielding(bench.classifier))
+
+
+@pytest.mark.bpf
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_deferred_connections_get_it_and_give_it_back(bench: Bench, default: str, family: int) -> None:
+    sock = bench.connect(family)
+    bench.hint(sock, URGENT)
+    bench.stays(sock, default)
+    bench.hint(sock, FIRST)
+    bench.becomes(sock, bench.yielding.name)
+    bench.hint(sock, SECOND)
+    bench.sends_until(sock, lambda: any(key["band"] == SECOND for key in bench.yielding.paths()[0]))
+    keys, paths = bench.yielding.paths()
+    deferred = paths[keys["band"] == SECOND]
+    assert (deferred["base_us"] < 0xFFFFFFFF).all(), "what the first level knew of the way is not asked for again"
+    bench.forget(sock)
+    bench.becomes(sock, default)
+
+
+@pytest.mark.bpf
+def test_urgent_again_it_runs_what_it_ran_before(bench: Bench) -> None:
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    reno, cubic = bench.connect(algorithm="reno"), bench.connect(algorithm="cubic")
+    for sock in (reno, cubic):
+        bench.hint(sock, FIRST)
+        bench.becomes(sock, bench.yielding.name)
+        bench.hint(sock, URGENT)
+    bench.becomes(reno, "reno")
+    bench.stays(cubic, bench.yielding.name)  # whose urgent part is cubic
+    bench.forget(cubic)
+    bench.becomes(cubic, "cubic")
+
+
+@pytest.mark.bpf
+def test_a_choice_of_its_own_is_respected(bench: Bench, default: str) -> None:
+    choice = "reno"
+    assert choice != default
+    sock = bench.connect(algorithm=choice)
+    bench.hint(sock, FIRST)
+    bench.stays(sock, choice)
+    later = bench.connect()
+    bench.hint(later, FIRST)
+    bench.becomes(later, bench.yielding.name)
+    later.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, choice.encode())
+    bench.stays(later, choice)
+
+
+@pytest.mark.bpf
+def test_without_a_sign_of_life_everything_goes_back(bench: Bench, default: str) -> None:
+    sock = bench.connect()
+    bench.hint(sock, FIRST)
+    bench.becomes(sock, bench.yielding.name)
+    bench.classifier.host["heartbeat_ns"], bench.classifier.host["timeout_ns"] = 1, 1
+    bench.becomes(sock, default)
+    bench.live()
+    bench.becomes(sock, bench.yielding.name)
+
+
+@pytest.mark.bpf
+def test_nothing_is_left_when_it_is_closed_in_mid_flight(bench: Bench, default: str) -> None:
+    sock = bench.connect()
+    bench.hint(sock, FIRST)
+    bench.becomes(sock, bench.yielding.name)
+    name = bench.yielding.name
+    assert name in AVAILABLE.read_text().split()
+    bench.yielding.close()
+    assert name not in AVAILABLE.read_text().split()
+    bench.classifier.host["heartbeat_ns"], bench.classifier.host["timeout_ns"] = 1, 1
+    bench.becomes(sock, default)
+    bench.live()
+    with Yielding(bench.classifier) as next_one:
+        assert next_one.name == name
+        bench.yielding = next_one
+        next_one.settings["class_of"][0, FIRST] = _abi.YIELD_FIRST
+        next_one.settings["rate"], next_one.settings["target_us"] = RATE, 3000
+        bench.pair.call(bench.pair.a, next_one.adopt)
+        bench.becomes(sock, name)  # also what the one before has given back
+        bench.classifier.host["heartbeat_ns"], bench.classifier.host["timeout_ns"] = 1, 1
+        bench.becomes(sock, default)
+
+
+@pytest.mark.bpf
+def test_two_daemons_do_not_meddle(bench: Bench, default: str) -> None:
+    with LibbpfLoader().open_classifier(64) as classifier, Yielding(classifier) as other:
+        assert other.name != bench.yielding.name
+        sock = bench.connect()
+        bench.hint(sock, FIRST)
+        bench.becomes(sock, bench.yielding.name)
+        bench.forget(sock)
+        bench.becomes(sock, default)
+
+
+@pytest.mark.bpf
+def test_connections_that_are_older_are_looked_for(netns_pair: NetnsPair) -> None:
+    with contextlib.ExitStack() as stack:
+        classifier = stack.enter_context(LibbpfLoader().open_classifier(64))
+        early = stack.enter_context(Yielding(classifier))
+        bench = Bench(classifier, early, netns_pair)
+        stack.callback(bench.close)
+        early.close()  # nobody is told of the next connection
+        sock = bench.connect()
+        default = algorithm_of(sock)
+        late = stack.enter_context(Yielding(classifier))
+        bench.yielding = late
+        late.settings["class_of"][0, FIRST], late.settings["rate"] = _abi.YIELD_FIRST, RATE
+        late.settings["target_us"] = 3000
+        bench.hint(sock, FIRST)
+        bench.stays(sock, default)
+        switched, _ = netns_pair.call(netns_pair.a, late.adopt)
+        assert switched == 1
+        assert algorithm_of(sock) == late.name
+        bench.forget(sock)
+        bench.becomes(sock, default)
+
+
+def _share(first: socket.socket, second: socket.socket, seconds: float = 1.5) -> float:
+    """Of the first of two that send all they can, once they have settled."""
+    ends = threading.Event()
+
+    def send(sock: socket.socket) -> None:
+        while not ends.is_set():
+            sock.sendall(CHUNK)
+
+    threads = [threading.Thread(target=send, args=(s,)) for s in (first, second)]
+    for thread in threads:
+        thread.start()
+    time.sleep(seconds)
+    before = np.array([acked(first), acked(second)])
+    time.sleep(seconds)
+    grown: Any = np.array([acked(first), acked(second)]) - before
+    ends.set()
+    for thread in threads:
+        thread.join()
+    return float(grown[0] / grown.sum())
+
+
+@pytest.mark.bpf
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> None:
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} root tbf rate 100mbit burst 20kb latency 50ms")
+    one, other = bench.connect(family, "cubic"), bench.connect(family, "cubic")
+    plain = _share(one, other)
+    bench.hint(other, FIRST)
+    bench.hint(one, URGENT)
+    assert _share(one, other) > max(0.85, plain)
+    assert algorithm_of(other) == bench.yielding.name
+    bench.hint(other, URGENT)  # both are cubic again
+    bench.hint(one, FIRST)
+    assert _share(one, other) < 0.15
+    left = acked(one)
+    bench.sends_until(one, lambda: acked(one) > left + 20 * len(CHUNK))  # with nobody about it has the link
