@@ -166,7 +166,7 @@ class BpfObject:
         else:
             self._image = path.read_bytes()
             for old, new in names.items():
-                self._image = self._image.replace(*(word.encode().ljust(NAME_BYTES, b"\0") for word in (old, new)))
+                self._image = self._image.replace(_name(old), _name(new))
             opts.object_name = path.name.split(".")[0].encode()
             self._obj = self._lib.bpf_object__open_mem(self._image, len(self._image), ctypes.byref(opts))
         if not self._obj:
@@ -254,6 +254,10 @@ class BpfObject:
         self._obj = None
         del self._log_buf
         self._log.close()
+
+
+def _name(word: str) -> bytes:
+    return word.encode().ljust(NAME_BYTES, b"\0")
 
 
 def object_path(name: str) -> Path:
