@@ -9,13 +9,14 @@ NAME ?=
 KERNEL ?= 6.1
 VLLM_VENV ?= build/venv-vllm
 ARGS ?=
+NCCL_CC ?= $(firstword $(foreach c,clang cc gcc,$(shell command -v $(c))))
 STAMP := $(VENV)/.mfsd-setup
 PURE := not (root or netns or bpf)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup system generated build check demo lab lab-quick e2e-vllm test test-vm test-deb test-systemd test-metrics \
-	test-kubernetes deb wheel coverage bench lint format clean
+	test-kubernetes deb wheel coverage bench lint nccl-plugin format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +58,11 @@ test: build ## all tests of this machine's kernel, as root; fails if a tier did 
 	@mkdir -p build
 	$(PY) -m pytest --junitxml=build/junit.xml
 	@$(PY) scripts/check_tiers.py build/junit.xml
+
+nccl-plugin: ## NCCL's profiler plugin, which tells mfsd of collectives: build/libnccl-profiler-mfsd.so
+	@mkdir -p build
+	$(NCCL_CC) -std=c11 -O2 -Wall -Wextra -fPIC -fvisibility=hidden -shared -pthread \
+		-o build/libnccl-profiler-mfsd.so nccl/profiler.c
 
 test-vm: build ## the kernel tests in guests, KERNEL=6.1|6.12|7.3|all: build/vm/; all: docs/kernels.md
 	$(PY) scripts/vm/run.py --report $(KERNEL)

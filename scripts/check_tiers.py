@@ -22,7 +22,12 @@ ALLOWED_SKIPS = (
     "this kernel has no ",  # prio, drr, ...: the stock kernels of the VM tier have them
     "needs a kernel without ",
 )
-ALLOWED_WITHOUT_SETUP = (*ALLOWED_SKIPS, "systemd-analyze is not installed", "tmux is not installed")
+ALLOWED_WITHOUT_SETUP = (
+    *ALLOWED_SKIPS,
+    "systemd-analyze is not installed",
+    "tmux is not installed",
+    "a C compiler is not installed",
+)
 
 ELSEWHERE = ("vm", "system", "kubernetes")
 """Collected in guests, in machines of their own, and with Helm's code only; their targets of make watch over them."""
