@@ -55,8 +55,10 @@ struct net_plugin {
 
 struct socket_event {
 	uint8_t kind;
-	int fd, op;
-	size_t length;
+	struct {
+		int fd, op;
+		size_t length;
+	} socket;
 };
 
 struct event {
@@ -76,7 +78,7 @@ _Static_assert(offsetof(struct event, coll.type) == 72, "where NCCL has it");
 _Static_assert(offsetof(struct event, p2p.count) == 48, "where NCCL has it");
 _Static_assert(offsetof(struct event, proxy_op.is_send) == 44, "where NCCL has it");
 _Static_assert(offsetof(struct event, net.data) == 32, "where NCCL has it");
-_Static_assert(offsetof(struct socket_event, length) == 16, "where NCCL has it");
+_Static_assert(offsetof(struct socket_event, socket.fd) == 8, "where NCCL has it");
 
 typedef void (*logger)(int level, unsigned long flags, const char *file, int line, const char *format, ...);
 

@@ -328,7 +328,7 @@ static void named(const struct comm *comm, const struct event *event)
 
 	if (event->net.id != NET_SOCKET_V1 || !sock || sock->kind != NET_SOCKET_EVENT)
 		return;
-	cookie = cookie_of(sock->fd);
+	cookie = cookie_of(sock->socket.fd);
 	if (cookie && claim(cookie))
 		say("mark %d %llu", (int)(comm - comms), (unsigned long long)cookie);
 }

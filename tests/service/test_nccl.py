@@ -101,7 +101,7 @@ int main(int argc, char **argv)
 			break;
 		case 'n': {  /* a connection that comes late, named by a network plugin */
 			near = pair(&far[2]);
-			struct socket_event sock = {.kind = NET_SOCKET_EVENT, .fd = near, .length = 1};
+			struct socket_event sock = {NET_SOCKET_EVENT, {near, 0, 1}};
 			struct event net = {.type = EVENT_NET_PLUGIN, .net = {NET_SOCKET_V1, &sock}};
 			table->start_event(comm, &unknown, &net);
 			tell("late", near);
@@ -132,7 +132,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ["-fPIC", "-fvisibility=hidden", "-shared", "-o", plugin, ROOT / "nccl/profiler.c"],
         ["-I", ROOT / "nccl", "-o", driver, source],
     ):
-        done = subprocess.run([compiler, *FLAGS, *words], capture_output=True, text=True, check=False)
+        done = subprocess.run([compiler, *FLAGS, *map(str, words)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     return plugin, driver
 
