@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from google.rpc import code_pb2, status_pb2
 
 from mfsd.api import errors, messages, pages, trace
+from mfsd.engine.recorder import MOST, Recorder
 from mfsd.model import INF, PORT_MAX, HintError, Mode
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 WATCH_MIN_US: Final = 100_000
 WATCH_DEFAULT_US: Final = 1_000_000
+RECORD_S: Final = 0.1
+"""Between two replies to whoever makes a record."""
 WATCHERS: Final = 64
 """At a time."""
 LEVELS: Final = {
@@ -173,6 +176,24 @@ class ControlService(control_pb2_grpc.ControlServicer):
             what = f"cookie {request.cookie}" if request.cookie else f"port {request.port}"
             await _not_found(context, f"no TCP connection of this host has {what}")
         return messages.rules(self._daemon, verdicts)
+
+    async def Record(self, request: pb.RecordRequest, context: Context) -> AsyncIterator[pb.RecordReply]:  # noqa: ARG002, N802 - as generated
+        """Hints and decisions as they happen."""
+        engine = self._daemon.engine
+        recorders = engine.books.recorders
+        if len(recorders) >= MOST:
+            refused = status_pb2.Status(
+                code=code_pb2.RESOURCE_EXHAUSTED, message=f"{MOST} records are being made already; end one of them"
+            )
+            await errors.abort(context, refused)
+        recorder = Recorder(engine.steering.policy, engine.steering.devices, self._clock())
+        recorders.append(recorder)
+        try:
+            while True:
+                yield pb.RecordReply(lines=recorder.take(self._clock()))
+                await asyncio.sleep(RECORD_S)
+        finally:
+            recorders.remove(recorder)
 
     async def SetLogLevel(self, request: pb.SetLogLevelRequest, context: Context) -> pb.SetLogLevelReply:  # noqa: N802 - as generated
         """Log more, or less."""

@@ -28,6 +28,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "rules": ("rules", "Rules of the configuration, and what they say of a connection."),
     "explain": ("show", "Why a connection or transfer is at its level."),
     "trace": ("stats", "Where the time of a request went."),
+    "record": ("record", "Write hints and decisions to a file, for `mfsd-lab replay`."),
     "stats": ("stats", "Print the metrics, and (--help) what each means."),
     "log-level": ("stats", "Show or change how much the daemon logs."),
     "plan": ("act", "What mfsd would change on the devices, or has changed."),

@@ -8,6 +8,7 @@ books are passive. The ledger writes into them what hints say, delivery strikes 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mfsd.engine.columns import Deferred, Dense
 from mfsd.engine.records import (
@@ -23,6 +24,9 @@ from mfsd.engine.records import (
 )
 from mfsd.engine.streams import Streams
 from mfsd.engine.tally import Tally
+
+if TYPE_CHECKING:
+    from mfsd.engine.recorder import Recorder
 
 
 @dataclass(slots=True)
@@ -54,6 +58,8 @@ class Books:
     """All users added up."""
     counters: Counters = field(default_factory=Counters)
     tally: Tally = field(default_factory=Tally)
+    recorders: list[Recorder] = field(default_factory=list)
+    """Who takes down what happens now."""
     arrange_wanted: bool = False
     """A batch arrived or departed: the inter-request decision is due."""
 

@@ -54,6 +54,8 @@ class Endings:
         for stream in {t.stream for t in ended}:
             self._unqueue(stream, ended, now, delivered=delivered_at is not None)
         self.books.tally.ended(ended, self.books.transfers, now, delivered_at)
+        for recorder in self.books.recorders:
+            recorder.ended(ended, now if delivered_at is None else delivered_at, delivered=delivered_at is not None)
         for transfer in ended:
             self.audit.ended(transfer, delivered_at)
             self.books.strike_transfer(transfer)

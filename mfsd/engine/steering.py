@@ -143,7 +143,7 @@ class Steering:
                 views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
             decision = self.policy.evaluate(views)
             guarantee = decision.guarantee
-            self._note(decision.level, now)
+            self._note(views, decision.level, now)
             self.books.transfers.live("seen_layer")[:] = views.transfers.current_layer
             if decision.infeasible is not None:
                 self._tell_infeasible(views, decision.infeasible)
@@ -162,8 +162,10 @@ class Steering:
         self.books.counters.rescues += len(promoted)
         self.books.tally.rescues += [now - at for at in promoted]
 
-    def _note(self, level: I2, now: float) -> None:
+    def _note(self, views: Views, level: I2, now: float) -> None:
         """Take over what was decided, and note what has changed."""
+        for recorder in self.books.recorders:
+            recorder.decided(views, level, self.books.transfers.objects, now)
         transfers = self.books.transfers
         before = transfers.live("level")
         new, changed = before == LEVEL_NEW, before != level

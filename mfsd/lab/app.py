@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import mfsd
+from mfsd import recording, units
 from mfsd.lab import demo as closer
 from mfsd.lab import matrix, promotion
+from mfsd.lab import replay as replaying
 from mfsd.lab.arms import ARMS
 from mfsd.lab.hosts.machine import end_on_sigterm, take_precedence
 from mfsd.lab.hosts.net import LabError
@@ -309,6 +311,38 @@ def vllm(out: Path, interpreter: Path, requests: int | None, kills: int | None, 
     for ok, words in met:
         click.secho(words, fg="green" if ok else "red", bold=not ok)
     click.echo(f"{out / vllm_report.NAME}.json  {out / vllm_report.NAME}.html")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--policy", "policies", multiple=True, required=True, type=click.Choice(registry.names()), metavar="NAME",
+              help="A policy of mfsd with its default parameters; repeatable.")  # fmt: skip
+@click.option("--rate", type=RateType(), help="Of every link, e.g. 10gbit, instead of what the record has.")
+def replay(file: Path, policies: Sequence[str], rate: str | None) -> None:
+    """What other policies would have made of a record of `mfsctl record`, on a simulated link. Needs no root.
+
+    The first lines are what happened, and the recorded policy on the same simulated link: the difference between these
+    two is what the simulation leaves out.
+    """
+    try:
+        record = recording.read(file)
+        speed = Rate.parse(rate).bytes_per_s if rate else 0.0
+        again = replaying.under(record, record.policy, record.parameters, speed)
+        again.name = f"{record.policy} simulated"
+        others = [replaying.under(record, name, {}, speed) for name in policies]
+    except (OSError, ValueError) as e:
+        sys.exit(f"mfsd-lab: {e}")
+    left_out = len(record.transfers) - len(replaying.used(record))
+    click.echo(
+        f"{len(record.transfers)} transfers in {units.duration(record.seconds)}, {left_out} of them left out "
+        f"(background, or without a stage), under {record.policy} of mfsd {record.version}"
+    )
+    for words in replaying.doubts(record):
+        click.echo(f"! {words}")
+    report.show(replaying.rows([replaying.as_recorded(record), again, *others]), file.name)
+    for other in others:
+        for sentence in replaying.difference(again, other):
+            click.echo(sentence)
 
 
 @main.command()
