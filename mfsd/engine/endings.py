@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 SLACK: Final = 0.5
 """Bytes; offsets are floating-point numbers."""
-AT_ONCE: Final = 8192
-"""Transfers struck out in one go; some 30 ms."""
+AT_ONCE: Final = 2048
+"""Transfers struck out in one go; some 10 ms."""
 REST: Final = 0.2
 """Share of a transfer that may be missing, once nothing more is to come, for it to count as announced too large."""
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.urgency import Urgency
-from mfsd.engine.views import views_of
+from mfsd.engine.views import Rows, shown, views_of
 from mfsd.model import INF, Event, EventKind, Stage
 from mfsd.policy.views import LinkView, TransferView, Views
 
@@ -45,7 +45,7 @@ PATH_MAX: Final = 16
 SIZES_KEPT: Final = 512
 """Sizes of the latest transfers, for policies that order by size."""
 
-TELL_MAX: Final = 4096
+TELL_MAX: Final = 1024
 """Transfers of which workers are told at one tick that they have become infeasible, or are no more."""
 
 
@@ -114,10 +114,10 @@ class Steering:
         columns = np.array(self._marked, dtype=np.int16)
         return columns[:, 0], columns[:, 1]
 
-    def views(self, now: float, moved: Moved | None = None) -> Views:
-        """What the policy sees now, given how far streams have come (None: look)."""
+    def views(self, now: float, moved: Moved | None = None, rows: Rows | None = None) -> Views:
+        """What the policy sees now of all transfers, or of ``rows``, given how far streams have come (None: look)."""
         moved = self.connections.moved(self.books.streams) if moved is None else moved
-        views = views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now)
+        views = views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now, rows)
         views.sizes = self._sizes
         return views
 
@@ -132,7 +132,8 @@ class Steering:
                 reading = device.read()
                 if reading is not None:
                     device.estimator.observe(reading)
-        views = self.views(now, moved)
+        rows = shown(self.books)
+        views = self.views(now, moved, rows)
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
             self._arrange(views)
@@ -143,13 +144,14 @@ class Steering:
                 views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
             decision = self.policy.evaluate(views)
             guarantee = decision.guarantee
-            self._note(views, decision.level, now)
-            self.books.transfers.live("seen_layer")[:] = views.transfers.current_layer
+            where: Rows | slice = slice(None) if rows is None else rows
+            self._note(views, decision.level, where, now)
+            self.books.transfers.live("seen_layer")[where] = views.transfers.current_layer
             if decision.infeasible is not None:
-                self._tell_infeasible(views, decision.infeasible)
+                self._tell_infeasible(views, decision.infeasible, where)
             elif now >= self._next_feasible:
                 self._next_feasible = now + FEASIBLE_S
-                self._tell_infeasible(views, self.policy.infeasible(views))
+                self._tell_infeasible(views, self.policy.infeasible(views), where)
         # Before the levels, so that whoever is promoted finds its guarantee.
         if steers:
             self.guarantees.give(guarantee, self.ladder, now)
@@ -162,18 +164,19 @@ class Steering:
         self.books.counters.rescues += len(promoted)
         self.books.tally.rescues += [now - at for at in promoted]
 
-    def _note(self, views: Views, level: I2, now: float) -> None:
-        """Take over what was decided, and note what has changed."""
-        for recorder in self.books.recorders:
-            recorder.decided(views, level, self.books.transfers.objects, now)
+    def _note(self, views: Views, level: I2, where: Rows | slice, now: float) -> None:
+        """Take over what was decided of these rows, and note what has changed."""
         transfers = self.books.transfers
-        before = transfers.live("level")
+        before, objects = transfers.live("level")[where], transfers.objects
+        for recorder in self.books.recorders:
+            recorder.decided(views, level, objects if isinstance(where, slice) else [objects[i] for i in where], now)
         new, changed = before == LEVEL_NEW, before != level
-        transfers.live("first_level")[new] = level[new]
-        for row in np.flatnonzero(changed & ~new):
-            transfer = transfers.objects[row]
-            transfer.path = (*transfer.path[1 - PATH_MAX :], (now, int(level[row])))
-        before[:] = level
+        first = transfers.live("first_level")
+        first[where] = np.where(new, level, first[where])
+        for i in np.flatnonzero(changed & ~new).tolist():
+            transfer = objects[i if isinstance(where, slice) else where[i]]
+            transfer.path = (*transfer.path[1 - PATH_MAX :], (now, int(level[i])))
+        transfers.live("level")[where] = level
 
     def _arrange(self, views: Views) -> None:
         arrangement = self.policy.arrange(views)
@@ -228,6 +231,7 @@ class Steering:
             on = used.take(stream)
             np.minimum.at(level, slot[on], of_stream.take(stream[on]))
             busy[slot[on]] = True
+            busy &= level != LEVEL_NEW  # with nothing but transfers that no policy has been shown yet
         level = np.where(busy, level, self.stage_level.take(self.connections.last_stage[:high]))
         marks = self.connections.mark_set[:high]
         if marks.any():
@@ -247,12 +251,13 @@ class Steering:
 
     # --- the way back -------------------------------------------------------------------------------------------------
 
-    def _tell_infeasible(self, views: Views, flags: B1) -> None:
+    def _tell_infeasible(self, views: Views, flags: B1, where: Rows | slice) -> None:
         known = self.books.transfers.live("infeasible")
         objects = self.books.transfers.objects
-        changed = np.flatnonzero(flags != known)[:TELL_MAX]  # the others at the next tick
-        for row in changed:
-            transfer = objects[row]
+        changed = np.flatnonzero(flags != known[where])[:TELL_MAX]  # the others at the next tick
+        rows = changed if isinstance(where, slice) else where[changed]
+        for row, place in zip(changed.tolist(), rows.tolist(), strict=True):
+            transfer = objects[place]
             kind, reason = EventKind.RESTORED, "it can be in time again"
             if flags[row]:
                 late = views.now - views.transfers.deadline[row]
@@ -260,7 +265,7 @@ class Steering:
                 reason += f"{late:.3f} s late" if late > 0 else f"{-late:.3f} s to go"
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(kind, owner, transfer.id, reason))
-        known[changed] = flags[changed]
+        known[rows] = flags[changed]
 
     def _tell_pruned(self, pruned: npt.NDArray[np.bool_]) -> None:
         before = self.books.requests.live("pruned")

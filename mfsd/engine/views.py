@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,46 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.streams import Moved
+    from mfsd.policy.views import B1, F8
 
 STUCK_BYTES: Final = 2 * 65536
 """What a starved TCP socket has in the qdisc: two GSO segments (TCP small queues, net/ipv4/tcp_output.c). These bytes
 have passed the classifier but not the link, so a transfer counts as having this much left until TCP says otherwise."""
+
+SHOWN: Final = 16_384
+"""Transfers that a policy is shown at a time: what a tick costs must not grow with what anybody may announce."""
+Rows = npt.NDArray[np.intp]
+
+
+def shown(books: Books) -> Rows | None:
+    """Rows of the transfers that the policy is shown, in their order; None: all.
+
+    Where there are too many, users have even parts, and of each the oldest come first: they are sent first.
+    """
+    t = books.transfers
+    if t.n <= SHOWN:
+        return None
+    owner = books.streams.owner.take(t.live("stream"))
+    have = np.bincount(owner)
+    most, left, room = 0, have, SHOWN
+    while room >= np.count_nonzero(left) > 0:  # even parts; what one does not need is the others'
+        part = room // int(np.count_nonzero(left))
+        most += part
+        room -= int(np.minimum(left, part).sum())
+        left = np.maximum(left - part, 0)
+    few = have <= most
+    picked = [np.flatnonzero(few.take(owner))]
+    for user in np.flatnonzero(~few):
+        rows = np.flatnonzero(owner == user)
+        picked.append(rows[_first(t.live("created")[rows], t.live("start")[rows], most)])
+    return np.sort(np.concatenate(picked))
+
+
+def _first(created: F8, start: F8, count: int) -> Rows:
+    """Indices of the ``count`` first by ``created``, of those of one moment by ``start``. There are more than that."""
+    last = np.partition(created, count)[count]
+    before, same = np.flatnonzero(created < last), np.flatnonzero(created == last)
+    return np.concatenate([before, same[np.argpartition(start[same], count - len(before))[: count - len(before)]]])
 
 
 def views_of(
@@ -33,57 +69,66 @@ def views_of(
     bands: Bands,
     ladder: Ladder,
     now: float,
+    rows: Rows | None = None,
 ) -> Views:
-    """Everything that a policy may look at; arrays are copies or live columns, to be read only."""
+    """Everything that a policy may look at, or of transfers these ``rows`` only.
+
+    Arrays are copies or live columns, to be read only.
+    """
     requests, batches = _requests(books, now), _batches(books)
     t = books.transfers
-    stream, start, end, size = t.live("stream"), t.live("start"), t.live("end"), t.live("size")
+
+    def column(name: str) -> Any:
+        live = t.live(name)
+        return live if rows is None else live.take(rows)
+
+    stream, start, end, size = column("stream"), column("start"), column("end"), column("size")
     # take: a third of the time of [], at 10,000 rows
     sent, acked = moved.sent.take(stream), moved.acked.take(stream)
     slot = books.streams.slot.take(stream)
-    batch, request = t.live("batch"), t.live("request")
-    current, computing = np.zeros(t.n, dtype=np.int32), np.zeros(t.n, dtype=np.bool_)
+    batch, request = column("batch"), column("request")
+    current, computing = np.zeros(len(stream), dtype=np.int32), np.zeros(len(stream), dtype=np.bool_)
     if len(batches):
         owned = batch >= 0
         current = batches.current_layer.take(batch) * owned
         computing = owned & ~batches.compute_done.take(batch)
-    compute_left = requests.compute_left.take(request) * (request >= 0) if len(requests) else np.zeros(t.n)
+    compute_left = requests.compute_left.take(request) * (request >= 0) if len(requests) else np.zeros(len(stream))
     transfers = TransferView(
-        stage=t.live("stage"),
+        stage=column("stage"),
         size=size,
         left=np.maximum(end - np.maximum(sent, start), np.minimum(end - np.maximum(acked, start), STUCK_BYTES)),
         ahead=np.maximum(start - sent, 0.0),
         request=request,
         batch=batch,
         conn=slot,
-        target_layer=t.live("target_layer"),
+        target_layer=column("target_layer"),
         current_layer=current,
         computing=computing,
-        layer_started=current != t.live("seen_layer"),
-        deadline=t.live("deadline"),
+        layer_started=current != column("seen_layer"),
+        deadline=column("deadline"),
         compute_left=compute_left,
-        created=t.live("created"),
-        level=t.live("level"),
+        created=column("created"),
+        level=column("level"),
         device=connections.device_of(slot),
         peer=connections.peer.take(slot),
-        max_defer=t.live("hold_until") - t.live("created"),
-        infeasible=t.live("infeasible"),
+        max_defer=column("hold_until") - column("created"),
+        infeasible=column("infeasible"),
     )
     np.maximum(transfers.left, 1.0, out=transfers.left)  # acknowledged, but not retired yet
-    if not t.live("ordered").all():
-        _interleaved(books, transfers, sent)
+    ordered = column("ordered")
+    if not ordered.all():
+        _interleaved(transfers, ~ordered, stream, start, sent)
     return Views(transfers, requests, batches, _link(connections, devices, bands, ladder), now)
 
 
-def _interleaved(books: Books, view: TransferView, sent: npt.NDArray[np.float64]) -> None:
+def _interleaved(view: TransferView, interleaved: B1, of: npt.NDArray[np.int32], starts: F8, sent: F8) -> None:
     """What is left of, and stands before, transfers whose bytes are interleaved: they share what their stream moves.
 
     Nobody can tell whose bytes went; an equal share of what has moved since a transfer was announced is its own. Of the
     others as much stands before its end as they have left, but no more than it has itself: all advance together.
     """
-    t = books.transfers
-    loose = np.flatnonzero(~t.live("ordered"))
-    stream, start, size = t.live("stream")[loose], t.live("start")[loose], t.live("size")[loose]
+    loose = np.flatnonzero(interleaved)
+    stream, start, size = of[loose], starts[loose], view.size[loose]
     _, which, count = np.unique(stream, return_inverse=True, return_counts=True)
     left = np.maximum(size - np.maximum(sent[loose] - start, 0.0) / count[which], np.minimum(size, STUCK_BYTES))
     view.left[loose] = left

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.harness import FakeSocket, Host, exact_tuple
 
+from mfsd.bands import LEVEL_NEW
+from mfsd.engine.books import Books
 from mfsd.engine.connections import UNSEEN_S
 from mfsd.engine.endings import AT_ONCE
-from mfsd.engine.records import ENTRY
+from mfsd.engine.records import ENTRY, TRANSFER_COLUMNS
 from mfsd.engine.settings import LimitsConfig
+from mfsd.engine.views import SHOWN, shown
 from mfsd.model import (
     CookieSelector,
     EndHint,
@@ -34,6 +37,11 @@ from mfsd.model import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+class Row:
+    row = -1
+
 
 MANY = 65_536
 FEW = 4096
@@ -180,6 +188,59 @@ def test_what_stands_before_interleaved_bytes(announced: list[tuple[int, int]]) 
         sizes = [100_000 * s for w, s in announced if socks[w].cookie == transfer.stream.selector.cookie]  # type: ignore[union-attr]
         own = float(h.engine.books.transfers.get(transfer, "size"))
         assert ahead == pytest.approx(np.minimum(sizes, own).sum() - own)
+
+
+def test_a_policy_is_shown_so_many_at_a_time_and_of_every_user_some() -> None:
+    h, sock = crowd(SHOWN + 5000)
+    other = h.engine.session("other", h.now, uid=7)
+    h.engine.apply(other, RequestHint("r", h.now + 20.0), h.now)
+    mine = h.socket(2, uid=7)
+    for i in range(3):
+        hint = TransferHint(str(i), "r", "", Stage.P2D, 0, 1000, CookieSelector(mine.cookie))
+        h.engine.apply(other, hint, h.now)
+    h.tick(0.01)
+    rows, t = shown(h.engine.books), h.engine.books.transfers
+    assert rows is not None
+    assert len(rows) == SHOWN
+    assert all(t.get(x, "level") != LEVEL_NEW for x in other.transfers.values())
+    waiting = [x for x in h.session.transfers.values() if t.get(x, "level") == LEVEL_NEW]
+    ahead = [x for x in waiting if int(x.id) < 1000]
+    assert (len(waiting), len(ahead)) == (5000, 0)  # those that are sent first are shown first
+    h.send(sock, 1000 * 6000)
+    h.tick(0.01)
+    h.tick(0.01)
+    assert sum(t.get(x, "level") == LEVEL_NEW for x in h.session.transfers.values()) == 0
+
+
+def test_a_connection_whose_transfers_are_not_shown_yet_is_where_its_stage_is() -> None:
+    h, _ = crowd(SHOWN + 1)
+    late = h.socket(2)
+    h.now += 1.0
+    h.transfer("late", late, 1000, stage=Stage.COLLECTIVE)
+    h.tick(0.01)
+    assert h.engine.books.transfers.get(h.session.transfers["late"], "level") == LEVEL_NEW
+    assert h.band(late) == "level 0"
+
+
+@given(st.lists(st.integers(0, 40_000), min_size=1, max_size=6))
+def test_what_is_shown_is_shared_evenly(have: list[int]) -> None:
+    books = Books()
+    books.streams.owner = np.arange(len(have), dtype=np.int32)
+    stream = np.repeat(np.arange(len(have), dtype=np.int32), have)
+    objects: list[Any] = [Row() for _ in stream]
+    values = [np.zeros(len(stream), dtype=kind) for kind in TRANSFER_COLUMNS.values()]
+    values[list(TRANSFER_COLUMNS).index("stream")] = stream
+    books.transfers.extend(objects, values)
+    rows = shown(books)
+    if sum(have) <= SHOWN:
+        assert rows is None
+        return
+    assert rows is not None
+    got = np.bincount(stream[rows], minlength=len(have))
+    assert SHOWN - len(have) < got.sum() <= SHOWN
+    assert len(set(rows.tolist())) == len(rows)
+    most = got.max()
+    assert all(g in (h, most) for g, h in zip(got.tolist(), have, strict=True))
 
 
 # --- nothing outlives its session -------------------------------------------------------------------------------------
