@@ -212,7 +212,8 @@ def daemon(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
 
 @click.command()
 @click.option("--seconds", default=5.0, show_default=True, help="For each attack.")
-def main(seconds: float) -> None:
+@click.option("--only", multiple=True, type=click.Choice(ATTACKS), help="Of the attacks; can be repeated.")
+def main(seconds: float, only: tuple[str, ...]) -> None:
     """Run all attacks beside an honest client."""
     p99: dict[str, float] = {}
     longest = 0.0
@@ -224,7 +225,7 @@ def main(seconds: float) -> None:
         figures.append(Figure("unary_p99_ms alone", base, "ms"))
         figures.append(Figure("longest_ms alone", max(alone), "ms"))
         most = 0.0
-        for attack in ATTACKS:
+        for attack in only or ATTACKS:
             spawn = multiprocessing.get_context("spawn")
             done = spawn.Value("Q", 0)
             hostile = spawn.Process(target=_attack, args=(target, attack, time.time() + seconds + 1.5, done))

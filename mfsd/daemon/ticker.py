@@ -182,7 +182,8 @@ class Ticker:
         self._spare -= worked
         self._took.append((now, took))
         if not self._stopped:
-            self._schedule(max(self._period() - took, 0.0))
+            # Never more than half of the time, however long one takes: others have their turn in between.
+            self._schedule(max(self._period() - took, took))
 
     def _period(self) -> float:
         if self._engine.rescue_due:

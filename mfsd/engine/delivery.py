@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.connections import UnknownError
-from mfsd.engine.endings import REST, SLACK
+from mfsd.engine.endings import AT_ONCE, REST, SLACK
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Delivery:
         t = self.books.transfers
         stream, start, end = t.live("stream"), t.live("start"), t.live("end")
         arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered")
-        done = [t.objects[row] for row in np.flatnonzero(arrived)]
+        done = [t.objects[row] for row in np.flatnonzero(arrived)[:AT_ONCE]]
         reach = moved.sent.take(stream)
         self._begin(reach > start)
         rows = np.flatnonzero(~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now)))

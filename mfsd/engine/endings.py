@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd.engine.records import EVENTS_KEPT
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import INF, CookieSelector, Event, EventKind
 
@@ -40,6 +41,8 @@ class Endings:
     watches: Watches
     rescuer: Rescuer
     audit: Audit
+    _more: deque[tuple[list[Transfer], float | None, bool]] = field(default_factory=deque)
+    """What ``end`` was given beyond AT_ONCE."""
 
     # --- transfers ----------------------------------------------------------------------------------------------------
 
@@ -48,9 +51,14 @@ class Endings:
     ) -> None:
         """Take transfers out of everything, in one pass over each stream.
 
-        ``delivered_at`` None: they were not; ``lost``: though they should have been.
+        ``delivered_at`` None: they were not; ``lost``: though they should have been. Beyond AT_ONCE the others follow
+        at the next ticks.
         """
         ended = {t: None for t in transfers if t.session.transfers.get(t.id) is t}
+        if len(ended) > AT_ONCE:
+            every = list(ended)
+            ended = dict.fromkeys(every[:AT_ONCE])
+            self._more.append((every[AT_ONCE:], delivered_at, lost))
         for stream in {t.stream for t in ended}:
             self._unqueue(stream, ended, now, delivered=delivered_at is not None)
         self.books.tally.ended(ended, self.books.transfers, now, delivered_at)
@@ -68,6 +76,12 @@ class Endings:
                 request.delivered_at = INF  # never
             if request is not None and request.completed and not request.transfers:
                 self.finish(request, now)
+
+    def go_on(self, now: float) -> None:
+        """End some more of what was too much at a time."""
+        if self._more:
+            transfers, delivered_at, lost = self._more.popleft()
+            self.end(transfers, now, delivered_at=delivered_at, lost=lost)
 
     def _unqueue(self, stream: Stream, ended: dict[Transfer, None], now: float, *, delivered: bool) -> None:
         """Take transfers off a stream. What was not delivered will not come: those behind move forward."""
@@ -89,7 +103,7 @@ class Endings:
             stream.queue = deque(t for t in stream.queue if t not in ended)
         for conn in list(stream.members):
             self.connections.note_rest(conn, now, linger=delivered)
-        if not stream.queue and stream.session.over:
+        if not stream.queue and (stream.session.over or (stream.watch is None and not stream.members)):
             self._close(stream)
 
     def _uncount(self, stream: Stream, ended: dict[Transfer, None]) -> None:
@@ -249,12 +263,14 @@ class Endings:
             elif not alive and final:
                 over.append(transfer)
         self.end(done, now, delivered_at=now)
-        for transfer in over:
+        for transfer in over[-EVENTS_KEPT:]:
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.CONNECTION_GONE, owner, transfer.id, reason))
         self.end(over, now, lost=True)
-        if not alive and stream.watch is None:
+        if not alive and stream.watch is None and not stream.queue:
             self._close(stream)
+        elif not alive and stream.watch is None and stream.session.streams.get(stream.selector) is stream:
+            del stream.session.streams[stream.selector]  # it ends with the last of its transfers
 
     def drop(self, conn: Connection, now: float, reason: str = "") -> None:
         """Forget a connection. Who has announced transfers on it is told the ``reason``. No error when it is gone."""

@@ -187,6 +187,7 @@ class Engine:
         self.hear(now)
         for conn in self.connections.search(now):
             self.endings.drop(conn, now, f"no socket of this user has cookie {conn.cookie}")
+        self.endings.go_on(now)
         moved = self.connections.moved(self.books.streams)
         self.delivery.run(moved, now)
         self.probes.run(now)

@@ -25,7 +25,7 @@ STUCK_BYTES: Final = 2 * 65536
 """What a starved TCP socket has in the qdisc: two GSO segments (TCP small queues, net/ipv4/tcp_output.c). These bytes
 have passed the classifier but not the link, so a transfer counts as having this much left until TCP says otherwise."""
 
-SHOWN: Final = 16_384
+SHOWN: Final = 10_240
 """Transfers that a policy is shown at a time: what a tick costs must not grow with what anybody may announce."""
 Rows = npt.NDArray[np.intp]
 
