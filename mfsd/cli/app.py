@@ -38,6 +38,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "resume": ("act", "Steer again after a pause."),
     "restore": ("act", "Put the devices' qdiscs back as they were found."),
     "doctor": ("doctor", "Check this machine and say what each finding means."),
+    "transports": ("transports", "Who moves bulk bytes over TCP, beside RDMA links and their classes."),
+    "support-bundle": ("bundle", "What whoever helps needs to know, in one file without secrets."),
     "hint": ("hint", "Send one hint by hand."),
     "version": ("meta", "Versions of mfsctl and of the daemon."),
     "completion": ("meta", "Print a shell's completion script."),

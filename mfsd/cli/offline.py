@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
-from mfsd.daemon.config import Config, ConfigError, load
+from mfsd.daemon.config import Config, ConfigError, load, render
 from mfsd.daemon.config_bands import bands_of, dscp_of, marks_in_words, policy_of
 from mfsd.datapath import links, tc
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
@@ -32,6 +32,11 @@ def read_config(path: str | None, *, needed: bool) -> Config:
     except ConfigError as e:
         hint = "" if chosen.exists() else "; give the configuration with --config"
         raise CliError(f"{e}{hint}") from None
+
+
+def shown_config(path: str | None) -> str:
+    """What is in force by the configuration, as `mfsd --check-config` prints it. Raises CliError."""
+    return render(read_config(path, needed=False))
 
 
 def plan(config: Config, device: str) -> pb.Plan:

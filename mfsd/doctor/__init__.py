@@ -6,5 +6,7 @@ Changes nothing, needs no daemon, and works without privileges as far as it goes
 
 from mfsd.doctor.checkup import examine, run
 from mfsd.doctor.finding import Context, Finding, Severity
+from mfsd.doctor.paths import judge
+from mfsd.doctor.transports import Flow, Report, measure
 
-__all__ = ["Context", "Finding", "Severity", "examine", "run"]
+__all__ = ["Context", "Finding", "Flow", "Report", "Severity", "examine", "judge", "measure", "run"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mfsd.doctor import device, host, kernel, leftovers, loaders, tcp
+from mfsd.doctor import device, host, kernel, leftovers, loaders, paths, tcp
 from mfsd.doctor.finding import Context, Finding, Severity
 
 if TYPE_CHECKING:
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from mfsd.daemon.config import Config
     from mfsd.doctor.finding import Check, DeviceCheck
 
-CHECKS: Final[tuple[Check, ...]] = (*kernel.CHECKS, *loaders.CHECKS, *host.CHECKS, *tcp.CHECKS, *leftovers.CHECKS)
+CHECKS: Final[tuple[Check, ...]] = (
+    *kernel.CHECKS, *loaders.CHECKS, *host.CHECKS, *paths.CHECKS, *tcp.CHECKS, *leftovers.CHECKS,
+)  # fmt: skip
 DEVICE_CHECKS: Final[tuple[DeviceCheck, ...]] = device.CHECKS
 
 

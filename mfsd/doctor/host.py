@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from pyroute2 import IPRoute
 
 from mfsd.doctor.finding import Finding, Severity
+from mfsd.doctor.transports import netdevs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,7 @@ def rdma(context: Context) -> Iterator[Finding]:
         return
     seen, shared = [], set()
     for link in links:
-        netdevs = _netdevs(context, link)
+        netdevs = netdevs_of(context, link)
         soft = link.startswith(SOFT_RDMA)
         seen.append(f"{link} ({', '.join(netdevs) or 'no netdev'}{', in software' if soft else ''})")
         if not soft:
@@ -42,17 +43,6 @@ def rdma(context: Context) -> Iterator[Finding]:
         "to have transfers governed, move them to TCP (NCCL_IB_DISABLE=1, UCX_TLS=tcp, Mooncake protocol tcp), or "
         "separate the traffic classes on NIC and switches (DSCP, PFC)",
     )
-
-
-def _netdevs(context: Context, link: str) -> list[str]:
-    base = context.root / "sys/class/infiniband" / link
-    out = {p.name for p in (base / "device/net").glob("*")}
-    for ndev in base.glob("ports/*/gid_attrs/ndevs/*"):
-        try:
-            out.add(ndev.read_text().strip())
-        except OSError:  # an unused GID: EINVAL
-            continue
-    return sorted(out - {""})
 
 
 def containers(context: Context) -> Iterator[Finding]:
