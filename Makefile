@@ -16,7 +16,7 @@ PURE := not (root or netns or bpf)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup system generated build check demo lab lab-quick e2e-vllm test test-vm test-deb test-systemd test-metrics \
-	test-kubernetes deb wheel coverage bench lint nccl-plugin format clean
+	test-kubernetes deb wheel coverage fuzz bench lint nccl-plugin format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ coverage: generated ## branches that the tests without privileges take in policy
 	@$(VENV)/bin/coverage combine -q
 	@for room in policy engine api client; do \
 		$(VENV)/bin/coverage report --skip-empty --skip-covered --include "mfsd/$$room/*"; echo; done
+
+fuzz: generated ## whatever others send, write or answer, MINUTES=10 of it; what trips mfsd is added to tests/fuzz/corpus
+	PYTHONPATH=.:tests $(PY) -m fuzz.run --minutes $(or $(MINUTES),10)
 
 bench: build ## one benchmark, NAME=...: build/bench/NAME.json and a table
 	@test -n "$(NAME)" || { echo "say which one: make bench NAME=promotion (make help lists them)"; exit 2; }

@@ -110,11 +110,11 @@ def _get(sock: NetlinkSocket, ifindex: int, attributes: bytes, what: str) -> Lin
 
 
 def _link(m: nl.Message) -> Link:
-    _, _, hardware, ifindex, flags, _ = _INFO.unpack_from(m.data, m.body)
+    _, _, hardware, ifindex, flags, _ = nl.fields(_INFO, m.data, m.body, m.end)
     found = nl.attrs(m.data, m.body + _INFO.size, m.end)
 
     def number(kind: int) -> int:
-        return int(_U32.unpack(found[kind])[0]) if kind in found else 0
+        return int(nl.fields(_U32, found[kind], 0, len(found[kind]))[0]) if kind in found else 0
 
     kind = nl.attrs(found.get(_LINKINFO, b"")).get(_INFO_KIND, b"")
     return Link(
@@ -159,7 +159,7 @@ class Departures:
                 continue
             for m in nl.messages(data):
                 if m.kind == _DELLINK:
-                    family, _, _, ifindex, _, _ = _INFO.unpack_from(m.data, m.body)
+                    family, _, _, ifindex, _, _ = nl.fields(_INFO, m.data, m.body, m.end)
                     if family == socket.AF_UNSPEC:  # else it has only left a bridge
                         gone.add(ifindex)
 

@@ -95,7 +95,7 @@ class TcObject:
 
 def parse_object(m: nl.Message) -> tuple[int, TcObject]:
     """(ifindex, object) of an RTM_NEW* message."""
-    _, _, _, ifindex, handle, parent, info = TCMSG.unpack_from(m.data, m.body)
+    _, _, _, ifindex, handle, parent, info = nl.fields(TCMSG, m.data, m.body, m.end)
     found = nl.attrs(m.data, m.body + TCMSG.size, m.end)
     kind = found.get(TCA_KIND, b"").split(b"\0")[0].decode(errors="replace")
     return ifindex, TcObject(kind, handle, parent, info, found.get(TCA_OPTIONS), found)
@@ -134,10 +134,10 @@ class StatsReader:
                 return Stats(0, 0, 0, 0, 0)
             self._at[m.end - start] = known
         (basic, _), (queue, _), packets64 = known
-        sent, packets = _BASIC.unpack_from(data, start + basic + 4)
-        qlen, backlog, drops = _QUEUE.unpack_from(data, start + queue + 4)
+        sent, packets = nl.fields(_BASIC, data, start + basic + 4, m.end)
+        qlen, backlog, drops = nl.fields(_QUEUE, data, start + queue + 4, m.end)
         if packets64:
-            (packets,) = _U64.unpack_from(data, start + packets64 + 4)
+            (packets,) = nl.fields(_U64, data, start + packets64 + 4, m.end)
         return Stats(sent, packets, drops, backlog, qlen)
 
     @staticmethod

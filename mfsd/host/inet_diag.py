@@ -100,8 +100,8 @@ def _unmapped(packed: bytes) -> bytes:
 
 
 def _row(m: nl.Message) -> Row:
-    family, state, _, _, sport, dport, src, dst, ifindex, low, high, _, _, wqueue, uid, inode = _MESSAGE.unpack_from(
-        m.data, m.body
+    family, state, _, _, sport, dport, src, dst, ifindex, low, high, _, _, wqueue, uid, inode = nl.fields(
+        _MESSAGE, m.data, m.body, m.end
     )
     if family == socket.AF_INET:
         src, dst = src[:4], dst[:4]

@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 import threading
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -70,6 +70,13 @@ class NetlinkError(OSError):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.strerror}" + (f" ({self.note})" if self.note else "")
+
+
+def fields(layout: struct.Struct, data: bytes, at: int, end: int) -> tuple[Any, ...]:
+    """What a fixed part of an answer says. Raises NetlinkError where the answer ends before it does."""
+    if at + layout.size > end:
+        raise NetlinkError(errno.EBADMSG, "read an answer of the kernel", f"{end - at} bytes instead of {layout.size}")
+    return layout.unpack_from(data, at)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -141,7 +148,7 @@ class Message(NamedTuple):
     @property
     def code(self) -> int:
         """The positive errno of NLMSG_ERROR or NLMSG_DONE, 0 for an acknowledgement."""
-        return -int(_ERRNO.unpack_from(self.data, self.body)[0])
+        return -int(fields(_ERRNO, self.data, self.body, self.end)[0])
 
     @property
     def note(self) -> str:
@@ -150,7 +157,7 @@ class Message(NamedTuple):
             return ""
         start = self.body + _ERRNO.size
         if self.kind == NLMSG_ERROR:
-            (echoed,) = _U32.unpack_from(self.data, start)
+            (echoed,) = fields(_U32, self.data, start, self.end)
             start += HEADER.size if self.flags & _CAPPED else echoed + 3 & ~3
         return attrs(self.data, start, self.end).get(_NLMSGERR_ATTR_MSG, b"").rstrip(b"\0").decode(errors="replace")
 
