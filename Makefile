@@ -86,6 +86,9 @@ test-kubernetes: build ## the chart rendered by Helm's code and checked against 
 	$(PY) -m pip install -q --disable-pip-version-check -c scripts/constraints.txt -e '.[kubernetes]'
 	$(PY) -m pytest -q tests/kubernetes
 
+docs: generated ## the documentation as a site, links checked: build/site/
+	$(PY) scripts/pages.py
+
 coverage: generated ## branches that the tests without privileges take in policy, engine, api and client
 	rm -rf build/coverage
 	$(VENV)/bin/coverage run -m pytest -q -n logical -m "$(PURE)"
