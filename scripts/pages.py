@@ -136,7 +136,7 @@ def metrics() -> str:
     """Every metric, from mfsd/metrics.py."""
     lines = [
         "# Metrics", "",
-        "As `[metrics]` serves them and `mfsctl stats` prints them; `packaging/monitoring` has a dashboard and alert rules.",
+        "As `[metrics]` serves them and `mfsctl stats` prints them. `packaging/monitoring` has a dashboard and alerts.",
         "",
         "| metric | kind | labels | what |", "|---|---|---|---|",
     ]  # fmt: skip
