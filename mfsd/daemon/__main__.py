@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import signal
 
-# First of all, before there is another thread and before what takes half a second to import: until there is a handler a
-# SIGHUP would end the process. Blocked in all threads, it waits for the handler.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+# First of all, before there is another thread and before what takes half a second to import: until there is a handler
+# these would end the process. Blocked in all threads, they wait for their handlers. Ctrl-C just ends it, as SIGTERM
+# does: nothing has been touched yet.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 EX_CONFIG: Final = 78
 """sysexits.h; systemd shows it as CONFIG, and the unit does not restart on it."""
 
+PATIENT: Final = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+"""Signals that wait for their handlers, while there are none (__main__.py)."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -47,10 +50,10 @@ async def _serve(config: Config, path: Path | None, predecessor: Predecessor | N
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PATIENT)
         await daemon.run()
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_BLOCK, PATIENT)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from support.rig import Daemon, flows, running, tc_state, wait_for
+from support.rig import Daemon, flows, programs, running, tc_state, wait_for
 
 from mfsd.client import cookie_of
 from mfsd.datapath.bpf import syscall
@@ -46,12 +45,6 @@ def has_tcx() -> bool:
     except OSError as e:
         return e.errno != errno.EINVAL
     return True
-
-
-def programs() -> set[int]:
-    """Ids of loaded programs of ours."""
-    shown = json.loads(subprocess.run(["bpftool", "-j", "prog", "list"], check=True, capture_output=True).stdout)
-    return {p["id"] for p in shown if str(p.get("name", "")).startswith("mfsd")}
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,25 @@ def test_a_new_rate_is_written_into_the_living_tree(bench: Bench) -> None:
     assert any("htb 6d66:1 root rate 200Kbit" in line for line in bench.shown())
 
 
+def test_a_largest_packet_that_changed_meanwhile_is_written_into_the_living_tree(bench: Bench) -> None:
+    before = bench.shown()
+    first = bench.enforcer("100kbit")
+    first.apply()
+    bench.receiver()
+    bench.send(first.band_maps()[1][0], 300)
+    bench.send(first.band_maps()[2][0], 5)
+    held = first.backlog(2, 0)
+    first.close()
+    bench.pair.run(bench.pair.a, f"ip link set {bench.dev} gso_max_size 32768")
+    second = bench.enforcer("100kbit")
+    second.apply()
+    assert second.adopted
+    assert second.backlog(2, 0) == held, "packets were lost"
+    assert second.verify() == []
+    assert second.restore() == []
+    assert bench.shown() == before
+
+
 def test_a_half_made_tree_is_completed(bench: Bench) -> None:
     before = bench.shown()
     first = bench.enforcer()

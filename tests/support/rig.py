@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import re
 import signal
@@ -94,6 +95,10 @@ rate = "{RATE_MBIT}mbit"
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.pair.a, *self.wrap, *command], stdout=log, stderr=log
             )
+        return self.serving()
+
+    def serving(self) -> Daemon:
+        """Wait until it does."""
         try:
             wait_for(self._up, "the daemon to serve")
         except AssertionError as e:
@@ -170,10 +175,10 @@ rate = "{RATE_MBIT}mbit"
 
 
 @contextlib.contextmanager
-def running(daemon: Daemon) -> Iterator[Daemon]:
+def running(daemon: Daemon, *, started: bool = False) -> Iterator[Daemon]:
     """A started daemon that is gone afterwards, whatever happens."""
     try:
-        yield daemon.start()
+        yield daemon.serving() if started else daemon.start()
     finally:
         if daemon.process is not None and daemon.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -193,6 +198,12 @@ def tc_state(pair: NetnsPair) -> str:
         f"tc filter show dev {pair.dev_a} egress 2>/dev/null || true",
     )
     return re.sub(r"direct_packets_stat \d+", "", shown)  # htb prints this statistic among its options
+
+
+def programs() -> set[int]:
+    """Ids of loaded programs of ours."""
+    shown = json.loads(subprocess.run(["bpftool", "-j", "prog", "list"], check=True, capture_output=True).stdout)
+    return {p["id"] for p in shown if str(p.get("name", "")).startswith("mfsd")}
 
 
 @contextlib.contextmanager
