@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rates, sizes and durations: one type where units could be confused, and one wording for people.
+"""Rates, sizes, durations and places: one type where units could be confused, and one wording for people.
 
 Sizes are bytes, durations seconds, rates bytes/s; words are decimal, as link rates are.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from dataclasses import dataclass
@@ -19,6 +20,16 @@ _BITS: Final = {"tbit": Decimal(10**12), "gbit": Decimal(10**9), "mbit": Decimal
 _RATE_UNITS: Final = {"bit": Decimal(1), **dict(reversed(_BITS.items())), "bps": Decimal(8)}
 """Bits per second."""
 _RATE_RE: Final = re.compile(r"\s*(?P<value>[0-9]{1,40}(?:\.[0-9]{1,400})?)\s*(?P<unit>[A-Za-z]+)\s*", re.ASCII)
+_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
+
+
+class Unfit(ValueError):  # noqa: N818 - of a value, not of the program
+    """A value that can't be. ``allowed`` is what must be instead."""
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(allowed)
+        self.allowed = allowed
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -99,3 +110,17 @@ def duration(seconds: float) -> str:
         return f"{sign}{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{sign}{hours} h {minutes:02d} min" if hours < 48 else f"{sign}{hours // 24} d {hours % 24} h"
+
+
+def host_port(text: str) -> tuple[str, int]:
+    """(host, port) of "host:port", of which an IPv6 address stands in brackets. Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
+        raise ValueError("not host:port")
+    if host.startswith("[") or host.endswith("]") or ":" in host:
+        if not (host.startswith("[") and host.endswith("]")):
+            raise Unfit('"host:port", an IPv6 address in brackets: "[::1]:50551"')
+        return str(ipaddress.IPv6Address(host[1:-1])), int(port)
+    if not _HOST.fullmatch(host):
+        raise ValueError("not a host")
+    return host, int(port)

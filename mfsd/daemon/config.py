@@ -34,7 +34,6 @@ from mfsd.daemon.config_values import (
     RateValue,
     SocketPath,
     UserName,
-    host_port,
     loopback,
 )
 from mfsd.datapath import _abi
@@ -42,6 +41,7 @@ from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, TenantsCon
 from mfsd.model import Mode
 from mfsd.policy import registry
 from mfsd.relay.settings import RelayConfig
+from mfsd.units import host_port
 
 __all__ = [
     "BandsConfig",

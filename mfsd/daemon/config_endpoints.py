@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final
 from pydantic import field_validator
 
 from mfsd.daemon.config_text import toml
-from mfsd.daemon.config_values import SUN_PATH, FilePath, host_port, loopback
+from mfsd.daemon.config_values import SUN_PATH, FilePath, loopback
 from mfsd.engine.settings import Section, setting
+from mfsd.units import host_port
 
 if TYPE_CHECKING:
     from pathlib import Path

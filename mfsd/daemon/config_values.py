@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BeforeValidator, InstanceOf, PlainValidator
 
 from mfsd.model import Mode
-from mfsd.units import Rate
+from mfsd.units import Rate, Unfit, host_port
 
 IFNAMSIZ: Final = 16
 """Length of a device name, the final 0 included (include/uapi/linux/if.h)."""
@@ -32,16 +31,6 @@ HIGHEST: Final = Rate.parse("10tbit")
 """What is beyond these is a slip of the pen: a band's floor would be a few bytes/s, or no link that there is."""
 _SPACES: Final = frozenset(b"\t\n\v\f\r \xa0")
 """isspace() of the kernel, which goes by Latin-1 (lib/ctype.c)."""
-_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
-_PORT: Final = re.compile(r"[0-9]{1,5}")
-
-
-class Unfit(ValueError):  # noqa: N818 - of a value, not of the program
-    """A value that can't be. ``allowed`` is what must be instead."""
-
-    def __init__(self, allowed: str) -> None:
-        super().__init__(allowed)
-        self.allowed = allowed
 
 
 def printable(text: str) -> str:
@@ -124,20 +113,6 @@ def _user(name: str) -> str:
     if not name or name != name.strip() or set(name) & set(":/"):
         raise Unfit("the name of a user")
     return printable(name)
-
-
-def host_port(text: str) -> tuple[str, int]:
-    """(host, port) of "host:port", of which an IPv6 address stands in brackets. Raises ValueError."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
-        raise ValueError("not host:port")
-    if host.startswith("[") or host.endswith("]") or ":" in host:
-        if not (host.startswith("[") and host.endswith("]")):
-            raise Unfit('"host:port", an IPv6 address in brackets: "[::1]:50551"')
-        return str(ipaddress.IPv6Address(host[1:-1])), int(port)
-    if not _HOST.fullmatch(host):
-        raise ValueError("not a host")
-    return host, int(port)
 
 
 def loopback(host: str) -> bool:

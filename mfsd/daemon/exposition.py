@@ -16,7 +16,7 @@ from prometheus_client import make_wsgi_app
 
 from mfsd.api.server import ServerError
 from mfsd.daemon.config_endpoints import OFF, SUFFIX, UNIX
-from mfsd.daemon.config_values import host_port
+from mfsd.units import host_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

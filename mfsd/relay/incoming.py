@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 GRACE_S: Final = 10.0
 """What a peer has said is kept for so long after its stream has ended: it says only what is new when it comes back."""
 STOP_S: Final = 0.2
-EVENTS_S: Final = 0.05
-"""How often events are looked for."""
 
 log = structlog.get_logger(__name__)
 
@@ -224,14 +222,21 @@ class Incoming(hints_pb2_grpc.HintsServicer):
             )
 
     async def _tell(self, session: Session, context: Context, lock: asyncio.Lock) -> None:
-        """Write events as they come."""
-        while True:
-            if session.events:
-                reply = pb.HintReply(epoch=self._engine.epoch)
-                drain(session, reply)
-                async with lock:
-                    await context.write(reply)
-            await asyncio.sleep(EVENTS_S)
+        """Write events as they come; those of a session that has several streams go to the latest."""
+        told = asyncio.Event()
+        told.set()  # some may wait already
+        session.wake = told.set
+        try:
+            while await told.wait():
+                told.clear()
+                while session.events:
+                    reply = pb.HintReply(epoch=self._engine.epoch)
+                    drain(session, reply)
+                    async with lock:
+                        await context.write(reply)
+        finally:
+            if session.wake == told.set:
+                session.wake = None
 
 
 def _names(auth: Any) -> list[str]:

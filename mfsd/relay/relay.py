@@ -16,8 +16,8 @@ from mfsd.logs import Seldom
 from mfsd.model import Maker, MarkHint, PortRange, RuleSelector, Stage
 from mfsd.relay.incoming import Incoming, RelayError
 from mfsd.relay.outgoing import Outgoing
-from mfsd.relay.settings import host_port
 from mfsd.relay.table import LOOK_UP_S, Table
+from mfsd.units import host_port
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 

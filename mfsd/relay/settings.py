@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, InstanceOf
 
 from mfsd.engine.settings import Section, as_tuple, setting
+from mfsd.units import host_port
 
 
 def _path(value: Any) -> Any:
@@ -17,14 +18,6 @@ def _path(value: Any) -> Any:
     if isinstance(path, Path) and not path.is_absolute():
         raise ValueError("relative")
     return path
-
-
-def host_port(text: str) -> tuple[str, int]:
-    """Host and port of "host:port", brackets of IPv6 taken off. Raises ValueError."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError("not host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 FilePath = Annotated[InstanceOf[Path], BeforeValidator(_path)]

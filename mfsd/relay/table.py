@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mfsd.relay.settings import host_port
+from mfsd.units import host_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
