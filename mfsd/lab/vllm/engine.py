@@ -105,14 +105,15 @@ class Served:
     def run(self) -> None:
         """Until there are no questions any more."""
         self.say(ready=True)
-        lines = os.fdopen(os.dup(0), buffering=1)
-        busy = False
+        busy, rest = False, b""
         while True:
-            while select.select([0], [], [], 0 if busy else IDLE_S)[0]:
-                line = lines.readline()
-                if not line:
+            if select.select([0], [], [], 0 if busy else IDLE_S)[0]:
+                read = os.read(0, 1 << 20)
+                if not read:
                     return
-                self.ask(json.loads(line))
+                *lines, rest = (rest + read).split(b"\n")
+                for line in lines:
+                    self.ask(json.loads(line))
             # A prefill engine that nobody asks must step too: it learns there that its KV has been fetched.
             outputs = self.engine.step()
             busy = bool(outputs)
