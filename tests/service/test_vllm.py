@@ -17,10 +17,13 @@ import pytest
 from support.daemons import PATIENCE_S, Running, wait_for
 
 import mfsd.integrations.vllm as integration
+from mfsd.client import Client
 from mfsd.integrations.vllm import MfsdConnector
+from mfsd.integrations.vllm.backpressure import Pressure
 from mfsd.integrations.vllm.deadline import deadline_of
 from mfsd.integrations.vllm.state import bytes_per_token
 from mfsd.model import Stage
+from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -371,9 +374,7 @@ def test_reads_start_whatever_fails_in_holding_them(running: Running, caplog: py
 
 
 def advice_of(rate: float) -> Any:
-    from mfsd.v1 import hints_pb2  # noqa: PLC0415 - for this one test
-
-    return hints_pb2.Advice(known=True, rate_bytes_per_s=rate)
+    return pb.Advice(known=True, rate_bytes_per_s=rate)
 
 
 class Old:
@@ -427,6 +428,23 @@ def test_bytes_per_token() -> None:
     assert bytes_per_token(config, cache, {}) == 7
     assert bytes_per_token(config, cache, {"mfsd_bytes_per_token": 9}) == 9
     assert bytes_per_token(object(), object(), {}) == 0
+
+
+def test_stores_give_way_while_what_is_announced_needs_the_link(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(target=running.target) as client:
+        pressure = Pressure(client, "127.0.0.1", spare=0.2, busy_s=0.01)
+        assert not pressure.there()  # nobody knows yet
+        for spare, queued, want in ((0.1, 0.5, True), (0.5, 0.5, False), (0.1, 0.001, False)):
+            answer = pb.Advice(
+                known=True, rate_bytes_per_s=1e6, spare_bytes_per_s=spare * 1e6, device_queued_bytes=queued * 1e6
+            )
+            monkeypatch.setattr("mfsd.api.advice.advice", lambda *_, answer=answer: answer)
+            wait_for(lambda queued=queued, spare=spare: (a := client.advice("127.0.0.1")) is not None  # type: ignore[misc]
+                     and (a.spare, a.device_queued) == (spare * 1e6, queued * 1e6))  # fmt: skip
+            assert pressure.there() is want
+    assert not Pressure(Client(target=""), "127.0.0.1", 0.2, 0.01).there()
 
 
 @pytest.mark.skipif("vllm" in sys.modules, reason="needs an environment without vLLM")
