@@ -46,6 +46,7 @@ from mfsd.client.introduction import introduced
 from mfsd.daemon import devices
 from mfsd.daemon.config import parse
 from mfsd.daemon.daemon import Daemon
+from mfsd.daemon.turns import keep_turns_short
 from mfsd.datapath import _abi
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2_grpc
 from mfsd.v1 import hints_pb2 as pb
@@ -119,6 +120,7 @@ async def serve(directory: Path) -> None:
             }
         }
     )
+    keep_turns_short()  # as the daemon does
     await Daemon(config, None).run()
 
 

@@ -59,6 +59,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, MFSD_EVENT_BYTES);
 } mfsd_events SEC(".maps");
+MFSD_MMAP_ARRAY(mfsd_lost, __u64, 1); /* events that the ring had no room for */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
@@ -260,10 +261,22 @@ static __always_inline __u32 take_slot(struct draft *d, const struct mfsd_rule *
 	return d->index;
 }
 
-/* 0 unless the ring is full. What is not told must not have happened: the callers see to that. */
+/*
+ * 0 unless the ring is full, as when the daemon gets no processor. What is not told must not have happened: the callers
+ * see to that, and the daemon, which is told how often, looks into the directory.
+ */
 static __always_inline long tell(struct mfsd_event *e)
 {
-	return bpf_ringbuf_output(&mfsd_events, e, sizeof(*e), 0);
+	MFSD_CONST(__u32, zero, 0);
+	long full = bpf_ringbuf_output(&mfsd_events, e, sizeof(*e), 0);
+	__u64 *n;
+
+	if (full) {
+		n = MFSD_LOOKUP(mfsd_lost, &zero);
+		if (n)
+			__sync_fetch_and_add(n, 1);
+	}
+	return full;
 }
 
 static __always_inline void established(struct bpf_sock_ops *ctx, struct draft *d)

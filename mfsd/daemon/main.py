@@ -21,6 +21,7 @@ from mfsd.daemon import config_files
 from mfsd.daemon.daemon import Daemon
 from mfsd.daemon.lock import StartError
 from mfsd.daemon.memory import keep_freed
+from mfsd.daemon.turns import keep_turns_short
 from mfsd.datapath.errors import DatapathError
 from mfsd.relay.incoming import RelayError
 
@@ -86,6 +87,7 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     logs.configure(config.daemon.log_format, config.daemon.log_level)
     faulthandler.enable()  # on an abort, which is what a watchdog does, the log shows where every thread was
     keep_freed()
+    keep_turns_short()
     try:
         asyncio.run(_serve(config, path, predecessor))
     except (StartError, ServerError, RelayError, DatapathError, OSError) as e:

@@ -86,6 +86,8 @@ class HostSockets:
         self._latest: Mapping[Maker, Makers] = {}
         """The thread's last answer, which replaces the former."""
         self._next_families = 0.0
+        self._lost = 0
+        """Events that the kernel had no room for, of which we know."""
         self._seldom = Seldom()
         if teller is not None:
             self._search("listing sockets", self._enter_older)
@@ -93,6 +95,7 @@ class HostSockets:
     def close(self) -> None:
         """Idempotent. The teller is the caller's."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._census.close()
         self._diag.close()
         self._asked.close()
 
@@ -112,6 +115,9 @@ class HostSockets:
                     out.append(Closed(event.sock.cookie, event.acked, event.clean))
                 else:
                     out.append(Established(self._socket(event.sock), event.slot, event.active))
+        if self._teller is not None and self._teller.lost != self._lost and not self._teller.waiting:
+            self._lost = self._teller.lost
+            self.look(list(dict.fromkeys(selector for selector, _ in self._rules)))
         while self._answers:
             out.append(self._answers.popleft())
         self._follow_makers()

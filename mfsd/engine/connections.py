@@ -138,12 +138,20 @@ class Connections:
         """
         _own(session, socket.uid, "selector.tuple")
         conn = self.by_cookie.get(socket.cookie)
-        if conn is None and slot is not None and slot in self.by_slot:
-            conn = self.by_slot[slot]  # matched by its tuple before it existed
-            conn.cookie = socket.cookie
-            self.by_cookie[socket.cookie] = conn
-            self.keys.add_cookie(socket.cookie, slot)
         if conn is None:
+            # Matched by its tuple before it existed, or before anybody knew of its socket.
+            known = None if slot is None else self.by_slot.get(slot)
+            if known is None and not socket.here:
+                known = self._by_tuple.get(socket.endpoints)
+            if known is not None and not known.cookie:
+                conn, conn.cookie, conn.passing = known, socket.cookie, not socket.here
+                self.by_cookie[socket.cookie] = conn
+                self.keys.add_cookie(socket.cookie, conn.slot)
+        if conn is None:
+            if slot is not None and not self.table.lent[slot]:
+                # The kernel found it by the tuple of a connection that was over: that slot may be anybody's by now.
+                self.keys.delete_cookie(socket.cookie)
+                slot = None
             conn = self._take(socket.cookie, None, expires, slot, session=session)
         if conn.endpoints is None or not conn.here:
             self.locate(conn, socket)
@@ -157,6 +165,13 @@ class Connections:
         conn = self._by_tuple.get(endpoints) or self._take(0, endpoints, expires, session=session)
         self.renew((conn,), expires)
         return conn
+
+    def pass_by(self, conn: Connection) -> None:
+        """Match a connection of another network namespace by its addresses, too: routed packets have no socket."""
+        if conn.endpoints is not None and conn.endpoints not in self._by_tuple:
+            conn.passing = True
+            self._by_tuple[conn.endpoints] = conn
+            self.keys.add_tuple(conn.endpoints, conn.slot)
 
     def locate(self, conn: Connection, socket: Socket) -> None:
         """Its addresses have become known."""
@@ -385,6 +400,13 @@ class Connections:
         self._unplaced[conn] = None
         return INF
 
+    def place(self, conn: Connection) -> bool:
+        """A connection has just been made: whether streams have waited for that, on TCP's scale."""
+        waited = conn in self._unplaced and not conn.passing
+        if waited:
+            del self._unplaced[conn]
+        return waited
+
     def placed(self) -> list[tuple[Connection, float]]:
         """Connections of which nobody knew where they stood, whose slots know by now: that position."""
         out = []
@@ -420,8 +442,9 @@ class Connections:
 
     @staticmethod
     def on_tcps_scale(conn: Connection) -> bool:
-        """Its socket is on this host, so that TCP's counters are in its slot."""
-        return conn.cookie != 0 and (conn.endpoints is None or conn.endpoints.protocol == IPPROTO_TCP)
+        """Its packets have their socket when they leave, so that TCP's counters are in its slot."""
+        own = conn.cookie != 0 and not conn.passing
+        return own and (conn.endpoints is None or conn.endpoints.protocol == IPPROTO_TCP)
 
     def device_of(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Index of the device that the last packet of each slot left by; 0 before the first, and for slot -1."""

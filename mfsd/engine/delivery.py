@@ -36,8 +36,11 @@ JUDGE_S: Final = 20e-6
 """Looking through one transfer of a stream takes a twentieth of that."""
 ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
-STALLED_S: Final = 0.25
+STALLED_S: Final = 1.0
 """A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all."""
+REST_S: Final = 0.25
+"""How often streams are looked through for those that stand still with something unacknowledged, as far as slots say:
+slots are as of the last packet, so what is left of transfers there counts bytes that may have arrived since."""
 DEBT_S: Final = 1.0
 """So is one on which a transfer may have been announced after its bytes had gone; what is missing then was its."""
 DOUBTS: Final = 128
@@ -58,6 +61,9 @@ class Delivery:
     """Streams with a debt."""
     _ask_from: int = 0
     _last_run: float = 0.0
+    _next_rest: float = 0.0
+    _sent: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """How far streams had come when they were last looked through, by index."""
 
     def confirm(self, stream: Stream, at: float = 0.0) -> None:
         """Ask at the first tick after ``at`` how far this stream has got."""
@@ -86,6 +92,9 @@ class Delivery:
             rows = np.roll(rows, -(self._ask_from % len(rows)))[:ASK_MAX]
             self._ask_from += ASK_MAX
         asked = dict.fromkeys(t.objects[row].stream for row in rows)
+        if now >= self._next_rest:
+            self._next_rest = now + REST_S
+            self._confirm |= dict.fromkeys(self._resting(moved, stream[~arrived]), 0.0)
         due = [stream for stream, at in self._confirm.items() if at <= now][:ASK_MAX]
         for stream in due:
             del self._confirm[stream]
@@ -117,6 +126,18 @@ class Delivery:
         slot = self.books.streams.slot.take(stream)
         still = self.connections.table.last_ns.take(slot, mode="clip") < int((now - STALLED_S) * NS)
         return near & still & (slot >= 0)
+
+    def _resting(self, moved: Moved, unfinished: npt.NDArray[np.int32]) -> Iterable[Stream]:
+        """Streams of unfinished transfers on which nothing has left since the last look, and not all is acknowledged.
+
+        A few at a time: there may be many that starve.
+        """
+        before, self._sent = self._sent, moved.sent
+        index = np.unique(unfinished[unfinished < len(before) - 1])
+        still = (moved.sent.take(index) == before.take(index)) & (moved.sent.take(index) > moved.acked.take(index))
+        index = np.roll(index[still], -self._ask_from)[:ASK_MAX]
+        self._ask_from += len(index)
+        return [stream for i in index.tolist() if (stream := self.books.streams.at(i)) is not None]
 
     def _overdue(self, now: float) -> dict[Stream, None]:
         """Streams with a debt on which nothing has moved, and nothing was announced, for DEBT_S."""
@@ -266,4 +287,5 @@ class Delivery:
                 self._confirm[transfer.stream] = 0.0
             else:
                 nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
-        self.endings.end(nowhere, now, delivered_at=now)
+        if nowhere:
+            self.endings.end(nowhere, now, delivered_at=now)

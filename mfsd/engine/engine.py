@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.elsewhere import Elsewhere
+    from mfsd.engine.records import Connection
     from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
     from mfsd.model import Hint
     from mfsd.policy.base import Policy
@@ -220,9 +221,12 @@ class Engine:
                 for watch in self.watches.found(event.selector):
                     self._found(watch, event.sockets, now)
         for conn, position in self.connections.placed():
-            for stream in conn.streams:
-                self.books.streams.rejoin(stream.members[conn], position)
+            self._place(conn, position)
         self.connections.lend()
+
+    def _place(self, conn: Connection, position: float) -> None:
+        for stream in conn.streams:
+            self.books.streams.rejoin(stream.members[conn], position)
 
     def _established(self, event: Established, now: float) -> None:
         expires = now + self.ledger.limits.default_ttl_s
@@ -235,9 +239,11 @@ class Engine:
         if self.connections.too_many(conn):
             self.endings.drop(conn, now)
             return
+        begin = float(event.active)  # nothing but its SYN, which TCP counts as a byte, has gone before
+        if self.connections.place(conn):
+            self._place(conn, begin)
         for watch in watches:
-            # Nothing but its SYN, which TCP counts as a byte, has gone before.
-            self.ledger.joined(watch, conn, float(event.active), now)
+            self.ledger.joined(watch, conn, begin, now)
         self.connections.note_rest(conn, now, linger=True)
 
     def _found(self, watch: Watch, sockets: Sequence[Socket], now: float) -> None:

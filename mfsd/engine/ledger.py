@@ -26,6 +26,7 @@ from mfsd.model import (
     RequestHint,
     Stage,
     TransferHint,
+    TupleSelector,
     What,
 )
 
@@ -363,6 +364,9 @@ class Ledger:
     def joined(self, watch: Watch, conn: Connection, position: float | None, now: float) -> None:
         """A watch has found a connection, which stood at ``position`` (None: ask)."""
         watch.seen = True
+        if not conn.here and watch.session.only < 0 and isinstance(watch.selector, TupleSelector):
+            # Not for those who may name their own sockets only: nobody knows whose such packets are.
+            self.connections.pass_by(conn)
         if conn not in watch.conns:
             watch.conns.add(conn)
             conn.watches.add(watch)
@@ -370,7 +374,7 @@ class Ledger:
         if watch.mark is not None and conn not in watch.mark.conns:
             self._put_on(watch.mark, conn, watch.band, now)
         if watch.stream is not None and conn not in watch.stream.members:
-            at = self.connections.written(conn) if position is None else position
+            at = self.connections.written(conn) if position is None or conn.passing else position
             self.books.streams.join(watch.stream, conn, at)
             if watch.stream.queue:
                 self.note(watch.stream, watch.stream.queue[-1].stage)

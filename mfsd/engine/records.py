@@ -226,6 +226,8 @@ class Connection:
     """It may be this user's alone, though nobody knows yet whose it is."""
     here: bool = False
     """Its socket is in the daemon's network namespace, so that TCP can be asked."""
+    passing: bool = False
+    """It is matched by its addresses, too: routed through this host, its packets have lost their socket."""
     uid: int = -1
     pid: int = 0
     streams: set[Stream] = field(default_factory=set)

@@ -98,6 +98,8 @@ class FlowTable:
         self.packets: npt.NDArray[np.uint64] = rows["packets"]
         self.last_ns: npt.NDArray[np.uint64] = rows["last_ns"]
         self.used: npt.NDArray[np.bool_] = np.zeros(len(rows), dtype=np.bool_)
+        self.lent: npt.NDArray[np.bool_] = np.zeros(len(rows), dtype=np.bool_)
+        """Reserved for somebody else to take."""
         self._free = list(range(len(rows) - 1, -1, -1))
         self._taken = 0
         self.high = 0
@@ -131,11 +133,12 @@ class FlowTable:
         """Up to ``count`` free slots that somebody else (the kernel) may take; they count as neither used nor free."""
         count = min(count, len(self._free) // 2)
         slots, self._free = self._free[len(self._free) - count :], self._free[: len(self._free) - count]
+        self.lent[slots] = True
         return slots
 
     def adopt(self, slot: int) -> None:
         """A reserved slot has been taken; its row is filled in already."""
-        self.used[slot] = True
+        self.used[slot], self.lent[slot] = True, False
         self._taken += 1
         self.high = max(self.high, slot + 1)
 

@@ -157,6 +157,10 @@ class Streams:
             out += max(getattr(positions[conn], what) - float(self.members.get(member, "joined")), 0.0)
         return out
 
+    def at(self, index: int) -> Stream | None:
+        """The one with an index, if it is open."""
+        return self._open[index]
+
     def all(self) -> Iterable[Stream]:
         """The open ones."""
         return (s for s in self._open if s is not None)

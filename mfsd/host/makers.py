@@ -54,6 +54,10 @@ class Census:
     _threads: dict[tuple[int, int], _Thread] = field(default_factory=dict)
     """By process and thread."""
 
+    def close(self) -> None:
+        """Idempotent."""
+        self._families.close()
+
     def look(self, makers: Collection[Maker]) -> dict[Maker, Makers]:
         """What each description means now."""
         groups = self._groups({m.cgroup for m in makers if m.cgroup})

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Final
 
 import psutil
 
+from mfsd.host.forks import Forks
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _DEAD_STATES: Final = "ZXx"
@@ -61,13 +63,25 @@ class Families:
     def __init__(self) -> None:
         self._known: dict[int, dict[int, float]] = {}
         """Descendants' start times by ancestor."""
+        self._forks = Forks()
+        self._born: dict[int, int] = {}
+        """Parent by child of what has been forked lately."""
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._forks.close()
 
     def look(self, ancestors: Iterable[int]) -> dict[int, frozenset[int]]:
         """Descendants by ancestor, those of living ones only. One pass over all processes, some 10 us each."""
         ancestors = frozenset(ancestors)
         if not ancestors:
             self._known = {}
+            self._forks.close()
             return {}
+        self._forks.open()
+        # What was forked between the last reading and the last pass over /proc is in this reading.
+        earlier, self._born = self._born, self._forks.read()
+        born = earlier | self._born
         living: dict[int, float] = {}
         children: dict[int, list[int]] = {}
         for pid in psutil.pids():
@@ -80,6 +94,9 @@ class Families:
         for ancestor in ancestors:
             # A child whose parent has ended belongs to init now, but it is still one of the family.
             found = {pid: t for pid, t in before.get(ancestor, {}).items() if living.get(pid) == t}
+            # So is one that was forked by somebody who ended before anybody looked.
+            kin = {ancestor, *before.get(ancestor, ())}
+            found |= {pid: living[pid] for pid in born if pid in living and _leads_to(pid, born, kin)}
             todo = [ancestor, *found] if ancestor in living else list(found)
             while todo:
                 for pid in children.get(todo.pop(), ()):
@@ -88,3 +105,14 @@ class Families:
                         todo.append(pid)
             self._known[ancestor] = found
         return {ancestor: frozenset(found) for ancestor, found in self._known.items()}
+
+
+def _leads_to(pid: int, born: Mapping[int, int], kin: Collection[int]) -> bool:
+    """Whether one of a family has forked a process, or the one that has forked it, and so on."""
+    seen: set[int] = set()
+    while pid in born and pid not in seen:
+        seen.add(pid)
+        pid = born[pid]
+        if pid in kin:
+            return True
+    return False

@@ -54,6 +54,7 @@ _LIFECYCLE: Final = "tests/e2e/test_lifecycle.py::test_"
 LEFT_OUT: Final = {
     "tests/e2e/test_steering.py::test_a_transfer_rises_as_its_deadline_nears": _LOOKS,
     "tests/e2e/test_habits_who.py": _NO_KERNEL,
+    "tests/e2e/test_habits_more.py": "the kinds of tests/e2e/test_habits.py again; `make test` runs it",
     "tests/e2e/test_habits_odd.py": "what it tries is done in tests/e2e/test_habits.py; `make test` runs it",
     "tests/e2e/test_habits_where.py::test_forty_thousand_transfers_are_shown_in_pages": _NO_KERNEL,
     "tests/e2e/test_habits_where.py::test_a_hint_costs_the_same_however_many_sockets_there_are": _SLOW,

@@ -264,3 +264,45 @@ def test_a_hint_costs_the_same_however_many_sockets_there_are(daemon: Daemon, cl
         many = cost()
     assert many < 2 * few + 0.2, (few, many)
     assert sink.accepted
+
+
+ROUTED = """
+ip addr add 10.79.0.1/24 dev p0; ip link set p0 up; sysctl -qw net.ipv4.ip_forward=1
+"""
+
+
+@pytest.mark.parametrize("named", ["exactly", "by port"])
+def test_a_routed_pod_is_matched_by_addresses(daemon: Daemon, client: Client, sink: Sink, named: str) -> None:
+    """Routing costs packets their socket: that the kernel tells of the pod's connection is not enough."""
+    pair, pod = daemon.pair, f"{daemon.pair.a}-pod"
+    with contextlib.ExitStack() as stack:
+        subprocess.run(["ip", "netns", "add", pod], check=True)
+        stack.callback(subprocess.run, ["ip", "netns", "del", pod], check=True)
+        subprocess.run(
+            ["ip", "-n", pair.a, "link", "add", "p0", "type", "veth", "peer", "name", "eth0", "netns", pod], check=True
+        )
+        pair.run(pair.a, ROUTED)
+        pair.run(pod, "ip link set lo up; ip addr add 10.79.0.9/24 dev eth0; ip link set eth0 up")
+        pair.run(pod, "ip route add default via 10.79.0.1")
+        pair.run(pair.b, f"ip route add 10.79.0.0/24 via {pair.addr_a}")
+        inside = replace(pair, a=pod, addr_a="10.79.0.9")
+        exact = tuple_of(pair.addr_b, PORT, "10.79.0.9", 41_001)
+        selector = exact if named == "exactly" else tuple_of(pair.addr_b, PORT)
+        with dial(inside, source_port=41_001) as s:
+            client.mark(selector, Stage.COLLECTIVE)
+            assert client.flush(5)
+            grown = Grown(daemon)
+            s.sendall(bytes(MB))
+            wait_for(lambda: sink.received == MB, "arrival")
+            assert grown.wrong(MB, right="level 0") <= WRONG
+            client.unmark(selector)
+            client.request("r", ttft_left_s=60)
+            for i in range(2):
+                client.transfer(f"t{i}", selector, MB, stage=Stage.P2D, request="r")
+                assert client.flush(5)
+                grown = Grown(daemon)
+                s.sendall(bytes(MB))
+                wait_for(lambda i=i: sink.received == (2 + i) * MB, "arrival")  # type: ignore[misc]
+                settled(daemon, (i + 1, 0, 0))
+                assert grown.wrong(MB) <= WRONG
+        assert client.stats.rejected == 0

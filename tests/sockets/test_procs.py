@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mfsd.host.processes import ProcessGoneError, alive, start_time
+from mfsd.host.processes import Families, ProcessGoneError, alive, start_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,3 +72,46 @@ def test_a_zombie_is_gone(child: Child) -> None:
     assert not alive(child.pid, started)
     with pytest.raises(ProcessGoneError):
         start_time(child.pid)
+
+
+FORKS = """
+import os, sys, time
+input()
+for _ in range(int(sys.argv[1])):
+    if os.fork():
+        os._exit(0) if _ else os.wait()
+        break
+else:
+    os.setsid()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+print("gone", flush=True)
+input()
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_descendant_whose_parents_have_gone_before_anybody_looked(depth: int) -> None:
+    """As programs do that go into the background: forked, and forked again, and all between have ended."""
+    families = Families()
+    command = [sys.executable, "-c", FORKS, str(depth)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as popen:
+        assert popen.stdin is not None
+        assert popen.stdout is not None
+        try:
+            assert families.look([popen.pid]) == {popen.pid: frozenset()}
+            popen.stdin.write("\n")
+            popen.stdin.flush()
+            last = int(next(line for line in popen.stdout if line.strip().isdecimal()))
+            deadline = time.monotonic() + 20
+            while depth > 1 and Path(f"/proc/{last}/stat").read_text().split()[3] == str(popen.pid):
+                assert time.monotonic() < deadline
+            time.sleep(0.05)
+            assert last in families.look([popen.pid])[popen.pid]
+            assert last in families.look([popen.pid])[popen.pid], "nor is it forgotten"
+        finally:
+            families.close()
+            popen.kill()
+            with contextlib.suppress(UnboundLocalError, ProcessLookupError):
+                os.kill(last, signal.SIGKILL)

@@ -77,12 +77,12 @@ def promotion_ms(daemon: Daemon, client: Client, late: Flow, busy: list[Flow], l
 
 def compare(
     pair: NetnsPair, folder: Path, record: Callable[[str, object], None], link: int = LINK, **daemon: Any
-) -> dict[bool, float]:
-    """Median latency in ms with (True) and without rescue; both and their ratio go into the report.
+) -> dict[bool, list[float]]:
+    """Latencies in ms with (True) and without rescue; both and the ratio of their medians go into the report.
 
     Ratios within one guest, because the processors are emulated. ``link`` is in bytes/s.
     """
-    p50 = {}
+    out: dict[bool, list[float]] = {}
     for enabled in (True, False):
         own = folder / str(enabled)
         own.mkdir()
@@ -92,7 +92,7 @@ def compare(
             flows(pair, 1 + BUSY) as (late, *busy),
             mfsd.client() as client,
         ):
-            # prio has no floors: what is sent before the first hint would wait in the default band (see the plan).
+            # prio itself has no floors: what is sent before the first hint would wait in the default band.
             for flow in busy:
                 client.mark(flow.sender, Stage.KV_REUSE)
             client.mark(late.sender, Stage.P2D)
@@ -102,11 +102,10 @@ def compare(
                 flow.saturate(600)
             # The first starves all sockets anew and is not counted.
             promotion_ms(mfsd, client, late, busy, link)
-            times = [promotion_ms(mfsd, client, late, busy, link) for _ in range(TRIALS)]
+            times = out[enabled] = [promotion_ms(mfsd, client, late, busy, link) for _ in range(TRIALS)]
             record(f"{'rescue' if enabled else 'plain'}_ms", [round(t) for t in times])
-            p50[enabled] = statistics.median(times)
             counters = mfsd.status().counters
             assert counters.promotions >= TRIALS
             assert bool(counters.rescues) == enabled
-    record("ratio", round(p50[False] / p50[True], 1))
-    return p50
+    record("ratio", round(statistics.median(out[False]) / statistics.median(out[True]), 1))
+    return out

@@ -44,7 +44,7 @@ _CGROUP_SOCK_CREATE: Final = 2
 _CGROUP_SOCK_OPS: Final = 3
 """enum bpf_attach_type."""
 SO_NETNS_COOKIE: Final = 71
-_OWN_MAPS: Final = ("mfsd_socks", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events")
+_OWN_MAPS: Final = ("mfsd_socks", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost")
 EVENTS_AT_ONCE: Final = 1024
 
 
@@ -106,6 +106,7 @@ class Teller:
         self.rules = Rules(self._mapped.array, BpfMap(maps["mfsd_rules_of"], 16, _abi.RULES_OF_DTYPE.itemsize))
         self._free = maps["mfsd_free"]
         self._ring = Ring(maps["mfsd_events"], _abi.EVENT_BYTES)
+        self._lost = Mapped.open(maps["mfsd_lost"], np.dtype(np.uint64), 1)
         self.fd = maps["mfsd_events"]
         """Readable when there are events."""
 
@@ -126,6 +127,11 @@ class Teller:
     def waiting(self) -> bool:
         """There are events."""
         return self._ring.waiting
+
+    @property
+    def lost(self) -> int:
+        """How many there was no room for, so far: what they would have told is in the directory alone."""
+        return int(self._lost.array[0])
 
     def events(self) -> list[Event]:
         """What has happened since the last call, at most EVENTS_AT_ONCE."""

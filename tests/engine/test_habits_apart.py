@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections of other network namespaces, tuples that are used again at once, and streams that stand still."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from support.harness import MSS, FakeSocket, Host, exact_tuple
+
+from mfsd.model import MarkHint, PortRange, Stage, TupleSelector
+
+RANGE = PortRange(6000, 6000)
+
+
+def forwarded(h: Host, sock: FakeSocket, payload: int) -> None:
+    """Let payload of a connection pass the classifier that has lost its socket: matched by addresses alone."""
+    row = h.table.rows[h.keys.tuples[sock.endpoints]]
+    row["sent"] += payload
+    row["packets"] += 1
+    row["last_ns"] = int(h.now * 1e9)
+
+
+def test_a_mark_by_addresses_on_a_routed_pod() -> None:
+    """Its socket is in another namespace, and its packets have none when they leave."""
+    for when in ("before", "after"):
+        for exact in (False, True):
+            h = Host()
+            sock = FakeSocket(7, h.socket(1).endpoints, here=False)
+            sock.endpoints = replace(sock.endpoints, sport=41_001)
+            selector = exact_tuple(sock.endpoints)
+            if not exact:
+                selector = TupleSelector(None, sock.endpoints.dst, PortRange(41_001, 41_001), RANGE, 6)
+            if when == "before":
+                h.kernel.connect(sock)
+            h.engine.apply(h.session, MarkHint(selector, Stage.COLLECTIVE), h.now)
+            if when == "after":
+                h.kernel.connect(sock)
+            h.tick()
+            assert h.band(sock) == "level 0"
+            assert h.keys.tuples[sock.endpoints] == h.keys.cookies[7]
+            h.kernel.close(sock)
+            h.tick()
+            assert sock.endpoints not in h.keys.tuples
+            assert h.table.taken == 0
+
+
+def test_a_transfer_of_a_routed_pod_by_addresses() -> None:
+    h = Host()
+    sock = FakeSocket(7, replace(h.socket(1).endpoints, sport=41_001), here=False)
+    h.kernel.connect(sock)
+    h.request("r", 60.0)
+    for i in range(3):
+        h.transfer(f"t{i}", exact_tuple(sock.endpoints), 100 * MSS)
+        h.tick()
+        assert h.table.taken == 1, "it has one slot, whatever names it"
+        forwarded(h, sock, 100 * MSS)
+        h.tick(0.001)
+        h.tick(0.2)
+        assert h.engine.books.counters.transfers_completed == i + 1
+
+
+def test_those_who_may_name_only_their_own_get_nothing_by_addresses() -> None:
+    """Anybody can make a namespace with a connection of the same addresses as somebody else's."""
+    h = Host()
+    mine = h.engine.session("mine", h.now, uid=1000, only=1000)
+    sock = FakeSocket(7, h.socket(1).endpoints, here=False, uid=1000)
+    h.kernel.connect(sock)
+    h.engine.apply(mine, MarkHint(exact_tuple(sock.endpoints), Stage.COLLECTIVE), h.now)
+    h.tick()
+    assert h.band(sock) == "level 0"
+    assert not h.keys.tuples
+
+
+def test_the_same_addresses_again_before_anybody_has_heard_of_the_end() -> None:
+    """The kernel still finds the slot of the one before, which is over: nobody shares a slot with it."""
+    h = Host()
+    first = h.socket(1)
+    h.kernel.close(first)
+    h.request("r", 60.0)
+    h.transfer("t", exact_tuple(first.endpoints), 2 * MSS)
+    h.tick()
+    sock = FakeSocket(2, first.endpoints)
+    h.kernel.connect(sock)
+    h.send(sock, 2 * MSS)
+    h.kernel.close(sock)
+    stranger = FakeSocket(3, first.endpoints)
+    h.kernel.connect(stranger)
+    h.tick()
+    assert h.engine.books.counters.transfers_completed == 1
+    others = [h.socket(i) for i in range(10, 40)]
+    for s in others:
+        h.transfer(f"t{s.cookie}", s, MSS)
+    slots = [conn.slot for conn in h.connections.by_slot.values()]
+    assert len(slots) == len(set(slots)) == h.table.taken
+    taken = [h.keys.cookies[s.cookie] for s in others]
+    assert h.keys.cookies.get(stranger.cookie) not in taken
+    for s in others:
+        h.kernel.close(s)
+    h.kernel.close(stranger)
+    h.tick(20.0)
+    h.tick(20.0)
+    assert h.table.taken == 0
+    assert not h.keys.cookies
+
+
+def test_what_is_left_is_exact_at_rest() -> None:
+    """Far from the end of a transfer, and after its last packet nothing tells of acknowledgements by itself."""
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("t", s, 1000 * MSS)
+    h.send(s, 400 * MSS, acked=False)
+    h.tick(0.001)
+    h.ack(s, 400 * MSS)
+    for _ in range(4):
+        h.tick(0.2)
+    left = h.engine.steering.views(h.now).transfers.left
+    assert left.tolist() == [600 * MSS]
+    asked = h.kernel.asked
+    for _ in range(10):
+        h.tick(0.2)
+    assert h.kernel.asked - asked <= 2, "TCP is asked once, and now and then whether the connection still exists"
