@@ -171,6 +171,7 @@ def test_a_child_stays_of_the_family_when_its_parent_ends(worker: Worker) -> Non
     while families.look([worker.popen.pid])[worker.popen.pid]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    families.close()
 
 
 def answered(selector: ProcessSelector, events: list[Event]) -> bool:
