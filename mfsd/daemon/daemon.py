@@ -122,6 +122,9 @@ class Daemon:
                 self.devices.set_steering(steers=self.engine.steers)
                 self.devices.beat()
                 await self._care()
+                if self._sockets.entered is not None:
+                    # Else clients that come back would be told what can't be, as long as it is not known what has gone.
+                    await asyncio.wrap_future(self._sockets.entered)
                 await self._server.start()
                 if self._relay is not None:
                     await self._relay.start()

@@ -34,6 +34,7 @@ from mfsd.model import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
 
     from mfsd.datapath.bpf.rules import Match
@@ -89,8 +90,11 @@ class HostSockets:
         self._lost = 0
         """Events that the kernel had no room for, of which we know."""
         self._seldom = Seldom()
+        self.entered: Future[None] | None = None
+        """Over once the connections that are older than we are are known, as far as they are here; None: they may be
+        listed at any time."""
         if teller is not None:
-            self._search("listing sockets", self._enter_older)
+            self.entered = self._search("listing sockets", self._enter_older)
 
     def close(self) -> None:
         """Idempotent. The teller is the caller's."""
@@ -274,7 +278,7 @@ class HostSockets:
 
     # --- searches, in the thread --------------------------------------------------------------------------------------
 
-    def _search(self, what: str, work: Callable[[], None], failed: Callable[[], None] = lambda: None) -> None:
+    def _search(self, what: str, work: Callable[[], None], failed: Callable[[], None] = lambda: None) -> Future[None]:
         """Have the thread work; whatever goes wrong there is logged, and ``failed`` is called."""
 
         def body() -> None:
@@ -284,7 +288,7 @@ class HostSockets:
                 self._failed(what, e)
                 failed()
 
-        self._thread.submit(body)
+        return self._thread.submit(body)
 
     def _not_found(self, selectors: Sequence[Selector]) -> None:
         self._answers.extend(Found(s, None) for s in selectors)

@@ -37,7 +37,8 @@ JUDGE_S: Final = 20e-6
 ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
 STALLED_S: Final = 1.0
-"""A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all."""
+"""A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all: then
+its size was announced too large. Workers that pause within a transfer, to compute a layer, are quicker."""
 REST_S: Final = 0.25
 """How often streams are looked through for those that stand still with something unacknowledged, as far as slots say:
 slots are as of the last packet, so what is left of transfers there counts bytes that may have arrived since."""
@@ -228,6 +229,8 @@ class Delivery:
                 arrived = quiet or end[i] <= acked + SLACK
             elif stream.ordered:
                 nearly = stalled and start[i] < acked and end[i] - acked <= REST * size[i]
+                # Not if the daemon has been started meanwhile, and knows for a moment only.
+                nearly = nearly and float(self.books.transfers.get(transfer, "created")) < now - STALLED_S
                 arrived = end[i] <= acked + SLACK or nearly
             else:
                 arrived = False

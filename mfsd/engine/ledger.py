@@ -358,6 +358,8 @@ class Ledger:
         """A connection becomes part of a stream, from where the process has written to now."""
         at = self.connections.written(conn) if position is None else float(position)
         self.books.streams.join(stream, conn, at)
+        if position is not None:
+            self.delivery.confirm(stream)  # part of what is to come has gone already
         if len(stream.members) == 1 and at < INF:
             stream.before = at - SYN
 
