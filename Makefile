@@ -15,7 +15,7 @@ PURE := not (root or netns or bpf)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup system generated build check demo lab lab-quick e2e-vllm test test-vm test-deb test-systemd test-metrics \
+.PHONY: help setup system generated build check demo lab lab-quick e2e-vllm e2e-mooncake test test-vm test-deb test-systemd test-metrics \
 	test-kubernetes deb wheel coverage fuzz kills bench lint nccl-plugin format clean
 
 help: ## list the targets
@@ -53,6 +53,10 @@ lab: build ## the whole cluster lab: hours, goes on where it was interrupted: bu
 e2e-vllm: build ## real vLLM, prefill to decode on TCP, 11 minutes (ARGS=--quick: 3), once 3 GB: build/lab/e2e-vllm.html
 	PYTHON=$(PYTHON) sh scripts/vllm_env.sh $(VLLM_VENV)
 	$(PY) -m mfsd.lab vllm --python $(VLLM_VENV)/bin/python $(ARGS)
+
+e2e-mooncake: build ## Mooncake's transfer engine and Store by mfsd's wrappers, half a minute, once 3 GB
+	PYTHON=$(PYTHON) sh scripts/vllm_env.sh $(VLLM_VENV)
+	$(PY) scripts/mooncake_check.py --python $(VLLM_VENV)/bin/python
 
 test: build ## all tests of this machine's kernel, as root; fails if a tier did not run
 	@mkdir -p build

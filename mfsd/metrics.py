@@ -94,6 +94,10 @@ METRICS: Final = (
     Metric("band_dropped_packets", "counter", "Dropped at a full queue, purged ones included.", BAND),
     Metric("band_queued_bytes", "gauge", "Queued now.", BAND),
     Metric("band_floor_bytes_per_second", "gauge", "What a band gets even when those above it are busy.", BAND),
+    Metric(
+        "band_guaranteed_bytes_per_second", "gauge", "What the policy guarantees a band now, its floor included; "
+        "0: no more than the floor.", BAND,
+    ),
     Metric("band_connections", "gauge", "Connections in it.", BAND),
 )  # fmt: skip
 

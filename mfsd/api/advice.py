@@ -78,4 +78,5 @@ def advice(engine: Engine, views: Views, dst: Address) -> pb.Advice:
         spare_bytes_per_s=estimator.rate * (1.0 - estimator.load),
         queued_bytes=float(t.left[t.peer == peer].sum()) if peer >= 0 else 0.0,
         device_queued_bytes=float(t.left[(t.conn >= 0) & (t.device == device)].sum()),
+        guaranteed_bytes_per_s=sum(engine.steering.guarantees.given(device).values()),
     )

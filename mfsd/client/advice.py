@@ -40,6 +40,8 @@ class Advice:
     """Announced to ``dst`` and not delivered."""
     device_queued: float
     """By the same device to anybody."""
+    guaranteed: float = 0.0
+    """Of the sending device's rate, to KV that would be late without it."""
 
     def least_s(self, size: float) -> float:
         """Seconds that so many bytes take if nothing goes before them."""
@@ -116,6 +118,7 @@ class Advisor:
             for (dst, src), a in zip(paths, reply.advice, strict=False):
                 if a.known:
                     advice = Advice(
-                        dst, src, a.rate_bytes_per_s, a.spare_bytes_per_s, a.queued_bytes, a.device_queued_bytes
-                    )
+                        dst, src, a.rate_bytes_per_s, a.spare_bytes_per_s, a.queued_bytes, a.device_queued_bytes,
+                        a.guaranteed_bytes_per_s,
+                    )  # fmt: skip
                     self._known[dst, src] = now, advice

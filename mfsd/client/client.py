@@ -153,14 +153,16 @@ class Client:
         back, below the lease or time-out of whoever waits for it; None: the policy's default. Raises OSError for a
         closed socket.
         """
-        self.transfers(
-            [
-                Transfer(
-                    transfer_id, connection, size, stage, request, batch, layer, deadline_s, ttl_s,
-                    interleaved=interleaved, max_defer_s=max_defer_s,
-                )
-            ]
+        named, now = name(connection), time.monotonic()
+        hint = TransferHint(
+            transfer_id, request, batch, stage, layer, size, named.selector,
+            INF if deadline_s is None else now + deadline_s, ttl_s, not interleaved, named.position,
+            INF if max_defer_s is None else now + max_defer_s,
         )  # fmt: skip
+        if named.fault:
+            self._refuse(hint, named)
+        else:
+            self._say(hint)
 
     def transfers(self, transfers: Iterable[Transfer]) -> None:
         """Announce many at once, which costs the daemon a fraction; as ``transfer`` for each, in their order."""

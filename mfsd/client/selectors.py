@@ -34,6 +34,8 @@ IPPROTO_MPTCP: Final = 262
 TCP_INFO: Final = struct.Struct("=120xQ")
 """tcpi_bytes_acked in ``struct tcp_info``, include/uapi/linux/tcp.h."""
 TRIES: Final = 3
+NONE: Final = b"\0\0\0\0"
+"""An int of 0, as ioctl has it."""
 
 Cookie = CookieSelector
 """A socket by its SO_COOKIE: ``Cookie(cookie_of(sock))``."""
@@ -58,7 +60,7 @@ Connection = HasFileno | Fd | HintSelector
 """A socket, its descriptor or its cookie, or a selector made by ``tuple_of`` or ``process_peer``."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take three times as long to make
 class Named:
     """What a connection is to the daemon."""
 
@@ -154,9 +156,12 @@ def _position(sock: Any) -> int:
     """Bytes written, on the scale of tcpi_bytes_acked; 0: unknown."""
     if not hasattr(sock, "fileno"):
         return 0
-    acked, number = _acked(sock), sock.fileno()
+    number = sock.fileno()
+    if fcntl.ioctl(number, termios.TIOCOUTQ, NONE) == NONE:
+        return _acked(sock)  # all that was written: nobody writes meanwhile
+    acked = _acked(sock)
     for _ in range(TRIES):
-        queued = int.from_bytes(fcntl.ioctl(number, termios.TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)  # SIOCOUTQ
+        queued = int.from_bytes(fcntl.ioctl(number, termios.TIOCOUTQ, NONE), sys.byteorder)  # SIOCOUTQ
         before, acked = acked, _acked(sock)
         if before == acked:
             break  # else some were acknowledged between the two calls

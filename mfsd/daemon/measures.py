@@ -54,6 +54,8 @@ class Seen:
     figures: Figures
     connections: npt.NDArray[np.int64]
     """By band."""
+    guaranteed: Mapping[int, float]
+    """Bytes/s by band; those that are not in it have their floors."""
     values: Mapping[str, float]
 
 
@@ -109,7 +111,12 @@ def snapshot(daemon: Operations, figures: Sequence[Figures], ticks: tuple[int, f
         },
         values=values,
         histograms=_histograms(engine),
-        devices=[_seen(*one) for one in zip(devices, figures, engine.connections.by_band(), strict=False)],
+        devices=[
+            _seen(device, figures[i], users, engine.steering.guarantees.given(i))
+            for i, (device, users) in enumerate(
+                zip(devices[: len(figures)], engine.connections.by_band(), strict=False)
+            )
+        ],
         bands=[(b.name, b.floor) for b in engine.steering.bands.bands],
     )
 
@@ -145,11 +152,12 @@ def _histograms(engine: Engine) -> dict[str, Mapping[str, Histogram]]:
     }
 
 
-def _seen(device: Device, figures: Figures, users: npt.NDArray[np.int64]) -> Seen:
+def _seen(device: Device, figures: Figures, users: npt.NDArray[np.int64], guaranteed: Mapping[int, float]) -> Seen:
     return Seen(
         device,
         figures,
         users,
+        guaranteed,
         {
             "device_attached": float(bool(device.hook)),
             "device_needs_care": float(bool(device.notice or device.failure)),
@@ -213,6 +221,7 @@ def _device_values(taken: Snapshot) -> Values:
                 ("band_dropped_packets", row.drops),
                 ("band_queued_bytes", row.backlog),
                 ("band_floor_bytes_per_second", floor * rate),
+                ("band_guaranteed_bytes_per_second", seen.guaranteed.get(row.index, 0.0)),
                 ("band_connections", int(seen.connections[row.index])),
             ):
                 out[metric].append(((name, band), value))

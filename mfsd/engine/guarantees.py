@@ -74,6 +74,12 @@ class Guarantees:
         """Of these, the bands that the policy has guaranteed nothing."""
         return self._standing.get(row, frozenset())
 
+    def given(self, row: int) -> dict[int, float]:
+        """Bytes/s on the wire that the policy has guaranteed bands of a device, their floors included, by index."""
+        device, standing = self.devices[row], self.standing(row)
+        shares = self.shares(row) if device.floors else {}
+        return {band: share * device.estimator.rate for band, share in shares.items() if band not in standing}
+
     def _asked(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
         asked = np.bincount(ladder.band_of, weights=guarantee, minlength=len(self.bands)) * (WIRE / rate)
         return {

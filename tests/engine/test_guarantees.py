@@ -113,3 +113,17 @@ def test_without_a_known_rate_there_is_nothing_to_share_out() -> None:
     guarantees, device = _one(bands, 0.0)
     guarantees.give(np.full((1, 5), RATE), Ladder(bands, 5), 0.0)
     assert device.guaranteed == {}
+
+
+def test_what_is_given_is_in_bytes_and_leaves_out_what_nobody_asked_for() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands, SLOW)
+    assert guarantees.given(0) == {}
+    ladder = Ladder(bands, 5)
+    guarantees.give(np.array([[0.0, 0.0, 0.3 * SLOW, 0.0, 0.0]]), ladder, 0.0)
+    ((band, rate),) = guarantees.given(0).items()
+    assert band == ladder.band_of[2]
+    assert guarantees.standing(0)
+    assert 0.3 * WIRE <= rate / SLOW - bands.bands[band].floor <= 0.3 * WIRE + STEP + 1e-9
+    device.floors = False
+    assert guarantees.given(0) == {}

@@ -79,13 +79,18 @@ def test_listening_ends_with_the_client_and_a_slow_listener_loses_the_oldest() -
 
 def test_advice_is_asked_for_in_the_background(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     said = pb.Advice(
-        known=True, rate_bytes_per_s=1000.0, spare_bytes_per_s=10.0, queued_bytes=500, device_queued_bytes=2000
+        known=True,
+        rate_bytes_per_s=1000.0,
+        spare_bytes_per_s=10.0,
+        queued_bytes=500,
+        device_queued_bytes=2000,
+        guaranteed_bytes_per_s=300.0,
     )
     monkeypatch.setattr(advice, "advice", lambda *_: said)
     with Client(target=running.target) as client:
         assert client.advice("10.0.0.7") is None
         found = wait_for(lambda: client.advice("10.0.0.7"))
-        assert found == Advice("10.0.0.7", "", 1000.0, 10.0, 500.0, 2000.0)
+        assert found == Advice("10.0.0.7", "", 1000.0, 10.0, 500.0, 2000.0, 300.0)
         assert (found.least_s(500), found.expected_s(500)) == (0.5, 2.5)
         took = []
         for _ in range(200):
