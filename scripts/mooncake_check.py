@@ -4,9 +4,9 @@
     python scripts/mooncake_check.py --python VENV/bin/python        (make e2e-mooncake)
 
 VENV has mooncake-transfer-engine-non-cuda and mfsd[client]'s dependencies; scripts/vllm_env.sh makes such a one. Two
-processes on loopback: one holds memory and a segment of the Store, the other writes, reads, puts and gets. No root. What is
-checked: the bytes are right, no hint is rejected, hints name the connections that the bytes take (each transfer is seen to
-arrive), and all of it works when the daemon is gone.
+processes on loopback: one holds memory and a segment of the Store, the other writes, reads, puts and gets. No root.
+What is checked: the bytes are right, no hint is rejected, hints name the connections that the bytes take (each transfer
+is seen to arrive), and all of it works when the daemon is gone.
 """
 
 from __future__ import annotations
