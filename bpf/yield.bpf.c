@@ -257,6 +257,13 @@ static __always_inline int wanted(struct before *before, struct tcp_sock *tp)
 	return before->standing == SETTLED;
 }
 
+/* As the loader has put it there, which the compiler must not know better. */
+static __always_inline void own_name(__u64 *name)
+{
+	name[0] = *(const volatile __u64 *)&mfsd_name[0];
+	name[1] = *(const volatile __u64 *)&mfsd_name[sizeof(__u64)];
+}
+
 /* What it runs now; if that is a former daemon's yielding, what that had found is not known. */
 static __always_inline void tidy(struct before *before)
 {
@@ -271,7 +278,7 @@ int mfsd_mannered(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct before *before;
 	struct tcp_sock *tp;
-	char ours[NAME_LEN];
+	__u64 ours[NAME_LEN / sizeof(__u64)];
 
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
@@ -292,8 +299,8 @@ int mfsd_mannered(struct bpf_sock_ops *ctx)
 	if (bpf_getsockopt(ctx, SOL_TCP, TCP_CONGESTION, before->name, sizeof(before->name)))
 		return ALLOW;
 	tidy(before);
-	__builtin_memcpy(ours, (const void *)mfsd_name, sizeof(ours));
-	if (!bpf_setsockopt(ctx, SOL_TCP, TCP_CONGESTION, ours, sizeof(ours)))
+	own_name(ours);
+	if (!bpf_setsockopt(ctx, SOL_TCP, TCP_CONGESTION, (char *)ours, sizeof(ours)))
 		before->standing = OURS;
 	return ALLOW;
 }
@@ -305,7 +312,7 @@ int mfsd_adopt(struct bpf_iter__tcp *ctx)
 	struct mfsd_adopted *adopted;
 	struct before *before;
 	struct tcp_sock *tp;
-	char ours[NAME_LEN];
+	__u64 ours[NAME_LEN / sizeof(__u64)];
 	__u32 zero = 0;
 	int flags;
 
@@ -329,8 +336,8 @@ int mfsd_adopt(struct bpf_iter__tcp *ctx)
 	if (bpf_getsockopt(tp, SOL_TCP, TCP_CONGESTION, before->name, sizeof(before->name)))
 		return 0;
 	tidy(before);
-	__builtin_memcpy(ours, (const void *)mfsd_name, sizeof(ours));
-	if (!bpf_setsockopt(tp, SOL_TCP, TCP_CONGESTION, ours, sizeof(ours))) {
+	own_name(ours);
+	if (!bpf_setsockopt(tp, SOL_TCP, TCP_CONGESTION, (char *)ours, sizeof(ours))) {
 		before->standing = OURS;
 		adopted->switched += 1;
 	}

@@ -57,7 +57,7 @@ struct {
 } mfsd_before SEC(".maps");
 
 /* The loader puts another name in place of this one, here and below, where it is taken. */
-const volatile char mfsd_name[NAME_LEN] = "mfsd_yield";
+const volatile char mfsd_name[NAME_LEN] __attribute__((aligned(8))) = "mfsd_yield";
 
 extern void cubictcp_init(struct sock *sk) __ksym;
 extern __u32 cubictcp_recalc_ssthresh(struct sock *sk) __ksym;

@@ -72,6 +72,10 @@ METRICS: Final = (
     Metric("transfer_slack_seconds", "histogram", "The same of transfers that have a deadline.", STAGE),
     Metric("transfer_queue_seconds", "histogram", "From the hint to the first byte, to within a tick.", STAGE),
     Metric("transfer_wire_seconds", "histogram", "From the first byte to the delivery of the last one.", STAGE),
+    # In the network (network.yield).
+    Metric("yielding_connections", "gauge", "Connections that yield, heard from within the last 0.2 s.", ("band",)),
+    Metric("yielding_queue_seconds", "gauge", "Mean queue that they see at bottlenecks of the network.", ("band",)),
+    Metric("yielding_ratio", "gauge", "Share of their time in which they get out of somebody's way.", ("band",)),
     # The daemon itself.
     Metric("ticks", "counter", "Ticks of the engine that succeeded."),
     Metric("tick_busy_seconds", "counter", "Time that ticks took."),

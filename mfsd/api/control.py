@@ -114,12 +114,13 @@ class ControlService(control_pb2_grpc.ControlServicer):
         target = request.WhichOneof("target")
         if target is None:
             await _invalid(context, "target", "is not set", "name a slot, cookie or transfer_id")
+        ways = await self._daemon.ways()
         if target == "slot":
-            found = messages.explanation(engine, now, slot=request.slot)
+            found = messages.explanation(engine, now, ways, slot=request.slot)
         elif target == "cookie":
-            found = messages.explanation(engine, now, cookie=request.cookie)
+            found = messages.explanation(engine, now, ways, cookie=request.cookie)
         else:
-            found = messages.explanation(engine, now, transfer_id=request.transfer_id)
+            found = messages.explanation(engine, now, ways, transfer_id=request.transfer_id)
         if found is None:
             value = getattr(request, str(target))
             await _not_found(context, f"no {target} {value!r}; it may be finished: list connections or transfers")
@@ -203,7 +204,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     async def _status(self) -> pb.Status:
         figures = await self._daemon.figures()
-        return messages.status(self._daemon, figures, self._clock())
+        return messages.status(self._daemon, figures, await self._daemon.ways(), self._clock())
 
     async def _named(self, name: str, context: Context) -> list[str]:
         known = [d.name for d in self._daemon.all_devices]

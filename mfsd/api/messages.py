@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 
 import mfsd
+from mfsd.api import network
 from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandSpec, Urgency
 from mfsd.engine.slots import NS
 from mfsd.model import INF, Mode, PortRange, ProcessSelector, RuleSelector, Stage, TupleSelector
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mfsd.api.operations import BandRow, Device, Figures, Operations, Verdict
+    from mfsd.api.operations import BandRow, Device, Figures, Operations, Verdict, Way
     from mfsd.engine.engine import Engine
     from mfsd.engine.peers import Known
     from mfsd.engine.records import Connection, Transfer, Watch
@@ -44,8 +45,8 @@ _SHOWN_LEVEL: Final = {LEVEL_NEW: -1, LEVEL_NONE: -1, LEVEL_SCAVENGER: -2, LEVEL
 _PROCESS: Final = psutil.Process()
 
 
-def status(daemon: Operations, figures: Sequence[Figures], now: float) -> pb.Status:
-    """One screen. ``figures``: of all devices."""
+def status(daemon: Operations, figures: Sequence[Figures], ways: Sequence[Way], now: float) -> pb.Status:
+    """One screen. ``figures``: of all devices; ``ways``: of connections that yield."""
     engine, books = daemon.engine, daemon.engine.books
     p50, p99 = daemon.tick_durations()
     unseen = [w for w in engine.watches.unseen(now) if not _carried(engine, w)]
@@ -74,6 +75,7 @@ def status(daemon: Operations, figures: Sequence[Figures], now: float) -> pb.Sta
         notices=[*daemon.notices(), *_unseen(unseen)],
         peers=[_peer(p) for p in engine.connections.peers.known(now)[:PEERS]],
         tenants=[_tenant(u) for u in islice(engine.steering.urgency.uses(), TENANTS)],
+        yielding=network.rows(ways, [b.name for b in engine.steering.bands.bands]),
     )
 
 
@@ -257,7 +259,13 @@ def transfers(engine: Engine, now: float, which: Iterable[int]) -> list[pb.Trans
 
 
 def explanation(
-    engine: Engine, now: float, *, slot: int | None = None, cookie: int | None = None, transfer_id: str | None = None
+    engine: Engine,
+    now: float,
+    ways: Sequence[Way] = (),
+    *,
+    slot: int | None = None,
+    cookie: int | None = None,
+    transfer_id: str | None = None,
 ) -> pb.Explanation | None:
     """Why one connection (by slot or cookie) or transfer (by id, of any session) is where it is; None: unknown."""
     parts, conn = _find(engine, slot, cookie, transfer_id)
@@ -294,6 +302,7 @@ def explanation(
         out.reasons.insert(
             0, "its user has moved more urgent traffic than its budget: demoted for now (status, tenants)"
         )
+    out.reasons.extend(network.reasons(ways, conn, out.connection.band))
     if not engine.steers:
         out.reasons.append("packets are not steered: " + ("paused" if engine.paused else "the mode is observe"))
     return out

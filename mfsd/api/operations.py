@@ -83,6 +83,30 @@ class Figures:
     """The classifier's counters by name (enum mfsd_stat in bpf/mfsd.h)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What deferred connections of a band know of the way to a peer; see bpf/yield.h."""
+
+    peer: str
+    band: str
+    connections: int
+    base_s: float
+    """Round trip without queue; 0: not known yet."""
+    queue_s: float
+    """Queue that was seen last."""
+    target_s: float
+    """Queue that they aim at."""
+    window: float
+    """What each of them may have in flight, packets."""
+    queue_seconds_sum: float
+    """Of ``samples``, since the way is known."""
+    samples: int
+    steered_s: float
+    """Time that it was looked at..."""
+    yielded_s: float
+    """...and of that, spent getting out of somebody's way."""
+
+
 class Operations(Protocol):
     """What operators ask."""
 
@@ -105,6 +129,15 @@ class Operations(Protocol):
 
     async def figures(self) -> list[Figures]:
         """Of all devices, in their order; read elsewhere than on the event loop, since the kernel may make one wait."""
+        ...
+
+    @property
+    def yields(self) -> bool:
+        """Deferred connections yield in the network."""
+        ...
+
+    async def ways(self) -> Sequence[Way]:
+        """What is known of the ways to peers where they do."""
         ...
 
     def notices(self) -> list[str]:

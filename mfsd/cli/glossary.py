@@ -96,6 +96,15 @@ TENANT: Final = {
     "demotions": "how often that began",
 }
 
+YIELDING: Final = {
+    "band": "whose connections yield at bottlenecks elsewhere (network.yield)",
+    "hosts": "hosts to which it has, or lately had, such connections",
+    "connections": "how many of them were heard from in the last fifth of a second of traffic",
+    "queue_ms": "queue that they saw on their ways, on average",
+    "target_ms": "queue that they aim at now, the most of all ways",
+    "yielding_share": "share of their time in which they got out of somebody's way",
+}
+
 STATS: Final = {
     "cookie": "packets of hinted connections matched by socket cookie, and steered",
     "tuple": "packets of hinted connections matched by addresses and ports, and steered",
@@ -117,5 +126,6 @@ SECTIONS: Final = (
     ("band", "devices[].bands[].", BAND),
     ("peer", "peers[].", PEER),
     ("user (shown when there are several, or one was demoted)", "tenants[].", TENANT),
+    ("yielding in the network", "yielding[].", YIELDING),
     ("classifier (packets on this device)", "devices[].stats.", STATS),
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
 from mfsd.daemon.config import Config, ConfigError, load, render
-from mfsd.daemon.config_bands import bands_of, dscp_of, marks_in_words, policy_of
+from mfsd.daemon.config_bands import bands_of, dscp_of, marks_in_words, policy_of, yielding_in_words
 from mfsd.datapath import links, tc
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
 from mfsd.datapath.errors import DatapathError, NoDeviceError
@@ -49,7 +49,12 @@ def plan(config: Config, device: str) -> pb.Plan:
         )
     bands = bands_of(config, policy_of(config))
     marks = marks_in_words(dscp_of(config), bands)
-    return pb.Plan(devices=[_device_plan(d, bands, config.daemon.state_dir, marks) for d in chosen])
+    out = pb.Plan(devices=[_device_plan(d, bands, config.daemon.state_dir, marks) for d in chosen])
+    fastest = max((d.rate for d in config.device if d.rate), default=None)
+    words = yielding_in_words(config.network, bands, fastest)
+    for plan in out.devices:
+        plan.reasons.extend(filter(None, [words]))
+    return out
 
 
 def _device_plan(device: DeviceConfig, bands: Bands, state_dir: Path, marks: list[str]) -> pb.DevicePlan:

@@ -122,6 +122,22 @@ def _tenants(tenants: Iterable[pb.Tenant]) -> RenderableType:
     )  # fmt: skip
 
 
+def _yielding(rows: Iterable[pb.Yielding]) -> RenderableType:
+    return tables.table(
+        [
+            ("yields in the network", "left"), ("hosts", "right"), ("conns", "right"), ("queue", "right"),
+            ("aims at", "right"), ("gives way", "right"),
+        ],
+        (
+            [
+                y.band, str(y.hosts), str(y.connections), f"{y.queue_ms:.2f} ms", f"{y.target_ms:.2f} ms",
+                f"{y.yielding_share:.0%}",
+            ]
+            for y in rows
+        ),
+    )  # fmt: skip
+
+
 def render_status(s: pb.Status) -> list[RenderableType]:
     """One screen: lines and tables."""
     lines = list(_summary(s))
@@ -130,6 +146,8 @@ def render_status(s: pb.Status) -> list[RenderableType]:
         parts += _device(device)
     if s.peers:
         parts += _peers(s.peers)
+    if s.yielding:
+        parts += ["", _yielding(s.yielding)]
     if len(s.tenants) > 1 or any(t.demotions for t in s.tenants):
         parts += ["", _tenants(s.tenants)]
     if not s.devices:

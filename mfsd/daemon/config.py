@@ -36,6 +36,7 @@ from mfsd.daemon.config_values import (
     UserName,
     loopback,
 )
+from mfsd.daemon.network_section import NetworkConfig
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, TenantsConfig, as_tuple, setting
 from mfsd.model import Mode
@@ -207,6 +208,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     limits: LimitsConfig = LimitsConfig()
     rescue: RescueConfig = RescueConfig()
+    network: NetworkConfig = NetworkConfig()
     tenants: TenantsConfig = TenantsConfig()
     rules: RulesConfig = RulesConfig()
     relay: RelayConfig = RelayConfig()

@@ -12,8 +12,11 @@ from mfsd.policy.registry import make_policy
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mfsd.bands import BandSpec
     from mfsd.daemon.config import Config
+    from mfsd.daemon.network_section import NetworkConfig
     from mfsd.policy.base import Policy
+    from mfsd.units import Rate
 
 
 def bands_of(config: Config, policy: Policy) -> Bands:
@@ -61,3 +64,21 @@ def marks_in_words(dscp: Mapping[str, int], plan: Bands) -> list[str]:
         if band.name in dscp:
             names.setdefault(dscp[band.name], []).append(band.name)
     return [f"DSCP {code} into packets of {', '.join(marked)}" for code, marked in names.items()]
+
+
+def yielding(bands: Bands) -> tuple[list[BandSpec], list[BandSpec]]:
+    """Bands whose connections yield in the network, and those that yield to these, too."""
+    return [b for b in bands.level_bands if b.index > bands.default.index], [bands.background, bands.scavenger]
+
+
+def yielding_in_words(config: NetworkConfig, bands: Bands, rate: Rate | None) -> str:
+    """A sentence for plans; empty where nothing is to yield. ``rate``: of the fastest device; None: unknown."""
+    if config.mode == "off":
+        return ""
+    target = config.target_s(rate) * 1000
+    words = [
+        f"those of {', '.join(b.name for b in found)} below {most:g} ms"
+        for found, most in zip(yielding(bands), (target, target / 2), strict=True)
+        if found
+    ]
+    return f"TCP connections keep queues elsewhere short (network.yield): {', '.join(words)}"

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from mfsd.api.operations import Figures, RuleState, Verdict
+    from mfsd.api.operations import Figures, RuleState, Verdict, Way
     from mfsd.daemon.config import Config
     from mfsd.daemon.device import Device
 
@@ -48,6 +48,8 @@ CARE_S: Final = 5.0
 STATUS_S: Final = 5.0
 """How often the one-line status for systemctl is renewed."""
 
+FLOORS_S: Final = 0.1
+"""How often it is reckoned what connections that yield may always send."""
 SNAPSHOT_S: Final = 5.0
 """How long a scrape waits for the event loop."""
 
@@ -111,7 +113,7 @@ class Daemon:
             self._registry = measures.registry_of(lambda: self._snapshot(loop))
             self._exposition = Exposition(config.metrics, config.daemon.socket, self._registry)
             self._undo = undo.pop_all()
-        self._next_watchdog = 0.0
+        self._next_watchdog = self._next_floors = 0.0
 
     # --- life cycle ---------------------------------------------------------------------------------------------------
 
@@ -197,9 +199,19 @@ class Daemon:
     def _beat(self, now: float) -> None:
         """After a successful tick: signs of life for the classifier and for systemd."""
         self.devices.beat()
+        if self.yields and now >= self._next_floors:
+            self._next_floors = now + FLOORS_S
+            self._give_floors()
         if self._supervisor.watchdog_s and now >= self._next_watchdog:
             self._next_watchdog = now + self._supervisor.watchdog_s / 3
             self._supervisor.tell("WATCHDOG=1")
+
+    def _give_floors(self) -> None:
+        """Connections that yield may always send their part of what their band gets at least."""
+        counts, guarantees = self.engine.connections.by_band(), self.engine.steering.guarantees
+        row = max(range(len(self.all_devices)), key=lambda r: self.all_devices[r].estimator.configured)
+        rate = self.all_devices[row].estimator.configured
+        self.devices.network.floors(guarantees.shares(row), counts[row], rate)
 
     async def _on_devices(self, work: Callable[[], T]) -> T:
         """Run blocking device work in a thread, one piece at a time."""
@@ -335,14 +347,22 @@ class Daemon:
         """Of all devices, read by their threads."""
         return list(await asyncio.gather(*(asyncio.wrap_future(d.figures()) for d in self.all_devices)))
 
+    @property
+    def yields(self) -> bool:
+        """Deferred connections yield in the network."""
+        return bool(self.devices.network.algorithm)
+
+    async def ways(self) -> list[Way]:
+        """To peers, where they do."""
+        return await asyncio.to_thread(self.devices.network.ways) if self.yields else []
+
     def notices(self) -> list[str]:
         """Things an operator should know, most important first."""
         out = [f"engine: the last tick failed: {self.ticker.failure}"] if self.ticker.failure else []
         out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
         out += self.devices.problems
-        if self.devices.teller_problem:
-            out.append(self.devices.teller_problem)
+        out += [p for p in (self.devices.teller_problem, self.devices.network.problem) if p]
         out += [] if self._relay is None else self._relay.notices()
         out += [f"rule {r.name!r} names nothing: {r.problem}" for r in self.rules if r.problem]
         if not self.all_devices:
@@ -375,7 +395,7 @@ class Daemon:
 
         async def take() -> measures.Snapshot:
             ticks = self.ticker.count, self.ticker.busy_s, self.ticker.failure
-            return measures.snapshot(self, await self.figures(), ticks, clock.monotonic())
+            return measures.snapshot(self, await self.figures(), await self.ways(), ticks, clock.monotonic())
 
         return asyncio.run_coroutine_threadsafe(take(), loop).result(SNAPSHOT_S)
 
@@ -402,7 +422,10 @@ class Daemon:
 
     async def plans(self, names: Sequence[str]) -> list[pb.DevicePlan]:
         """What enforcing changes, or has changed, on these devices."""
-        return [_plan(device, plan) for device, plan in await self._on_devices(lambda: self.devices.plans(names))]
+        out = [_plan(device, plan) for device, plan in await self._on_devices(lambda: self.devices.plans(names))]
+        for plan in out:
+            plan.reasons.extend(filter(None, [self.devices.network.words]))
+        return out
 
     async def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Put qdiscs back. With none left to enforce on, the mode is observe from then on."""

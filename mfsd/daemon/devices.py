@@ -21,6 +21,7 @@ from mfsd.daemon.config_bands import dscp_of
 from mfsd.daemon.device import Device, Shape
 from mfsd.daemon.drain import drain
 from mfsd.daemon.keys import KernelKeys
+from mfsd.daemon.network import Network
 from mfsd.daemon.predecessor import HOST, Predecessor, link_name
 from mfsd.daemon.reserve import Reserve
 from mfsd.datapath import _abi, links, tc
@@ -65,6 +66,7 @@ class Devices:
         self.teller: Teller | None = None
         self.teller_problem = ""
         """Why the kernel does not tell of connections; empty where it does."""
+        self.network = Network(config.network, bands)
         self._host: npt.NDArray[Any] | None = None
         self._open = contextlib.ExitStack()
         self._reserve: Reserve | None = None
@@ -95,6 +97,7 @@ class Devices:
         self.set_timeout(config.daemon.heartbeat_timeout_ms)
         try:
             self._listen(shared)
+            self.network = Network.start(config.network, bands, shared)
         except BaseException:
             self.close()
             raise
@@ -189,6 +192,7 @@ class Devices:
             self.problems = leftovers.put_back(self._sock, state_dir, ours, [d.name for d in self.all])
             for device in found:
                 self._guarded(device, lambda d: self._care(d, mode, sure=gone is not None))
+            self.network.care(max(d.estimator.configured for d in self.all))
 
     @staticmethod
     def _guarded(device: Device, work: Callable[[Device], None]) -> bool:
@@ -365,6 +369,7 @@ class Devices:
         self.predecessor.retire()
         self.fall_silent()
         self._host = None
+        self.network.close()
         if self.teller is not None:
             self.teller.close()
             self.teller = None

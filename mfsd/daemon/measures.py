@@ -22,8 +22,10 @@ from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.samples import Exemplar
 
 import mfsd
+from mfsd.api import network
 from mfsd.metrics import BY_NAME, METRICS, PREFIX
 from mfsd.model import INF, Stage
+from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from prometheus_client import Metric as Family
 
-    from mfsd.api.operations import Device, Figures, Operations
+    from mfsd.api.operations import Device, Figures, Operations, Way
     from mfsd.engine.engine import Engine
     from mfsd.engine.tally import Histogram
 
@@ -71,15 +73,18 @@ class Snapshot:
     """(name, floor as share of the link) by index."""
 
 
-def snapshot(daemon: Operations, figures: Sequence[Figures], ticks: tuple[int, float, str], now: float) -> Snapshot:
+def snapshot(
+    daemon: Operations, figures: Sequence[Figures], ways: Sequence[Way], ticks: tuple[int, float, str], now: float
+) -> Snapshot:
     """Take it, on the event loop.
 
-    ``figures``: of all devices. ``ticks``: how many there have been, seconds that they took, why the last failed.
+    ``figures``: of all devices. ``ways``: of connections that yield. ``ticks``: how many there have been, seconds that
+    they took, why the last failed.
     """
     engine, books = daemon.engine, daemon.engine.books
     count, busy, failure = ticks
     p50, p99 = daemon.tick_durations()
-    c = books.counters
+    c, bands = books.counters, engine.steering.bands
     values: Values = {
         "uptime_seconds": [((), now - daemon.started)],
         "enforcing": [((), float(engine.steers))],
@@ -101,6 +106,7 @@ def snapshot(daemon: Operations, figures: Sequence[Figures], ticks: tuple[int, f
         "tick_failing": [((), float(bool(failure)))],
         "notices": [((), len(daemon.notices()))],
         **_transfers(engine, now),
+        **_yielding(ways, [b.name for b in bands.bands if b.index > bands.default.index]),
     }
     devices = daemon.all_devices
     return Snapshot(
@@ -117,8 +123,19 @@ def snapshot(daemon: Operations, figures: Sequence[Figures], ticks: tuple[int, f
                 zip(devices[: len(figures)], engine.connections.by_band(), strict=False)
             )
         ],
-        bands=[(b.name, b.floor) for b in engine.steering.bands.bands],
+        bands=[(b.name, b.floor) for b in bands.bands],
     )
+
+
+def _yielding(ways: Sequence[Way], bands: Sequence[str]) -> Values:
+    """Of the bands that may yield; 0 where none of their connections do."""
+    rows = {row.band: row for row in network.rows(ways, bands)}
+    found = [((band,), rows.get(band) or pb.Yielding()) for band in bands]
+    return {
+        "yielding_connections": [(band, row.connections) for band, row in found],
+        "yielding_queue_seconds": [(band, row.queue_ms / 1000) for band, row in found],
+        "yielding_ratio": [(band, row.yielding_share) for band, row in found],
+    }
 
 
 def _transfers(engine: Engine, now: float) -> Values:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from mfsd.datapath.bpf.bcc import check_headers, interpreter
 from mfsd.datapath.bpf.libbpf import LibbpfLoader, library
 from mfsd.datapath.bpf.teller import Teller
+from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.doctor.finding import Finding, Severity
 
@@ -201,4 +202,39 @@ def sockets(context: Context) -> Iterator[Finding]:
         )
 
 
-CHECKS: Final[tuple[Check, ...]] = (capabilities, memlock, libbpf, bcc, classifier, sockets)
+def yields(context: Context) -> Iterator[Finding]:
+    """Whether deferred connections can yield in the network; registered for a moment, for nobody."""
+    wanted = context.config.network.mode
+    if wanted == "off":
+        yield Finding(
+            "loader.yield",
+            Severity.INFO,
+            "Levels hold on this host's links only, as configured",
+            'network.yield = "off"',
+            "deferred traffic fills the queues of switches without priorities, and urgent traffic waits there",
+            'network.yield = "auto" lets deferred connections yield there (docs/network.md)',
+        )
+    if wanted == "off" or not _may_load(context):
+        return
+    try:
+        with LibbpfLoader().open_classifier(_TRIAL_ROWS) as known, Yielding(known):
+            pass
+    except (DatapathError, OSError) as e:
+        yield Finding(
+            "loader.yield",
+            Severity.FAIL if wanted == "on" else Severity.WARN,
+            "Deferred connections do not yield in the network",
+            str(e),
+            'mfsd does not start with network.yield = "on"' if wanted == "on" else "levels hold on this host's links",
+            "see the detail: it takes CAP_PERFMON, BTF, Linux 6.4 and cubic in the kernel",
+        )
+    else:
+        yield Finding(
+            "loader.yield",
+            Severity.OK,
+            "Deferred connections yield in the network",
+            "the congestion control loads and registers (tried and taken off again)",
+        )
+
+
+CHECKS: Final[tuple[Check, ...]] = (capabilities, memlock, libbpf, bcc, classifier, sockets, yields)

@@ -91,7 +91,7 @@ class Network:
             self._plain = True
         if settings.switch != "none":
             for name in settings.hosts:
-                _port(name, settings.rate_of(name), settings.switch, len(dscp))
+                port(name, settings.rate_of(name), settings.switch, len(dscp))
         self._state = state
 
     def _start(self, arm: Arm, dscp: Mapping[str, int], *, control_unhinted: bool) -> None:
@@ -141,7 +141,7 @@ def marks(arm: Arm, switch: str) -> dict[str, int]:
     return {bands.control.name: HIGH, **levels, bands.default.name: 0, **last}
 
 
-def _port(name: str, rate: Rate, switch: str, bands: int) -> None:
+def port(name: str, rate: Rate, switch: str, bands: int) -> None:
     """Give the switch's port to a host its queues, in place of those it had."""
     limit, shape = max(int(rate.bytes_per_s * QUEUE_S), 131_072), htb_shape(rate)
     if switch == "classes":

@@ -239,13 +239,18 @@ def test_nothing_is_left_when_it_is_closed_in_mid_flight(bench: Bench, default: 
 
 @pytest.mark.bpf
 def test_two_daemons_do_not_meddle(bench: Bench, default: str) -> None:
-    with LibbpfLoader().open_classifier(64) as classifier, Yielding(classifier) as other:
-        assert other.name != bench.yielding.name
-        sock = bench.connect()
-        bench.hint(sock, FIRST)
-        bench.becomes(sock, bench.yielding.name)
-        bench.forget(sock)
-        bench.becomes(sock, default)
+    with contextlib.ExitStack() as stack:
+        classifier = stack.enter_context(LibbpfLoader().open_classifier(64))
+        other = Bench(classifier, stack.enter_context(Yielding(classifier)), bench.pair)
+        stack.callback(other.close)
+        assert other.yielding.name != bench.yielding.name
+        pairs = [(one, one.connect()) for one in (bench, other)]
+        for one, sock in pairs:
+            one.hint(sock, FIRST)
+            one.becomes(sock, one.yielding.name)
+        for one, sock in pairs:
+            one.forget(sock)
+            one.becomes(sock, default)
 
 
 @pytest.mark.bpf

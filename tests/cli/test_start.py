@@ -96,9 +96,9 @@ def test_help_stats_describes_every_number(rig: Rig) -> None:
     assert not rig.tap.asked  # no daemon needed
     described: dict[Any, dict[str, str]] = {
         pb.Status: glossary.STATUS, pb.Counters: glossary.COUNTERS, pb.Device: glossary.DEVICE, pb.Band: glossary.BAND,
-        pb.Peer: glossary.PEER, pb.Tenant: glossary.TENANT,
+        pb.Peer: glossary.PEER, pb.Tenant: glossary.TENANT, pb.Yielding: glossary.YIELDING,
     }  # fmt: skip
-    containers = {"devices", "counters", "bands", "stats", "peers", "tenants"}
+    containers = {"devices", "counters", "bands", "stats", "peers", "tenants", "yielding"}
     for message, texts in described.items():
         assert set(texts) == {f.name for f in message.DESCRIPTOR.fields} - containers
     stats = {n.removeprefix("STAT_").lower() for n in vars(_abi) if n.startswith("STAT_")} - {"max"}

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that yield in the network, as the daemon has them (datapath/bpf/yielding.py, docs/network.md).
+
+Which bands yield follows from the bands: the levels below the default band, and, below those, background and scavenger.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from mfsd.api.operations import Way
+from mfsd.daemon import config_bands
+from mfsd.datapath import _abi
+from mfsd.datapath.bpf.keys import V4_MAPPED
+from mfsd.datapath.bpf.yielding import Yielding
+from mfsd.datapath.errors import LoaderError
+from mfsd.units import Rate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from mfsd.bands import Bands
+    from mfsd.daemon.network_section import NetworkConfig
+    from mfsd.datapath.bpf.loader import Classifier
+
+UNIT: Final = 1024
+"""Of struct mfsd_path's fractions (bpf/yield.h)."""
+NEVER: Final = 0xFFFFFFFF
+
+log = structlog.get_logger(__name__)
+
+
+def classes_of(bands: Bands) -> dict[int, int]:
+    """What the bands that yield are to the kernel (enum mfsd_yield_class), by index."""
+    first, second = config_bands.yielding(bands)
+    return {b.index: _abi.YIELD_FIRST for b in first} | {b.index: _abi.YIELD_SECOND for b in second}
+
+
+@dataclass(slots=True)
+class Network:
+    """The algorithm at work, or why it is not. Only ``floors`` is for the event loop; the rest may wait."""
+
+    config: NetworkConfig
+    bands: Bands
+    problem: str = ""
+    """Why nothing yields although it should, as far as it goes."""
+    _yielding: Yielding | None = None
+    _deaf: bool = True
+    """Connections have to be looked at, once or again and again."""
+
+    @classmethod
+    def start(cls, config: NetworkConfig, bands: Bands, classifier: Classifier) -> Network:
+        """Load and attach it where that is wanted. Raises LoaderError where it must be."""
+        out = cls(config, bands)
+        if config.mode == "off":
+            return out
+        try:
+            out._yielding = Yielding(classifier)
+        except LoaderError as e:
+            if config.mode == "on":
+                raise
+            out.problem = f"deferred connections do not yield in the network: {e}"
+            log.warning("network", problem=str(e))
+            return out
+        settings = out._yielding.settings
+        settings["flags"] = _abi.YIELD_REPLACE if config.replace else 0
+        for band, kind in classes_of(bands).items():
+            settings["class_of"][0, band] = kind
+        log.info("yielding in the network", algorithm=out._yielding.name)
+        return out
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the congestion control; empty where nothing yields."""
+        return "" if self._yielding is None else self._yielding.name
+
+    @property
+    def words(self) -> str:
+        """For plans; empty where nothing yields."""
+        if self._yielding is None:
+            return ""
+        rate = float(self._yielding.settings["rate"][0])
+        return config_bands.yielding_in_words(self.config, self.bands, Rate(rate) if rate else None)
+
+    def care(self, rate: float) -> None:
+        """Follow the devices' rate (bytes/s), and look at connections that the kernel does not tell of."""
+        if self._yielding is None:
+            return
+        settings = self._yielding.settings
+        target = self.config.target_s(Rate(rate) if rate else None)
+        settings["rate"], settings["target_us"] = int(rate), int(target * 1e6)
+        if not self._deaf:
+            return
+        try:
+            switched, deaf = self._yielding.adopt()
+        except OSError as e:
+            self.problem = f"connections older than the daemon do not yield in the network: {e}"
+            return
+        self._deaf = deaf > 0
+        if switched:
+            log.info("yielding", connections=switched)
+
+    def floors(self, shares: Mapping[int, float], connections: npt.NDArray[np.int64], rate: float) -> None:
+        """What each connection of a band may always send: the band's share of ``rate`` (bytes/s), evenly.
+
+        ``connections``: by band, shape (bands,).
+        """
+        if self._yielding is None:
+            return
+        floor = self._yielding.settings["floor"][0]
+        for band in classes_of(self.bands):
+            share = shares.get(band, self.bands.bands[band].floor)
+            floor[band] = int(share * rate / max(int(connections[band]), 1))
+
+    def ways(self) -> list[Way]:
+        """What is known of the ways to peers, by band."""
+        if self._yielding is None:
+            return []
+        keys, paths = self._yielding.paths()
+        return [_way(key, path, self.bands) for key, path in zip(keys, paths, strict=True)]
+
+    def close(self) -> None:
+        """Unload it. Idempotent."""
+        if self._yielding is not None:
+            self._yielding.close()
+            self._yielding = None
+
+
+def _way(key: Any, path: Any, bands: Bands) -> Way:
+    peer, band = key["peer"].tobytes(), int(key["band"])
+    known = int(path["base_us"]) != NEVER
+    return Way(
+        peer=str(ipaddress.ip_address(peer[12:] if peer[:12] == V4_MAPPED else peer)),
+        band=bands.bands[band].name if band < len(bands) else str(band),
+        connections=int(path["flows"]),
+        base_s=int(path["base_us"]) / 1e6 if known else 0.0,
+        queue_s=int(path["delay_us"]) / 1e6,
+        target_s=int(path["target_us"]) / 1e6,
+        window=int(path["share"]) * int(path["part"]) / UNIT / UNIT,
+        queue_seconds_sum=int(path["delay_sum"]) / 1e6,
+        samples=int(path["samples"]),
+        steered_s=int(path["steered_us"]) / 1e6,
+        yielded_s=int(path["yielded_us"]) / 1e6,
+    )

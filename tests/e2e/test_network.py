@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deferred connections yield in the network, from the configuration to the socket, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from support.privileges import SETPRIV
+from support.rig import Daemon, Flow, flows, running, wait_for
+
+from mfsd.client import Stage, cookie_of
+from mfsd.datapath.bpf import yielding
+from mfsd.v1 import control_pb2 as pb
+
+if TYPE_CHECKING:
+    from support.namespaces import NetnsPair
+
+ON: Final = '[network]\nyield = "on"\nreplace = true\n'
+"""The rig's connections choose cubic, which may not be the default here."""
+AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(bool(yielding.missing()), reason=f"kernel: {yielding.missing()}"),
+]
+
+
+def algorithm(flow: Flow) -> str:
+    return flow.sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+def ours() -> set[str]:
+    return {name for name in AVAILABLE.read_text().split() if name.startswith(yielding.NAME)}
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_from_the_hint_to_the_socket_and_back(netns_pair: NetnsPair, tmp_path: Path, end: signal.Signals) -> None:
+    before = ours()
+    with flows(netns_pair, 1) as older, running(Daemon(netns_pair, tmp_path, extra=ON)) as daemon:
+        assert len(ours() - before) == 1
+        with flows(netns_pair, 1) as newer, daemon.client() as client:
+            for flow in (*older, *newer):
+                flow.saturate()
+                client.mark(flow.sender, Stage.P2D)
+            assert client.flush(5)
+            for flow in (*older, *newer):
+                wait_for(lambda flow=flow: algorithm(flow) in ours(), "yielding")  # type: ignore[misc]
+            rows = wait_for(lambda: daemon.status().yielding, "a row of the band")
+            assert [(row.band, row.hosts) for row in rows] == [("level 4", 1)]
+            request = pb.ExplainRequest(cookie=cookie_of(newer[0].sender))
+            why = wait_for(
+                lambda: [r for r in daemon.control(lambda c: c.Explain(request)).reasons if r.startswith("yields:")],
+                "an explanation",
+            )
+            assert netns_pair.addr_b in why[0]
+            plan = daemon.control(lambda c: c.GetPlan(pb.GetPlanRequest()))
+            assert any("network.yield" in reason for reason in plan.devices[0].reasons)
+            client.mark(newer[0].sender, Stage.COLLECTIVE)
+            assert client.flush(5)
+            wait_for(lambda: not daemon.status().yielding or daemon.connections()[0].level == 0, "the promotion")
+            assert algorithm(newer[0]) in ours()  # whose urgent part is cubic
+            daemon.end(end)
+            wait_for(lambda: ours() == before, "the algorithm to go")
+            for flow in (*older, *newer):
+                wait_for(lambda flow=flow: algorithm(flow) == "cubic", "cubic again")  # type: ignore[misc]
+
+
+def test_without_the_capability_it_runs_without(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    wrap = ("setpriv", *SETPRIV)
+    with running(Daemon(netns_pair, tmp_path, extra='[network]\nyield = "auto"\n', wrap=wrap)) as daemon:
+        (notice,) = [n for n in daemon.status().notices if "yield" in n]
+        assert "CAP_PERFMON" in notice
+        assert not daemon.status().yielding
+
+
+def test_on_refuses_to_start_without_it(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    daemon = Daemon(netns_pair, tmp_path, extra=ON, wrap=("setpriv", *SETPRIV))
+    with pytest.raises(AssertionError, match="CAP_PERFMON"), running(daemon):
+        pass
+
+
+def test_off_is_off(daemon: Daemon) -> None:
+    with flows(daemon.pair, 1) as opened, daemon.client() as client:
+        client.mark(opened[0].sender, Stage.P2D)
+        assert client.flush(5)
+        opened[0].saturate()
+        wait_for(lambda: daemon.bands()["level 4"].bytes > 1_000_000, "deferred traffic")
+        assert algorithm(opened[0]) == "cubic"
+        assert not daemon.status().yielding
