@@ -71,6 +71,7 @@ class Simulated:
     holes: bool = False
     unsent_plus_unacked: int = 1 << 40
     notsent: int = 1 << 40
+    total_retrans: int = 0
     rto_us: int = 200_000
     last_ack_ms: int = 0
     last_sent_ms: int = 0

@@ -39,6 +39,8 @@ class Metric:
 DEVICE: Final = ("device",)
 BAND: Final = ("device", "band")
 STAGE: Final = ("stage",)
+USER: Final = ("user",)
+USER_DEVICE: Final = ("user", "device")
 
 METRICS: Final = (
     Metric("build", "info", "Always 1; what runs, in its labels.", ("version", "policy", "loader")),
@@ -51,12 +53,14 @@ METRICS: Final = (
     Metric("batches", "gauge", "Batches of requests that compute together."),
     Metric("transfers", "gauge", "Announced transfers that are not finished.", STAGE),
     Metric("transfers_at_risk", "gauge", "Of these: even alone on the link they would be late.", STAGE),
+    Metric("transfers_infeasible", "gauge", "Of these: given up, or told to be late, by the policy.", STAGE),
     Metric("transfers_left_bytes", "gauge", "Of these: bytes that have not left yet.", STAGE),
     Metric(
         "least_laxity_seconds", "gauge", "Least time that any of them could still wait and be in time alone on the "
         "link; below zero: late. Absent where none has a deadline.", STAGE,
     ),
     Metric("connections", "gauge", "Connections in the table that the kernel shares."),
+    Metric("sockets_told", "gauge", "1: the kernel tells of new connections. 0: they are searched for, a moment late."),
     Metric("slots", "gauge", "Rows of that table: the most connections that there can be."),
     Metric("selectors_unmatched", "gauge", "Selectors that have matched no connection for a second or more."),
     # What has happened.
@@ -67,6 +71,10 @@ METRICS: Final = (
     ),
     Metric("promotions", "counter", "Times that a connection was lifted to a more urgent band."),
     Metric("rescues", "counter", "Promotions whose packets sat in a starved queue and were purged, to be sent anew."),
+    Metric(
+        "rescue_retransmitted_segments", "counter", "What TCP has sent again within a second of a rescue, on the "
+        "connection that was rescued; where bands have floors.",
+    ),
     Metric("rescue_latency_seconds", "histogram", "From a promotion to the purge that made it take effect."),
     Metric("request_slack_seconds", "histogram", "Deadline less delivery of the last byte; below zero: late."),
     Metric("transfer_slack_seconds", "histogram", "The same of transfers that have a deadline.", STAGE),
@@ -76,6 +84,16 @@ METRICS: Final = (
     Metric("yielding_connections", "gauge", "Connections that yield, heard from within the last 0.2 s.", ("band",)),
     Metric("yielding_queue_seconds", "gauge", "Mean queue that they see at bottlenecks of the network.", ("band",)),
     Metric("yielding_ratio", "gauge", "Share of their time in which they get out of somebody's way.", ("band",)),
+    # Users (tenants), by number; "other": those beyond the first hundred. -1: nobody knows.
+    Metric(
+        "user_requests_ended", "counter", "Requests of a user's sessions; result: met or missed.", ("user", "result")
+    ),
+    Metric("user_least_laxity_seconds", "gauge", "Least laxity of a user's transfers.", USER),
+    Metric("user_transfers", "gauge", "Announced transfers of a user that are not finished.", USER),
+    Metric("user_moved_bytes_per_second", "gauge", "What a user's hinted connections move.", USER_DEVICE),
+    Metric("user_urgent_bytes_per_second", "gauge", "Of it above unhinted traffic.", USER_DEVICE),
+    Metric("user_allowed_bytes_per_second", "gauge", "How much of that is allowed now; 0: any.", USER_DEVICE),
+    Metric("user_demotions", "counter", "Times that a user was demoted for moving more.", USER_DEVICE),
     # The daemon itself.
     Metric("ticks", "counter", "Ticks of the engine that succeeded."),
     Metric("tick_busy_seconds", "counter", "Time that ticks took."),
@@ -102,6 +120,8 @@ METRICS: Final = (
         "band_guaranteed_bytes_per_second", "gauge", "What the policy guarantees a band now, its floor included; "
         "0: no more than the floor.", BAND,
     ),
+    Metric("band_standing_bytes_per_second", "gauge", "Rate of a band that the policy gives nothing; 0: none.", BAND),
+    Metric("band_got_bytes_per_second", "gauge", "What a band got lately.", BAND),
     Metric("band_connections", "gauge", "Connections in it.", BAND),
 )  # fmt: skip
 

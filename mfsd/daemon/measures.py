@@ -24,6 +24,8 @@ from prometheus_client.samples import Exemplar
 import mfsd
 from mfsd.api import network
 from mfsd.metrics import BY_NAME, METRICS, PREFIX
+from mfsd.engine.tally import USERS_KEPT
+from mfsd.metrics import BY_NAME, METRICS, PREFIX, STAGE
 from mfsd.model import INF, Stage
 from mfsd.v1 import control_pb2 as pb
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 REQUEST_LABEL: Final = "request_id"
 REQUEST_MAX: Final = 128 - len(REQUEST_LABEL)
 """OpenMetrics allows 128 characters for the labels of an exemplar."""
+OTHER: Final = "other"
+"""In place of the number of a user who is not among the first hundred."""
 _STAGES: Final = tuple(s for s in Stage if s is not Stage.NONE)
 _MAKE: Final = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily,
                 "info": InfoMetricFamily}  # fmt: skip
@@ -56,9 +60,9 @@ class Seen:
     figures: Figures
     connections: npt.NDArray[np.int64]
     """By band."""
-    guaranteed: Mapping[int, float]
-    """Bytes/s by band; those that are not in it have their floors."""
     values: Mapping[str, float]
+    rates: Mapping[str, Mapping[int, float]]
+    """By metric, by band."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,11 @@ def snapshot(
         "tick_recent_seconds": [(("0.5",), p50), (("0.99",), p99)],
         "tick_failing": [((), float(bool(failure)))],
         "notices": [((), len(daemon.notices()))],
+        "sockets_told": [((), float(engine.connections.sockets.tells))],
+        "rescue_retransmitted_segments": [((), engine.rescuer.retransmitted)],
         **_transfers(engine, now),
         **_yielding(ways, [b.name for b in bands.bands if b.index > bands.default.index]),
+        **_uses(engine),
     }
     devices = daemon.all_devices
     return Snapshot(
@@ -118,7 +125,7 @@ def snapshot(
         values=values,
         histograms=_histograms(engine),
         devices=[
-            _seen(device, figures[i], users, engine.steering.guarantees.given(i))
+            _seen(engine, i, device, figures[i], users)
             for i, (device, users) in enumerate(
                 zip(devices[: len(figures)], engine.connections.by_band(), strict=False)
             )
@@ -146,15 +153,55 @@ def _transfers(engine: Engine, now: float) -> Values:
     with np.errstate(divide="ignore", invalid="ignore"):
         alone = np.where(rate > 0, t.left / rate, 0.0)
     laxity = t.deadline - now - alone
-    out: Values = {n: [] for n in ("transfers", "transfers_at_risk", "transfers_left_bytes", "least_laxity_seconds")}
+    out: Values = {m.name: [] for m in METRICS if m.labels == STAGE and m.kind == "gauge"}
     for stage in _STAGES:
         label, of = (stage.name.lower(),), t.stage == stage
         timed = laxity[of & (t.deadline < INF)]
         out["transfers"].append((label, int(of.sum())))
         out["transfers_at_risk"].append((label, int((timed < 0).sum())))
+        out["transfers_infeasible"].append((label, int((t.infeasible & of).sum())))
         out["transfers_left_bytes"].append((label, float(t.left[of].sum())))
         if len(timed):
             out["least_laxity_seconds"].append((label, float(timed.min())))
+    return out | _users(engine, laxity)
+
+
+def _users(engine: Engine, laxity: npt.NDArray[np.float64]) -> Values:
+    """By user of the session: transfers and their laxity, requests that ended."""
+    known = engine.books.tally.users
+    uids = np.array([transfer.session.uid for transfer in engine.books.transfers.objects], dtype=np.int64)
+    out: Values = {"user_transfers": [], "user_least_laxity_seconds": [], "user_requests_ended": []}
+    unique, count = np.unique(uids, return_counts=True)
+    listed = unique[np.argsort(-count, kind="stable")][:USERS_KEPT].tolist()
+    groups = [(str(uid), uids == uid) for uid in listed]
+    if len(unique) > len(listed):
+        groups.append((OTHER, ~np.isin(uids, listed)))
+    for user, of in groups:
+        out["user_transfers"].append(((user,), int(of.sum())))
+        if np.isfinite(laxity[of]).any():
+            out["user_least_laxity_seconds"].append(((user,), float(laxity[of].min())))
+    for uid, (late, met) in known.items():
+        user = OTHER if uid is None else str(uid)
+        out["user_requests_ended"] += [((user, "met"), met), ((user, "missed"), late)]
+    return out
+
+
+def _uses(engine: Engine) -> Values:
+    """What users' connections move, by device; those that move most, the others added up."""
+    names = ("user_moved_bytes_per_second", "user_urgent_bytes_per_second", "user_allowed_bytes_per_second",
+             "user_demotions")  # fmt: skip
+    out: Values = {name: [] for name in names}
+    rest: dict[str, list[float]] = {}
+    for n, use in enumerate(engine.steering.urgency.uses()):
+        figures = (use.moved, use.urgent, use.allowed, use.demotions)
+        if n < USERS_KEPT:
+            for name, value in zip(names, figures, strict=True):
+                out[name].append(((str(use.uid), use.device), value))
+        else:
+            rest[use.device] = [a + b for a, b in zip(rest.get(use.device, [0.0] * 4), figures, strict=True)]
+    for device, sums in rest.items():
+        for name, value in zip(names, sums, strict=True):
+            out[name].append(((OTHER, device), value))
     return out
 
 
@@ -169,18 +216,25 @@ def _histograms(engine: Engine) -> dict[str, Mapping[str, Histogram]]:
     }
 
 
-def _seen(device: Device, figures: Figures, users: npt.NDArray[np.int64], guaranteed: Mapping[int, float]) -> Seen:
+def _seen(engine: Engine, index: int, device: Device, figures: Figures, users: npt.NDArray[np.int64]) -> Seen:
+    guarantees, estimator = engine.steering.guarantees, device.estimator
+    shares = guarantees.shares(index) if device.floors else {}
+    standing = {band: shares[band] * estimator.rate for band in guarantees.standing(index) if band in shares}
     return Seen(
         device,
         figures,
         users,
-        guaranteed,
         {
             "device_attached": float(bool(device.hook)),
             "device_needs_care": float(bool(device.notice or device.failure)),
             "device_rate_bytes_per_second": device.estimator.configured,
             "device_measured_bytes_per_second": device.estimator.measured,
             "device_busy_ratio": device.estimator.utilisation,
+        },
+        {
+            "band_guaranteed_bytes_per_second": guarantees.given(index),
+            "band_standing_bytes_per_second": standing,
+            "band_got_bytes_per_second": dict(enumerate((estimator.band_load * estimator.rate).tolist())),
         },
     )
 
@@ -221,7 +275,7 @@ def _family(name: str) -> Any:
 
 def _device_values(taken: Snapshot) -> Values:
     """What is counted by device."""
-    out: Values = {m.name: [] for m in METRICS if "device" in m.labels}
+    out: Values = {m.name: [] for m in METRICS if "device" in m.labels and "user" not in m.labels}
     for seen in taken.devices:
         device = seen.device
         name, backend = device.name, device.backend
@@ -238,10 +292,11 @@ def _device_values(taken: Snapshot) -> Values:
                 ("band_dropped_packets", row.drops),
                 ("band_queued_bytes", row.backlog),
                 ("band_floor_bytes_per_second", floor * rate),
-                ("band_guaranteed_bytes_per_second", seen.guaranteed.get(row.index, 0.0)),
                 ("band_connections", int(seen.connections[row.index])),
             ):
                 out[metric].append(((name, band), value))
+            for metric, rates in seen.rates.items():
+                out[metric].append(((name, band), rates.get(row.index, 0.0)))
     return out
 
 

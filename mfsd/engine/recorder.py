@@ -24,6 +24,8 @@ WAITING: Final = 200_000
 """Lines that wait to be taken; what happens beyond is counted only."""
 RATES_S: Final = 1.0
 """Between two looks at what links give."""
+ALL_S: Final = 0.5
+"""Between two looks for transfers that were there before the record began: a tick may decide on a part of all."""
 MOST: Final = 4
 """Recorders at a time."""
 
@@ -35,7 +37,7 @@ class Recorder:
         self._began, self._devices = now, devices
         self._numbers: dict[Transfer, int] = {}
         self._next = 0
-        self._next_rates = 0.0
+        self._next_rates = self._next_all = 0.0
         self._lost = 0
         named = {getattr(d, "name", str(i)): d.estimator.rate for i, d in enumerate(devices)}
         parameters = {key: getattr(policy, key) for key in registry.describe(policy.name) if hasattr(policy, key)}
@@ -47,11 +49,16 @@ class Recorder:
         if now >= self._next_rates and self._devices:
             self._next_rates = now + RATES_S
             self._put({"t": at, "rates": [round(d.estimator.rate) for d in self._devices]})
-        changed = np.flatnonzero(level != t.level).tolist()
-        # At the first look all are new; later only those that have not been decided on.
-        for row in changed if self._next else range(len(t)):
+        different = level != t.level
+        # Who is new has another level than before. Those that were there already are found by looking at all.
+        every = now >= self._next_all
+        if every:
+            self._next_all = now + ALL_S
+        for row in range(len(t)) if every else np.flatnonzero(different).tolist():
             transfer = transfers[row]
             number = self._numbers.get(transfer)
+            if number is not None and not different[row]:
+                continue
             if number is None:
                 number = self._numbers[transfer] = self._next
                 self._next += 1

@@ -58,6 +58,10 @@ WANTING_S: Final = 1.0
 """A tenant that has needed no rescue for so long leaves its part to others."""
 
 
+AFTER_S: Final = 1.0
+"""So long after a rescue is looked what TCP has sent again."""
+
+
 @dataclass(slots=True)
 class _Budget:
     """Rescues that one device, or one tenant there, may have now; refilled steadily, up to a second's worth."""
@@ -87,6 +91,11 @@ class Rescuer:
     _wanted: dict[tuple[int, int], float] = field(default_factory=dict)
     """When they did."""
 
+    retransmitted: int = 0
+    """Segments that TCP has sent again within AFTER_S of rescues."""
+    _after: dict[Connection, tuple[float, int]] = field(default_factory=dict)
+    """When to look how many a connection has sent again, and how many it had before."""
+
     @property
     def waiting(self) -> bool:
         """A rescue may be due within ``stall``: tick soon."""
@@ -112,9 +121,12 @@ class Rescuer:
     def forget(self, conn: Connection) -> None:
         """The connection is gone."""
         self._stuck.pop(conn, None)
+        self._after.pop(conn, None)
 
     def run(self, now: float) -> None:
         """Order the rescues that are due."""
+        if self._after:
+            self._look_after(now)
         if not self._stuck:
             return
         stall_s = self.config.stall_ms / 1000
@@ -131,6 +143,14 @@ class Rescuer:
         for index, late in due.items():
             self._order(index, late, now)
 
+    def _look_after(self, now: float) -> None:
+        due = [conn for conn, (at, _) in self._after.items() if now >= at]
+        told = self.connections.tcp(due) if due else {}
+        for conn in due:
+            _, before = self._after.pop(conn)
+            if conn in told:
+                self.retransmitted += max(told[conn].total_retrans - before, 0)
+
     def _order(self, index: int, stuck: list[_Late], now: float) -> None:
         """Order as many as the device may have now; the others wait."""
         device = self.devices[index]
@@ -141,6 +161,8 @@ class Rescuer:
             del self._stuck[conn]
             floor = self.bands.bands[late.band].floor * device.estimator.rate if device.floors else 0.0
             in_time_s = _timer(told.get(conn)) if floor else 0.0
+            if conn in told:
+                self._after[conn] = now + AFTER_S, told[conn].total_retrans
             orders.append(Rescue(conn, late.band, conn.lane, floor, in_time_s, late.since))
         if orders:
             device.rescue(orders)

@@ -51,6 +51,11 @@ class Progress(Protocol):
         ...
 
     @property
+    def total_retrans(self) -> int:
+        """Segments sent again so far."""
+        ...
+
+    @property
     def rto_us(self) -> int:
         """Retransmission timeout."""
         ...

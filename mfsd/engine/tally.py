@@ -27,6 +27,7 @@ SLACK: Final = (-10.0, -5.0, -2.0, -1.0, -0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1
 """The same of time to spare; below zero: late."""
 TRANSFERS_KEPT: Final = 20_000
 REQUESTS_KEPT: Final = 2_000
+USERS_KEPT: Final = 100
 UNSORTED_MAX: Final = 4_096
 """Ends noted before they are sorted although nobody reads."""
 _COLUMNS: Final = ("size", "created", "begun", "deadline", "first_level")
@@ -119,6 +120,8 @@ class Tally:
         self._wire = {stage: Histogram(SECONDS) for stage in Stage}
         self._slack = {stage: Histogram(SLACK) for stage in Stage}
         self._request_slack = Histogram(SLACK)
+        self.users: dict[int | None, list[int]] = {}
+        """Requests late and in time by user; None: all users beyond the first ones."""
         self._rescue = Histogram(SECONDS)
 
     # --- noting -------------------------------------------------------------------------------------------------------
@@ -147,6 +150,9 @@ class Tally:
         """A request is about to be struck out."""
         one = EndedRequest(request.id, request.session.name, arrival, deadline, at)
         self.requests.append(one)
+        uid = request.session.uid
+        known = uid if uid in self.users or len(self.users) < USERS_KEPT else None
+        self.users.setdefault(known, [0, 0])[at <= deadline] += 1
         self._finished.append(one)
         if len(self._finished) >= UNSORTED_MAX:
             self._sort()

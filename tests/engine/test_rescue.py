@@ -37,6 +37,22 @@ def test_a_starved_promoted_connection_is_purged_in_its_old_lane() -> None:
     assert h.band(s) != h.bands.bands[place[0]].name
 
 
+def test_what_tcp_sends_again_after_a_rescue_is_counted_once() -> None:
+    h = Host()
+    s, _ = deferred(h)
+    s.total_retrans = 7  # from before
+    promote(h)
+    assert h.device.purged
+    s.total_retrans = 9
+    h.tick(0.5)
+    assert h.engine.rescuer.retransmitted == 0
+    h.tick(1.0)
+    assert h.engine.rescuer.retransmitted == 2
+    s.total_retrans = 30  # whatever for
+    h.tick(2.0)
+    assert h.engine.rescuer.retransmitted == 2
+
+
 def test_only_its_own_lane_is_purged() -> None:
     h = Host()
     _, first = deferred(h, 1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import socket
 import ssl
 import subprocess
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -16,6 +18,7 @@ from support.daemons import Api, Running, connected, wait_for
 
 import mfsd
 from mfsd.client import Client, Cookie, Stage, cookie_of
+from mfsd.engine import tally
 from mfsd.metrics import METRICS
 from mfsd.v1 import control_pb2 as pb
 
@@ -121,6 +124,30 @@ def test_what_happens_is_counted(running: Running) -> None:
     for name in ("transfer_queue_seconds", "transfer_wire_seconds"):
         assert value(found, name, "_count", stage="p2d") == 1
         assert value(found, name, "_count", stage="collective") == 0  # it was not delivered
+
+
+def test_users_are_counted_apart_and_no_more_of_them_than_have_room(running: Running) -> None:
+    uid = str(os.getuid())
+    with connected() as (near, _), Client("worker", running.target) as client:
+        client.request("met", ttft_left_s=50.0)
+        client.request("missed", ttft_left_s=-1.0)
+        client.request("stays", ttft_left_s=50.0)
+        client.transfer("t", Cookie(cookie_of(near)), size=100_000, stage=Stage.P2D, request="stays")
+        client.done(request="met")
+        assert client.flush(10)
+        time.sleep(0.05)  # until the deadline has passed that it was given at the least
+        client.done(request="missed")
+        assert client.flush(10)
+        wait_for(lambda: value(scrape(running), "user_transfers", user=uid) == 1)
+        found = scrape(running)
+        assert 0 < value(found, "user_least_laxity_seconds", user=uid) < 50
+        for result in ("met", "missed"):
+            assert value(found, "user_requests_ended", "_total", user=uid, result=result) == 1
+    many = {user: [1, 2] for user in range(1000, 1000 + tally.USERS_KEPT)} | {None: [5, 6]}
+    running.ask(lambda e: e.books.tally.users.update(many))
+    found = scrape(running)
+    assert value(found, "user_requests_ended", "_total", user="other", result="met") == 6
+    assert value(found, "user_requests_ended", "_total", user="1000", result="missed") == 1
 
 
 def test_the_api_gives_the_same_text(running: Running, api: Api) -> None:

@@ -50,6 +50,7 @@ class FakeSocket:
     bytes_acked: int = 1  # as in the kernel: the SYN counts
     unsent_plus_unacked: int = 0
     notsent: int = 0
+    total_retrans: int = 0
     rto_us: int = 200_000
     last_ack_ms: int = 0
     last_sent_ms: int = 0
