@@ -22,7 +22,7 @@ from mfsd.daemon.device import Device, Shape
 from mfsd.daemon.drain import drain
 from mfsd.daemon.keys import KernelKeys
 from mfsd.daemon.network import Network
-from mfsd.daemon.predecessor import HOST, Predecessor, link_name
+from mfsd.daemon.predecessor import HAND_OVER_S, HOST, Predecessor, link_name
 from mfsd.daemon.reserve import Reserve
 from mfsd.datapath import _abi, links, tc
 from mfsd.datapath.bpf.bcc import BccLoader
@@ -359,7 +359,13 @@ class Devices:
         return [d for d in self.all if d.name in names]
 
     def leave(self) -> None:
-        """End with everything at work, for the next daemon to take over; ``close`` detaches nothing from then on."""
+        """End with everything at work, for the next daemon to take over; ``close`` detaches nothing from then on.
+
+        From the last sign of life of this process to the first one of the next, on a busy machine, longer may pass than
+        the classifiers wait for otherwise. So they are told to wait.
+        """
+        self.set_timeout(HAND_OVER_S * 1000)
+        self.beat()
         self._host, devices, self.all = None, self.all, []
         for device in devices:
             device.close()

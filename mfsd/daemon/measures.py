@@ -23,7 +23,6 @@ from prometheus_client.samples import Exemplar
 
 import mfsd
 from mfsd.api import network
-from mfsd.metrics import BY_NAME, METRICS, PREFIX
 from mfsd.engine.tally import USERS_KEPT
 from mfsd.metrics import BY_NAME, METRICS, PREFIX, STAGE
 from mfsd.model import INF, Stage

@@ -32,6 +32,9 @@ HOST: Final = "mfsd_host"
 _WORDS: Final = struct.Struct("=QQ")
 """heartbeat_ns, timeout_ns."""
 _BEAT_S: Final = 0.02
+HAND_OVER_S: Final = 10.0
+"""For so long the classifiers of a daemon that hands over wait for the next one's sign of life: systemd has to notice
+the end of the one and start the other, and Python with it. After a crash they wait for daemon.heartbeat_timeout_ms."""
 LIMIT_S: Final = 20.0
 """A daemon that takes longer to start lets go: its predecessor's levels are old by then."""
 SETTLE_S: Final = (0.5, 5.0)

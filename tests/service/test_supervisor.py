@@ -12,10 +12,14 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from support.daemons import wait_for
 
-from mfsd.daemon.predecessor import HOST, Predecessor, link_name
+from mfsd.daemon.config import parse
+from mfsd.daemon.config_bands import bands_of, policy_of
+from mfsd.daemon.devices import Devices
+from mfsd.daemon.predecessor import HAND_OVER_S, HOST, Predecessor, link_name
 from mfsd.daemon.supervisor import Supervisor
 from mfsd.datapath import _abi
 
@@ -171,6 +175,26 @@ def test_a_daemon_that_said_goodbye_is_not_revived() -> None:
     fd, pages = host_map(0)
     struct.pack_into("=Q", pages, 0, 0)
     assert not Predecessor({HOST: fd}).at_work
+
+
+def test_who_hands_over_gives_the_next_one_time() -> None:
+    """More than systemd and Python need on a busy machine, and more than a crash gets."""
+    config = parse({})
+    devices = Devices(config, bands_of(config, policy_of(config)))
+    fd = os.memfd_create("host")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    with mmap.mmap(fd, mmap.PAGESIZE) as pages:
+        devices._host = np.frombuffer(pages, dtype=_abi.HOST_DTYPE, count=1)
+        devices.set_timeout(config.daemon.heartbeat_timeout_ms)
+        devices.leave()
+        beat, timeout = struct.unpack_from("=QQ", pages)
+    assert timeout == HAND_OVER_S * 1e9 > 5 * config.daemon.heartbeat_timeout_ms * MS
+    # A process that begins after seconds finds it at work.
+    os.pwrite(fd, struct.pack("=Q", beat - 5_000 * MS), 0)
+    next_one = Predecessor({HOST: fd})
+    assert next_one.at_work
+    assert next_one.away_s >= 5
+    next_one.retire()
 
 
 def test_clients_get_as_long_as_the_daemon_was_away() -> None:

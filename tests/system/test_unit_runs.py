@@ -135,6 +135,28 @@ def test_a_restart_is_not_felt(
     assert journal(machine, "took over")
 
 
+@pytest.mark.parametrize("hook", ["tcx", "clsact"])
+def test_a_restart_on_a_busy_machine_is_not_felt_either(
+    machine: Machine, network: NetnsPair, record: Callable[[str, object], None], hook: str
+) -> None:
+    """Between the two processes pass twice the seconds that classifiers wait for a sign of life otherwise."""
+    machine.run("systemctl stop mfsd; systemctl reset-failed mfsd")
+    machine.write("/etc/mfsd/conf.d/hook.toml", f'[daemon]\nattach = "{hook}"\n')
+    machine.run("systemctl start mfsd")
+    settled(machine)
+    late = "/etc/systemd/system/mfsd.service.d/late.conf"
+    machine.write(late, "[Service]\nExecStartPre=/bin/sleep 2\n")
+    machine.run("systemctl daemon-reload")
+    with watched(machine, network, 12.0) as seen:
+        machine.run("systemctl restart mfsd")
+        settled(machine)
+    machine.run(f"rm {late}; systemctl daemon-reload")
+    record(f"late restart with {hook}: wrong_s", round(seen.wrong_s, 4))
+    assert seen.connects == 2
+    assert seen.wrong_s <= WRONG_S
+    assert seen.holes == 0
+
+
 def test_a_hang_is_noticed(machine: Machine, record: Callable[[str, object], None]) -> None:
     machine.run("systemctl reset-failed mfsd")  # or the starts of these tests are too many for it
     pid, restarts = machine.show("mfsd", "MainPID"), int(machine.show("mfsd", "NRestarts"))
