@@ -5,12 +5,17 @@ The daemon runs without a device (nothing here depends on one), the hostile clie
 user of its own. The honest one announces and cancels a transfer on a connection of its own, one call after the other;
 its latencies beside each attack are compared with those of the same client alone. ``longest_stall_ms`` is its longest
 wait in all attacks, ``rss_mb`` the daemon's memory after all of them.
+
+Then traffic, for root: two users on a link of 200 Mbit/s between namespaces, the honest one with a connection marked as
+a collective that wants 30 % of it, beside one that takes what it can get in all the ways of bench/parts/workers.py.
+``traffic_share_ratio`` is the least that the honest one moved beside any of them over what it moved alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import multiprocessing
 import os
 import socket
@@ -27,6 +32,8 @@ import numpy as np
 import psutil
 
 from bench.common import Figure, write
+from bench.parts import workers
+from bench.sockets import THERE, namespaces
 from mfsd.client.introduction import introduced
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
@@ -38,6 +45,9 @@ NOBODY: Final = 65_534
 SO_COOKIE: Final = 57
 P2D: Final = pb.STAGE_P2D
 LONG_US: Final = 60_000_000
+LINK_MBIT: Final = 200
+WANTS: Final = 0.3
+"""Of the link, the honest user: less than its even part."""
 
 
 def _cookie(sock: socket.socket) -> int:
@@ -193,12 +203,16 @@ def honest(target: str, seconds: float) -> list[float]:
 
 
 @contextlib.contextmanager
-def daemon(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """A daemon without devices, and its target."""
+def daemon(folder: Path, namespace: str = "") -> Iterator[tuple[str, psutil.Process]]:
+    """A daemon without devices, or one that shapes that of a namespace, and its target."""
     path = folder / "mfsd.sock"
     config = folder / "mfsd.toml"
-    config.write_text(f'[daemon]\nsocket = "{path}"\nstate_dir = "{folder}"\nlog_level = "error"\n')
-    process = subprocess.Popen([sys.executable, "-m", "mfsd.daemon", "--config", str(config)])
+    text = f'[daemon]\nsocket = "{path}"\nstate_dir = "{folder}"\nlog_level = "error"\n'
+    if namespace:
+        text += f'mode = "enforce"\n[[device]]\nname = "v0"\nbackend = "htb"\nrate = "{LINK_MBIT}mbit"\n'
+    config.write_text(text)
+    command = ["ip", "netns", "exec", namespace] if namespace else []
+    process = subprocess.Popen([*command, sys.executable, "-m", "mfsd.daemon", "--config", str(config)])
     try:
         with introduced(f"unix:{path}") as channel:
             grpc.channel_ready_future(channel).result(timeout=30)
@@ -208,6 +222,37 @@ def daemon(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     finally:
         process.terminate()
         process.wait()
+
+
+def moved(namespace: str, target: str, seconds: float, attack: str = "") -> float:
+    """Bytes/s that the honest one moves, alone or beside an attack."""
+    with contextlib.ExitStack() as stack:
+        if attack:
+            stack.enter_context(workers.started(attack, namespace, THERE, target, 2 * seconds + 10))
+            time.sleep(2.0)
+        rate = WANTS * LINK_MBIT * 1e6 / 8
+        one = stack.enter_context(workers.started("honest", namespace, THERE, target, seconds, rate))
+        assert one.stdout is not None
+        said = json.loads(one.stdout.readline())
+        return float(said["bytes"] / said["seconds"])
+
+
+def traffic(seconds: float) -> Iterator[Figure]:
+    """What users do to each other's bytes."""
+    with (
+        namespaces() as (a, b),
+        tempfile.TemporaryDirectory(prefix="mfsd-bench-", dir="/tmp") as name,
+        daemon(Path(name), a) as (target, _),
+        workers.started("sink", b, THERE),
+    ):
+        alone = moved(a, target, seconds)
+        yield Figure("traffic_mbit alone", alone * 8e-6, "Mbit/s")
+        ratios = []
+        for attack in workers.HOSTILE:
+            rate = moved(a, target, seconds, attack)
+            ratios.append(rate / alone)
+            yield Figure(f"traffic_mbit {attack}", rate * 8e-6, "Mbit/s", alone * 8e-6, rate / alone)
+        yield Figure.against("traffic_share_ratio", min(ratios), "ratio", target=0.95, want="at least")
 
 
 @click.command()
@@ -245,6 +290,8 @@ def main(seconds: float, only: tuple[str, ...]) -> None:
         Figure.against("longest_stall_ms", longest, "ms", target=100, want="at most"),
         Figure.against("rss_mb", most, "MB", target=200, want="at most"),
     ]
+    if os.geteuid() == 0:
+        figures += traffic(seconds)
     write("hostile", figures)
 
 
