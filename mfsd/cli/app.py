@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 from click.shell_completion import CompletionItem
@@ -47,11 +47,32 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 """Module of mfsd.cli and help line per command, in the order of --help."""
 
 
+TLS: Final = {"ca": "Who has signed its certificate", "cert": "Our certificate", "key": "Our private key"}
+"""Of a daemon over TCP, by option --tls-NAME and variable MFSD_TLS_NAME: files, PEM."""
+
+
+class Target(str):
+    """Where the daemon listens, and over TCP the files of certificates that it takes, by name in TLS."""
+
+    __slots__ = ("tls",)
+    tls: dict[str, str]
+
+    @classmethod
+    def of(cls, socket: str, tls: dict[str, str]) -> Self:
+        """Raises UsageError when the files can't be for this target, or some are missing."""
+        made = cls(socket)
+        made.tls = tls
+        missing = [name for name in TLS if name not in tls]
+        if tls and missing:
+            raise click.UsageError(f"--tls-{missing[0]} (or $MFSD_TLS_{missing[0].upper()}) is missing: give all three")
+        return made
+
+
 @dataclass(slots=True)
 class Globals:
     """What every command is told."""
 
-    socket: str
+    socket: Target
     json: bool
 
 
@@ -98,6 +119,19 @@ def _socket_option() -> Callable[[Any], Any]:
     )
 
 
+def _tls_options() -> Callable[[Any], Any]:
+    def wrap(f: Any) -> Any:
+        for name, what in reversed(TLS.items()):
+            f = click.option(
+                f"--tls-{name}",
+                metavar="FILE",
+                help=f"{what}, PEM, for a daemon at HOST:PORT with TLS. Default: $MFSD_TLS_{name.upper()}.",
+            )(f)
+        return f
+
+    return wrap
+
+
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """Declare a command of mfsctl: it gets ``g: Globals`` and takes --socket and --json, too.
 
@@ -118,9 +152,14 @@ def with_globals(f: Callable[..., None]) -> Callable[..., None]:
     def run(ctx: click.Context, /, socket_: str | None, *, json_: bool, **kwargs: Any) -> None:
         outer = ctx.find_root().params
         socket = socket_ or outer.get("socket_") or os.environ.get("MFSD_SOCKET") or DEFAULT_SOCKET
-        f(Globals(socket, json_ or bool(outer.get("json_"))), **kwargs)
+        tls = {}
+        for name in TLS:
+            given = kwargs.pop(f"tls_{name}") or outer.get(f"tls_{name}") or os.environ.get(f"MFSD_TLS_{name.upper()}")
+            if given:
+                tls[name] = given
+        f(Globals(Target.of(socket, tls), json_ or bool(outer.get("json_"))), **kwargs)
 
-    options: Callable[..., None] = _json_option()(_socket_option()(click.pass_context(run)))
+    options: Callable[..., None] = _json_option()(_socket_option()(_tls_options()(click.pass_context(run))))
     return options
 
 
@@ -132,6 +171,7 @@ def with_globals(f: Callable[..., None]) -> Callable[..., None]:
 )
 @_json_option()
 @_socket_option()
-def mfsctl(socket_: str | None, *, json_: bool) -> None:
+@_tls_options()
+def mfsctl(socket_: str | None, *, json_: bool, **tls: str | None) -> None:
     """Operate mfsd: see what it does, plan, steer, undo."""
-    del socket_, json_  # read by with_globals
+    del socket_, json_, tls  # read by with_globals

@@ -44,9 +44,25 @@ def _channel(target: str) -> Iterator[grpc.Channel]:
     path = _unix_path(target)
     if path is not None:
         _probe(path)
-    address = target if path is None else f"unix:{Path(path).absolute()}"
-    with introduced(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    address = str(target) if path is None else f"unix:{Path(path).absolute()}"
+    credentials = _credentials(getattr(target, "tls", {}) if path is None else {})
+    with introduced(address, options=[("grpc.enable_http_proxy", 0)], credentials=credentials) as channel:
         yield channel
+
+
+def _credentials(tls: dict[str, str]) -> grpc.ChannelCredentials | None:
+    """Of a daemon with TLS (cli.app.TLS); None: without."""
+    if not tls:
+        return None
+    pem = {}
+    for name, path in tls.items():
+        try:
+            pem[name] = Path(path).read_bytes()
+        except (OSError, ValueError) as e:
+            raise CliError(f"--tls-{name} {path}: {getattr(e, 'strerror', None) or e}") from None
+        if b"-----BEGIN" not in pem[name]:
+            raise CliError(f"--tls-{name} {path}: is no PEM file")
+    return grpc.ssl_channel_credentials(pem["ca"], pem["key"], pem["cert"])
 
 
 def _probe(path: str) -> None:

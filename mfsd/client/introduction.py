@@ -105,11 +105,17 @@ class _Named(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor
 
 
 @contextlib.contextmanager
-def introduced(target: str, options: Sequence[tuple[str, Any]] = ()) -> Iterator[grpc.Channel]:
-    """A channel to a daemon that is told who we are before each call, if need be."""
+def introduced(
+    target: str, options: Sequence[tuple[str, Any]] = (), credentials: grpc.ChannelCredentials | None = None
+) -> Iterator[grpc.Channel]:
+    """A channel to a daemon that is told who we are before each call, if need be. ``credentials``: with TLS."""
     introduction = Introduction(target)
     try:
-        with grpc.insecure_channel(target, options=options) as channel:
+        with (
+            grpc.insecure_channel(target, options=options)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options=options)
+        ) as channel:
             yield grpc.intercept_channel(channel, _Named(introduction))
     finally:
         introduction.close()

@@ -283,3 +283,25 @@ def test_from_afar_only_with_a_certificate(start: Callable[..., Running], certif
     assert status(shown("stranger")) is grpc.StatusCode.UNAVAILABLE
     assert status(grpc.ssl_channel_credentials(certificates["ca.pem"])) is grpc.StatusCode.UNAVAILABLE
     assert status(None) is grpc.StatusCode.UNAVAILABLE
+
+    def mfsctl(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mfsd.cli", "--socket", target, *words]
+        return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
+
+    files = {
+        name: f"{folder}/{file}" for name, file in (("ca", "ca.pem"), ("cert", "client.pem"), ("key", "client.key"))
+    }
+    given = [word for name, file in files.items() for word in (f"--tls-{name}", file)]
+    assert "policy" in mfsctl(*given, "status").stdout
+    assert "policy" in mfsctl("status", *given).stdout
+    by_environment = {f"MFSD_TLS_{name.upper()}": file for name, file in files.items()}
+    assert mfsctl("pause", **by_environment).returncode == 0
+    for words, code, expected in (
+        (("status",), 3, "no answer from mfsd"),
+        (("--tls-ca", files["ca"], "status"), 2, "--tls-cert (or $MFSD_TLS_CERT) is missing"),
+        ((*given[:-1], f"{folder}/none", "status"), 1, f"--tls-key {folder}/none: No such file"),
+        ((*given[:-1], "/dev/null", "status"), 1, "--tls-key /dev/null: is no PEM file"),
+    ):
+        done = mfsctl(*words)
+        assert (done.returncode, done.stderr.count("Traceback")) == (code, 0), done.stderr
+        assert expected in done.stderr
