@@ -72,7 +72,8 @@ class Target(str):
 class Globals:
     """What every command is told."""
 
-    socket: Target
+    socket: str
+    """As the command line says it, a Target."""
     json: bool
 
 
