@@ -16,7 +16,7 @@ PURE := not (root or netns or bpf)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup system generated build check demo lab lab-quick e2e-vllm e2e-mooncake test test-vm test-deb test-systemd test-metrics \
-	test-kubernetes deb wheel coverage fuzz kills bench lint nccl-plugin format clean
+	test-kubernetes deb wheel coverage fuzz soak kills bench lint nccl-plugin format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ coverage: generated ## branches that the tests without privileges take in policy
 
 fuzz: generated ## whatever others send, write or answer, MINUTES=10 of it; what trips mfsd is added to tests/fuzz/corpus
 	PYTHONPATH=.:tests $(PY) -m fuzz.run --minutes $(or $(MINUTES),10)
+
+soak: build ## everything that can happen to a host, at random, MINUTES=60, as root: build/bench/soak.json
+	$(PY) -m bench.soak --minutes $(or $(MINUTES),60)
 
 kills: build ## kill -9 at random moments, KILLS=1000 of them, as root: every restore must be exact
 	MFSD_KILLS=$(or $(KILLS),1000) $(PY) -m pytest -q tests/e2e/test_kills.py -k test_killed_at_any_moment

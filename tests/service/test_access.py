@@ -57,7 +57,10 @@ def call(channel: grpc.Channel, name: str, metadata: Any = ()) -> grpc.StatusCod
     method = CALLS[name]
     ask: Any = getattr(control_pb2_grpc.ControlStub(channel), name)
     try:
-        ask(getattr(control_pb2, method.input_type.name)(), timeout=PATIENCE_S, metadata=metadata)
+        answer = ask(getattr(control_pb2, method.input_type.name)(), timeout=PATIENCE_S, metadata=metadata)
+        if method.server_streaming:
+            next(answer)
+            answer.cancel()
     except grpc.RpcError as e:
         code: grpc.StatusCode = e.code()
         return code
