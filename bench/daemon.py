@@ -7,6 +7,7 @@ The real process in a namespace of its own, enforcing htb on one end of a veth p
 from __future__ import annotations
 
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from mfsd.model import Stage
 
 IDLE_S = 10.0
 CONNECTIONS = 1000
+SCRAPES = 50
+SCRAPE_S = 5.0
+"""Between two scrapes, as the target has it."""
 
 
 def ip(*words: str) -> None:
@@ -34,6 +38,21 @@ def cpu_percent(process: psutil.Process, seconds: float) -> float:
     time.sleep(seconds)
     after = process.cpu_times()
     return 100 * (after.user + after.system - before.user - before.system) / seconds
+
+
+def scrapes(endpoint: Path, process: psutil.Process) -> float:
+    """Seconds of processor time that a scrape costs the daemon, less what it takes anyway."""
+    idle = cpu_percent(process, IDLE_S)
+    before, begin = process.cpu_times(), time.monotonic()
+    for _ in range(SCRAPES):
+        with socket.socket(socket.AF_UNIX) as reader:
+            reader.connect(str(endpoint))
+            reader.sendall(b"GET /metrics HTTP/1.0\r\nAccept: application/openmetrics-text; version=1.0.0\r\n\r\n")
+            while reader.recv(1 << 16):
+                pass
+    after = process.cpu_times()
+    taken = after.user + after.system - before.user - before.system - idle / 100 * (time.monotonic() - begin)
+    return taken / SCRAPES
 
 
 def wait_until_served(client: Client, log: Path) -> None:
@@ -86,7 +105,15 @@ def main() -> None:
                 client.flush(10)
                 time.sleep(2)
                 busy = cpu_percent(process, IDLE_S)
+                took = scrapes(path / "mfsd.sock.metrics", process)
                 figures += [
+                    Figure.against(
+                        "cpu_scrape_percent",
+                        100 * took / SCRAPE_S,
+                        "% of a core, one scrape in 5 s",
+                        target=1,
+                        want="at most",
+                    ),
                     Figure(f"cpu_{CONNECTIONS}_transfers_percent", busy, "% of a core"),
                     Figure("rss_loaded_mb", process.memory_info().rss / 1e6, "MB"),
                 ]
