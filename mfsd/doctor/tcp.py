@@ -109,4 +109,26 @@ def congestion_control(context: Context) -> Iterator[Finding]:
         )
 
 
-CHECKS: Final[tuple[Check, ...]] = (recovery, rto_min, congestion_control)
+def mptcp(context: Context) -> Iterator[Finding]:
+    """Multipath TCP in use: its sockets are not those that send."""
+    lines = [line.split() for line in (context.read("proc/net/netstat") or "").splitlines()]
+    rows = [words[1:] for words in lines if words[:1] == ["MPTcpExt:"]]
+    if len(rows) != 2:
+        return
+    counts = dict(zip(rows[0], map(int, rows[1]), strict=False))
+    now = counts.get("MPCurrEstab")  # Linux 6.8
+    made = counts.get("MPCapableSYNACKRX", 0) + counts.get("MPCapableACKRX", 0)
+    if not (made if now is None else now):
+        return
+    yield Finding(
+        "tcp.mptcp",
+        Severity.INFO,
+        "There are Multipath TCP connections",
+        f"{made} made since the start" if now is None else f"{now} established",
+        "their bytes go out on sockets of the kernel's own, which a hint by the connection's socket can't name: such "
+        "hints are refused, and what nobody names is default traffic",
+        "hint them by addresses (tuple_of), or use plain TCP: net.mptcp.enabled = 0, or no mptcpize",
+    )
+
+
+CHECKS: Final[tuple[Check, ...]] = (recovery, rto_min, congestion_control, mptcp)

@@ -175,6 +175,20 @@ def test_tcp(context: Context) -> None:
         assert only(tcp.congestion_control(context)).severity is severity
 
 
+@pytest.mark.parametrize(
+    ("names", "counts", "seen"),
+    [
+        ("MPCapableSYNRX MPCapableSYNACKRX MPCapableACKRX MPCurrEstab", "4 3 4 2", "2 established"),
+        ("MPCapableSYNRX MPCapableSYNACKRX MPCapableACKRX MPCurrEstab", "4 3 4 0", ""),
+        ("MPCapableSYNRX MPCapableSYNACKRX MPCapableACKRX", "4 3 4", "7 made since the start"),
+        ("MPCapableSYNRX MPCapableSYNACKRX MPCapableACKRX", "4 0 0", ""),
+    ],
+)
+def test_mptcp(context: Context, names: str, counts: str, seen: str) -> None:
+    put(context, "proc/net/netstat", f"TcpExt: SyncookiesSent\nTcpExt: 0\nMPTcpExt: {names}\nMPTcpExt: {counts}")
+    assert [(f.severity, f.detail) for f in tcp.mptcp(context)] == ([(Severity.INFO, seen)] if seen else [])
+
+
 @netns
 def test_rto_min(context: Context, netns_pair: NetnsPair) -> None:
     def look() -> Finding:

@@ -56,6 +56,8 @@ def test_an_mptcp_socket_is_named_and_its_subflows_are_steered_by_addresses(daem
             client.request("r", ttft_left_s=60)
             client.transfer("no", s, MB, stage=Stage.P2D, request="r")
             assert "MPTCP" in seen[0].message
+            doctor = json.loads(daemon.mfsctl("--json", "doctor", "--device", pair.dev_a).stdout)
+            assert "tcp.mptcp" in {f["id"] for f in doctor["findings"]}
             client.transfer("t", tuple_of(*s.getpeername()), 5 * MB, stage=Stage.P2D, request="r")
             assert client.flush(5)
             grown = Grown(daemon)

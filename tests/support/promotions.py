@@ -22,7 +22,7 @@ RATE_MBIT: Final = 50
 LINK: Final = RATE_MBIT * 125_000
 LONG_S: Final = 90.0
 """Bound of waits under emulation."""
-WATCH_S: Final = 3.0
+WATCH_S: Final = 6.0
 """How long a promotion is waited for."""
 TRIALS: Final = 5
 BUSY: Final = 3

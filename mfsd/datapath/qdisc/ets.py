@@ -35,6 +35,8 @@ STRICT: Final = 1
 ROUND: Final = 4
 """A round of deficit round robin serves so many of the largest packets: 2 ms at 1 Gbit/s. Who is owed less than a
 packet per round saves up for some rounds."""
+LEAST: Final = 256
+"""Bytes of a quantum. Newer kernels, 6.12.117 and 7.3.4 among them, raise what is less to this."""
 STEP: Final = 0.75
 """What a band gets of what no floor needs and no band before it has got."""
 
@@ -53,7 +55,7 @@ def shares(bands: Bands, guaranteed: Mapping[int, float]) -> list[float]:
 
 
 def _quanta(bands: Bands, guaranteed: Mapping[int, float], gso: int) -> list[int]:
-    return [max(int(share * ROUND * gso), 1) for share in shares(bands, guaranteed)]
+    return [max(int(share * ROUND * gso), LEAST) for share in shares(bands, guaranteed)]
 
 
 def root(bands: Bands, place: int, where: str, gso: int, priomap: Sequence[int]) -> Group:
