@@ -44,6 +44,8 @@ class Arm:
     """Levels in the switch's first class, and in the first two together; None: the policy's own (Policy.classes)."""
     peers: bool = False
     """The daemons know the rate of the decode hosts' links ([[peer]])."""
+    yields: bool = False
+    """Deferred connections yield in the network (network.yield)."""
     background: float = 0.0
     """Unhinted bytes from every prefill host to every decode host, together this share of a decode host's link."""
 
@@ -51,11 +53,11 @@ class Arm:
     def daemon(self) -> tuple[Any, ...]:
         """Arms with the same value can share running daemons."""
         return (self.policy, tuple(sorted(self.params.items())), self.levels, self.tick_ms, self.floors, self.classes,
-                self.peers)  # fmt: skip
+                self.peers, self.yields)  # fmt: skip
 
 
 def _arm(name: str, title: str, policy: str, **more: Any) -> Arm:
-    own = ("levels", "tick_ms", "faults", "floors", "classes", "peers", "background")
+    own = ("levels", "tick_ms", "faults", "floors", "classes", "peers", "yields", "background")
     known = {k: more.pop(k) for k in own if k in more}
     return Arm(name, title, policy, more, **known)
 
@@ -100,6 +102,10 @@ _FIT: Final = (
     _arm("ladder-floors", "ladder with peer rates and floors", "deadline-ladder", peers=True, floors=_FLOORS),
     _arm("two-class-floors", "two-class with a floor for KV", "two-class", floors=(0.0, 0.1)),
 )
+_YIELD: Final = (
+    _arm("demand-bound-yield", "demand bound, yielding in the network", "demand-bound", yields=True),
+    _arm("two-class-yield", "two-class, yielding in the network", "two-class", yields=True),
+)
 _SENSITIVITY: Final = (
     _arm("mfs-k3", "MFS, K = 3 levels", "mfs", levels=3),
     _arm("mfs-e2", "MFS, E = 2", "mfs", ratio=2.0),
@@ -115,10 +121,11 @@ _SENSITIVITY: Final = (
     _arm("mfs-sizes", "MFS, sizes off by up to 2x", "mfs", faults=Faults(size=2.0)),
     _arm("mfs-lost", "MFS, 20 % of transfer hints lost", "mfs", faults=Faults(lost=0.2)),
 )
-ARMS: Final[dict[str, Arm]] = {a.name: a for a in (*_MAIN, *_ABLATION, *_FIT, *_SENSITIVITY)}
+ARMS: Final[dict[str, Arm]] = {a.name: a for a in (*_MAIN, *_ABLATION, *_FIT, *_YIELD, *_SENSITIVITY)}
 MAIN: Final = tuple(a.name for a in _MAIN)
 ABLATION: Final = tuple(a.name for a in _ABLATION)
 FIT: Final = tuple(a.name for a in _FIT)
+YIELD: Final = tuple(a.name for a in _YIELD)
 SENSITIVITY: Final = tuple(a.name for a in _SENSITIVITY)
 
 

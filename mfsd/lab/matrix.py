@@ -62,6 +62,8 @@ def full() -> list[Part]:
         Part("main", "policies, regimes and loads",
              tuple(c for r in REGIMES for c in _grid(arms.MAIN, r, PRESETS[r].loads))),
         Part("fifo", "host enforcement alone: FIFO switch", (*fair, *_at_middle(few[1:], switch="fifo"))),
+        Part("yield", "FIFO switch: deferred connections that yield, beside bands alone",
+             (*fair, *_at_middle(("demand-bound", "two-class", *arms.YIELD), switch="fifo"))),
         Part("levels", "a switch class per band", (*fair, *_at_middle(few[1:], switch="levels"))),
         Part("ablation", "MFS and the ladder, each part alone off or on", (*fair, *_at_middle(ablation))),
         Part("fit", "the ladder fitted to the network, step by step", (*fair, *_at_middle(fit))),

@@ -101,6 +101,8 @@ class Network:
             "daemon": {"tick_ms": arm.tick_ms, "idle_tick_ms": max(100.0, arm.tick_ms)},
             "policy": {"name": arm.policy, **arm.params},
             "bands": {"levels": arm.levels, "dscp": dscp, "floors": list(arm.floors)},
+            # The lab's sockets choose their congestion control, which need not be the machine's default.
+            "network": {"yield": "on" if arm.yields else "off", "replace": True},
             "peer": [{"network": hosts[name].address, "rate": s.decode_rate}
                      for name in s.hosts if arm.peers and name.startswith("d")],
         }  # fmt: skip

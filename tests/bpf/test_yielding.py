@@ -40,7 +40,7 @@ AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 CHUNK: Final = bytes(1 << 16)
 BTF: Final = b"\0BPF_STRUCT_OPS\0cubictcp_cong_avoid\0"
 
-pytestmark = pytest.mark.skipif(bool(yielding.missing()), reason=f"kernel: {yielding.missing()}")
+needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"kernel: {yielding.missing()}")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,16 @@ pytestmark = pytest.mark.skipif(bool(yielding.missing()), reason=f"kernel: {yiel
 def test_what_a_kernel_lacks_is_named(btf: bytes, said: str) -> None:
     assert bool(yielding.missing(btf)) == bool(said)
     assert said in yielding.missing(btf)
+
+
+@pytest.mark.bpf
+def test_a_kernel_that_lacks_something_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yielding, "BTF", tmp_path / "none")
+    with LibbpfLoader().open_classifier(64) as classifier, pytest.raises(LoaderError, match="CONFIG_DEBUG_INFO_BTF"):
+        Yielding(classifier)
+    (tmp_path / "none").write_bytes(b"\0cubictcp_cong_avoid\0")
+    with LibbpfLoader().open_classifier(64) as classifier, pytest.raises(LoaderError, match=r"Linux 6\.4"):
+        Yielding(classifier)
 
 
 class Bench:
@@ -152,12 +162,14 @@ def default(netns_pair: NetnsPair) -> str:
         return algorithm_of(sock)
 
 
+@needs_it
 @pytest.mark.bpf
 def test_it_needs_one_capability_more(bench: Bench) -> None:
     with pytest.raises(LoaderError, match="CAP_PERFMON"):
         call_with(DAEMON, lambda: Yielding(bench.classifier))
 
 
+@needs_it
 @pytest.mark.bpf
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_deferred_connections_get_it_and_give_it_back(bench: Bench, default: str, family: int) -> None:
@@ -175,6 +187,7 @@ def test_deferred_connections_get_it_and_give_it_back(bench: Bench, default: str
     bench.becomes(sock, default)
 
 
+@needs_it
 @pytest.mark.bpf
 def test_urgent_again_it_runs_what_it_ran_before(bench: Bench) -> None:
     bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
@@ -189,6 +202,7 @@ def test_urgent_again_it_runs_what_it_ran_before(bench: Bench) -> None:
     bench.becomes(cubic, "cubic")
 
 
+@needs_it
 @pytest.mark.bpf
 def test_a_choice_of_its_own_is_respected(bench: Bench, default: str) -> None:
     choice = "reno"
@@ -203,6 +217,7 @@ def test_a_choice_of_its_own_is_respected(bench: Bench, default: str) -> None:
     bench.stays(later, choice)
 
 
+@needs_it
 @pytest.mark.bpf
 def test_without_a_sign_of_life_everything_goes_back(bench: Bench, default: str) -> None:
     sock = bench.connect()
@@ -214,6 +229,7 @@ def test_without_a_sign_of_life_everything_goes_back(bench: Bench, default: str)
     bench.becomes(sock, bench.yielding.name)
 
 
+@needs_it
 @pytest.mark.bpf
 def test_nothing_is_left_when_it_is_closed_in_mid_flight(bench: Bench, default: str) -> None:
     sock = bench.connect()
@@ -237,6 +253,7 @@ def test_nothing_is_left_when_it_is_closed_in_mid_flight(bench: Bench, default: 
         bench.becomes(sock, default)
 
 
+@needs_it
 @pytest.mark.bpf
 def test_two_daemons_do_not_meddle(bench: Bench, default: str) -> None:
     with contextlib.ExitStack() as stack:
@@ -253,6 +270,7 @@ def test_two_daemons_do_not_meddle(bench: Bench, default: str) -> None:
             one.becomes(sock, default)
 
 
+@needs_it
 @pytest.mark.bpf
 def test_connections_that_are_older_are_looked_for(netns_pair: NetnsPair) -> None:
     with contextlib.ExitStack() as stack:
@@ -297,6 +315,7 @@ def _share(first: socket.socket, second: socket.socket, seconds: float = 1.5) ->
     return float(grown[0] / grown.sum())
 
 
+@needs_it
 @pytest.mark.bpf
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> None:

@@ -24,6 +24,7 @@ from support.labfakes import Voice, request
 from mfsd.client import Cookie
 from mfsd.daemon import config as configuration
 from mfsd.daemon.config_bands import dscp_of
+from mfsd.datapath.bpf.yielding import missing
 from mfsd.lab import run as cells
 from mfsd.lab.arms import ARMS, Faults
 from mfsd.lab.hosts.alarm import Alarm
@@ -236,6 +237,12 @@ def test_a_small_cluster_serves_its_requests_with_and_without_mfsd(small: Settin
         told = tomllib.loads((network.governors["p0"].directory / "mfsd.toml").read_text())
         assert told["peer"] == [{"network": f"{network.fabric.hosts['d0'].address}/32", "rate": "100mbit"}]
         assert told["device"][0]["control_unhinted"] is True
+        assert told["network"]["yield"] == "off"
+        if not missing():
+            network.govern(ARMS["two-class-yield"], dataclasses.replace(small, switch="fifo"))
+            assert not [n for g in network.governors.values() for n in g.status().notices if "yield" in n]
+            told = tomllib.loads((network.governors["p0"].directory / "mfsd.toml").read_text())
+            assert told["network"]["yield"] == "on"
         network.govern(ARMS["none"], small)
         with pytest.raises(KeyError):
             _ = network.targets["p0"]
