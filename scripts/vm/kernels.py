@@ -62,11 +62,13 @@ class Kernel:
     config: dict[str, str]
 
     def features(self) -> set[str]:
-        """What tests may not say this kernel lacks: qdiscs by name, "tcx", "bpf_qdisc", "headers"."""
+        """What tests may not say this kernel lacks: qdiscs by name, "tcx", "bpf_qdisc", "yield", "headers"."""
         out = {name for name, option in QDISCS.items() if self.config.get(f"CONFIG_NET_SCH_{option}", "n") != "n"}
         out |= {"tcx"} if self.config.get("CONFIG_NET_XGRESS") == "y" else set()
         out |= {"bpf_qdisc"} if self.config.get("CONFIG_NET_SCH_BPF") == "y" else set()
         out |= {"vlan"} if self.config.get("CONFIG_VLAN_8021Q", "n") != "n" else set()
+        version = tuple(int(number) for number in self.release.split(".")[:2])
+        out |= {"yield"} if version >= (6, 4) else set()  # links for congestion controls
         out |= {"headers"} if (self.root / "usr/src").is_dir() else set()
         return out | {"pfifo_fast", "mq", "noqueue", "bfifo", "pfifo"}
 

@@ -40,7 +40,7 @@ AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 CHUNK: Final = bytes(1 << 16)
 BTF: Final = b"\0BPF_STRUCT_OPS\0cubictcp_cong_avoid\0"
 
-needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"kernel: {yielding.missing()}")
+needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"this kernel has no yield: {yielding.missing()}")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ ON: Final = '[network]\nyield = "on"\nreplace = true\n'
 AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
 pytestmark = pytest.mark.netns
-needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"kernel: {yielding.missing()}")
+needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"this kernel has no yield: {yielding.missing()}")
 
 
 def algorithm(flow: Flow) -> str:
