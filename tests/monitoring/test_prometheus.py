@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import subprocess
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -19,6 +15,7 @@ from mfsd.client import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from support.namespaces import NetnsPair
 
@@ -31,11 +28,6 @@ RULES: Final = FOLDER / "rules.yml"
 WINDOW: Final = "20s"
 """In place of $__rate_interval."""
 BUSY: Final = 6
-SHOWN: Final = (
-    "Sent by band", "Queued by band", "Guaranteed by band", "Got by band", "Promotions and rescues", "Rescue latency",
-    "Connections by band", "Moved by user", "Tick",
-)  # fmt: skip
-"""Panels of the picture in the documentation."""
 QUERIES: Final = [(p["title"], t["expr"]) for p in DASHBOARD["panels"] for t in p.get("targets", ())]
 
 
@@ -94,29 +86,6 @@ def answer(prometheus: Prometheus, expression: str) -> list[float]:
     return [v for v in prometheus.query(expression) if not math.isnan(v)]
 
 
-def draw_later(prometheus: Prometheus, file: Path) -> None:
-    """What the panels show, second by second, for scripts/dashboard.py."""
-    now, out = time.time(), {}
-    for panel in DASHBOARD["panels"]:
-        if panel["title"] not in SHOWN:
-            continue
-        series = {}
-        for target in panel["targets"]:
-            expression = (
-                target["expr"].replace("$__rate_interval", "2s").replace("$instance", ".*").replace("$device", ".*")
-            )
-            answer = prometheus.get("query_range", query=expression, start=str(now - 30), end=str(now), step="0.5")
-            for one in answer["result"]:
-                legend = target["legendFormat"]
-                for label, text in one["metric"].items():
-                    legend = legend.replace(f"{{{{{label}}}}}", text)
-                points = [(float(at) - now, float(value)) for at, value in one["values"] if value != "NaN"]
-                if any(value for _, value in points):
-                    series[legend] = points
-        out[panel["title"]] = {"unit": panel["fieldConfig"]["defaults"].get("unit", ""), "series": series}
-    file.write_text(json.dumps({title: out[title] for title in SHOWN}))
-
-
 def test_every_query_of_the_dashboard_returns_data(prometheus: tuple[Daemon, Prometheus]) -> None:
     daemon, found = prometheus
     opened = [Flow.open(daemon.pair) for _ in range(BUSY + 2)]
@@ -129,8 +98,6 @@ def test_every_query_of_the_dashboard_returns_data(prometheus: tuple[Daemon, Pro
             wait_for(lambda: daemon.status().counters.deadlines_missed == 1, "both requests to end")
             for title, expression in QUERIES:
                 wait_for(lambda e=expression: answer(found, e), f"{title}: {expression}")  # type: ignore[misc]
-            if "MFSD_DASHBOARD" in os.environ:
-                draw_later(found, Path(os.environ["MFSD_DASHBOARD"]))
             totals = {r: found.query(f'mfsd_requests_ended_total{{result="{r}"}}') for r in ("met", "missed")}
             assert totals == {"met": [1.0], "missed": [1.0]}
             series = found.get("query_exemplars", query="mfsd_request_slack_seconds_bucket", start="0", end="9e9")
