@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
+from mfsd.engine import fair
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.urgency import Urgency
 from mfsd.engine.views import Rows, shown, views_of
@@ -142,7 +143,7 @@ class Steering:
             new = views.transfers.size[views.transfers.level == LEVEL_NEW]
             if len(new):
                 views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
-            decision = self.policy.evaluate(views)
+            decision = fair.decide(self.policy, views, self._tenants_of(views.transfers.conn))
             guarantee = decision.guarantee
             where: Rows | slice = slice(None) if rows is None else rows
             self._note(views, decision.level, where, now)
@@ -163,6 +164,15 @@ class Steering:
         promoted = self.rescuer.rescued()
         self.books.counters.rescues += len(promoted)
         self.books.tally.rescues += [now - at for at in promoted]
+
+    def _tenants_of(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Whose transfers are, by slot. Beside several tenants, those without a connection yet are nobody's."""
+        of: npt.NDArray[np.int32] = self.connections.tenants.of.take(slot, mode="clip")
+        waiting = slot < 0
+        if waiting.any():
+            known = np.unique(of[~waiting])
+            of = np.where(waiting, known[0] if len(known) == 1 else 0, of)
+        return of
 
     def _note(self, views: Views, level: I2, where: Rows | slice, now: float) -> None:
         """Take over what was decided of these rows, and note what has changed."""

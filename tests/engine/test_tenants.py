@@ -11,10 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.harness import FakeSocket, Host
 
+from mfsd.engine import fair
 from mfsd.engine.lanes import LEFT_S, Lanes
 from mfsd.engine.settings import RescueConfig, TenantsConfig
 from mfsd.engine.tenants import REMEMBERED, Tenants
-from mfsd.model import CookieSelector, Endpoints, EventKind, MarkHint, Mode, Stage
+from mfsd.model import (
+    CookieSelector,
+    Endpoints,
+    EventKind,
+    MarkHint,
+    Mode,
+    PortRange,
+    RequestHint,
+    Stage,
+    TransferHint,
+    TupleSelector,
+)
 
 if TYPE_CHECKING:
     from mfsd.engine.records import Session
@@ -199,6 +211,72 @@ def test_budgets_can_be_changed_while_running() -> None:
     run(h, 1.0, {sock: 0.9})
     h.engine.set_limits(h.engine.ledger.limits, RescueConfig(), TenantsConfig(urgent_share=0.1))
     assert time_above(run(h, 3.0, {sock: 0.9}), sock) < 0.3
+
+
+# --- what is only announced -------------------------------------------------------------------------------------------
+
+
+def announce(h: Host, session: Session, cookie: int, uid: int, size: int, due: float) -> FakeSocket:
+    sock = h.socket(cookie, uid=uid)
+    h.engine.apply(session, RequestHint(f"r{cookie}", h.now + due), h.now)
+    hint = TransferHint(f"t{cookie}", f"r{cookie}", "", Stage.P2D, 0, size, CookieSelector(cookie))
+    h.engine.apply(session, hint, h.now)
+    return sock
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_nobody_is_given_up_for_what_others_only_announce(*, first: bool) -> None:
+    h = Host("demand-bound", slots=512, rate=25e6)
+    honest, bad = h.engine.session("honest", h.now, uid=A), h.engine.session("bad", h.now, uid=B)
+    sock = announce(h, honest, 1, A, 2_000_000, 0.5) if first else None  # a sixth of the link
+    for cookie in range(2, 202):
+        announce(h, bad, cookie, B, 65_536, 0.45)  # more than the link, in pieces that are cheaper to keep
+    sock = sock or announce(h, honest, 1, A, 2_000_000, 0.5)
+    for _ in range(50):
+        h.tick(0.01)
+        band = h.band(sock)
+        assert band != "scavenger"
+        if band in ("level 0", "level 2"):  # what it is guaranteed it gets, and more: nobody else sends
+            h.send(sock, int(0.5 * 25e6 * 0.01))
+        if "t1" not in honest.transfers:
+            break
+    assert EventKind.INFEASIBLE not in {e.kind for e in honest.events}
+    assert EventKind.INFEASIBLE in {e.kind for e in bad.events}
+    completed = h.engine.books.counters.transfers_completed
+    assert completed == 1
+
+
+def test_who_is_alone_is_judged_as_ever_also_with_connections_still_to_come() -> None:
+    h = Host("demand-bound", slots=512, rate=25e6)
+    one = h.engine.session("one", h.now, uid=A)
+    for cookie in range(1, 40):
+        announce(h, one, cookie, A, 1_000_000, 0.3)
+    e = h.socket(500, uid=A).endpoints
+    h.engine.apply(one, RequestHint("w", h.now + 0.3), h.now)
+    waits = TupleSelector(e.src, e.dst, PortRange(5, 9), PortRange(1, 2), 6)
+    h.engine.apply(one, TransferHint("w", "w", "", Stage.P2D, 0, 1_000_000, waits), h.now)
+    h.tick(0.0)
+    views = h.engine.steering.views(h.now)
+    alone = h.engine.steering.policy.evaluate(views)
+    shared = fair.decide(h.engine.steering.policy, views, h.engine.steering._tenants_of(views.transfers.conn))
+    assert alone.infeasible is not None
+    assert shared.infeasible is not None
+    assert alone.infeasible.any()
+    assert (shared.level.tolist(), shared.infeasible.tolist()) == (alone.level.tolist(), alone.infeasible.tolist())
+
+
+@given(st.lists(st.tuples(st.sampled_from([A, B, 1003]), st.integers(1, 4000), st.integers(1, 900)), max_size=30))
+def test_guarantees_fit_the_link_however_it_is_shared(announced: list[tuple[int, int, int]]) -> None:
+    h = Host("demand-bound", slots=128, rate=25e6)
+    sessions = {uid: h.engine.session(str(uid), h.now, uid=uid) for uid in (A, B, 1003)}
+    for cookie, (uid, kilobytes, ms) in enumerate(announced, 1):
+        announce(h, sessions[uid], cookie, uid, kilobytes * 1000, ms / 1000)
+    h.tick(0.01)
+    views = h.engine.steering.views(h.now)
+    decision = fair.decide(h.engine.steering.policy, views, h.engine.steering._tenants_of(views.transfers.conn))
+    if decision.guarantee is not None:
+        assert (decision.guarantee.sum(axis=1) <= (1.0 - views.link.floor) * views.link.rate * 1.0001).all()
+    assert len(decision.level) == len(announced)
 
 
 # --- rescues ----------------------------------------------------------------------------------------------------------
