@@ -43,7 +43,7 @@ LEFT_S: Final = 2.0
 """Deadline of each request, 60 MB: twice in turns that is half of the link."""
 SHOWN: Final = (
     "Sent by band", "Got by band", "Guaranteed by band", "Queued by band", "Promotions and rescues",
-    "Slack at the end", "Least laxity now", "Moved by user", "Tick",
+    "Slack at the end", "Least laxity now", "Moved by user", "Rescue latency",
 )  # fmt: skip
 ACROSS: Final = 3
 SCALES: Final = {"Bps": (8e-6, "Mbit/s"), "bytes": (1e-3, "kB"), "s": (1e3, "ms"), "percentunit": (100, "%")}
