@@ -11,11 +11,12 @@ VLLM_VENV ?= build/venv-vllm
 ARGS ?=
 NCCL_CC ?= $(firstword $(foreach c,clang cc gcc,$(shell command -v $(c))))
 STAMP := $(VENV)/.mfsd-setup
-PURE := not (root or netns or bpf)
+ROOTLESS := not (root or netns or bpf)
+PURE := $(ROOTLESS) and not daemon
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup system generated build check demo lab lab-quick e2e-vllm e2e-mooncake test test-vm test-deb test-systemd test-metrics \
+.PHONY: help setup system generated build check rootless demo lab lab-quick e2e-vllm e2e-mooncake test test-vm test-deb test-systemd test-metrics \
 	test-kubernetes deb wheel coverage fuzz soak kills bench lint nccl-plugin format clean
 
 help: ## list the targets
@@ -32,10 +33,15 @@ $(STAMP): pyproject.toml scripts/setup.sh scripts/constraints.txt
 generated: $(STAMP)
 	@$(PY) scripts/build.py
 
-check: lint ## first thing to run: lint and the tests that need no privileges, some three minutes, as any user
+check: lint ## first thing to run: lint and the pure tests, properties with few examples, a minute, as any user
 	@mkdir -p build
-	$(PY) -m pytest -q -n logical -m "$(PURE)" --junitxml=build/check.xml
+	$(PY) -m pytest -q -n logical -p support.short -m "$(PURE)" --junitxml=build/check.xml
 	@$(PY) scripts/check_tiers.py --pure build/check.xml
+
+rootless: generated ## all tests that need no privileges, those with daemons, too: some three minutes, as any user
+	@mkdir -p build
+	$(PY) -m pytest -q -n logical -m "$(ROOTLESS)" --junitxml=build/rootless.xml
+	@$(PY) scripts/check_tiers.py --pure build/rootless.xml
 
 setup: build ## Debian packages (as root), virtual environment, generated code: what of them is missing or out of date
 
@@ -95,7 +101,7 @@ docs: generated ## the documentation as a site, links checked: build/site/
 
 coverage: generated ## branches that the tests without privileges take in policy, engine, api and client
 	rm -rf build/coverage
-	$(VENV)/bin/coverage run -m pytest -q -n logical -m "$(PURE)"
+	$(VENV)/bin/coverage run -m pytest -q -n logical -m "$(ROOTLESS)"
 	@$(VENV)/bin/coverage combine -q
 	@for room in policy engine api client; do \
 		$(VENV)/bin/coverage report --skip-empty --skip-covered --include "mfsd/$$room/*"; echo; done

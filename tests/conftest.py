@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("mfsd", deadline=None)
 hypothesis.settings.load_profile("mfsd")
 
-MARKED_BY_FIXTURE: Final = {"netns_pair": "netns", "own_netns": "netns", "loaded": "bpf"}
-"""Fixtures that need privileges: whoever uses one has its marker, so that `make check` leaves it out."""
+MARKED_BY_FIXTURE: Final = {
+    "netns_pair": "netns",
+    "own_netns": "netns",
+    "loaded": "bpf",
+    "start": "daemon",
+    "rig": "daemon",
+}
+"""Fixtures that need privileges or start a daemon: who uses one has its marker, so that `make check` leaves it out."""
 
 
 @pytest.hookimpl(tryfirst=True)

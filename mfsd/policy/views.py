@@ -12,6 +12,7 @@ The engine gives every column; ``of`` makes views of which only some columns mat
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -40,6 +41,12 @@ def _column(dtype: npt.DTypeLike, neutral: float = 0) -> dict[str, Any]:
     return {"dtype": dtype, "neutral": neutral}
 
 
+@functools.cache
+def _fields(of: type) -> tuple[dataclasses.Field[Any], ...]:
+    """Of a view."""
+    return dataclasses.fields(of)
+
+
 class _Rows:
     """A view with one element per row in every column."""
 
@@ -49,15 +56,17 @@ class _Rows:
     def of(cls, n: int, **columns: npt.ArrayLike) -> Self:
         """``n`` rows with these columns, each one value for all rows or one per row, copied; the others are neutral."""
         out: dict[str, Any] = {}
-        for f in dataclasses.fields(cls):  # type: ignore[arg-type] # of a subclass
-            out[f.name] = np.empty(n, f.metadata["dtype"])
-            out[f.name][:] = columns.pop(f.name, f.metadata["neutral"])
+        for f in _fields(cls):
+            out[f.name] = column = np.empty(n, f.metadata["dtype"])
+            if f.name in columns:
+                column[:] = columns.pop(f.name)
+            else:
+                column.fill(f.metadata["neutral"])
         return cls(**out, **columns)
 
     def take(self, rows: npt.NDArray[np.signedinteger]) -> Self:
         """These rows, copied."""
-        columns = (f.name for f in dataclasses.fields(self))  # type: ignore[arg-type] # of a subclass
-        return type(self)(*(getattr(self, name).take(rows) for name in columns))
+        return type(self)(*(getattr(self, f.name).take(rows) for f in _fields(type(self))))
 
 
 @dataclass(slots=True)

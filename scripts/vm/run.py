@@ -87,7 +87,7 @@ def job(has: set[str], arguments: str) -> str:
 cd {ROOT}
 export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT}:{ROOT}/tests
 export MFSD_VM=1 MFSD_WAIT_FACTOR={WAIT_FACTOR} MFSD_VM_FEATURES="{" ".join(sorted(has))}"
-{python} -m pytest -p no:cacheprovider -p support.emulated -v --tb=short --durations=25 \\
+{python} -m pytest -p no:cacheprovider -p support.short -p support.emulated -v --tb=short --durations=25 \\
     -o junit_family=xunit1 --junitxml=/results/junit.xml {arguments} > /results/pytest.txt 2>&1
 status=$?
 {python} -m mfsd.cli doctor > /results/doctor.txt 2>&1

@@ -19,6 +19,8 @@ from support.daemons import Running
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.daemon
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 BROUGHT: Final = ("grpcio", "protobuf", "typing_extensions")
 """The last is grpcio's own."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.daemon
+
 COMMAND = [sys.executable, "-m", "mfsd.daemon"]
 
 

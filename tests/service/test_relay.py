@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SENDER, WAITER = "127.0.0.2", "127.0.0.1"
+pytestmark = pytest.mark.daemon
+
 MB = 1_000_000
 
 

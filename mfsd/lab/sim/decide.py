@@ -72,6 +72,7 @@ class PolicyDecider:
         # Bands as in mfsd/bands.py, without control; a band per level.
         self._level_bands = np.array([*range(after), *range(after + 1, levels + 1)])
         self._other_bands = np.array([after, levels + 1, levels + 2])
+        self._above = np.array([*self._level_bands, levels + 2])
         self._floors = np.zeros(levels + OTHERS)
         if floors:
             self._floors[self._level_bands] = LEVEL_FLOOR
@@ -123,9 +124,8 @@ class PolicyDecider:
 
     def _view(self, run: Run, active: I4) -> Views:
         case = run.case
-        self._batches = np.array(
-            [b for b in range(len(case.batches)) if run.arrived[b] and not run.departed[b]], dtype=np.int32
-        )
+        ids = [b for b in range(len(case.batches)) if run.arrived[b] and not run.departed[b]]
+        self._batches = np.array(ids, dtype=np.int32)
         batch_row = np.full(len(case.batches) + 1, -1, dtype=np.int32)
         batch_row[self._batches] = np.arange(len(self._batches))
         alive = np.isnan(run.finish) & (batch_row[run.batch_of] >= 0)
@@ -133,10 +133,10 @@ class PolicyDecider:
         request_row = np.full(case.requests + 1, -1, dtype=np.int32)
         request_row[self._requests] = np.arange(len(self._requests))
 
-        specs = [case.batches[b] for b in self._batches]
-        layer = np.array([run.layer[b] for b in self._batches], dtype=np.int32)
-        done = np.array([run.compute_done[b] for b in self._batches], dtype=np.bool_)
-        compute = np.array([self._compute_left(run, int(b)) for b in self._batches])
+        specs = [case.batches[b] for b in ids]
+        layer = np.array([run.layer[b] for b in ids], dtype=np.int32)
+        done = np.array([run.compute_done[b] for b in ids], dtype=np.bool_)
+        compute = np.array([self._compute_left(run, b) for b in ids])
         batches = BatchView.of(
             len(specs),
             layers=[len(s.collective) for s in specs],
@@ -179,14 +179,12 @@ class PolicyDecider:
         return Views(transfers, requests, batches, self._link(case), run.now)
 
     def _link(self, case: Case) -> LinkView:
-        above = np.concatenate([[0.0], np.cumsum(self._usage)])
-        at = [*self._level_bands, self.policy.levels + 2]
-        others = self._other_bands
+        above, others = np.concatenate([[0.0], np.cumsum(self._usage)]), self._other_bands
         return LinkView.of(
             case.rate,
             self.policy.levels,
             load=np.minimum(above[-1], 1.0),
-            load_above=np.minimum(above[at], 1.0),
+            load_above=np.minimum(above[self._above], 1.0),
             floor=self._floors.sum(),
             taken=np.minimum(self._usage, self._floors)[others].sum(),
         )

@@ -106,14 +106,19 @@ class Order:
 
         ``flows``: connections of each crowd, shape (crowds,).
         """
-        every = np.concatenate([self.key, self.crowds])
-        weight = np.concatenate([np.ones(len(self.key)), flows])
-        keys, which = np.unique(every, return_inverse=True)
-        assured = np.array([self.assured.get(k, 0.0) for k in keys.tolist()])
-        share = np.diff(np.minimum(np.cumsum(assured), rate), prepend=0.0)
-        share[0] += rate - share.sum()
-        each = (share / np.bincount(which, weights=weight))[which] * weight
-        return each[: len(self.key)], each[len(self.key) :]
+        # Plain Python: there are a handful of them, and this is asked at every event.
+        keys, crowds = self.key.tolist(), self.crowds.tolist()
+        weight: dict[float, int] = dict.fromkeys(sorted({*keys, *crowds}), 0)
+        for key, its in zip(keys + crowds, [1] * len(keys) + flows.tolist(), strict=True):
+            weight[key] += its
+        spare, each = rate, {}
+        for key in weight:
+            each[key] = min(self.assured.get(key, 0.0), spare)
+            spare -= each[key]
+        if each:
+            each[next(iter(each))] += spare
+        own = np.array([each[key] / weight[key] for key in keys])
+        return own, np.array([each[key] / weight[key] for key in crowds]) * flows
 
 
 class Decider(Protocol):
