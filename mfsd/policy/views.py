@@ -56,7 +56,7 @@ class _Rows:
     def of(cls, n: int, **columns: npt.ArrayLike) -> Self:
         """``n`` rows with these columns, each one value for all rows or one per row, copied; the others are neutral."""
         out: dict[str, Any] = {}
-        for f in _fields(cls):
+        for f in _fields(cls):  # type: ignore[arg-type] # the class is hashable, though its rows are not
             out[f.name] = column = np.empty(n, f.metadata["dtype"])
             if f.name in columns:
                 column[:] = columns.pop(f.name)
@@ -66,7 +66,7 @@ class _Rows:
 
     def take(self, rows: npt.NDArray[np.signedinteger]) -> Self:
         """These rows, copied."""
-        return type(self)(*(getattr(self, f.name).take(rows) for f in _fields(type(self))))
+        return type(self)(*(getattr(self, f.name).take(rows) for f in _fields(type(self))))  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
