@@ -50,15 +50,17 @@ class Kind:
     """Most transfers; with a limit brute force is tried."""
 
 
+LADDER: Final = "deadline-ladder"
 KINDS: Final = {"fast": Kind(FAST, 10), "slow": Kind(SLOW, 6), "small": Kind(SMALL, 40, 6)}
 
 OURS: Final[dict[str, tuple[str, int | None, dict[str, float | int | bool | str]]]] = {
     DEFAULT: (DEFAULT, None, {}),
-    f"{DEFAULT} 5 levels": (DEFAULT, 5, {}),
     f"{DEFAULT} 13 levels": (DEFAULT, 13, {}),
-    f"{DEFAULT} kv=rli": (DEFAULT, 13, {"kv": "rli", "early_levels": 6}),
-    f"{DEFAULT} no give-up": (DEFAULT, None, {"give_up": False}),
-    f"{DEFAULT} no promotion": (DEFAULT, None, {"promotion": False}),
+    LADDER: (LADDER, None, {}),
+    f"{LADDER} 13 levels": (LADDER, 13, {}),
+    f"{LADDER} kv=rli": (LADDER, 13, {"kv": "rli", "early_levels": 6}),
+    f"{LADDER} no give-up": (LADDER, None, {"give_up": False}),
+    f"{LADDER} no promotion": (LADDER, None, {"promotion": False}),
     "mfs": ("mfs", 13, {}),
     "mfs 8 levels": ("mfs", 8, {}),
     "mfs-nop1": ("mfs-nop1", 13, {}),
@@ -150,6 +152,7 @@ def figures(counts: Counts) -> list[Figure]:
         Figure.against("best_over_best_rival", min(over_rival.values()), "ratio", target=1.0, want="at least"),
         Figure("mfs_over_two_class", total("mfs") / total("two-class"), "ratio"),
         Figure("mfs_over_two_class_large", total("mfs", large) / total("two-class", large), "ratio"),
+        Figure("best_over_ladder", total(DEFAULT) / total(LADDER), "ratio"),
         Figure("best_over_mfs", total(DEFAULT) / total("mfs"), "ratio"),
         Figure("best_over_strict_optimum", total(DEFAULT) / total("strict optimum"), "ratio"),
         Figure("best_over_optimum_small", total(DEFAULT, ("small",)) / total("optimum", ("small",)), "ratio"),

@@ -305,3 +305,9 @@ def test_switches_of_mfs_do_what_they_say() -> None:
     assert urgent == patient == 12
     t.level[:] = patient
     assert _levels("mfs", {"promotion": False}, t, levels=13) == [patient] * 4
+
+
+def test_the_benchmark_of_policies_names_parameters_that_they_have() -> None:
+    from bench.optimality import contestants  # noqa: PLC0415 (not a part of the package)
+
+    assert {registry.DEFAULT, "deadline-ladder", "llf"} <= set(contestants())
