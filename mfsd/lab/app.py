@@ -197,7 +197,7 @@ def _complain(found: Sequence[Result]) -> None:
 
 @main.command()
 @_settings("demo", "duration", "speed", "seed")
-@_arms("ladder")
+@_arms(registry.DEFAULT)
 @click.option("--promotion/--no-promotion", "promote", default=True, help="Also measure single promotions.")
 @_out(Path("build"))
 @_guard
@@ -262,7 +262,7 @@ def full(out: Path, names: Sequence[str], report_only: bool, **given: Sequence[A
 
 @main.command()
 @_out()
-@_arms("none", "ladder-net")
+@_arms("none", registry.DEFAULT)
 @click.option("--regime", type=click.Choice(list(PRESETS)), default=matrix.QUICK_REGIME, show_default=True,
               help="The preset: what is not given is this one's.")  # fmt: skip
 @_settings("")
@@ -277,7 +277,7 @@ def cell(out: Path, arms: Sequence[str], regime: str, **given: Any) -> None:
 
 @main.command()
 @_out()
-@_arms("none", "mfs", "ladder")
+@_arms("none", "mfs", registry.DEFAULT)
 @_settings("real", "duration", "speed", "seed", several=("seed",))
 @_guard
 def real(out: Path, arms: Sequence[str], seed: Sequence[int], **given: Any) -> None:

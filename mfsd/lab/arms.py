@@ -71,13 +71,17 @@ the last one KV with more than 0.8 s left beside the doomed. KV keeps a tenth of
 """
 
 
+def _own(name: str, title: str, **more: Any) -> Arm:
+    return _arm(f"{registry.DEFAULT}-{name}", f"demand bound, {title}", registry.DEFAULT, **more)
+
+
 def _net(name: str, title: str, **more: Any) -> Arm:
     return _arm(name, f"fitted ladder, {title}", "deadline-ladder", **_NET, **more)
 
 
 _MAIN: Final = (
     Arm("none", "fair sharing (no mfsd)"),
-    _arm("demand-bound", "demand bound (the default)", "demand-bound"),
+    _arm(registry.DEFAULT, "demand bound (the default)", registry.DEFAULT),
     _arm("two-class", "static two-class", "two-class"),
     _arm("sjf", "SJF", "sjf"),
     _arm("edf", "EDF (stage 3 only, as in the paper)", "edf"),
@@ -117,6 +121,11 @@ _SENSITIVITY: Final = (
     _net("ladder-marks", "20 % of collective marks lost", faults=Faults(marks_lost=0.2)),
     _net("ladder-late", "deadlines told 1.5x too late", faults=Faults(deadline=1.5)),
     _net("ladder-cross", "20 % unhinted cross traffic", background=0.2),
+    _own("sizes", "sizes off by up to 2x", faults=Faults(size=2.0)),
+    _own("lost", "20 % of transfer hints lost", faults=Faults(lost=0.2)),
+    _own("marks", "20 % of collective marks lost", faults=Faults(marks_lost=0.2)),
+    _own("late", "deadlines told 1.5x too late", faults=Faults(deadline=1.5)),
+    _own("cross", "20 % unhinted cross traffic", background=0.2),
     Arm("none-cross", "fair sharing, 20 % unhinted cross traffic", background=0.2),
     _arm("mfs-sizes", "MFS, sizes off by up to 2x", "mfs", faults=Faults(size=2.0)),
     _arm("mfs-lost", "MFS, 20 % of transfer hints lost", "mfs", faults=Faults(lost=0.2)),

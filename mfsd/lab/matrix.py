@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mfsd.lab import arms
 from mfsd.lab.arms import ARMS
 from mfsd.lab.settings import PRESETS, REGIMES, Settings
+from mfsd.policy import registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 SEEDS: Final = (0, 1, 2)
 QUICK_S: Final = 11.0
 QUICK_REGIME: Final = "several"
-QUICK_ARMS: Final = ("none", "two-class", "karuna", "mfs", "ladder-net")
+QUICK_ARMS: Final = ("none", "two-class", "mfs", "ladder-net", registry.DEFAULT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def _at_middle(names: Iterable[str], **more: Any) -> tuple[Settings, ...]:
 
 def full() -> list[Part]:
     """Everything, most important first."""
-    few = ("none", "two-class", "mfs", "ladder-net")
+    few = ("none", "two-class", "mfs", "ladder-net", registry.DEFAULT)
     fair = _at_middle(["none"])  # as a reference; what the switch could tell apart does not concern it
     ablation = ("mfs", *arms.ABLATION, "mfs-nop1", "mfs-giveup", "ladder", "ladder-rli", "ladder-keep")
     fit = ("two-class", "ladder", *arms.FIT, "ladder-net")
@@ -68,7 +69,7 @@ def full() -> list[Part]:
         Part("ablation", "MFS and the ladder, each part alone off or on", (*fair, *_at_middle(ablation))),
         Part("fit", "the ladder fitted to the network, step by step", (*fair, *_at_middle(fit))),
         Part("sensitivity", "parameters, wrong hints, cross traffic",
-             (*fair, *_at_middle(("mfs", "ladder-net", *arms.SENSITIVITY)))),
+             (*fair, *_at_middle(("mfs", "ladder-net", registry.DEFAULT, *arms.SENSITIVITY)))),
         Part("slo", "SLO scale", tuple(c for s in (1.5, 2.0, 5.0) for c in _at_middle(few, slo_scale=s))),
         Part("mixed", "20 % tight, 80 % loose deadlines", _at_middle(few, tight=0.2)),
         Part("poisson", "Poisson arrivals", _at_middle(few, arrivals="poisson")),

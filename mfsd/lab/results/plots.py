@@ -17,6 +17,7 @@ from mfsd.lab.results.result import binned
 from mfsd.lab.results.story import SCAVENGER, rank_of
 from mfsd.lab.settings import PRESETS
 from mfsd.model import Stage
+from mfsd.policy import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -49,7 +50,7 @@ def _style(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
         a: {
             "color": COLOURS[i % len(COLOURS)],
             "label": arm_of(a).title,
-            "linewidth": 2.4 if a in {"none", "ladder-net"} else 1.4,
+            "linewidth": 2.4 if a in {"none", registry.DEFAULT} else 1.4,
         }
         for i, a in enumerate(arms)
     }

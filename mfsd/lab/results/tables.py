@@ -13,6 +13,7 @@ from mfsd.lab.results.evaluate import Table, at_level, key_of
 from mfsd.lab.results.figures import summary
 from mfsd.lab.results.report import Section
 from mfsd.lab.settings import MEAN_OF, REGIMES, varying
+from mfsd.policy import registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 LEVELS: Final = ((0.475, ("two-class", "karuna")), (0.20, ("two-class",)))
 """Shares that fair sharing meets, at which the arms are compared, and arms without which a load does not count."""
-OURS: Final = "ladder-net"
-FEW: Final = ("none", "two-class", "karuna", "mfs", OURS)
+OURS: Final = registry.DEFAULT
+FEW: Final = ("none", "two-class", "mfs", "ladder-net", OURS)
 LAB_PANELS: Final = ("slowdown", "collective", "late")
 
 

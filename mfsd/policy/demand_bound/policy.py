@@ -43,8 +43,8 @@ class DemandBound(Policy):
     What a transfer needs is the demand bound (load.py): the largest share of its link that it and all that is due
     before it must get from now on, in the order of their deadlines, with a margin for ticks, rescues and TCP. From
     ``defer_until`` on it is guaranteed: the policy asks for ``headroom`` times the bound for all who are together, and
-    for the level of those due first, so that they are served by deadline. That share of the link is enough until then,
-    so deferring costs nobody a deadline that sharing the link with two competitors would meet, and the collectives lose
+    for the level of those due first, so that they are served by deadline. Half of the link is enough until then, so
+    deferring costs nobody a deadline that sharing the link with one competitor would meet, and the collectives lose
     only what somebody needs. More than ``most`` is taken from them only when there is nothing but the margin to spare.
 
     A transfer that has been deferred or given up for ``max_defer`` is let through whatever it needs.
@@ -54,9 +54,9 @@ class DemandBound(Policy):
     """
 
     levels: int = 5
-    defer_until: float = option(0.3, "share of its link from which on a transfer is guaranteed it", low=0.05, high=1.0)
+    defer_until: float = option(0.5, "share of its link from which on a transfer is guaranteed it", low=0.05, high=1.0)
     most: float = option(
-        0.4, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
+        0.7, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
     )
     margin_ms: float = option(25.0, "time in hand, for ticks, rescues and TCP", low=0.0)
     margin_share: float = option(0.03, "the same as a share of the time left", low=0.0, high=0.4)
