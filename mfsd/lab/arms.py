@@ -107,7 +107,7 @@ _FIT: Final = (
     _arm("two-class-floors", "two-class with a floor for KV", "two-class", floors=(0.0, 0.1)),
 )
 _YIELD: Final = (
-    _arm("demand-bound-yield", "demand bound, yielding in the network", "demand-bound", yields=True),
+    _own("yield", "yielding in the network", yields=True),
     _arm("two-class-yield", "two-class, yielding in the network", "two-class", yields=True),
 )
 _SENSITIVITY: Final = (
