@@ -9,7 +9,7 @@ all that there is. What is in time that way stays in time; what is not shares wh
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mfsd.policy.base import Policy
-    from mfsd.policy.views import F8, TransferView, Views
+    from mfsd.policy.views import F8, Views
 
     Rows = npt.NDArray[np.intp]
 
@@ -69,13 +69,7 @@ def decide(policy: Policy, views: Views, tenant: npt.NDArray[np.int32]) -> Decis
 
 def _part(views: Views, rows: Rows, share: F8) -> Views:
     """Some transfers, on links of which they have these shares."""
-    return replace(
-        views, transfers=_take(views.transfers, rows), link=replace(views.link, rate=views.link.rate * share)
-    )
-
-
-def _take(view: TransferView, rows: Rows) -> TransferView:
-    return replace(view, **{f.name: getattr(view, f.name).take(rows) for f in fields(view)})
+    return replace(views, transfers=views.transfers.take(rows), link=replace(views.link, rate=views.link.rate * share))
 
 
 def _need(views: Views, rows: Rows) -> F8:
