@@ -142,7 +142,7 @@ def test_where_two_are_lost_nobody_is_promised_more_than_an_equal_share() -> Non
     assert "promised nothing" in " ".join(policy.explain(2, view).reasons)
     # One that is lost is no crowd.
     assert shares(decide(t.take(np.array([0, 2, 3]))))[FIRST] == 0.7
-    # Whoever asks for a third at most is promised all that it needs, and passes the collectives when its margin is gone.
+    # Who asks for a third at most is promised all that it needs, and passes the collectives when its margin is gone.
     t = pv.transfers(3, left=np.array([9.0, 9.0, 0.0099]) * RATE, deadline=[1.0, 1.0, 0.03], stage=3)
     assert decide(t).level.tolist() == [LEVEL_SCAVENGER, LEVEL_SCAVENGER, URGENT]
     assert shares(decide(t))[URGENT] == pytest.approx(1.1 * 0.33, abs=1e-3)
