@@ -123,7 +123,8 @@ class Plain:
         mine = [j for j in self.s.rows() if self.s.t.device[j] == self.s.t.device[i]]
         if sum(self.lost(j) for j in mine if self.s.t.stage[j] == P2D) < 2:
             return False
-        return float(self.s.t.left[i]) / self.here[self.s.t.device[i]].link.rate * len(mine) > self.due[i]
+        share = float(self.s.t.left[i]) / self.here[self.s.t.device[i]].link.rate * len(mine)
+        return bool(share > self.due[i])
 
     def _promised(self, of: Demand) -> Demand:
         """The same without the greedy."""
