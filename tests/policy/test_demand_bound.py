@@ -131,23 +131,6 @@ def test_twenty_transfers_that_have_time_alone_have_none_together() -> None:
     assert decide(t.take(np.arange(5))).level.tolist() == [DEFERRED] * 5
 
 
-def test_where_two_are_lost_nobody_is_promised_more_than_an_equal_share() -> None:
-    """Two that can't be in time, one that needs 0.7 of the link and one that needs 0.2: shares of four are 0.25."""
-    t = pv.transfers(4, left=np.array([9.0, 9.0, 0.7, 0.2]) * RATE, deadline=[1.0, 1.0, 1.0, 1.0], stage=3)
-    view = pv.view(t, net=pv.link(RATE, 5))
-    policy = demand_bound()
-    crowded = policy.evaluate(view)
-    assert crowded.level.tolist() == [LEVEL_SCAVENGER, LEVEL_SCAVENGER, FIRST, FIRST]
-    assert shares(crowded) == [0, 0, 0, 0, 0]  # the last needs less than half of the link
-    assert "promised nothing" in " ".join(policy.explain(2, view).reasons)
-    # One that is lost is no crowd.
-    assert shares(decide(t.take(np.array([0, 2, 3]))))[FIRST] == 0.7
-    # Who asks for a third at most is promised all that it needs, and passes the collectives when its margin is gone.
-    t = pv.transfers(3, left=np.array([9.0, 9.0, 0.0099]) * RATE, deadline=[1.0, 1.0, 0.03], stage=3)
-    assert decide(t).level.tolist() == [LEVEL_SCAVENGER, LEVEL_SCAVENGER, URGENT]
-    assert shares(decide(t))[URGENT] == pytest.approx(1.1 * 0.33, abs=1e-3)
-
-
 def test_those_who_need_less_than_half_on_top_of_the_others_wait() -> None:
     """The second needs the link after the first, the third does not."""
     t = pv.transfers(3, left=[0.5 * RATE, 0.4 * RATE, 0.1 * RATE], deadline=[0.8, 1.8, 20.0])
