@@ -90,7 +90,8 @@ def test_what_it_shows_fits_and_keys_do_what_they_say(screen: Terminal) -> None:
     lines = it.wait("only 'urgent'")
     assert not any("relaxed" in line for line in lines)
     it.press("Escape")
-    it.wait("relaxed/0", "relaxed/4")
+    lines = it.wait("relaxed/", "8 min")  # all due together: which of them the room shows is nobody's business
+    assert sum("relaxed/" in line for line in lines) >= 3
     # The late one is explained from the other pane.
     it.press("Tab", "e")
     it.wait("transfers: urgent/2")
