@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mfsd.policy.views import B1, F8, I4
 
-MOST: Final = 2048
+MOST: Final = 512
 """Jobs that are looked at in one evaluation, by deadline on each link, to bound the time it takes; what is overloaded
 still is looked at in the next one."""
 ROUNDING: Final = 1.0 + 1e-9
