@@ -321,18 +321,18 @@ def test_sockets_that_are_none(daemon: Daemon, events: list[Event]) -> None:
 # --- whose ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_ends_right_behind_its_last_byte(daemon: Daemon, sink: Sink) -> None:
-    body = """
+SENDS_ALL = """
 client = Client(target=target)
 s = dial()
 client.request("r", ttft_left_s=20)
 client.transfer("t", s, 1_000_000, stage=Stage.P2D, request="r")
 assert client.flush(20)
 s.sendall(bytes(1_000_000))
-client.done(request="r")
-client.flush(20)
-os._exit(0)
 """
+
+
+def test_a_worker_that_ends_right_behind_its_last_byte(daemon: Daemon, sink: Sink) -> None:
+    body = SENDS_ALL + "client.done(request='r'); client.flush(20); os._exit(0)"
     for i in range(3):
         with worker(daemon, body) as one:
             one.popen.wait(WAIT_S)
@@ -342,15 +342,7 @@ os._exit(0)
 
 def test_a_worker_killed_behind_its_last_byte(daemon: Daemon, sink: Sink) -> None:
     """It never said that it was done; all has arrived in time."""
-    body = """
-client = Client(target=target)
-s = dial()
-client.request("r", ttft_left_s=20)
-client.transfer("t", s, 1_000_000, stage=Stage.P2D, request="r")
-assert client.flush(20)
-s.sendall(bytes(1_000_000))
-os.kill(os.getpid(), 9)
-"""
+    body = SENDS_ALL + "os.kill(os.getpid(), 9)"
     with worker(daemon, body) as one:
         one.popen.wait(WAIT_S)
     settled(daemon, (1, 1, 0))
