@@ -212,7 +212,7 @@ def _queue(
     ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners, streams: list[Stream | None], now: float
 ) -> tuple[list[Transfer], F8, I4]:
     """Make the transfers, queued and linked; with the offsets of their first bytes, and their streams' indices."""
-    sent_by = ledger.connections.sent_by
+    sent_by = ledger.connections.positions.sent_by
     offsets = [0.0 if s is None else ledger.books.streams.offset(s, sent_by) for s in streams]
     noted: list[int] = [-1] * len(streams)
     charge = ledger.books.charge

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connections that mfsd knows: their slots, keys and lanes, and how far each of them has got.
-
-Two sources tell how far. The slot has TCP's counters as of the last packet that left: free, every tick, but the
-acknowledgements of the last bytes come when nothing leaves any more. inet_diag has them as of now, at a system call per
-connection. Both are on TCP's own scale, on which a connection begins at 0 and its SYN counts as a byte.
-"""
+"""The connections that mfsd knows: their slots, keys and lanes. How far each of them has got: positions.py."""
 
 from __future__ import annotations
 
@@ -16,35 +11,30 @@ import numpy.typing as npt
 from mfsd.engine.lanes import Lanes
 from mfsd.engine.locating import Unlocated
 from mfsd.engine.peers import Peers
-from mfsd.engine.records import Connection, Position, User
+from mfsd.engine.positions import IPPROTO_TCP, Positions
+from mfsd.engine.records import Connection, User
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
-from mfsd.engine.streams import Moved, Streams
 from mfsd.engine.tenants import Parted, Tenants
 from mfsd.model import INF, Endpoints, HintError, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mfsd.bands import Bands
     from mfsd.engine.records import Mark, Session
-    from mfsd.engine.sockets import Progress, Socket, Sockets
+    from mfsd.engine.sockets import Socket, Sockets
     from mfsd.model import Address
 
 F8 = npt.NDArray[np.float64]
 MarkKind = tuple[Stage, float, bool]
 """(stage, due_in, gives_way) of a mark."""
 
-IPPROTO_TCP: Final = 6
 UNSEEN_S: Final = 20.0
 """A tuple that no packet has had for so long loses its slot."""
 LONG_AGO: Final = -INF
 """Since when a connection is at rest that nobody is expected to use again."""
 LENT: Final = 256
 """Free slots that the kernel holds, to take by itself; at most an eighth of the table."""
-
-
-class UnknownError(Exception):
-    """The kernel can't be asked now: nothing follows from that."""
 
 
 class Connections:
@@ -74,14 +64,10 @@ class Connections:
         """Known by cookie only."""
         self._strange: list[Connection] = []
         """Named by somebody whose they have turned out not to be."""
-        self._unplaced: dict[Connection, None] = {}
-        """Joined to streams at a position that nobody knows."""
+        self.positions = Positions(table, sockets)
         self.lanes = Lanes(max(b.lanes for b in bands.level_bands))
         n = len(table)
         self.tenants = Tenants(n)
-        self._sent: F8 = np.zeros(n)
-        self._acked: F8 = np.zeros(n)
-        """By slot: what TCP has said when asked; the slot itself may know more by now."""
         self.tenancy: npt.NDArray[np.int64] = np.zeros(n, dtype=np.int64)
         """By slot: how many connections have had it."""
         # One element more than there are slots: index -1 ("no connection") reads the last.
@@ -249,7 +235,7 @@ class Connections:
         user.connections += 1
         tcp = endpoints is None or endpoints.protocol == IPPROTO_TCP
         self._enter_lane(conn, self.tenants.join(slot, user.uid), tcp=tcp)
-        self._sent[slot] = self._acked[slot] = 0.0
+        self.positions.begin(slot)
         self.peer[slot] = -1
         self.tenancy[slot] += 1
         self.by_slot[slot] = conn
@@ -279,7 +265,7 @@ class Connections:
         conn.lane = self.table.lane[conn.slot] = self.lanes.take(tenant, tcp=tcp, wish=conn.lane)
 
     def _leave_lane(self, conn: Connection) -> None:
-        self.lanes.give_back(conn.lane, conn.tenant, self.moved_at(conn))
+        self.lanes.give_back(conn.lane, conn.tenant, self.positions.moved_at(conn))
 
     def alone(self, conn: Connection, now: float) -> bool:
         """Nothing but its own tenant's packets can be queued in its lane."""
@@ -302,7 +288,7 @@ class Connections:
         self.last_stage[conn.slot] = Stage.NONE
         self.mark_set[conn.slot] = 0
         self._unlocated.discard(conn)
-        self._unplaced.pop(conn, None)
+        self.positions.forget(conn)
         self.rest_since[conn.slot] = self._unseen[conn.slot] = INF
         conn.user.connections -= 1
         self._leave_lane(conn)
@@ -358,68 +344,6 @@ class Connections:
                 conn.expires = expires
                 self.table.expires_ns[conn.slot] = int(expires * NS)
 
-    # --- how far ------------------------------------------------------------------------------------------------------
-
-    def sent(self) -> F8:
-        """What has left each connection, by slot; shape (high,)."""
-        high = self.table.high
-        return np.maximum(self.table.sent[:high], self._sent[:high])
-
-    def acked(self) -> F8:
-        """What the peer of each connection is known to have acknowledged, by slot; shape (high,)."""
-        high = self.table.high
-        return np.maximum(self.table.acked[:high], self._acked[:high])
-
-    def acked_of(self, slots: npt.NDArray[np.intp]) -> F8:
-        """The same for some slots, shape (len(slots),)."""
-        return np.maximum(self.table.acked.take(slots), self._acked.take(slots))
-
-    def sent_by(self, conn: Connection) -> float:
-        """What has left one connection."""
-        return max(float(self.table.sent[conn.slot]), float(self._sent[conn.slot]))
-
-    def acked_by(self, conn: Connection) -> float:
-        """What the peer of one connection is known to have acknowledged."""
-        return max(float(self.table.acked[conn.slot]), float(self._acked[conn.slot]))
-
-    def moved_at(self, conn: Connection) -> float:
-        """When its last packet left; 0: it has sent none."""
-        return float(self.table.last_ns[conn.slot]) / NS
-
-    def moved(self, streams: Streams) -> Moved:
-        """How far streams have come now."""
-        return Moved(streams.offsets(self.sent()), streams.offsets(self.acked()))
-
-    def written(self, conn: Connection) -> float:
-        """How far the process has written, on TCP's word if that can be had; inf: nobody knows yet, see ``placed``."""
-        position = self._ask_one(conn)
-        if position is not None:
-            return position.written
-        if self.table.last_ns[conn.slot]:
-            return float(self.table.sent[conn.slot])
-        self._unplaced[conn] = None
-        return INF
-
-    def place(self, conn: Connection) -> bool:
-        """A connection has just been made: whether streams have waited for that, on TCP's scale."""
-        waited = conn in self._unplaced and not conn.passing
-        if waited:
-            del self._unplaced[conn]
-        return waited
-
-    def placed(self) -> list[tuple[Connection, float]]:
-        """Connections of which nobody knew where they stood, whose slots know by now: that position."""
-        out = []
-        for conn in list(self._unplaced):
-            position = self.origin(conn)
-            if position is None and conn.here:
-                told = self._ask_one(conn)
-                position = None if told is None else told.written
-            if position is not None:
-                del self._unplaced[conn]
-                out.append((conn, position))
-        return out
-
     def carries(self, conn: Connection, stage: Stage, band: int) -> None:
         """A stage has been announced on a connection. If it was unhinted so far, its packets leave the default band."""
         self.last_stage[conn.slot] = stage
@@ -431,21 +355,6 @@ class Connections:
         if conn.band == self._default:
             conn.band = self.table.band[conn.slot] = band
 
-    def origin(self, conn: Connection) -> float | None:
-        """Where a connection stood before the first packet that its slot has seen; None: it has seen none."""
-        if not self.table.last_ns[conn.slot]:
-            return None
-        if not self.table.acked[conn.slot] and not self.on_tcps_scale(conn):
-            return 0.0
-        sent = int(self.table.sent[conn.slot])
-        return float(sent - ((sent - int(self.table.origin[conn.slot])) & 0xFFFFFFFF))
-
-    @staticmethod
-    def on_tcps_scale(conn: Connection) -> bool:
-        """Its packets have their socket when they leave, so that TCP's counters are in its slot."""
-        own = conn.cookie != 0 and not conn.passing
-        return own and (conn.endpoints is None or conn.endpoints.protocol == IPPROTO_TCP)
-
     def device_of(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Index of the device that the last packet of each slot left by; 0 before the first, and for slot -1."""
         indices = self._devices()
@@ -455,63 +364,6 @@ class Connections:
             for i, known in enumerate(indices):
                 out[ifindex == known] = i
         return out
-
-    def ask(self, conns: Sequence[Connection]) -> dict[Connection, Position | None]:
-        """Where connections stand now, on TCP's word; None: the socket is gone, nobody knows how.
-
-        Connections whose sockets are elsewhere (or not located yet) are absent. Raises UnknownError.
-        """
-        askable, answers = self._progress(conns)
-        if answers is None:
-            raise UnknownError
-        out: dict[Connection, Position | None] = {}
-        for conn in askable:
-            if conn.cookie not in answers:
-                out[conn] = None
-                continue
-            p, conn.missing = answers[conn.cookie], False
-            if p is None:
-                end = max(float(self.table.sent[conn.slot]), self._sent[conn.slot])
-                out[conn] = Position(end, end, over=True)
-                continue
-            out[conn] = Position(
-                float(p.bytes_acked),
-                self._note(conn, p),
-                quiet_s=p.last_ack_ms / 1000,
-                sent_ago_s=p.last_sent_ms / 1000,
-            )
-        return out
-
-    def tcp(self, conns: Sequence[Connection]) -> dict[Connection, Progress]:
-        """TCP's own account of connections; absent where it can't be had, or where they are over."""
-        askable, answers = self._progress(conns)
-        out = {c: p for c in askable if (p := answers.get(c.cookie)) is not None} if answers else {}
-        for conn, progress in out.items():
-            self._note(conn, progress)
-        return out
-
-    def _progress(self, conns: Sequence[Connection]) -> tuple[list[Connection], Mapping[int, Progress | None] | None]:
-        """Those that TCP can be asked about, and what it says by cookie; None: it can't be asked now."""
-        askable = [c for c in conns if c.here and c.endpoints is not None and c.endpoints.protocol == IPPROTO_TCP]
-        return askable, self.sockets.progress([(c.cookie, c.endpoints) for c in askable if c.endpoints is not None])
-
-    def _note(self, conn: Connection, p: Progress) -> float:
-        """Take down how far a connection is; returns how far its process has written."""
-        written = float(p.bytes_acked + p.unsent_plus_unacked)
-        self._sent[conn.slot], self._acked[conn.slot] = written - p.notsent, p.bytes_acked
-        return written
-
-    def sent_ago(self, conn: Connection) -> float:
-        """Seconds since a connection has sent data, as far as anybody can tell; inf: nobody can."""
-        position = self._ask_one(conn)
-        return INF if position is None else position.sent_ago_s
-
-    def _ask_one(self, conn: Connection) -> Position | None:
-        """Where one stands; None: nobody knows."""
-        try:
-            return self.ask([conn]).get(conn)
-        except UnknownError:
-            return None
 
 
 def _own(session: Session | None, uid: int, field: str) -> None:

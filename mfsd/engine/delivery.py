@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.engine.connections import UnknownError
 from mfsd.engine.endings import AT_ONCE, REST, SLACK
+from mfsd.engine.positions import UnknownError
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
@@ -152,13 +152,13 @@ class Delivery:
         return out
 
     def _rested(self, stream: Stream, now: float) -> bool:
-        moved = max((self.connections.moved_at(c) for c in stream.members), default=0.0)
+        moved = max((self.connections.positions.moved_at(c) for c in stream.members), default=0.0)
         return max(moved, float(self.books.transfers.get(stream.queue[-1], "created"))) < now - DEBT_S
 
     def _ask(self, asked: Iterable[Stream], now: float) -> None:
         conns = list({c: None for s in asked for c in s.members})
         try:
-            positions = self.connections.ask(conns)
+            positions = self.connections.positions.ask(conns)
         except UnknownError:
             self._confirm |= dict.fromkeys(asked, 0.0)  # what is not known is asked again
             return
@@ -271,7 +271,7 @@ class Delivery:
     def _drained(self, stream: Stream, now: float) -> list[Transfer]:
         """Without a socket to ask: what has left is done once the connections' lanes are empty."""
         t = self.books.transfers
-        sent = self.books.streams.offset(stream, self.connections.sent_by)
+        sent = self.books.streams.offset(stream, self.connections.positions.sent_by)
         past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
             return past

@@ -91,7 +91,7 @@ class Endings:
         elif not delivered:
             rows = transfers.rows(stream.queue)
             start, end = transfers.live("start"), transfers.live("end")
-            offset = self.books.streams.offset(stream, self.connections.sent_by)
+            offset = self.books.streams.offset(stream, self.connections.positions.sent_by)
             unsent = np.maximum(end[rows] - np.maximum(start[rows], offset), 0.0)
             gaps = np.cumsum(np.where([t in ended for t in stream.queue], unsent, 0.0))
             start[rows[1:]] -= gaps[:-1]
@@ -109,7 +109,7 @@ class Endings:
     def _uncount(self, stream: Stream, ended: dict[Transfer, None]) -> None:
         """Interleaved bytes: what the others have moved is what moved meanwhile, less what was these transfers'."""
         t, queue = self.books.transfers, list(stream.queue)
-        offset = self.books.streams.offset(stream, self.connections.sent_by)
+        offset = self.books.streams.offset(stream, self.connections.positions.sent_by)
         gone = np.array([x in ended for x in queue])
         rows = t.rows(queue)
         start, size = t.live("start")[rows[gone]], t.live("size")[rows[gone]]
@@ -222,7 +222,7 @@ class Endings:
         """End a connection; the peer has acknowledged payload up to ``acked``, which was all if ``clean``."""
         reason = "its connection was closed before all had arrived" if clean else "its connection was reset"
         for stream in list(conn.streams):
-            self.books.streams.part(stream, conn, acked, self.connections.moved_at(conn))
+            self.books.streams.part(stream, conn, acked, self.connections.positions.moved_at(conn))
             self._after(stream, now, reason, clean=clean)
         for watch in list(conn.watches):
             # Its selector named this connection; the next one with these ports may be anybody's.
@@ -239,7 +239,7 @@ class Endings:
             conn.missing = True
             return False
         table = self.connections.table
-        acked = self.connections.acked_by(conn)
+        acked = self.connections.positions.acked_by(conn)
         clean = acked > 0 and acked + 1 >= float(table.sent[conn.slot])  # 1: a FIN
         self.closed(conn, acked, now, clean=clean)
         return True
@@ -247,7 +247,7 @@ class Endings:
     def _after(self, stream: Stream, now: float, reason: str, *, clean: bool) -> None:
         """A member of a stream is gone: see what can still come of its transfers."""
         transfers = self.books.transfers
-        offset = self.books.streams.offset(stream, self.connections.acked_by)
+        offset = self.books.streams.offset(stream, self.connections.positions.acked_by)
         start = [float(transfers.get(t, "start")) for t in stream.queue]
         end = [float(transfers.get(t, "end")) for t in stream.queue]
         alive = bool(stream.members)
@@ -277,7 +277,9 @@ class Endings:
         if self.connections.by_slot.get(conn.slot) is not conn:
             return
         for stream in list(conn.streams):
-            self.books.streams.part(stream, conn, self.connections.acked_by(conn), self.connections.moved_at(conn))
+            self.books.streams.part(
+                stream, conn, self.connections.positions.acked_by(conn), self.connections.positions.moved_at(conn)
+            )
             self._after(stream, now, reason, clean=False)
         for watch in conn.watches:
             watch.conns.discard(conn)

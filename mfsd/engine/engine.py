@@ -17,10 +17,10 @@ from mfsd.engine import bulk
 from mfsd.engine.audit import Audit
 from mfsd.engine.books import Books
 from mfsd.engine.columns import Dense, HasRow
-from mfsd.engine.connections import UnknownError
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import AT_ONCE, Endings
 from mfsd.engine.ledger import Ledger
+from mfsd.engine.positions import UnknownError
 from mfsd.engine.probes import Probes
 from mfsd.engine.records import Session, Watch
 from mfsd.engine.rescue import Rescuer
@@ -189,7 +189,7 @@ class Engine:
         for conn in self.connections.search(now):
             self.endings.drop(conn, now, f"no socket of this user has cookie {conn.cookie}")
         self.endings.go_on(now)
-        moved = self.connections.moved(self.books.streams)
+        moved = self.connections.positions.moved(self.books.streams)
         self.delivery.run(moved, now)
         self.probes.run(now)
         if now >= self._next_house:
@@ -220,7 +220,7 @@ class Engine:
             else:
                 for watch in self.watches.found(event.selector):
                     self._found(watch, event.sockets, now)
-        for conn, position in self.connections.placed():
+        for conn, position in self.connections.positions.placed():
             self._place(conn, position)
         self.connections.lend()
 
@@ -240,7 +240,7 @@ class Engine:
             self.endings.drop(conn, now)
             return
         begin = float(event.active)  # nothing but its SYN, which TCP counts as a byte, has gone before
-        if self.connections.place(conn):
+        if self.connections.positions.place(conn):
             self._place(conn, begin)
         for watch in watches:
             self.ledger.joined(watch, conn, begin, now)
@@ -316,7 +316,7 @@ class Engine:
         self._sweep_from = window[-1] + 1
         conns = [self.connections.by_slot[s] for s in window]
         try:
-            positions = self.connections.ask([c for c in conns if c.here])
+            positions = self.connections.positions.ask([c for c in conns if c.here])
         except UnknownError:
             return
         for conn, position in positions.items():

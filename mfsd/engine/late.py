@@ -81,4 +81,4 @@ class Lateness:
         return max(float(self.connections.table.last_ns[slot]) / NS, gone) if slot >= 0 else gone
 
     def _wrote_lately(self, stream: Stream) -> bool:
-        return any(self.connections.sent_ago(conn) < LATELY_S for conn in stream.members)
+        return any(self.connections.positions.sent_ago(conn) < LATELY_S for conn in stream.members)

@@ -236,7 +236,7 @@ class Ledger:
         stream = self.stream_of(
             session, hint.selector, hint.stage, expires, now, ordered=hint.ordered, position=hint.position
         )
-        offset = self.books.streams.offset(stream, self.connections.sent_by)
+        offset = self.books.streams.offset(stream, self.connections.positions.sent_by)
         start, late = self.begin(stream, hint.size, hint.position, offset, now)
         transfer = Transfer(hint.id, session, hint.stage, hint.deadline, request, batch, stream, maybe_late=late)
         stream.queue.append(transfer)
@@ -356,7 +356,7 @@ class Ledger:
 
     def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
         """A connection becomes part of a stream, from where the process has written to now."""
-        at = self.connections.written(conn) if position is None else float(position)
+        at = self.connections.positions.written(conn) if position is None else float(position)
         self.books.streams.join(stream, conn, at)
         if position is not None:
             self.delivery.confirm(stream)  # part of what is to come has gone already
@@ -376,7 +376,7 @@ class Ledger:
         if watch.mark is not None and conn not in watch.mark.conns:
             self._put_on(watch.mark, conn, watch.band, now)
         if watch.stream is not None and conn not in watch.stream.members:
-            at = self.connections.written(conn) if position is None or conn.passing else position
+            at = self.connections.positions.written(conn) if position is None or conn.passing else position
             self.books.streams.join(watch.stream, conn, at)
             if watch.stream.queue:
                 self.note(watch.stream, watch.stream.queue[-1].stage)

@@ -76,7 +76,7 @@ class Probes:
             self._end(probe, now)
         if len(self._probes) < PROBES and now - self._looked >= BEGIN_S:
             self._looked = now
-            acked = self.connections.acked()
+            acked = self.connections.positions.acked()
             self._begin(acked, now)
             self._acked = acked
 
@@ -96,7 +96,7 @@ class Probes:
         self._next = chosen + 1
         own = np.flatnonzero((peer == chosen) & (moved > 0))
         busiest = own[np.argpartition(moved[own], -ASKED)[-ASKED:]] if len(own) > ASKED else own
-        asked = known.tcp([known.by_slot[slot] for slot in busiest.tolist() if slot in known.by_slot])
+        asked = known.positions.tcp([known.by_slot[slot] for slot in busiest.tolist() if slot in known.by_slot])
         if asked:
             every = np.flatnonzero(known.peer[: known.table.high] == chosen)
             self._probes.append(
@@ -105,7 +105,7 @@ class Probes:
                     now,
                     every,
                     known.tenancy.take(every),
-                    known.acked_of(every),
+                    known.positions.acked_of(every),
                     self._packets(every),
                     asked,
                 )
@@ -127,9 +127,9 @@ class Probes:
             return  # too little, or nobody knows what happened in so long a tick
         same = known.tenancy.take(probe.slots) == probe.tenancy
         still = [c for c in probe.asked if known.by_slot.get(c.slot) is c]
-        after = known.tcp(still)
+        after = known.positions.tcp(still)
         if any(p.holes for p in (*probe.asked.values(), *after.values())):
             return  # what is acknowledged at one end of the window is not what has arrived
         if any(limited_by_network(probe.asked[c], after[c], seconds) for c in still if c in after):
-            moved = np.maximum(known.acked_of(probe.slots) - probe.acked, 0.0)
+            moved = np.maximum(known.positions.acked_of(probe.slots) - probe.acked, 0.0)
             known.peers.saw(probe.peer, float(moved[same].sum()) / seconds, now)

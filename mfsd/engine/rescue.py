@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from mfsd.bands import HINTED, Bands
-from mfsd.engine.connections import IPPROTO_TCP
 from mfsd.engine.device import Rescue
+from mfsd.engine.positions import IPPROTO_TCP
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Rescuer:
 
     def _look_after(self, now: float) -> None:
         due = [conn for conn, (at, _) in self._after.items() if now >= at]
-        told = self.connections.tcp(due) if due else {}
+        told = self.connections.positions.tcp(due) if due else {}
         for conn in due:
             _, before = self._after.pop(conn)
             if conn in told:
@@ -155,7 +155,7 @@ class Rescuer:
         """Order as many as the device may have now; the others wait."""
         device = self.devices[index]
         allowed = self._allowed(index, [one for one in stuck if self._own(*one, now)], now)
-        told = self.connections.tcp([conn for conn, _ in allowed]) if allowed and device.floors else {}
+        told = self.connections.positions.tcp([conn for conn, _ in allowed]) if allowed and device.floors else {}
         orders = []
         for conn, late in allowed:
             del self._stuck[conn]

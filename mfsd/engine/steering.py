@@ -117,7 +117,7 @@ class Steering:
 
     def views(self, now: float, moved: Moved | None = None, rows: Rows | None = None) -> Views:
         """What the policy sees now of all transfers, or of ``rows``, given how far streams have come (None: look)."""
-        moved = self.connections.moved(self.books.streams) if moved is None else moved
+        moved = self.connections.positions.moved(self.books.streams) if moved is None else moved
         views = views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now, rows)
         views.sizes = self._sizes
         return views

@@ -219,7 +219,7 @@ def test_what_stands_before_interleaved_bytes(announced: list[tuple[int, int]]) 
     for i, (which, size) in enumerate(announced):
         h.transfer(str(i), socks[which], size * 100_000, ordered=False)
     h.tick()
-    view = h.engine.steering.views(h.now, h.connections.moved(h.engine.books.streams)).transfers
+    view = h.engine.steering.views(h.now, h.connections.positions.moved(h.engine.books.streams)).transfers
     rows = h.engine.books.transfers.objects
     for transfer, ahead in zip(rows, view.ahead.tolist(), strict=True):
         sizes = [100_000 * s for w, s in announced if socks[w].cookie == transfer.stream.selector.cookie]  # type: ignore[union-attr]
