@@ -194,7 +194,7 @@ def _streams(
         selector = c.selectors[index]
         assert selector is not None  # noqa: S101 - the decoder leaves no row that names such
         try:
-            streams[index] = ledger.stream_of(
+            streams[index] = ledger.carriage.stream_of(
                 session,
                 selector,
                 _STAGES[c.stage[i]],
@@ -231,17 +231,17 @@ def _queue(
             batch = request.batch
         late = False
         if noted[index] < 0:
-            start, late = ledger.begin(stream, size, position, offsets[index], now)
+            start, late = ledger.carriage.begin(stream, size, position, offsets[index], now)
         elif not stream.ordered:
             start = offsets[index]
         else:
-            start = stream.announced if not position else ledger.behind(stream, position)
+            start = stream.announced if not position else ledger.carriage.behind(stream, position)
             stream.announced = start + size
         transfer = Transfer(name, session, stage, deadline, request, batch, stream, False, late)
         stream.queue.append(transfer)
         if noted[index] != number:
             noted[index] = number
-            ledger.note(stream, stage)
+            ledger.carriage.note(stream, stage)
         known[name] = transfer
         charge(session, name, transfer=True)
         if request is not None:

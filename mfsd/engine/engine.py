@@ -16,6 +16,7 @@ import numpy as np
 from mfsd.engine import bulk
 from mfsd.engine.audit import Audit
 from mfsd.engine.books import Books
+from mfsd.engine.carriage import Carriage
 from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import AT_ONCE, Endings
@@ -78,9 +79,8 @@ class Engine:
         self.probes = Probes(connections)
         self.endings = Endings(books, connections, self.watches, self.rescuer, self.audit)
         self.delivery = Delivery(books, connections, self.rescuer, self.endings)
-        self.ledger = Ledger(
-            books, connections, self.watches, self.delivery, self.endings, self.steering.band_of, limits
-        )
+        self.carriage = Carriage(books, connections, self.watches, self.delivery, self.steering.band_of, limits)
+        self.ledger = Ledger(books, connections, self.watches, self.delivery, self.endings, self.carriage, limits)
         self.mode = mode
         self.paused = False
         self.epoch = secrets.randbits(63) | 1
@@ -90,7 +90,7 @@ class Engine:
 
     def set_limits(self, limits: LimitsConfig, rescue: RescueConfig, tenants: TenantsConfig) -> None:
         """Take other limits; they hold from now on."""
-        self.ledger.limits = self.watches.limits = limits
+        self.ledger.limits = self.carriage.limits = self.watches.limits = limits
         self.connections.per_user = limits.max_connections_per_user
         self.rescuer.config = rescue
         self.steering.urgency.config = tenants
@@ -243,7 +243,7 @@ class Engine:
         if self.connections.positions.place(conn):
             self._place(conn, begin)
         for watch in watches:
-            self.ledger.joined(watch, conn, begin, now)
+            self.carriage.joined(watch, conn, begin, now)
         self.connections.note_rest(conn, now, linger=True)
 
     def _found(self, watch: Watch, sockets: Sequence[Socket], now: float) -> None:
@@ -255,7 +255,7 @@ class Engine:
                 conn = self.connections.of_socket(socket, expires, session=watch.session)
             except HintError:
                 return
-            self.ledger.joined(watch, conn, None, now)
+            self.carriage.joined(watch, conn, None, now)
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What carries transfers: streams, opened when a hint first names them, and the connections that join them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mfsd.engine.late import Lateness
+from mfsd.engine.locating import SYN
+from mfsd.engine.watches import exact_endpoints
+from mfsd.model import INF, CookieSelector, TupleSelector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
+    from mfsd.engine.delivery import Delivery
+    from mfsd.engine.records import Connection, Mark, Session, Stream, Watch
+    from mfsd.engine.settings import LimitsConfig
+    from mfsd.engine.watches import Watches
+    from mfsd.model import Selector, Stage
+
+
+class Carriage:
+    """Opens streams, and says where on them transfers begin."""
+
+    def __init__(
+        self,
+        books: Books,
+        connections: Connections,
+        watches: Watches,
+        delivery: Delivery,
+        band_of: Callable[..., int],
+        limits: LimitsConfig,
+    ) -> None:
+        """``band_of(stage, due_in)``: where bytes begin of which nothing but these is known."""
+        self.books = books
+        self.connections = connections
+        self.watches = watches
+        self.delivery = delivery
+        self.late = Lateness(books, connections, delivery)
+        self.band_of = band_of
+        self.limits = limits
+
+    # --- streams ------------------------------------------------------------------------------------------------------
+
+    def stream_of(
+        self,
+        session: Session,
+        selector: Selector,
+        stage: Stage,
+        expires: float,
+        now: float,
+        *,
+        ordered: bool,
+        position: int,
+    ) -> Stream:
+        """What carries a transfer; opened, and its connections made known, if it is the first one."""
+        stream = session.streams.get(selector)
+        if stream is not None:
+            if stream.watch is not None:
+                self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
+        else:
+            conn = self._connection(session, selector, expires)
+            if conn is not None:
+                self.connections.note_rest(conn, now, linger=False)  # should the rest fail, nothing holds it
+            watch = None
+            if not isinstance(selector, CookieSelector):
+                # An exact tuple, too, may name one connection after another.
+                watch = self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
+            stream = session.streams[selector] = self.books.streams.open(session, selector, watch)
+            mark = session.marks.get(selector)
+            stream.ordered = ordered and (mark is None or mark.ordered)
+            if watch is not None:
+                watch.stream = stream
+                for known in watch.conns:
+                    self._join(stream, known, None)
+            if conn is not None:
+                self._join(stream, conn, position or None)
+        self.connections.renew(stream.members, expires)
+        return stream
+
+    def _begins(self, session: Session, selector: Selector, stage: Stage) -> int:
+        """The band of a selector's new connections: that of the stage that is said now, or of the mark above it."""
+        watch = session.watches.get(selector)
+        band, mark = self.band_of(stage), None if watch is None else watch.mark
+        return band if mark is None else min(band, self.band_of(mark.stage, mark.due_in))
+
+    def _connection(self, session: Session, selector: Selector, expires: float) -> Connection | None:
+        """The one connection that a selector names; None: it may name several, or one still to come."""
+        connections = self.connections
+        if isinstance(selector, CookieSelector):
+            return connections.of_cookie(selector.cookie, expires, session)
+        exact = exact_endpoints(selector)
+        if exact is None:
+            return None
+        found = connections.sockets.exact(selector)  # type: ignore[arg-type]  # exact, so a tuple
+        if found is not None:
+            return connections.of_socket(found, expires, session=session)
+        if session.only < 0 or connections.sockets.sends(exact, session.only):
+            return connections.of_tuple(exact, expires, session)
+        return None
+
+    # --- where transfers begin ----------------------------------------------------------------------------------------
+
+    def begin(self, stream: Stream, size: float, position: float, offset: float, now: float) -> tuple[float, bool]:
+        """Offset of a transfer's first byte, behind all that is announced on its stream, which is at ``offset`` now.
+
+        And whether as many bytes as it has went without a hint just before it.
+        """
+        offset = self.late.settle(stream, offset, now)
+        if not stream.ordered:
+            return offset, False
+        start = self.behind(stream, position, offset)
+        late = self.late.suspect(stream, size, start, now)
+        stream.announced = start + size
+        return start, late
+
+    def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
+        """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
+        if position and len(stream.members) == 1:
+            offset = max(offset, self.books.streams.offset_at(stream, position))
+        return max(offset, stream.announced) if stream.queue else offset
+
+    def note(self, stream: Stream, stage: Stage) -> None:
+        """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
+        band = self.band_of(stage)
+        for conn in stream.members:
+            self.connections.carries(conn, stage, band)
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def _join(self, stream: Stream, conn: Connection, position: int | None) -> None:
+        """A connection becomes part of a stream, from where the process has written to now."""
+        at = self.connections.positions.written(conn) if position is None else float(position)
+        self.books.streams.join(stream, conn, at)
+        if position is not None:
+            self.delivery.confirm(stream)  # part of what is to come has gone already
+        if len(stream.members) == 1 and at < INF:
+            stream.before = at - SYN
+
+    def joined(self, watch: Watch, conn: Connection, position: float | None, now: float) -> None:
+        """A watch has found a connection, which stood at ``position`` (None: ask)."""
+        watch.seen = True
+        if not conn.here and watch.session.only < 0 and isinstance(watch.selector, TupleSelector):
+            # Not for those who may name their own sockets only: nobody knows whose such packets are.
+            self.connections.pass_by(conn)
+        if conn not in watch.conns:
+            watch.conns.add(conn)
+            conn.watches.add(watch)
+            self.connections.renew((conn,), watch.expires if watch.mark is None else now + self.limits.max_ttl_s)
+        if watch.mark is not None and conn not in watch.mark.conns:
+            self.put_on(watch.mark, conn, watch.band, now)
+        if watch.stream is not None and conn not in watch.stream.members:
+            at = self.connections.positions.written(conn) if position is None or conn.passing else position
+            self.books.streams.join(watch.stream, conn, at)
+            if watch.stream.queue:
+                self.note(watch.stream, watch.stream.queue[-1].stage)
+        self.connections.note_rest(conn, now, linger=True)
+
+    def put_on(self, mark: Mark, conn: Connection, band: int, now: float) -> None:
+        """The mark counts for a connection, whose packets leave the default band at once."""
+        mark.conns.add(conn)
+        self.connections.set_mark(conn, mark, now, on=True)
+        self.connections.leave_default(conn, band)
