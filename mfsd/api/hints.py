@@ -11,10 +11,7 @@ wait together.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -22,9 +19,11 @@ from google.rpc import code_pb2
 
 from mfsd.api import advice, columns, errors
 from mfsd.api.access import by_certificate, peer_of
+from mfsd.api.answers import SETTLE_S, Answer, Answers, drain
 from mfsd.api.identity import LASTING
+from mfsd.api.turns import Turn
 from mfsd.logs import Seldom
-from mfsd.model import CookieSelector, Event, HintError, MarkHint, ProgressHint, TransferHint
+from mfsd.model import CookieSelector, HintError, MarkHint, ProgressHint, TransferHint
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from mfsd.api.decode import Decoder
     from mfsd.api.identity import Identities, Peer
     from mfsd.engine.engine import Engine
-    from mfsd.engine.records import Session, Watch
+    from mfsd.engine.records import Session
     from mfsd.model import Address
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -55,61 +54,15 @@ if TYPE_CHECKING:
             """Return after the next tick, or soon anyway."""
             ...
 
-    class _Stream(Protocol):
-        """Part of grpc.aio.ServicerContext that a streaming handler uses; the stubs leave it untyped."""
 
-        async def write(self, message: pb.HintReply) -> None: ...
-
-
-EVENTS_PER_REPLY: Final = 256
-"""Bounds the size of a reply; the others follow in the next one."""
-SETTLE_S: Final = 0.02
-"""A reply waits for the engine no longer than this."""
 LOOK_S: Final = 0.1
 """A reply waits for a search of open connections no longer than this."""
 ROW: Final = -1
 """Instead of a hint's index: it was a row of columns."""
-TURN_S: Final = 0.001
-"""A batch is applied for so long before others have their turn."""
-REST: Final = 3.0
-"""So many times as long it waits then, if there are others: their calls take several rounds of the loop."""
 LATELY_S: Final = 0.1
 """There are others if they have sent something within that time."""
-AHEAD: Final = 256
-"""Batches of one stream that wait to be answered; no more are read meanwhile."""
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class Answer:
-    """A reply on its way."""
-
-    session: Session
-    reply: pb.HintReply
-    at: float
-    """When the batch was applied."""
-    tick: int
-    """The engine's count of ticks then."""
-    fresh: dict[Watch, int] = field(default_factory=dict)
-    """Selectors that are marked, or that the session has not used before; index of the first hint that named it."""
-
-
-class _Turn:
-    """Time that a batch may take at a stretch."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-
-    @property
-    def over(self) -> bool:
-        return time.perf_counter() - self._since > TURN_S
-
-    async def give(self, *, contended: bool) -> None:
-        """Let others have theirs."""
-        took = time.perf_counter() - self._since
-        await asyncio.sleep(min(REST * took, SETTLE_S) if contended else 0)
-        self._since = time.perf_counter()
 
 
 class HintsService(hints_pb2_grpc.HintsServicer):
@@ -219,7 +172,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
 
     async def _singly(self, batch: pb.HintBatch, answer: Answer, now: float) -> int:
         """Apply hints one by one; how many were rejected."""
-        turn, engine, index, hints = _Turn(), self.engine, 0, batch.hints
+        turn, engine, index, hints = Turn(), self.engine, 0, batch.hints
         while index < len(hints):
             if answer.session.over:
                 raise _ended(answer.session)
@@ -270,7 +223,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             hints = list(columns.progress(self.decoder, message, now))
         except HintError as e:
             return _whole(answer.reply, part, len(message.batch_ids), e)
-        turn = _Turn()
+        turn = Turn()
         for row, hint in enumerate(hints):
             if turn.over:
                 await turn.give(contended=self._contended(answer.session.name))
@@ -368,7 +321,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         self, request_iterator: AsyncIterable[pb.HintBatch], context: Context
     ) -> None:
         """Streaming call: one reply per batch, in order, and events in between."""
-        answers = _Answers(self, context)
+        answers = Answers(context, self.settle, self.engine.epoch, self.clock)
         try:
             peer = self._peer(context)
             async for batch in request_iterator:
@@ -382,81 +335,6 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             await answers.close()
 
 
-class _Answers:
-    """Writes a stream's replies when they are due, and its session's events as soon as they occur."""
-
-    def __init__(self, service: HintsService, stream: _Stream) -> None:
-        self._service = service
-        self._stream = stream
-        self._session: Session | None = None
-        self._due: deque[Answer] = deque()
-        self._happened = asyncio.Event()
-        self._wake = self._happened.set
-        self._room = asyncio.Event()
-        self._over = False
-        self._task = asyncio.create_task(self._run())
-
-    def check(self, name: str) -> None:
-        """Raise HintError when a batch is of another session than the batches before it."""
-        if self._session is not None and name != self._session.name:
-            raise HintError("session", f"{name!r} on the stream of {self._session.name!r}", "open a stream for each")
-
-    async def put(self, answer: Answer) -> None:
-        """Answer one more batch, and deliver its session's events from now on: the latest stream of a session does."""
-        if self._session is not answer.session:
-            self._detach()
-            self._session = answer.session
-            self._session.attached += 1
-            self._session.kept = True
-        answer.session.wake = self._wake
-        self._due.append(answer)
-        self._happened.set()
-        while len(self._due) >= AHEAD and not self._task.done():
-            self._room.clear()
-            await self._room.wait()
-
-    async def _run(self) -> None:
-        try:
-            while self._due or not self._over:
-                await self._happened.wait()
-                self._happened.clear()
-                while self._due:
-                    await self._stream.write(await self._service.settle(self._due[0]))
-                    self._due.popleft()
-                    self._room.set()
-                session = self._session
-                while session is not None and session.events:
-                    reply = pb.HintReply(epoch=self._service.engine.epoch)
-                    drain(session, reply)
-                    await self._stream.write(reply)
-        finally:
-            self._room.set()
-
-    async def finish(self) -> None:
-        """Answer what has been read."""
-        self._over = True
-        self._happened.set()
-        # The stream may be gone already, which a write in progress reports in gRPC's own ways.
-        with contextlib.suppress(Exception):
-            await self._task
-
-    async def close(self) -> None:
-        """Stop; events that come later wait for the session's next stream or call. Idempotent."""
-        self._detach()
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await self._task
-
-    def _detach(self) -> None:
-        session, self._session = self._session, None
-        if session is None:
-            return
-        session.attached -= 1
-        session.seen = self._service.clock()
-        if session.wake is self._wake:
-            session.wake = None
-
-
 def _ended(session: Session) -> errors.Refused:
     return errors.Refused(code_pb2.UNAUTHENTICATED, f"session {session.name!r} has ended meanwhile")
 
@@ -465,18 +343,6 @@ def _whole(reply: pb.HintReply, part: pb.Rejection.Part.ValueType, rows: int, er
     """Reject all rows of columns for one reason; how many they are."""
     reply.rejected.add(part=part, rows=rows, status=errors.rejection(error))
     return rows
-
-
-def drain(session: Session, reply: pb.HintReply) -> None:
-    """Move events from a session into a reply."""
-    for _ in range(min(len(session.events), EVENTS_PER_REPLY)):
-        event: Event = session.events.popleft()
-        reply.events.add(
-            kind=event.kind.value,
-            request_id=event.request_id,
-            transfer_id=event.transfer_id,
-            reason=event.reason,
-        )
 
 
 def _full_path(field: str, hint: pb.Hint) -> str:

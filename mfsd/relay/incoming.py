@@ -19,7 +19,7 @@ import grpc
 import structlog
 
 from mfsd.api import advice, errors
-from mfsd.api.hints import drain
+from mfsd.api.answers import drain
 from mfsd.logs import Seldom
 from mfsd.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector
 from mfsd.v1 import hints_pb2 as pb
