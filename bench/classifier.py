@@ -14,31 +14,27 @@ Run as root: ``python -m bench.classifier``.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import ipaddress
 import os
 import socket
 import statistics
 import struct
-import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from pyroute2 import netns
-
 from bench.common import Figure, write
+from bench.parts.host import THERE, namespaces
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.attach import attach
 from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.bpf.testrun import run_packet, socket_cookie, upcoming_cookies
+from mfsd.lab.hosts.enter import inside
 from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mfsd.datapath.bpf.loader import Classifier
 
 ROUNDS: Final = 301
@@ -132,44 +128,12 @@ class PacketCost:
         ]
 
 
-def ip(*args: str) -> None:
-    """Run the ip command."""
-    subprocess.run(["ip", *args], check=True)
-
-
-@contextlib.contextmanager
-def two_hosts() -> Iterator[tuple[str, str]]:
-    """Two namespaces, a veth pair between them, 10.0.0.1 and 10.0.0.2."""
-    names = (f"mfsd-bench-a-{os.getpid()}", f"mfsd-bench-b-{os.getpid()}")
-    made = []
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            made.append(name)
-        ip("-n", names[0], "link", "add", "d0", "type", "veth", "peer", "name", "d0", "netns", names[1])
-        for name, address in zip(names, (SRC, DST), strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "d0")
-            ip("-n", name, "link", "set", "d0", "up")
-        yield names
-    finally:
-        for name in made:
-            ip("netns", "del", name)
-
-
 def connect(hosts: tuple[str, str]) -> tuple[socket.socket, socket.socket]:
     """TCP connection from the first host to the second; (sender, receiver)."""
-
-    def listen() -> socket.socket:
-        netns.setns(hosts[1])
-        return socket.create_server((str(DST), DPORT))
-
-    def dial() -> socket.socket:
-        netns.setns(hosts[0])
-        return socket.create_connection((str(DST), DPORT), timeout=10)
-
-    with concurrent.futures.ThreadPoolExecutor(1) as there, concurrent.futures.ThreadPoolExecutor(1) as here:
-        server = there.submit(listen).result()
-        sender = here.submit(dial).result()
+    with inside(hosts[1]):
+        server = socket.create_server((THERE, DPORT))
+    with inside(hosts[0]):
+        sender = socket.create_connection((THERE, DPORT), timeout=10)
     receiver, _ = server.accept()
     server.close()
     sender.settimeout(None)
@@ -194,37 +158,31 @@ def stream(sender: socket.socket) -> float:
 
 def throughput(c: Classifier) -> list[Figure]:
     """Throughput with the classifier to that without, round by round."""
-    with two_hosts() as hosts:
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    with namespaces() as hosts:
         sender, receiver = connect(hosts)
         reader = threading.Thread(target=drain, args=(receiver,))
         reader.start()
         c.cookies.add(cookie_key(socket_cookie(sender)), 7)
-        with concurrent.futures.ThreadPoolExecutor(1) as here:
-
-            def in_first_host() -> tuple[list[float], list[float]]:
-                netns.setns(hosts[0])
-                device = socket.if_nametoindex("d0")
-                rates: dict[bool, list[float]] = {True: [], False: []}
-                for i in range(-3, STREAM_ROUNDS):
-                    for on in (i % 2 == 0, i % 2 == 1):
-                        with attach(c, device) if on else contextlib.nullcontext():
-                            rate = stream(sender)
-                        if i >= 0:  # the first rounds warm up
-                            rates[on].append(rate)
-                return rates[True], rates[False]
-
-            before = int(c.slots["bytes"][7])
-            on, off = here.submit(in_first_host).result()
-            seen = int(c.slots["bytes"][7]) - before
+        before = int(c.slots["bytes"][7])
+        with inside(hosts[0]):
+            device = socket.if_nametoindex("v0")
+            for i in range(-3, STREAM_ROUNDS):
+                for on in (i % 2 == 0, i % 2 == 1):
+                    with attach(c, device) if on else contextlib.nullcontext():
+                        rate = stream(sender)
+                    if i >= 0:  # the first rounds warm up
+                        rates[on].append(rate)
+        seen = int(c.slots["bytes"][7]) - before
         sender.close()
         reader.join()
         receiver.close()
     if seen < STREAM_ROUNDS * STREAM_BYTES * 0.9:
         raise RuntimeError(f"the classifier saw {seen} bytes of the stream, {STREAM_ROUNDS * STREAM_BYTES} were sent")
-    ratio = statistics.median(a / b for a, b in zip(on, off, strict=True))
+    ratio = statistics.median(a / b for a, b in zip(rates[True], rates[False], strict=True))
     return [
         Figure.against("throughput_ratio", ratio, "1", target=0.98, want="at least", baseline=1.0, ratio=ratio),
-        Figure("throughput_without_gbit", statistics.median(off) * 8e-9, "Gbit/s"),
+        Figure("throughput_without_gbit", statistics.median(rates[False]) * 8e-9, "Gbit/s"),
     ]
 
 

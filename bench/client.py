@@ -10,19 +10,14 @@ singly, at a pace that a worker might have, with the garbage collector as it is 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from bench.common import Figure, write
+from bench.parts.host import daemon
 from mfsd.client import Client, Stage, tuple_of
 
 if TYPE_CHECKING:
@@ -35,32 +30,18 @@ TARGETS_US: Final = {"p50": 5.0, "p99": 50.0}
 
 
 @contextlib.contextmanager
-def daemon(what: str) -> Iterator[str]:
+def target_of(what: str) -> Iterator[str]:
     """Target of a daemon that is ``there``, ``gone`` (never was), or ``hanging`` (stopped)."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mfsd.sock"
-        if what == "gone":
-            yield f"unix:{path}"
-            return
-        config = Path(folder) / "mfsd.toml"
-        config.write_text(f'[daemon]\nsocket = "{path}"\nstate_dir = "{folder}"\nsockets = "listing"\n')
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mfsd.daemon", "--config", str(config)], stdout=subprocess.DEVNULL
-        )
+    if what == "gone":
+        yield "unix:/nowhere/mfsd.sock"
+        return
+    with daemon('sockets = "listing"') as mfsd:
+        if what == "hanging":
+            mfsd.process.suspend()
         try:
-            while not path.exists():
-                assert process.poll() is None
-                time.sleep(0.05)
-            with Client(target=f"unix:{path}") as probe:
-                probe.request("probe", ttft_left_s=1)
-                assert probe.flush(10)
-            if what == "hanging":
-                os.kill(process.pid, signal.SIGSTOP)
-            yield f"unix:{path}"
+            yield mfsd.target
         finally:
-            os.kill(process.pid, signal.SIGCONT)
-            process.terminate()
-            process.wait()
+            mfsd.process.resume()
 
 
 def timed(call: Callable[[int], None], rounds: int = ROUNDS) -> dict[str, float]:
@@ -79,7 +60,7 @@ def timed(call: Callable[[int], None], rounds: int = ROUNDS) -> dict[str, float]
 
 def measure(what: str) -> dict[str, dict[str, float]]:
     """By kind of hint."""
-    with daemon(what) as target, Client(target=target) as client, socket.create_server(("127.0.0.1", 0)) as server:
+    with target_of(what) as target, Client(target=target) as client, socket.create_server(("127.0.0.1", 0)) as server:
         sock = socket.create_connection(server.getsockname())
         with sock:
             there = tuple_of("127.0.0.1", 6000)

@@ -19,21 +19,17 @@ import json
 import multiprocessing
 import os
 import socket
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 import grpc
 import numpy as np
-import psutil
 
 from bench.common import Figure, write
 from bench.parts import workers
-from bench.sockets import THERE, namespaces
+from bench.parts.host import THERE, Daemon, daemon, namespaces
+from mfsd.client import cookie_of
 from mfsd.client.introduction import introduced
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
@@ -41,17 +37,12 @@ from mfsd.v1 import hints_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-NOBODY: Final = 65_534
-SO_COOKIE: Final = 57
+QUIET: Final = 'log_level = "error"'
 P2D: Final = pb.STAGE_P2D
 LONG_US: Final = 60_000_000
 LINK_MBIT: Final = 200
 WANTS: Final = 0.3
 """Of the link, the honest user: less than its even part."""
-
-
-def _cookie(sock: socket.socket) -> int:
-    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
 
 
 def _request(name: str) -> pb.Hint:
@@ -149,8 +140,8 @@ def _attack(target: str, name: str, until: float, done: Any) -> None:
     "".encode("idna")  # looked up while this user may still read the library
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        os.setgid(workers.HOSTILE_UID)
+        os.setuid(workers.HOSTILE_UID)
     mine = socket.create_connection(listener.getsockname())
     with listener, mine:
         if name == "malformed":
@@ -168,7 +159,7 @@ def _attack(target: str, name: str, until: float, done: Any) -> None:
                         stub.Send(pb.HintBatch(session=f"{time.time()}/{i}", hints=[_request("r")]))
                         done.value += 1
         else:
-            batches = BATCHES[name](_cookie(mine))
+            batches = BATCHES[name](cookie_of(mine))
             with introduced(target) as channel:
                 stub = hints_pb2_grpc.HintsStub(channel)
                 while time.time() < until:
@@ -183,7 +174,7 @@ def honest(target: str, seconds: float) -> list[float]:
     """Latencies of calls that announce and cancel a transfer, ms."""
     out: list[float] = []
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as mine:
-        cookie = _cookie(mine)
+        cookie = cookie_of(mine)
         with introduced(target) as channel:
             stub = hints_pb2_grpc.HintsStub(channel)
             until = time.monotonic() + seconds
@@ -202,26 +193,10 @@ def honest(target: str, seconds: float) -> list[float]:
     raise AssertionError("unreachable")
 
 
-@contextlib.contextmanager
-def daemon(folder: Path, namespace: str = "") -> Iterator[tuple[str, psutil.Process]]:
-    """A daemon without devices, or one that shapes that of a namespace, and its target."""
-    path = folder / "mfsd.sock"
-    config = folder / "mfsd.toml"
-    text = f'[daemon]\nsocket = "{path}"\nstate_dir = "{folder}"\nlog_level = "error"\n'
-    if namespace:
-        text += f'mode = "enforce"\n[[device]]\nname = "v0"\nbackend = "htb"\nrate = "{LINK_MBIT}mbit"\n'
-    config.write_text(text)
-    command = ["ip", "netns", "exec", namespace] if namespace else []
-    process = subprocess.Popen([*command, sys.executable, "-m", "mfsd.daemon", "--config", str(config)])
-    try:
-        with introduced(f"unix:{path}") as channel:
-            grpc.channel_ready_future(channel).result(timeout=30)
-        for one in (folder, path, path.with_name("mfsd.sock.id")):
-            one.chmod(0o777)
-        yield f"unix:{path}", psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait()
+def open_to_all(mfsd: Daemon) -> None:
+    """Let every user reach its sockets."""
+    for path in (mfsd.folder, mfsd.folder / "mfsd.sock", mfsd.folder / "mfsd.sock.id"):
+        path.chmod(0o777)
 
 
 def moved(namespace: str, target: str, seconds: float, attack: str = "") -> float:
@@ -241,15 +216,15 @@ def traffic(seconds: float) -> Iterator[Figure]:
     """What users do to each other's bytes."""
     with (
         namespaces() as (a, b),
-        tempfile.TemporaryDirectory(prefix="mfsd-bench-", dir="/tmp") as name,
-        daemon(Path(name), a) as (target, _),
+        daemon(QUIET, a, f"{LINK_MBIT}mbit") as mfsd,
         workers.started("sink", b, THERE),
     ):
-        alone = moved(a, target, seconds)
+        open_to_all(mfsd)
+        alone = moved(a, mfsd.target, seconds)
         yield Figure("traffic_mbit alone", alone * 8e-6, "Mbit/s")
         ratios = []
         for attack in workers.HOSTILE:
-            rate = moved(a, target, seconds, attack)
+            rate = moved(a, mfsd.target, seconds, attack)
             ratios.append(rate / alone)
             yield Figure(f"traffic_mbit {attack}", rate * 8e-6, "Mbit/s", alone * 8e-6, rate / alone)
         yield Figure.against("traffic_share_ratio", min(ratios), "ratio", target=0.95, want="at least")
@@ -263,9 +238,10 @@ def main(seconds: float, only: tuple[str, ...]) -> None:
     p99: dict[str, float] = {}
     longest = 0.0
     figures: list[Figure] = []
-    with tempfile.TemporaryDirectory(prefix="mfsd-bench-", dir="/tmp") as name, daemon(Path(name)) as (target, process):
-        honest(target, 1.0)
-        alone = honest(target, 2 * seconds)
+    with daemon(QUIET) as mfsd:
+        open_to_all(mfsd)
+        honest(mfsd.target, 1.0)
+        alone = honest(mfsd.target, 2 * seconds)
         base = float(np.percentile(alone, 99))
         figures.append(Figure("unary_p99_ms alone", base, "ms"))
         figures.append(Figure("longest_ms alone", max(alone), "ms"))
@@ -273,16 +249,16 @@ def main(seconds: float, only: tuple[str, ...]) -> None:
         for attack in only or ATTACKS:
             spawn = multiprocessing.get_context("spawn")
             done = spawn.Value("Q", 0)
-            hostile = spawn.Process(target=_attack, args=(target, attack, time.time() + seconds + 1.5, done))
+            hostile = spawn.Process(target=_attack, args=(mfsd.target, attack, time.time() + seconds + 1.5, done))
             hostile.start()
             time.sleep(1.0)
-            took = honest(target, seconds)
+            took = honest(mfsd.target, seconds)
             hostile.join(10)
             assert hostile.exitcode == 0, f"{attack} ended with {hostile.exitcode}"
             figures.append(Figure(f"calls {attack}", done.value / (seconds + 1.5), "/s"))
             p99[attack] = float(np.percentile(took, 99))
             longest = max(longest, *took)
-            most = max(most, process.memory_info().rss / 1e6)
+            most = max(most, mfsd.process.memory_info().rss / 1e6)
             figures.append(Figure(f"unary_p99_ms {attack}", p99[attack], "ms", base, p99[attack] / base))
             figures.append(Figure(f"longest_ms {attack}", max(took), "ms"))
     figures += [

@@ -9,14 +9,11 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.common import Figure, write
-from bench.daemon import wait_until_served
-from mfsd.client import Client
+from bench.parts.host import daemon
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,21 +33,10 @@ def median_ms(argv: Sequence[str]) -> float:
 
 def main() -> None:
     """Run and write build/bench/mfsctl.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(folder), Path(folder) / "log"
-        socket = path / "mfsd.sock"
-        (path / "mfsd.toml").write_text(f'[daemon]\nsocket = "{socket}"\nstate_dir = "{path}"\n')
-        with log.open("wb") as out:
-            command = [sys.executable, "-m", "mfsd.daemon", "--config", str(path / "mfsd.toml")]
-            daemon = subprocess.Popen(command, stdout=out, stderr=out)
-        try:
-            with Client(target=f"unix:{socket}") as client:
-                wait_until_served(client, log)
-            status = median_ms([sys.executable, "-m", "mfsd.cli", "--socket", str(socket), "status"])
-            grpc = median_ms([sys.executable, "-c", "import grpc"])
-        finally:
-            daemon.terminate()
-            daemon.wait(timeout=20)
+    with daemon() as mfsd:
+        socket = mfsd.target.removeprefix("unix:")
+        status = median_ms([sys.executable, "-m", "mfsd.cli", "--socket", socket, "status"])
+        grpc = median_ms([sys.executable, "-c", "import grpc"])
     figure = Figure.against("status_ms_p50", status, "ms", target=150, want="at most")
     write("mfsctl", [figure, Figure("import_grpc_ms_p50", grpc, "ms")])
 

@@ -32,12 +32,11 @@ import psutil
 from bench import hostile
 from bench.common import Figure, write
 from bench.parts import workers
-from bench.sockets import THERE, namespaces
+from bench.parts.host import THERE, configure, namespaces
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-DEVICES: Final = "".join(f'[[device]]\nname = "{name}"\nbackend = "htb"\nrate = "200mbit"\n' for name in ("v0", "w0"))
 HONEST_S: Final = 20.0
 """Length of one run of the honest user, each of which starts anew."""
 WARM_S: Final = 10.0
@@ -55,6 +54,8 @@ class Soak:
 
     a: str
     folder: Path
+    command: Sequence[str]
+    """Of a daemon."""
     chance: random.Random
     process: subprocess.Popen[bytes] | None = None
     found: str = ""
@@ -83,9 +84,8 @@ class Soak:
 
     def start(self) -> None:
         """Start a daemon."""
-        command = [sys.executable, "-m", "mfsd.daemon", "--config", str(self.folder / "mfsd.toml")]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(["ip", "netns", "exec", self.a, *command], stdout=log, stderr=log)
+            self.process = subprocess.Popen(["ip", "netns", "exec", self.a, *self.command], stdout=log, stderr=log)
         self._born, self._warm = time.monotonic(), 0.0
 
     def open_to_all(self) -> None:
@@ -184,11 +184,10 @@ def made(seed: int) -> Iterator[tuple[Soak, str]]:
     """A host, and its peer's namespace."""
     with namespaces() as (a, b), tempfile.TemporaryDirectory(prefix="mfsd-soak-", dir="/tmp") as name:
         folder = Path(name)
-        head = f'[daemon]\nsocket = "{folder}/mfsd.sock"\nstate_dir = "{folder}"\nmode = "enforce"\n'
-        (folder / "mfsd.toml").write_text(head + 'log_level = "error"\n' + DEVICES)
+        command = configure(folder, hostile.QUIET, f"{hostile.LINK_MBIT}mbit", ("v0", "w0"))
         folder.chmod(0o777)
         tool("tc", "-n", a, "qdisc", "add", "dev", "v0", "root", "handle", "9:", "pfifo", "limit", "777")
-        soak = Soak(a, folder, random.Random(seed))
+        soak = Soak(a, folder, command, random.Random(seed))
         soak.found = soak.shown()
         try:
             yield soak, b
@@ -234,8 +233,7 @@ def run(soak: Soak, until: float) -> None:
 def left(soak: Soak) -> list[str]:
     """What should not be there any more."""
     out = [f"a note: {p.name}" for p in soak.folder.iterdir() if p.name.startswith("qdisc-")]
-    shown = json.loads(tool("bpftool", "-j", "prog", "list") or "[]")
-    return out + [f"a program: {p['name']}" for p in shown if str(p.get("name", "")).startswith("mfsd")]
+    return out + left_programs()
 
 
 @click.command()

@@ -24,22 +24,18 @@ import argparse
 import contextlib
 import os
 import resource
-import secrets
 import selectors
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import grpc
 import numpy as np
-import psutil
 
 from bench.common import Figure, write
+from bench.parts.host import HERE, THERE, daemon, namespaces
 from mfsd.client import Client, Stage, cookie_of
 from mfsd.client.introduction import introduced
 from mfsd.lab.hosts.enter import inside
@@ -49,11 +45,11 @@ from mfsd.v1 import hints_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import grpc
+
 SOCKETS: Final = 20_000
 PER_S: Final = 200
 SECONDS: Final = 20.0
-HERE: Final = "10.97.0.1"
-THERE: Final = "10.97.0.2"
 PORT: Final = 6000
 HELD: Final = 7000
 """First port of those that only hold connections."""
@@ -61,7 +57,7 @@ SMALL: Final = 4096
 SIZE: Final = 64 << 10
 TRANSFERS: Final = 400
 """Of 64 KB, kept and each."""
-RATE_MBIT: Final = 2000
+RATE: Final = "2gbit"
 EACH: Final = 2500
 """Connections that one pair of processes holds, within the usual limit of descriptors."""
 RESET: Final = struct.pack("ii", 1, 0)
@@ -125,55 +121,7 @@ def helper(*words: object) -> Iterator[None]:
             process.kill()
 
 
-# --- the host ---------------------------------------------------------------------------------------------------------
-
-
-def ip(*words: str) -> None:
-    """Run the ip command."""
-    subprocess.run(["ip", *words], check=True)
-
-
-@contextlib.contextmanager
-def namespaces() -> Iterator[tuple[str, str]]:
-    """Two, joined by a veth pair."""
-    stem = f"mfsd-b-{secrets.token_hex(3)}"
-    a, b = f"{stem}-a", f"{stem}-b"
-    try:
-        for name in (a, b):
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", a, "link", "add", "v0", "type", "veth", "peer", "name", "v1", "netns", b)
-        for name, device, address in ((a, "v0", HERE), (b, "v1", THERE)):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
-            ip("-n", name, "link", "set", device, "up")
-        yield a, b
-    finally:
-        for name in (a, b):
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-
-
-@contextlib.contextmanager
-def daemon(namespace: str) -> Iterator[tuple[str, psutil.Process]]:
-    """Its target and its process."""
-    with tempfile.TemporaryDirectory(prefix="mfsd-bench-") as folder:
-        path, log = Path(folder), Path(folder) / "log"
-        (path / "mfsd.toml").write_text(
-            f'[daemon]\nsocket = "{path}/mfsd.sock"\nstate_dir = "{path}"\nmode = "enforce"\n'
-            f'[[device]]\nname = "v0"\nbackend = "htb"\nrate = "{RATE_MBIT}mbit"\n'
-        )
-        command = [sys.executable, "-m", "mfsd.daemon", "--config", str(path / "mfsd.toml")]
-        with log.open("wb") as out:
-            process = subprocess.Popen(["ip", "netns", "exec", namespace, *command], stdout=out, stderr=out)
-        try:
-            with grpc.insecure_channel(f"unix:{path}/mfsd.sock") as channel:
-                try:
-                    grpc.channel_ready_future(channel).result(timeout=30)
-                except grpc.FutureTimeoutError:
-                    raise RuntimeError(f"the daemon does not answer: {log.read_text()}") from None
-            yield f"unix:{path}/mfsd.sock", psutil.Process(process.pid)
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+# --- what is measured -------------------------------------------------------------------------------------------------
 
 
 def status(channel: grpc.Channel) -> control_pb2.Status:
@@ -187,9 +135,6 @@ def elsewhere(channel: grpc.Channel) -> int:
     return sum(
         b.bytes for b in status(channel).devices[0].bands if not b.name.startswith("level") and b.name != "control"
     )
-
-
-# --- what is measured -------------------------------------------------------------------------------------------------
 
 
 def dial() -> socket.socket:
@@ -243,14 +188,14 @@ def wrong_share(channel: grpc.Channel, client: Client, *, kept: bool) -> float:
 
 def phase(a: str, seconds: float) -> dict[str, Any]:
     """All of it against one daemon."""
-    with daemon(a) as (target, process), introduced(target) as channel, inside(a):
+    with daemon(namespace=a, rate=RATE) as mfsd, introduced(mfsd.target) as channel, inside(a):
         time.sleep(2)
-        before, began = process.cpu_times(), time.monotonic()
+        before, began = mfsd.process.cpu_times(), time.monotonic()
         calls = unary(channel, seconds)
-        after, took = process.cpu_times(), time.monotonic() - began
+        after, took = mfsd.process.cpu_times(), time.monotonic() - began
         said = status(channel)
         assert not said.notices, said.notices
-        with Client(target=target) as client:
+        with Client(target=mfsd.target) as client:
             kept, each = (wrong_share(channel, client, kept=k) for k in (True, False))
         busy = 100 * (after.user + after.system - before.user - before.system) / took
         return {"calls": calls, "tick": said.tick_p99_ms, "kept": kept, "each": each, "cpu": busy}
