@@ -16,15 +16,13 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Self
 
 from mfsd.datapath import links, tc
 from mfsd.datapath.errors import DatapathError, EnforceError
 from mfsd.datapath.facts import QUEUE_LENGTH, DeviceFacts, facts_of
 from mfsd.datapath.handles import MAJOR, ROOT, is_ours
-from mfsd.datapath.qdisc import care, prio
+from mfsd.datapath.qdisc import care, counters, prio
 from mfsd.datapath.qdisc import plan as planning
 from mfsd.datapath.qdisc.plan import DevicePlan, Step, steps_of, undo_of
 from mfsd.datapath.qdisc.purge import LanePurger, Purged
@@ -38,14 +36,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
+
     from mfsd.bands import Bands, Role
     from mfsd.datapath.qdisc.tree import Difference, Filter
     from mfsd.units import Rate
-
-BAND_DTYPE: Final = np.dtype(
-    [("bytes", "u8"), ("packets", "u8"), ("drops", "u8"), ("backlog_bytes", "u8"), ("backlog_packets", "u8")]
-)
-"""Counters of one band. ``bytes`` and ``packets`` have left it; ``drops`` found it full (on prio, purged ones too)."""
 
 
 class DeviceEnforcer:
@@ -219,33 +214,15 @@ class DeviceEnforcer:
     # --- for the running engine ---------------------------------------------------------------------------------------
 
     def counters(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Shape (bands,), dtype BAND_DTYPE: one dump of the classes, added up per band."""
+        """Shape (bands,), dtype counters.BAND_DTYPE: one dump of the classes, added up per band."""
         tree, purger = self._applied()
-        out = np.zeros(len(tree.bands), dtype=BAND_DTYPE)
-        rows = [[0] * 5 for _ in tree.bands]
         with self._lock:
-            for m in self._sock.parts(tc.RTM_GETTCLASS, self._ifindex, ROOT):
-                handle = tc.TCMSG.unpack_from(m.data, m.body)[4]
-                band = tree.counter_classes.get(handle)
-                if band is None:
-                    continue
-                s = self._reader.read(m)
-                row = rows[band]
-                row[0] += s.bytes
-                row[1] += s.packets
-                row[2] += s.drops
-                row[3] += s.backlog_bytes
-                row[4] += s.backlog_packets
-            for band, gone in purger.gone.items():
-                for i, value in enumerate(gone):
-                    rows[band][i] += value
-        out[:] = [tuple(row) for row in rows]
-        return out
+            return counters.by_band(self._sock, self._reader, self._ifindex, tree, purger.gone)
 
     def queued(self, roles: frozenset[Role]) -> int:
         """Bytes queued in all bands of these roles now: one dump of the classes."""
-        counters = self.counters()
-        return sum(int(counters["backlog_bytes"][b.index]) for b in self.bands.bands if b.role in roles)
+        counted = self.counters()
+        return sum(int(counted["backlog_bytes"][b.index]) for b in self.bands.bands if b.role in roles)
 
     def link_bytes(self) -> tuple[int, int]:
         """(bytes sent, bytes queued) of the root qdisc: one query."""
