@@ -39,6 +39,14 @@ HEAD: Final = struct.Struct("=I")
 """The first bytes on a connection: its index."""
 
 
+def lanes_for(flows: int) -> int:
+    """Leaf queues per band with which each of a user's connections has one of its own.
+
+    Lane 0 is nobody's, and a user who is alone may have three quarters of the others (docs/security.md).
+    """
+    return 3 + 4 * flows // 3
+
+
 class Bulk:
     """``n`` connections from one host to another, with their two processes. A context manager."""
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from mfsd.bands import Urgency
 from mfsd.client import Client, Stage
-from mfsd.lab.bulk import Bulk
+from mfsd.lab.bulk import Bulk, lanes_for
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import SWITCH, Fabric, LabError, run_id, tool
 from mfsd.lab.hosts.tcp import EFFICIENCY
@@ -93,7 +93,7 @@ def run(settings: Settings) -> Outcome:
 
 @contextlib.contextmanager
 def _cluster(s: Settings) -> Iterator[tuple[list[Bulk], Messages, list[Client]]]:
-    tables: dict[str, dict[str, Any]] = {"policy": POLICY, "bands": {"lanes": s.flows // len(SENDERS) + 8}}
+    tables: dict[str, dict[str, Any]] = {"policy": POLICY, "bands": {"lanes": lanes_for(s.flows // len(SENDERS) + 1)}}
     if s.how == "classes":
         tables["bands"]["dscp"] = {Urgency.URGENT: HIGH, Urgency.MIDDLE: LOW, Urgency.LAST: LOW}
     if s.how == "yield":

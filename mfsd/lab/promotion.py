@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mfsd.client import Client, Stage, cookie_of
-from mfsd.lab.bulk import Bulk
+from mfsd.lab.bulk import Bulk, lanes_for
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import Fabric, LabError
 from mfsd.lab.hosts.tcp import FRAME, MSS, tcp_info
@@ -59,7 +59,7 @@ class Settings:
     settle: float = 0.3
     """After the promotion, over which retransmissions and timeouts are counted: the same for all series."""
     lanes: int | None = None
-    """Leaf queues per band; None: one per flow, lane 0 (never purged) and some to spare."""
+    """Leaf queues per band; None: enough for one per flow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def run(settings: Settings, on_trial: Callable[[], None] = lambda: None) -> list
     (The first time that they starve, all connections run into their retransmission timers, whatever happens to F.)
     Raises LabError when the daemon did not do what the experiment is about.
     """
-    lanes = settings.lanes or settings.flows + 8
+    lanes = settings.lanes or lanes_for(settings.flows + 1)
     options: dict[str, dict[str, Any]] = {
         "policy": POLICY,
         "rescue": {"enabled": settings.rescue},
