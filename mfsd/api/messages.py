@@ -338,7 +338,7 @@ def _connection(
 ) -> pb.Connection:
     """``left`` and ``waiting``: bytes and transfers by stream. Those of several connections count for each of them."""
     known = engine.connections
-    first = next((s.queue[0] for s in conn.streams if s.queue), None) or next(iter(conn.marks), None)
+    first = next((s.queue.first for s in conn.streams if s.queue), None) or next(iter(conn.marks), None)
     return pb.Connection(
         slot=conn.slot,
         cookie=conn.cookie,
@@ -363,7 +363,7 @@ def _transfer(transfer: Transfer, row: int, views: Views) -> pb.TransferState:
         id=transfer.id,
         session=transfer.session.name,
         request_id=transfer.request.id if transfer.request else "",
-        batch_id=transfer.batch.id if transfer.batch else "",
+        batch_id=transfer.computed_in.id if transfer.computed_in else "",
         stage=transfer.stage.value,  # type: ignore[arg-type]  # an open enum on the wire
         target_layer=int(view.target_layer[row]),
         bytes=int(view.size[row]),

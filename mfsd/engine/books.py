@@ -8,7 +8,9 @@ books are passive. The ledger writes into them what hints say, delivery strikes 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from mfsd.engine.columns import Deferred, Dense
 from mfsd.engine.records import (
@@ -26,7 +28,14 @@ from mfsd.engine.streams import Streams
 from mfsd.engine.tally import Tally
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import numpy.typing as npt
+
     from mfsd.engine.recorder import Recorder
+
+FEW: Final = 256
+"""Transfers that are looked up one by one: a look at all takes as long."""
 
 
 @dataclass(slots=True)
@@ -87,22 +96,24 @@ class Books:
         request.batch = batch
         batch.requests.add(request)
         self.requests.put(request, "batch", batch.row)
-        for transfer in request.transfers:
-            transfer.batch = batch
-            batch.transfers.add(transfer)
-            self.transfers.put(transfer, "batch", batch.row)
         self.arrange_wanted = True
+
+    def rows_of(self, request: Request) -> npt.NDArray[np.int64]:
+        """Of its transfers, in any order."""
+        return self._few_or(request.transfers, "request", request.row)
+
+    def _few_or(self, transfers: Collection[Transfer], column: str, value: int) -> npt.NDArray[np.int64]:
+        """Rows of the transfers that have this value in a column: one by one, or, of very many, by one look at all."""
+        if len(transfers) <= FEW:
+            return self.transfers.rows(transfers)
+        return np.flatnonzero(self.transfers.live(column) == value)
 
     def leave(self, request: Request) -> None:
         """Take a request out of its batch, if it has one."""
         if request.batch is None:
             return
         request.batch.requests.discard(request)
-        request.batch.transfers -= request.transfers
         self.requests.put(request, "batch", -1)
-        for transfer in request.transfers:
-            transfer.batch = None
-            self.transfers.put(transfer, "batch", -1)
         request.batch = None
         self.arrange_wanted = True
 
@@ -112,9 +123,8 @@ class Books:
         if request.session.requests.pop(request.id, None) is not None:
             self.charge(request.session, request.id, back=True)
         moved = self.requests.remove(request)
-        if moved is not None:
-            for transfer in moved.transfers:
-                self.transfers.put(transfer, "request", moved.row)
+        if moved is not None and moved.transfers:
+            self.transfers.live("request")[self._few_or(moved.transfers, "request", self.requests.n)] = moved.row
 
     def strike_batch(self, batch: Batch) -> None:
         """Remove a batch; its members and transfers live on without one. No error when it is gone already."""
@@ -123,13 +133,14 @@ class Books:
         self.charge(batch.session, batch.id, back=True)
         for request in list(batch.requests):
             self.leave(request)
-        for transfer in batch.transfers:
-            transfer.batch = None
-            self.transfers.put(transfer, "batch", -1)
+        if batch.transfers:
+            self.transfers.live("batch")[self._few_or(batch.transfers, "batch", batch.row)] = -1
+            for transfer in batch.transfers:
+                transfer.batch = None
         moved = self.batches.remove(batch)
         if moved is not None:
-            for transfer in moved.transfers:
-                self.transfers.put(transfer, "batch", moved.row)
+            if moved.transfers:
+                self.transfers.live("batch")[self._few_or(moved.transfers, "batch", self.batches.n)] = moved.row
             for request in moved.requests:
                 self.requests.put(request, "batch", moved.row)
         self.arrange_wanted = True

@@ -108,14 +108,11 @@ class _Owners:
         return np.array([INF if r is None else float(rows.get(r, "deadline")) for r in self.requests])
 
     def rows(self, ledger: Ledger, c: TransferColumns) -> tuple[I4, I4]:
-        """Rows of each transfer's request and batch, which is its request's if it names none; -1: it has none."""
+        """Rows of the request and the batch that each transfer names; -1: none."""
         requests, batches = ledger.books.requests, ledger.books.batches
         request = np.array([-1 if r is None else requests.row(r) for r in self.requests], dtype=np.int32)
         batch = np.array([-1 if b is None else batches.row(b) for b in self.batches], dtype=np.int32)
-        implied = np.array(
-            [-1 if r is None or r.batch is None else batches.row(r.batch) for r in self.requests], dtype=np.int32
-        )
-        return request[c.request], np.where(batch[c.batch] >= 0, batch[c.batch], implied[c.request])
+        return request[c.request], batch[c.batch]
 
 
 def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: float) -> Bad:
@@ -146,6 +143,7 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
                 of,
                 c.target_layer,
                 deadline,
+                c.deadline,
                 c.hold_until,
                 now,
                 expires,
@@ -222,13 +220,11 @@ def _queue(
     of: list[int] = []
     rows: Any = zip(
         c.ids, c.stage.tolist(), c.size.tolist(), c.request.tolist(), c.batch.tolist(), c.selector.tolist(),
-        c.deadline.tolist(), c.position.tolist(), strict=True,
+        c.position.tolist(), strict=True,
     )  # fmt: skip
-    for name, number, size, r, b, index, deadline, position in rows:
+    for name, number, size, r, b, index, position in rows:
         stream, stage, request, batch = streams[index], _STAGES[number], requests[r], batches[b]
         assert stream is not None  # noqa: S101 - rows without one have been taken out
-        if batch is None and request is not None:
-            batch = request.batch
         late = False
         if noted[index] < 0:
             start, late = ledger.carriage.begin(stream, size, position, offsets[index], now)
@@ -237,7 +233,7 @@ def _queue(
         else:
             start = stream.announced if not position else ledger.carriage.behind(stream, position)
             stream.announced = start + size
-        transfer = Transfer(name, session, stage, deadline, request, batch, stream, False, late)
+        transfer = Transfer(name, session, stage, request, batch, stream, False, late)
         stream.queue.append(transfer)
         if noted[index] != number:
             noted[index] = number

@@ -156,7 +156,7 @@ class Carriage:
             at = self.connections.positions.written(conn) if position is None or conn.passing else position
             self.books.streams.join(watch.stream, conn, at)
             if watch.stream.queue:
-                self.note(watch.stream, watch.stream.queue[-1].stage)
+                self.note(watch.stream, watch.stream.queue.last.stage)
         self.connections.note_rest(conn, now, linger=True)
 
     def put_on(self, mark: Mark, conn: Connection, band: int, now: float) -> None:

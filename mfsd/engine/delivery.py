@@ -10,7 +10,6 @@ to it once the next one is announced (ledger.py).
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from mfsd.engine.endings import AT_ONCE, REST, SLACK
 from mfsd.engine.positions import UnknownError
+from mfsd.engine.records import Queue
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Delivery:
 
     def _rested(self, stream: Stream, now: float) -> bool:
         moved = max((self.connections.positions.moved_at(c) for c in stream.members), default=0.0)
-        return max(moved, float(self.books.transfers.get(stream.queue[-1], "created"))) < now - DEBT_S
+        return max(moved, float(self.books.transfers.get(stream.queue.last, "created"))) < now - DEBT_S
 
     def _ask(self, asked: Iterable[Stream], now: float) -> None:
         conns = list({c: None for s in asked for c in s.members})
@@ -194,7 +194,7 @@ class Delivery:
                 out.append((self._drained(stream, now), now))
                 continue
             if stream.ordered and any(x.handed_over for x in stream.queue):
-                stream.queue = deque(sorted(stream.queue, key=lambda x: not x.handed_over))  # stable
+                stream.queue = Queue(sorted(stream.queue, key=lambda x: not x.handed_over))  # stable
             known.append((stream, told))
         t = self.books.transfers
         rows = t.rows(x for stream, _ in known for x in stream.queue)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -16,6 +17,8 @@ from mfsd.model import INF, CookieSelector, Event, EventKind
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import numpy.typing as npt
+
     from mfsd.engine.audit import Audit
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.watches import Watches
 
+    Rows = npt.NDArray[np.int64]
 
 SLACK: Final = 0.5
 """Bytes; offsets are floating-point numbers."""
@@ -41,7 +45,7 @@ class Endings:
     watches: Watches
     rescuer: Rescuer
     audit: Audit
-    _more: deque[tuple[list[Transfer], float | None, bool]] = field(default_factory=deque)
+    _more: deque[tuple[deque[Transfer], float | None, bool]] = field(default_factory=deque)
     """What ``end`` was given beyond AT_ONCE."""
 
     # --- transfers ----------------------------------------------------------------------------------------------------
@@ -54,13 +58,19 @@ class Endings:
         ``delivered_at`` None: they were not; ``lost``: though they should have been. Beyond AT_ONCE the others follow
         at the next ticks.
         """
-        ended = {t: None for t in transfers if t.session.transfers.get(t.id) is t}
-        if len(ended) > AT_ONCE:
-            every = list(ended)
-            ended = dict.fromkeys(every[:AT_ONCE])
-            self._more.append((every[AT_ONCE:], delivered_at, lost))
-        for stream in {t.stream for t in ended}:
-            self._unqueue(stream, ended, now, delivered=delivered_at is not None)
+        waiting = iter(transfers)
+        ended = {t: None for t in islice(waiting, AT_ONCE) if t.session.transfers.get(t.id) is t}
+        more = deque(waiting)
+        if more:
+            self._more.append((more, delivered_at, lost))
+        self._end(ended, now, delivered_at=delivered_at, lost=lost)
+
+    def _end(self, ended: dict[Transfer, None], now: float, *, delivered_at: float | None, lost: bool) -> None:
+        by_stream: dict[Stream, list[Transfer]] = {}
+        for transfer in ended:
+            by_stream.setdefault(transfer.stream, []).append(transfer)
+        for stream, some in by_stream.items():
+            self._unqueue(stream, some, now, delivered=delivered_at is not None)
         self.books.tally.ended(ended, self.books.transfers, now, delivered_at)
         for recorder in self.books.recorders:
             recorder.ended(ended, now if delivered_at is None else delivered_at, delivered=delivered_at is not None)
@@ -80,42 +90,62 @@ class Endings:
     def go_on(self, now: float) -> None:
         """End some more of what was too much at a time."""
         if self._more:
-            transfers, delivered_at, lost = self._more.popleft()
-            self.end(transfers, now, delivered_at=delivered_at, lost=lost)
+            transfers, delivered_at, lost = self._more[0]
+            some = [transfers.popleft() for _ in range(min(AT_ONCE, len(transfers)))]
+            if not transfers:
+                self._more.popleft()
+            alive = {t: None for t in some if t.session.transfers.get(t.id) is t}
+            self._end(alive, now, delivered_at=delivered_at, lost=lost)
 
-    def _unqueue(self, stream: Stream, ended: dict[Transfer, None], now: float, *, delivered: bool) -> None:
+    def _unqueue(self, stream: Stream, ended: list[Transfer], now: float, *, delivered: bool) -> None:
         """Take transfers off a stream. What was not delivered will not come: those behind move forward."""
-        transfers = self.books.transfers
-        if delivered and not stream.ordered:
-            self._uncount(stream, ended)
-        elif not delivered:
-            rows = transfers.rows(stream.queue)
-            start, end = transfers.live("start"), transfers.live("end")
-            offset = self.books.streams.offset(stream, self.connections.positions.sent_by)
-            unsent = np.maximum(end[rows] - np.maximum(start[rows], offset), 0.0)
-            gaps = np.cumsum(np.where([t in ended for t in stream.queue], unsent, 0.0))
-            start[rows[1:]] -= gaps[:-1]
-            end[rows[1:]] -= gaps[:-1]
-            stream.announced -= float(gaps[-1])
-        while stream.queue and stream.queue[0] in ended:
-            stream.queue.popleft()
-        if any(t in ended for t in stream.queue):
-            stream.queue = deque(t for t in stream.queue if t not in ended)
+        if len(ended) < len(stream.queue):
+            if not stream.ordered:
+                self._uncount(stream, ended, delivered=delivered)
+            elif not delivered:
+                self._close_gaps(stream, ended)
+        elif stream.ordered and not delivered:
+            stream.announced -= float(self._unsent(stream, self.books.transfers.rows(ended)).sum())
+        stream.queue.remove(ended)
         for conn in list(stream.members):
             self.connections.note_rest(conn, now, linger=delivered)
         if not stream.queue and (stream.session.over or (stream.watch is None and not stream.members)):
             self._close(stream)
 
-    def _uncount(self, stream: Stream, ended: dict[Transfer, None]) -> None:
-        """Interleaved bytes: what the others have moved is what moved meanwhile, less what was these transfers'."""
-        t, queue = self.books.transfers, list(stream.queue)
+    def _unsent(self, stream: Stream, rows: Rows) -> npt.NDArray[np.float64]:
+        """Bytes of these transfers that have not left."""
+        t, offset = self.books.transfers, self.books.streams.offset(stream, self.connections.positions.sent_by)
+        out: npt.NDArray[np.float64] = t.live("end")[rows] - np.maximum(t.live("start")[rows], offset)
+        return np.maximum(out, 0.0)
+
+    def _close_gaps(self, stream: Stream, ended: list[Transfer]) -> None:
+        """Bytes in order: those behind the ones that will not come move forward."""
+        t = self.books.transfers
+        gone = t.rows(ended)
+        unsent = self._unsent(stream, gone)
+        start, end = t.live("start"), t.live("end")
+        order = np.argsort(start[gone], kind="stable")
+        before = start[gone][order]
+        gaps = np.concatenate([[0.0], np.cumsum(unsent[order])])
+        rows = np.flatnonzero(t.live("stream") == stream.index)
+        rows = rows[start[rows] > before[0]]
+        shift = gaps[np.searchsorted(before, start[rows])]
+        start[rows] -= shift
+        end[rows] -= shift
+        stream.announced -= float(gaps[-1])
+
+    def _uncount(self, stream: Stream, ended: list[Transfer], *, delivered: bool) -> None:
+        """Interleaved bytes: what the others have moved is what moved meanwhile, less what was these transfers'.
+
+        Of those that were not delivered that is an even share of what has moved since they were announced.
+        """
+        t = self.books.transfers
         offset = self.books.streams.offset(stream, self.connections.positions.sent_by)
-        gone = np.array([x in ended for x in queue])
-        rows = t.rows(queue)
-        start, size = t.live("start")[rows[gone]], t.live("size")[rows[gone]]
-        left = rows[~gone]
-        if not len(left):
-            return
+        gone, mine = t.rows(ended), t.live("stream") == stream.index
+        mine[gone] = False
+        start, size, left = t.live("start")[gone], t.live("size")[gone], np.flatnonzero(mine)
+        if not delivered:
+            size = np.minimum(size, np.maximum(offset - start, 0.0) / len(stream.queue))
         order = np.argsort(start, kind="stable")
         start, size = start[order], size[order]
         earlier = np.concatenate([[0.0], np.cumsum(size)])
@@ -150,21 +180,20 @@ class Endings:
         """Strike out a request with all its transfers, and its batch if nothing else is in it."""
         batch = request.batch
         if len(request.transfers) > AT_ONCE:
-            self._orphan(request)
-        self.end(list(request.transfers), now)
+            self._orphan(request, now)
+        else:
+            self.end(request.transfers.copy(), now)
         self.books.strike_request(request)
         if batch is not None and not batch.requests and not batch.transfers:
             self.books.strike_batch(batch)
 
-    def _orphan(self, request: Request) -> None:
-        """Too many to strike out at once: they are nobody's from now on, and end some at a time, unasked for."""
-        t = self.books.transfers
-        rows = t.rows(request.transfers)
+    def _orphan(self, request: Request, now: float) -> None:
+        """Too many to strike out at once: they are nobody's from now on, and end some at a time."""
+        t, rows = self.books.transfers, self.books.rows_of(request)
         t.live("request")[rows] = -1
-        t.live("expires")[rows] = -INF
-        for transfer in request.transfers:
-            transfer.request = None
-        request.transfers.clear()
+        t.live("expires")[rows] = INF
+        request.completed, orphans, request.transfers = False, request.transfers, set()
+        self.end(orphans, now)
 
     # --- sessions, watches, marks -------------------------------------------------------------------------------------
 
@@ -248,8 +277,8 @@ class Endings:
         """A member of a stream is gone: see what can still come of its transfers."""
         transfers = self.books.transfers
         offset = self.books.streams.offset(stream, self.connections.positions.acked_by)
-        start = [float(transfers.get(t, "start")) for t in stream.queue]
-        end = [float(transfers.get(t, "end")) for t in stream.queue]
+        rows = transfers.rows(stream.queue)
+        start, end = transfers.live("start")[rows].tolist(), transfers.live("end")[rows].tolist()
         alive = bool(stream.members)
         one = stream.watch is None or exact_endpoints(stream.selector) is not None
         done, over = [], []

@@ -28,7 +28,7 @@ from mfsd.engine.rescue import Rescuer
 from mfsd.engine.sockets import Closed, Established, Socket
 from mfsd.engine.steering import Steering
 from mfsd.engine.watches import Watches
-from mfsd.model import INF, Event, EventKind, HintError, Mode
+from mfsd.model import Event, EventKind, HintError, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -259,10 +259,8 @@ class Engine:
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""
-        transfers = self._expired(self.books.transfers, now)[:AT_ONCE]
+        transfers = self._expired(self.books.transfers, now, AT_ONCE)
         for transfer in transfers:
-            if self.books.transfers.get(transfer, "expires") == -INF:
-                continue  # cancelled, with too many others
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.EXPIRED, owner, transfer.id, "not completed in its time to live"))
             self.books.counters.transfers_expired += 1
@@ -301,11 +299,11 @@ class Engine:
                 self.end_session(session, now)
 
     @staticmethod
-    def _expired(store: Dense[R], now: float) -> list[R]:
+    def _expired(store: Dense[R], now: float, most: int | None = None) -> list[R]:
         if not store.n:
             return []
         objects = store.objects
-        return [objects[row] for row in np.flatnonzero(store.live("expires") < now).tolist()]
+        return [objects[row] for row in np.flatnonzero(store.live("expires") < now)[:most].tolist()]
 
     def _sweep(self, now: float) -> None:
         """Look whether idle connections still exist; busy ones are asked anyway when they near their end."""

@@ -42,7 +42,7 @@ class Lateness:
 
         Returns where the stream is then.
         """
-        before = stream.queue[-1] if stream.queue and stream.queue[-1].maybe_late else None
+        before = stream.queue.last if stream.queue and stream.queue.last.maybe_late else None
         if before is None or not self._was_late(before, offset, now):
             return offset
         rows = self.books.transfers

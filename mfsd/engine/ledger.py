@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mfsd.bands import LEVEL_NEW
 from mfsd.engine.records import ENTRY, Batch, Connection, Mark, Request, Session, Transfer
 from mfsd.model import (
@@ -138,9 +140,10 @@ class Ledger:
         requests.put(request, "deadline", hint.deadline)
         requests.put(request, "expires", expires)
         requests.put(request, "compute_until", now + hint.compute_left if hint.compute_left else 0.0)
-        for transfer in request.transfers:
-            transfers.put(transfer, "deadline", min(hint.deadline, transfer.own_deadline))
-            transfers.put(transfer, "expires", max(transfers.get(transfer, "expires"), expires))
+        if request.transfers:
+            rows, until = self.books.rows_of(request), transfers.live("expires")
+            transfers.live("deadline")[rows] = np.minimum(hint.deadline, transfers.live("own_deadline")[rows])
+            until[rows] = np.maximum(until[rows], expires)
         if hint.batch_id and (request.batch is None or request.batch.id != hint.batch_id):
             batch = session.batches.get(hint.batch_id) or self._new_batch(session, hint.batch_id, now)
             self.books.join(request, batch)
@@ -219,8 +222,6 @@ class Ledger:
         batch = session.batches.get(hint.batch_id) if hint.batch_id else None
         if request is None and batch is None and not hint.stage.ownerless:
             raise self.no_owner(hint.request_id, hint.batch_id)
-        if batch is None and request is not None:
-            batch = request.batch
         deadline = hint.deadline
         if request is not None:
             deadline = min(deadline, float(self.books.requests.get(request, "deadline")))
@@ -230,7 +231,7 @@ class Ledger:
         )
         offset = self.books.streams.offset(stream, self.connections.positions.sent_by)
         start, late = self.carriage.begin(stream, hint.size, hint.position, offset, now)
-        transfer = Transfer(hint.id, session, hint.stage, hint.deadline, request, batch, stream, maybe_late=late)
+        transfer = Transfer(hint.id, session, hint.stage, request, batch, stream, maybe_late=late)
         stream.queue.append(transfer)
         self.carriage.note(stream, hint.stage)
         self.books.transfers.append(
@@ -245,6 +246,7 @@ class Ledger:
                 stream.index,
                 hint.target_layer,
                 deadline,
+                hint.deadline,
                 hint.hold_until,
                 now,
                 expires,

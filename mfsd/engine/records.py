@@ -8,14 +8,14 @@ transfers are intervals of: the bytes of one connection, or of several together.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mfsd.model import INF
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from mfsd.model import Endpoints, Event, Selector, Stage
 
@@ -28,10 +28,11 @@ TRANSFER_COLUMNS: Final = {
     "start": "f8",  # offset of the first byte in its stream
     "end": "f8",
     "request": "i4",
-    "batch": "i4",
+    "batch": "i4",  # that its hint named; else it is in its request's
     "stream": "i4",
     "target_layer": "i4",
-    "deadline": "f8",
+    "deadline": "f8",  # its own or its request's, whichever comes first
+    "own_deadline": "f8",
     "hold_until": "f8",
     "created": "f8",
     "expires": "f8",
@@ -150,6 +151,7 @@ class Batch:
     session: Session
     requests: set[Request] = field(default_factory=set)
     transfers: set[Transfer] = field(default_factory=set)
+    """Those that named it; those of its requests are in it without."""
     row: int = -1
 
 
@@ -160,9 +162,9 @@ class Transfer:
     id: str
     session: Session
     stage: Stage
-    own_deadline: float
     request: Request | None
     batch: Batch | None
+    """That its hint named."""
     stream: Stream
     handed_over: bool = False
     """The worker said that all its bytes have been written."""
@@ -171,6 +173,11 @@ class Transfer:
     path: tuple[tuple[float, int], ...] = ()
     """(when, level) of each later decision; the latest ones."""
     row: int = -1
+
+    @property
+    def computed_in(self) -> Batch | None:
+        """The batch that its hint named, or else its request's."""
+        return self.request.batch if self.batch is None and self.request is not None else self.batch
 
 
 @dataclass(slots=True, eq=False)
@@ -259,6 +266,38 @@ class Member:
     row: int = -1
 
 
+class Queue:
+    """Transfers in an order, any of which is taken out without a look at the others."""
+
+    def __init__(self, transfers: Iterable[Transfer] = ()) -> None:
+        self._all: OrderedDict[Transfer, None] = OrderedDict.fromkeys(transfers)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Transfer]:
+        return iter(self._all)
+
+    @property
+    def first(self) -> Transfer:
+        """Raises StopIteration when it is empty."""
+        return next(iter(self._all))
+
+    @property
+    def last(self) -> Transfer:
+        """Raises StopIteration when it is empty."""
+        return next(reversed(self._all))
+
+    def append(self, transfer: Transfer) -> None:
+        """Behind all others."""
+        self._all[transfer] = None
+
+    def remove(self, transfers: Iterable[Transfer]) -> None:
+        """Take these out."""
+        for transfer in transfers:
+            self._all.pop(transfer, None)
+
+
 @dataclass(slots=True, eq=False)
 class Stream:
     """See the module. ``index`` is its place in the columns of Streams, for as long as it is open."""
@@ -269,7 +308,7 @@ class Stream:
     watch: Watch | None
     """What brings it new members; None: it is one connection, for good."""
     index: int
-    queue: deque[Transfer] = field(default_factory=deque)
+    queue: Queue = field(default_factory=Queue)
     """Unfinished transfers in byte order."""
     announced: float = 0.0
     """End offset of the last announced byte."""

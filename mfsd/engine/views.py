@@ -87,6 +87,8 @@ def views_of(
     sent, acked = moved.sent.take(stream), moved.acked.take(stream)
     slot = books.streams.slot.take(stream)
     batch, request = column("batch"), column("request")
+    if len(requests):
+        batch = np.where((batch < 0) & (request >= 0), requests.batch.take(request), batch)
     current, computing = np.zeros(len(stream), dtype=np.int32), np.zeros(len(stream), dtype=np.bool_)
     if len(batches):
         owned = batch >= 0

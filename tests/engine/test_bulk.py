@@ -74,7 +74,7 @@ def state(h: Host) -> list[Any]:
     books = h.engine.books
     rows = {name: books.transfers.live(name).tolist() for name in TRANSFER_COLUMNS}
     objects = [
-        (t.id, t.stage, t.own_deadline, t.request and t.request.id, t.batch and t.batch.id, t.maybe_late)
+        (t.id, t.stage, t.request and t.request.id, t.batch and t.batch.id, t.maybe_late)
         for t in books.transfers.objects
     ]
     streams = [(s.selector, s.announced, s.ordered, [t.id for t in s.queue]) for s in books.streams.all()]

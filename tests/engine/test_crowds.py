@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.crowds import FEW, MANY, MORE, crowd, took
 from support.harness import FakeSocket, Host, exact_tuple
 
 from mfsd.bands import LEVEL_NEW
@@ -35,35 +36,9 @@ from mfsd.model import (
     What,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 class Row:
     row = -1
-
-
-MANY = 65_536
-FEW = 4096
-MORE = LimitsConfig(max_transfers_per_user=1 << 20, max_transfers=1 << 20, max_mb_per_user=60_000)
-
-
-def crowd(count: int, *, ordered: bool = True) -> tuple[Host, FakeSocket]:
-    """A host with so many transfers of one request on one connection."""
-    h = Host(limits=MORE)
-    sock = h.socket(1)
-    h.request("r", 20.0)
-    for i in range(count):
-        h.transfer(str(i), sock, 1000, ordered=ordered)
-    h.tick(0.01)
-    return h, sock
-
-
-def took(work: Callable[[], object]) -> float:
-    """Seconds of processor, of which quadratic work on MANY takes minutes."""
-    before = time.process_time()
-    work()
-    return time.process_time() - before
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -206,7 +181,7 @@ def test_interleaved_bytes_are_shared_as_if_one_ended_after_the_other(
             since, own = float(t.get(one, "start")), float(t.get(one, "size"))
             began += max(min(own, offset - max(began, since)), 0.0)
         want[other] = began
-    h.engine.endings._uncount(stream, ended)
+    h.engine.endings._uncount(stream, list(ended), delivered=True)
     assert all(t.get(x, "start") == pytest.approx(want[x]) for x in stream.queue if x not in ended)
     assert all(t.get(x, "end") - t.get(x, "start") == t.get(x, "size") for x in stream.queue)
 

@@ -233,6 +233,7 @@ class Books(RuleBasedStateMachine):
             assert e.books.transfers.get(t, "stream") == t.stream.index
             assert t.request is None or (t in t.request.transfers and t.request.row >= 0)
             assert t.batch is None or (t in t.batch.transfers and t.batch.row >= 0)
+            assert t.computed_in is None or t.computed_in.row >= 0
             assert t in t.stream.queue
             assert t.session.transfers[t.id] is t
         for r in e.books.requests.objects:

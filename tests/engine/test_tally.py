@@ -22,7 +22,7 @@ def ended(t: Tally, name: str, now: float, *, delivered: bool = True, owner: str
     session = Session("s")
     request = Request(owner, session)
     stream = Streams().open(session, CookieSelector(1), None)
-    transfer = Transfer(name, session, Stage.P2D, INF, request, None, stream)
+    transfer = Transfer(name, session, Stage.P2D, request, None, stream)
     columns: Deferred[Transfer] = Deferred(TRANSFER_COLUMNS)
     columns.add(transfer, **values)
     assert columns.n == 1  # written
