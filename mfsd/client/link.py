@@ -382,8 +382,11 @@ class Link:
                 )
                 if stream.ended():
                     return
-                batch = self._message(stream, self._take(stream))
-            yield batch
+                batch = self._take(stream)
+                out = self._message(stream, batch)
+                now = stream.sent[out.seq] + self._transit
+            encode_batch(batch, now, out)  # takes long, and callers need the lock
+            yield out
 
     def _catch_up(self, epoch: int) -> None:
         """Find out what this daemon has not heard yet. The lock is held."""
@@ -412,13 +415,13 @@ class Link:
         return batch
 
     def _message(self, stream: _Stream, batch: Batch) -> hints_pb2.HintBatch:
+        """What the batch is to be written into, on the books as sent. The lock is held, but for the first one."""
         stream.seq += 1
         if batch.hints:
             stream.unanswered[stream.seq] = batch
             self._stats.sent += len(batch.hints)
         out = hints_pb2.HintBatch(session=self._session, seq=stream.seq)
-        stream.sent[stream.seq] = now = time.monotonic()
-        encode_batch(batch, now + self._transit, out)
+        stream.sent[stream.seq] = time.monotonic()
         return out
 
 

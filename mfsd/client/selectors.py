@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import socket
 import struct
-import sys
 import termios
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -31,11 +32,9 @@ SO_COOKIE: Final = 57
 SO_PROTOCOL: Final = 38
 """include/uapi/asm-generic/socket.h; the same on all architectures but sparc and parisc."""
 IPPROTO_MPTCP: Final = 262
-TCP_INFO: Final = struct.Struct("=120xQ")
-"""tcpi_bytes_acked in ``struct tcp_info``, include/uapi/linux/tcp.h."""
+TCP_INFO: Final = struct.Struct("=24xI92xQ16xI")
+"""tcpi_unacked, tcpi_bytes_acked, tcpi_notsent_bytes in ``struct tcp_info``, include/uapi/linux/tcp.h."""
 TRIES: Final = 3
-NONE: Final = b"\0\0\0\0"
-"""An int of 0, as ioctl has it."""
 
 Cookie = CookieSelector
 """A socket by its SO_COOKIE: ``Cookie(cookie_of(sock))``."""
@@ -129,19 +128,25 @@ def _borrowed(fd: int) -> Iterator[socket.socket]:
         sock.detach()
 
 
-_tcp: weakref.WeakKeyDictionary[socket.socket, CookieSelector] = weakref.WeakKeyDictionary()
-"""What never changes of a TCP socket; two system calls saved each time."""
+_tcp: dict[int, tuple[weakref.ref[socket.socket], CookieSelector]] = {}
+"""What never changes of a TCP socket, by its identity; two system calls saved each time. A WeakKeyDictionary would take
+as long as one of them."""
+
+
+def _remember(sock: socket.socket, selector: CookieSelector) -> None:
+    key = id(sock)
+    _tcp[key] = weakref.ref(sock, lambda _: _tcp.pop(key, None)), selector
 
 
 def _of_socket(sock: Any) -> Named:
-    known = _tcp.get(sock) if type(sock) is socket.socket else None
-    if known is not None:
-        return Named(known, _position(sock))  # which fails for a socket that is closed
+    known = _tcp.get(id(sock))
+    if known is not None and known[0]() is sock:
+        return Named(known[1], _position(sock))  # which fails for a socket that is closed
     selector = CookieSelector(cookie_of(sock))
     protocol = sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
     if protocol == socket.IPPROTO_TCP:
         if type(sock) is socket.socket:
-            _tcp[sock] = selector
+            _remember(sock, selector)
         return Named(selector, _position(sock))
     if protocol == IPPROTO_MPTCP:
         return Named(
@@ -152,22 +157,51 @@ def _of_socket(sock: Any) -> Named:
     return Named(selector)
 
 
+class _Asked(threading.local):
+    """Where a thread has the kernel's answers put."""
+
+    def __init__(self) -> None:
+        self.queued = ctypes.c_int()
+        self.info = ctypes.create_string_buffer(TCP_INFO.size)
+        self.length = ctypes.c_uint32()
+        self.to_queued, self.to_length = ctypes.byref(self.queued), ctypes.byref(self.length)
+
+
+_libc: Final = ctypes.PyDLL(None)
+"""Its functions are called without letting go of the interpreter, which fcntl and socket do around each call: another
+thread takes it then, and a call of half a microsecond lasts until that one waits. What is asked here never waits."""
+_asked: Final = _Asked()
+
+
 def _position(sock: Any) -> int:
-    """Bytes written, on the scale of tcpi_bytes_acked; 0: unknown."""
+    """Bytes written, on the scale of tcpi_bytes_acked; 0: unknown. Raises OSError for a closed socket."""
     if not hasattr(sock, "fileno"):
         return 0
     number = sock.fileno()
-    if fcntl.ioctl(number, termios.TIOCOUTQ, NONE) == NONE:
-        return _acked(sock)  # all that was written: nobody writes meanwhile
-    acked = _acked(sock)
+    unacked, acked, unsent = _info(number)
+    if not unacked and not unsent:
+        return acked
     for _ in range(TRIES):
-        queued = int.from_bytes(fcntl.ioctl(number, termios.TIOCOUTQ, NONE), sys.byteorder)  # SIOCOUTQ
-        before, acked = acked, _acked(sock)
+        queued = _queued(number)
+        before, (_, acked, _) = acked, _info(number)
         if before == acked:
             break  # else some were acknowledged between the two calls
     return acked + queued
 
 
-def _acked(sock: Any) -> int:
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
-    return int(TCP_INFO.unpack(info)[0]) if len(info) == TCP_INFO.size else 0
+def _queued(number: int) -> int:
+    """SIOCOUTQ: bytes written and not acknowledged."""
+    if _libc.ioctl(number, termios.TIOCOUTQ, _asked.to_queued):
+        fcntl.ioctl(number, termios.TIOCOUTQ, b"\0\0\0\0")  # says what is wrong
+    return _asked.queued.value
+
+
+def _info(number: int) -> tuple[int, int, int]:
+    """Segments that are not acknowledged, bytes that are, bytes not sent; zeros: this kernel doesn't tell."""
+    asked = _asked
+    asked.length.value = TCP_INFO.size
+    if _libc.getsockopt(number, socket.IPPROTO_TCP, socket.TCP_INFO, asked.info, asked.to_length):
+        with _borrowed(number) as sock:
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO)  # says what is wrong
+    unacked, acked, unsent = TCP_INFO.unpack(asked.info)
+    return (unacked, acked, unsent) if asked.length.value == TCP_INFO.size else (0, 0, 0)

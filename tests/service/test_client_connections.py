@@ -181,6 +181,17 @@ def test_the_position_is_what_tcp_counts(connection: tuple[socket.socket, socket
         assert name(unconnected).position == 0
 
 
+def test_a_socket_in_the_place_of_one_that_is_gone_is_not_taken_for_it() -> None:
+    places: dict[int, list[int]] = {}
+    for _ in range(50):
+        with socket.socket() as sock:
+            assert name(sock).selector == name(sock).selector == CookieSelector(cookie_of(sock))
+            places.setdefault(id(sock), []).append(cookie_of(sock))
+        del sock
+    assert len(places) < 50  # or nothing was tried
+    assert all(len(set(cookies)) == len(cookies) for cookies in places.values())
+
+
 def test_after_a_restart_what_is_left_is_announced(start: Callable[..., Running]) -> None:
     """Of 30 MB in two transfers the first has gone, and nine tenths of the other have, when another daemon comes."""
     size, more = 10_000_000, 20_000_000
