@@ -101,10 +101,12 @@ class Steering:
         return int(self.ladder.bands(np.array([self._level_of(stage, due_in)], dtype=np.int16))[0])
 
     def _level_of(self, stage: Stage, due_in: float) -> int:
+        """Never below the stage's own: when such bytes are due comes no nearer, so they would wait for ever."""
+        known = int(self.stage_level[stage])
         if due_in == INF:
-            return int(self.stage_level[stage])
+            return known
         one = TransferView.of(1, stage=int(stage), deadline=due_in)
-        return int(self.policy.evaluate(Views.of(one, LinkView.of(AMPLE, self.policy.levels))).level[0])
+        return min(int(self.policy.evaluate(Views.of(one, LinkView.of(AMPLE, self.policy.levels))).level[0]), known)
 
     def _marks(self) -> tuple[I2, I2]:
         """``_marked``, completed, by columns."""

@@ -10,7 +10,7 @@ from support.harness import Host
 
 from mfsd.api import messages
 from mfsd.engine.sockets import Established
-from mfsd.model import CookieSelector, Maker, MarkHint, PortRange, RuleSelector, Stage
+from mfsd.model import INF, CookieSelector, Maker, MarkHint, PortRange, RuleSelector, Stage
 from mfsd.policy.registry import make_policy
 
 TO_6000 = RuleSelector(Maker(), dport=PortRange(6000, 6000))
@@ -85,6 +85,21 @@ def test_a_rule_with_a_time_to_the_deadline_ranks_as_a_transfer_that_is_due_then
     h.transfer("t", reference, 1, Stage.P2D)
     h.tick()
     assert h.band(reference) == bands[1]
+
+
+@pytest.mark.parametrize("stage", [Stage.KV_REUSE, Stage.P2D])
+def test_a_rules_deadline_never_puts_it_below_where_it_would_be_without(stage: Stage) -> None:
+    """It is always so long from now, so that what waits for it would wait for ever."""
+    h = Host("demand-bound", rate=125e6)
+    for port, due_in in ((40001, 0.001), (40002, 0.1), (40003, 60.0), (40004, INF)):
+        rule(h, RuleSelector(Maker(), sport=PortRange(port, port)), stage, due_in)
+    h.tick()
+    socks = [h.socket(n) for n in (1, 2, 3, 4)]
+    h.tick()
+    order = [b.name for b in h.engine.steering.bands.bands]
+    places = [order.index(h.band(sock)) for sock in socks]
+    assert places == sorted(places)
+    assert places[2] == places[3] < order.index("default")
 
 
 def test_another_policy_ranks_rules_anew() -> None:
