@@ -52,7 +52,7 @@ def test_levels_of_policies_are_served_as_on_the_plain_link() -> None:
         params = {"exact": True} if name in ("edf", "sjf") else {}
         policy = registry.make_policy(name, 4096, params)
         for i, case in enumerate(_cases(40)):
-            got = simulate(case, policy, [0.01, 0.001, math.inf][i % 3]).finish
+            got = simulate(case, policy, [0.01, 0.004, math.inf][i % 3]).finish
             want = plain_link.simulate(case, key)
             assert got.tolist() == pytest.approx([want[q] for q in range(case.requests)], rel=1e-9), name
 
@@ -207,7 +207,7 @@ fact, finds B late for that and prunes C."""
     ],
 )
 def test_the_example_of_the_paper(name: str, params: dict[str, Any], met: int) -> None:
-    assert simulate(EXAMPLE, registry.make_policy(name, 16, params), 0.001).count == met
+    assert simulate(EXAMPLE, registry.make_policy(name, 16, params), 0.01).count == met
 
 
 def test_mfs_finishes_c_and_a_exactly_on_time() -> None:
@@ -241,7 +241,7 @@ def test_rli_order_minimises_the_makespan_of_a_prefill() -> None:
         request = RequestSpec(math.inf, kv=tuple(rng.uniform(1, 5, layers).tolist()))
         batch = BatchSpec(0.0, float(rng.uniform(0.5, 4)), tuple(rng.uniform(0, 3, layers).tolist()), (request,))
         case = Case(1.0, (batch,))
-        ours = simulate(case, policy).finish[0]
+        ours = simulate(case, policy, 0.1).finish[0]
         best = min(_makespans(case))
         assert ours <= best * (1 + 1e-9)
 
@@ -264,8 +264,8 @@ def test_no_policy_beats_brute_force_where_one_order_is_enough() -> None:
         case = Case(1.0, tuple(specs))
         best = brute_force(case)
         for name in registry.names():
-            assert simulate(case, registry.make_policy(name), 0.25).count <= best
-        met += simulate(case, exact, 0.05).count
+            assert simulate(case, registry.make_policy(name), 0.5).count <= best
+        met += simulate(case, exact, 0.1).count
         possible += best
     assert met >= 0.9 * possible
 
