@@ -63,11 +63,15 @@ class Rights:
 
     def operator(self, uid: int, groups: frozenset[int]) -> bool:
         """Whether such a process operates the daemon."""
-        return uid in (0, os.geteuid()) or not self.operators.isdisjoint(groups)
+        return self.superuser(uid) or not self.operators.isdisjoint(groups)
+
+    def superuser(self, uid: int) -> bool:
+        """Whether that user operates the daemon whatever its groups are."""
+        return uid in (0, os.geteuid())
 
     def speaks_for_all(self, uid: int) -> bool:
         """Whether hints of that user may name anybody's connections."""
-        return uid in (0, os.geteuid()) or uid in self.trusted
+        return self.superuser(uid) or uid in self.trusted
 
 
 @dataclass(slots=True, eq=False)

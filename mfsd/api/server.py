@@ -89,8 +89,8 @@ class Server:
     ) -> None:
         self._config = config
         self._identities = identities
-        self._bound: list[Path] = []
-        """Sockets of these names are ours."""
+        self._bound: dict[Path, int] = {}
+        """Sockets of ours and their inodes: somebody may put another one in the place of one."""
         options = [("grpc.so_reuseport", 0), *_KEEPALIVE]
         self._server = grpc.aio.server(interceptors=[Access(identities)], options=options)
         hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
@@ -160,7 +160,7 @@ class Server:
                 bind()
             finally:
                 os.umask(before)
-            self._bound.append(path)
+            self._bound[path] = path.lstat().st_ino
             group: str | None = getattr(self._config, key)
             self._set_group(path, key, group)
             path.chmod(0o660 if group is not None or key == "socket_group" else 0o600)
@@ -188,17 +188,30 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(STOP_S)
         self._identities.close()
-        for path in self._bound:
+        for path, inode in self._bound.items():
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                if path.lstat().st_ino == inode:
+                    path.unlink()
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a daemon that was killed; the caller's lock says that no other one lives."""
+    """Remove the socket of a daemon that was killed. The caller's lock is on a directory, of which others have others.
+
+    Raises FileExistsError where somebody listens, or there is no socket.
+    """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
         raise FileExistsError("there is a file of this name that is no socket; remove it or choose another name")
-    path.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:  # it listens, and has much to do
+            pass
+    raise FileExistsError("somebody listens there: another mfsd? Stop it, or choose another name")

@@ -217,7 +217,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        problems = [*_daemon_problems(self.daemon), *self.bands.problems(), *_device_problems(self)]
+        problems = [
+            *_daemon_problems(self.daemon),
+            *self.bands.problems(),
+            *_device_problems(self),
+            *_peer_problems(self),
+        ]
         problems += [*_limit_problems(self.limits), *metrics_problems(self.metrics, self.daemon.socket)]
         problems += [*rule_problems(self.rule, self.rules.library), *self.relay.problems()]
         problems += [
@@ -275,6 +280,15 @@ def _device_problems(c: Config) -> list[str]:
     return out
 
 
+def _peer_problems(c: Config) -> list[str]:
+    first: dict[object, int] = {}
+    return [
+        f"peer[{i}].network = {toml(str(peer.network))}: each network once; peer[{first[peer.network]}] has this one"
+        for i, peer in enumerate(c.peer)
+        if first.setdefault(peer.network, i) != i
+    ]
+
+
 def _limit_problems(limits: LimitsConfig) -> list[str]:
     out = []
     if limits.default_ttl_s > limits.max_ttl_s:
@@ -317,10 +331,13 @@ def _plain(value: Any) -> bool:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path) -> Config:
-    """Read and check a file and its drop-ins. Raises ConfigError with every problem that can be found in one go."""
+def load(path: Path, *, again: bool = False) -> Config:
+    """Read and check a file and its drop-ins. Raises ConfigError with every problem that can be found in one go.
+
+    ``again``: in a daemon that runs.
+    """
     try:
-        merged = config_files.read(path)
+        merged = config_files.read(path, again=again)
     except config_files.UnreadableError as e:
         raise ConfigError([e.problem], [e.path]) from e
     try:

@@ -119,7 +119,7 @@ def _read(path: Path) -> str:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES} bytes; is this the right file?")
-    return raw.decode()
+    return raw.decode("utf-8-sig")  # some editors begin a file with a mark
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -129,13 +129,18 @@ def _toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def read(path: Path) -> Merged:
-    """All files of a configuration. Raises UnreadableError."""
+def read(path: Path, *, again: bool = False) -> Merged:
+    """All files of a configuration. Raises UnreadableError.
+
+    ``again``: while others wait, which a pipe may let them do for ever; and what was in it is gone.
+    """
     merged = Merged()
     try:
         all_files = files(path)
     except OSError as e:
         raise UnreadableError(f"can't be read: {e.strerror}", path) from e
     for file in all_files:
+        if again and file.exists() and not file.is_file():
+            raise UnreadableError("can't be read again: it is no regular file", file)
         merged.add(file)
     return merged

@@ -16,6 +16,7 @@ from mfsd.api.control import ControlService
 from mfsd.api.decode import Decoder
 from mfsd.api.hints import HintsService
 from mfsd.api.identity import Identities
+from mfsd.api.room import Room
 from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, measures, reload, wiring
@@ -70,6 +71,8 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._hand_over = False
         self._verbose = False
+        self._reloads = 0
+        """Asked for since the last one began; that one counts, too."""
         self._reload_problems: list[str] = []
         self._device_work = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -134,7 +137,8 @@ class Daemon:
                 self.ticker.start()
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
-                work = (self._succeed(), self._keep_care(), self._keep_status())
+                room = Room(str(self.config.daemon.socket), self._identities)
+                work = (self._succeed(), self._keep_care(), self._keep_status(), room.keep())
                 self._tasks = [asyncio.create_task(w) for w in work]
                 self._supervisor.tell(f"READY=1\n{self._status_line()}")
                 log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
@@ -163,6 +167,7 @@ class Daemon:
             await self._on_devices(self.devices.leave)
             log.info("stopped", qdiscs="kept", classifiers="kept")
             return
+        problems: list[str] = []
         keep = self._hand_over or self.config.daemon.on_exit == "keep"
         await self._take_over()  # only who has taken over can put things back
         self._supervisor.keep({})
@@ -175,7 +180,7 @@ class Daemon:
             for problem in problems:
                 log.error("not restored", problem=problem)
         await self._on_devices(self.devices.close)
-        log.info("stopped", qdiscs="kept" if keep else "restored")
+        log.info("stopped", qdiscs="kept" if keep else "restored" if not problems else "see above")
 
     def stop(self) -> None:
         """End, and put the qdiscs back (unless daemon.on_exit says to keep them)."""
@@ -269,10 +274,20 @@ class Daemon:
 
     def reload_soon(self) -> None:
         """Reload in the background, with the notes that systemd wants."""
-        self._tasks.append(asyncio.create_task(self._reload_notified()))
+        self._reloads += 1
+        if self._reloads == 1:
+            self._tasks.append(asyncio.create_task(self._reload_all()))
+
+    async def _reload_all(self) -> None:
+        """However often it is asked for meanwhile, once more is enough."""
+        await self.ready.wait()  # else systemd would be told so too early
+        while self._reloads:
+            self._reloads = 1
+            await self._reload_notified()
+            self._reloads -= 1
+        self._tasks = [t for t in self._tasks if t is not asyncio.current_task()]
 
     async def _reload_notified(self) -> None:
-        await self.ready.wait()  # else systemd would be told so too early
         # MONOTONIC_USEC is what Type=notify-reload wants, see sd_notify(3).
         self._supervisor.tell(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic_ns() // 1000}")
         try:
@@ -291,7 +306,7 @@ class Daemon:
             log.warning("reload", problem=self._reload_problems[0])
             return
         try:
-            new = configuration.load(self.path)
+            new = configuration.load(self.path, again=True)
         except configuration.ConfigError as e:
             self._reload_problems = [f"reload refused, nothing changed: {p}" for p in e.lines]
             log.warning("reload refused, nothing changed", problems=e.lines)

@@ -8,7 +8,7 @@ import faulthandler
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import structlog
@@ -26,6 +26,8 @@ from mfsd.datapath.errors import DatapathError
 from mfsd.relay.incoming import RelayError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mfsd.daemon.config import Config
     from mfsd.daemon.predecessor import Predecessor
 
@@ -48,6 +50,7 @@ async def _serve(config: Config, path: Path | None, predecessor: Predecessor | N
         signal.SIGUSR2: daemon.change_verbosity,
     }
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_rarely(logs.Seldom()))
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
     try:
@@ -55,6 +58,16 @@ async def _serve(config: Config, path: Path | None, predecessor: Predecessor | N
         await daemon.run()
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, PATIENT)
+
+
+def _rarely(seldom: logs.Seldom) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What goes wrong on the event loop, once in a while: without descriptors, each accept that fails says so."""
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if seldom(str(context.get("message"))):
+            loop.default_exception_handler(context)
+
+    return handle
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

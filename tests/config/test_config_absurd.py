@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from mfsd.daemon.config import MAX_DEVICES, Config, ConfigError, load, parse, render
 from mfsd.daemon.config_files import MAX_BYTES
+from mfsd.model import Mode
 from mfsd.units import Rate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,6 +317,19 @@ def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
     assert done.returncode == 78
     assert b"No such file" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_a_mark_that_some_editors_begin_files_with(tmp_path: Path) -> None:
+    file = tmp_path / "mfsd.toml"
+    file.write_text('[daemon]\r\nmode = "enforce"\r\n', encoding="utf-8-sig")
+    assert load(file).daemon.mode is Mode.ENFORCE
+
+
+def test_two_rates_for_one_network() -> None:
+    peers = [{"network": n, "rate": "1gbit"} for n in ("10.0.0.0/8", "fd00::/8", "10.0.0.0/8")]
+    with pytest.raises(ConfigError) as e:
+        parse({"peer": peers})
+    assert str(e.value) == 'peer[2].network = "10.0.0.0/8": each network once; peer[0] has this one'
 
 
 def test_an_endless_file() -> None:

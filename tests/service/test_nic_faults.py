@@ -370,6 +370,34 @@ def test_a_damaged_note_is_named_and_the_device_left_as_it_is(
     netns_pair.call(netns_pair.a, body)
 
 
+@pytest.mark.parametrize("text", [None, "", "{}"], ids=["deleted", "emptied", "another"])
+def test_a_note_that_is_lost_while_its_daemon_lives_is_written_again(
+    in_a: Callable[..., None], make: Callable[..., Devices], tmp_path: Path, text: str | None
+) -> None:
+    def body() -> None:
+        before = root("v0")
+        devices = make("v0")
+        (note,) = tmp_path.glob("qdisc-*")
+        said = note.read_bytes()
+        if text is None:
+            note.unlink()
+        else:
+            note.write_text(text)
+        devices.care(Mode.ENFORCE)
+        assert (note.read_bytes(), devices.all[0].notice) == (said, "")
+        note.unlink()
+        note.mkdir()
+        devices.care(Mode.ENFORCE)
+        assert "its note was lost" in devices.all[0].notice
+        note.rmdir()
+        devices.care(Mode.ENFORCE)
+        assert (note.read_bytes(), devices.all[0].notice) == (said, "")
+        end(devices)
+        assert root("v0") == before
+
+    in_a(body)
+
+
 def test_our_tree_without_a_note_is_named_and_restore_fails(
     netns_pair: NetnsPair, make: Callable[..., Devices], tmp_path: Path
 ) -> None:

@@ -63,8 +63,9 @@ class Running:
             run = asyncio.create_task(self.daemon.run())
             ready = asyncio.create_task(self.daemon.ready.wait())
             await asyncio.wait([run, ready], return_when=asyncio.FIRST_COMPLETED)
-            self._started.set()
             ready.cancel()
+            if not run.done():  # else it has failed
+                self._started.set()
             await run
 
         try:

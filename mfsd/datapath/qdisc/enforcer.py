@@ -155,7 +155,16 @@ class DeviceEnforcer:
         with self._lock:
             if self._facts is None or self._seen is None:
                 return []
-            return care.remarks(self._facts, self._seen, self.rate)
+            return care.remarks(self._facts, self._seen, self.rate) + self._keep_note()
+
+    def _keep_note(self) -> list[str]:
+        """Who has deleted or damaged the note has deleted what was on the device: it is written again."""
+        if self._state is not None and not notes.kept(self._state):
+            try:
+                self._state = notes.save(self.state_dir, self._state)
+            except EnforceError as e:
+                return [f"its note was lost: {e}"]
+        return []
 
     def in_place(self) -> bool:
         """The device has a root of mfsd, whatever is below it. Raises NetlinkError."""

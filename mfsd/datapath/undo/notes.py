@@ -25,7 +25,7 @@ from mfsd.datapath.undo.snapshot import Snapshot, whole
 if TYPE_CHECKING:
     from mfsd.datapath.tc import TcSocket
 
-__all__ = ["Namespace", "Owner", "State", "Unreadable", "every", "find", "forget", "save"]
+__all__ = ["Namespace", "Owner", "State", "Unreadable", "every", "find", "forget", "kept", "save"]
 
 _VERSION: Final = 2
 _VERSIONS: Final = (1, 2)
@@ -82,6 +82,8 @@ class State:
     """What was there is being put back: what looks like half of it is not somebody else's."""
     path: Path | None = field(default=None, compare=False)
     """The file; None: not written yet."""
+    written: tuple[int, int, int] | None = field(default=None, compare=False)
+    """Inode, size and time of the file, as this process has written it."""
 
     @property
     def taken(self) -> bool:
@@ -169,7 +171,20 @@ def save(state_dir: Path, state: State) -> State:
             state.path.unlink(missing_ok=True)
     except OSError as e:
         raise EnforceError(f"write {target}", str(e), "set state_dir to a directory mfsd may write") from e
-    return replace(state, path=target)
+    return replace(state, path=target, written=_mark(target))
+
+
+def kept(state: State) -> bool:
+    """Its file is there, as this process has written it. Raises OSError."""
+    return state.path is not None and state.written == _mark(state.path)
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return None
+    return now.st_ino, now.st_size, now.st_mtime_ns
 
 
 def forget(state: State) -> None:

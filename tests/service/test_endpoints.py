@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sockets that others are at: taken from nobody, left to whoever has them now, and with room for everybody."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from support.daemons import Running, wait_for
+from support.rig import as_user
+
+from mfsd.api.room import EACH
+from mfsd.api.server import ServerError
+from mfsd.client.introduction import introduced
+from mfsd.v1 import control_pb2 as pb
+from mfsd.v1 import control_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.daemon
+NOBODY = 65_534
+FILES = 256
+
+
+def status(target: str) -> pb.Status:
+    with introduced(target) as channel:
+        return control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=5)
+
+
+def test_a_socket_on_which_another_daemon_listens_is_left_to_it(running: Running, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(ServerError, match="somebody listens there"):
+        Running(other, daemon={"socket": str(running.socket)})
+    assert status(running.target).version
+    running.stop()
+    assert not running.socket.exists()
+
+
+def test_what_has_taken_the_place_of_a_socket_stays(running: Running) -> None:
+    for path in (running.socket, running.socket.with_name("mfsd.sock.id")):
+        path.unlink()
+        path.write_text("somebody else's")
+    running.stop()
+    assert running.socket.read_text() == "somebody else's"
+
+
+@pytest.fixture
+def few_files(tmp_path: Path) -> Iterator[Path]:
+    """The socket of a daemon that may have few descriptors."""
+    config, path = tmp_path / "mfsd.toml", tmp_path / "mfsd.sock"
+    config.write_text(f'[daemon]\nsocket = "{path}"\nstate_dir = "{tmp_path}"\n')
+
+    command = ["bash", "-c", f'ulimit -n {FILES}; exec "$@"', "-", sys.executable, "-m", "mfsd.daemon"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "--config", str(config)], stdout=log, stderr=log)
+    try:
+        wait_for(path.exists)
+        for one in (tmp_path, *tmp_path.parents[:2], path, path.with_name("mfsd.sock.id")):
+            one.chmod(one.stat().st_mode | 0o777)
+        yield path
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+@pytest.mark.root
+def test_who_opens_connections_without_end_keeps_nobody_out(few_files: Path) -> None:
+    assert status(f"unix:{few_files}")
+    held: list[socket.socket] = []
+    over = threading.Event()
+
+    def hold() -> None:
+        with as_user(NOBODY):
+            while not over.is_set():
+                one = socket.socket(socket.AF_UNIX)
+                one.settimeout(0.1)
+                held.append(one)
+                try:
+                    one.connect(str(few_files))
+                except OSError:
+                    time.sleep(0.01)
+                if len(held) > 2 * FILES:
+                    held.pop().close()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        wait_for(lambda: len(held) > FILES)
+        log = few_files.parent / "log"
+        wait_for(lambda: b"too many connections" in log.read_bytes())
+
+        def let_in() -> bool:
+            try:
+                return bool(status(f"unix:{few_files}"))
+            except (OSError, grpc.RpcError):
+                return False
+
+        wait_for(let_in)
+    finally:
+        over.set()
+        thread.join()
+        for one in held:
+            one.close()
+    assert log.read_bytes().count(b"Traceback") <= 4
+
+
+@pytest.mark.root
+def test_the_newest_connections_beyond_a_users_part_are_hung_up_on(start: Callable[..., Running]) -> None:
+    running = start(limits={"max_sessions_per_user": 4})
+    running.socket.chmod(0o777)
+    for folder in running.socket.parents[:3]:
+        folder.chmod(folder.stat().st_mode | 0o755)
+
+    def opened(uid: int) -> list[socket.socket]:
+        out = []
+        with as_user(uid):
+            for _ in range(4 * EACH + 5):
+                out.append(socket.socket(socket.AF_UNIX))
+                out[-1].connect(str(running.socket))
+        return out
+
+    def over(one: socket.socket) -> bool:
+        one.settimeout(0)
+        try:
+            while one.recv(4096):
+                pass
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            pass
+        return True
+
+    strangers, ours = opened(NOBODY), opened(0)
+    wait_for(lambda: all(over(one) for one in strangers[4 * EACH :]))
+    assert not any(over(one) for one in strangers[: 4 * EACH])
+    assert not any(over(one) for one in ours)
+    for one in strangers + ours:
+        one.close()
+
+
+# --- reload -----------------------------------------------------------------------------------------------------------
+
+
+def test_however_often_a_reload_is_asked_for_it_is_done_a_few_times(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon, count = running.daemon, [0]
+    reload = daemon.reload
+
+    async def counted() -> None:
+        count[0] += 1
+        await reload()
+
+    monkeypatch.setattr(daemon, "reload", counted)
+    before = len(daemon._tasks)
+    for _ in range(1000):
+        running.loop.call_soon_threadsafe(daemon.reload_soon)
+    wait_for(lambda: count[0] and len(daemon._tasks) == before)
+    assert count[0] < 100
+
+
+@pytest.mark.parametrize("name", ["mfsd.toml", "conf.d/10-pipe.toml"])
+def test_a_pipe_in_the_place_of_the_configuration_is_not_waited_for(
+    running: Running, tmp_path: Path, name: str
+) -> None:
+    daemon = running.daemon
+    daemon.path = tmp_path / "mfsd.toml"
+    (tmp_path / "conf.d").mkdir()
+    if name != "mfsd.toml":
+        daemon.path.write_text("")
+    os.mkfifo(tmp_path / name)
+    running.loop.call_soon_threadsafe(daemon.reload_soon)
+    wait_for(lambda: any("it is no regular file" in notice for notice in status(running.target).notices))
