@@ -82,7 +82,7 @@ def test_both_loaders_give_the_same_verdicts(loader: BccLoader) -> None:
             hint(c, key4(), 7, lane=2)
             hint(c, key6(), 8, band=5)
             ran = [run_packet(c.prog_fd, frame, **more) for frame, more in packets]
-            slots = c.slots[["bytes", "segments", "packets", "control"]].tolist()
+            slots = c.slots[["bytes", "packets", "acked", "sent", "origin", "ifindex"]].tolist()
             out = [(r.verdict, r.priority, r.packet) for r in ran]
             return [out, c.stats().tolist(), slots, c.bands().tolist()]
 
