@@ -108,6 +108,37 @@ def test_nothing_is_said_of_connections_that_nobody_names(bench: Bench) -> None:
     assert bench.teller.find(cookie) is None
 
 
+HEIR: Final = """
+import socket, sys
+parent, server = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:])
+socket.send_fds(parent, [b"x"], [socket.socket().fileno()])
+server.settimeout(60)
+accepted, _ = server.accept()
+parent.sendall(accepted.getsockopt(socket.SOL_SOCKET, 57, 8))  # SO_COOKIE
+parent.recv(1)
+"""
+
+
+def test_who_made_a_socket_counts_not_who_holds_it(bench: Bench) -> None:
+    """A descriptor made by a child and passed to us, who connect it; what a child accepts on a listener of ours."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(60)
+    with listener(bench) as server, ours, theirs:
+        fds = (theirs.fileno(), server.fileno())
+        argv = ["ip", "netns", "exec", bench.pair.a, sys.executable, "-c", HEIR, *map(str, fds)]
+        with subprocess.Popen(argv, pass_fds=fds) as child:
+            _, (fd, *_), _, _ = socket.recv_fds(ours, 1, 1)
+            with socket.socket(fileno=fd) as passed:
+                passed.connect(server.getsockname())
+                accepted = bench.teller.find(int.from_bytes(ours.recv(8), "little"))
+                given = bench.teller.find(cookie_of(passed))
+                ours.sendall(b"x")
+    assert given is not None
+    assert given.pid == child.pid
+    assert accepted is not None
+    assert accepted.pid == os.getpid()
+
+
 def test_a_connection_that_a_rule_names_has_a_slot_before_it_has_sent_a_byte(bench: Bench) -> None:
     with listener(bench) as server:
         port = server.getsockname()[1]
