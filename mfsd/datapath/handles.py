@@ -15,7 +15,7 @@ MAJOR: Final = 0x6D66
 kernel hands out 0x8001 and up (net/sched/sch_api.c, qdisc_alloc_handle)."""
 ROOT: Final = MAJOR << 16
 SHAPER_MAJOR: Final = 0x6D67
-"""Major number of a shaper above the bands (tbf over prio)."""
+"""Major number of a shaper above the bands (tbf or htb over prio)."""
 CHILD_MAJOR: Final = 0x6D80
 """First major number of qdiscs inside the tree (drr of prio's bands)."""
 LEAF_MAJORS: Final = range(0x1000, 0x6000)

@@ -36,7 +36,7 @@ QDISCS: Final = {
     "htb": "backend htb (a rate is given)",
     "ets": "backend prio (line rate), with floors",
     "prio": "backend prio without floors, where there is no ets",
-    "tbf": "backend prio with a rate",
+    "tbf": "backend prio (ets) with a rate",
     "drr": "lanes with backend prio",
     "clsact": "hooking in without TCX",
     "fq": "pacing below other bands",

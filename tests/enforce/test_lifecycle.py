@@ -392,15 +392,18 @@ def test_a_queue_is_asked_for_without_a_trace(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("rate", ["50mbit", "1gbit", "100gbit", "400gbit"])
-def test_the_shaper_above_prio_is_taken_as_it_is_meant(bench: Bench, rate: str) -> None:
-    """Natively there is tbf but no prio: the shaper alone."""
-    tree = prio.build(bench.bands, Rate.parse(rate), lanes=True, weights=False)
-    alone = dataclasses.replace(tree, groups=tree.groups[:1])
+@pytest.mark.parametrize(("shaper", "groups", "shows"), [("tbf", 1, "qdisc tbf 6d67:"), ("htb", 2, "class htb 6d67:1")])
+def test_the_shaper_above_prio_is_taken_as_it_is_meant(
+    bench: Bench, rate: str, shaper: str, groups: int, shows: str
+) -> None:
+    """Natively there is no prio: the shaper alone."""
+    tree = prio.build(bench.bands, Rate.parse(rate), lanes=shaper == "htb", weights=False)
+    alone = dataclasses.replace(tree, groups=tree.groups[:groups])
     e = bench.enforcer()
     with tc.TcSocket() as sock:
         sock.run([node.message(e._ifindex) for node in alone.nodes], "shaper")
         assert differences(alone, *sock.tree(e._ifindex)) == []
-    (shown,) = [line for line in bench.shown() if "qdisc tbf 6d67:" in line]
+    (shown,) = [line for line in bench.shown() if shows in line]
     assert f"rate {rate.replace('m', 'M').replace('g', 'G')}" in shown
 
 

@@ -146,6 +146,21 @@ def test_tbf_above_prio_lets_large_packets_through_whole(speed: str) -> None:
     assert int(shown["buffer"]) * 64e-9 * rate.bytes_per_s >= 2 * 65536
 
 
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_htb_above_prio_with_lanes(speed: str) -> None:
+    """It takes packets without looking first, which drr would take out of their lane for that."""
+    rate = Rate.parse(speed)
+    tree = prio.build(plan(), rate, lanes=True, weights=False)
+    root, link, child = tree.nodes[:3]
+    assert (root.kind, root.handle, root.parent) == ("htb", SHAPER_MAJOR << 16, tc.TC_H_ROOT)
+    assert (link.kind, link.type, link.handle) == ("htb", "class", SHAPER_MAJOR << 16 | 1)
+    assert (child.kind, child.parent) == ("prio", SHAPER_MAJOR << 16 | 1)
+    shown = settings("htb", "class", link.options)
+    assert shown["rate"] == shown["ceil"] == int(rate.bytes_per_s)
+    with_floors = prio.build(plan(), rate, lanes=True, weights=True)
+    assert with_floors.nodes[0].kind == "tbf"
+
+
 def test_prio_has_sixteen_bands() -> None:
     assert len(prio.build(plan(12), None, lanes=True, weights=True).bands) == 16
 

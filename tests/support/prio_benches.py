@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from support.namespaces import NetnsPair
 
 CONTROL, LEVEL0, LEVEL1, DEFAULT, LEVEL2, LEVEL3, BACKGROUND, SCAVENGER = range(8)
-BUCKET: Final = 2 * 65536
-"""Bytes that pass at once on an idle tbf of ours; see prio.build."""
+BUCKET: Final = 65536
+"""Bytes that pass at once on an idle shaper of ours, at least; see prio.build."""
 
 
 @dataclass

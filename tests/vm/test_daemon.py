@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import subprocess
-from statistics import median
 from typing import TYPE_CHECKING
 
 import pytest
@@ -45,7 +44,7 @@ BACKENDS = pytest.mark.parametrize(
     [
         pytest.param("prio", None, True, marks=pytest.mark.feature("daemon: prio (ets), bare")),
         pytest.param("prio", LIMIT, True, marks=pytest.mark.feature("daemon: prio (ets) under tbf")),
-        pytest.param("prio", LIMIT, False, marks=pytest.mark.feature("daemon: prio under tbf, no ets")),
+        pytest.param("prio", LIMIT, False, marks=pytest.mark.feature("daemon: prio under htb, no ets")),
         pytest.param("htb", LIMIT, True, marks=pytest.mark.feature("daemon: htb")),
     ],
 )
@@ -66,7 +65,7 @@ def test_each_stage_lands_in_its_queue(
     if floors:
         needs(*WANTED[backend])
     else:
-        needs("prio", "tbf", "drr")
+        needs("prio", "htb", "drr")
         request.getfixturevalue("without_ets")
     before = tc_state(netns_pair)
     with running(GuestDaemon(netns_pair, tmp_path, backend=backend, rate=rate)) as daemon:
@@ -107,18 +106,19 @@ def grown_by_stage(daemon: Daemon, opened: list[Flow]) -> dict[str, int]:
             flow.close()
 
 
-@pytest.mark.feature("promotion: prio without ets, rescue >= 10 x faster than plain at p50")
+@pytest.mark.feature("promotion: prio without ets, each takes effect, by a rescue alone")
 @pytest.mark.usefixtures("without_ets")
-def test_rescue_is_much_faster_than_plain_reclassification(
+def test_a_promotion_takes_effect_by_a_rescue_alone(
     netns_pair: NetnsPair,
     tmp_path: Path,
     needs: Callable[..., None],
     record_property: Callable[[str, object], None],
 ) -> None:
     """Bands are strict: what is stuck below a busy one stays there."""
-    needs("prio", "tbf", "drr")
+    needs("prio", "htb", "drr")
     times = compare(netns_pair, tmp_path, record_property, backend="prio")
-    assert median(times[False]) >= 10 * median(times[True]), times
+    assert max(times[True]) < WATCH_S * 1000, times
+    assert min(times[False]) > max(times[True]), times
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,19 @@ def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
     )
 
 
+def shaper(major: int, rate: int, gso: int) -> list[Group]:
+    """Htb at the root with one class, ``major``:1, in which another qdisc is to stand, at ``rate`` bytes/s."""
+    root, maker = major << 16, _Maker(rate, gso)
+    return [
+        Group(
+            "Install htb at the root (the one graft), which paces the link",
+            f"tc qdisc replace dev DEV root handle {major:x}: htb default {LINK_MINOR:x} r2q {_R2Q}",
+            (Node("htb", root, tc.TC_H_ROOT, _root_options(root | LINK_MINOR)),),
+        ),
+        maker.single("The link itself", root | LINK_MINOR, root, rate, 0),
+    ]
+
+
 def fits(bands: Bands) -> bool:
     """Htb has a priority for every band."""
     return bands.bands[-1].prio < HTB_PRIOS

@@ -140,15 +140,16 @@ def _htb(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> N
 
 def _prio(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> None:
     weights = kernel_has(sock, "ets")
-    needs = ([] if weights else ["prio"]) + (["tbf"] if choice.rate is not None else [])
+    wanted = any(b.lanes > 1 for b in bands.bands)
+    lanes = wanted and kernel_has(sock, "drr")
+    shaper = "htb" if lanes and not weights else "tbf"  # prio.py says why
+    needs = ([] if weights else ["prio"]) + ([shaper] if choice.rate is not None else [])
     missing = [kind for kind in needs if not kernel_has(sock, kind)]
     if missing:
         names = ", ".join(f"CONFIG_NET_SCH_{kind.upper()}" for kind in missing)
         choice.refusals.append(f"backend = prio: the kernel has no {' and no '.join(missing)} ({names})")
         return
-    lanes = any(b.lanes > 1 for b in bands.bands)
-    if lanes and not kernel_has(sock, "drr"):
-        lanes = False
+    if wanted and not lanes:
         choice.reasons.append(
             "one queue per band instead of lanes, because the kernel has no drr (CONFIG_NET_SCH_DRR): a rescue also "
             "frees packets of other connections of the band"

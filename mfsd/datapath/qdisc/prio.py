@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prio backend: bands at line rate, or under tbf when a rate is given (net/sched/sch_prio.c, sch_drr.c).
+"""The prio backend: bands at line rate, or under a shaper when a rate is given (net/sched/sch_prio.c, sch_drr.c).
 
 Layout, for a plan whose band *b* stands in strict order::
 
-    6d67:          tbf, only with a rate
+    6d67:          tbf or htb, only with a rate
       6d66:        ets where the kernel has it, else prio; N bands; whatever names no band goes to the default band
         6d66:b+1   a band of one lane: the pfifo that ets or prio makes
         6d66:b+1   a band of several lanes: drr 6d80+b:
@@ -13,6 +13,12 @@ A lane is named by drr's own major number, which prio does not know: prio takes 
 and asks its filters about any other. So a cls_bpf filter of a few instructions sits on prio and maps drr's major
 numbers to bands; drr then finds the class by the same skb->priority, without a filter. A second one on each drr
 catches what names the band but no lane, because drr drops what it can't classify.
+
+The shaper of prio with lanes is an htb of one class, not tbf. tbf looks at the next packet before it may send it, and
+drr, when it is asked for that, takes the packet out of its lane (qdisc_peek_dequeued). With strict bands it stays out
+there as soon as a band above has something, for as long as that is busy: no purge finds it, and the connection whose
+next packet it is neither repeats it nor goes on (skb_still_in_host_queue), rescued or not. htb and devices take without
+looking. ets looks, too, but its bands are all served by and by.
 
 ets (ets.py) classifies as prio does, and gives every band its floor. Under prio there are none, and whatever stands
 below a busy band waits. Counters of a band of one lane belong to its leaf, so a rescue starts them anew; Tree says so.
@@ -29,7 +35,7 @@ from mfsd.datapath import tc
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.formats import TBF_QOPT, TCA_DRR_QUANTUM, TCA_TBF_PARMS, TCA_TBF_RATE64, U32_MAX, ratespec, ticks
 from mfsd.datapath.handles import CHILD_MAJOR, MAJOR, ROOT, SHAPER_MAJOR
-from mfsd.datapath.qdisc import ets
+from mfsd.datapath.qdisc import ets, htb
 from mfsd.datapath.qdisc.tree import Filter, Group, Node, Tree, number_leaves
 from mfsd.host import netlink as nl
 
@@ -60,14 +66,16 @@ def build(bands: Bands, rate: Rate | None, *, lanes: bool, weights: bool, gso: i
     if len(bands) > PRIO_BANDS:
         raise ValueError(f"{len(bands)} bands, but prio has at most {PRIO_BANDS}: set bands.levels lower")
     groups: list[Group] = []
+    split = [b for b in bands.bands if lanes and b.lanes > 1]
     if rate is not None:
-        groups.append(_shaper(int(rate.bytes_per_s), gso, limit))
+        bytes_per_s = int(rate.bytes_per_s)
+        takes = split and not weights
+        groups += htb.shaper(SHAPER_MAJOR, bytes_per_s, gso) if takes else [_tbf(bytes_per_s, gso, limit)]
     place = SHAPER_MAJOR << 16 | 1 if rate is not None else tc.TC_H_ROOT
     where = f"parent {tc.classid(place)}" if rate is not None else "root"
     default = bands.default.index
     priomap = [default] * _PRIOMAP
     groups.append(ets.root(bands, place, where, gso, priomap) if weights else _prio(bands, place, where, priomap))
-    split = [b for b in bands.bands if lanes and b.lanes > 1]
     for band in split:
         groups += _drr(band, gso)
     if split:
@@ -105,7 +113,7 @@ def _drr_major(band: BandSpec) -> int:
     return CHILD_MAJOR + band.index
 
 
-def _shaper(rate: int, gso: int, limit: int) -> Group:
+def _tbf(rate: int, gso: int, limit: int) -> Group:
     # tbf cuts packets larger than its bucket into segments (tbf_segment); two of the largest leave it alone.
     bucket = max(2 * gso, min(rate // 1000, 1 << 20), rate // 10_000)
     backlog = min(limit * gso, U32_MAX)
