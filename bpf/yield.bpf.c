@@ -50,7 +50,7 @@ void BPF_PROG(mfsd_init, struct sock *sk)
 
 	cubictcp_init(sk);
 	before = bpf_sk_storage_get(&mfsd_before, TCP(sk), 0, 0);
-	m->cubic = !before || is_cubic(before->name); /* who has chosen us has not said what else it wants */
+	m->cubic = !before || !before->name[0] || is_cubic(before->name); /* who has chosen us runs cubic else */
 	m->hinted_at = TCP(sk)->tcp_mstamp;
 	m->class = MFSD_YIELD_NOT;
 	m->band = MFSD_BAND_KEEP;
@@ -227,6 +227,7 @@ struct tcp_congestion_ops mfsd_yielding = {
 	.pkts_acked = (void *)mfsd_acked,
 	.min_tso_segs = (void *)mfsd_send,
 	.undo_cwnd = (void *)mfsd_undo,
+	.flags = NON_RESTRICTED, /* workers may choose it for sockets that nobody tells us of: without a slot it is cubic */
 	.name = "mfsd_yield",
 };
 

@@ -19,6 +19,7 @@
 #define SOL_TCP		6
 #define TCP_CONGESTION	13
 #define NAME_LEN	16   /* TCP_CA_NAME_MAX */
+#define NON_RESTRICTED	1    /* TCP_CONG_NON_RESTRICTED */
 #define PACING_NONE	0    /* enum sk_pacing */
 #define PACING_NEEDED	1
 #define PACING_FQ	2
@@ -205,7 +206,8 @@ static __always_inline long give_back(struct tcp_sock *tp)
 	pace(tp, 0);
 	before = bpf_sk_storage_get(&mfsd_before, tp, 0, 0);
 	if (before) {
-		__builtin_memcpy(name, before->name, sizeof(name));
+		if (before->name[0]) /* else it has chosen us itself */
+			__builtin_memcpy(name, before->name, sizeof(name));
 		before->standing = SETTLED;
 	}
 	if (!bpf_setsockopt(tp, SOL_TCP, TCP_CONGESTION, name, sizeof(name)))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from mfsd.client.client import Advice, Client, Rejected, Stats, Transfer
+    from mfsd.client.manners import give_way
     from mfsd.client.selectors import Cookie, Fd, cookie_of, process_peer, tuple_of
     from mfsd.model import Event, EventKind, Stage
 
@@ -32,19 +33,24 @@ __all__ = [
     "Stats",
     "Transfer",
     "cookie_of",
+    "give_way",
     "process_peer",
     "tuple_of",
 ]
 
-_OF_CLIENT: Final = ("Advice", "Client", "Rejected", "Stats", "Transfer")
-_OF_MODEL: Final = ("Event", "EventKind", "Stage")
+_OTHERS: Final = {
+    "client.client": ("Advice", "Client", "Rejected", "Stats", "Transfer"),
+    "client.manners": ("give_way",),
+    "model": ("Event", "EventKind", "Stage"),
+}
+"""Where names are that are not in client.selectors."""
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: mfsctl needs an introduction only, and must be quick."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "client.client" if name in _OF_CLIENT else "model" if name in _OF_MODEL else "client.selectors"
+    module = next((module for module, names in _OTHERS.items() if name in names), "client.selectors")
     found = globals()[name] = getattr(import_module(f"mfsd.{module}"), name)
     return found
 

@@ -103,12 +103,12 @@ def name(connection: Connection) -> Named:
     if isinstance(connection, (CookieSelector, TupleSelector, ProcessSelector)):
         return Named(connection)
     if isinstance(connection, Fd):
-        with _borrowed(connection.number) as sock:
+        with borrowed(connection.number) as sock:
             return _of_socket(sock)
     if isinstance(connection, socket.socket) or hasattr(connection, "getsockopt"):
         return _of_socket(connection)
     if hasattr(connection, "fileno"):
-        with _borrowed(connection.fileno()) as sock:
+        with borrowed(connection.fileno()) as sock:
             return _of_socket(sock)
     kind = type(connection).__name__
     if isinstance(connection, int):
@@ -117,8 +117,8 @@ def name(connection: Connection) -> Named:
 
 
 @contextlib.contextmanager
-def _borrowed(fd: int) -> Iterator[socket.socket]:
-    """A descriptor as a socket, which does not close it."""
+def borrowed(fd: int) -> Iterator[socket.socket]:
+    """A descriptor as a socket, which does not close it. Raises OSError for one that is closed."""
     if fd < 0:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     sock = socket.socket(fileno=fd)
@@ -201,7 +201,7 @@ def _info(number: int) -> tuple[int, int, int]:
     asked = _asked
     asked.length.value = TCP_INFO.size
     if _libc.getsockopt(number, socket.IPPROTO_TCP, socket.TCP_INFO, asked.info, asked.to_length):
-        with _borrowed(number) as sock:
+        with borrowed(number) as sock:
             sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO)  # says what is wrong
     unacked, acked, unsent = TCP_INFO.unpack(asked.info)
     return (unacked, acked, unsent) if asked.length.value == TCP_INFO.size else (0, 0, 0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.privileges import CAP_PERFMON, DAEMON, call_with
 
-from mfsd.client.selectors import cookie_of
+from mfsd.client import Fd, cookie_of, give_way
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import yielding
 from mfsd.datapath.bpf.keys import cookie_key
@@ -292,6 +292,48 @@ def test_connections_that_are_older_are_looked_for(netns_pair: NetnsPair) -> Non
         assert algorithm_of(sock) == late.name
         bench.forget(sock)
         bench.becomes(sock, default)
+
+
+@needs_it
+@pytest.mark.bpf
+def test_a_worker_hands_over_a_connection_that_nobody_tells_of(netns_pair: NetnsPair) -> None:
+    """Without any privileges; of another namespace the daemon can't look for it."""
+    with contextlib.ExitStack() as stack:
+        classifier = stack.enter_context(LibbpfLoader().open_classifier(64))
+        early = stack.enter_context(Yielding(classifier))
+        bench = Bench(classifier, early, netns_pair)
+        stack.callback(bench.close)
+        early.close()
+        sock, choice = bench.connect(algorithm="cubic"), bench.connect(algorithm="reno")
+        assert not call_with(frozenset(), lambda: give_way(sock)), "nobody yields here"
+        late = stack.enter_context(Yielding(classifier))
+        bench.yielding = late
+        late.settings["class_of"][0, FIRST], late.settings["rate"] = _abi.YIELD_FIRST, RATE
+        late.settings["target_us"] = 3000
+        bench.hint(sock, FIRST)
+        bench.stays(sock, "cubic")
+        for _ in range(2):
+            assert call_with(frozenset(), lambda: give_way(Fd(sock.fileno())))
+        assert algorithm_of(sock) == late.name
+        bench.stays(sock, late.name)
+        assert not call_with(frozenset(), lambda: give_way(choice))
+        assert algorithm_of(choice) == "reno"
+        bench.forget(sock)
+        bench.becomes(sock, "cubic")
+
+
+@needs_it
+@pytest.mark.bpf
+def test_who_has_chosen_it_goes_back_to_cubic_though_the_kernel_tells_of_it(bench: Bench) -> None:
+    sock = bench.connect(algorithm="cubic")
+    bench.hint(sock, URGENT)
+    assert give_way(sock)
+    bench.hint(sock, FIRST)
+    bench.sends_until(sock, lambda: bool(bench.yielding.paths()[1]["samples"].any()))
+    bench.hint(sock, URGENT)
+    bench.stays(sock, bench.yielding.name)
+    bench.forget(sock)
+    bench.becomes(sock, "cubic")
 
 
 def _share(first: socket.socket, second: socket.socket, seconds: float = 1.5) -> float:
