@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
+from mfsd.client.complaints import Complaints
 from mfsd.client.encode import Batch, encode_batch, split
 from mfsd.client.introduction import TOKEN, Introduction, NotWelcomeError
 from mfsd.client.ledger import Ledger
+from mfsd.client.way import Way, pause
 from mfsd.model import Event, EventKind, Hint
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
 
@@ -29,18 +31,10 @@ if TYPE_CHECKING:
 
 WINDOW: Final = 32
 """Batches on the way at most; a daemon that answers slowly makes hints wait here, where deadlines are still exact."""
-BACKOFF_S: Final = (0.05, 5.0)
-"""First and longest time between attempts to connect."""
-CHANNEL_BACKOFF_S: Final = (0.05, 1.0)
-"""The same of gRPC within an attempt at a socket of this host, where one costs next to nothing."""
-WARN_S: Final = 10.0
-"""Least time between two warnings about hints that are refused."""
 AWAY_S: Final = 30.0
 """A daemon that can't be reached for so long is worth a warning."""
 TRIPS: Final = 32
 """Round trips of which the shortest counts."""
-CAUSES: Final = 64
-"""Things warned of once that are remembered."""
 
 log = logging.getLogger("mfsd.client")
 
@@ -70,20 +64,6 @@ class Stats:
     connects: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How a link gets to a daemon."""
-
-    credentials: grpc.ChannelCredentials | None = None
-    """None: a plain channel."""
-    options: tuple[tuple[str, Any], ...] = ()
-    """Of the channel, besides the usual ones."""
-    correct: bool = False
-    """Times are corrected by what messages take, half of the shortest of the latest round trips."""
-    drops: Callable[[Hint, float], bool] | None = None
-    """Hints that are not sent any more."""
-
-
 @dataclass(slots=True, eq=False)
 class _Stream:
     """One attempt: state that dies with the connection."""
@@ -102,16 +82,6 @@ class _Stream:
     def ended(self) -> bool:
         """Whether the connection is lost or the client closes."""
         return self.over
-
-
-def pause(away: float) -> float:
-    """Longest time until the next attempt, after ``away`` seconds without a daemon: a quarter of them.
-
-    A daemon that takes over from another waits for clients for twice the time that they have been without one
-    (mfsd/daemon/predecessor.py). An attempt that finds the socket beside gRPC's before that one is in vain; the next is
-    early enough all the same.
-    """
-    return min(max(away / 4, BACKOFF_S[0]), BACKOFF_S[1])
 
 
 class Link:
@@ -149,9 +119,7 @@ class Link:
         self._took: deque[float] = deque(maxlen=TRIPS)
         self._transit = 0.0
         """Seconds that messages are on their way."""
-        self._warned = 0.0
-        self._said: set[str] = set()
-        """What has been warned of since a daemon was reached last."""
+        self._complaints = Complaints()
         self._thread = threading.Thread(target=self._run, name="mfsd-client", daemon=True)
         self._thread.start()
 
@@ -175,7 +143,7 @@ class Link:
         """A hint that no daemon could obey."""
         with self._changed:
             self._stats.rejected += 1
-        self._warn_once(why, "mfsd can't steer a connection: %s", why)
+        self._complaints.once(why, "mfsd can't steer a connection: %s", why)
         _call(self._on_rejected, Rejected(hint, why))
 
     def stats(self) -> Stats:
@@ -216,19 +184,7 @@ class Link:
     # --- our thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        first, most = CHANNEL_BACKOFF_S if self._target.startswith("unix:") else BACKOFF_S
-        options = [
-            ("grpc.initial_reconnect_backoff_ms", int(first * 1000)),
-            ("grpc.min_reconnect_backoff_ms", int(first * 1000)),
-            ("grpc.max_reconnect_backoff_ms", int(most * 1000)),
-            ("grpc.enable_http_proxy", 0),
-            *self._way.options,
-        ]
-        channel = (
-            grpc.insecure_channel(self._target, options)
-            if self._way.credentials is None
-            else grpc.secure_channel(self._target, self._way.credentials, options)
-        )
+        channel = self._way.channel(self._target)
         stub = hints_pb2_grpc.HintsStub(channel)
         reached = time.monotonic()
         try:
@@ -239,7 +195,9 @@ class Link:
                 if stream.epoch:
                     reached = time.monotonic()
                 elif time.monotonic() - reached > AWAY_S:
-                    self._warn_once("away", "no mfsd at %s for %.0f s; hints are kept for it", self._target, AWAY_S)
+                    self._complaints.once(
+                        "away", "no mfsd at %s for %.0f s; hints are kept for it", self._target, AWAY_S
+                    )
                 longest = pause(time.monotonic() - reached)
                 self._idle(longest * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, hides nothing
         finally:
@@ -251,13 +209,13 @@ class Link:
         try:
             token = self._introduction.token()
         except NotWelcomeError as e:
-            self._warn_once("welcome", "no hints are sent: %s", e.strerror)
+            self._complaints.once("welcome", "no hints are sent: %s", e.strerror)
             return None
         except OSError:
             return None
         if self._introduction.absent:
             text = "%s is there, but not the same with .id appended: hints end by expiry; mount their folder as a whole"
-            self._warn_once("absent", text, self._target)
+            self._complaints.once("absent", text, self._target)
         return token
 
     def _converse(self, stub: hints_pb2_grpc.HintsStub, stream: _Stream, token: str) -> None:
@@ -315,7 +273,7 @@ class Link:
                 self._transit = min(self._took) / 2
             if not stream.epoch:
                 stream.epoch, stream.columns = reply.epoch, reply.takes_columns
-                self._said.clear()
+                self._complaints.forget()
                 self._stats.connected = True
                 self._stats.connects += 1
             self._stats.accepted += reply.accepted
@@ -324,7 +282,7 @@ class Link:
             self._stats.rejected += len(rejected)
             self._changed.notify_all()
         for r in rejected:
-            self._warn("mfsd rejects a hint: %s", r.message)
+            self._complaints.seldom("mfsd rejects a hint: %s", r.message)
             _call(self._on_rejected, r)
         for e in reply.events:
             kind = EventKind(e.kind) if e.kind in _KINDS else None
@@ -342,7 +300,7 @@ class Link:
             self._introduction.close()  # and again
         elif code is not grpc.StatusCode.UNAVAILABLE:
             details: str = getattr(error, "details", lambda: "")() or str(error)
-            self._warn_once(f"{code}{details}", "mfsd ends the stream: %s", details)
+            self._complaints.once(f"{code}{details}", "mfsd ends the stream: %s", details)
 
     def _smaller(self, stream: _Stream) -> None:
         """A batch was too large for the daemon (limits.max_hints_per_batch) or for gRPC (bytes per message)."""
@@ -352,19 +310,6 @@ class Link:
             elif stream.unanswered:
                 stream.unanswered.pop(next(iter(stream.unanswered)))
                 self._stats.dropped += 1  # batches are of one hint by now
-
-    def _warn(self, text: str, *args: object) -> None:
-        now = time.monotonic()
-        if now >= self._warned:
-            self._warned = now + WARN_S
-            log.warning(text, *args)
-
-    def _warn_once(self, cause: str, text: str, *args: object) -> None:
-        """Say it once, and again after a daemon has been reached meanwhile."""
-        if cause not in self._said:
-            if len(self._said) < CAUSES:
-                self._said.add(cause)
-            log.warning(text, *args)
 
     # --- gRPC's sending thread ----------------------------------------------------------------------------------------
 

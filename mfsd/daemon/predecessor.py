@@ -39,7 +39,7 @@ LIMIT_S: Final = 20.0
 """A daemon that takes longer to start lets go: its predecessor's levels are old by then."""
 SETTLE_S: Final = (0.5, 5.0)
 """Least and longest time for clients to come back. Between two attempts they let a quarter of the time pass that they
-have been without a daemon (mfsd/client/link.py); one that finds the socket that says who they are before gRPC's is in
+have been without a daemon (mfsd/client/way.py); one that finds the socket that says who they are before gRPC's is in
 vain. So long before twice the time that the daemon was away all have come."""
 
 

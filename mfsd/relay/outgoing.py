@@ -13,7 +13,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
-from mfsd.client.link import Link, Way
+from mfsd.client.link import Link
+from mfsd.client.way import Way
 from mfsd.model import (
     INF,
     EndHint,

@@ -12,7 +12,7 @@ from mfsd.api.decode import Decoder
 from mfsd.client import Stage, process_peer, tuple_of
 from mfsd.client.encode import COLUMNS, encode, encode_columns, split
 from mfsd.client.ledger import Ledger
-from mfsd.client.link import CHANNEL_BACKOFF_S, pause
+from mfsd.client.way import CHANNEL_BACKOFF_S, pause
 from mfsd.daemon import predecessor
 from mfsd.engine.settings import LimitsConfig
 from mfsd.model import (
