@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -20,6 +20,7 @@ from mfsd.api.room import Room
 from mfsd.api.server import Server
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, measures, reload, wiring
+from mfsd.daemon.care import Care
 from mfsd.daemon.devices import Devices
 from mfsd.daemon.exposition import Exposition
 from mfsd.daemon.lock import StartError, lock
@@ -29,12 +30,10 @@ from mfsd.daemon.rules import Rules, cgroup_root
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.supervisor import Supervisor
 from mfsd.daemon.ticker import Periods, Ticker
-from mfsd.datapath.errors import DatapathError
 from mfsd.host import clock
 from mfsd.host.makers import Census
 from mfsd.model import Mode
 from mfsd.relay.relay import Relay
-from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,18 +42,13 @@ if TYPE_CHECKING:
     from mfsd.api.operations import Figures, RuleState, Verdict, Way
     from mfsd.daemon.config import Config
     from mfsd.daemon.device import Device
+    from mfsd.v1 import control_pb2 as pb
 
-CARE_S: Final = 5.0
-"""How often devices are looked after: missing, returned, or changed by somebody else."""
 STATUS_S: Final = 5.0
 """How often the one-line status for systemctl is renewed."""
-
-FLOORS_S: Final = 0.1
-"""How often it is reckoned what connections that yield may always send."""
 SNAPSHOT_S: Final = 5.0
 """How long a scrape waits for the event loop."""
 
-T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -74,7 +68,6 @@ class Daemon:
         self._reloads = 0
         """Asked for since the last one began; that one counts, too."""
         self._reload_problems: list[str] = []
-        self._device_work = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._lock_file = lock(config.daemon.state_dir)
         with contextlib.ExitStack() as undo:
@@ -89,6 +82,7 @@ class Daemon:
             self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard), self._cgroups)
             undo.callback(self._sockets.close)
             self.engine = wiring.engine_of(config, self.devices, policy, self._sockets)
+            self._care = Care(self.devices, self.engine, self._supervisor)
             self._rules = Rules(self.engine, cgroups=self._cgroups is not None)
             self._rules.put(config, clock.monotonic())
             # The engine's times stand in the table beside the kernel's: all of them are the kernel's.
@@ -116,7 +110,7 @@ class Daemon:
             self._registry = measures.registry_of(lambda: self._snapshot(loop))
             self._exposition = Exposition(config.metrics, config.daemon.socket, self._registry)
             self._undo = undo.pop_all()
-        self._next_watchdog = self._next_floors = 0.0
+        self._next_watchdog = 0.0
 
     # --- life cycle ---------------------------------------------------------------------------------------------------
 
@@ -124,9 +118,9 @@ class Daemon:
         """Serve until told to stop. Raises ServerError when the endpoints can't be opened."""
         with self._undo:
             try:
-                self.devices.set_steering(steers=self.engine.steers)
-                self.devices.beat()
-                await self._care()
+                self.devices.host.set_steering(steers=self.engine.steers)
+                self.devices.host.beat()
+                await self._care.look()
                 if self._sockets.entered is not None:
                     # Else clients that come back would be told what can't be, as long as it is not known what has gone.
                     await asyncio.wrap_future(self._sockets.entered)
@@ -138,7 +132,7 @@ class Daemon:
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
                 room = Room(str(self.config.daemon.socket), self._identities)
-                work = (self._succeed(), self._keep_care(), self._keep_status(), room.keep())
+                work = (self._care.succeed(), self._care.keep_looking(), self._keep_status(), room.keep())
                 self._tasks = [asyncio.create_task(w) for w in work]
                 self._supervisor.tell(f"READY=1\n{self._status_line()}")
                 log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
@@ -164,22 +158,22 @@ class Daemon:
         self.ticker.stop()
         if self._hand_over and self._supervisor.present:
             # Nothing is drained: packets follow what was decided last until the next daemon has taken over.
-            await self._on_devices(self.devices.leave)
+            await self._care.do(self.devices.leave)
             log.info("stopped", qdiscs="kept", classifiers="kept")
             return
         problems: list[str] = []
         keep = self._hand_over or self.config.daemon.on_exit == "keep"
-        await self._take_over()  # only who has taken over can put things back
+        await self._care.take_over()  # only who has taken over can put things back
         self._supervisor.keep({})
         # From here on packets are default traffic, whatever happens to the qdiscs.
-        self.devices.fall_silent()
+        self.devices.host.fall_silent()
         if keep:
-            await self._on_devices(self.devices.drain)
+            await self._care.do(self.devices.drain)
         else:
-            _, problems = await self._on_devices(lambda: self.devices.restore([d.name for d in self.devices.all]))
+            _, problems = await self._care.do(lambda: self.devices.restore([d.name for d in self.devices.all]))
             for problem in problems:
                 log.error("not restored", problem=problem)
-        await self._on_devices(self.devices.close)
+        await self._care.do(self.devices.close)
         log.info("stopped", qdiscs="kept" if keep else "restored" if not problems else "see above")
 
     def stop(self) -> None:
@@ -203,57 +197,11 @@ class Daemon:
 
     def _beat(self, now: float) -> None:
         """After a successful tick: signs of life for the classifier and for systemd."""
-        self.devices.beat()
-        if self.yields and now >= self._next_floors:
-            self._next_floors = now + FLOORS_S
-            self._give_floors()
+        self.devices.host.beat()
+        self.devices.network.give_floors(self.engine, now)
         if self._supervisor.watchdog_s and now >= self._next_watchdog:
             self._next_watchdog = now + self._supervisor.watchdog_s / 3
             self._supervisor.tell("WATCHDOG=1")
-
-    def _give_floors(self) -> None:
-        """Connections that yield may always send their part of what their band gets at least."""
-        counts, guarantees = self.engine.connections.by_band(), self.engine.steering.guarantees
-        row = max(range(len(self.all_devices)), key=lambda r: self.all_devices[r].estimator.configured)
-        rate = self.all_devices[row].estimator.configured
-        self.devices.network.floors(guarantees.shares(row), counts[row], rate)
-
-    async def _on_devices(self, work: Callable[[], T]) -> T:
-        """Run blocking device work in a thread, one piece at a time."""
-        async with self._device_work:
-            return await asyncio.to_thread(work)
-
-    async def _care(self) -> None:
-        await self._tend(lambda: self.devices.care(self.engine.mode))
-
-    async def _tend(self, work: Callable[[], None]) -> None:
-        """Work on devices after which the service manager may have to keep other descriptors."""
-        async with self._device_work:
-            await asyncio.to_thread(work)
-            if not self._predecessor.at_work:
-                self._supervisor.keep(self.devices.descriptors())
-
-    async def _succeed(self) -> None:
-        """Once its clients have had time to come back, take over from the daemon before."""
-        if self._predecessor.at_work:
-            await asyncio.sleep(self._predecessor.settle_s)
-            await self._take_over()
-
-    async def _take_over(self) -> None:
-        if not self._predecessor.at_work:
-            return
-        await self._tend(lambda: self.devices.succeed(self.engine.mode))
-        log.info("took over", away_ms=round(self._predecessor.away_s * 1000), connections=len(self.engine.connections))
-
-    async def _keep_care(self) -> None:
-        seldom = logs.Seldom()
-        while True:
-            await asyncio.sleep(CARE_S)
-            try:
-                await self._care()
-            except Exception:  # devices must be looked after next time all the same
-                if seldom("care"):
-                    log.exception("looking after the devices failed")
 
     async def _keep_status(self) -> None:
         last = ""
@@ -346,7 +294,7 @@ class Daemon:
             self._verbose = False
             logs.configure(merged.daemon.log_format, merged.daemon.log_level)
         self.ticker.periods = Periods.of(merged.daemon)
-        self.devices.set_timeout(merged.daemon.heartbeat_timeout_ms)
+        self.devices.host.set_timeout(merged.daemon.heartbeat_timeout_ms)
         if "daemon.mode" in keys:
             await self.set_mode(merged.daemon.mode)
         return waiting
@@ -424,7 +372,7 @@ class Daemon:
 
     def steering_changed(self) -> None:
         """Mode or pause have changed."""
-        self.devices.set_steering(steers=self.engine.steers)
+        self.devices.host.set_steering(steers=self.engine.steers)
         log.info("steering", mode=self.engine.mode.value, paused=self.engine.paused, steers=self.engine.steers)
 
     async def set_mode(self, mode: Mode) -> None:
@@ -432,20 +380,17 @@ class Daemon:
         self.engine.set_mode(mode)
         if mode is Mode.ENFORCE:
             self.devices.retry()
-            await self._care()
+            await self._care.look()
         self.steering_changed()
 
     async def plans(self, names: Sequence[str]) -> list[pb.DevicePlan]:
         """What enforcing changes, or has changed, on these devices."""
-        out = [_plan(device, plan) for device, plan in await self._on_devices(lambda: self.devices.plans(names))]
-        for plan in out:
-            plan.reasons.extend(filter(None, [self.devices.network.words]))
-        return out
+        return await self._care.plans(names)
 
     async def restore(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Put qdiscs back. With none left to enforce on, the mode is observe from then on."""
-        await self._take_over()  # else the classifiers of the daemon before went on sending packets there
-        out = await self._on_devices(lambda: self.devices.restore(names))
+        await self._care.take_over()  # else the classifiers of the daemon before went on sending packets there
+        out = await self._care.do(lambda: self.devices.restore(names))
         if not any(p.enforced for p in self.all_devices):
             self.engine.set_mode(Mode.OBSERVE)
             self.steering_changed()
@@ -460,18 +405,3 @@ def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
 
 def _touches(keys: set[str], prefix: str) -> bool:
     return any(k.startswith(prefix) for k in keys)
-
-
-def _plan(device: Device, plan: Any) -> pb.DevicePlan:
-    if isinstance(plan, DatapathError):
-        return pb.DevicePlan(device=device.name, refusals=[str(plan)])
-    return pb.DevicePlan(
-        device=plan.ifname,
-        backend=plan.backend,
-        found=plan.found,
-        steps=[pb.PlanStep(what=s.text, command=s.command, done=device.enforced) for s in plan.steps],
-        refusals=plan.refusals,
-        undo=[f"{s.text}: {s.command}" for s in plan.undo],
-        reasons=plan.reasons,
-        marks=config_bands.marks_in_words(device.dscp, device.bands),
-    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -20,24 +20,22 @@ from mfsd.daemon import hook, leftovers, locate
 from mfsd.daemon.config_bands import dscp_of
 from mfsd.daemon.device import Device, Shape
 from mfsd.daemon.drain import drain
+from mfsd.daemon.host_map import HostMap
 from mfsd.daemon.keys import KernelKeys
 from mfsd.daemon.network import Network
 from mfsd.daemon.predecessor import HAND_OVER_S, HOST, Predecessor, link_name
 from mfsd.daemon.reserve import Reserve
-from mfsd.datapath import _abi, links, tc
+from mfsd.datapath import links, tc
 from mfsd.datapath.bpf.bcc import BccLoader
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.teller import Teller
 from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.engine.slots import MemoryKeys, SlotRows, memory_rows
-from mfsd.host import clock
 from mfsd.model import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    import numpy.typing as npt
 
     from mfsd.bands import Bands
     from mfsd.daemon.config import Config, DeviceConfig
@@ -45,9 +43,6 @@ if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier, Loader
     from mfsd.datapath.qdisc.plan import DevicePlan
     from mfsd.engine.slots import KeyMap
-
-MS: Final = 1_000_000
-"""Nanoseconds."""
 
 log = structlog.get_logger(__name__)
 
@@ -67,10 +62,9 @@ class Devices:
         self.teller_problem = ""
         """Why the kernel does not tell of connections; empty where it does."""
         self.network = Network(config.network, bands)
-        self._host: npt.NDArray[Any] | None = None
+        self.host = HostMap()
         self._open = contextlib.ExitStack()
         self._reserve: Reserve | None = None
-        self._beaten = 0
         self.rows: SlotRows
         self.keys: KeyMap
         if not config.device:
@@ -92,9 +86,8 @@ class Devices:
         self._reserve = self._open.enter_context(Reserve())
         shared = self.all[0].classifier
         self.rows, self.keys = shared.slots, KernelKeys(shared)
-        self._host = shared.host
-        self._host["abi_version"] = _abi.ABI_VERSION
-        self.set_timeout(config.daemon.heartbeat_timeout_ms)
+        self.host = HostMap(shared.host)
+        self.host.set_timeout(config.daemon.heartbeat_timeout_ms)
         try:
             self._listen(shared)
             self.network = Network.start(config.network, bands, shared)
@@ -119,28 +112,7 @@ class Devices:
                 f"the kernel does not tell of connections, so inet_diag lists them again and again: {why}"
             )
 
-    # --- the host map (any thread) ------------------------------------------------------------------------------------
-
-    def set_timeout(self, ms: float) -> None:
-        """How long the classifier obeys without a sign of life."""
-        if self._host is not None:
-            self._host["timeout_ns"] = int(ms * MS)
-
-    def set_steering(self, *, steers: bool) -> None:
-        """Let packets follow the levels, or not; takes effect at the next packet."""
-        if self._host is not None:
-            self._host["flags"] = _abi.HOST_ENFORCE if steers else 0
-
-    def beat(self) -> None:
-        """Give the sign of life, by the clock that the classifier goes by."""
-        if self._host is not None:
-            self._host["heartbeat_ns"] = self._beaten = clock.monotonic_ns()
-
-    def fall_silent(self) -> None:
-        """From the next packet on the classifier leaves everything alone."""
-        if self._host is not None:
-            self._host["flags"] = 0
-            self._host["heartbeat_ns"] = 0
+    # --- the maps of the devices (any thread) -------------------------------------------------------------------------
 
     def set_dscp(self, dscp: Mapping[str, int]) -> None:
         """Write other code points from the next packet on."""
@@ -234,7 +206,7 @@ class Devices:
 
     def _late(self, device: Device) -> list[str]:
         """Whether the classifier has taken a daemon that lives for dead."""
-        if self._host is None or clock.monotonic_ns() - self._beaten > int(self._host["timeout_ns"][0]):
+        if not self.host.obeyed:
             return []
         before, device.stale = device.stale, device.stats()["stale"]
         if device.stale <= before:
@@ -364,17 +336,17 @@ class Devices:
         From the last sign of life of this process to the first one of the next, on a busy machine, longer may pass than
         the classifiers wait for otherwise. So they are told to wait.
         """
-        self.set_timeout(HAND_OVER_S * 1000)
-        self.beat()
-        self._host, devices, self.all = None, self.all, []
+        self.host.set_timeout(HAND_OVER_S * 1000)
+        self.host.beat()
+        self.host, devices, self.all = HostMap(), self.all, []
         for device in devices:
             device.close()
 
     def close(self) -> None:
         """Detach and unload the classifiers; qdiscs stay as they are. Idempotent."""
         self.predecessor.retire()
-        self.fall_silent()
-        self._host = None
+        self.host.fall_silent()
+        self.host = HostMap()
         self.network.close()
         if self.teller is not None:
             self.teller.close()

@@ -21,18 +21,16 @@ from mfsd.datapath.errors import LoaderError
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-    import numpy.typing as npt
-
     from mfsd.bands import Bands
     from mfsd.daemon.network_section import NetworkConfig
     from mfsd.datapath.bpf.loader import Classifier
+    from mfsd.engine.engine import Engine
 
 UNIT: Final = 1024
 """Of struct mfsd_path's fractions (bpf/yield.h)."""
 NEVER: Final = 0xFFFFFFFF
+FLOORS_S: Final = 0.1
+"""How often it is reckoned what connections may always send."""
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +43,7 @@ def classes_of(bands: Bands) -> dict[int, int]:
 
 @dataclass(slots=True)
 class Network:
-    """The algorithm at work, or why it is not. Only ``floors`` is for the event loop; the rest may wait."""
+    """The algorithm at work, or why it is not. Only ``give_floors`` is for the event loop; the rest may wait."""
 
     config: NetworkConfig
     bands: Bands
@@ -54,6 +52,7 @@ class Network:
     _yielding: Yielding | None = None
     _deaf: bool = True
     """Connections have to be looked at, once or again and again."""
+    _next_floors: float = 0.0
 
     @classmethod
     def start(cls, config: NetworkConfig, bands: Bands, classifier: Classifier) -> Network:
@@ -107,13 +106,15 @@ class Network:
         if switched:
             log.info("yielding", connections=switched)
 
-    def floors(self, shares: Mapping[int, float], connections: npt.NDArray[np.int64], rate: float) -> None:
-        """What each connection of a band may always send: the band's share of ``rate`` (bytes/s), evenly.
-
-        ``connections``: by band, shape (bands,).
-        """
-        if self._yielding is None:
+    def give_floors(self, engine: Engine, now: float) -> None:
+        """What each connection of a band may always send: an even part of what its band gets at least."""
+        if self._yielding is None or now < self._next_floors:
             return
+        self._next_floors = now + FLOORS_S
+        devices = engine.steering.devices
+        row = max(range(len(devices)), key=lambda r: devices[r].estimator.configured)
+        rate, shares = devices[row].estimator.configured, engine.steering.guarantees.shares(row)
+        connections = engine.connections.by_band()[row]
         floor = self._yielding.settings["floor"][0]
         for band in classes_of(self.bands):
             share = shares.get(band, self.bands.bands[band].floor)

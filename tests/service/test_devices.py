@@ -301,7 +301,7 @@ def test_classifiers_change_places_and_one_that_nobody_cares_for_goes_before_its
         v, w = (socket.if_nametoindex(n) for n in ("v0", "w0"))
         before = made(both)
         before.care(Mode.ENFORCE)
-        before.beat()
+        before.host.beat()
         old = [u.prog_id for i in (v, w) for u in hook_users(i)]
         attachments = [d.attachment for d in before.all]
         shapes = [d.shape for d in before.all]

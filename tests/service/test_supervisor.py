@@ -19,6 +19,7 @@ from support.daemons import wait_for
 from mfsd.daemon.config import parse
 from mfsd.daemon.config_bands import bands_of, policy_of
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.host_map import HostMap
 from mfsd.daemon.predecessor import HAND_OVER_S, HOST, Predecessor, link_name
 from mfsd.daemon.supervisor import Supervisor
 from mfsd.datapath import _abi
@@ -185,8 +186,8 @@ def test_who_hands_over_gives_the_next_one_time() -> None:
     fd = os.memfd_create("host")
     os.ftruncate(fd, mmap.PAGESIZE)
     with mmap.mmap(fd, mmap.PAGESIZE) as pages:
-        devices._host = np.frombuffer(pages, dtype=_abi.HOST_DTYPE, count=1)
-        devices.set_timeout(config.daemon.heartbeat_timeout_ms)
+        devices.host = HostMap(np.frombuffer(pages, dtype=_abi.HOST_DTYPE, count=1))
+        devices.host.set_timeout(config.daemon.heartbeat_timeout_ms)
         devices.leave()
         beat, timeout = struct.unpack_from("=QQ", pages)
     assert timeout == HAND_OVER_S * 1e9 > 5 * config.daemon.heartbeat_timeout_ms * MS
