@@ -110,7 +110,6 @@ class Daemon:
             self._registry = measures.registry_of(lambda: self._snapshot(loop))
             self._exposition = Exposition(config.metrics, config.daemon.socket, self._registry)
             self._undo = undo.pop_all()
-        self._next_watchdog = 0.0
 
     # --- life cycle ---------------------------------------------------------------------------------------------------
 
@@ -199,9 +198,7 @@ class Daemon:
         """After a successful tick: signs of life for the classifier and for systemd."""
         self.devices.host.beat()
         self.devices.network.give_floors(self.engine, now)
-        if self._supervisor.watchdog_s and now >= self._next_watchdog:
-            self._next_watchdog = now + self._supervisor.watchdog_s / 3
-            self._supervisor.tell("WATCHDOG=1")
+        self._supervisor.beat(now)
 
     async def _keep_status(self) -> None:
         last = ""
@@ -213,10 +210,7 @@ class Daemon:
                 last = line
 
     def _status_line(self) -> str:
-        e = self.engine
-        state = "paused" if e.paused else e.mode.value
-        devices = ", ".join(f"{p.name} ({p.backend or 'observed'})" for p in self.all_devices) or "no devices"
-        return f"STATUS={state}: {devices}; {len(e.connections)} connections, {e.books.transfers.n} transfers"
+        return f"STATUS={measures.line(self.engine, self.all_devices)}"
 
     # --- reload -------------------------------------------------------------------------------------------------------
 
@@ -278,7 +272,7 @@ class Daemon:
         self.config = merged = reload.merge(old, new)
         self.devices.config = merged
         waiting: list[str] = []
-        if _touches(keys, "policy.") and not wiring.change_policy(self.engine, merged):
+        if reload.touches(keys, "policy.") and not wiring.change_policy(self.engine, merged):
             waiting = sorted(k for k in keys if k.startswith("policy."))
             self.config = self.devices.config = merged.model_copy(update={"policy": old.policy})
         self.engine.set_limits(merged.limits, merged.rescue, merged.tenants)
@@ -286,11 +280,11 @@ class Daemon:
         if keys & {"rule", "rules.library"}:
             self._rules.put(merged, clock.monotonic())
         self._identities.limit = merged.limits.max_sessions_per_user
-        if "bands.dscp" in keys or _touches(keys, "policy."):  # whose classes its levels are
+        if "bands.dscp" in keys or reload.touches(keys, "policy."):  # whose classes its levels are
             self.devices.set_dscp(config_bands.dscp_of(self.config))
-        if _touches(keys, "device["):
+        if reload.touches(keys, "device["):
             self.devices.set_configs(merged.device)
-        if self._verbose or _touches(keys, "daemon.log_"):
+        if self._verbose or reload.touches(keys, "daemon.log_"):
             self._verbose = False
             logs.configure(merged.daemon.log_format, merged.daemon.log_level)
         self.ticker.periods = Periods.of(merged.daemon)
@@ -401,7 +395,3 @@ def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     """Have the loop call, from any thread; nothing when it is over."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call)
-
-
-def _touches(keys: set[str], prefix: str) -> bool:
-    return any(k.startswith(prefix) for k in keys)

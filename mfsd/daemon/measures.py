@@ -76,6 +76,13 @@ class Snapshot:
     """(name, floor as share of the link) by index."""
 
 
+def line(engine: Engine, devices: Sequence[Device]) -> str:
+    """What goes on, in one line."""
+    state = "paused" if engine.paused else engine.mode.value
+    each = ", ".join(f"{d.name} ({d.backend or 'observed'})" for d in devices) or "no devices"
+    return f"{state}: {each}; {len(engine.connections)} connections, {engine.books.transfers.n} transfers"
+
+
 def snapshot(
     daemon: Operations, figures: Sequence[Figures], ways: Sequence[Way], ticks: tuple[int, float, str], now: float
 ) -> Snapshot:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mfsd.daemon.config import Config
 
 RELOADABLE: Final = frozenset(
@@ -84,3 +86,8 @@ def merge(old: Config, new: Config) -> Config:
             a.model_copy(update={k: getattr(b, k) for k in keys}) for a, b in zip(old.device, new.device, strict=True)
         )
     return old.model_copy(update=update)
+
+
+def touches(keys: Iterable[str], prefix: str) -> bool:
+    """Some of the changed keys begin so."""
+    return any(key.startswith(prefix) for key in keys)

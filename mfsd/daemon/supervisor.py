@@ -29,6 +29,7 @@ class Supervisor:
         self.watchdog_s = int(environment.get("WATCHDOG_USEC", "0")) / 1e6
         """It wants a sign of life at least so often; 0: it does not care."""
         self._kept: dict[str, int | HasFileno] = dict.fromkeys(held, -1)
+        self._next_beat = 0.0
         self._socket: socket.socket | None = None
         address = environment.get("NOTIFY_SOCKET", "")
         if address:
@@ -45,6 +46,12 @@ class Supervisor:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if descriptors else []
             with contextlib.suppress(OSError):
                 self._socket.sendmsg([state.encode()], ancillary, 0, self._address)
+
+    def beat(self, now: float) -> None:
+        """Say that the daemon lives, as often as the watchdog needs it (seconds, any clock that only grows)."""
+        if self.watchdog_s and now >= self._next_beat:
+            self._next_beat = now + self.watchdog_s / 3
+            self.tell("WATCHDOG=1")
 
     @property
     def present(self) -> bool:
