@@ -111,7 +111,8 @@ def test_nothing_is_said_of_connections_that_nobody_names(bench: Bench) -> None:
 HEIR: Final = """
 import socket, sys
 parent, server = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:])
-socket.send_fds(parent, [b"x"], [socket.socket().fileno()])
+made = socket.socket()
+socket.send_fds(parent, [b"x"], [made.fileno()])
 server.settimeout(60)
 accepted, _ = server.accept()
 parent.sendall(accepted.getsockopt(socket.SOL_SOCKET, 57, 8))  # SO_COOKIE
