@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.records import Transfer
@@ -39,9 +41,13 @@ class Audit:
         for row, index in zip(new[on].tolist(), peer[on].tolist(), strict=True):
             self._given_up[t.objects[row]] = peers.address(index)
 
-    def ended(self, transfer: Transfer, delivered_at: float | None) -> None:
-        """A transfer is about to be struck out; ``delivered_at`` None: it was not."""
-        address = self._given_up.pop(transfer, None)
-        if address is not None:
-            in_time = delivered_at is not None and delivered_at <= self.books.transfers.get(transfer, "deadline")
-            self.connections.peers.ended(address, in_time=bool(in_time))
+    def ended(self, transfers: Sequence[Transfer], delivered_at: Sequence[float] | None) -> None:
+        """Transfers are about to be struck out, each delivered then; None: they were not."""
+        if not self._given_up:
+            return
+        for i, transfer in enumerate(transfers):
+            address = self._given_up.pop(transfer, None)
+            if address is not None:
+                deadline = float(self.books.transfers.get(transfer, "deadline"))
+                in_time = delivered_at is not None and delivered_at[i] <= deadline
+                self.connections.peers.ended(address, in_time=in_time)

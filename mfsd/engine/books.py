@@ -28,7 +28,7 @@ from mfsd.engine.streams import Streams
 from mfsd.engine.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     import numpy.typing as npt
 
@@ -80,15 +80,15 @@ class Books:
             found = self.users[uid] = User(uid)
         return found
 
-    def charge(self, session: Session, name: str, *, transfer: bool = False, back: bool = False) -> None:
-        """Put an entry of that name on the account of a session's user, or take it off."""
-        sign = -1 if back else 1
-        size = sign * (ENTRY + len(name))
+    def charge(self, session: Session, names: Sequence[str], *, transfer: bool = False, back: bool = False) -> None:
+        """Put entries of these names on the account of a session's user, or take them off."""
+        count = -len(names) if back else len(names)
+        size = count * ENTRY + (-1 if back else 1) * sum(map(len, names))
         session.user.bytes += size
         self.everybody.bytes += size
         if transfer:
-            session.user.transfers += sign
-            self.everybody.transfers += sign
+            session.user.transfers += count
+            self.everybody.transfers += count
 
     def join(self, request: Request, batch: Batch) -> None:
         """Make a request a member of a batch, and of no other."""
@@ -121,7 +121,7 @@ class Books:
         """Remove a request that has no transfers left."""
         self.leave(request)
         if request.session.requests.pop(request.id, None) is not None:
-            self.charge(request.session, request.id, back=True)
+            self.charge(request.session, [request.id], back=True)
         moved = self.requests.remove(request)
         if moved is not None and moved.transfers:
             self.transfers.live("request")[self._few_or(moved.transfers, "request", self.requests.n)] = moved.row
@@ -130,7 +130,7 @@ class Books:
         """Remove a batch; its members and transfers live on without one. No error when it is gone already."""
         if batch.session.batches.pop(batch.id, None) is None:
             return
-        self.charge(batch.session, batch.id, back=True)
+        self.charge(batch.session, [batch.id], back=True)
         for request in list(batch.requests):
             self.leave(request)
         if batch.transfers:
@@ -145,12 +145,17 @@ class Books:
                 self.requests.put(request, "batch", moved.row)
         self.arrange_wanted = True
 
-    def strike_transfer(self, transfer: Transfer) -> None:
-        """Remove a transfer from the columns and from all that names it, but for its stream."""
-        if transfer.session.transfers.pop(transfer.id, None) is not None:
-            self.charge(transfer.session, transfer.id, transfer=True, back=True)
-        if transfer.batch is not None:
-            transfer.batch.transfers.discard(transfer)
-        if transfer.request is not None:
-            transfer.request.transfers.discard(transfer)
-        self.transfers.remove(transfer)
+    def strike_transfers(self, transfers: Collection[Transfer]) -> None:
+        """Remove transfers from the columns and from all that names them, but for their streams."""
+        whose: dict[Session, list[str]] = {}
+        for transfer in transfers:
+            session = transfer.session
+            del session.transfers[transfer.id]
+            whose.setdefault(session, []).append(transfer.id)
+            if transfer.batch is not None:
+                transfer.batch.transfers.discard(transfer)
+            if transfer.request is not None:
+                transfer.request.transfers.discard(transfer)
+        for session, names in whose.items():
+            self.charge(session, names, transfer=True, back=True)
+        self.transfers.remove_all(transfers)

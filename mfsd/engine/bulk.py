@@ -8,6 +8,7 @@ are looked up once, offsets are read once, and the books get whole columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -151,7 +152,7 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
                 -1,  # seen_layer
                 False,  # infeasible
                 False,  # given_up
-                [t.stream.ordered for t in transfers],
+                np.array([s is None or s.ordered for s in streams]).take(c.selector),
                 0.0,  # begun
                 LEVEL_NEW,
             ),
@@ -210,41 +211,62 @@ def _queue(
     ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners, streams: list[Stream | None], now: float
 ) -> tuple[list[Transfer], F8, I4]:
     """Make the transfers, queued and linked; with the offsets of their first bytes, and their streams' indices."""
-    sent_by = ledger.connections.positions.sent_by
-    offsets = [0.0 if s is None else ledger.books.streams.offset(s, sent_by) for s in streams]
-    noted: list[int] = [-1] * len(streams)
-    charge = ledger.books.charge
-    known, requests, batches = session.transfers, owners.requests, owners.batches
-    out: list[Transfer] = []
-    starts: list[float] = []
-    of: list[int] = []
-    rows: Any = zip(
-        c.ids, c.stage.tolist(), c.size.tolist(), c.request.tolist(), c.batch.tolist(), c.selector.tolist(),
-        c.position.tolist(), strict=True,
-    )  # fmt: skip
-    for name, number, size, r, b, index, position in rows:
-        stream, stage, request, batch = streams[index], _STAGES[number], requests[r], batches[b]
-        assert stream is not None  # noqa: S101 - rows without one have been taken out
-        late = False
-        if noted[index] < 0:
-            start, late = ledger.carriage.begin(stream, size, position, offsets[index], now)
-        elif not stream.ordered:
-            start = offsets[index]
-        else:
-            start = stream.announced if not position else ledger.carriage.behind(stream, position)
-            stream.announced = start + size
-        transfer = Transfer(name, session, stage, request, batch, stream, False, late)
-        stream.queue.append(transfer)
-        if noted[index] != number:
-            noted[index] = number
-            ledger.carriage.note(stream, stage)
-        known[name] = transfer
-        charge(session, name, transfer=True)
-        if request is not None:
-            request.transfers.add(transfer)
-        if batch is not None:
-            batch.transfers.add(transfer)
-        out.append(transfer)
-        starts.append(start)
-        of.append(stream.index)
-    return out, np.array(starts), np.array(of, dtype=np.int32)
+    requests, batches = owners.requests, owners.batches
+    rows: Any = zip(c.ids, c.stage.tolist(), c.request.tolist(), c.batch.tolist(), c.selector.tolist(), strict=True)
+    transfers = [
+        # rows without a stream have been taken out
+        Transfer(name, session, _STAGES[stage], requests[r], batches[b], streams[s])
+        for name, stage, r, b, s in rows
+    ]
+    starts = _place(ledger, c, transfers, streams, now)
+    session.transfers.update(zip(c.ids, transfers, strict=True))
+    ledger.books.charge(session, c.ids, transfer=True)
+    for transfer in transfers:
+        if transfer.request is not None:
+            transfer.request.transfers.add(transfer)
+        if transfer.batch is not None:
+            transfer.batch.transfers.add(transfer)
+    index = np.array([-1 if s is None else s.index for s in streams], dtype=np.int32)
+    return transfers, starts, index.take(c.selector)
+
+
+def _place(
+    ledger: Ledger, c: TransferColumns, transfers: list[Transfer], streams: list[Stream | None], now: float
+) -> F8:
+    """Queue the transfers behind all that is announced on their streams; the offsets of their first bytes."""
+    sent_by, carriage = ledger.connections.positions.sent_by, ledger.carriage
+    same: dict[Stream | None, int] = {}  # a message may name one stream in several ways
+    number = np.array([same.setdefault(s, len(same)) for s in streams])[c.selector]
+    order = np.argsort(number, kind="stable")
+    first = np.flatnonzero(np.diff(number[order], prepend=-1))
+    size, position = c.size[order], c.position[order]
+    behind = np.cumsum(size) - size  # all rows before, as if they were on one stream
+    begins = np.zeros(len(first))
+    loose = np.zeros(len(first), dtype=np.bool_)
+    known = np.logical_or.reduceat(position > 0, first)
+    stages, sizes, positions = c.stage[order].tolist(), size.tolist(), position.tolist()
+    queued = [transfers[i] for i in order.tolist()]
+    cuts = [*first.tolist(), len(queued)]
+    exact: dict[int, list[float]] = {}
+    for i, (begin, end) in enumerate(pairwise(cuts)):
+        stream = queued[begin].stream
+        offset = ledger.books.streams.offset(stream, sent_by)
+        begins[i], queued[begin].maybe_late = carriage.begin(stream, sizes[begin], positions[begin], offset, now)
+        loose[i] = not stream.ordered
+        stream.queue.extend(queued[begin:end])
+        for stage, _ in groupby(stages[begin:end]):
+            carriage.note(stream, _STAGES[stage])
+        if known[i] and stream.ordered:
+            exact[begin] = [float(begins[i])]
+            for k in range(begin + 1, end):
+                exact[begin].append(carriage.behind(stream, positions[k]))
+                stream.announced = exact[begin][-1] + sizes[k]
+        elif stream.ordered:
+            stream.announced = float(begins[i]) + sum(sizes[begin:end])
+    of = np.repeat(np.arange(len(first)), np.diff(cuts))
+    placed = begins[of] + np.where(loose[of], 0.0, behind - behind[first][of])
+    for begin, these in exact.items():
+        placed[begin : begin + len(these)] = these
+    out = np.empty(len(c))
+    out[order] = placed
+    return out

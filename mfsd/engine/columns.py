@@ -154,13 +154,19 @@ class Deferred(Dense[T]):
 
     def remove(self, obj: T) -> None:
         """Remove an object's row. What moves into it is nobody's business: rows are not kept elsewhere."""
-        if obj.row >= 0:
-            self._dead.append(obj.row)
-        obj.row = GONE
+        self.remove_all((obj,))
 
-    def noted(self, obj: T, names: Iterable[str]) -> list[Any] | None:
-        """Values of an object, without carrying out what was noted before; None: its own are among that."""
-        return None if obj.row < 0 else [self._columns[name][obj.row].item() for name in names]
+    def remove_all(self, objects: Iterable[T]) -> None:
+        """Remove the rows of objects."""
+        for obj in objects:
+            if obj.row >= 0:
+                self._dead.append(obj.row)
+            obj.row = GONE
+
+    def noted(self, objects: Sequence[T], names: Iterable[str]) -> list[npt.NDArray[Any]]:
+        """Columns of objects that have been written, without carrying out what was noted since."""
+        rows = np.fromiter((o.row for o in objects), np.int64, len(objects))
+        return [self._columns[name].take(rows) for name in names]
 
     def _settle(self) -> None:
         """Carry out what was noted."""

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.endings import AT_ONCE, REST, SLACK
+from mfsd.engine.looked import STALLED_S, Looked
 from mfsd.engine.positions import UnknownError
-from mfsd.engine.records import Queue
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
@@ -34,11 +34,10 @@ if TYPE_CHECKING:
 
 JUDGE_S: Final = 20e-6
 """Looking through one transfer of a stream takes a twentieth of that."""
+LOOK_MAX: Final = 16_384
+"""Transfers looked through per tick, or those of one stream if it has more."""
 ASK_MAX: Final = 64
 """Streams asked per tick how far they have come."""
-STALLED_S: Final = 1.0
-"""A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all: then
-its size was announced too large. Workers that pause within a transfer, to compute a layer, are quicker."""
 REST_S: Final = 0.25
 """How often streams are looked through for those that stand still with something unacknowledged, as far as slots say:
 slots are as of the last packet, so what is left of transfers there counts bytes that may have arrived since."""
@@ -101,7 +100,7 @@ class Delivery:
             del self._confirm[stream]
         asked |= dict.fromkeys(due) | self._overdue(now)
         if done:
-            self.endings.end(done, now, delivered_at=now)
+            self.endings.deliver([(done, now)], now)
         if asked:
             self._ask(asked, now)
 
@@ -155,7 +154,8 @@ class Delivery:
         moved = max((self.connections.positions.moved_at(c) for c in stream.members), default=0.0)
         return max(moved, float(self.books.transfers.get(stream.queue.last, "created"))) < now - DEBT_S
 
-    def _ask(self, asked: Iterable[Stream], now: float) -> None:
+    def _ask(self, wanted: Iterable[Stream], now: float) -> None:
+        asked = self._some(wanted)
         conns = list({c: None for s in asked for c in s.members})
         try:
             positions = self.connections.positions.ask(conns)
@@ -170,103 +170,56 @@ class Delivery:
                 self.endings.closed(conn, position.acked, now, clean=True)
         self._confirm |= again
         asked = [s for s in asked if s not in again]
-        for done, delivered_at in self._judge(asked, positions, now):
-            self.endings.end(done, now, delivered_at=delivered_at)
+        self.endings.deliver(self._judge(asked, positions, now), now)
         for stream in asked:
             if any(x.handed_over for x in stream.queue):
                 # The more there is to look through, the less often, should the peer not read.
                 self.confirm(stream, now + JUDGE_S * len(stream.queue))
 
+    def _some(self, wanted: Iterable[Stream]) -> list[Stream]:
+        """As many streams as can be looked through in one tick; the others have their turn in the next one."""
+        out: list[Stream] = []
+        room = LOOK_MAX
+        for stream in wanted:
+            if room > 0:
+                out.append(stream)
+                room -= len(stream.queue)
+            else:
+                self.confirm(stream)
+        return out
+
     def _judge(
         self, asked: Iterable[Stream], positions: Mapping[Connection, Position | None], now: float
     ) -> list[tuple[list[Transfer], float]]:
-        """What the peers have acknowledged, and when, by stream; corrects the intervals of the others.
-
-        All streams together, because columns are read and written in one go, and nothing is struck out meanwhile.
-        """
+        """What the peers have acknowledged, and when, by stream; corrects the intervals of the others."""
         out: list[tuple[list[Transfer], float]] = []
         known: list[tuple[Stream, dict[Connection, Position]]] = []
         for stream in asked:
-            told = {c: p for c in stream.members if (p := positions.get(c)) is not None}
             if not stream.queue:
                 continue
-            if len(told) < len(stream.members):
+            told = {c: p for c in stream.members if (p := positions.get(c)) is not None}
+            if len(told) == len(stream.members):
+                known.append((stream, told))
+            else:
                 out.append((self._drained(stream, now), now))
-                continue
-            if stream.ordered and any(x.handed_over for x in stream.queue):
-                stream.queue = Queue(sorted(stream.queue, key=lambda x: not x.handed_over))  # stable
-            known.append((stream, told))
-        t = self.books.transfers
-        rows = t.rows(x for stream, _ in known for x in stream.queue)
-        start, end, size = (t.live(name)[rows].tolist() for name in ("start", "end", "size"))
-        at = 0
-        for stream, told in known:
-            out.append(self._arrived(stream, told, start, end, size, at, now))
-            at += len(stream.queue)
-        t.live("start")[rows], t.live("end")[rows] = start, end
+        if known:
+            out += self._judged(Looked.at(self.books, self.connections, known, now), now)
         return out
 
-    def _arrived(
-        self,
-        stream: Stream,
-        told: Mapping[Connection, Position],
-        start: list[float],
-        end: list[float],
-        size: list[float],
-        at: int,
-        now: float,
-    ) -> tuple[list[Transfer], float]:
-        """The same of one stream, whose transfers stand from ``at`` on in the lists."""
-        streams = self.books.streams
-        acked, written = streams.total(stream, told, "acked"), streams.total(stream, told, "written")
-        quiet = acked + SLACK >= written
-        last = max((int(self.connections.table.last_ns[c.slot]) for c in told), default=0)
-        stalled = quiet and last < int((now - STALLED_S) * NS)
-        self._correct(stream, written, start, end, size, at)
-        done = []
-        for i, transfer in enumerate(stream.queue, at):
-            if transfer.handed_over:
-                arrived = quiet or end[i] <= acked + SLACK
-            elif stream.ordered:
-                nearly = stalled and start[i] < acked and end[i] - acked <= REST * size[i]
-                # Not if the daemon has been started meanwhile, and knows for a moment only.
-                nearly = nearly and float(self.books.transfers.get(transfer, "created")) < now - STALLED_S
-                arrived = end[i] <= acked + SLACK or nearly
+    def _judged(self, looked: Looked, now: float) -> list[tuple[list[Transfer], float]]:
+        """The same of streams that are all known."""
+        looked.correct(self.books)
+        arrived = looked.arrived(self.books.transfers.live("created")[looked.rows], now)
+        out: list[tuple[list[Transfer], float]] = []
+        for i, stream in enumerate(looked.streams):
+            missing, quiet = looked.missing(i), bool(looked.quiet[i])
+            if stream.debt and quiet and missing <= stream.debt + SLACK and self._rested(stream, now):
+                # What is missing is no more than had gone before the first of them was announced.
+                done, stream.debt = list(stream.queue), 0.0
             else:
-                arrived = False
-            if arrived:
-                done.append(transfer)
-        missing = end[at + len(stream.queue) - 1] - acked
-        if stream.debt and quiet and missing <= stream.debt + SLACK and self._rested(stream, now):
-            # What is missing is no more than had gone before the first of them was announced.
-            done, stream.debt = list(stream.queue), 0.0
-        if not stream.ordered and acked - start[at] + SLACK >= sum(size[at : at + len(stream.queue)]):
-            done = list(stream.queue)  # all that was announced has moved, in whatever order
-        moved_ago = min((p.quiet_s for p in told.values()), default=0.0)
-        return done, max(now - moved_ago, self._last_run) if quiet else now
-
-    @staticmethod
-    def _correct(
-        stream: Stream, written: float, start: list[float], end: list[float], size: list[float], at: int
-    ) -> None:
-        """What is handed over, and stands first, was written before anything else, and no further than ``written``."""
-        if not any(x.handed_over for x in stream.queue):
-            return
-        if not stream.ordered:
-            for i, transfer in enumerate(stream.queue, at):
-                if transfer.handed_over:
-                    end[i] = min(end[i], written)
-            return
-        position = min(start[at : at + len(stream.queue)])
-        for i, transfer in enumerate(stream.queue, at):
-            start[i] = position
-            if transfer.handed_over:
-                reach = position + (min(size[i], end[i] - position) if end[i] > position else size[i])
-                position = min(reach, max(written, position))
-            else:
-                position += size[i]
-            end[i] = position
-        stream.announced = position
+                done = looked.chosen(i, arrived)
+            out.append((done, max(now - float(looked.moved_ago[i]), self._last_run) if quiet else now))
+        return out
 
     def _drained(self, stream: Stream, now: float) -> list[Transfer]:
         """Without a socket to ask: what has left is done once the connections' lanes are empty."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd.engine.columns import GONE
 from mfsd.engine.records import EVENTS_KEPT
 from mfsd.engine.watches import exact_endpoints
 from mfsd.model import INF, CookieSelector, Event, EventKind
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 SLACK: Final = 0.5
 """Bytes; offsets are floating-point numbers."""
 AT_ONCE: Final = 2048
-"""Transfers struck out in one go; some 10 ms."""
+"""Transfers struck out in one go; some 3 ms."""
+ROOM: Final = 2 * AT_ONCE
+"""Of those that have arrived so many are struck out in one tick."""
 REST: Final = 0.2
 """Share of a transfer that may be missing, once nothing more is to come, for it to count as announced too large."""
 
@@ -47,6 +50,10 @@ class Endings:
     audit: Audit
     _more: deque[tuple[deque[Transfer], float | None, bool]] = field(default_factory=deque)
     """What ``end`` was given beyond AT_ONCE."""
+    _arrived: dict[Transfer, float] = field(default_factory=dict)
+    """What has arrived and is still in the books, and when."""
+    _room: int = ROOM
+    """Of what has arrived: so many may be struck out until the next tick."""
 
     # --- transfers ----------------------------------------------------------------------------------------------------
 
@@ -59,43 +66,71 @@ class Endings:
         at the next ticks.
         """
         waiting = iter(transfers)
-        ended = {t: None for t in islice(waiting, AT_ONCE) if t.session.transfers.get(t.id) is t}
+        ended = list(dict.fromkeys(t for t in islice(waiting, AT_ONCE) if t.row != GONE))
         more = deque(waiting)
         if more:
             self._more.append((more, delivered_at, lost))
-        self._end(ended, now, delivered_at=delivered_at, lost=lost)
+        self._end(ended, now, None if delivered_at is None else [delivered_at] * len(ended), lost=lost)
 
-    def _end(self, ended: dict[Transfer, None], now: float, *, delivered_at: float | None, lost: bool) -> None:
-        by_stream: dict[Stream, list[Transfer]] = {}
-        for transfer in ended:
-            by_stream.setdefault(transfer.stream, []).append(transfer)
-        for stream, some in by_stream.items():
-            self._unqueue(stream, some, now, delivered=delivered_at is not None)
-        self.books.tally.ended(ended, self.books.transfers, now, delivered_at)
-        for recorder in self.books.recorders:
-            recorder.ended(ended, now if delivered_at is None else delivered_at, delivered=delivered_at is not None)
-        for transfer in ended:
-            self.audit.ended(transfer, delivered_at)
-            self.books.strike_transfer(transfer)
-            request = transfer.request
-            if delivered_at is not None:
-                self.books.counters.transfers_completed += 1
-                if request is not None:
-                    request.delivered_at = max(request.delivered_at, delivered_at)
-            elif lost and request is not None:
-                request.delivered_at = INF  # never
-            if request is not None and request.completed and not request.transfers:
-                self.finish(request, now)
+    def deliver(self, groups: Iterable[tuple[Iterable[Transfer], float]], now: float) -> None:
+        """These have arrived, and when. So many are struck out as a tick has room for, the others afterwards."""
+        for transfers, at in groups:
+            for transfer in transfers:
+                self._arrived.setdefault(transfer, at)
+        self._room -= self._strike(self._room, now)
 
     def go_on(self, now: float) -> None:
-        """End some more of what was too much at a time."""
+        """A tick begins: end some more of what was too much at a time."""
+        self._room = ROOM - self._strike(ROOM, now)
         if self._more:
             transfers, delivered_at, lost = self._more[0]
             some = [transfers.popleft() for _ in range(min(AT_ONCE, len(transfers)))]
             if not transfers:
                 self._more.popleft()
-            alive = {t: None for t in some if t.session.transfers.get(t.id) is t}
-            self._end(alive, now, delivered_at=delivered_at, lost=lost)
+            self.end(some, now, delivered_at=delivered_at, lost=lost)
+
+    def catch_up(self, count: int, now: float) -> None:
+        """Hints have come: strike out some of what has arrived, which must not wait for ticks while there are few."""
+        self._strike(count, now)
+
+    def _strike(self, count: int, now: float) -> int:
+        """Strike out at most so many of those that have arrived; returns how many were looked at."""
+        if not self._arrived or count <= 0:
+            return 0
+        some = list(islice(self._arrived.items(), count))
+        if len(some) == len(self._arrived):
+            self._arrived.clear()
+        else:
+            for transfer, _ in some:
+                del self._arrived[transfer]
+        ended = [(t, at) for t, at in some if t.row != GONE]
+        self._end([t for t, _ in ended], now, [at for _, at in ended], lost=False)
+        return len(some)
+
+    def _end(self, ended: list[Transfer], now: float, delivered_at: list[float] | None, *, lost: bool) -> None:
+        """Take them, which are in the books, out of everything. ``delivered_at``: of each; None: they were not."""
+        books, delivered = self.books, delivered_at is not None
+        by_stream: dict[Stream, list[Transfer]] = {}
+        for transfer in ended:
+            by_stream.setdefault(transfer.stream, []).append(transfer)
+        for stream, some in by_stream.items():
+            self._unqueue(stream, some, now, delivered=delivered)
+        at = np.array(delivered_at) if delivered_at is not None else now
+        books.tally.ended(ended, books.transfers, at, delivered=delivered)
+        for recorder in books.recorders:
+            recorder.ended(ended, delivered_at or [now] * len(ended), delivered=delivered)
+        self.audit.ended(ended, delivered_at)
+        books.strike_transfers(ended)
+        if delivered_at is not None:
+            books.counters.transfers_completed += len(ended)
+            for transfer, when in zip(ended, delivered_at, strict=True):
+                if transfer.request is not None and transfer.request.delivered_at < when:
+                    transfer.request.delivered_at = when
+        for request in dict.fromkeys(t.request for t in ended if t.request is not None):
+            if lost:
+                request.delivered_at = INF  # never
+            if request.completed and not request.transfers:
+                self.finish(request, now)
 
     def _unqueue(self, stream: Stream, ended: list[Transfer], now: float, *, delivered: bool) -> None:
         """Take transfers off a stream. What was not delivered will not come: those behind move forward."""

@@ -50,6 +50,8 @@ HOUSEKEEPING_S: Final = 0.1
 SWEEP_S: Final = 1.0
 """How often idle connections are checked for sockets that are gone."""
 SWEEP_BATCH: Final = 256
+CAUGHT_UP: Final = 128
+"""Transfers that have arrived and are struck out beside a turn of single hints."""
 LINGER_S: Final = 5.0
 """A connection without transfers keeps its slot this long, since the next transfer usually follows."""
 
@@ -152,23 +154,25 @@ class Engine:
         """Between on and off, and no longer than till others have their turn, cancellations are gathered."""
         self.ledger.gathering = on
         self.ledger.settle(now)
+        if not on:
+            self.endings.catch_up(CAUGHT_UP, now)
 
     def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
         """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
         self.ledger.settle(now)
-        if self.elsewhere is None:
-            return bulk.announce(self.ledger, session, columns, now)
-        away = [s is not None and self.elsewhere.sends(s) for s in columns.selectors]
-        if not any(away):
-            return bulk.announce(self.ledger, session, columns, now)
         bad: Bad = []
-        handed_on = np.array(away).take(columns.selector)
-        for row in np.flatnonzero(handed_on).tolist():
-            try:
-                self.elsewhere.take(session, columns.hint(row), now)
-            except HintError as e:
-                bad.append((int(columns.row[row]), e))
-        return bad + bulk.announce(self.ledger, session, columns.keep(~handed_on), now)
+        if self.elsewhere is not None:
+            away = np.array([s is not None and self.elsewhere.sends(s) for s in columns.selectors], dtype=np.bool_)
+            handed_on = away.take(columns.selector) if away.any() else away
+            for row in np.flatnonzero(handed_on).tolist():
+                try:
+                    self.elsewhere.take(session, columns.hint(row), now)
+                except HintError as e:
+                    bad.append((int(columns.row[row]), e))
+            if handed_on.any():
+                columns = columns.keep(~handed_on)
+        self.endings.catch_up(2 * len(columns), now)
+        return bad + bulk.announce(self.ledger, session, columns, now)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ class Ledger:
             self._room("request.id", session, hint.id)
             request = Request(hint.id, session)
             session.requests[hint.id] = request
-            self.books.charge(session, hint.id)
+            self.books.charge(session, [hint.id])
             requests.add(request, arrival=now, batch=-1)
         requests.put(request, "deadline", hint.deadline)
         requests.put(request, "expires", expires)
@@ -193,7 +193,7 @@ class Ledger:
         self._room("batch.id", session, batch_id)
         batch = Batch(batch_id, session)
         session.batches[batch_id] = batch
-        self.books.charge(session, batch_id)
+        self.books.charge(session, [batch_id])
         batches = self.books.batches
         expires = now + self.limits.default_ttl_s
         batches.add(batch, arrival=now, layer_since=now, expires=expires, rank=batches.n)
@@ -260,7 +260,7 @@ class Ledger:
             ),
         )
         session.transfers[hint.id] = transfer
-        self.books.charge(session, hint.id, transfer=True)
+        self.books.charge(session, [hint.id], transfer=True)
         if request is not None:
             request.transfers.add(transfer)
         if batch is not None:

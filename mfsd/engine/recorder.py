@@ -72,12 +72,12 @@ class Recorder:
                 })  # fmt: skip
             self._put({"t": at, "level": number, "to": int(level[row])})
 
-    def ended(self, transfers: Iterable[Transfer], now: float, *, delivered: bool) -> None:
-        """These are over."""
-        for transfer in transfers:
+    def ended(self, transfers: Iterable[Transfer], at: Iterable[float], *, delivered: bool) -> None:
+        """These are over, each since then."""
+        for transfer, when in zip(transfers, at, strict=True):
             number = self._numbers.pop(transfer, None)
             if number is not None:
-                self._put({"t": self._at(now), "end": number, "delivered": delivered})
+                self._put({"t": self._at(when), "end": number, "delivered": delivered})
 
     def take(self, now: float) -> list[str]:
         """What has happened since the last time."""

@@ -292,6 +292,10 @@ class Queue:
         """Behind all others."""
         self._all[transfer] = None
 
+    def extend(self, transfers: Iterable[Transfer]) -> None:
+        """Behind all others, in this order."""
+        self._all.update(dict.fromkeys(transfers))
+
     def remove(self, transfers: Iterable[Transfer]) -> None:
         """Take these out."""
         for transfer in transfers:

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What became of transfers and requests: distributions for the metrics, and the latest ones in full for a trace.
 
-Ends come by the thousand, so each is only noted here; who reads sorts them into buckets.
+Ends come by the thousand, so they are only noted here, as columns of a ring; who reads sorts them into buckets.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from mfsd.model import INF, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from mfsd.engine.columns import Deferred
     from mfsd.engine.records import Request, Transfer
+
+F8 = npt.NDArray[np.float64]
 
 SECONDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets of what takes time."""
@@ -30,7 +33,12 @@ REQUESTS_KEPT: Final = 2_000
 USERS_KEPT: Final = 100
 UNSORTED_MAX: Final = 4_096
 """Ends noted before they are sorted although nobody reads."""
-_COLUMNS: Final = ("size", "created", "begun", "deadline", "first_level")
+_COLUMNS: Final = ("stage", "size", "created", "begun", "deadline", "first_level")
+"""Of a transfer's columns: those that are remembered."""
+_NOTED: Final = np.dtype([
+    ("stage", "u1"), ("size", "f8"), ("created", "f8"), ("begun", "f8"), ("deadline", "f8"), ("first_level", "i2"),
+    ("ended", "f8"), ("delivered", "?"),
+])  # fmt: skip
 
 
 class EndedTransfer(NamedTuple):
@@ -89,15 +97,19 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
         self.exemplars = [None] * (len(self.bounds) + 1)
 
-    def add(self, value: float, request: str = "") -> None:
-        """Count one value."""
-        if math.isinf(value):
-            return
-        i = bisect_left(self.bounds, value)
-        self.counts[i] += 1
-        self.sum += value
-        if request:
-            self.exemplars[i] = Exemplar(request, value)
+    def add(self, values: F8, requests: Sequence[str]) -> None:
+        """Count values, each of a request, or of none (""). What is infinite is left out."""
+        finite = np.flatnonzero(np.isfinite(values))
+        bucket = np.searchsorted(self.bounds, values[finite])
+        for i, count in enumerate(np.bincount(bucket, minlength=len(self.counts)).tolist()):
+            self.counts[i] += count
+        self.sum += float(values[finite].sum())
+        named = finite[np.array([bool(requests[i]) for i in finite.tolist()], dtype=np.bool_)]
+        latest = np.full(len(self.counts), -1)
+        latest[np.searchsorted(self.bounds, values[named])] = named  # of several the last one stays
+        for i, at in enumerate(latest.tolist()):
+            if at >= 0:
+                self.exemplars[i] = Exemplar(requests[at], float(values[at]))
 
     def copy(self) -> Histogram:
         """As it is now."""
@@ -110,11 +122,17 @@ class Tally:
     """See the module."""
 
     def __init__(self) -> None:
-        self.transfers: deque[EndedTransfer] = deque(maxlen=TRANSFERS_KEPT)
+        self._transfers = np.zeros(TRANSFERS_KEPT, dtype=_NOTED)
+        """The latest ones, a ring; what is no number is in lists of the same order."""
+        self._names: list[str] = [""] * TRANSFERS_KEPT
+        self._sessions: list[str] = [""] * TRANSFERS_KEPT
+        self._requests: list[str] = [""] * TRANSFERS_KEPT
+        self._paths: list[tuple[tuple[float, int], ...]] = [()] * TRANSFERS_KEPT
+        self._noted = self._sorted = 0
+        """How many have been noted, and sorted into buckets."""
         self.requests: deque[EndedRequest] = deque(maxlen=REQUESTS_KEPT)
         self.rescues: list[float] = []
         """Seconds from promotion to purge, not sorted in yet."""
-        self._ended: list[EndedTransfer] = []
         self._finished: list[EndedRequest] = []
         self._queue = {stage: Histogram(SECONDS) for stage in Stage}
         self._wire = {stage: Histogram(SECONDS) for stage in Stage}
@@ -127,24 +145,37 @@ class Tally:
     # --- noting -------------------------------------------------------------------------------------------------------
 
     def ended(
-        self, transfers: Iterable[Transfer], columns: Deferred[Transfer], now: float, delivered_at: float | None
+        self,
+        transfers: Iterable[Transfer],
+        columns: Deferred[Transfer],
+        at: float | F8,
+        *,
+        delivered: bool,
     ) -> None:
-        """Transfers are about to be struck out. Those younger than the last tick are left out: nothing is known."""
-        at = now if delivered_at is None else delivered_at
-        for t in transfers:
-            values = columns.noted(t, _COLUMNS)
-            if values is None:
-                continue
-            size, created, begun, deadline, first = values
-            request = "" if t.request is None else t.request.id
-            one = EndedTransfer(
-                t.id, t.session.name, request, t.stage, size, created, begun, at, delivered_at is not None, deadline,
-                first, t.path,
-            )  # fmt: skip
-            self.transfers.append(one)
-            self._ended.append(one)
-        if len(self._ended) >= UNSORTED_MAX:
+        """Transfers are about to be struck out, which ended then: all, or each, shape (len(transfers),).
+
+        Those younger than the last tick are left out: nothing is known of them.
+        """
+        every = list(transfers)
+        known = [i for i, t in enumerate(every) if t.row >= 0]
+        if len(known) < len(every):
+            every, at = [every[i] for i in known], at if isinstance(at, float) else at[known]
+        values = columns.noted(every, _COLUMNS)
+        for begin in range(0, len(every), UNSORTED_MAX):
+            part = slice(begin, begin + UNSORTED_MAX)
+            self._note(every[part], [v[part] for v in values], at if isinstance(at, float) else at[part], delivered)
+
+    def _note(self, transfers: Sequence[Transfer], values: Sequence[Any], at: float | F8, delivered: bool) -> None:  # noqa: FBT001 - private
+        if self._noted + len(transfers) - self._sorted > UNSORTED_MAX:
             self._sort()
+        rows = np.arange(self._noted, self._noted + len(transfers)) % TRANSFERS_KEPT
+        for name, value in zip(_COLUMNS, values, strict=True):
+            self._transfers[name][rows] = value
+        self._transfers["ended"][rows], self._transfers["delivered"][rows] = at, delivered
+        for row, t in zip(rows.tolist(), transfers, strict=True):
+            self._names[row], self._sessions[row], self._paths[row] = t.id, t.session.name, t.path
+            self._requests[row] = "" if t.request is None else t.request.id
+        self._noted += len(transfers)
 
     def finished(self, request: Request, arrival: float, deadline: float, at: float) -> None:
         """A request is about to be struck out."""
@@ -158,19 +189,22 @@ class Tally:
             self._sort()
 
     def _sort(self) -> None:
-        ended, self._ended = self._ended, []
-        for t in ended:
-            if not t.delivered:
-                continue
-            self._queue[t.stage].add(max(t.started - t.created, 0.0), t.request)
-            self._wire[t.stage].add(max(t.ended - t.started, 0.0), t.request)
-            self._slack[t.stage].add(t.deadline - t.ended, t.request)
+        rows = np.arange(self._sorted, self._noted) % TRANSFERS_KEPT
+        rows = rows[self._transfers["delivered"][rows]]
+        self._sorted = self._noted
+        every = self._transfers[rows]
+        for stage in np.unique(every["stage"]).tolist():
+            mine = every["stage"] == stage
+            t, requests = every[mine], [self._requests[row] for row in rows[mine].tolist()]
+            started = np.where(t["begun"] > 0, t["begun"], t["created"])
+            self._queue[Stage(stage)].add(np.maximum(started - t["created"], 0.0), requests)
+            self._wire[Stage(stage)].add(np.maximum(t["ended"] - started, 0.0), requests)
+            self._slack[Stage(stage)].add(t["deadline"] - t["ended"], requests)
         finished, self._finished = self._finished, []
-        for r in finished:
-            self._request_slack.add(r.deadline - r.ended, r.id)
+        slack = np.array([r.deadline - r.ended for r in finished], dtype=np.float64)
+        self._request_slack.add(slack, [r.id for r in finished])
         rescues, self.rescues = self.rescues, []
-        for seconds in rescues:
-            self._rescue.add(seconds)
+        self._rescue.add(np.array(rescues, dtype=np.float64), [""] * len(rescues))
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -186,7 +220,15 @@ class Tally:
 
     def of_request(self, request: str) -> Iterator[EndedTransfer]:
         """Its transfers that are over, as far as they are remembered, oldest first."""
-        return (t for t in self.transfers if t.request == request)
+        for n in range(max(self._noted - TRANSFERS_KEPT, 0), self._noted):
+            row = n % TRANSFERS_KEPT
+            if self._requests[row] != request:
+                continue
+            stage, size, created, begun, deadline, first, ended, delivered = self._transfers[row].item()
+            yield EndedTransfer(
+                self._names[row], self._sessions[row], request, Stage(stage), size, created, begun, ended, delivered,
+                deadline, first, self._paths[row],
+            )  # fmt: skip
 
     def finished_as(self, request: str, session: str = "") -> EndedRequest | None:
         """The latest request of this name (of a session, if that is named) that is over."""

@@ -13,9 +13,11 @@ from support.crowds import FEW, MANY, MORE, crowd, is_one_pass
 from support.harness import FakeSocket, Host, exact_tuple
 
 from mfsd.bands import LEVEL_NEW
+from mfsd.engine import delivery
 from mfsd.engine.books import Books
 from mfsd.engine.connections import UNSEEN_S
-from mfsd.engine.endings import AT_ONCE
+from mfsd.engine.endings import AT_ONCE, ROOM
+from mfsd.engine.engine import CAUGHT_UP
 from mfsd.engine.records import ENTRY, EVENTS_KEPT, TRANSFER_COLUMNS
 from mfsd.engine.settings import LimitsConfig
 from mfsd.engine.views import SHOWN, shown
@@ -86,6 +88,46 @@ def test_a_connection_of_very_many_transfers_ends_some_at_a_time(*, clean: bool)
     h.tick(0.01)
     left = len(h.session.transfers)
     assert left == 0
+
+
+def test_what_has_arrived_is_struck_out_as_fast_as_hints_come() -> None:
+    """Not only at ticks, of which there are few while hints come by the thousand."""
+    h, sock = crowd(4 * ROOM)
+    h.send(sock, 1000 * 4 * ROOM)
+    h.now += 0.01
+    h.engine.endings.deliver([(list(h.session.transfers.values()), h.now)], h.now)
+    left = h.engine.books.transfers.n
+    assert left == 3 * ROOM  # that was this tick's part
+    h.now += 0.2
+    for _ in range(2 * ROOM // CAUGHT_UP):
+        h.engine.gather(h.now, on=True)
+        h.engine.gather(h.now, on=False)
+    left = h.engine.books.transfers.n
+    assert left == ROOM
+    h.request("after", 5.0)
+    h.tick(0.01)
+    assert not h.session.transfers
+    assert h.engine.books.counters.transfers_completed == 4 * ROOM
+    assert {x.ended for x in h.engine.books.tally.of_request("r")} == {h.now - 0.21}  # when it had arrived
+    request = h.session.requests["r"]
+    assert request.delivered_at == h.now - 0.21
+
+
+def test_a_tick_looks_through_so_many_and_the_next_one_through_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "LOOK_MAX", 10)
+    h = Host()
+    h.request("r", 20.0)
+    socks = [h.socket(i) for i in range(1, 9)]
+    for k, sock in enumerate(socks):
+        for i in range(4):
+            h.transfer(f"{k}/{i}", sock, 1000)
+    h.tick(0.01)
+    h.engine.apply(h.session, EndHint(What.REQUEST, "r"), h.now)  # though nothing was written
+    left = []
+    for _ in range(3):
+        h.tick(0.01)
+        left.append(len(h.session.transfers))
+    assert left == [20, 8, 0]
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -169,7 +211,7 @@ def test_interleaved_bytes_are_shared_as_if_one_ended_after_the_other(
         t.put(transfer, "start", float(start))
         t.put(transfer, "end", float(start + t.get(transfer, "size")))
     h.send(sock, offset)
-    ended = {x: None for x, (_, _, over) in zip(stream.queue, announced, strict=True) if over}
+    ended = {x for x, (_, _, over) in zip(stream.queue, announced, strict=True) if over}
     want = {}
     for other in stream.queue:
         began = float(t.get(other, "start"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from mfsd.engine import tally
 from mfsd.engine.columns import Deferred
 from mfsd.engine.records import TRANSFER_COLUMNS, Request, Session, Transfer
 from mfsd.engine.streams import Streams
-from mfsd.engine.tally import SECONDS, Histogram, Tally, spent
+from mfsd.engine.tally import SECONDS, TRANSFERS_KEPT, Exemplar, Histogram, Tally, spent
 from mfsd.model import INF, CookieSelector, Stage
 
 
@@ -24,26 +25,35 @@ def ended(t: Tally, name: str, now: float, *, delivered: bool = True, owner: str
     stream = Streams().open(session, CookieSelector(1), None)
     transfer = Transfer(name, session, Stage.P2D, request, None, stream)
     columns: Deferred[Transfer] = Deferred(TRANSFER_COLUMNS)
-    columns.add(transfer, **values)
+    columns.add(transfer, stage=Stage.P2D, **values)
     assert columns.n == 1  # written
-    t.ended([transfer], columns, now, now if delivered else None)
+    t.ended([transfer], columns, now, delivered=delivered)
 
 
-@given(st.lists(st.floats(0, 100, allow_nan=False)))
-def test_each_value_is_in_the_first_bucket_that_reaches_it(values: list[float]) -> None:
+@given(
+    st.lists(st.lists(st.tuples(st.floats(0, 100) | st.sampled_from(SECONDS), st.sampled_from("abc") | st.just(""))))
+)
+def test_each_value_is_in_the_first_bucket_that_reaches_it(parts: list[list[tuple[float, str]]]) -> None:
     histogram = Histogram(SECONDS)
-    for value in values:
-        histogram.add(value)
+    for part in parts:
+        histogram.add(np.array([value for value, _ in part]), [request for _, request in part])
+    every = [one for part in parts for one in part]
+    values = [value for value, _ in every]
     assert sum(histogram.counts) == len(values)
     assert histogram.sum == pytest.approx(sum(values))
+    below = 0.0
     for i, bound in enumerate((*SECONDS, INF)):
         assert sum(histogram.counts[: i + 1]) == sum(v <= bound for v in values)
+        named = [Exemplar(r, v) for v, r in every if r and (below < v or not i) and v <= bound]
+        assert histogram.exemplars[i] == (named[-1] if named else None)
+        below = bound
 
 
 def test_times_without_end_are_not_counted() -> None:
     histogram = Histogram(SECONDS)
-    histogram.add(math.inf)
+    histogram.add(np.array([math.inf, -math.inf]), ["r", "r"])
     assert sum(histogram.counts) == 0
+    assert not any(histogram.exemplars)
 
 
 def test_queue_wire_and_slack_of_what_was_delivered() -> None:
@@ -85,7 +95,7 @@ def test_memory_is_bounded_though_nobody_reads(monkeypatch: pytest.MonkeyPatch) 
     for i in range(35):
         ended(t, str(i), 10.0, created=7.0, begun=9.0)
         t.finished(Request(str(i), Session("s")), 1.0, 2.0, 1.5)
-        assert len(t._ended) < 10
+        assert t._noted - t._sorted <= 10
         assert len(t._finished) < 10
     assert sum(t.histograms()["queue"]["p2d"].counts) == 35
     assert sum(t.histograms()["request_slack"][""].counts) == 35
@@ -106,3 +116,35 @@ def test_seconds_at_levels_add_up(first: int, path: list[tuple[float, int]], beg
 def test_seconds_at_levels() -> None:
     assert spent(3, [(2.0, 1), (5.0, 0)], 1.0, 6.0) == {3: 1.0, 1: 3.0, 0: 1.0}
     assert spent(3, [], 1.0, 6.0) == {3: 5.0}
+
+
+def test_the_latest_ones_are_remembered_and_the_others_counted() -> None:
+    t, session = Tally(), Session("s")
+    stream = Streams().open(session, CookieSelector(1), None)
+    columns: Deferred[Transfer] = Deferred(TRANSFER_COLUMNS)
+    names = [str(i) for i in range(TRANSFERS_KEPT + 1500)]
+    every = [Transfer(n, session, Stage.P2D, Request(n, session), None, stream) for n in names]
+    for transfer in every:
+        columns.add(transfer, stage=Stage.P2D, created=7.0, size=int(transfer.id))
+    assert columns.n == len(every)
+    for begin in range(0, len(every), 7000):
+        part = every[begin : begin + 7000]
+        t.ended(part, columns, np.arange(begin, begin + len(part), dtype=np.float64) + 8.0, delivered=True)
+    assert list(t.of_request("1499")) == []  # forgotten
+    for i in (1500, TRANSFERS_KEPT - 1, TRANSFERS_KEPT, TRANSFERS_KEPT + 1499):
+        (one,) = t.of_request(str(i))
+        assert (one.id, one.session, one.size, one.ended) == (str(i), "s", i, 8.0 + i)
+    assert sum(t.histograms()["wire"]["p2d"].counts) == len(every)
+
+
+def test_those_of_whom_nothing_is_known_are_left_out() -> None:
+    t, session = Tally(), Session("s")
+    stream = Streams().open(session, CookieSelector(1), None)
+    columns: Deferred[Transfer] = Deferred(TRANSFER_COLUMNS)
+    every = [Transfer(n, session, Stage.P2D, None, None, stream) for n in "abc"]
+    columns.add(every[0], created=1.0)
+    columns.add(every[2], created=3.0)
+    assert columns.n == 2
+    columns.add(every[1], created=2.0)  # not written yet
+    t.ended(every, columns, np.array([10.0, 20.0, 30.0]), delivered=True)
+    assert [(x.id, x.created, x.ended) for x in t.of_request("")] == [("a", 1.0, 10.0), ("c", 3.0, 30.0)]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transfers of streams that have been asked how far they are: which have arrived, and where the others stand.
+
+As columns, and all streams together, because there may be thousands of transfers, and nothing is struck out meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mfsd.engine.endings import REST, SLACK
+from mfsd.engine.records import Queue
+from mfsd.engine.slots import NS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
+    from mfsd.engine.records import Connection, Position, Stream, Transfer
+
+STALLED_S: Final = 1.0
+"""A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all: then
+its size was announced too large. Workers that pause within a transfer, to compute a layer, are quicker."""
+
+F8 = npt.NDArray[np.float64]
+B1 = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Looked:
+    """Streams, shape (k,), none of them empty, and their transfers, shape (n,), in the order of their queues."""
+
+    streams: list[Stream]
+    acked: F8
+    written: F8
+    """How far the processes have written."""
+    quiet: B1
+    """All that was written has been acknowledged."""
+    stalled: B1
+    """And nothing has left for STALLED_S."""
+    moved_ago: F8
+    """Seconds since the last acknowledgement came."""
+    transfers: list[Transfer]
+    rows: Rows
+    first: Rows
+    """Index of each stream's first transfer."""
+    of: Rows
+    """Index of each transfer's stream."""
+    ordered: B1
+    """By transfer, as are those below."""
+    handed: B1
+    """The worker said that all its bytes have been written."""
+    start: F8
+    end: F8
+    size: F8
+
+    @classmethod
+    def at(
+        cls,
+        books: Books,
+        connections: Connections,
+        known: Sequence[tuple[Stream, Mapping[Connection, Position]]],
+        now: float,
+    ) -> Self:
+        """What is known of streams, given where each of their members stands."""
+        streams, last_ns, t = [stream for stream, _ in known], connections.table.last_ns, books.transfers
+        acked, written = (
+            np.array([books.streams.total(s, told, what) for s, told in known]) for what in ("acked", "written")
+        )
+        last = np.array([max((int(last_ns[c.slot]) for c in told), default=0) for _, told in known])
+        quiet = acked + SLACK >= written
+        of = np.repeat(np.arange(len(streams)), [len(s.queue) for s in streams])
+        transfers = [x for s in streams for x in s.queue]
+        handed = np.fromiter((x.handed_over for x in transfers), np.bool_, len(transfers))
+        ordered = np.array([s.ordered for s in streams]).take(of)
+        # What is handed over stands first.
+        mixed = np.unique(of[1:][handed[1:] & ~handed[:-1] & (of[1:] == of[:-1]) & ordered[1:]])
+        if len(mixed):
+            for i in mixed.tolist():
+                streams[i].queue = Queue(sorted(streams[i].queue, key=lambda x: not x.handed_over))  # stable
+            transfers = [x for s in streams for x in s.queue]
+            handed = np.fromiter((x.handed_over for x in transfers), np.bool_, len(transfers))
+        rows = t.rows(transfers)
+        return cls(
+            streams=streams,
+            acked=acked,
+            written=written,
+            quiet=quiet,
+            stalled=quiet & (last < int((now - STALLED_S) * NS)),
+            moved_ago=np.array([min((p.quiet_s for p in told.values()), default=0.0) for _, told in known]),
+            transfers=transfers,
+            rows=rows,
+            first=np.searchsorted(of, np.arange(len(streams))),
+            of=of,
+            ordered=ordered,
+            handed=handed,
+            start=t.live("start")[rows],
+            end=t.live("end")[rows],
+            size=t.live("size")[rows],
+        )
+
+    def _part(self, i: int) -> slice:
+        """Of a stream's transfers."""
+        return slice(int(self.first[i]), int(self.first[i]) + len(self.streams[i].queue))
+
+    def missing(self, i: int) -> float:
+        """What has been announced on a stream and not been acknowledged."""
+        return float(self.end[self._part(i).stop - 1] - self.acked[i])
+
+    # --- where they are -----------------------------------------------------------------------------------------------
+
+    def correct(self, books: Books) -> None:
+        """What is handed over, and stands first, was written before anything else, and no further than ``written``."""
+        told = np.logical_or.reduceat(self.handed, self.first)
+        if not told.any():
+            return
+        loose = self.handed & ~self.ordered
+        self.end[loose] = np.minimum(self.end[loose], self.written.take(self.of[loose]))
+        wanted = told & self.ordered.take(self.first)
+        plain = wanted & np.logical_and.reduceat(self._in_place(), self.first)
+        self._clip(plain)
+        for i in np.flatnonzero(wanted & ~plain).tolist():
+            self._lay(i)
+        last = np.append(self.first[1:], len(self.end)) - 1
+        for i in np.flatnonzero(wanted).tolist():
+            self.streams[i].announced = float(self.end[last[i]])
+        t = books.transfers
+        t.live("start")[self.rows], t.live("end")[self.rows] = self.start, self.end
+
+    def _in_place(self) -> B1:
+        """Which transfers begin where the one before them ends, and are as long as they can be. The rule, by far."""
+        begin = np.roll(self.end, 1)
+        begin[self.first] = np.minimum.reduceat(self.start, self.first)
+        length = self.end - self.start
+        fits = np.where(self.handed, (length > 0) & (length <= self.size), length == self.size)
+        return np.asarray(fits & (self.start == begin))
+
+    def _clip(self, plain: B1) -> None:
+        """What ``_lay`` does, for streams of such transfers."""
+        some = plain.take(self.of)
+        begin = self.start.take(self.first)
+        limit = np.maximum(self.written, begin)
+        reach = np.maximum.reduceat(np.where(self.handed, self.end, -np.inf), self.first)
+        back = np.maximum(reach - limit, 0.0).take(self.of)  # by as much the others move forward
+        limits = limit.take(self.of)
+        for column in (self.start, self.end):
+            column[some] = np.where(self.handed, np.minimum(column, limits), column - back)[some]
+
+    def _lay(self, i: int) -> None:
+        """Lay the transfers of a stream one behind the other."""
+        part, written = self._part(i), float(self.written[i])
+        start, end, size = (column[part].tolist() for column in (self.start, self.end, self.size))
+        position = min(start)
+        for k, handed in enumerate(self.handed[part].tolist()):
+            start[k] = position
+            if handed:
+                reach = position + (min(size[k], end[k] - position) if end[k] > position else size[k])
+                position = min(reach, max(written, position))
+            else:
+                position += size[k]
+            end[k] = position
+        self.start[part], self.end[part] = start, end
+
+    # --- what has arrived ---------------------------------------------------------------------------------------------
+
+    def arrived(self, created: F8, now: float) -> B1:
+        """Which transfers have arrived; ``created``: when each was announced."""
+        acked = self.acked.take(self.of)
+        through = self.end <= acked + SLACK
+        nearly = self.stalled.take(self.of) & (self.start < acked) & (self.end - acked <= REST * self.size)
+        # Not if the daemon has been started meanwhile, and knows for a moment only.
+        nearly &= created < now - STALLED_S
+        whole = self.acked - self.start.take(self.first) + SLACK >= np.add.reduceat(self.size, self.first)
+        out: B1 = np.where(self.handed, self.quiet.take(self.of) | through, self.ordered & (through | nearly))
+        return out | (~self.ordered & whole.take(self.of))  # all that was announced has moved, in whatever order
+
+    def chosen(self, i: int, which: B1) -> list[Transfer]:
+        """Of a stream's transfers ``which``, shape (n,), names."""
+        part = self._part(i)
+        mine = which[part]
+        queue = self.transfers[part]
+        return queue if mine.all() else [queue[k] for k in np.flatnonzero(mine).tolist()]
