@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import socket
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from support.manager import managed
 from support.privileges import SETPRIV
 from support.rig import Daemon, Flow, flows, running, wait_for
 
 from mfsd.client import Stage, cookie_of
+from mfsd.daemon.predecessor import HOST
 from mfsd.datapath.bpf import yielding
 from mfsd.v1 import control_pb2 as pb
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 ON: Final = '[network]\nyield = "on"\nreplace = true\n'
 """The rig's connections choose cubic, which may not be the default here."""
+MOVED: Final = 4_000_000
+"""Bytes that a connection sends between two daemons: a sixth of a second at the link's rate."""
 AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
 pytestmark = pytest.mark.netns
@@ -67,6 +72,33 @@ def test_from_the_hint_to_the_socket_and_back(netns_pair: NetnsPair, tmp_path: P
             wait_for(lambda: ours() == before, "the algorithm to go")
             for flow in (*older, *newer):
                 wait_for(lambda flow=flow: algorithm(flow) == "cubic", "cubic again")  # type: ignore[misc]
+
+
+@needs_it
+def test_over_a_restart_they_go_on_yielding(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    """The algorithm's link goes with the old daemon; who runs it keeps it, and obeys what was decided last."""
+    before = ours()
+    with managed(tmp_path) as manager, flows(netns_pair, 1) as (flow,), contextlib.ExitStack() as stack:
+        daemon = Daemon(netns_pair, tmp_path, extra=ON)
+        daemon.manager = manager
+        stack.enter_context(running(daemon))
+        with daemon.client() as client:
+            client.mark(flow.sender, Stage.P2D)
+            assert client.flush(5)
+            flow.saturate()
+            name = wait_for(lambda: algorithm(flow) in ours() and algorithm(flow), "yielding")
+            wait_for(lambda: set(manager.stored) >= {HOST}, "the descriptors to be stored")
+            daemon.end(signal.SIGUSR1)
+            assert name not in ours()
+            arrived = flow.received
+            wait_for(lambda: flow.received > arrived + MOVED, "traffic without a daemon")
+            assert algorithm(flow) == name
+            daemon.start()
+            wait_for(lambda: algorithm(flow) in ours() - before, "the next one's")
+            wait_for(lambda: daemon.status().yielding, "a row of the band")
+        daemon.end(signal.SIGTERM)
+        wait_for(lambda: ours() == before, "the algorithm to go")
+        wait_for(lambda: algorithm(flow) == "cubic", "cubic again")
 
 
 def test_without_the_capability_it_runs_without(netns_pair: NetnsPair, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from support.manager import Manager
     from support.namespaces import NetnsPair
 
 RATE_MBIT: Final = 200
@@ -69,6 +70,8 @@ class Daemon:
         self.log = folder / "mfsd.log"
         self.write_config(extra)
         self.process: subprocess.Popen[bytes] | None = None
+        self.manager: Manager | None = None
+        """Who starts it, if it is to have a service manager."""
 
     def write_config(self, extra: str = "", *, mode: str = "enforce", daemon: str = "", policy: str = POLICY) -> None:
         """(Re)write the configuration file."""
@@ -91,9 +94,14 @@ rate = "{RATE_MBIT}mbit"
     def start(self) -> Daemon:
         """Start and wait until the health service says SERVING."""
         command = [sys.executable, "-m", "mfsd.daemon", "--config", str(self.config)]
+        environment, wrap, fds = ({}, (), ()) if self.manager is None else self.manager.start()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["ip", "netns", "exec", self.pair.a, *self.wrap, *command], stdout=log, stderr=log
+                ["ip", "netns", "exec", self.pair.a, *wrap, *self.wrap, *command],
+                stdout=log,
+                stderr=log,
+                env=os.environ | environment,
+                pass_fds=fds,
             )
         return self.serving()
 
