@@ -21,7 +21,7 @@ from mfsd.api import advice, columns, errors
 from mfsd.api.access import by_certificate, peer_of
 from mfsd.api.answers import SETTLE_S, Answer, Answers, drain
 from mfsd.api.identity import LASTING
-from mfsd.api.turns import Turn
+from mfsd.api.turns import LATELY_S, Lines, Turn
 from mfsd.logs import Seldom
 from mfsd.model import CookieSelector, HintError, MarkHint, ProgressHint, TransferHint
 from mfsd.v1 import hints_pb2 as pb
@@ -59,8 +59,6 @@ LOOK_S: Final = 0.1
 """A reply waits for a search of open connections no longer than this."""
 ROW: Final = -1
 """Instead of a hint's index: it was a row of columns."""
-LATELY_S: Final = 0.1
-"""There are others if they have sent something within that time."""
 
 log = structlog.get_logger(__name__)
 
@@ -91,12 +89,18 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         """What another host's daemon says of its way to an address: (there, that host)."""
         self._latest = self._before = ("", 0.0)
         """The session that has sent something last, the one before it, and when."""
+        self._lines = Lines()
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     async def apply(
         self, batch: pb.HintBatch, peer: Peer | None, *, alone: bool = False, lasting: bool = False
     ) -> Answer:
+        """Apply a batch when it is the turn of the peer's user; see _apply."""
+        async with self._lines.turn(-1 if peer is None else peer.uid) as turn:
+            return await self._apply(batch, peer, turn, alone=alone, lasting=lasting)
+
+    async def _apply(self, batch: pb.HintBatch, peer: Peer | None, turn: Turn, *, alone: bool, lasting: bool) -> Answer:
         """Apply a batch that ``peer`` says. Raises HintError or errors.Refused if no part of it can be.
 
         ``alone``: the peer waits for the answer before it says more. Others have their turn when it takes long.
@@ -114,9 +118,9 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         )
         reply, rejected = answer.reply, 0
         if batch.hints:
-            rejected += await self._singly(batch, answer, now)
+            rejected += await self._singly(batch, answer, turn, now)
         if steps:
-            rejected += await self._progress(batch.progress, answer, now)
+            rejected += await self._progress(batch.progress, answer, turn, now)
         if rows:
             rejected += self._transfers(batch.transfers, answer, now)
         reply.accepted = size - rejected
@@ -170,9 +174,9 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             peer.sessions = [s for s in peer.sessions if sessions.get(s.name) is s] + [session]
         return session
 
-    async def _singly(self, batch: pb.HintBatch, answer: Answer, now: float) -> int:
+    async def _singly(self, batch: pb.HintBatch, answer: Answer, turn: Turn, now: float) -> int:
         """Apply hints one by one; how many were rejected."""
-        turn, engine, index, hints = Turn(), self.engine, 0, batch.hints
+        engine, index, hints = self.engine, 0, batch.hints
         while index < len(hints):
             if answer.session.over:
                 raise _ended(answer.session)
@@ -216,14 +220,13 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if watch is not None and (isinstance(hint, MarkHint) or (watch.since == now and not watch.looked)):
             answer.fresh.setdefault(watch, index)
 
-    async def _progress(self, message: pb.ProgressColumns, answer: Answer, now: float) -> int:
+    async def _progress(self, message: pb.ProgressColumns, answer: Answer, turn: Turn, now: float) -> int:
         """Apply progress by columns; how many rows were rejected."""
         part, rejected = pb.Rejection.PROGRESS, 0
         try:
             hints = list(columns.progress(self.decoder, message, now))
         except HintError as e:
             return _whole(answer.reply, part, len(message.batch_ids), e)
-        turn = Turn()
         for row, hint in enumerate(hints):
             if turn.over:
                 await turn.give(contended=self._contended(answer.session.name))

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns on the event loop: whoever has much to say gives way to others."""
+"""Turns on the event loop: whoever has much to say gives way to others, in one batch or in many at a time."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from typing import Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 from mfsd.api.answers import SETTLE_S
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 TURN_S: Final = 0.001
 """A batch is applied for so long before others have their turn."""
 REST: Final = 3.0
 """So many times as long it waits then, if there are others: their calls take several rounds of the loop."""
+LATELY_S: Final = 0.1
+"""There are others if they have sent something within that time."""
+LINES: Final = 64
+"""Users that are remembered, besides those with something to say."""
 
 
 class Turn:
@@ -22,12 +31,93 @@ class Turn:
         self._since = time.perf_counter()
 
     @property
+    def took(self) -> float:
+        """Seconds of this stretch."""
+        return time.perf_counter() - self._since
+
+    @property
     def over(self) -> bool:
         """It has taken that long."""
-        return time.perf_counter() - self._since > TURN_S
+        return self.took > TURN_S
 
     async def give(self, *, contended: bool) -> None:
         """Let others have theirs."""
-        took = time.perf_counter() - self._since
+        took = self.took
         await asyncio.sleep(min(REST * took, SETTLE_S) if contended else 0)
         self._since = time.perf_counter()
+
+
+@dataclass(slots=True)
+class _Line:
+    """Batches of one user."""
+
+    credit: float = TURN_S
+    """Seconds that they may take now; they earn one for each REST of others."""
+    at: float = 0.0
+    """When that was reckoned."""
+    heard: float = 0.0
+    """When one came last."""
+    waiting: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def earn(self, now: float) -> None:
+        self.credit = min(self.credit + (now - self.at) / (1 + REST), TURN_S)
+        self.at = now
+
+
+class Lines:
+    """While several users have something to say, each's batches are applied one after the other, with rests.
+
+    However many sessions and streams a user has, others find the loop free for most of the time. Who is alone waits for
+    nobody.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[int, _Line] = {}
+
+    @contextlib.asynccontextmanager
+    async def turn(self, uid: int) -> AsyncIterator[Turn]:
+        """It is that user's turn; the last stretch of the turn is what it costs."""
+        now = time.perf_counter()
+        line = self._of(uid)
+        line.heard = now
+        line.waiting += 1
+        try:
+            if self._others(line, now):
+                async with line.lock:
+                    await self._earned(line)
+                    async with self._charged(line) as turn:
+                        yield turn
+            else:
+                async with self._charged(line) as turn:
+                    yield turn
+        finally:
+            line.waiting -= 1
+
+    def _of(self, uid: int) -> _Line:
+        line = self._lines.get(uid)
+        if line is None:
+            if len(self._lines) > LINES:
+                self._lines = {u: known for u, known in self._lines.items() if known.waiting}
+            line = self._lines[uid] = _Line(at=time.perf_counter())
+        return line
+
+    def _others(self, line: _Line, now: float) -> bool:
+        return any(other is not line and now - other.heard < LATELY_S for other in self._lines.values())
+
+    async def _earned(self, line: _Line) -> None:
+        """Wait until there is something to spend, or nobody else is there."""
+        line.earn(time.perf_counter())
+        while line.credit <= 0 and self._others(line, line.at):
+            await asyncio.sleep(min(-line.credit * (1 + REST), SETTLE_S))
+            line.earn(time.perf_counter())
+
+    @staticmethod
+    @contextlib.asynccontextmanager
+    async def _charged(line: _Line) -> AsyncIterator[Turn]:
+        turn = Turn()
+        try:
+            yield turn
+        finally:
+            line.earn(time.perf_counter())
+            line.credit -= turn.took

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose batches are applied when several users have some."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from mfsd.api.turns import LINES, REST, TURN_S, Lines
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    import pytest
+
+HOSTILE, HONEST = 1, 2
+MANY = 50
+
+
+def work(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+
+async def batches(lines: Lines, uid: int, count: int, seconds: float, done: list[int]) -> None:
+    for _ in range(count):
+        async with lines.turn(uid):
+            work(seconds)
+            done.append(uid)
+        await asyncio.sleep(0)
+
+
+async def together(*parts: Coroutine[None, None, None]) -> None:
+    await asyncio.gather(*parts)
+
+
+def test_many_streams_of_a_user_have_one_turn_between_two_of_anothers() -> None:
+    lines, done = Lines(), list[int]()
+    hostile = [batches(lines, HOSTILE, 20, TURN_S, done) for _ in range(MANY)]
+    honest = batches(lines, HONEST, 10, TURN_S / 10, done)
+    asyncio.run(asyncio.wait_for(together(honest, *hostile), 60))
+    mine = [i for i, uid in enumerate(done) if uid == HONEST]
+    assert len(done) == 20 * MANY + 10
+    assert mine[-1] < MANY + 30  # the first turns of the streams may come before anybody knows of others
+
+
+def test_who_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, sleep = list[float](), asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    lines, done = Lines(), list[int]()
+    asyncio.run(together(*(batches(lines, HOSTILE, 2, TURN_S, done) for _ in range(MANY))))
+    assert not any(waits)
+    both = [(uid, MANY) for uid in (HOSTILE, HONEST)]
+    asyncio.run(together(*(batches(lines, uid, count, TURN_S, done) for uid, count in both)))
+    assert any(waits)
+
+
+def test_a_failure_and_a_caller_that_goes_give_the_turn_back() -> None:
+    lines, done = Lines(), list[int]()
+
+    async def fail() -> None:
+        async with lines.turn(HOSTILE):
+            raise ValueError
+
+    async def stay() -> None:
+        async with lines.turn(HOSTILE):
+            await asyncio.sleep(60)
+
+    async def body() -> None:
+        await batches(lines, HONEST, 1, 0.0, done)
+        await asyncio.gather(fail(), return_exceptions=True)
+        gone = asyncio.create_task(stay())
+        waits = asyncio.create_task(stay())
+        await asyncio.sleep(0)
+        waits.cancel()
+        gone.cancel()
+        await asyncio.gather(gone, waits, return_exceptions=True)
+        await batches(lines, HONEST, 1, 0.0, done)
+        await batches(lines, HOSTILE, 3, TURN_S, done)
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+    assert done.count(HOSTILE) == 3
+    assert not any(line.waiting or line.lock.locked() for line in lines._lines.values())
+
+
+def test_users_that_say_nothing_more_are_forgotten() -> None:
+    lines, done = Lines(), list[int]()
+    for uid in range(3 * LINES):
+        asyncio.run(batches(lines, uid, 1, 0.0, done))
+    assert len(lines._lines) <= LINES + 1
+    assert REST > 1  # others have more of the loop than whoever says most
