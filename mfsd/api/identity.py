@@ -21,7 +21,7 @@ import socket
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +41,18 @@ TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
 """Metadata of a call."""
 LASTING: Final = "mfsd-lasting"
 """Metadata of an operator's single call: what it says outlives the connection that the token was given on."""
+BACKLOG: Final = 1024
+"""Connections that wait to be accepted."""
+AT_ONCE: Final = 8
+"""Of them, accepted before others have their turn on the loop; each takes up to some tenths of a millisecond."""
+REFUSED_S: Final = 0.002
+"""Nobody is accepted for so long once somebody has been refused: he comes again at once."""
+ACCEPT_AGAIN_S: Final = 0.5
+"""Until the next try when there was no descriptor."""
+PER_S: Final = 32
+"""New connections of a user, once as many as it may have have come at once."""
+PACES: Final = 256
+"""Users whose pace is remembered."""
 RESERVED: Final = 16
 """Connections that operators may have when all others are taken."""
 USERS: Final = 4
@@ -89,6 +101,16 @@ class Peer:
     gone: bool = False
 
 
+@dataclass(slots=True)
+class _Pace:
+    """How often a user connects."""
+
+    left: float
+    """Times that it may now."""
+    at: float
+    """When that was reckoned."""
+
+
 class Identities:
     """Serves the socket and knows its peers. ``ended`` is called when one is gone."""
 
@@ -101,7 +123,9 @@ class Identities:
         self.ended = ended
         self._peers: dict[str, Peer] = {}
         self._by_uid: Counter[int] = Counter()
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._coming: set[asyncio.Task[Any]] = set()
+        self._paces: dict[int, _Pace] = {}
         self.open: set[asyncio.Transport] = set()
 
     def __len__(self) -> int:
@@ -113,18 +137,71 @@ class Identities:
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve a listening socket until ``close``, which closes it."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _Connection(self), sock=listener)
+        listener.listen(BACKLOG)
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener, self._accept)
 
     def close(self) -> None:
         """Stop, and hang up. Idempotent."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
         for transport in self.open:
             transport.abort()
 
     # --- connections --------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        """Take some of those who wait; the others when others on the loop have had their turn."""
+        loop, listener, refused = asyncio.get_running_loop(), self._listener, 0
+        for _ in range(AT_ONCE):
+            if listener is None:
+                return
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:  # no descriptors: it would be called again at once, and again
+                self._pause(ACCEPT_AGAIN_S)
+                return
+            sock.setblocking(False)
+            uid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1]
+            if self._too_fast(uid, loop.time()):
+                with sock, contextlib.suppress(OSError):
+                    sock.send(f"!user {uid} connects too often\n".encode())
+                refused += 1
+                continue
+            coming = loop.create_task(loop.connect_accepted_socket(lambda: _Connection(self), sock))
+            self._coming.add(coming)
+            coming.add_done_callback(self._coming.discard)
+        if refused:
+            self._pause(REFUSED_S)
+
+    def _pause(self, seconds: float) -> None:
+        if self._listener is not None:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(seconds, self._listen)
+
+    def _listen(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _too_fast(self, uid: int, now: float) -> bool:
+        """A user has connected more often than PER_S, and its burst is used up."""
+        if self.rights.superuser(uid):
+            return False
+        pace = self._paces.get(uid)
+        if pace is None:
+            if len(self._paces) > PACES:
+                self._paces = {u: p for u, p in self._paces.items() if now - p.at < self.limit / PER_S}
+            pace = self._paces[uid] = _Pace(self.limit, now)
+        pace.left, pace.at = min(pace.left + (now - pace.at) * PER_S, self.limit), now
+        if pace.left < 1:
+            return True
+        pace.left -= 1
+        return False
 
     def admit(self, pid: int, uid: int, groups: frozenset[int] = frozenset()) -> Peer | str:
         """A peer with a token, or why not. An operator is let in beyond the limit: somebody must be able to look."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 from support.daemons import Running, wait_for
+from support.exhausted import no_descriptors
 from support.rig import as_user
 
 from mfsd.api.room import EACH
@@ -147,6 +148,45 @@ def test_the_newest_connections_beyond_a_users_part_are_hung_up_on(start: Callab
     assert not any(over(one) for one in ours)
     for one in strangers + ours:
         one.close()
+
+
+@pytest.mark.root
+def test_who_connects_again_and_again_is_told_to_wait_and_others_are_not(start: Callable[..., Running]) -> None:
+    running = start(limits={"max_sessions_per_user": 8})
+    path = running.socket.with_name("mfsd.sock.id")
+    path.chmod(0o777)
+    for folder in path.parents[:3]:
+        folder.chmod(folder.stat().st_mode | 0o755)
+
+    def answers(uid: int) -> list[bytes]:
+        out = []
+        for _ in range(200):
+            with as_user(uid):
+                one = socket.socket(socket.AF_UNIX)
+                one.connect(str(path))
+            with one:
+                out.append(one.recv(200))
+        return out
+
+    strangers = answers(NOBODY)
+    assert strangers[0][:1] != b"!"
+    assert f"!user {NOBODY} connects too often\n".encode() in strangers
+    assert not any(b"too often" in answer for answer in answers(0))
+    wait_for(lambda: not len(running.daemon._identities))
+
+
+def test_without_descriptors_accepting_is_tried_again_in_peace(
+    running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with no_descriptors(1):
+        one = socket.socket(socket.AF_UNIX)
+        one.settimeout(20)
+        one.connect(f"{running.socket}.id")
+        time.sleep(0.2)
+        assert len(running.daemon._identities) == 0
+    with one:
+        assert len(one.recv(100)) == 33
+    assert "Traceback" not in capsys.readouterr().out
 
 
 # --- reload -----------------------------------------------------------------------------------------------------------
