@@ -5,18 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import grp
-import os
-import pwd
 import socket
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
 from mfsd.cli.errors import CliError, NotPermittedError, UnreachableError
-from mfsd.client.introduction import introduced
+from mfsd.client.introduction import introduced, who_may
 from mfsd.v1 import control_pb2_grpc
 
 if TYPE_CHECKING:
@@ -80,28 +76,11 @@ def _probe(path: str) -> None:
                 "`mfsctl restore` puts the qdiscs back"
             ) from None
         except PermissionError:
-            raise NotPermittedError(f"you may not use {path}{_owner(path)}") from None
+            raise NotPermittedError(f"you may not use {path}{who_may(path)}; root may") from None
         except OSError as e:
             fix = "give --socket the path of mfsd's socket" if e.errno in (errno.ENOTSOCK, errno.ENOTDIR) else ""
             why = "it is too long for a unix socket" if e.errno is None else e.strerror or str(e)
             raise UnreachableError(f"can't connect to {path}: {why}" + (f"; {fix}" if fix else "")) from None
-
-
-def _owner(path: str) -> str:
-    """Who may use a socket, in words, as far as one can see from here."""
-    try:
-        info = Path(path).stat()
-    except OSError:
-        return ": its folder is closed to you; run mfsctl as root"
-    try:
-        group = grp.getgrgid(info.st_gid).gr_name
-        owner = pwd.getpwuid(info.st_uid).pw_name
-    except KeyError:
-        group, owner = str(info.st_gid), str(info.st_uid)
-    text = f" (owner {owner}, group {group}, mode {stat.S_IMODE(info.st_mode):04o}); run mfsctl as {owner}"
-    if info.st_mode & stat.S_IWGRP and info.st_gid not in os.getgroups():
-        text += f", or join the group: usermod -aG {group} <user>"
-    return text
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ def who_may(path: str) -> str:
     try:
         info = Path(path).stat()
     except OSError:
-        return ": its folder is closed to it"
+        return ": its folder is closed"
     owner, group, user = str(info.st_uid), str(info.st_gid), str(os.geteuid())
     with contextlib.suppress(KeyError):
         owner = pwd.getpwuid(info.st_uid).pw_name

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mfsd.host.netlink import NetlinkSocket
 
 # include/uapi/linux/rtnetlink.h
-_NEWLINK: Final = 16
 _DELLINK: Final = 17
 _GETLINK: Final = 18
 _SETLINK: Final = 19

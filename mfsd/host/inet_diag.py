@@ -35,20 +35,6 @@ ESTABLISHED, SYN_SENT, SYN_RECV, FIN_WAIT1, FIN_WAIT2, TIME_WAIT, CLOSE, CLOSE_W
 )
 """Socket states, include/net/tcp_states.h. A connected UDP socket is ESTABLISHED."""
 
-STATE_NAMES: Final = {
-    ESTABLISHED: "established",
-    SYN_SENT: "syn-sent",
-    SYN_RECV: "syn-recv",
-    FIN_WAIT1: "fin-wait-1",
-    FIN_WAIT2: "fin-wait-2",
-    TIME_WAIT: "time-wait",
-    CLOSE: "close",
-    CLOSE_WAIT: "close-wait",
-    LAST_ACK: "last-ack",
-    LISTEN: "listen",
-    CLOSING: "closing",
-}
-
 _ID: Final = "HH16s16sIII"  # sport, dport (both network order), src, dst, ifindex, cookie low, cookie high
 _REQUEST: Final = struct.Struct(f"=4BI{_ID}")  # inet_diag_req_v2
 _LOOKUP: Final = nl.request(SOCK_DIAG_BY_FAMILY, 0, bytes(_REQUEST.size))[: nl.HEADER.size]

@@ -67,8 +67,7 @@ class TcpProgress:
     side has opened the connection, plus 1 for an acknowledged FIN. So compare differences of one socket; that
     ``bytes_acked + unsent_plus_unacked`` grows exactly by what the process writes (and by 1 for the FIN) always holds.
     ``notsent`` is the part of ``unsent_plus_unacked`` that was never handed to the device. ``total_retrans`` counts
-    segments, ``cwnd`` is in segments, ``state`` as in include/net/tcp_states.h (`inet_diag.STATE_NAMES`);
-    ``last_sent_ms`` is the time since data were sent last, ``last_ack_ms`` since the last acknowledgement came.
+    segments. ``last_sent_ms`` is the time since data were sent last, ``last_ack_ms`` since the last acknowledgement.
     ``busy_us`` is for how long there has been something to send or to be acknowledged, of it ``rwnd_limited_us`` with
     the receiver's window closed and ``sndbuf_limited_us`` with too small a send buffer; ``app_limited``: the process
     gave too little when the rate was measured last; ``slow_start``: no loss or delay has ended it yet; ``queued`` is
@@ -81,8 +80,6 @@ class TcpProgress:
     notsent: int
     total_retrans: int
     rto_us: int
-    cwnd: int
-    state: int
     last_ack_ms: int
     last_sent_ms: int
     busy_us: int
@@ -202,8 +199,6 @@ class SocketResolver:
                 tcp.notsent,
                 tcp.total_retrans,
                 tcp.rto_us,
-                tcp.snd_cwnd,
-                row.state,
                 tcp.last_ack_ms,
                 tcp.last_sent_ms,
                 tcp.busy_us,

@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.client import Client, Stage
 from mfsd.lab.hosts.governor import Governor
@@ -119,12 +119,10 @@ class Outcome:
 class Link:
     """Two hosts and the link between them under an arm. A context manager. Raises LabError."""
 
-    def __init__(self, fabric: Fabric, arm: Arm, tables: Mapping[str, Any] | None = None) -> None:
-        """``tables``: of the daemon's configuration, beside the policy's name."""
+    def __init__(self, fabric: Fabric, arm: Arm) -> None:
         self.arm = arm
         self.governor: Governor | None = None
         self._source, self._sink = (fabric.hosts[name] for name in HOSTS)
-        self._tables = dict(tables or {})
         self._stack = contextlib.ExitStack()
         self._number = itertools.count()
 
@@ -134,10 +132,9 @@ class Link:
                 plain_link(self._source, RATE)
                 stack.callback(remove_link, self._source)
             else:
-                if self.arm is not Arm.DEFAULT:
-                    self._tables["policy"] = {"name": self.arm.value}
+                tables = {} if self.arm is Arm.DEFAULT else {"policy": {"name": self.arm.value}}
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mfsd-")))
-                self.governor = stack.enter_context(Governor(self._source, directory, RATE, self._tables))
+                self.governor = stack.enter_context(Governor(self._source, directory, RATE, tables))
             self._player = stack.enter_context(Player(self._source, self._sink))
             target = "" if self.governor is None else self.governor.target
             self._client = stack.enter_context(Client("noharm", target))

@@ -70,8 +70,6 @@ class Trial:
     """None: not within the time watched."""
     first_ms: float | None
     """First byte after the promotion."""
-    leaked: int
-    """Bytes that arrived while it was to be starved (last 10 ms before the promotion)."""
     retransmitted: int
     """Segments of the promoted flow within ``settle``."""
     rtos: int
@@ -177,12 +175,10 @@ class _Series:
             time.sleep(s.watch - s.settle)
         _, arrivals = self.bulk.received()
         self.client.mark(self.bulk.sockets[flow], Stage.P2D)
-        just_before = (arrivals[:, 0] >= promoted_ns - 10 * NS_PER_MS) & (arrivals[:, 0] < promoted_ns)
         moved = arrivals[arrivals[:, 0] >= promoted_ns, 0]
         return Trial(
             latency_ms=latency_ms(arrivals, promoted_ns, s.rate),
             first_ms=float(moved[0] - promoted_ns) / NS_PER_MS if len(moved) else None,
-            leaked=int(arrivals[just_before, 1].sum()),
             retransmitted=later[flow].retransmitted - info[flow].retransmitted,
             rtos=later[flow].rtos - info[flow].rtos,
             bystander_rtos=sum(later[i].rtos - info[i].rtos for i in others),

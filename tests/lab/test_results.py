@@ -238,8 +238,8 @@ def test_the_demos_page_is_self_contained_and_tells_figures_and_settings(tmp_pat
 
 
 def test_a_promotion_that_never_came_is_not_given_a_number() -> None:
-    never = Trial(None, None, 0, 0, 0, 0, 0.0)
-    soon = Trial(3.0, 3.5, 0, 90, 0, 0, 0.0)
+    never = Trial(None, None, 0, 0, 0, 0.0)
+    soon = Trial(3.0, 3.5, 90, 0, 0, 0.0)
     plain = demo.promotions([never, soon, never], 2.0)
     assert (plain["promotion_p50_ms"], plain["promotion_censored"]) == (2000, 2)
     base = summary(demo_cell(WORK, {}, [])[0])

@@ -341,7 +341,7 @@ def test_who_may_not_use_the_socket_is_told_once(running: Running, closed: str) 
     if closed == "socket":
         assert line.endswith("join the group (usermod -aG root nobody) and start it again")
     else:
-        assert line.endswith("its folder is closed to it")
+        assert line.endswith("its folder is closed")
 
 
 def test_a_daemon_that_stays_away_is_told_once(

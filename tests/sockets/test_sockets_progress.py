@@ -70,10 +70,8 @@ def test_acked_bytes_are_exact(net: Net, resolver: SocketResolver, host: str, fa
         )
     assert progress(resolver, accepted).bytes_acked == 0
     state = progress(resolver, client)
-    assert state.state == inet_diag.ESTABLISHED
     assert state.notsent == 0
     assert state.total_retrans == 0
-    assert state.cwnd >= 1
     assert 1000 <= state.rto_us <= 120_000_000
 
 
@@ -107,13 +105,10 @@ def test_sockets_that_are_gone_are_absent(net: Net, resolver: SocketResolver) ->
     reset[0].close()
     closed[0].close()  # TIME_WAIT
     closed[1].close()
-    shut[0].shutdown(socket.SHUT_WR)  # FIN_WAIT2 once the FIN is acknowledged: bytes acked can still be asked for
-    alive = wait_for(
-        lambda: resolver.tcp_progress(asked), lambda found: told(found[asked[2][0]]).state == inet_diag.FIN_WAIT2
-    )
+    shut[0].shutdown(socket.SHUT_WR)  # once the FIN is acknowledged, too, bytes acked (SYN and FIN) can be asked for
+    alive = wait_for(lambda: resolver.tcp_progress(asked), lambda found: told(found[asked[2][0]]).bytes_acked == 2)
     assert set(alive) == {c for c, _ in asked[1:]}
     assert [c for c, progress in alive.items() if progress is None] == [asked[1][0]], "over, and all acknowledged"
-    assert told(alive[asked[2][0]]).bytes_acked == 2  # SYN and FIN
 
 
 def test_a_reused_tuple_is_another_socket(net: Net, resolver: SocketResolver) -> None:

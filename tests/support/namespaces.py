@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import os
 import secrets
 import subprocess
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 CLONE_NEWNET: Final = 0x40000000
 T = TypeVar("T")
+
+
+def in_thread(function: Callable[[], T]) -> T:
+    """Run a function in a thread of its own, whatever it does to that one; its exception comes back, too."""
+    with concurrent.futures.ThreadPoolExecutor(1) as one:
+        return one.submit(function).result()
 
 
 def _setns(fd: int) -> None:
@@ -54,22 +60,12 @@ class NetnsPair:
 
     def call(self, name: str, function: Callable[[], T]) -> T:
         """Run a function in a namespace, in a thread of its own; its exception comes back, too."""
-        result: list[T] = []
-        failure: list[BaseException] = []
 
-        def body() -> None:
-            try:
-                with self.inside(name):
-                    result.append(function())
-            except BaseException as e:  # noqa: BLE001 - handed to the caller
-                failure.append(e)
+        def body() -> T:
+            with self.inside(name):
+                return function()
 
-        thread = threading.Thread(target=body)
-        thread.start()
-        thread.join()
-        if failure:
-            raise failure[0]
-        return result[0]
+        return in_thread(body)
 
     def run(self, name: str, command: str) -> str:
         """Run a shell command in a namespace and return what it printed."""

@@ -7,9 +7,10 @@ import ctypes
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
+
+from support.namespaces import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,22 +30,12 @@ SETPRIV: Final = tuple(f"--{which}=-all,+bpf,+net_admin" for which in ("bounding
 
 def call_with(capabilities: frozenset[int], function: Callable[[], T]) -> T:
     """Call something in a thread that has only these capabilities (they are per thread); hands on its exception."""
-    result: list[T] = []
-    failure: list[BaseException] = []
 
-    def body() -> None:
-        try:
-            _keep(capabilities)
-            result.append(function())
-        except BaseException as e:  # noqa: BLE001 - handed to the caller
-            failure.append(e)
+    def body() -> T:
+        _keep(capabilities)
+        return function()
 
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
+    return in_thread(body)
 
 
 def do_all_with_two(pair: NetnsPair, *loader: str) -> None:

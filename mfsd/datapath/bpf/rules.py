@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mfsd.model import Address, Network, PortRange
 
 NOBODY: Final = bytes(16)
-ALL: Final = b"\xff" * 16
 _TOO_MANY: Final = 0xFFFF
 
 
