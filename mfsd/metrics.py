@@ -39,7 +39,7 @@ class Metric:
 DEVICE: Final = ("device",)
 BAND: Final = ("device", "band")
 STAGE: Final = ("stage",)
-USER: Final = ("user",)
+USER_STAGE: Final = ("user", "stage")
 USER_DEVICE: Final = ("user", "device")
 
 METRICS: Final = (
@@ -88,8 +88,12 @@ METRICS: Final = (
     Metric(
         "user_requests_ended", "counter", "Requests of a user's sessions; result: met or missed.", ("user", "result")
     ),
-    Metric("user_least_laxity_seconds", "gauge", "Least laxity of a user's transfers.", USER),
-    Metric("user_transfers", "gauge", "Announced transfers of a user that are not finished.", USER),
+    Metric(
+        "user_transfers_ended", "counter", "Transfers of a user's sessions that had a deadline and were not cancelled "
+        "before it; result: met or missed.", ("user", "stage", "result"),
+    ),
+    Metric("user_least_laxity_seconds", "gauge", "Least laxity of a user's transfers.", USER_STAGE),
+    Metric("user_transfers", "gauge", "Announced transfers of a user that are not finished.", USER_STAGE),
     Metric("user_moved_bytes_per_second", "gauge", "What a user's hinted connections move.", USER_DEVICE),
     Metric("user_urgent_bytes_per_second", "gauge", "Of it above unhinted traffic.", USER_DEVICE),
     Metric("user_allowed_bytes_per_second", "gauge", "How much of that is allowed now; 0: any.", USER_DEVICE),

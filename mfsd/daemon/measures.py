@@ -169,26 +169,34 @@ def _transfers(engine: Engine, now: float) -> Values:
         out["transfers_left_bytes"].append((label, float(t.left[of].sum())))
         if len(timed):
             out["least_laxity_seconds"].append((label, float(timed.min())))
-    return out | _users(engine, laxity)
+    return out | _users(engine, laxity, t.stage)
 
 
-def _users(engine: Engine, laxity: npt.NDArray[np.float64]) -> Values:
-    """By user of the session: transfers and their laxity, requests that ended."""
-    known = engine.books.tally.users
+def _users(engine: Engine, laxity: npt.NDArray[np.float64], stages: npt.NDArray[np.uint8]) -> Values:
+    """By user of the session: transfers and their laxity by stage, and what ended."""
+    tally = engine.books.tally
     uids = np.array([transfer.session.uid for transfer in engine.books.transfers.objects], dtype=np.int64)
-    out: Values = {"user_transfers": [], "user_least_laxity_seconds": [], "user_requests_ended": []}
+    names = ("user_transfers", "user_least_laxity_seconds", "user_requests_ended", "user_transfers_ended")
+    out: Values = {name: [] for name in names}
     unique, count = np.unique(uids, return_counts=True)
     listed = unique[np.argsort(-count, kind="stable")][:USERS_KEPT].tolist()
     groups = [(str(uid), uids == uid) for uid in listed]
     if len(unique) > len(listed):
         groups.append((OTHER, ~np.isin(uids, listed)))
     for user, of in groups:
-        out["user_transfers"].append(((user,), int(of.sum())))
-        if np.isfinite(laxity[of]).any():
-            out["user_least_laxity_seconds"].append(((user,), float(laxity[of].min())))
-    for uid, (late, met) in known.items():
+        for stage in _STAGES:
+            these = of & (stages == stage)
+            if these.any():
+                where, timed = (user, stage.name.lower()), laxity[these & np.isfinite(laxity)]
+                out["user_transfers"].append((where, int(these.sum())))
+                if len(timed):
+                    out["user_least_laxity_seconds"].append((where, float(timed.min())))
+    for uid, (late, met) in tally.users.items():
         user = OTHER if uid is None else str(uid)
         out["user_requests_ended"] += [((user, "met"), met), ((user, "missed"), late)]
+    for (uid, stage), (late, met) in tally.due().items():
+        where = (OTHER if uid is None else str(uid), stage.name.lower())
+        out["user_transfers_ended"] += [((*where, "met"), met), ((*where, "missed"), late)]
     return out
 
 

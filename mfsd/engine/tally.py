@@ -37,7 +37,7 @@ _COLUMNS: Final = ("stage", "size", "created", "begun", "deadline", "first_level
 """Of a transfer's columns: those that are remembered."""
 _NOTED: Final = np.dtype([
     ("stage", "u1"), ("size", "f8"), ("created", "f8"), ("begun", "f8"), ("deadline", "f8"), ("first_level", "i2"),
-    ("ended", "f8"), ("delivered", "?"),
+    ("ended", "f8"), ("delivered", "?"), ("uid", "i8"),
 ])  # fmt: skip
 
 
@@ -140,6 +140,9 @@ class Tally:
         self._request_slack = Histogram(SLACK)
         self.users: dict[int | None, list[int]] = {}
         """Requests late and in time by user; None: all users beyond the first ones."""
+        self._due: dict[tuple[int | None, Stage], list[int]] = {}
+        """The same of transfers, by stage, too."""
+        self._listed: set[int] = set()
         self._rescue = Histogram(SECONDS)
 
     # --- noting -------------------------------------------------------------------------------------------------------
@@ -172,6 +175,7 @@ class Tally:
         for name, value in zip(_COLUMNS, values, strict=True):
             self._transfers[name][rows] = value
         self._transfers["ended"][rows], self._transfers["delivered"][rows] = at, delivered
+        self._transfers["uid"][rows] = [t.session.uid for t in transfers]
         for row, t in zip(rows.tolist(), transfers, strict=True):
             self._names[row], self._sessions[row], self._paths[row] = t.id, t.session.name, t.path
             self._requests[row] = "" if t.request is None else t.request.id
@@ -181,15 +185,30 @@ class Tally:
         """A request is about to be struck out."""
         one = EndedRequest(request.id, request.session.name, arrival, deadline, at)
         self.requests.append(one)
-        uid = request.session.uid
-        known = uid if uid in self.users or len(self.users) < USERS_KEPT else None
-        self.users.setdefault(known, [0, 0])[at <= deadline] += 1
+        self.users.setdefault(self._user(request.session.uid), [0, 0])[at <= deadline] += 1
         self._finished.append(one)
         if len(self._finished) >= UNSORTED_MAX:
             self._sort()
 
+    def _user(self, uid: int) -> int | None:
+        """None, where others have been there first."""
+        if len(self._listed) < USERS_KEPT:
+            self._listed.add(uid)
+        return uid if uid in self._listed else None
+
+    def _count_due(self, t: npt.NDArray[Any]) -> None:
+        """Rows of _NOTED, not counted yet."""
+        timed = t[(t["deadline"] < INF) & (t["delivered"] | (t["ended"] > t["deadline"]))]
+        met = timed["ended"] <= timed["deadline"]
+        for uid, stage in np.unique(timed[["uid", "stage"]]).tolist():
+            of = (timed["uid"] == uid) & (timed["stage"] == stage)
+            count = self._due.setdefault((self._user(uid), Stage(stage)), [0, 0])
+            count[0] += int((of & ~met).sum())
+            count[1] += int((of & met).sum())
+
     def _sort(self) -> None:
         rows = np.arange(self._sorted, self._noted) % TRANSFERS_KEPT
+        self._count_due(self._transfers[rows])
         rows = rows[self._transfers["delivered"][rows]]
         self._sorted = self._noted
         every = self._transfers[rows]
@@ -218,13 +237,21 @@ class Tally:
         }
         return out | {"request_slack": {"": self._request_slack.copy()}, "rescue": {"": self._rescue.copy()}}
 
+    def due(self) -> dict[tuple[int | None, Stage], tuple[int, int]]:
+        """Transfers that had a deadline, by user (None: all beyond the first ones) and stage: late, and in time.
+
+        Those that were cancelled before it are neither.
+        """
+        self._sort()
+        return {key: (late, met) for key, (late, met) in self._due.items()}
+
     def of_request(self, request: str) -> Iterator[EndedTransfer]:
         """Its transfers that are over, as far as they are remembered, oldest first."""
         for n in range(max(self._noted - TRANSFERS_KEPT, 0), self._noted):
             row = n % TRANSFERS_KEPT
             if self._requests[row] != request:
                 continue
-            stage, size, created, begun, deadline, first, ended, delivered = self._transfers[row].item()
+            stage, size, created, begun, deadline, first, ended, delivered, _ = self._transfers[row].item()
             yield EndedTransfer(
                 self._names[row], self._sessions[row], request, Stage(stage), size, created, begun, ended, delivered,
                 deadline, first, self._paths[row],

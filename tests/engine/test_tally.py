@@ -18,9 +18,11 @@ from mfsd.engine.tally import SECONDS, TRANSFERS_KEPT, Exemplar, Histogram, Tall
 from mfsd.model import INF, CookieSelector, Stage
 
 
-def ended(t: Tally, name: str, now: float, *, delivered: bool = True, owner: str = "r", **values: float) -> None:
+def ended(
+    t: Tally, name: str, now: float, *, delivered: bool = True, owner: str = "r", uid: int = 0, **values: float
+) -> None:
     """A transfer of which the columns say this, struck out."""
-    session = Session("s")
+    session = Session("s", uid=uid)
     request = Request(owner, session)
     stream = Streams().open(session, CookieSelector(1), None)
     transfer = Transfer(name, session, Stage.P2D, request, None, stream)
@@ -68,6 +70,22 @@ def test_queue_wire_and_slack_of_what_was_delivered() -> None:
     assert [e.request for e in found["wire"]["p2d"].exemplars if e] == ["r"]
     assert sum(found["queue"]["collective"].counts) == 0
     assert [(x.id, x.delivered) for x in t.of_request("r")] == [("a", True), ("b", False)]
+
+
+def test_in_time_and_late_by_user_and_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "USERS_KEPT", 1)
+    t = Tally()
+    ended(t, "in time", 10.0, created=7.0, deadline=10.0)
+    ended(t, "late", 10.0, created=7.0, deadline=9.9)
+    ended(t, "never", 10.0, delivered=False, created=7.0, deadline=9.9)
+    ended(t, "cancelled", 10.0, delivered=False, created=7.0, deadline=10.1)
+    ended(t, "undated", 10.0, created=7.0, deadline=INF)
+    mine = t.due()
+    (user,) = {uid for uid, _ in mine}
+    assert mine == {(user, Stage.P2D): (2, 1)}
+    assert t.due() == mine  # each is counted once
+    ended(t, "another's", 10.0, uid=4711, created=7.0, deadline=11.0)
+    assert t.due() == mine | {(None, Stage.P2D): (0, 1)}
 
 
 def test_what_came_and_went_between_two_ticks_was_all_wire() -> None:

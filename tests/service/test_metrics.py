@@ -138,9 +138,9 @@ def test_users_are_counted_apart_and_no_more_of_them_than_have_room(running: Run
         time.sleep(0.05)  # until the deadline has passed that it was given at the least
         client.done(request="missed")
         assert client.flush(10)
-        wait_for(lambda: value(scrape(running), "user_transfers", user=uid) == 1)
+        wait_for(lambda: value(scrape(running), "user_transfers", user=uid, stage="p2d") == 1)
         found = scrape(running)
-        assert 0 < value(found, "user_least_laxity_seconds", user=uid) < 50
+        assert 0 < value(found, "user_least_laxity_seconds", user=uid, stage="p2d") < 50
         for result in ("met", "missed"):
             assert value(found, "user_requests_ended", "_total", user=uid, result=result) == 1
     many = {user: [1, 2] for user in range(1000, 1000 + tally.USERS_KEPT)} | {None: [5, 6]}
@@ -148,6 +148,28 @@ def test_users_are_counted_apart_and_no_more_of_them_than_have_room(running: Run
     found = scrape(running)
     assert value(found, "user_requests_ended", "_total", user="other", result="met") == 6
     assert value(found, "user_requests_ended", "_total", user="1000", result="missed") == 1
+
+
+def test_transfers_in_time_are_counted_by_user_and_stage(running: Running) -> None:
+    by = {"user": str(os.getuid()), "stage": "p2d"}
+    with connected() as (near, far), Client("worker", running.target) as client:
+        client.request("r", ttft_left_s=50.0)
+        cookie = Cookie(cookie_of(near))
+        client.transfer("in time", cookie, size=1000, stage=Stage.P2D, request="r")
+        client.transfer("undated", Cookie(cookie_of(far)), size=1000, stage=Stage.BACKGROUND)
+        client.transfer("given up", Cookie(cookie_of(far)), size=1000, stage=Stage.P2D, request="r")
+        assert client.flush(10)
+        wait_for(lambda: value(scrape(running), "transfers", stage="p2d") == 2)
+        near.sendall(bytes(1000))
+        client.done(transfer="in time")
+        client.cancel(transfer="given up")
+        client.cancel(transfer="undated")
+        assert client.flush(10)
+        wait_for(lambda: value(scrape(running), "transfers_ended", "_total", result="completed") == 1)
+    found = scrape(running)
+    assert value(found, "user_transfers_ended", "_total", **by, result="met") == 1
+    assert value(found, "user_transfers_ended", "_total", **by, result="missed") == 0
+    assert {s.labels["stage"] for s in found["mfsd_user_transfers_ended"].samples} == {"p2d"}
 
 
 def test_the_api_gives_the_same_text(running: Running, api: Api) -> None:
