@@ -47,7 +47,7 @@ setup: build ## Debian packages (as root), virtual environment, generated code: 
 
 build: system generated ## the same as setup
 
-demo: build ## the main job on real TCP in network namespaces, 90 s: build/demo.json, build/demo.html
+demo: build ## the main job on real TCP in network namespaces, two minutes: build/demo.json, build/demo.html
 	$(PY) -m mfsd.lab demo
 
 lab-quick: build ## the cluster lab, five policies at two loads, 4 minutes: build/lab/quick.json, quick.html

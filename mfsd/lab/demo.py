@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from mfsd.lab import promotion
+from mfsd.lab import far, promotion
 from mfsd.lab.results import plots, report, story
 from mfsd.lab.results.figures import summary
 from mfsd.lab.results.report import Section
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mfsd.lab.serving.driver import Played
 
 RESCUE: Final = promotion.Settings(flows=8, rescue=True, trials=6, watch=0.3, rate=Rate.parse("1gbit"))
-PLAIN: Final = replace(RESCUE, rescue=False, trials=3, watch=2.0)
+PLAIN: Final = replace(RESCUE, rescue=False, trials=3, watch=1.0)
 INTRO: Final = (
     "A prefill instance of two ranks and a decode host, as network namespaces with real TCP. Requests come from the "
     "Mooncake trace; GPUs are sleeps. Both runs get the same requests at the same times. Fair TCP: one htb class and a "
@@ -91,11 +91,16 @@ def verdict(off: Mapping[str, Any], on: Mapping[str, Any]) -> str:
 
 
 def write(
-    folder: Path, results: tuple[Result, Result], played: Played, series: Mapping[str, Sequence[promotion.Trial]]
+    folder: Path,
+    results: tuple[Result, Result],
+    played: Played,
+    series: Mapping[str, Sequence[promotion.Trial]],
+    beyond: Mapping[str, far.Arm],
 ) -> tuple[Rows, list[str]]:
     """demo.json, demo.html and pictures; returns the table, and what is to be said below it.
 
-    ``results``: without mfsd and with it; ``played``: the latter; ``series``: "plain" and "rescue", if they were run.
+    ``results``: without mfsd and with it; ``played``: the latter; ``series``: "plain" and "rescue", if they were run;
+    ``beyond``: what far.py gave, if it was run.
     """
     off, on = (summary(r) for r in results)
     if series:
@@ -108,10 +113,17 @@ def write(
         Section(words=[("", INTRO), (mood, said)], rows=rows),
         report.spoilt(results),
         Section(words=[("", PROMOTION)] if series else []),
+        *([far.section(beyond)] if beyond else []),
         Section("One prefill-to-decode transfer", [("", told)], name="timeline",
                 figure=None if best is None else plots.timeline(results[1], played, best)),
         Section("Time to first token", figure=plots.distributions(results, ("ttft", "objective")), name="ttft"),
     ]  # fmt: skip
-    data = {"off": off, "on": on, "health": report.health(results), "story": told}
+    data = {"off": off, "on": on, "health": report.health(results), "story": told, "network": far.data(beyond)}
     report.write(folder, "demo", "mfsd demo: the same requests with and without it", sections, results, data)
-    return rows, [said, f"The timeline in demo.html: {told}"]
+    words = [said, f"The timeline in demo.html: {told}"]
+    ran = {name: arm.median() for name, arm in beyond.items() if arm.outcome is not None}
+    if ran:
+        times = ", ".join(f"{median:.1f} with {name}" for name, median in ran.items())
+        words.append(f"Behind a switch's FIFO port an urgent message takes so many times its time alone: {times}.")
+    words += [f"{name} could not be run: {arm.problem}" for name, arm in beyond.items() if arm.problem]
+    return rows, words

@@ -69,6 +69,8 @@ class Settings:
     large: int
     """Messages of SMALL and LARGE bytes while they are there."""
     promotions: int
+    steady: float = STEADY_S
+    """Seconds without messages, for Jain's index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ class _Run:
             bulk.want(range(s.flows // len(SENDERS)))
         time.sleep(WARM_S)
         before = self._received()
-        time.sleep(STEADY_S)
+        time.sleep(s.steady)
         grown = (self._received() - before).astype(np.float64)
         jain = float(grown.sum() ** 2 / (len(grown) * (grown**2).sum()))
         before, begin = self._received(), time.monotonic()

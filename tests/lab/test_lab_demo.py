@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mfsd.lab import far
 from mfsd.lab.hosts.enter import NETNS_DIR
 from mfsd.lab.hosts.governor import environment
 from mfsd.lab.promotion import Settings, run
@@ -46,7 +47,13 @@ def test_the_demo_writes_what_it_measured_and_leaves_nothing(tmp_path: Path) -> 
     assert data["commit"]
     assert data["machine"]["kernel"]
     assert data["settings"]["transport"] == "sockets"
-    assert (tmp_path / "demo.html").read_text().count("data:image/png;base64,") == 2
+    assert (tmp_path / "demo.html").read_text().count("data:image/png;base64,") == 3
+    network = data["network"]
+    assert list(network) == ["bands alone", "network.yield"]
+    for arm in network.values():
+        assert len(arm["slowdown"]) == far.BANDS.small
+        assert min(arm["slowdown"]) > 0.5
+    assert network["network.yield"]["slowdown_p50"] < network["bands alone"]["slowdown_p50"]
     assert not list(NETNS_DIR.glob(f"mfsd-{demo.pid}x*"))
 
 

@@ -20,7 +20,7 @@ from mfsd.model import Stage
 from mfsd.policy import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import numpy.typing as npt
     from matplotlib.axes import Axes
@@ -151,6 +151,24 @@ def bars(results: Sequence[Result], title: str) -> Figure:
     ax.bar_label(drawn, fmt="%.3f", padding=3, fontsize=8)
     ax.set_xlabel("requests in time")
     ax.set_title(title, fontsize=10)
+    return out
+
+
+def strips(values: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """All values of each name, a row for each; 1 is where nothing is in the way."""
+    out = Figure(figsize=(8, 0.7 * len(values) + 1.1), layout="constrained")
+    ax = out.subplots()
+    for row, (name, found) in enumerate(values.items()):
+        ax.plot(found, [-row] * len(found), "o", markersize=5, alpha=0.6, color=COLOURS[row + 1], label=name)
+    ax.set_yticks([-row for row in range(len(values))], list(values))
+    ax.set_ylim(-len(values) + 0.4, 0.6)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    ax.axvline(1.0, color="black", linewidth=0.8)
+    ax.set_xlabel(label)
+    ax.grid(axis="x", alpha=0.3)
     return out
 
 
