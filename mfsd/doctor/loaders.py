@@ -26,9 +26,12 @@ CAPABILITIES: Final = {
     19: ("CAP_SYS_PTRACE", "selectors by pid work for processes of the daemon's own user only"),
 }
 """Bit (include/uapi/linux/capability.h) -> name, and what is missing without it."""
+YIELDING: Final = {38: ("CAP_PERFMON", "deferred connections don't yield in the network")}
+"""The same with network.yield."""
 _NEEDED: Final = (12, 39)
 _ALL: Final = 21
-"""CAP_SYS_ADMIN stands in for CAP_BPF."""
+"""CAP_SYS_ADMIN stands in for..."""
+_STOOD_IN_FOR: Final = (38, 39)
 _TRIAL_ROWS: Final = 16
 _LISTED: Final = (
     "new connections of a selector are found a quarter of a second late, their first bytes are default traffic, and "
@@ -49,9 +52,10 @@ def capabilities(context: Context) -> Iterator[Finding]:
     mask = effective(context)
     if mask is None:
         return
-    missing = [bit for bit in CAPABILITIES if not mask >> bit & 1 and not (bit == 39 and mask >> _ALL & 1)]
-    have = ", ".join(name for bit, (name, _) in CAPABILITIES.items() if bit not in missing) or "none of them"
-    lost = "; ".join(f"without {CAPABILITIES[b][0]} {CAPABILITIES[b][1]}" for b in missing)
+    wanted = CAPABILITIES if context.config.network.mode == "off" else CAPABILITIES | YIELDING
+    missing = [bit for bit in wanted if not mask >> bit & 1 and not (bit in _STOOD_IN_FOR and mask >> _ALL & 1)]
+    have = ", ".join(name for bit, (name, _) in wanted.items() if bit not in missing) or "none of them"
+    lost = "; ".join(f"without {wanted[b][0]} {wanted[b][1]}" for b in missing)
     if any(b in missing for b in _NEEDED):
         yield Finding(
             "privileges.capabilities",

@@ -8,9 +8,12 @@ the retransmission timeout, which is never below rto_min, brings it back.
 
 from __future__ import annotations
 
+import ipaddress
+import socket
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from pyroute2 import IPRoute
+from pyroute2 import DiagSocket, IPRoute
 
 from mfsd.doctor.finding import Finding, Severity
 
@@ -23,6 +26,10 @@ RTO_MIN_MS: Final = 200
 """TCP_RTO_MIN, include/net/tcp.h."""
 _LOW_MS: Final = 20
 _PACED: Final = ("bbr",)
+_OURS: Final = "mfsd_yield"
+_ESTABLISHED: Final = 1 << 1
+_CONG: Final = 1 << 3
+"""INET_DIAG_CONG, include/uapi/linux/inet_diag.h."""
 _ROUTE_TABLE_MAIN: Final = 254
 
 
@@ -109,6 +116,37 @@ def congestion_control(context: Context) -> Iterator[Finding]:
         )
 
 
+def choices(context: Context) -> Iterator[Finding]:
+    """Congestion control that connections have chosen themselves, which network.yield leaves to them."""
+    network = context.config.network
+    default = context.read("proc/sys/net/ipv4/tcp_congestion_control")
+    if network.mode == "off" or network.replace or default is None:
+        return
+    chosen = Counter(name for name in algorithms() if name != default and not name.startswith(_OURS))
+    if not chosen:
+        title = "All connections run the default congestion control, so that those that are deferred can yield"
+        yield Finding("tcp.choices", Severity.OK, title, f"{default}, loopback left out")
+        return
+    yield Finding(
+        "tcp.choices",
+        Severity.INFO,
+        "Some connections have chosen their congestion control, and keep it",
+        f"{', '.join(f'{n} run {name}' for name, n in chosen.most_common())}; the default is {default}",
+        "where they are deferred they don't yield in the network, and fill its queues as ever",
+        "have the workers choose none (TCP_CONGESTION, a route's congctl), or set network.replace = true",
+    )
+
+
+def algorithms() -> Iterator[str]:
+    """Congestion control of each established connection of this network namespace to another host."""
+    with DiagSocket() as diag:
+        diag.bind()
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for row in diag.get_sock_stats(family=family, states=_ESTABLISHED, extensions=_CONG):
+                if not ipaddress.ip_address(row["idiag_dst"]).is_loopback:
+                    yield row.get_attr("INET_DIAG_CONG") or ""
+
+
 def mptcp(context: Context) -> Iterator[Finding]:
     """Multipath TCP in use: its sockets are not those that send."""
     lines = [line.split() for line in (context.read("proc/net/netstat") or "").splitlines()]
@@ -131,4 +169,4 @@ def mptcp(context: Context) -> Iterator[Finding]:
     )
 
 
-CHECKS: Final[tuple[Check, ...]] = (recovery, rto_min, congestion_control, mptcp)
+CHECKS: Final[tuple[Check, ...]] = (recovery, rto_min, congestion_control, choices, mptcp)

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import os
 import platform
+import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from support.ctl import run
 
 from mfsd import doctor
 from mfsd.bands import Bands
-from mfsd.daemon.config import Config, DaemonConfig, DeviceConfig
+from mfsd.daemon.config import Config, DaemonConfig, DeviceConfig, parse
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS, HookUser, attach
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
@@ -144,6 +145,37 @@ def test_capabilities(context: Context) -> None:
         assert ("CAP_BPF" in found.detail) == bool(mask)
     put(context, "proc/self/status", f"CapEff:\t{1 << 12 | 1 << 21:016x}")  # CAP_SYS_ADMIN stands in for CAP_BPF
     assert only(loaders.capabilities(context)).severity is Severity.INFO
+
+
+def test_yielding_takes_one_capability_more(context: Context) -> None:
+    put(context, "proc/self/status", f"CapEff:\t{1 << 12 | 1 << 19 | 1 << 39:016x}")
+    assert only(loaders.capabilities(context)).severity is Severity.OK
+    yields = dataclasses.replace(context, config=parse({"network": {"yield": "auto"}}))
+    found = only(loaders.capabilities(yields))
+    assert found.severity is Severity.INFO
+    assert "CAP_PERFMON" in found.meaning
+
+
+@netns
+def test_connections_that_keep_their_congestion_control(context: Context, netns_pair: NetnsPair) -> None:
+    put(context, "proc/sys/net/ipv4/tcp_congestion_control", "cubic")
+    yields = dataclasses.replace(context, config=parse({"network": {"yield": "auto"}}))
+
+    def seen(context: Context = yields) -> list[Finding]:
+        return netns_pair.call(netns_pair.a, lambda: list(tcp.choices(context)))
+
+    server = netns_pair.call(netns_pair.b, lambda: socket.create_server((netns_pair.addr_b, 0)))
+    sock = netns_pair.call(netns_pair.a, lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    with server, sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        sock.connect(server.getsockname())
+        assert only(seen()).severity is Severity.OK
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        found = only(seen())
+        assert (found.severity, found.detail) == (Severity.INFO, "1 run reno; the default is cubic")
+        assert not seen(context), "nobody yields anyhow"
+        replaces = parse({"network": {"yield": "auto", "replace": True}})
+        assert not seen(dataclasses.replace(context, config=replaces)), "it keeps nothing"
 
 
 def test_rdma(context: Context) -> None:
