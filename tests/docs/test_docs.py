@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -136,6 +138,15 @@ def test_examples_of_the_configuration_are_accepted(path: Path, tmp_path: Path) 
         file.write_text(block)
         config.load(file)
     assert blocks or path.name != "README.md"
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=named)
+def test_what_examples_import_of_mfsd_is_there(path: Path) -> None:
+    for language, body in _FENCE.findall(path.read_text()):
+        for node in ast.walk(ast.parse(body)) if language == "python" else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mfsd":
+                module = importlib.import_module(node.module or "")
+                assert not [a.name for a in node.names if not hasattr(module, a.name)], node.module
 
 
 def test_every_policy_is_compared() -> None:
