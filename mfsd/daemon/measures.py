@@ -194,8 +194,8 @@ def _users(engine: Engine, laxity: npt.NDArray[np.float64], stages: npt.NDArray[
     for uid, (late, met) in tally.users.items():
         user = OTHER if uid is None else str(uid)
         out["user_requests_ended"] += [((user, "met"), met), ((user, "missed"), late)]
-    for (uid, stage), (late, met) in tally.due().items():
-        where = (OTHER if uid is None else str(uid), stage.name.lower())
+    for (uid, of_stage), (late, met) in tally.due().items():
+        where = (OTHER if uid is None else str(uid), of_stage.name.lower())
         out["user_transfers_ended"] += [((*where, "met"), met), ((*where, "missed"), late)]
     return out
 
