@@ -14,7 +14,8 @@ import psutil
 import pytest
 from support.labfakes import HEALTHY, TWO_RANKS, demo_cell, request, result
 
-from mfsd.lab import demo
+from mfsd.lab import demo, far
+from mfsd.lab.fifo import Outcome
 from mfsd.lab.hosts import health
 from mfsd.lab.hosts.levels import LevelChange
 from mfsd.lab.promotion import Trial, latency_ms
@@ -218,11 +219,19 @@ def test_the_demos_page_is_self_contained_and_tells_figures_and_settings(tmp_pat
     off.settings = dataclasses.replace(off.settings, arm="none")
     off.health = Health(["the odd & <ends>"], dict(HEALTHY))
     on.commit = off.commit = "c0ffee"
-    rows, _ = demo.write(tmp_path, (off, on), played, {})
+    beyond = {
+        "bands alone": far.Arm(Outcome([50.0, 60.0, 130.0], [], 0.99, 1.0, [])),
+        "network.yield": far.Arm(None, "no & BTF"),
+    }
+    rows, words = demo.write(tmp_path, (off, on), played, {}, beyond)
+    assert any("60.0 with bands alone." in line for line in words)
+    assert any("no & BTF" in line for line in words), "an arm that can't be run is said, and the others are shown"
     assert rows[1] == ["deadlines met", "0 of 10", "10 of 10"]
     text, data = (tmp_path / "demo.html").read_text(), json.loads((tmp_path / "demo.json").read_text())
-    assert text.count("data:image/png;base64,") == 2
-    assert all((tmp_path / f"demo-{name}.png").stat().st_size > 1000 for name in ("timeline", "ttft"))
+    assert text.count("data:image/png;base64,") == 3
+    assert all((tmp_path / f"demo-{name}.png").stat().st_size > 1000 for name in ("timeline", "ttft", "network"))
+    assert "network.yield could not be run: no &amp; BTF" in text
+    assert data["network"]["bands alone"]["slowdown_p50"] == 60
     assert "<td>0 of 10</td><td>10 of 10</td>" in text
     assert "With mfsd 10 of 10 requests met their deadline, without it 0." in text
     assert "Request 4 (rank 0" in text
