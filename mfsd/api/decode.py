@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from mfsd.model import (
     INF,
     BatchHint,
+    CookieSelector,
     EndHint,
     Hint,
     HintError,
@@ -48,6 +49,8 @@ class Decoder:
 
     def __init__(self, limits: LimitsConfig) -> None:
         self._selectors: dict[bytes, Selector] = {}
+        self._cookies: dict[int, Selector] = {}
+        """The same of those that are a cookie."""
         self._kinds: dict[str | None, Callable[[hints_pb2.Hint, float], Hint]] = {
             "transfer": self._transfer,
             "progress": self._progress,
@@ -144,6 +147,7 @@ class Decoder:
     def _transfer(self, hint: hints_pb2.Hint, now: float) -> TransferHint:
         m = hint.transfer
         request_id, batch_id, size, own, held = m.request_id, m.batch_id, m.bytes, m.deadline_us, m.max_defer_us
+        name, layer, ttl, cookie = m.id, m.target_layer, m.ttl_us, m.selector.cookie
         stage = STAGES.get(m.stage)
         if stage is None:
             raise HintError("transfer.stage", f"unknown stage {m.stage}", STAGES_TEXT)
@@ -154,15 +158,15 @@ class Decoder:
                 "transfer.bytes", f"{size} bytes", f"1 to {self._max_bytes} (limits.max_transfer_bytes) are allowed"
             )
         return TransferHint(
-            self._required("transfer.id", m.id),
-            self._id("transfer.request_id", request_id),
-            self._id("transfer.batch_id", batch_id),
+            self._required("transfer.id", name),
+            request_id if 4 * len(request_id) <= self._id_bytes else self._id("transfer.request_id", request_id),
+            batch_id if 4 * len(batch_id) <= self._id_bytes else self._id("transfer.batch_id", batch_id),
             stage,
-            self._layer("transfer.target_layer", m.target_layer),
+            layer if layer <= self._max_layers else self._layer("transfer.target_layer", layer),
             size,
-            self._selector("transfer.selector", m.selector),
+            self._cookies.get(cookie) or self._selector("transfer.selector", m.selector),
             self._deadline("transfer.deadline_us", own, now) if own else INF,
-            self._ttl(m.ttl_us),
+            self._ttl(ttl) if ttl else self._default_ttl,
             not m.interleaved,
             m.position,
             now + self._defer("transfer.max_defer_us", held) if held else INF,
@@ -176,11 +180,11 @@ class Decoder:
 
     def _end(self, name: str, m: hints_pb2.Completion | hints_pb2.Cancellation, *, cancelled: bool) -> EndHint:
         transfer, request, batch = m.transfer_id, m.request_id, m.batch_id
-        if bool(transfer) + bool(request) + bool(batch) != 1:
+        if transfer and not request and not batch:
+            return EndHint(What.TRANSFER, self._id(f"{name}.transfer_id", transfer), cancelled)
+        if transfer or bool(request) == bool(batch):
             problem = "is set together with another id" if transfer or request or batch else "is empty, and no other id"
             raise HintError(f"{name}.transfer_id", problem, "set exactly one of transfer_id, request_id, batch_id")
-        if transfer:
-            return EndHint(What.TRANSFER, self._id(f"{name}.transfer_id", transfer), cancelled)
         if request:
             return EndHint(What.REQUEST, self._id(f"{name}.request_id", request), cancelled)
         return EndHint(What.BATCH, self._id(f"{name}.batch_id", batch), cancelled)
@@ -245,7 +249,10 @@ class Decoder:
                 return found  # with fields that nobody knows; not to be kept
             if len(self._selectors) >= SELECTORS_CACHED:
                 self._selectors.clear()
+                self._cookies.clear()
             self._selectors[raw] = found
+            if isinstance(found, CookieSelector):
+                self._cookies[found.cookie] = found
         return found
 
 

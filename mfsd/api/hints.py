@@ -28,7 +28,7 @@ from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable
+    from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
     from typing import Protocol
 
     import grpc
@@ -182,27 +182,31 @@ class HintsService(hints_pb2_grpc.HintsServicer):
                 raise _ended(answer.session)
             engine.gather(now, on=True)
             try:
-                while index < len(hints) and not turn.over:
-                    self._one(hints[index], index, answer, now)
-                    index += 1
+                index = self._some(hints, index, turn.until, answer, now)
             finally:
                 engine.gather(now, on=False)
             if index < len(hints):
                 await turn.give(contended=self._contended(answer.session.name))
         return len(answer.reply.rejected)
 
-    def _one(self, message: pb.Hint, index: int, answer: Answer, now: float) -> None:
-        session, reply = answer.session, answer.reply
-        try:
-            hint = self.decoder.decode(message, now)
-            self.engine.apply(session, hint, now)
-        except HintError as e:
-            reply.rejected.add(index=index, status=errors.rejection(e, _full_path(e.field, message)))
-        except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
-            reply.rejected.add(index=index, status=self._failed(f"hints[{index}]", answer, e))
-        else:
-            if isinstance(hint, (TransferHint, MarkHint)) and not isinstance(hint.selector, CookieSelector):
-                self._note(answer, index, hint, now)
+    def _some(self, hints: Sequence[pb.Hint], index: int, until: float, answer: Answer, now: float) -> int:
+        """Apply hints from this index on, for a turn; returns the index of the next one."""
+        session, reply, clock = answer.session, answer.reply, time.perf_counter
+        decode, apply = self.decoder.decode, self.engine.apply
+        while index < len(hints) and clock() < until:
+            message = hints[index]
+            try:
+                hint = decode(message, now)
+                apply(session, hint, now)
+            except HintError as e:
+                reply.rejected.add(index=index, status=errors.rejection(e, _full_path(e.field, message)))
+            except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
+                reply.rejected.add(index=index, status=self._failed(f"hints[{index}]", answer, e))
+            else:
+                if isinstance(hint, (TransferHint, MarkHint)) and not isinstance(hint.selector, CookieSelector):
+                    self._note(answer, index, hint, now)
+            index += 1
+        return index
 
     def _contended(self, name: str) -> bool:
         """Another session has sent something lately."""
@@ -228,7 +232,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         except HintError as e:
             return _whole(answer.reply, part, len(message.batch_ids), e)
         for row, hint in enumerate(hints):
-            if turn.over:
+            if time.perf_counter() > turn.until:
                 await turn.give(contended=self._contended(answer.session.name))
             if answer.session.over:
                 raise _ended(answer.session)

@@ -36,9 +36,9 @@ class Turn:
         return time.perf_counter() - self._since
 
     @property
-    def over(self) -> bool:
-        """It has taken that long."""
-        return self.took > TURN_S
+    def until(self) -> float:
+        """When it is over, on the clock of ``time.perf_counter``."""
+        return self._since + TURN_S
 
     async def give(self, *, contended: bool) -> None:
         """Let others have theirs."""

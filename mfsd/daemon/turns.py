@@ -12,6 +12,8 @@ import gc
 import sys
 from typing import Final
 
+import numpy.ma  # noqa: F401 - 40 ms, which numpy.unique would take when it is first called
+
 TURN_S: Final = 0.0005
 """A turn of one thread while another one waits."""
 

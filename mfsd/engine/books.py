@@ -28,7 +28,7 @@ from mfsd.engine.streams import Streams
 from mfsd.engine.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection
 
     import numpy.typing as npt
 
@@ -80,15 +80,17 @@ class Books:
             found = self.users[uid] = User(uid)
         return found
 
-    def charge(self, session: Session, names: Sequence[str], *, transfer: bool = False, back: bool = False) -> None:
-        """Put entries of these names on the account of a session's user, or take them off."""
-        count = -len(names) if back else len(names)
-        size = count * ENTRY + (-1 if back else 1) * sum(map(len, names))
-        session.user.bytes += size
-        self.everybody.bytes += size
+    def charge(self, session: Session, count: int, length: int, *, transfer: bool = False) -> None:
+        """Put so many entries, with names of that length together, on the account of a session's user.
+
+        Below 0: take them off.
+        """
+        user, everybody, size = session.user, self.everybody, count * ENTRY + length
+        user.bytes += size
+        everybody.bytes += size
         if transfer:
-            session.user.transfers += count
-            self.everybody.transfers += count
+            user.transfers += count
+            everybody.transfers += count
 
     def join(self, request: Request, batch: Batch) -> None:
         """Make a request a member of a batch, and of no other."""
@@ -121,7 +123,7 @@ class Books:
         """Remove a request that has no transfers left."""
         self.leave(request)
         if request.session.requests.pop(request.id, None) is not None:
-            self.charge(request.session, [request.id], back=True)
+            self.charge(request.session, -1, -len(request.id))
         moved = self.requests.remove(request)
         if moved is not None and moved.transfers:
             self.transfers.live("request")[self._few_or(moved.transfers, "request", self.requests.n)] = moved.row
@@ -130,7 +132,7 @@ class Books:
         """Remove a batch; its members and transfers live on without one. No error when it is gone already."""
         if batch.session.batches.pop(batch.id, None) is None:
             return
-        self.charge(batch.session, [batch.id], back=True)
+        self.charge(batch.session, -1, -len(batch.id))
         for request in list(batch.requests):
             self.leave(request)
         if batch.transfers:
@@ -157,5 +159,5 @@ class Books:
             if transfer.request is not None:
                 transfer.request.transfers.discard(transfer)
         for session, names in whose.items():
-            self.charge(session, names, transfer=True, back=True)
+            self.charge(session, -len(names), -sum(map(len, names)), transfer=True)
         self.transfers.remove_all(transfers)

@@ -220,7 +220,7 @@ def _queue(
     ]
     starts = _place(ledger, c, transfers, streams, now)
     session.transfers.update(zip(c.ids, transfers, strict=True))
-    ledger.books.charge(session, c.ids, transfer=True)
+    ledger.books.charge(session, len(c), sum(map(len, c.ids)), transfer=True)
     for transfer in transfers:
         if transfer.request is not None:
             transfer.request.transfers.add(transfer)

@@ -112,8 +112,12 @@ class Carriage:
         offset = self.late.settle(stream, offset, now)
         if not stream.ordered:
             return offset, False
-        start = self.behind(stream, position, offset)
-        late = self.late.suspect(stream, size, start, now)
+        start = self.behind(stream, position, offset) if position else offset
+        late = False
+        if stream.queue:
+            start = max(start, stream.announced)
+        else:
+            late = self.late.suspect(stream, size, start, now)
         stream.announced = start + size
         return start, late
 
@@ -125,9 +129,9 @@ class Carriage:
 
     def note(self, stream: Stream, stage: Stage) -> None:
         """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
-        band = self.band_of(stage)
         for conn in stream.members:
-            self.connections.carries(conn, stage, band)
+            if self.connections.carries(conn, stage):
+                self.connections.leave_default(conn, self.band_of(stage))
 
     # --- connections --------------------------------------------------------------------------------------------------
 

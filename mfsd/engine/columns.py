@@ -72,9 +72,9 @@ class Dense(Generic[T]):
         return np.fromiter((o.row for o in objects), dtype=np.int64)
 
     def get(self, obj: T, name: str) -> Any:
-        """One value of an object that is in the store."""
+        """One value of an object that is in the store, as a plain one of Python."""
         self._settle()
-        return self._columns[name][obj.row]
+        return self._columns[name].item(obj.row)
 
     def put(self, obj: T, name: str, value: Any) -> None:
         """Write one value of an object that is in the store."""

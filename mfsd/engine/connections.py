@@ -344,11 +344,11 @@ class Connections:
                 conn.expires = expires
                 self.table.expires_ns[conn.slot] = int(expires * NS)
 
-    def carries(self, conn: Connection, stage: Stage, band: int) -> None:
-        """A stage has been announced on a connection. If it was unhinted so far, its packets leave the default band."""
+    def carries(self, conn: Connection, stage: Stage) -> bool:
+        """A stage has been announced on a connection. Whether it was unhinted so far: then it is to leave its band."""
         self.last_stage[conn.slot] = stage
         self.rest_since[conn.slot] = INF
-        self.leave_default(conn, band)
+        return conn.band == self._default
 
     def leave_default(self, conn: Connection, band: int) -> None:
         """Packets of a connection that was unhinted so far go to a band at once; the next tick decides what is best."""

@@ -193,17 +193,17 @@ class Delivery:
     ) -> list[tuple[list[Transfer], float]]:
         """What the peers have acknowledged, and when, by stream; corrects the intervals of the others."""
         out: list[tuple[list[Transfer], float]] = []
-        known: list[tuple[Stream, dict[Connection, Position]]] = []
+        told = {conn: position for conn, position in positions.items() if position is not None}
+        known: list[Stream] = []
         for stream in asked:
             if not stream.queue:
                 continue
-            told = {c: p for c in stream.members if (p := positions.get(c)) is not None}
-            if len(told) == len(stream.members):
-                known.append((stream, told))
+            if stream.members.keys() <= told.keys():
+                known.append(stream)
             else:
                 out.append((self._drained(stream, now), now))
         if known:
-            out += self._judged(Looked.at(self.books, self.connections, known, now), now)
+            out += self._judged(Looked.at(self.books, self.connections, known, told, now), now)
         return out
 
     def _judged(self, looked: Looked, now: float) -> list[tuple[list[Transfer], float]]:

@@ -42,8 +42,10 @@ class Lateness:
 
         Returns where the stream is then.
         """
-        before = stream.queue.last if stream.queue and stream.queue.last.maybe_late else None
-        if before is None or not self._was_late(before, offset, now):
+        if not stream.debt or not stream.queue:
+            return offset
+        before = stream.queue.last
+        if not before.maybe_late or not self._was_late(before, offset, now):
             return offset
         rows = self.books.transfers
         size = float(rows.get(before, "size"))
@@ -58,9 +60,7 @@ class Lateness:
         return offset
 
     def suspect(self, stream: Stream, size: float, start: float, now: float) -> bool:
-        """Whether a transfer, the first of those that are unfinished, may have been announced after its bytes."""
-        if stream.queue:
-            return False
+        """Whether a transfer, the first one on a stream without any, may have been announced after its bytes."""
         late = start - stream.announced >= SHARE * size and self._moved(stream) > now - LATELY_S
         late = late or (stream.before >= SHARE * size and start <= SLACK and self._wrote_lately(stream))
         stream.before, stream.debt = 0.0, size if late else 0.0

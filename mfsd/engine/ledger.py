@@ -71,24 +71,22 @@ class Ledger:
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
-        if self.gathering and isinstance(hint, EndHint) and hint.cancelled and hint.what is What.TRANSFER:
-            transfer = session.transfers.get(hint.id)
-            if transfer is not None:
-                self._cancelled[transfer] = None
-            return
-        self.settle(now)
         if isinstance(hint, TransferHint):
+            if self._cancelled:
+                self.settle(now)
             self._transfer(session, hint, now)
-        elif isinstance(hint, ProgressHint):
-            self._progress(session, hint, now)
         elif isinstance(hint, EndHint):
             self._end(session, hint, now)
-        elif isinstance(hint, RequestHint):
-            self._request(session, hint, now)
-        elif isinstance(hint, BatchHint):
-            self._batch(session, hint, now)
-        elif isinstance(hint, MarkHint):
-            self._mark(session, hint, now)
+        else:
+            self.settle(now)
+            if isinstance(hint, ProgressHint):
+                self._progress(session, hint, now)
+            elif isinstance(hint, RequestHint):
+                self._request(session, hint, now)
+            elif isinstance(hint, BatchHint):
+                self._batch(session, hint, now)
+            elif isinstance(hint, MarkHint):
+                self._mark(session, hint, now)
 
     def _bound(
         self, field: str, what: str, have: int, limit: str, instead: str = "complete those that are done"
@@ -135,7 +133,7 @@ class Ledger:
             self._room("request.id", session, hint.id)
             request = Request(hint.id, session)
             session.requests[hint.id] = request
-            self.books.charge(session, [hint.id])
+            self.books.charge(session, 1, len(hint.id))
             requests.add(request, arrival=now, batch=-1)
         requests.put(request, "deadline", hint.deadline)
         requests.put(request, "expires", expires)
@@ -193,7 +191,7 @@ class Ledger:
         self._room("batch.id", session, batch_id)
         batch = Batch(batch_id, session)
         session.batches[batch_id] = batch
-        self.books.charge(session, [batch_id])
+        self.books.charge(session, 1, len(batch_id))
         batches = self.books.batches
         expires = now + self.limits.default_ttl_s
         batches.add(batch, arrival=now, layer_since=now, expires=expires, rank=batches.n)
@@ -209,6 +207,17 @@ class Ledger:
         self._bound("transfer.id", "unfinished transfers", len(session.transfers) + more, "max_transfers_per_session")
         self._room("transfer.id", session, transfer_id, more, transfer=True)
 
+    def _has_room(self, session: Session, transfer_id: str) -> bool:
+        """A transfer may be added: what ``check_new`` finds out, in one go, because nearly all may."""
+        limits, user, known = self.limits, session.user, session.transfers
+        return (
+            transfer_id not in known
+            and len(known) < limits.max_transfers_per_session
+            and user.transfers < limits.max_transfers_per_user
+            and self.books.everybody.transfers < limits.max_transfers
+            and user.bytes + ENTRY + len(transfer_id) <= limits.max_mb_per_user * 1e6
+        )
+
     @staticmethod
     def no_owner(request_id: str, batch_id: str) -> HintError:
         """The error of a transfer whose owner is not known."""
@@ -217,14 +226,15 @@ class Ledger:
         return HintError(name, f"no request or batch {owner!r} in this session", "announce it before its transfers")
 
     def _transfer(self, session: Session, hint: TransferHint, now: float) -> None:
-        self.check_new(session, hint.id)
+        if not self._has_room(session, hint.id):
+            self.check_new(session, hint.id)
         request = session.requests.get(hint.request_id) if hint.request_id else None
         batch = session.batches.get(hint.batch_id) if hint.batch_id else None
         if request is None and batch is None and not hint.stage.ownerless:
             raise self.no_owner(hint.request_id, hint.batch_id)
         deadline = hint.deadline
         if request is not None:
-            deadline = min(deadline, float(self.books.requests.get(request, "deadline")))
+            deadline = min(deadline, self.books.requests.get(request, "deadline"))
         expires = (deadline if now < deadline < INF else now) + hint.ttl
         stream = self.carriage.stream_of(
             session, hint.selector, hint.stage, expires, now, ordered=hint.ordered, position=hint.position
@@ -241,8 +251,8 @@ class Ledger:
                 hint.size,
                 start,
                 start + hint.size,
-                -1 if request is None else self.books.requests.row(request),
-                -1 if batch is None else self.books.batches.row(batch),
+                -1 if request is None else request.row,
+                -1 if batch is None else batch.row,
                 stream.index,
                 hint.target_layer,
                 deadline,
@@ -260,7 +270,7 @@ class Ledger:
             ),
         )
         session.transfers[hint.id] = transfer
-        self.books.charge(session, [hint.id], transfer=True)
+        self.books.charge(session, 1, len(hint.id), transfer=True)
         if request is not None:
             request.transfers.add(transfer)
         if batch is not None:
@@ -271,9 +281,10 @@ class Ledger:
     def _end(self, session: Session, hint: EndHint, now: float) -> None:
         # What is not there has been retired by its bytes, or has expired and its worker was told: nothing to say.
         if hint.what is What.TRANSFER:
-            transfer = session.transfers.get(hint.id)
-            self._over([] if transfer is None else [transfer], now, cancelled=hint.cancelled)
-        elif hint.what is What.REQUEST:
+            self._end_transfer(session, hint, now)
+            return
+        self.settle(now)
+        if hint.what is What.REQUEST:
             request = session.requests.get(hint.id)
             if request is None:
                 return
@@ -290,6 +301,17 @@ class Ledger:
                 own = [t for t in batch.transfers if t.request is None]
                 self._over(own, now, cancelled=hint.cancelled)
                 self.books.strike_batch(batch)
+
+    def _end_transfer(self, session: Session, hint: EndHint, now: float) -> None:
+        transfer = session.transfers.get(hint.id)
+        if hint.cancelled and self.gathering:
+            if transfer is not None:
+                self._cancelled[transfer] = None
+            return
+        if self._cancelled:
+            self.settle(now)
+        if transfer is not None:
+            self._over([transfer], now, cancelled=hint.cancelled)
 
     def _over(self, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
         if cancelled:

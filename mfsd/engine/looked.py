@@ -17,7 +17,7 @@ from mfsd.engine.records import Queue
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
@@ -65,17 +65,25 @@ class Looked:
         cls,
         books: Books,
         connections: Connections,
-        known: Sequence[tuple[Stream, Mapping[Connection, Position]]],
+        streams: list[Stream],
+        positions: Mapping[Connection, Position],
         now: float,
     ) -> Self:
         """What is known of streams, given where each of their members stands."""
-        streams, last_ns, t = [stream for stream, _ in known], connections.table.last_ns, books.transfers
-        acked, written = (
-            np.array([books.streams.total(s, told, what) for s, told in known]) for what in ("acked", "written")
+        t, k = books.transfers, len(streams)
+        members = [m for s in streams for m in s.members.values()]
+        whose = np.repeat(np.arange(k), [len(s.members) for s in streams])
+        stands = [positions[m.conn] for m in members]
+        there = np.array([(p.acked, p.written, p.quiet_s) for p in stands], dtype=np.float64).reshape(-1, 3)
+        acked, written = books.streams.totals(
+            streams, (there[:, 0], there[:, 1]), whose, books.streams.members.rows(members)
         )
-        last = np.array([max((int(last_ns[c.slot]) for c in told), default=0) for _, told in known])
+        last = np.zeros(k, dtype=np.uint64)
+        np.maximum.at(last, whose, connections.table.last_ns[[m.conn.slot for m in members]])
+        ago = np.full(k, np.inf)
+        np.minimum.at(ago, whose, there[:, 2])
         quiet = acked + SLACK >= written
-        of = np.repeat(np.arange(len(streams)), [len(s.queue) for s in streams])
+        of = np.repeat(np.arange(k), [len(s.queue) for s in streams])
         transfers = [x for s in streams for x in s.queue]
         handed = np.fromiter((x.handed_over for x in transfers), np.bool_, len(transfers))
         ordered = np.array([s.ordered for s in streams]).take(of)
@@ -83,7 +91,7 @@ class Looked:
         mixed = np.unique(of[1:][handed[1:] & ~handed[:-1] & (of[1:] == of[:-1]) & ordered[1:]])
         if len(mixed):
             for i in mixed.tolist():
-                streams[i].queue = Queue(sorted(streams[i].queue, key=lambda x: not x.handed_over))  # stable
+                streams[i].queue = Queue.fromkeys(sorted(streams[i].queue, key=lambda x: not x.handed_over))  # stable
             transfers = [x for s in streams for x in s.queue]
             handed = np.fromiter((x.handed_over for x in transfers), np.bool_, len(transfers))
         rows = t.rows(transfers)
@@ -93,10 +101,10 @@ class Looked:
             written=written,
             quiet=quiet,
             stalled=quiet & (last < int((now - STALLED_S) * NS)),
-            moved_ago=np.array([min((p.quiet_s for p in told.values()), default=0.0) for _, told in known]),
+            moved_ago=np.where(np.isfinite(ago), ago, 0.0),
             transfers=transfers,
             rows=rows,
-            first=np.searchsorted(of, np.arange(len(streams))),
+            first=np.searchsorted(of, np.arange(k)),
             of=of,
             ordered=ordered,
             handed=handed,
@@ -183,6 +191,4 @@ class Looked:
     def chosen(self, i: int, which: B1) -> list[Transfer]:
         """Of a stream's transfers ``which``, shape (n,), names."""
         part = self._part(i)
-        mine = which[part]
-        queue = self.transfers[part]
-        return queue if mine.all() else [queue[k] for k in np.flatnonzero(mine).tolist()]
+        return [t for t, wanted in zip(self.transfers[part], which[part].tolist(), strict=True) if wanted]

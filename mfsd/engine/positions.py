@@ -72,11 +72,13 @@ class Positions:
 
     def sent_by(self, conn: Connection) -> float:
         """What has left one connection."""
-        return max(float(self.table.sent[conn.slot]), float(self._sent[conn.slot]))
+        slot = conn.slot
+        return max(float(self.table.sent.item(slot)), self._sent.item(slot))
 
     def acked_by(self, conn: Connection) -> float:
         """What the peer of one connection is known to have acknowledged."""
-        return max(float(self.table.acked[conn.slot]), float(self._acked[conn.slot]))
+        slot = conn.slot
+        return max(float(self.table.acked.item(slot)), self._acked.item(slot))
 
     def moved_at(self, conn: Connection) -> float:
         """When its last packet left; 0: it has sent none."""

@@ -8,14 +8,14 @@ transfers are intervals of: the bytes of one connection, or of several together.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mfsd.model import INF
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from mfsd.model import Endpoints, Event, Selector, Stage
 
@@ -266,40 +266,33 @@ class Member:
     row: int = -1
 
 
-class Queue:
+class Queue(dict["Transfer", None]):
     """Transfers in an order, any of which is taken out without a look at the others."""
 
-    def __init__(self, transfers: Iterable[Transfer] = ()) -> None:
-        self._all: OrderedDict[Transfer, None] = OrderedDict.fromkeys(transfers)
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def __iter__(self) -> Iterator[Transfer]:
-        return iter(self._all)
+    __slots__ = ()
 
     @property
     def first(self) -> Transfer:
         """Raises StopIteration when it is empty."""
-        return next(iter(self._all))
+        return next(iter(self))
 
     @property
     def last(self) -> Transfer:
         """Raises StopIteration when it is empty."""
-        return next(reversed(self._all))
+        return next(reversed(self))
 
     def append(self, transfer: Transfer) -> None:
         """Behind all others."""
-        self._all[transfer] = None
+        self[transfer] = None
 
     def extend(self, transfers: Iterable[Transfer]) -> None:
         """Behind all others, in this order."""
-        self._all.update(dict.fromkeys(transfers))
+        self.update(dict.fromkeys(transfers))
 
     def remove(self, transfers: Iterable[Transfer]) -> None:
         """Take these out."""
         for transfer in transfers:
-            self._all.pop(transfer, None)
+            self.pop(transfer, None)
 
 
 @dataclass(slots=True, eq=False)
@@ -325,8 +318,7 @@ class Stream:
     """Size of a transfer on it that was perhaps announced after its bytes had gone (Transfer.maybe_late)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """Where a connection stands, from TCP."""
 
     acked: float

@@ -10,6 +10,7 @@ transfers -> policy -> level of each transfer
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.engine import fair
+from mfsd.engine.columns import GONE
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.urgency import Urgency
 from mfsd.engine.views import Rows, shown, views_of
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
+    from mfsd.engine.records import Transfer
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.settings import TenantsConfig
     from mfsd.engine.streams import Moved
@@ -70,6 +73,8 @@ class Steering:
     """By set of marks (Connections.mark_sets): the most urgent level of those that count always, and of all."""
     _stage_band: npt.NDArray[np.uint8] = field(init=False)
     _sizes: F8 = field(default_factory=lambda: np.zeros(0))
+    _untold: dict[Transfer, tuple[float, float]] = field(default_factory=dict)
+    """Those of whom workers are still to be told that they can't be in time, or can again; what was left, how late."""
     _next_observe: float = 0.0
     _next_feasible: float = 0.0
 
@@ -155,6 +160,8 @@ class Steering:
             elif now >= self._next_feasible:
                 self._next_feasible = now + FEASIBLE_S
                 self._tell_infeasible(views, self.policy.infeasible(views), where)
+        else:
+            self._untold.clear()
         # Before the levels, so that whoever is promoted finds its guarantee.
         if steers:
             self.guarantees.give(guarantee, self.ladder, now)
@@ -264,20 +271,26 @@ class Steering:
     # --- the way back -------------------------------------------------------------------------------------------------
 
     def _tell_infeasible(self, views: Views, flags: B1, where: Rows | slice) -> None:
-        known = self.books.transfers.live("infeasible")
-        objects = self.books.transfers.objects
-        changed = np.flatnonzero(flags != known[where])[:TELL_MAX]  # the others at the next tick
+        """Take over who can't be in time, for the next decision to go on from there, and tell workers some of it."""
+        known, objects = self.books.transfers.live("infeasible"), self.books.transfers.objects
+        changed = np.flatnonzero(flags != known[where])
         rows = changed if isinstance(where, slice) else where[changed]
         for row, place in zip(changed.tolist(), rows.tolist(), strict=True):
-            transfer = objects[place]
-            kind, reason = EventKind.RESTORED, "it can be in time again"
-            if flags[row]:
+            # Who has not been told of the one need not be told of the other.
+            if self._untold.pop(objects[place], None) is None:
                 late = views.now - views.transfers.deadline[row]
-                kind, reason = EventKind.INFEASIBLE, f"{views.transfers.left[row]:.0f} bytes left, "
+                self._untold[objects[place]] = float(views.transfers.left[row]), float(late)
+        known[rows] = flags[changed]
+        for transfer in list(islice(self._untold, TELL_MAX)):
+            left, late = self._untold.pop(transfer)
+            if transfer.row == GONE:
+                continue
+            kind, reason = EventKind.RESTORED, "it can be in time again"
+            if self.books.transfers.get(transfer, "infeasible"):
+                kind, reason = EventKind.INFEASIBLE, f"{left:.0f} bytes left, "
                 reason += f"{late:.3f} s late" if late > 0 else f"{-late:.3f} s to go"
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(kind, owner, transfer.id, reason))
-        known[rows] = flags[changed]
 
     def _tell_pruned(self, pruned: npt.NDArray[np.bool_]) -> None:
         before = self.books.requests.live("pruned")

@@ -13,7 +13,7 @@ scale, so nothing is counted twice and nothing depends on the size of headers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,13 @@ from mfsd.engine.columns import Dense
 from mfsd.engine.records import MEMBER_COLUMNS, Member, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Sequence
 
-    from mfsd.engine.records import Connection, Position, Session, Watch
+    from mfsd.engine.records import Connection, Session, Watch
     from mfsd.model import Selector
 
 F8 = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +139,9 @@ class Streams:
 
     def offset(self, stream: Stream, position: Callable[[Connection], float]) -> float:
         """How far one stream has come, given the position of a connection."""
-        out = float(self._gone[stream.index])
+        out: float = self._gone.item(stream.index)
         for conn, member in stream.members.items():
-            out += max(position(conn) - float(self.members.get(member, "joined")), 0.0)
+            out += max(position(conn) - self.members.get(member, "joined"), 0.0)
         return out
 
     def offset_at(self, stream: Stream, position: float) -> float:
@@ -148,14 +149,14 @@ class Streams:
         (member,) = stream.members.values()
         return float(self._gone[stream.index]) + position - float(self.members.get(member, "joined"))
 
-    def total(
-        self, stream: Stream, positions: Mapping[Connection, Position], what: Literal["acked", "written"]
-    ) -> float:
-        """How far one stream has been acknowledged, or written, given where each of its members stands."""
-        out = float(self._gone[stream.index])
-        for conn, member in stream.members.items():
-            out += max(getattr(positions[conn], what) - float(self.members.get(member, "joined")), 0.0)
-        return out
+    def totals(self, streams: Sequence[Stream], positions: Sequence[F8], of: Ints, rows: Ints) -> list[F8]:
+        """How far streams have come, shape (len(streams),), for each of several kinds of ``positions`` of members.
+
+        Members are given by the index of their stream (``of``) and their ``rows``, as positions are.
+        """
+        joined = self.members.live("joined")[rows]
+        gone = self._gone.take([s.index for s in streams])
+        return [gone + np.bincount(of, np.maximum(p - joined, 0.0), minlength=len(streams)) for p in positions]
 
     def at(self, index: int) -> Stream | None:
         """The one with an index, if it is open."""

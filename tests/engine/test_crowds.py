@@ -13,13 +13,14 @@ from support.crowds import FEW, MANY, MORE, crowd, is_one_pass
 from support.harness import FakeSocket, Host, exact_tuple
 
 from mfsd.bands import LEVEL_NEW
-from mfsd.engine import delivery
+from mfsd.engine import delivery, steering
 from mfsd.engine.books import Books
 from mfsd.engine.connections import UNSEEN_S
 from mfsd.engine.endings import AT_ONCE, ROOM
 from mfsd.engine.engine import CAUGHT_UP
 from mfsd.engine.records import ENTRY, EVENTS_KEPT, TRANSFER_COLUMNS
 from mfsd.engine.settings import LimitsConfig
+from mfsd.engine.steering import FEASIBLE_S
 from mfsd.engine.views import SHOWN, shown
 from mfsd.model import (
     CookieSelector,
@@ -128,6 +129,22 @@ def test_a_tick_looks_through_so_many_and_the_next_one_through_others(monkeypatc
         h.tick(0.01)
         left.append(len(h.session.transfers))
     assert left == [20, 8, 0]
+
+
+def test_all_who_cannot_be_in_time_are_known_at_once_and_told_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steering, "TELL_MAX", 10)
+    h = Host()
+    sock = h.socket(1)
+    for i in range(25):
+        h.request(str(i), 0.02)
+        h.transfer(str(i), sock, 1 << 40, request=str(i))
+    told = []
+    for _ in range(3):
+        h.tick(FEASIBLE_S + 0.01)
+        assert h.engine.books.transfers.live("infeasible").all()
+        told.append([e.transfer_id for e in h.session.events if e.kind is EventKind.INFEASIBLE])
+    assert [len(part) for part in told] == [10, 20, 25]
+    assert len(set(told[-1])) == 25
 
 
 @pytest.mark.parametrize("ordered", [True, False])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.harness import Host
 
 from mfsd.engine.looked import STALLED_S, Looked
-from mfsd.engine.records import Position, Stream, Transfer
+from mfsd.engine.records import Connection, Position, Stream, Transfer
 
 
 @dataclass
@@ -67,7 +67,8 @@ def one_by_one(case: Case) -> list[tuple[float, float]]:
 def test_as_one_by_one(given_cases: list[Case]) -> None:
     h = Host()
     h.request("r", 5.0)
-    known: list[tuple[Stream, dict[Any, Position]]] = []
+    known: list[Stream] = []
+    positions: dict[Connection, Position] = {}
     t = h.engine.books.transfers
     for i, case in enumerate(given_cases):
         sock = h.socket(i + 1)
@@ -81,12 +82,13 @@ def test_as_one_by_one(given_cases: list[Case]) -> None:
         stream = every[0].stream
         (member,) = stream.members.values()
         joined = float(h.engine.books.streams.members.get(member, "joined"))
-        known.append((stream, {member.conn: Position(joined + case.acked, joined + case.written)}))
-    before = [s.announced for s, _ in known]
-    looked = Looked.at(h.engine.books, h.connections, known, h.now)
+        known.append(stream)
+        positions[member.conn] = Position(joined + case.acked, joined + case.written)
+    before = [s.announced for s in known]
+    looked = Looked.at(h.engine.books, h.connections, known, positions, h.now)
     looked.correct(h.engine.books)
     arrived = looked.arrived(t.live("created")[looked.rows], h.now)
-    for i, (case, (stream, _)) in enumerate(zip(given_cases, known, strict=True)):
+    for i, (case, stream) in enumerate(zip(given_cases, known, strict=True)):
         wanted = one_by_one(case)
         queue: list[Transfer] = list(stream.queue)
         assert [(t.get(x, "start"), t.get(x, "end")) for x in queue] == wanted
@@ -112,7 +114,7 @@ def test_who_is_handed_over_stands_first() -> None:
         h.session.transfers[name].handed_over = True
     stream = h.session.transfers["a"].stream
     (conn,) = stream.members
-    looked = Looked.at(h.engine.books, h.connections, [(stream, {conn: Position(1.0, 16.0)})], h.now)
+    looked = Looked.at(h.engine.books, h.connections, [stream], {conn: Position(1.0, 16.0)}, h.now)
     looked.correct(h.engine.books)
     assert [x.id for x in stream.queue] == ["b", "d", "a", "c"]  # its SYN counts as a byte
     assert np.column_stack([looked.start, looked.end]).tolist() == [[0, 10], [10, 15], [15, 25], [25, 35]]
@@ -131,7 +133,7 @@ def test_one_that_is_nearly_through_and_stands_still_was_announced_too_large() -
     at = {conn: Position(joined + 90.0, joined + 90.0)}
 
     def done() -> list[Transfer]:
-        looked = Looked.at(h.engine.books, h.connections, [(stream, at)], h.now)
+        looked = Looked.at(h.engine.books, h.connections, [stream], at, h.now)
         created = h.engine.books.transfers.live("created")[looked.rows]
         return looked.chosen(0, looked.arrived(created, h.now))
 
