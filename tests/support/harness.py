@@ -19,6 +19,7 @@ from mfsd.engine.slots import NS, FlowTable, MemoryKeys, memory_rows
 from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
 from mfsd.model import (
     CookieSelector,
+    EndHint,
     Endpoints,
     Maker,
     PortRange,
@@ -28,6 +29,7 @@ from mfsd.model import (
     Stage,
     TransferHint,
     TupleSelector,
+    What,
 )
 from mfsd.policy.registry import make_policy
 
@@ -332,6 +334,16 @@ class Host:
         hint = TransferHint(name, request, "", stage, layer, size, selector, **more)
         self.engine.apply(self.session, hint, self.now)
 
+    def done(self, name: str, what: What = What.TRANSFER) -> None:
+        """Its worker says so."""
+        self.engine.apply(self.session, EndHint(what, name), self.now)
+
+    @property
+    def counted(self) -> tuple[int, int, int]:
+        """Transfers completed, deadlines met and missed."""
+        c = self.engine.books.counters
+        return c.transfers_completed, c.deadlines_met, c.deadlines_missed
+
     def tick(self, after: float = 0.0) -> None:
         """Move the clock and tick."""
         self.now += after
@@ -340,6 +352,11 @@ class Host:
     def band(self, sock: FakeSocket) -> str:
         """Name of the band that the classifier puts the socket's packets in."""
         return self.bands.bands[int(self.table.band[self.keys.cookies[sock.cookie]])].name
+
+
+def peer(sock: FakeSocket) -> TupleSelector:
+    """All connections to where this one goes."""
+    return TupleSelector(None, sock.endpoints.dst, PortRange(), PortRange(6000, 6000), 6)
 
 
 def exact_tuple(e: Endpoints) -> TupleSelector:

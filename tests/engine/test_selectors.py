@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which connections a selector means, and for how long."""
+
+from __future__ import annotations
+
+from support.harness import MSS, FakeSocket, Host, peer
+
+from mfsd.model import (
+    MarkHint,
+    PortRange,
+    ProcessSelector,
+    Stage,
+    TupleSelector,
+)
+
+
+def test_one_selector_for_one_connection_after_another() -> None:
+    h = Host()
+    first = h.socket(1)
+    h.kernel.close(first)
+    rule = peer(first)
+    h.request("r", 60.0)
+    for i in range(50):
+        s = FakeSocket(i + 2, first.endpoints)
+        h.kernel.connect(s)
+        h.transfer(f"t{i}", rule, 100 * MSS)
+        h.tick(0.001)
+        assert h.band(s).startswith("level")
+        h.send(s, 100 * MSS)
+        h.kernel.close(s)
+        h.tick(0.001)
+    assert h.counted[0] == 50
+    assert not h.session.transfers
+
+
+def test_a_mark_follows_a_selector_over_reconnects() -> None:
+    h = Host()
+    first = h.socket(1)
+    h.engine.apply(h.session, MarkHint(peer(first), Stage.COLLECTIVE), h.now)
+    h.tick()
+    assert h.band(first) == "level 0"
+    h.kernel.close(first)
+    h.tick(7.0)
+    beside = [h.socket(i) for i in (2, 3)]
+    assert [h.band(s) for s in beside] == ["level 0"] * 2
+    h.tick(0.01)
+    for _ in range(1000):
+        h.tick(1.0)
+    assert [h.band(s) for s in beside] == ["level 0"] * 2
+    h.engine.end_session(h.session, h.now)
+    h.tick(0.2)
+    assert not h.kernel.rules
+    assert h.table.taken == 0
+    later = FakeSocket(4, first.endpoints)
+    h.kernel.connect(later)
+    assert 4 not in h.keys.cookies
+
+
+def test_a_process_is_meant_by_its_number() -> None:
+    h = Host()
+    mine, other = h.socket(1, pid=42), h.socket(2, pid=43)
+    h.engine.apply(h.session, MarkHint(ProcessSelector(42, None, PortRange()), Stage.COLLECTIVE), h.now)
+    h.tick()
+    late = h.socket(3, pid=42)
+    assert (h.band(mine), h.band(late)) == ("level 0", "level 0")
+    assert 2 not in h.keys.cookies
+    assert other in h.kernel.sockets
+
+
+def test_what_matches_nothing_is_named_and_costs_nothing() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.kernel.vanish(s)
+    h.engine.apply(h.session, MarkHint(peer(s), Stage.COLLECTIVE), h.now)
+    h.tick()
+    asked = h.kernel.asked
+    assert not h.engine.watches.unseen(h.now)
+    for _ in range(200):
+        h.tick(0.01)
+    assert h.kernel.asked == asked
+    assert [w.selector for w in h.engine.watches.unseen(h.now)] == [peer(s)]
+    h.socket(2)
+    h.tick(0.01)
+    assert not h.engine.watches.unseen(h.now)
+
+
+def test_connections_of_descendants_are_those_of_the_process() -> None:
+    h = Host()
+    h.kernel.descendants[77] = {78}
+    h.engine.apply(h.session, MarkHint(ProcessSelector(77, None, PortRange()), Stage.COLLECTIVE), h.now)
+    own, child, stranger = (h.socket(i, pid=pid) for i, pid in ((1, 77), (2, 78), (3, 79)))
+    h.tick()
+    assert h.band(own) == h.band(child)
+    assert 3 not in h.keys.cookies
+    assert stranger.pid == 79
+
+
+def test_a_selector_means_its_users_sockets_only() -> None:
+    h = Host()
+    before = [h.socket(1, uid=1000), h.socket(2, uid=1001), h.socket(3, uid=-1)]
+    session = h.engine.session("w", h.now, pid=7, uid=1000, only=1000)
+    h.engine.apply(session, MarkHint(peer(before[0]), Stage.COLLECTIVE), h.now)
+    h.tick()
+    after = [h.socket(4, uid=1000), h.socket(5, uid=1001)]
+    h.tick(0.01)
+    marked = {c.cookie for c in h.connections.by_slot.values() if c.marks}
+    assert marked == {1, 4}
+    assert after[1].cookie not in h.keys.cookies
+
+
+def test_an_exact_tuple_ends_with_its_connection() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    e = s.endpoints
+    exact = TupleSelector(e.src, e.dst, PortRange(e.sport, e.sport), PortRange(e.dport, e.dport), 6)
+    h.transfer("t", exact, MSS)
+    h.send(s, MSS)
+    h.tick(0.01)
+    assert (exact, -1) in h.kernel.rules
+    h.kernel.close(s)
+    h.tick(0.01)
+    assert not h.kernel.rules
+    assert not h.session.watches
+
+
+def test_what_is_not_known_ends_nothing() -> None:
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    h.transfer("t", s, 10 * MSS)
+    h.send(s, 10 * MSS, acked=False)
+    h.done("t")
+    progress = h.kernel.progress
+    h.kernel.progress = lambda _: None  # type: ignore[method-assign,assignment,return-value]
+    for _ in range(30):
+        h.tick(0.1)
+    assert list(h.session.transfers) == ["t"]
+    h.kernel.progress = progress  # type: ignore[method-assign]
+    h.tick(0.01)
+    assert list(h.session.transfers) == ["t"]
+    h.ack(s, 10 * MSS)
+    h.tick(0.01)
+    assert h.counted[0] == 1
+
+
+def test_a_search_that_fails_is_made_again() -> None:
+    h = Host()
+    s = h.socket(1)
+    look = h.kernel.look
+    h.kernel.look = h.kernel.fail  # type: ignore[method-assign]
+    h.engine.apply(h.session, MarkHint(peer(s), Stage.COLLECTIVE), h.now)
+    for _ in range(5):
+        h.tick(0.01)
+    assert not [w for w in h.session.watches.values() if w.looked]
+    h.kernel.look = look  # type: ignore[method-assign]
+    h.tick(0.3)
+    h.tick(0.01)
+    assert [w for w in h.session.watches.values() if w.looked]
+    assert h.band(s) == "level 0"
