@@ -33,6 +33,8 @@ WINDOW: Final = 32
 """Batches on the way at most; a daemon that answers slowly makes hints wait here, where deadlines are still exact."""
 AWAY_S: Final = 30.0
 """A daemon that can't be reached for so long is worth a warning."""
+GATHER: Final = 64
+"""Without a daemon so many hints are entered at once: waking a thread for each would cost more than they do."""
 TRIPS: Final = 32
 """Round trips of which the shortest counts."""
 
@@ -107,6 +109,7 @@ class Link:
         self._on_event, self._on_rejected = on_event, on_rejected
         self._queue: deque[Hint] = deque()
         self._queue_max = queue
+        self._gather = min(GATHER, (queue + 1) // 2)
         self._stats = Stats()
         self._changed = threading.Condition(threading.Lock())
         self._closing = False
@@ -131,12 +134,12 @@ class Link:
             if self._closing:
                 return
             queue = self._queue
-            idle = not queue
+            before = len(queue)
             queue.extend(hints)
             while len(queue) > self._queue_max:
                 queue.popleft()
                 self._stats.dropped += 1
-            if idle:
+            if not before or before < self._gather <= len(queue):
                 self._changed.notify_all()
 
     def refuse(self, hint: Hint, why: str) -> None:
@@ -247,8 +250,10 @@ class Link:
         until = time.monotonic() + seconds
         with self._changed:
             while not self._closing and (left := until - time.monotonic()) > 0:
-                self._absorb()
+                if len(self._queue) >= self._gather:
+                    self._absorb()
                 self._changed.wait(left)
+            self._absorb()
 
     def _absorb(self) -> None:
         # Only a daemon that knows nothing can be told from the ledger alone; the same one also needs the ends.
