@@ -34,7 +34,7 @@ from report import write_report
 LIMIT_SECONDS: Final = 1200
 """Of one guest."""
 WAIT_FACTOR: Final = 6
-"""How much longer than natively tests wait for a condition; see tests/support/rig.py."""
+"""How much longer than natively tests wait for a condition; see tests/support/waiting.py."""
 PACKAGES: Final = {
     "qemu-system-x86_64": "qemu-system-x86",
     "busybox": "busybox-static",

@@ -15,9 +15,10 @@ import structlog
 from google.protobuf import json_format
 from support import samples
 from support.ctl import Rig, run
-from support.daemons import Running, wait_for
+from support.daemons import Running
 from support.samples import COOKIE
 from support.tap import Scripted, served
+from support.waiting import wait_for
 
 from mfsd import __version__
 from mfsd.cli import output

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.ctl import MFSCTL, Rig
 from support.daemons import Running, connected
-from support.rig import Daemon, flows, running, wait_for
+from support.rig import Daemon, flows, running
 from support.tmux import terminal
+from support.waiting import wait_for
 
 from mfsd.client import Client, Cookie, Stage, cookie_of
 

@@ -28,7 +28,8 @@ from support.habits import (
     shown,
     transfers,
 )
-from support.rig import Daemon, running, wait_for
+from support.rig import Daemon, running
+from support.waiting import wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, tuple_of
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.habits import KIB, MB, PORT, Sink, band, dial, settled
-from support.rig import Daemon, running, wait_for
+from support.rig import Daemon, running
+from support.waiting import wait_for
 
 from mfsd.client import Stage, tuple_of
 

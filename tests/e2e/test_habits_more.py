@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.habits import KB, MB, PORT, WRONG, Grown, Sink, band, dial, settled, transfers, worker
-from support.rig import WAIT_S, Daemon, running, wait_for
+from support.rig import Daemon, running
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, Transfer, tuple_of
 

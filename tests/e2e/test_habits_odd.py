@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.habits import KB, MB, PORT, WRONG, Grown, Sink, band, close_hard, counted, dial, settled, transfers
-from support.rig import WAIT_S, Daemon, wait_for
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Event, EventKind, Rejected, Stage, Transfer, tuple_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from support.rig import Daemon
 
 
 pytestmark = pytest.mark.netns

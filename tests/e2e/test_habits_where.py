@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from support.habits import KB, MB, PORT, WRONG, Grown, Sink, band, close_hard, dial, settled, shown, transfers
-from support.rig import RATE_MBIT, WAIT_FACTOR, Daemon, Flow, running, wait_for
+from support.rig import RATE_MBIT, Daemon, Flow, running
+from support.waiting import WAIT_FACTOR, wait_for
 
 from mfsd.client import Client, Rejected, Stage, Transfer, process_peer, tuple_of
 from mfsd.client.selectors import IPPROTO_MPTCP

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from support.habits import MB, Grown, Sink, band, dial, settled, worker
 from support.others import within_reach
-from support.rig import Daemon, running, wait_for
+from support.rig import Daemon, running
+from support.waiting import wait_for
 
 from mfsd.client import cookie_of
 

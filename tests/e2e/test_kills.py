@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 from support.habits import Sink, dial
-from support.rig import Daemon, programs, running, tc_state, wait_for
+from support.rig import Daemon, programs, running, tc_state
+from support.waiting import wait_for
 
 from mfsd.client import Client, Stage
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from support.rig import Daemon, flows, programs, running, tc_state, wait_for
+from support.rig import Daemon, flows, programs, running, tc_state
+from support.waiting import wait_for
 
 from mfsd.client import cookie_of
 from mfsd.datapath.bpf import syscall

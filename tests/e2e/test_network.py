@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.manager import managed
 from support.privileges import SETPRIV
-from support.rig import Daemon, Flow, flows, running, wait_for
+from support.rig import Daemon, Flow, flows, running
+from support.waiting import wait_for
 
 from mfsd.client import Stage, cookie_of
 from mfsd.daemon.predecessor import HOST

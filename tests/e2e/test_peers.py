@@ -11,7 +11,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.rig import RATE_MBIT, WAIT_S, Daemon, Flow, running, wait_for
+from support.rig import RATE_MBIT, Daemon, Flow, running
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.engine.peers import AGE_S, LONG, MANY, SEEN_S
 from mfsd.model import Stage

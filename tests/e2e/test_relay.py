@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import pytest
-from support.rig import WAIT_S, wait_for
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Stage, tuple_of
 from mfsd.client.introduction import introduced

@@ -7,7 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.rig import RATE_MBIT, Daemon, Flow, flows, running, wait_for
+from support.rig import RATE_MBIT, Daemon, Flow, flows, running
+from support.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.rig import RATE_MBIT, Daemon, Flow, class_bytes, flows, running, wait_for
+from support.rig import RATE_MBIT, Daemon, Flow, class_bytes, flows, running
+from support.waiting import wait_for
 
 from mfsd.client import Client, cookie_of, tuple_of
 from mfsd.model import Event, EventKind, Stage

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.habits import MB
-from support.rig import Daemon, Flow, running, wait_for
+from support.rig import Daemon, Flow, running
+from support.waiting import wait_for
 
 from mfsd.client import EventKind, Stage
 

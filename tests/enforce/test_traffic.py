@@ -16,7 +16,8 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from support.benches import FRAME, Bench, plan, wait_until
+from support.benches import FRAME, Bench, plan
+from support.waiting import wait_for
 
 from mfsd.datapath import tc
 from mfsd.datapath.bpf.testrun import run_packet
@@ -47,7 +48,7 @@ def freeze(bench: Bench, e: DeviceEnforcer) -> None:
     Each fresh leaf may send one packet first: a rate of 1 byte/s is a floor of one packet per minute.
     """
     bench.send(e.band_maps()[LEVEL0][0], 300)
-    wait_until(lambda: e.link_bytes()[0] >= BUCKET)
+    wait_for(lambda: e.link_bytes()[0] >= BUCKET)
 
 
 def test_a_priority_leads_to_its_class_and_nothing_else_counts(bench: Bench) -> None:
@@ -58,7 +59,7 @@ def test_a_priority_leads_to_its_class_and_nothing_else_counts(bench: Bench) -> 
         for lane in range(lanes):
             bench.send(classid + lane, band + 1)
             count += band + 1
-    wait_until(lambda: e.link_bytes() == (count * FRAME, 0))
+    wait_for(lambda: e.link_bytes() == (count * FRAME, 0))
     got = e.counters()
     for band, (_, lanes) in enumerate(e.band_maps()):
         packets = lanes * (band + 1)
@@ -71,7 +72,7 @@ def test_what_names_no_lane_is_default_traffic(bench: Bench, priority: int) -> N
     e = applied(bench)
     bench.receiver()
     bench.send(priority, 7)
-    wait_until(lambda: e.link_bytes()[0] == 7 * FRAME)
+    wait_for(lambda: e.link_bytes()[0] == 7 * FRAME)
     got = e.counters()["packets"]
     assert got[DEFAULT] == 7
     assert got.sum() == 7
@@ -94,18 +95,18 @@ def test_unhinted_packets_are_lost_by_grafts_only_and_never_reordered(bench: Ben
     thread = threading.Thread(target=stream)
     thread.start()
     try:
-        wait_until(lambda: sent > 100)
+        wait_for(lambda: sent > 100)
         e = bench.enforcer("100gbit")
         e.apply()
         behind = sent
-        wait_until(lambda: sent > behind + 100)
+        wait_for(lambda: sent > behind + 100)
         bench.enforcer("100gbit").apply()
         bench.enforcer("90gbit").apply()
         behind = sent
-        wait_until(lambda: sent > behind + 100)
+        wait_for(lambda: sent > behind + 100)
         assert e.restore() == []
         behind = sent
-        wait_until(lambda: sent > behind + 100)
+        wait_for(lambda: sent > behind + 100)
         assert sent < 80_000
     finally:
         stop.set()
@@ -302,7 +303,7 @@ def test_the_lane_filter_of_prio_names_the_class_by_the_major_number(bench: Benc
     os.close(fd)
     for priority, count in ((0x6D810003, 3), (0x6D84FFFF, 4), (0x6D820001, 5), (0, 6), (maps[LEVEL3][0], 7)):
         bench.send(priority, count)
-    wait_until(lambda: e.link_bytes()[0] == 25 * FRAME)
+    wait_for(lambda: e.link_bytes()[0] == 25 * FRAME)
     assert e.counters()["packets"].tolist() == [0, 0, 3, 11, 0, 7, 0, 4]
 
 

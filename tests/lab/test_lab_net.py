@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from support.waiting import wait_for
 
 from mfsd.lab.hosts.enter import NETNS_DIR, inside
 from mfsd.lab.hosts.governor import environment
@@ -21,19 +22,12 @@ from mfsd.lab.hosts.tcp import prepare, tcp_info
 from mfsd.units import Rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.netns,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make network namespaces"),
 ]
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 def names() -> set[str]:
@@ -165,10 +159,10 @@ def alive(pid: int) -> bool:
 def test_a_killed_runner_takes_its_processes_along_and_the_next_run_cleans_up() -> None:
     runner, child, namespace = started()
     with runner:
-        until(lambda: alive(child), "the child has not begun")
+        wait_for(lambda: alive(child), "the child has not begun")
         runner.kill()
         runner.wait()
-    until(lambda: not alive(child), "the child outlives its runner")
+    wait_for(lambda: not alive(child), "the child outlives its runner")
     assert namespace in names()
     with Fabric(["q"]):
         assert namespace not in names()
@@ -182,5 +176,5 @@ def test_an_interrupted_runner_cleans_up_itself() -> None:
             runner.wait(20)
         finally:
             runner.kill()  # else a failure would wait for the runner's whole ten minutes
-    until(lambda: not alive(child), "the child outlives its runner")
+    wait_for(lambda: not alive(child), "the child outlives its runner")
     assert namespace not in names()

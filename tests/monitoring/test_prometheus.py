@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from support.prometheus import DASHBOARD, FOLDER, Prometheus, programs, watching
-from support.rig import Daemon, Flow, running, wait_for
+from support.rig import Daemon, Flow, running
+from support.waiting import wait_for
 
 from mfsd.client import Stage
 

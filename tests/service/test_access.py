@@ -14,9 +14,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support.daemons import PATIENCE_S, Api, Running, call_violation, wait_for
+from support.daemons import Api, Running, call_violation
 from support.others import within_reach
 from support.peers import Introduced
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.api.identity import Peer, Rights
 from mfsd.client.introduction import introduced
@@ -57,7 +58,7 @@ def call(channel: grpc.Channel, name: str, metadata: Any = ()) -> grpc.StatusCod
     method = CALLS[name]
     ask: Any = getattr(control_pb2_grpc.ControlStub(channel), name)
     try:
-        answer = ask(getattr(control_pb2, method.input_type.name)(), timeout=PATIENCE_S, metadata=metadata)
+        answer = ask(getattr(control_pb2, method.input_type.name)(), timeout=WAIT_S, metadata=metadata)
         if method.server_streaming:
             next(answer)
             answer.cancel()
@@ -81,13 +82,13 @@ def test_control_is_for_operators(running: Running, as_user: Callable[[int], Int
 def test_watching_is_for_operators(running: Running, as_user: Callable[[int], Introduced]) -> None:
     with grpc.insecure_channel(running.target) as channel:
         watch = control_pb2_grpc.ControlStub(channel).Watch(
-            control_pb2.WatchRequest(), timeout=PATIENCE_S, metadata=as_user(STRANGER).metadata
+            control_pb2.WatchRequest(), timeout=WAIT_S, metadata=as_user(STRANGER).metadata
         )
         with pytest.raises(grpc.RpcError) as e:
             next(watch)
         assert e.value.code() is grpc.StatusCode.PERMISSION_DENIED
     with introduced(running.target) as channel:
-        watch = control_pb2_grpc.ControlStub(channel).Watch(control_pb2.WatchRequest(), timeout=PATIENCE_S)
+        watch = control_pb2_grpc.ControlStub(channel).Watch(control_pb2.WatchRequest(), timeout=WAIT_S)
         assert next(watch).status.epoch
         watch.cancel()
 
@@ -98,11 +99,11 @@ def test_reflection_is_for_operators_and_health_for_all(running: Running, as_use
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         for metadata in ((), as_user(STRANGER).metadata):
             with pytest.raises(grpc.RpcError):
-                list(stub.ServerReflectionInfo(iter([ask]), timeout=PATIENCE_S, metadata=metadata))
-        (answer,) = stub.ServerReflectionInfo(iter([ask]), timeout=PATIENCE_S, metadata=as_user(0).metadata)
+                list(stub.ServerReflectionInfo(iter([ask]), timeout=WAIT_S, metadata=metadata))
+        (answer,) = stub.ServerReflectionInfo(iter([ask]), timeout=WAIT_S, metadata=as_user(0).metadata)
         assert "mfsd.v1.Control" in {s.name for s in answer.list_services_response.service}
         health: Any = health_pb2_grpc.HealthStub(channel)
-        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
@@ -172,7 +173,7 @@ def test_others_connections_are_not_to_be_named(
             for i, selector in enumerate((by_cookie, by_tuple, by_port)):
                 transfer = Transfer(id=str(i), request_id="r", stage=STAGE_P2D, bytes=1 << 40, selector=selector)
                 hints += [Hint(transfer=transfer), Hint(connection=ConnectionMark(selector=selector, stage=STAGE_P2D))]
-            return api.hints.Send(api.batch(*hints), timeout=PATIENCE_S, metadata=who.metadata)
+            return api.hints.Send(api.batch(*hints), timeout=WAIT_S, metadata=who.metadata)
 
     def effect() -> list[tuple[int, int]]:
         return running.ask(
@@ -198,7 +199,7 @@ def test_a_cookie_that_turns_out_to_be_anothers_is_dropped(
         cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), sys.byteorder)
         api = Api(channel)
         mark = Hint(connection=ConnectionMark(selector=Selector(cookie=cookie), stage=STAGE_P2D))
-        assert api.hints.Send(api.batch(mark), timeout=PATIENCE_S, metadata=as_user(STRANGER).metadata).accepted == 1
+        assert api.hints.Send(api.batch(mark), timeout=WAIT_S, metadata=as_user(STRANGER).metadata).accepted == 1
         sock.connect(listener.getsockname())
         wait_for(lambda: running.ask(lambda e: not len(e.connections)))
         assert running.ask(lambda e: [len(s.marks) for s in e.books.sessions.values()]) == [0]
@@ -221,7 +222,7 @@ def test_a_user_at_its_limits_costs_others_nothing(start: Callable[..., Running]
             for n, peer in enumerate(peers):
                 api = Api(channel, session=f"{uid}-{n}")
                 hints = [Hint(request=Request(id=f"r{i}", ttft_left_us=60_000_000)) for i in range(40)]
-                reply = api.hints.Send(api.batch(*hints), timeout=PATIENCE_S, metadata=(("mfsd-token", peer.token),))
+                reply = api.hints.Send(api.batch(*hints), timeout=WAIT_S, metadata=(("mfsd-token", peer.token),))
                 accepted += reply.accepted
                 for rejection in reply.rejected:
                     assert rejection.status.code == 8
@@ -230,13 +231,13 @@ def test_a_user_at_its_limits_costs_others_nothing(start: Callable[..., Running]
         api = Api(channel, session="third")
         metadata = (("mfsd-token", users[1001][0].token),)
         with pytest.raises(grpc.RpcError) as e:
-            api.hints.Send(api.batch(), timeout=PATIENCE_S, metadata=metadata)
+            api.hints.Send(api.batch(), timeout=WAIT_S, metadata=metadata)
         assert call_violation(e.value)[0] == 8
 
 
 def test_names_of_sessions_are_bounded(api: Api) -> None:
     with pytest.raises(grpc.RpcError) as e:
-        api.hints.Send(api.batch(session="x" * 1_000_000), timeout=PATIENCE_S)
+        api.hints.Send(api.batch(session="x" * 1_000_000), timeout=WAIT_S)
     assert call_violation(e.value) == (3, "session", "is too long; at most 256 bytes (limits.max_id_bytes)")
 
 

@@ -10,7 +10,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemons import Running, connected, wait_for
+from support.daemons import Running, connected
+from support.waiting import wait_for
 
 from mfsd.client import Client, Cookie, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
 from mfsd.model import (

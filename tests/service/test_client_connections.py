@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvloop
-from support.daemons import PATIENCE_S, Running, connected, wait_for
+from support.daemons import Running, connected
 from support.others import within_reach
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Cookie, Fd, Rejected, Stage, Transfer, cookie_of, process_peer, tuple_of
 from mfsd.client.selectors import IPPROTO_MPTCP, name
@@ -43,7 +44,7 @@ def test_sockets_descriptors_and_cookies_are_told_apart_by_type(
         same: list[Any] = [sock, Fd(sock.fileno()), Cookie(cookie_of(sock))]
         for i, one in enumerate(same):
             client.transfer(f"t{i}", one, 100, stage=Stage.BACKGROUND)
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         cookie = CookieSelector(cookie_of(sock))
         assert streams(running) == {"t0": cookie, "t1": cookie, "t2": cookie}
         with pytest.raises(TypeError, match=rf"write Fd\({sock.fileno()}\) for a descriptor, or Cookie"):
@@ -92,7 +93,7 @@ def test_the_sockets_of_event_loops(running: Running, loop: Callable[[], asyncio
         await writer.drain()
         client.transfer("t", sock, 100, stage=Stage.BACKGROUND)
         client.mark(sock, Stage.COLLECTIVE)
-        assert await asyncio.to_thread(client.flush, PATIENCE_S)
+        assert await asyncio.to_thread(client.flush, WAIT_S)
         said.update(streams(running))
         assert name(sock).position == 1001
         cookie = cookie_of(sock)
@@ -211,10 +212,10 @@ def test_after_a_restart_what_is_left_is_announced(start: Callable[..., Running]
         move(5_000_000)  # of before
         client.transfer("a", sock, size, stage=Stage.P2D, request="r")
         client.transfer("b", sock, more, stage=Stage.P2D, request="r")
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         move(size)
         client.done(transfer="a")
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         move(more * 9 // 10)
         first.stop()
         second = start()
@@ -250,7 +251,7 @@ def test_many_at_once_go_by_columns(running: Running, connection: tuple[socket.s
         client.transfers(Transfer(f"t{i}", sock, 100, Stage.P2D, "r", layer=i, interleaved=True) for i in range(500))
         client.cancel(transfer="t7")
         client.transfer("last", Fd(sock.fileno()), 5, stage=Stage.KV_REUSE, request="r", deadline_s=3.0, ttl_s=1.0)
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         assert (client.stats.accepted, client.stats.rejected) == (503, 0)
     assert sum(rows) == 500
     wanted = {f"t{i}" for i in range(500)} - {"t7"} | {"last"}
@@ -263,7 +264,7 @@ def test_a_bad_one_among_many_is_told(running: Running) -> None:
     with Client(target=running.target, on_rejected=seen.append) as client:
         client.request("r", ttft_left_s=60.0)
         client.transfers(Transfer(f"t{i}", Cookie(1), 0 if i == 13 else 5, Stage.P2D, "r") for i in range(20))
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         wait_for(lambda: seen)
         assert (client.stats.accepted, client.stats.rejected) == (20, 1)
     assert getattr(seen[0].hint, "id", None) == "t13"
@@ -288,7 +289,7 @@ def test_an_mptcp_socket_is_named_and_the_way_out_is_told(running: Running, capl
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         sock.connect(listener.getsockname())
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         for i in range(3):
             client.transfer(f"t{i}", sock, 10, stage=Stage.BACKGROUND)
         client.mark(sock, Stage.COLLECTIVE)
@@ -298,7 +299,7 @@ def test_an_mptcp_socket_is_named_and_the_way_out_is_told(running: Running, capl
         # The way out: its subflow has the same addresses.
         host, port = sock.getpeername()
         client.transfer("t", tuple_of(host, port), 10, stage=Stage.BACKGROUND)
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         own = sock.getsockname()
         found = running.ask(lambda e: [c.endpoints for c in e.connections.by_slot.values()])
     assert any(isinstance(e, Endpoints) and (str(e.src), e.sport) == own for e in found)
@@ -370,14 +371,14 @@ def test_a_socket_without_its_fellow_is_told_and_works_if_anybody_is_believed(
     running.socket.with_name("mfsd.sock.id").unlink()
     with caplog.at_level(logging.WARNING, "mfsd.client"), Client("worker", running.target) as client:
         client.request("r", ttft_left_s=60.0)
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         assert running.ask(lambda e: (e.books.sessions["worker"].pid, e.books.sessions["worker"].uid)) == (0, -1)
     assert len([r for r in caplog.records if "mount their folder as a whole" in r.message]) == 1
 
 
 def test_somebody_elses_session_is_told(running: Running, caplog: pytest.LogCaptureFixture) -> None:
     with Client("worker", running.target) as first, caplog.at_level(logging.WARNING, "mfsd.client"):
-        assert first.flush(PATIENCE_S)
+        assert first.flush(WAIT_S)
         with Client("worker", running.target):
             wait_for(lambda: [r for r in caplog.records if "session 'worker' is that of process" in r.message])
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.daemons import PATIENCE_S, wait_for
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client
 from mfsd.client.introduction import introduced
@@ -41,7 +41,7 @@ def mfsd(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[s
         check=False,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=WAIT_S,
         env=os.environ | environment,
     )
 
@@ -58,7 +58,7 @@ class Process:
 
     def status(self) -> pb.Status:
         with introduced(f"unix:{self.path}") as channel:
-            return control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=PATIENCE_S)
+            return control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=WAIT_S)
 
     def next_note(self) -> str:
         """What it told systemd, one datagram."""
@@ -72,7 +72,7 @@ class Process:
     def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Signal it and wait; exit code and log."""
         self.popen.send_signal(number)
-        log = self.popen.communicate(timeout=PATIENCE_S)[1]
+        log = self.popen.communicate(timeout=WAIT_S)[1]
         return self.popen.returncode, log
 
 
@@ -89,7 +89,7 @@ def spawn(tmp_path: Path, config: Path) -> Iterator[Callable[[], Process]]:
     with contextlib.ExitStack() as stack:
         notes = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         notes.bind(str(tmp_path / "notify"))
-        notes.settimeout(PATIENCE_S)
+        notes.settimeout(WAIT_S)
 
         def make() -> Process:
             environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
@@ -227,11 +227,11 @@ def test_tcp_where_it_is_configured(spawn: Callable[[], Process], config: Path) 
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         assert (
-            health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S).status
+            health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status
             == health_pb2.HealthCheckResponse.SERVING
         )
         with pytest.raises(grpc.RpcError) as e:  # nobody can tell who that is
-            control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=PATIENCE_S)
+            control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=WAIT_S)
     assert e.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert process.status().devices == []
 
@@ -262,7 +262,7 @@ def test_reload_changes_what_can_change_and_names_the_rest(spawn: Callable[[], P
     process = spawn()
     with Client(target=f"unix:{process.path}") as client:
         client.request("r", ttft_left_s=60.0)
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         config.write_text(
             config.read_text()
             + 'mode = "enforce"\nslots = 32\n[policy]\ngive_up = 0.1\n[limits]\nmax_requests_per_session = 1\n'
@@ -282,7 +282,7 @@ def test_reload_changes_what_can_change_and_names_the_rest(spawn: Callable[[], P
         }
         assert not any("give_up" in n or "max_requests" in n or "dscp" in n for n in status.notices)
         client.request("r2", ttft_left_s=60.0)  # one too many by now
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         assert client.stats.rejected == 1
 
 

@@ -11,8 +11,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.benches import wait_until
 from support.vanishing import vanishings
+from support.waiting import wait_for
 
 from mfsd.daemon import config_bands
 from mfsd.daemon.config import parse
@@ -129,7 +129,7 @@ def test_a_device_that_leaves_and_returns_is_set_up_again(inside: Inside) -> Non
         assert (v.enforced, w.enforced) == (True, True)
         ip("link", "del", "w0")
         # The engine goes on asking before anybody has noticed.
-        wait_until(lambda: w.read() is None and w.failure != "")
+        wait_for(lambda: w.read() is None and w.failure != "")
         devices.care(Mode.ENFORCE)
         assert (v.enforced, w.enforced, w.attachment, w.ifindex) == (True, False, None, 0)
         assert (w.read(), w.failure) == (None, "")

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from support.daemons import Running, wait_for
+from support.daemons import Running
 from support.exhausted import no_descriptors
 from support.rig import as_user
+from support.waiting import wait_for
 
 from mfsd.api.room import EACH
 from mfsd.api.server import ServerError

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 import pytest
 from google.rpc import code_pb2
-from support.daemons import Api, Running, call_violation, connected, violation, wait_for
+from support.daemons import Api, Running, call_violation, connected, violation
+from support.waiting import wait_for
 
 from mfsd.client import cookie_of
 from mfsd.client.introduction import introduced

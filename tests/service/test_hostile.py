@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from support.daemons import PATIENCE_S, Api, Running, call_violation
+from support.daemons import Api, Running, call_violation
+from support.waiting import WAIT_S
 
 from mfsd.api import messages
 from mfsd.api.control import WATCHERS
@@ -55,7 +56,7 @@ def served(running: Running, monkeypatch: pytest.MonkeyPatch, attack: Callable[[
     thread = threading.Thread(target=honest)
     thread.start()
     try:
-        assert warm.wait(PATIENCE_S)
+        assert warm.wait(WAIT_S)
         with introduced(running.target) as channel:
             attack(Api(channel, session="hostile"))
     finally:
@@ -102,12 +103,12 @@ def test_a_message_that_is_none_is_answered_and_not_logged(
             ask: Any = channel.unary_unary(path)
             for _ in range(50):
                 with pytest.raises(grpc.RpcError) as e:
-                    ask(b"\xff\xff\xff", timeout=PATIENCE_S)
+                    ask(b"\xff\xff\xff", timeout=WAIT_S)
                 assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert e.value.details() == "the message is malformed"
         talk: Any = channel.stream_stream("/mfsd.v1.Hints/Stream")
         with pytest.raises(grpc.RpcError) as e:
-            list(talk(iter([b"\xff\xff"]), timeout=PATIENCE_S))
+            list(talk(iter([b"\xff\xff"]), timeout=WAIT_S))
         assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err + captured.out + caplog.text
@@ -134,7 +135,7 @@ def test_watchers_share_what_they_see_and_are_bounded(running: Running, monkeypa
     with introduced(running.target) as channel:
         api = Api(channel)
         ask = pb.WatchRequest(interval_us=100_000, connections=True)
-        watchers: list[Any] = [api.control.Watch(ask, timeout=PATIENCE_S) for _ in range(WATCHERS)]
+        watchers: list[Any] = [api.control.Watch(ask, timeout=WAIT_S) for _ in range(WATCHERS)]
         for watcher in watchers:
             assert next(watcher).status.epoch
         made.clear()
@@ -144,11 +145,11 @@ def test_watchers_share_what_they_see_and_are_bounded(running: Running, monkeypa
                 next(watcher)
         assert len(made) <= (time.monotonic() - began) / 0.05 + 2
         with pytest.raises(grpc.RpcError) as e:
-            next(api.control.Watch(ask, timeout=PATIENCE_S))
+            next(api.control.Watch(ask, timeout=WAIT_S))
         assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         watchers[0].cancel()
         time.sleep(0.2)
-        watchers[0] = api.control.Watch(ask, timeout=PATIENCE_S)
+        watchers[0] = api.control.Watch(ask, timeout=WAIT_S)
         assert next(watchers[0]).status.epoch
         for watcher in watchers:
             watcher.cancel()
@@ -156,5 +157,5 @@ def test_watchers_share_what_they_see_and_are_bounded(running: Running, monkeypa
 
 def test_too_many_hints_in_a_message(api: Api) -> None:
     with pytest.raises(grpc.RpcError) as e:
-        api.hints.Send(HintBatch(session="s", hints=[Hint()] * 1025), timeout=PATIENCE_S)
+        api.hints.Send(HintBatch(session="s", hints=[Hint()] * 1025), timeout=WAIT_S)
     assert call_violation(e.value)[:2] == (8, "hints")

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from support.daemons import PATIENCE_S, Api, Running, wait_for
+from support.daemons import Api, Running
 from support.others import within_reach
 from support.peers import Introduced, worker
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.api.identity import RESERVED
 from mfsd.client import Client
@@ -63,7 +64,7 @@ def me(running: Running, introduce: Callable[[Running], Introduced]) -> Introduc
 def say(api: Api, metadata: Any = (), session: str = "s") -> Any:
     """Announce a request."""
     hint = Hint(request=Request(id="r", ttft_left_us=60_000_000))
-    return api.hints.Send(api.batch(hint, session=session), timeout=PATIENCE_S, metadata=metadata)
+    return api.hints.Send(api.batch(hint, session=session), timeout=WAIT_S, metadata=metadata)
 
 
 def refused(api: Api, metadata: Any = (), session: str = "s") -> tuple[grpc.StatusCode, str]:
@@ -79,7 +80,7 @@ def sessions(daemon: Running) -> dict[str, tuple[int, int]]:
 
 def test_a_session_has_the_pid_and_uid_of_its_maker(api: Api, running: Running, me: Introduced) -> None:
     batch = api.batch(session="s", pid=1)  # what a message says of itself means nothing
-    api.hints.Send(batch, timeout=PATIENCE_S, metadata=me.metadata)
+    api.hints.Send(batch, timeout=WAIT_S, metadata=me.metadata)
     say(api, session="anybody")
     assert sessions(running) == {"s": (os.getpid(), os.geteuid()), "anybody": (0, -1)}
 
@@ -99,7 +100,7 @@ def test_a_session_is_nobody_elses(
         "session 'anybody' is that of somebody without a token; choose another name",
     )
     with pytest.raises(grpc.RpcError) as e:
-        list(api.hints.Stream(iter([api.batch(session="s")]), timeout=PATIENCE_S, metadata=other.metadata))
+        list(api.hints.Stream(iter([api.batch(session="s")]), timeout=WAIT_S, metadata=other.metadata))
     assert e.value.code() is grpc.StatusCode.PERMISSION_DENIED
     say(api, me.metadata)
     assert len(sessions(running)) == 2
@@ -111,7 +112,7 @@ def test_the_end_of_the_connection_ends_the_sessions(
     for name in ("s", "t"):
         say(api, me.metadata, name)
     say(api, session="anybody")
-    stream = api.hints.Stream(iter([api.batch(session="u")]), timeout=PATIENCE_S, metadata=me.metadata)
+    stream = api.hints.Stream(iter([api.batch(session="u")]), timeout=WAIT_S, metadata=me.metadata)
     next(stream)
     me.close()
     wait_for(lambda: set(sessions(running)) == {"anybody"})
@@ -129,10 +130,10 @@ def test_a_stream_ends_with_its_token(api: Api, running: Running, me: Introduced
 
     def batches() -> Iterator[Any]:
         yield api.batch(session="s")
-        assert goes_on.wait(PATIENCE_S)
+        assert goes_on.wait(WAIT_S)
         yield api.batch(session="s")
 
-    stream = api.hints.Stream(batches(), timeout=PATIENCE_S, metadata=me.metadata)
+    stream = api.hints.Stream(batches(), timeout=WAIT_S, metadata=me.metadata)
     assert next(stream).seq == 1
     me.close()
     wait_for(lambda: not sessions(running))
@@ -147,7 +148,7 @@ def test_a_closed_client_ends_its_session(running: Running) -> None:
     for _ in range(300):
         with Client(target=running.target) as client:
             client.request("r", ttft_left_s=60.0)
-            assert client.flush(PATIENCE_S)
+            assert client.flush(WAIT_S)
             assert client.stats.rejected == 0
     wait_for(lambda: not sessions(running))
     assert running.daemon._identities._by_uid == {}
@@ -188,7 +189,7 @@ def test_a_process_ends_although_its_child_has_the_connection(running: Running) 
             assert process.stdin is not None
             process.stdin.write(b"\n")
             process.stdin.flush()
-            assert process.wait(PATIENCE_S) == 0
+            assert process.wait(WAIT_S) == 0
             wait_for(lambda: not len(running.daemon._identities))
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # its child lives on

@@ -12,7 +12,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemons import PATIENCE_S, Running
+from support.waiting import WAIT_S
 
 from mfsd.client import Client, cookie_of
 from mfsd.integrations.mooncake import HintedEngine, HintedStore, Owner
@@ -22,6 +22,8 @@ from mfsd.model import CookieSelector, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from support.daemons import Running
 
     from mfsd.engine.engine import Engine as Engine_
 
@@ -37,7 +39,7 @@ def client(running: Running) -> Iterator[Client]:
 
 def transfers(running: Running, client: Client) -> list[tuple[str, Stage, float, bool]]:
     """(selector, stage, size, handed over) of all that is announced."""
-    assert client.flush(PATIENCE_S)
+    assert client.flush(WAIT_S)
 
     def read(e: Any) -> list[tuple[str, Stage, float, bool]]:
         out = []
@@ -68,7 +70,7 @@ def test_what_a_group_connects_is_marked_and_nothing_else(running: Running, clie
     assert mark_group(connect, client=client) == "a group"
     group = [cookie_of(s) for s in kept[2:]]
     mark_group(connect, client=client, stage=Stage.BACKGROUND)
-    assert client.flush(PATIENCE_S)
+    assert client.flush(WAIT_S)
 
     def read(e: Engine_) -> dict[int, Stage]:
         marks = [m for s in e.books.sessions.values() for m in s.marks.values()]

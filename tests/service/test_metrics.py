@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from support.daemons import Api, Running, connected, wait_for
+from support.daemons import Api, Running, connected
+from support.waiting import wait_for
 
 import mfsd
 from mfsd.client import Client, Cookie, Stage, cookie_of

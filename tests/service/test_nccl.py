@@ -16,12 +16,14 @@ from typing import IO, TYPE_CHECKING
 
 import psutil
 import pytest
-from support.daemons import Running, wait_for
+from support.waiting import wait_for
 
 from mfsd.model import CookieSelector, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from support.daemons import Running
 
     from mfsd.engine.engine import Engine
 

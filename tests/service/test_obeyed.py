@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemons import PATIENCE_S, Api, Running, connected, wait_for
+from support.daemons import Api, Running, connected
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import cookie_of
 from mfsd.v1 import hints_pb2 as pb
@@ -85,7 +86,7 @@ def test_a_search_that_takes_long_delays_no_reply_for_long(
     look = sockets._look
 
     def slowly(selectors: list[Selector]) -> None:
-        assert goes_on.wait(PATIENCE_S)
+        assert goes_on.wait(WAIT_S)
         look(selectors)
 
     monkeypatch.setattr(sockets, "_look", slowly)
@@ -122,7 +123,7 @@ def test_batches_on_their_way_share_one_wait(api: Api, running: Running, monkeyp
 
     monkeypatch.setattr(ticker, "ticked", when_all_have_come)
     batches = (api.batch(REQUEST, seq=n) for n in range(1, count + 1))
-    replies = list(api.hints.Stream(batches, timeout=PATIENCE_S))
+    replies = list(api.hints.Stream(batches, timeout=WAIT_S))
     assert [r.seq for r in replies] == list(range(1, count + 1))
     assert 1 <= len(waits) <= 3
 

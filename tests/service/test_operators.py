@@ -10,7 +10,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from support.daemons import Api, Running, call_violation, wait_for
+from support.daemons import Api, Running, call_violation
+from support.waiting import wait_for
 
 import mfsd
 from mfsd.client import cookie_of

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.ctl import run
-from support.daemons import Running, connected, wait_for
+from support.daemons import Running, connected
+from support.waiting import wait_for
 
 from mfsd import recording
 from mfsd.client import Client, Cookie, Stage, cookie_of

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from support.daemons import PATIENCE_S, Running, wait_for
+from support.daemons import Running
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, cookie_of, tuple_of
 from mfsd.client.introduction import introduced
@@ -107,7 +108,7 @@ def test_a_hint_of_who_waits_reaches_the_daemon_of_who_sends(hosts: Hosts) -> No
     with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
         client.request("r", ttft_left_s=5.0)
         client.transfer("r/kv", from_sender(sends), MB, stage=Stage.P2D, request="r")
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         (left,) = wait_for(lambda: transfers(hosts.sender)).values()
         assert 4.0 < left < 5.0
         assert not transfers(hosts.waiter)
@@ -131,7 +132,7 @@ def test_a_peer_that_takes_few_hints_at_a_time_gets_all_of_them(
             client.request("r", ttft_left_s=50.0)
             for n in range(20):
                 client.transfer(f"t{n}", from_sender(sends), MB, stage=Stage.P2D, request="r")
-            assert client.flush(PATIENCE_S)
+            assert client.flush(WAIT_S)
             wait_for(lambda: len(transfers(hosts.sender)) == 20)
     finally:
         hosts.stop()
@@ -140,11 +141,11 @@ def test_a_peer_that_takes_few_hints_at_a_time_gets_all_of_them(
 def test_columns_are_handed_on_too(hosts: Hosts) -> None:
     with connection() as (sends, waits), Client(target=hosts.waiter.target) as client:
         client.request("r", ttft_left_s=5.0)
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         for n in range(20):
             where = from_sender(sends) if n % 2 else waits
             client.transfer(f"t{n}", where, MB, stage=Stage.P2D, request="r")
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         wait_for(lambda: len(transfers(hosts.sender)) == 10)
         assert sorted(transfers(hosts.waiter)) == sorted(f"t{n}" for n in range(0, 20, 2))
 
@@ -177,7 +178,7 @@ def test_what_is_late_is_not_handed_on(hosts: Hosts) -> None:
         client.request("soon", ttft_left_s=60.0)
         client.transfer("late/kv", from_sender(sends), MB, stage=Stage.P2D, request="late")
         client.transfer("soon/kv", from_sender(sends), MB, stage=Stage.P2D, request="soon")
-        assert client.flush(PATIENCE_S)
+        assert client.flush(WAIT_S)
         (name,) = wait_for(lambda: transfers(hosts.sender))
         assert name.endswith("soon/kv")
         assert client.stats.rejected == 0
@@ -190,7 +191,7 @@ def test_a_sender_that_restarts_hears_again_what_is_alive(hosts: Hosts) -> None:
         wait_for(lambda: transfers(hosts.sender))
         hosts.sender.stop()
         client.transfer("r/more", from_sender(sends), MB, stage=Stage.P2D, request="r")
-        assert client.flush(PATIENCE_S)  # the worker does not notice
+        assert client.flush(WAIT_S)  # the worker does not notice
         wait_for(lambda: any("no connection to" in n for n in hosts.waiter.daemon.notices()))
         hosts.sender = hosts.start_sender()
         wait_for(lambda: len(transfers(hosts.sender)) == 2)
@@ -229,7 +230,7 @@ def credentials(papers: Papers | None, ca: Path) -> grpc.ChannelCredentials:
 
 def send(hosts: Hosts, papers: Papers | None, *hints: pb.Hint) -> pb.HintReply:
     said = stub(f"{SENDER}:{hosts.port}", credentials(papers, hosts.papers.ca))
-    return said.Send(pb.HintBatch(session="s", seq=1, hints=hints), timeout=PATIENCE_S)
+    return said.Send(pb.HintBatch(session="s", seq=1, hints=hints), timeout=WAIT_S)
 
 
 def code(call: Callable[[], Any]) -> grpc.StatusCode:
@@ -272,7 +273,7 @@ def test_a_server_that_is_not_who_it_should_be_gets_no_hints(tmp_path: Path, aut
         with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
             client.request("r", ttft_left_s=60.0)
             client.transfer("r/kv", from_sender(sends), MB, stage=Stage.P2D, request="r")
-            assert client.flush(PATIENCE_S)
+            assert client.flush(WAIT_S)
             wait_for(lambda: any("no connection to" in n for n in hosts.waiter.daemon.notices()))
             time.sleep(0.3)
             assert not transfers(hosts.sender)

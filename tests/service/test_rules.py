@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from support.daemons import PATIENCE_S, Api, Running, connected, wait_for
+from support.daemons import Api, Running, connected
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import cookie_of
 from mfsd.client.introduction import introduced
@@ -48,7 +49,7 @@ def stubs(ruled: tuple[Running, int]) -> Iterator[Api]:
 
 
 def listed(stubs: Api, **request: int) -> pb.ListRulesReply:
-    return stubs.control.ListRules(pb.ListRulesRequest(**request), timeout=PATIENCE_S)
+    return stubs.control.ListRules(pb.ListRulesRequest(**request), timeout=WAIT_S)
 
 
 def test_rules_are_listed_with_what_they_name(stubs: Api, ruled: tuple[Running, int]) -> None:
@@ -116,7 +117,7 @@ def test_rules_change_with_a_reload(start: Callable[..., Running], tmp_path: Pat
 
         def reload(text: str) -> None:
             file.write_text(f'[daemon]\nsocket = "{running.socket}"\nstate_dir = "{tmp_path}"\n{text}')
-            asyncio.run_coroutine_threadsafe(running.daemon.reload(), running.loop).result(PATIENCE_S)
+            asyncio.run_coroutine_threadsafe(running.daemon.reload(), running.loop).result(WAIT_S)
 
         reload(f'[[rule]]\nname = "a"\nstage = "p2d"\nremote_ports = {ports[0]}\n')
         wait_for(lambda: (stage(one), stage(two)) == (3, 0))

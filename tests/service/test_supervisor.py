@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from support.daemons import wait_for
+from support.waiting import wait_for
 
 from mfsd.daemon.config import parse
 from mfsd.daemon.config_bands import bands_of, policy_of

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemons import PATIENCE_S, Running, wait_for
+from support.waiting import WAIT_S, wait_for
 
 import mfsd.integrations.vllm as integration
 from mfsd.client import Client
@@ -27,6 +27,8 @@ from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from support.daemons import Running
 
 BLOCK = 32
 PER_TOKEN = 1000
@@ -100,7 +102,7 @@ def mine(running: Running) -> Iterator[Mine]:
 
 
 def flush(connector: Mine) -> None:
-    assert connector._mfsd().client.flush(PATIENCE_S)
+    assert connector._mfsd().client.flush(WAIT_S)
 
 
 def deadlines(running: Running) -> dict[str, float]:
@@ -291,7 +293,7 @@ def test_loose_reads_wait_for_tight_ones_and_start_when_those_are_over(running: 
         pull.expect("looser", 90.0, 30)
         pull.expect("later", 5.0, 40)
         assert pull.step() == ["tight"]  # never held back by what is due later, though that is on its way
-        pull._mfsd().client.flush(PATIENCE_S)
+        pull._mfsd().client.flush(WAIT_S)
         assert {t.id for t in transfers(running)} == {"loose/kv", "tight/kv"}
         assert pull.step() == []
         pull.update_connector_output(SimpleNamespace(finished_recving={"tight"}))

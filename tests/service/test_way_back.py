@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.daemons import PATIENCE_S, Running, wait_for
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.api import advice
 from mfsd.client import Client, Event, EventKind, Stage, tuple_of
@@ -20,6 +20,8 @@ from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from support.daemons import Running
 
 NOWHERE = tuple_of("10.255.255.1", 1)
 
@@ -90,12 +92,12 @@ def test_advice_is_asked_for_in_the_background(running: Running, monkeypatch: py
     goes_on, done = threading.Event(), threading.Event()
 
     def slowly(*_: object) -> pb.Advice:
-        assert goes_on.wait(PATIENCE_S)
+        assert goes_on.wait(WAIT_S)
         done.set()
         return said
 
     monkeypatch.setattr(advice, "advice", slowly)
-    monkeypatch.setattr(asking, "TIMEOUT_S", 2 * PATIENCE_S)
+    monkeypatch.setattr(asking, "TIMEOUT_S", 2 * WAIT_S)
     with Client(target=running.target) as client:
         for _ in range(3):
             assert client.advice("10.0.0.7") is None

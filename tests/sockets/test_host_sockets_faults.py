@@ -8,7 +8,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemons import connected, wait_for
+from support.daemons import connected
+from support.waiting import wait_for
 
 from mfsd.client import cookie_of, tuple_of
 from mfsd.daemon.sockets import HostSockets

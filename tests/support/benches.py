@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +14,6 @@ from mfsd.units import Rate
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Callable
     from pathlib import Path
 
     from support.namespaces import NetnsPair
@@ -87,11 +85,3 @@ class Bench:
     def tags(self, receiver: socket.socket, count: int) -> list[int]:
         """Of the next packets, in the order of their arrival."""
         return [struct.unpack_from("=I", receiver.recv(2000))[0] for _ in range(count)]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Generous: it is for the machine, not for the code, to be slow."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition never came true"
-        time.sleep(0.005)

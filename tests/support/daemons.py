@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import socket
 import threading
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +16,7 @@ from grpc_status import rpc_status
 from mfsd.daemon.config import parse
 from mfsd.daemon.daemon import Daemon
 from mfsd.v1 import control_pb2_grpc, hints_pb2, hints_pb2_grpc
+from support.waiting import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,17 +27,6 @@ if TYPE_CHECKING:
     from mfsd.engine.engine import Engine
 
 T = TypeVar("T")
-PATIENCE_S = 20.0
-"""How long tests wait for what must happen; far longer than it ever takes."""
-
-
-def wait_for(what: Callable[[], T], patience: float = PATIENCE_S) -> T:
-    """Wait until a condition holds; returns its value."""
-    end = time.monotonic() + patience
-    while not (value := what()):
-        assert time.monotonic() < end, "gave up waiting"
-        time.sleep(0.005)
-    return value
 
 
 class Running:
@@ -52,7 +41,7 @@ class Running:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._started.wait(PATIENCE_S)
+        assert self._started.wait(WAIT_S)
         if self._failure is not None:
             raise self._failure
 
@@ -80,13 +69,13 @@ class Running:
         async def answer() -> T:
             return question(self.daemon.engine)
 
-        return asyncio.run_coroutine_threadsafe(answer(), self.loop).result(PATIENCE_S)
+        return asyncio.run_coroutine_threadsafe(answer(), self.loop).result(WAIT_S)
 
     def stop(self) -> None:
         """Idempotent."""
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.daemon.stop)
-            self._thread.join(PATIENCE_S)
+            self._thread.join(WAIT_S)
             assert not self._thread.is_alive()
 
 
@@ -105,7 +94,7 @@ class Api:
 
     def send(self, *hints: hints_pb2.Hint, **fields: Any) -> hints_pb2.HintReply:
         """One unary batch."""
-        return self.hints.Send(self.batch(*hints, **fields), timeout=PATIENCE_S)
+        return self.hints.Send(self.batch(*hints, **fields), timeout=WAIT_S)
 
     def batch(self, *hints: hints_pb2.Hint, **fields: Any) -> hints_pb2.HintBatch:
         """A batch of the test's session."""

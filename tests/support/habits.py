@@ -14,13 +14,14 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.client import cookie_of
-from support.rig import WAIT_S, Daemon, wait_for
+from support.waiting import WAIT_S, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mfsd.v1 import control_pb2 as pb
     from support.namespaces import NetnsPair
+    from support.rig import Daemon
 
 KB: Final = 1000
 MB: Final = 1_000_000

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from support.benches import Bench, plan, wait_until
+from support.benches import Bench, plan
+from support.waiting import wait_for
 
 if TYPE_CHECKING:
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
@@ -35,7 +36,7 @@ class PrioBench(Bench):
         """Empty the bucket and keep level 0 busy for many seconds: what is queued below it stands still."""
         assert not self.weights
         self.send(e.band_maps()[LEVEL0][0], 300)
-        wait_until(lambda: e.link_bytes()[0] >= BUCKET)
+        wait_for(lambda: e.link_bytes()[0] >= BUCKET)
 
 
 def fixed_neighbours(pair: NetnsPair) -> None:

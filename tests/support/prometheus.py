@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from support.rig import wait_for
+from support.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

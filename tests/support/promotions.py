@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.client import cookie_of
 from mfsd.model import Stage
-from support.rig import Daemon, Flow, flows, running, wait_for
+from support.rig import Daemon, Flow, flows, running
+from support.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable

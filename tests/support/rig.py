@@ -27,6 +27,7 @@ from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc as rpc
 from mfsd.v1 import hints_pb2 as hints
 from mfsd.v1 import hints_pb2_grpc as hints_rpc
+from support.waiting import WAIT_S, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,24 +39,6 @@ if TYPE_CHECKING:
 RATE_MBIT: Final = 200
 POLICY: Final = 'name = "deadline-ladder"\nkv = "rli"'
 """A policy in which the stage alone says the level: collectives 0, KV reuse 1, undated P2D the lowest."""
-WAIT_FACTOR: Final = float(os.environ.get("MFSD_WAIT_FACTOR", "1"))
-"""How much slower than usual this machine is taken to be: emulated ones are."""
-POLL_S: Final = 0.005 if WAIT_FACTOR == 1 else 0.1
-"""Between two looks. A look at a daemon is a call, which an emulated processor takes tens of milliseconds for."""
-WAIT_S: Final = 20.0 * WAIT_FACTOR
-"""Upper bound of every wait; nothing is measured with it."""
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout: float = WAIT_S) -> Any:
-    """Poll until the condition is true; returns its value."""
-    end = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {timeout} s: {what}")
-        time.sleep(POLL_S)
 
 
 class Daemon:

@@ -10,7 +10,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Final
 
-from support.rig import wait_for
+from support.waiting import wait_for
 from support.wrongband import CONFIG
 
 if TYPE_CHECKING:

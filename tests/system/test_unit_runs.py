@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from support.rig import wait_for
+from support.waiting import wait_for
 from support.wrongband import CONFIG, watched
 
 if TYPE_CHECKING:

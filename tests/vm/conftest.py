@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.prio_benches import PrioBench, fixed_neighbours
-from support.rig import wait_for
+from support.waiting import wait_for
 
 from mfsd.datapath import tc
 from mfsd.datapath.facts import kernel_has

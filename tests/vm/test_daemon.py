@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.promotions import LONG_S, RATE_MBIT, WATCH_S, GuestDaemon, compare, level_of
-from support.rig import Daemon, Flow, flows, running, tc_state, wait_for
+from support.rig import Daemon, Flow, flows, running, tc_state
+from support.waiting import wait_for
 
 from mfsd.client import cookie_of, tuple_of
 from mfsd.datapath.bpf import syscall

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from support.benches import FRAME, plan, wait_until
+from support.benches import FRAME, plan
 from support.prio_benches import CONTROL, DEFAULT, LEVEL0, LEVEL1, LEVEL2, LEVEL3, SCAVENGER, PrioBench
+from support.waiting import wait_for
 
 from mfsd.datapath import tc
 
@@ -57,7 +58,7 @@ def test_a_priority_leads_to_its_lane(bench: PrioBench, rate: str | None, lanes:
         for lane in range(n):
             bench.send(classid + lane, band + 1)
             count += band + 1
-    wait_until(lambda: e.link_bytes() == (count * FRAME, 0))
+    wait_for(lambda: e.link_bytes() == (count * FRAME, 0))
     got = e.counters()
     for band, (classid, n) in enumerate(e.band_maps()):
         packets = n * (band + 1)
@@ -81,7 +82,7 @@ def test_what_names_no_band_is_default_traffic(bench: PrioBench, rate: str | Non
     e = bench.applied(rate, lanes)
     bench.receiver()
     bench.send(priority, 7)
-    wait_until(lambda: e.link_bytes()[0] == 7 * FRAME)
+    wait_for(lambda: e.link_bytes()[0] == 7 * FRAME)
     got = e.counters()["packets"]
     assert (got[DEFAULT], got.sum()) == (7, 7)
 
@@ -94,7 +95,7 @@ def test_a_lane_that_does_not_exist_is_the_first_of_its_band(bench: PrioBench, m
     e = bench.applied("1gbit", 4)
     bench.receiver()
     bench.send(e.band_maps()[LEVEL2][0] & 0xFFFF0000 | minor, 5)
-    wait_until(lambda: e.link_bytes()[0] == 5 * FRAME)
+    wait_for(lambda: e.link_bytes()[0] == 5 * FRAME)
     assert e.counters()["packets"][LEVEL2] == 5
 
 
@@ -191,7 +192,7 @@ def test_counters_survive_a_rescue(bench: PrioBench, lanes: int) -> None:
     for turn in range(1, 4):
         for band in (LEVEL1, LEVEL3, SCAVENGER):
             bench.send(e.band_maps()[band][0], 20)
-        wait_until(lambda turn=turn: int(e.counters()["packets"].sum()) == 60 * turn)  # type: ignore[misc]
+        wait_for(lambda turn=turn: int(e.counters()["packets"].sum()) == 60 * turn)  # type: ignore[misc]
         e.purge([(LEVEL1, 0), (LEVEL3, 0)])
         assert e.counters()["packets"].tolist() == [0, 0, 20 * turn, 0, 0, 20 * turn, 0, 20 * turn]
         assert e.counters()["bytes"].sum() == 60 * turn * FRAME
@@ -239,7 +240,7 @@ def test_a_missing_filter_is_noticed_and_repaired(bench: PrioBench) -> None:
     assert second.adopted
     bench.receiver()
     bench.send(second.band_maps()[LEVEL3][0] + 2, 6)
-    wait_until(lambda: second.link_bytes()[0] == 6 * FRAME)
+    wait_for(lambda: second.link_bytes()[0] == 6 * FRAME)
     assert second.counters()["packets"][LEVEL3] == 6
 
 
@@ -252,7 +253,7 @@ def test_sixteen_bands(bench: PrioBench) -> None:
     bench.receiver()
     for band, (classid, _) in enumerate(e.band_maps()):
         bench.send(classid, band + 1)
-    wait_until(lambda: int(e.counters()["packets"].sum()) == 136)
+    wait_for(lambda: int(e.counters()["packets"].sum()) == 136)
     assert e.counters()["packets"].tolist() == list(range(1, 17))
     assert e.restore() == []
 
