@@ -141,14 +141,16 @@ class Delivery:
 
     def _overdue(self, now: float) -> dict[Stream, None]:
         """Streams with a debt on which nothing has moved, and nothing was announced, for DEBT_S."""
-        out: dict[Stream, None] = {}
-        for stream in list(islice(self._doubtful, DOUBTS)):
+        if not self._doubtful:
+            return {}
+        some = list(islice(self._doubtful, DOUBTS))
+        for stream in some:
             del self._doubtful[stream]
-            if stream.debt and stream.queue:
-                self._doubtful[stream] = None  # behind the others, who have their turn in the next tick
-                if self._rested(stream, now):
-                    out[stream] = None
-        return out
+        some = [s for s in some if s.debt and s.queue]
+        self._doubtful |= dict.fromkeys(some)  # behind the others, who have their turn in the next tick
+        slot = self.books.streams.slot.take([s.index for s in some])
+        moves = (self.connections.table.last_ns.take(slot, mode="clip") >= int((now - DEBT_S) * NS)) & (slot >= 0)
+        return {s: None for s, moving in zip(some, moves.tolist(), strict=True) if not moving and self._rested(s, now)}
 
     def _rested(self, stream: Stream, now: float) -> bool:
         moved = max((self.connections.positions.moved_at(c) for c in stream.members), default=0.0)

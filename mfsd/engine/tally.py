@@ -104,10 +104,11 @@ class Histogram:
         for i, count in enumerate(np.bincount(bucket, minlength=len(self.counts)).tolist()):
             self.counts[i] += count
         self.sum += float(values[finite].sum())
-        named = finite[np.array([bool(requests[i]) for i in finite.tolist()], dtype=np.bool_)]
         latest = np.full(len(self.counts), -1)
-        latest[np.searchsorted(self.bounds, values[named])] = named  # of several the last one stays
+        latest[bucket] = finite  # of several the last one stays
         for i, at in enumerate(latest.tolist()):
+            if at >= 0 and not requests[at]:
+                at = next((k for k in reversed(finite[bucket == i].tolist()) if requests[k]), -1)  # noqa: PLW2901
             if at >= 0:
                 self.exemplars[i] = Exemplar(requests[at], float(values[at]))
 
@@ -164,21 +165,28 @@ class Tally:
         if len(known) < len(every):
             every, at = [every[i] for i in known], at if isinstance(at, float) else at[known]
         values = columns.noted(every, _COLUMNS)
-        for begin in range(0, len(every), UNSORTED_MAX):
-            part = slice(begin, begin + UNSORTED_MAX)
+        begin = 0
+        while begin < len(every):
+            end = min(
+                begin + UNSORTED_MAX, begin + TRANSFERS_KEPT - self._noted % TRANSFERS_KEPT
+            )  # where the ring begins anew
+            part = slice(begin, end)
             self._note(every[part], [v[part] for v in values], at if isinstance(at, float) else at[part], delivered)
+            begin = end
 
     def _note(self, transfers: Sequence[Transfer], values: Sequence[Any], at: float | F8, delivered: bool) -> None:  # noqa: FBT001 - private
         if self._noted + len(transfers) - self._sorted > UNSORTED_MAX:
             self._sort()
-        rows = np.arange(self._noted, self._noted + len(transfers)) % TRANSFERS_KEPT
+        begin = self._noted % TRANSFERS_KEPT
+        rows = slice(begin, begin + len(transfers))
         for name, value in zip(_COLUMNS, values, strict=True):
             self._transfers[name][rows] = value
         self._transfers["ended"][rows], self._transfers["delivered"][rows] = at, delivered
         self._transfers["uid"][rows] = [t.session.uid for t in transfers]
-        for row, t in zip(rows.tolist(), transfers, strict=True):
-            self._names[row], self._sessions[row], self._paths[row] = t.id, t.session.name, t.path
-            self._requests[row] = "" if t.request is None else t.request.id
+        self._names[rows] = [t.id for t in transfers]
+        self._sessions[rows] = [t.session.name for t in transfers]
+        self._paths[rows] = [t.path for t in transfers]
+        self._requests[rows] = ["" if t.request is None else t.request.id for t in transfers]
         self._noted += len(transfers)
 
     def finished(self, request: Request, arrival: float, deadline: float, at: float) -> None:
@@ -200,11 +208,13 @@ class Tally:
         """Rows of _NOTED, not counted yet."""
         timed = t[(t["deadline"] < INF) & (t["delivered"] | (t["ended"] > t["deadline"]))]
         met = timed["ended"] <= timed["deadline"]
-        for uid, stage in np.unique(timed[["uid", "stage"]]).tolist():
-            of = (timed["uid"] == uid) & (timed["stage"] == stage)
+        keys, which = np.unique(timed["uid"] * len(Stage) + timed["stage"], return_inverse=True)
+        late_and_met = np.bincount(which * 2 + met, minlength=2 * len(keys)).reshape(-1, 2)
+        for key, (late, in_time) in zip(keys.tolist(), late_and_met.tolist(), strict=True):
+            uid, stage = divmod(key, len(Stage))
             count = self._due.setdefault((self._user(uid), Stage(stage)), [0, 0])
-            count[0] += int((of & ~met).sum())
-            count[1] += int((of & met).sum())
+            count[0] += late
+            count[1] += in_time
 
     def _sort(self) -> None:
         rows = np.arange(self._sorted, self._noted) % TRANSFERS_KEPT
