@@ -6,6 +6,8 @@ from __future__ import annotations
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import hints_pb2
 
+TO = ("--to", "10.0.0.2:6000")
+"""Options of mfsctl hint."""
 COOKIE = 2**63 + 5
 """Too big for a double and for a signed integer."""
 LONG_V6 = "[fd12:3456:789a:bcde:f012:3456:789a:bcde]:65535 -> [fd12:3456:789a:bcde:f012:3456:789a:bcdf]:65534"
