@@ -45,6 +45,9 @@ class Room:
     def __init__(self, path: str, identities: Identities) -> None:
         self._path = path
         self._identities = identities
+        self._looks = 0
+        self._seen: dict[int, int] = {}
+        """Connections, by inode, that there were at the last look; in which look they were seen first."""
         # Shutting down needs a descriptor that is not closed, and used for something else, in between.
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -68,21 +71,24 @@ class Room:
 
     def make(self) -> dict[int, int]:
         """Hang up on those who are too many; how many they were, by user."""
-        own, by_user = 0, defaultdict[int, list[tuple[int, int]]](list)
+        own, seen, by_user = 0, dict[int, int](), defaultdict[int, list[tuple[int, int, int]]](list)
+        self._looks += 1
         for fd in _descriptors():
             uid = self._user(fd)
             if uid is None:
                 own += 1
                 continue
             with contextlib.suppress(OSError):
-                by_user[uid].append((os.fstat(fd).st_ino, fd))
+                inode = os.fstat(fd).st_ino
+                seen[inode] = self._seen.get(inode, self._looks)
+                by_user[uid].append((seen[inode], fd, inode))
+        self._seen = seen
         room = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - own - KEPT, 0)
         most = min(EACH * self._identities.limit, room // (len(by_user) + 1))
         out = {}
         for uid, some in by_user.items():
             if len(some) > most and not self._identities.rights.superuser(uid):
-                # The kernel counts inodes up, so that the newest come last.
-                out[uid] = sum(self._hang_up(fd, inode) for inode, fd in sorted(some)[most:])
+                out[uid] = sum(self._hang_up(fd, inode) for _, fd, inode in sorted(some)[most:])
         return out
 
     def _user(self, fd: int) -> int | None:

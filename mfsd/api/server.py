@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from mfsd.api import pem
 from mfsd.api.access import Access
 from mfsd.api.identity import beside
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2, hints_pb2_grpc
@@ -110,6 +111,9 @@ class Server:
         if self._config.listen is not None:
             try:
                 credentials = self._credentials()
+            except pem.PemError as e:
+                raise ServerError(str(e)) from e
+            try:
                 if credentials is None:
                     self._server.add_insecure_port(self._config.listen)
                 else:
@@ -121,17 +125,13 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def _credentials(self) -> grpc.ServerCredentials | None:
-        """Those of mutual TLS; None: plain TCP. Raises OSError, ServerError."""
+        """Those of mutual TLS; None: plain TCP. Raises PemError."""
         c = self._config
         if c.tls_cert is None or c.tls_key is None or c.tls_client_ca is None:
             return None
-        parts = []
-        for key, path in (("tls_key", c.tls_key), ("tls_cert", c.tls_cert), ("tls_client_ca", c.tls_client_ca)):
-            try:
-                parts.append(path.read_bytes())
-            except OSError as e:
-                raise ServerError(f'daemon.{key} = "{path}": {e.strerror}') from e
-        private, chain, roots = parts
+        chain, private, roots = pem.trio(
+            ("daemon.tls_cert", c.tls_cert), ("daemon.tls_key", c.tls_key), ("daemon.tls_client_ca", c.tls_client_ca)
+        )
         return grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=True)
 
     def _listen(self, path: Path) -> socket.socket:

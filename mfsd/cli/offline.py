@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from mfsd.cli.app import DEFAULT_CONFIG
 from mfsd.cli.errors import CliError, NotPermittedError
-from mfsd.daemon.config import Config, ConfigError, load, render
+from mfsd.daemon.config import LOCK, Config, ConfigError, load, render
 from mfsd.daemon.config_bands import bands_of, dscp_of, marks_in_words, policy_of, yielding_in_words
 from mfsd.datapath import links, tc
 from mfsd.datapath.bpf.attach import hook_users, remove_leftover
 from mfsd.datapath.errors import DatapathError, NoDeviceError
+from mfsd.datapath.owner import locked
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.undo.restore import restore_all, without_note
 from mfsd.v1 import control_pb2 as pb
@@ -96,7 +97,8 @@ def restore(state_dir: Path, device: str, *, delete: bool = False) -> pb.Restore
     try:
         results = without_note(state_dir, device or None, delete=delete)
         if not (device and results):
-            for name, found in restore_all(state_dir, device or None, delete=delete).items():
+            lives = locked(state_dir / LOCK)
+            for name, found in restore_all(state_dir, device or None, delete=delete, lives=lives).items():
                 results[name] = results.get(name, []) + found
     except PermissionError as e:
         raise NotPermittedError(f"can't read {e.filename or state_dir}; run mfsctl as root") from None

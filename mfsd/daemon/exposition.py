@@ -14,6 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import structlog
 from prometheus_client import make_wsgi_app
 
+from mfsd.api import pem
 from mfsd.api.server import ServerError
 from mfsd.daemon.config_endpoints import OFF, SUFFIX, UNIX
 from mfsd.units import host_port
@@ -110,8 +111,13 @@ class Exposition:
         c = self._config
         if c.tls_cert is None or c.tls_key is None:
             return None
+        cert, key = ("metrics.tls_cert", c.tls_cert), ("metrics.tls_key", c.tls_key)
+        try:
+            pem.trio(cert, key, None if c.tls_client_ca is None else ("metrics.tls_client_ca", c.tls_client_ca))
+        except pem.PemError as e:
+            raise ServerError(str(e)) from e
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(c.tls_cert, c.tls_key)
+        context.load_cert_chain(c.tls_cert, c.tls_key, password="")
         if c.tls_client_ca is not None:
             context.load_verify_locations(c.tls_client_ca)
             context.verify_mode = ssl.CERT_REQUIRED

@@ -3,14 +3,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.host import clock, processes
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 _GRAIN_S: Final = 0.015
 """Start times come in ticks of 10 ms, and may be shifted by less than one where a time namespace shifts the clock."""
+
+
+def locked(path: Path) -> bool:
+    """A process has locked a file, perhaps one of a pid namespace whose numbers mean nothing here. Raises OSError."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

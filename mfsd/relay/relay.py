@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 import structlog
 
+from mfsd.api import pem
 from mfsd.logs import Seldom
 from mfsd.model import Maker, MarkHint, PortRange, RuleSelector, Stage
 from mfsd.relay.incoming import Incoming, RelayError
@@ -84,9 +85,14 @@ class Relay:
 
     async def start(self) -> None:
         """Look peers up, and open the endpoint. Raises RelayError."""
-        pair = self._read("key"), self._read("cert")
+        c = self.config
+        files = {name: (f"relay.{name}", getattr(c, name)) for name in ("cert", "key", "ca")}
+        try:
+            chain, private, roots = pem.trio(files["cert"], files["key"], files["ca"])
+        except pem.PemError as e:
+            raise RelayError(str(e)) from e
         if self.config.listen is not None:
-            credentials = grpc.ssl_server_credentials([pair], self._read("ca"), require_client_auth=True)
+            credentials = grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=True)
             self.port = await self.incoming.serve(self.config.listen, credentials)
             log.info("relay", listen=self.config.listen, allow=list(self.config.allow))
         if self.config.peers:

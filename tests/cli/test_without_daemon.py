@@ -77,9 +77,9 @@ def test_nothing_to_restore(netns_pair: NetnsPair, conf: Path, tmp_path: Path) -
 
 
 @contextlib.contextmanager
-def daemon(pair: NetnsPair, conf: Path) -> Iterator[subprocess.Popen[bytes]]:
+def daemon(pair: NetnsPair, conf: Path, *wrap: str) -> Iterator[subprocess.Popen[bytes]]:
     """A real mfsd in namespace a; killed in the end if it still runs."""
-    argv = ["ip", "netns", "exec", pair.a, sys.executable, "-m", "mfsd.daemon", "--config", str(conf)]
+    argv = ["ip", "netns", "exec", pair.a, *wrap, sys.executable, "-m", "mfsd.daemon", "--config", str(conf)]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
             end = time.monotonic() + 30
@@ -91,6 +91,19 @@ def daemon(pair: NetnsPair, conf: Path) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             process.kill()
             process.wait()
+
+
+@pytest.mark.bpf
+def test_a_daemon_in_a_pid_namespace_of_its_own_is_alive(netns_pair: NetnsPair, conf: Path) -> None:
+    """The number in its note is another process's here, or nobody's."""
+    with daemon(netns_pair, conf, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"):
+        assert run("--socket", str(conf.parent / "s"), "enforce").code == 0
+        ran = inside(netns_pair, "restore", "--state-dir", str(conf.parent / "state"))
+        assert ran.code == 1
+        assert "belongs to a running mfsd" in ran.err
+        assert "htb" in netns_pair.run(netns_pair.a, "tc qdisc show dev v0 root")
+    assert inside(netns_pair, "restore", "--state-dir", str(conf.parent / "state")).code == 0
+    assert "htb" not in netns_pair.run(netns_pair.a, "tc qdisc show dev v0 root")
 
 
 @pytest.mark.bpf

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -19,7 +20,8 @@ from support.exhausted import no_descriptors
 from support.rig import as_user
 from support.waiting import wait_for
 
-from mfsd.api.room import EACH
+from mfsd.api.identity import Identities
+from mfsd.api.room import EACH, Room
 from mfsd.api.server import ServerError
 from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
@@ -118,37 +120,41 @@ def test_who_opens_connections_without_end_keeps_nobody_out(few_files: Path) -> 
 
 
 @pytest.mark.root
-def test_the_newest_connections_beyond_a_users_part_are_hung_up_on(start: Callable[..., Running]) -> None:
-    running = start(limits={"max_sessions_per_user": 4})
-    running.socket.chmod(0o777)
-    for folder in running.socket.parents[:3]:
+def test_the_newest_connections_beyond_a_users_part_are_hung_up_on(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    for folder in path.parents[:3]:
         folder.chmod(folder.stat().st_mode | 0o755)
 
-    def opened(uid: int) -> list[socket.socket]:
+    def opened(uid: int, count: int) -> list[tuple[socket.socket, socket.socket]]:
         out = []
         with as_user(uid):
-            for _ in range(4 * EACH + 5):
-                out.append(socket.socket(socket.AF_UNIX))
-                out[-1].connect(str(running.socket))
+            for _ in range(count):
+                one = socket.socket(socket.AF_UNIX)
+                one.connect(str(path))
+                out.append((one, listener.accept()[0]))
         return out
 
     def over(one: socket.socket) -> bool:
         one.settimeout(0)
         try:
-            while one.recv(4096):
-                pass
+            return one.recv(1) == b""
         except BlockingIOError:
             return False
-        except ConnectionResetError:
-            pass
-        return True
 
-    strangers, ours = opened(NOBODY), opened(0)
-    wait_for(lambda: all(over(one) for one in strangers[4 * EACH :]))
-    assert not any(over(one) for one in strangers[: 4 * EACH])
-    assert not any(over(one) for one in ours)
-    for one in strangers + ours:
-        one.close()
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.closing(Room(str(path), Identities(4))) as room:
+        listener.bind(str(path))
+        listener.listen(64)
+        path.chmod(0o777)
+        first, ours = opened(NOBODY, 4 * EACH), opened(0, 5 * EACH)
+        assert room.make() == {}
+        second = opened(NOBODY, 5)
+        assert room.make() == {NOBODY: 5}
+        assert all(over(one) for one, _ in second)
+        assert not any(over(one) for one, _ in first + ours)
+        for one, other in first + ours + second:
+            one.close()
+            other.close()
+        assert room.make() == {}
 
 
 @pytest.mark.root
@@ -188,6 +194,47 @@ def test_without_descriptors_accepting_is_tried_again_in_peace(
     with one:
         assert len(one.recv(100)) == 33
     assert "Traceback" not in capsys.readouterr().out
+
+
+# --- certificates -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate and its key, a key with a password, somebody else's key, and what is none."""
+    folder = tmp_path_factory.mktemp("pems")
+    new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -days 2"
+    for name in ("right", "other"):
+        command = f"{new} -keyout {folder}/{name}.key -out {folder}/{name}.pem"
+        subprocess.run(command.split(), check=True, capture_output=True)
+    secret = f"openssl ec -in {folder}/right.key -aes256 -passout pass:secret -out {folder}/secret.key"
+    subprocess.run(secret.split(), check=True, capture_output=True)
+    (folder / "text").write_text("nothing of the kind")
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("cert", "key", "ca", "problem"),
+    [
+        ("right.pem", "other.key", "right.pem", 'tls_cert = "[^"]*/right.pem": must be PEM, and the certificate of'),
+        ("right.pem", "secret.key", "right.pem", 'tls_cert = .*/secret.key"\\), which has no password'),
+        ("text", "right.key", "right.pem", 'tls_cert = "[^"]*/text": must be PEM'),
+        ("right.pem", "right.key", "text", 'tls_client_ca = "[^"]*/text": must be certificates in PEM'),
+        ("right.pem", "pipe", "right.pem", 'tls_key = "[^"]*/pipe": is no regular file'),
+        ("right.pem", "right.key", "/dev/zero", 'tls_client_ca = "/dev/zero": is no regular file'),
+        ("right.pem", "none", "right.pem", 'tls_key = "[^"]*/none": can\'t be read: No such file'),
+    ],
+)
+@pytest.mark.parametrize("section", ["daemon", "metrics"])
+def test_what_is_wrong_with_certificates_is_named(
+    tmp_path: Path, pems: Path, section: str, cert: str, key: str, ca: str, problem: str
+) -> None:
+    tls = {"tls_cert": str(pems / cert), "tls_key": str(pems / key), "tls_client_ca": str(pems / ca)}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(ServerError, match=f"{section}.{problem}"):
+        Running(tmp_path, **{section: tls | {"listen": listen}})
 
 
 # --- reload -----------------------------------------------------------------------------------------------------------

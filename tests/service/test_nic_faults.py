@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import subprocess
 from typing import TYPE_CHECKING
@@ -368,6 +369,25 @@ def test_a_damaged_note_is_named_and_the_device_left_as_it_is(
         assert root("v0") != "htb"
 
     netns_pair.call(netns_pair.a, body)
+
+
+def test_what_is_no_file_is_no_note_of_others(
+    in_a: Callable[..., None], make: Callable[..., Devices], tmp_path: Path
+) -> None:
+    def body() -> None:
+        before = root("v0")
+        (tmp_path / "qdisc-a.1.1.json").mkdir()
+        os.mkfifo(tmp_path / "qdisc-b.json")
+        (tmp_path / "qdisc-c.json").symlink_to("/dev/zero")
+        devices = make("v0")
+        assert (root("v0"), devices.all[0].notice) == ("htb", "")
+        assert [("no regular file" in p) for p in devices.problems] == [True] * 3
+        end(devices)
+        assert root("v0") == before
+        for odd in tmp_path.glob("qdisc-*"):
+            odd.rmdir() if odd.is_dir() else odd.unlink()
+
+    in_a(body)
 
 
 @pytest.mark.parametrize("text", [None, "", "{}"], ids=["deleted", "emptied", "another"])

@@ -203,9 +203,14 @@ def _new(target: Path) -> Path:
 
 
 def _load(path: Path, name: re.Match[str]) -> State | Unreadable:
-    with path.open("rb") as file:
-        raw = file.read(_LARGEST + 1)
+    raw = b""
+    regular = path.is_file() or not path.exists()  # a pipe would be waited for
+    if regular:
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
     try:
+        if not regular:
+            raise ValueError("no regular file")  # noqa: TRY301 - as what it says may be wrong, too
         if len(raw) > _LARGEST:
             raise ValueError(f"more than {_LARGEST} bytes")  # noqa: TRY301 - as what it says may be wrong, too
         return _decode(json.loads(raw), path)

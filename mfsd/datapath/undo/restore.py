@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from mfsd.datapath.tc import TcSocket
 
 
-def restore_all(state_dir: Path, ifname: str | None = None, *, delete: bool = False) -> dict[str, list[str]]:
+def restore_all(
+    state_dir: Path, ifname: str | None = None, *, delete: bool = False, lives: bool = False
+) -> dict[str, list[str]]:
     """Put devices back without a daemon: those with a note in ``state_dir``, or only ``ifname``.
 
     Returns problems by what the devices are called now, an empty list where all went well. A device whose owner lives
-    is left alone, as is one of another network namespace than the calling thread's; both are reported. A device that
-    is gone needs nothing. With ``delete`` a note that can't be read is removed, with what mfsd has put on the device.
+    is left alone, as is one of another network namespace than the calling thread's; both are reported. ``lives``: the
+    owner does, whatever its pid means here. A device that is gone needs nothing. With ``delete`` a note that can't be
+    read is removed, with what mfsd has put on the device.
     Raises OSError when the directory can't be read.
     """
     out: dict[str, list[str]] = {}
@@ -44,7 +47,7 @@ def restore_all(state_dir: Path, ifname: str | None = None, *, delete: bool = Fa
             if ifname is not None and ifname != (name if exact else note.ifname):
                 continue
             try:
-                problems = _restore_noted(sock, note, here, delete=delete)
+                problems = _restore_noted(sock, note, here, delete=delete, lives=lives)
             except (DatapathError, OSError) as e:
                 problems = [str(e)]
             out[name] = out.get(name, []) + problems
@@ -87,7 +90,9 @@ def _local(note: State | Unreadable, here: Namespace) -> bool:
     return note.namespace.same(here) if isinstance(note, State) else note.inode == here.inode
 
 
-def _restore_noted(sock: TcSocket, note: State | Unreadable, here: Namespace, *, delete: bool) -> list[str]:
+def _restore_noted(
+    sock: TcSocket, note: State | Unreadable, here: Namespace, *, delete: bool, lives: bool
+) -> list[str]:
     if isinstance(note, Unreadable):
         if not delete:
             return [str(note.error)]
@@ -98,7 +103,7 @@ def _restore_noted(sock: TcSocket, note: State | Unreadable, here: Namespace, *,
     if note.namespace.past(here):
         notes.forget(note)
         return []
-    if note.taken:
+    if lives or note.taken:
         return [taken(note)]
     if not note.namespace.same(here):
         text = f"{note.ifname}: the note is of another network namespace (inode {note.namespace.inode}); run this "
