@@ -9,9 +9,11 @@ import pytest
 import structlog
 from support.ctl import Rig
 from support.daemons import Running
+from support.examined import config
 from support.tap import Tap, served
 
 from mfsd.client.introduction import introduced
+from mfsd.doctor import Context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,3 +31,9 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
                 yield Rig(tap, tmp_path / "tap")
         running.stop()
     assert not [event for event in logged if event["log_level"] not in ("debug", "info")]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    """An empty machine."""
+    return Context((), config(tmp_path), tmp_path)

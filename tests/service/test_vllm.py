@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.waiting import WAIT_S, wait_for
+from support.vllm import PER_TOKEN, PORTS, Mine, Request, advice_of, deadlines, flush, transfers
+from support.waiting import wait_for
 
 import mfsd.integrations.vllm as integration
 from mfsd.client import Client
@@ -30,93 +30,12 @@ if TYPE_CHECKING:
 
     from support.daemons import Running
 
-BLOCK = 32
-PER_TOKEN = 1000
-PORTS = [20000, 20099]
-
-
-@dataclass
-class Request:
-    """As vllm.v1.request.Request."""
-
-    request_id: str
-    kv_transfer_params: dict[str, Any] | None = None
-    sampling_params: Any = None
-    arrival_time: float = field(default_factory=time.time)
-    num_prompt_tokens: int = 1000
-
-
-class Connector:
-    """As KVConnectorBase_V1."""
-
-    def __init__(self, extra: dict[str, Any]) -> None:
-        self._vllm_config = SimpleNamespace(
-            kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
-            cache_config=SimpleNamespace(block_size=BLOCK),
-            parallel_config=SimpleNamespace(tensor_parallel_size=2),
-        )
-        tensors = [SimpleNamespace(size=100 * BLOCK * PER_TOKEN // 4)] * 2
-        self._kv_cache_config = SimpleNamespace(num_blocks=100, kv_cache_tensors=tensors)
-        self.calls: list[str] = []
-
-    def on_new_request(self, request: Any) -> None:
-        del request
-        self.calls.append("new")
-
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        del request
-        return 1000 - num_computed_tokens, True
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        del blocks, num_external_tokens
-        if request.kv_transfer_params:
-            request.kv_transfer_params["do_remote_prefill"] = False
-
-    def build_connector_meta(self, scheduler_output: Any) -> str:
-        del scheduler_output
-        return "meta"
-
-    def update_connector_output(self, connector_output: Any) -> None:
-        del connector_output
-        self.calls.append("output")
-
-    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        del block_ids
-        if request.kv_transfer_params and request.kv_transfer_params.get("do_remote_decode"):
-            return True, {"do_remote_prefill": True, "remote_host": "127.0.0.1", "remote_port": 5600}
-        return False, None
-
-    def shutdown(self) -> None:
-        self.calls.append("shutdown")
-
-
-class Mine(MfsdConnector, Connector):
-    pass
-
 
 @pytest.fixture
 def mine(running: Running) -> Iterator[Mine]:
     connector = Mine({"mfsd_target": running.target})
     yield connector
     connector.shutdown()
-
-
-def flush(connector: Mine) -> None:
-    assert connector._mfsd().client.flush(WAIT_S)
-
-
-def deadlines(running: Running) -> dict[str, float]:
-    return running.ask(
-        lambda e: {
-            r.id: float(e.books.requests.get(r, "deadline")) - time.monotonic()
-            for s in e.books.sessions.values()
-            for r in s.requests.values()
-        }
-    )
-
-
-def transfers(running: Running) -> list[Any]:
-    return running.ask(lambda e: [t for s in e.books.sessions.values() for t in s.transfers.values()])
 
 
 def test_prefill_passes_the_deadline_on_and_decode_announces_its_kv(
@@ -214,169 +133,6 @@ def test_kv_that_would_be_late_is_not_loaded_if_so_configured(
         assert mine.get_num_new_matched_tokens(request, 0) == (0, False)
     finally:
         mine.shutdown()
-
-
-@dataclass
-class Entry:
-    """As NIXL's ReqMeta."""
-
-    local_block_ids: tuple[list[int], ...]
-    awaiting_kvs: bool = True
-
-
-class Pulls(MfsdConnector, Connector):
-    """Both sides in one, as NIXL's pull connector has them."""
-
-    def __init__(self, extra: dict[str, Any], policy: str = "recompute") -> None:
-        super().__init__(extra)
-        self._vllm_config.kv_transfer_config.kv_load_failure_policy = policy
-        self.to_recv: dict[str, Entry] = {}
-        self.started: list[str] = []
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        super().update_state_after_alloc(request, blocks, num_external_tokens)
-
-    def step(self) -> list[str]:
-        """One step of scheduler and worker; what the worker starts to read."""
-        meta = self.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[]))
-        self._connector_metadata = meta
-        self.start_load_kv(None)
-        return self.started
-
-    def expect(self, name: str, left_s: float, block: int) -> Request:
-        request = Request(name, {"remote_host": "127.0.0.1", "mfsd_ttft_slo_ms": left_s * 1000})
-        self.on_new_request(request)
-        self.update_state_after_alloc(request, None, 100)
-        self.to_recv[name] = Entry(([block, block + 1],))
-        return request
-
-
-class _Pull(Connector):
-    """What stands below the mixin."""
-
-    to_recv: dict[str, Entry]
-    started: list[str]
-    _connector_metadata: Any
-
-    def build_connector_meta(self, scheduler_output: Any) -> Any:
-        del scheduler_output
-        out, self.to_recv = SimpleNamespace(reqs_to_recv=self.to_recv), {}
-        return out
-
-    def start_load_kv(self, forward_context: Any, **_: Any) -> None:
-        del forward_context
-        self.started = [n for n, e in self._connector_metadata.reqs_to_recv.items() if e.awaiting_kvs]
-
-    def get_transfer_results(self, finished_req_ids: Any) -> Any:
-        del finished_req_ids
-        return SimpleNamespace(finished_recving=set(), failed_recving=set())
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        return set()
-
-
-class Pull(Pulls, _Pull):
-    pass
-
-
-def results(pull: Pull) -> tuple[set[str], set[str], set[int]]:
-    out = pull.get_transfer_results(set())
-    return out.finished_recving, out.failed_recving, pull.get_block_ids_with_load_errors()
-
-
-def test_loose_reads_wait_for_tight_ones_and_start_when_those_are_over(running: Running) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True})
-    try:
-        pull.expect("loose", 60.0, 10)
-        assert pull.step() == ["loose"]
-        pull.expect("tight", 1.0, 20)
-        pull.expect("looser", 90.0, 30)
-        pull.expect("later", 5.0, 40)
-        assert pull.step() == ["tight"]  # never held back by what is due later, though that is on its way
-        pull._mfsd().client.flush(WAIT_S)
-        assert {t.id for t in transfers(running)} == {"loose/kv", "tight/kv"}
-        assert pull.step() == []
-        pull.update_connector_output(SimpleNamespace(finished_recving={"tight"}))
-        assert pull.step() == ["later"]
-        pull.update_connector_output(SimpleNamespace(finished_recving={"later"}))
-        assert pull.step() == []
-        pull.update_connector_output(SimpleNamespace(failed_recving={"loose"}))
-        assert pull.step() == ["looser"]
-        assert results(pull) == (set(), set(), set())
-    finally:
-        pull.shutdown()
-
-
-def test_a_read_that_waits_is_started_when_it_can_wait_no_longer(running: Running) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True})
-    try:
-        pull.expect("tight", 1.0, 10)
-        pull.expect("loose", 60.0, 20)
-        assert pull.step() == ["tight"]
-        hold = pull._mfsd().hold
-        assert hold is not None
-        hold.waiting["loose"].alone_s = 31.0
-        assert pull.step() == ["loose"]
-        pull.expect("looser", 90.0, 30)
-        assert pull.step() == []
-        hold.waiting["looser"].since -= 10.0
-        assert pull.step() == ["looser"]
-    finally:
-        pull.shutdown()
-
-
-def test_what_is_aborted_while_it_waits_or_can_t_be_in_time_is_reported_as_failed(running: Running) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True, "mfsd_recompute": True})
-    try:
-        pull.expect("tight", 1.0, 10)
-        aborted = pull.expect("aborted", 60.0, 20)
-        pull.expect("hopeless", 70.0, 30)
-        assert pull.step() == ["tight"]
-        pull.request_finished(aborted, [])
-        hold = pull._mfsd().hold
-        assert hold is not None
-        hold.waiting["hopeless"].alone_s = 71.0
-        assert pull.step() == []
-        told = pull._connector_metadata.reqs_to_recv
-        assert {n: (e.local_block_ids, e.awaiting_kvs) for n, e in told.items()} == dict.fromkeys(
-            ("aborted", "hopeless"), (([],), False)
-        )  # the prefill host hears that it may free their blocks
-        assert results(pull) == ({"aborted", "hopeless"}, {"aborted", "hopeless"}, {20, 21, 30, 31})
-        assert results(pull) == (set(), set(), set())
-        assert not hold.waiting
-    finally:
-        pull.shutdown()
-
-
-def test_nothing_is_given_up_where_vllm_would_fail_the_request(running: Running) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True, "mfsd_recompute": True}, "fail")
-    try:
-        pull.expect("tight", 1.0, 10)
-        pull.expect("hopeless", 70.0, 30)
-        hold = pull._mfsd().hold
-        assert hold is not None
-        hold.expected["hopeless"].alone_s = 71.0
-        assert pull.step() == ["tight", "hopeless"]
-    finally:
-        pull.shutdown()
-
-
-def test_reads_start_whatever_fails_in_holding_them(running: Running, caplog: pytest.LogCaptureFixture) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True})
-    try:
-        pull.expect("tight", 1.0, 10)
-        pull.expect("loose", 60.0, 20)
-        hold = pull._mfsd().hold
-        assert hold is not None
-        hold.expected["tight"].deadline = "soon"  # type: ignore[assignment]  # nobody can sort that
-        assert sorted(pull.step()) == ["loose", "tight"]
-        assert "holding reads back" in caplog.text
-    finally:
-        pull.shutdown()
-
-
-def advice_of(rate: float) -> Any:
-    return pb.Advice(known=True, rate_bytes_per_s=rate)
 
 
 class Old:
