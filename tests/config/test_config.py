@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.refused import only, problems
 
 from mfsd.daemon import config_bands, config_text
 from mfsd.daemon.config import Config, ConfigError, DeviceConfig, PeerConfig, RuleConfig, load, parse, render
@@ -44,18 +45,6 @@ NUMBERS = [
     for section, key in ALL_KEYS
     if section != "policy" and _section(section).model_fields[key].annotation in (int, float)
 ]
-
-
-def problems(data: dict[str, Any]) -> list[str]:
-    with pytest.raises(ConfigError) as e:
-        parse(data)
-    return e.value.problems
-
-
-def only(data: dict[str, Any]) -> str:
-    found = problems(data)
-    assert len(found) == 1, found
-    return found[0]
 
 
 def with_key(section: str, key: str, value: Any) -> dict[str, Any]:

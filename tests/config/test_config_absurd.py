@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.refused import only, problems
 
 from mfsd.daemon.config import MAX_DEVICES, Config, ConfigError, load, parse, render
 from mfsd.daemon.config_files import MAX_BYTES
@@ -32,19 +33,6 @@ HUGE = 10**5000
 
 def ascii_id(value: Any) -> str:
     return "huge" if value is HUGE else ascii(value)[:30]
-
-
-def problems(data: dict[str, Any]) -> list[str]:
-    with pytest.raises(ConfigError) as e:
-        parse(data)
-    return e.value.problems
-
-
-def only(data: dict[str, Any]) -> str:
-    found = problems(data)
-    assert len(found) == 1, found
-    assert len(found[0]) < 600, "as long as the value"
-    return found[0]
 
 
 def nested(depth: int, *, table: bool) -> Any:
