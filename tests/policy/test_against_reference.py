@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import numpy as np
 import pytest
 from support import policy_views as pv
@@ -17,7 +18,8 @@ from mfsd.policy.rivals import sincronia
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CASES = 400
+CASES = 4 * hypothesis.settings().max_examples
+"""Few in `make check`, as of each property."""
 
 LADDER = [
     (8, {}),

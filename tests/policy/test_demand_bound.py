@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
@@ -30,7 +31,8 @@ from support.reference_demand import Plain
 
 from mfsd.bands import LEVEL_SCAVENGER
 
-CASES = 400
+CASES = 4 * hypothesis.settings().max_examples
+"""Few in `make check`, as of each property."""
 
 
 # --- against the plain policy -----------------------------------------------------------------------------------------
