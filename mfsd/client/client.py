@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from mfsd.client.advice import Advice, Advisor
+from mfsd.client.encode import fault
 from mfsd.client.events import Events
 from mfsd.client.link import Link, Rejected, Stats
 from mfsd.client.selectors import Connection, Named, name
@@ -159,10 +160,7 @@ class Client:
             INF if deadline_s is None else now + deadline_s, ttl_s, not interleaved, named.position,
             INF if max_defer_s is None else now + max_defer_s,
         )  # fmt: skip
-        if named.fault:
-            self._refuse(hint, named)
-        else:
-            self._say(hint)
+        self._say(hint, named.fault)
 
     def transfers(self, transfers: Iterable[Transfer]) -> None:
         """Announce many at once, which costs the daemon a fraction; as ``transfer`` for each, in their order."""
@@ -188,8 +186,8 @@ class Client:
                 named.position,
                 INF if t.max_defer_s is None else now + t.max_defer_s,
             )
-            if named.fault:
-                self._refuse(hint, named)
+            if why := named.fault or fault(hint):
+                self._refuse(hint, why)
             else:
                 hints.append(hint)
         if self._link is not None and hints:
@@ -209,19 +207,15 @@ class Client:
         ``interleaved``: so are the bytes of transfers that are announced on it.
         """
         named = name(connection)
-        hint = MarkHint(named.selector, stage, not interleaved)
-        if named.fault:
-            self._refuse(hint, named)
-        else:
-            self._say(hint)
+        self._say(MarkHint(named.selector, stage, not interleaved), named.fault)
 
     def unmark(self, connection: Connection) -> None:
         """Take a mark back."""
         self._say(MarkHint(name(connection).selector, Stage.NONE))
 
-    def _refuse(self, hint: Hint, named: Named) -> None:
+    def _refuse(self, hint: Hint, why: str) -> None:
         if self._link is not None:
-            self._link.refuse(hint, named.fault)
+            self._link.refuse(hint, why)
 
     def _end(self, transfer: str, request: str, batch: str, *, cancelled: bool) -> None:
         named = [(What.TRANSFER, transfer), (What.REQUEST, request), (What.BATCH, batch)]
@@ -229,8 +223,10 @@ class Client:
             if one:
                 self._say(EndHint(what, one, cancelled))
 
-    def _say(self, hint: Hint) -> None:
-        if self._link is not None:
+    def _say(self, hint: Hint, why_not: str = "") -> None:
+        if why := why_not or fault(hint):
+            self._refuse(hint, why)
+        elif self._link is not None:
             self._link.put(hint)
 
     # --- the way back -------------------------------------------------------------------------------------------------

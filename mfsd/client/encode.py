@@ -6,8 +6,8 @@ The reverse of mfsd/api/decode.py. A hint may wait for a connection to the daemo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, assert_never, cast
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Final, assert_never, cast
 
 from mfsd.model import (
     INF,
@@ -40,6 +40,14 @@ _END_FIELD = {What.TRANSFER: "transfer_id", What.REQUEST: "request_id", What.BAT
 _ANY_PORT = PortRange()
 INTERLEAVED = 1
 """Bit of TransferColumns.flags."""
+AGES: Final = 1e12
+"""Seconds; microseconds of it still fit the wire."""
+_PLAIN: Final = {
+    "str": ("", "a string"),
+    "int": (0, "a whole number within 64 bits"),
+    "float": (0.0, "a finite number of seconds"),
+}
+"""By type of a field: what can be written, and what is meant."""
 
 
 @dataclass(slots=True)
@@ -53,6 +61,43 @@ class Batch:
         """What was rejected."""
         first = rejection.index + (self.columns if rejection.part == hints_pb2.Rejection.TRANSFERS else 0)
         return self.hints[first : first + max(rejection.rows, 1)]
+
+
+def fault(hint: Hint) -> str:
+    """Why a hint can't be written, as a sentence that names the field; empty: it can. Cheap for transfers and ends."""
+    try:
+        if isinstance(hint, TransferHint):
+            plain = hint.id + hint.request_id + hint.batch_id
+            fine = not (hint.size >> 62 or hint.target_layer >> 32) and 0 <= hint.ttl < AGES
+            fine = fine and all(-AGES < at < AGES or at == INF for at in (hint.deadline, hint.hold_until))
+        else:
+            plain, fine = hint.id if isinstance(hint, EndHint) else "", isinstance(hint, EndHint)
+        if fine and type(plain) is str and plain.isascii():
+            return ""
+    except TypeError:
+        pass
+    return _trial(hint)
+
+
+def _trial(hint: Hint) -> str:
+    """The same by writing it; the field is the one without which it can be written."""
+    error = _error(hint)
+    if error is None:
+        return ""
+    for one in fields(hint):
+        plain, meant = _PLAIN.get(str(one.type), (None, ""))
+        changed: dict[str, Any] = {one.name: plain}
+        if meant and _error(replace(hint, **changed)) is None:
+            return f"{one.name}: {getattr(hint, one.name)!r} can't be sent ({error}); give {meant}"
+    return f"{type(hint).__name__} can't be sent: {error}"
+
+
+def _error(hint: Hint) -> Exception | None:
+    try:
+        encode(hint, 0.0, hints_pb2.Hint())
+    except Exception as e:  # noqa: BLE001 - whatever a number or a name is mistaken for
+        return e
+    return None
 
 
 def split(hints: list[Hint]) -> Batch:

@@ -146,7 +146,7 @@ class Link:
         """A hint that no daemon could obey."""
         with self._changed:
             self._stats.rejected += 1
-        self._complaints.once(why, "mfsd can't steer a connection: %s", why)
+        self._complaints.once(why.partition(":")[0], "mfsd can't take a hint: %s", why)
         _call(self._on_rejected, Rejected(hint, why))
 
     def stats(self) -> Stats:

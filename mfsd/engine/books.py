@@ -120,10 +120,13 @@ class Books:
         self.arrange_wanted = True
 
     def strike_request(self, request: Request) -> None:
-        """Remove a request that has no transfers left."""
+        """Remove a request that has no transfers left. No error when it is gone already."""
+        if request.row < 0:
+            return
         self.leave(request)
-        if request.session.requests.pop(request.id, None) is not None:
-            self.charge(request.session, -1, -len(request.id))
+        if request.session.requests.get(request.id) is request:
+            del request.session.requests[request.id]
+        self.charge(request.session, -1, -len(request.id))
         moved = self.requests.remove(request)
         if moved is not None and moved.transfers:
             self.transfers.live("request")[self._few_or(moved.transfers, "request", self.requests.n)] = moved.row

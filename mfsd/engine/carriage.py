@@ -112,19 +112,23 @@ class Carriage:
         offset = self.late.settle(stream, offset, now)
         if not stream.ordered:
             return offset, False
-        start = self.behind(stream, position, offset) if position else offset
+        start = self.behind(stream, position, offset)
         late = False
-        if stream.queue:
-            start = max(start, stream.announced)
-        else:
-            late = self.late.suspect(stream, size, start, now)
+        if not stream.queue or start > stream.announced:
+            placed = bool(position) and len(stream.members) == 1
+            late = self.late.suspect(stream, size, start, now, placed=placed)
         stream.announced = start + size
         return start, late
 
     def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
-        """The first offset behind all that is announced, and not before ``offset`` nor where ``position`` is."""
+        """The first offset behind all that is announced, and not before where ``position`` is.
+
+        Without that, not before ``offset``, where the stream is now: on the hint's way some of its bytes may have gone.
+        """
         if position and len(stream.members) == 1:
-            offset = max(offset, self.books.streams.offset_at(stream, position))
+            # What is announced beyond the stream's end, though nothing is unfinished, was announced too large.
+            announced = stream.announced if stream.queue else min(stream.announced, offset)
+            return max(self.books.streams.offset_at(stream, position), announced)
         return max(offset, stream.announced) if stream.queue else offset
 
     def note(self, stream: Stream, stage: Stage) -> None:
@@ -161,6 +165,8 @@ class Carriage:
             self.books.streams.join(watch.stream, conn, at)
             if watch.stream.queue:
                 self.note(watch.stream, watch.stream.queue.last.stage)
+                if position is None:
+                    self.late.found(watch.stream, conn, at)
         self.connections.note_rest(conn, now, linger=True)
 
     def put_on(self, mark: Mark, conn: Connection, band: int, now: float) -> None:

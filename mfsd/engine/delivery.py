@@ -217,10 +217,10 @@ class Delivery:
             missing, quiet = looked.missing(i), bool(looked.quiet[i])
             if stream.debt and quiet and missing <= stream.debt + SLACK and self._rested(stream, now):
                 # What is missing is no more than had gone before the first of them was announced.
-                done, stream.debt = list(stream.queue), 0.0
+                done, stream.debt, since = list(stream.queue), 0.0, 0.0
             else:
-                done = looked.chosen(i, arrived)
-            out.append((done, max(now - float(looked.moved_ago[i]), self._last_run) if quiet else now))
+                done, since = looked.chosen(i, arrived), self._last_run  # before that it would have been seen
+            out.append((done, max(now - float(looked.moved_ago[i]), since) if quiet else now))
         return out
 
     def _drained(self, stream: Stream, now: float) -> list[Transfer]:

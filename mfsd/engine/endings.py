@@ -35,6 +35,8 @@ AT_ONCE: Final = 2048
 """Transfers struck out in one go; some 3 ms."""
 ROOM: Final = 2 * AT_ONCE
 """Of those that have arrived so many are struck out in one tick."""
+ASKED: Final = 256
+"""Connections asked how far they have been written when their transfers are cancelled."""
 REST: Final = 0.2
 """Share of a transfer that may be missing, once nothing more is to come, for it to count as announced too large."""
 
@@ -113,8 +115,9 @@ class Endings:
         by_stream: dict[Stream, list[Transfer]] = {}
         for transfer in ended:
             by_stream.setdefault(transfer.stream, []).append(transfer)
+        written = {} if delivered else self._written(by_stream)
         for stream, some in by_stream.items():
-            self._unqueue(stream, some, now, delivered=delivered)
+            self._unqueue(stream, some, now, written.get(stream))
         at = np.array(delivered_at) if delivered_at is not None else now
         books.tally.ended(ended, books.transfers, at, delivered=delivered)
         for recorder in books.recorders:
@@ -132,42 +135,62 @@ class Endings:
             if request.completed and not request.transfers:
                 self.finish(request, now)
 
-    def _unqueue(self, stream: Stream, ended: list[Transfer], now: float, *, delivered: bool) -> None:
-        """Take transfers off a stream. What was not delivered will not come: those behind move forward."""
+    def _written(self, streams: Iterable[Stream]) -> dict[Stream, float]:
+        """How far streams have been written: so far bytes will go, whatever has become of their transfers.
+
+        Of connections that can't be asked, or are too many to ask, what has left them counts.
+        """
+        positions = self.connections.positions
+        told = positions.tcp(list(islice((c for s in streams for c in s.members), ASKED)))
+
+        def written(conn: Connection) -> float:
+            p = told.get(conn)
+            return positions.sent_by(conn) if p is None else float(p.bytes_acked + p.unsent_plus_unacked)
+
+        return {s: self.books.streams.offset(s, written) for s in streams}
+
+    def _unqueue(self, stream: Stream, ended: list[Transfer], now: float, written: float | None) -> None:
+        """Take transfers off a stream. Those that were not delivered will not come, but for what has been ``written``.
+
+        Those behind them move forward. ``written`` None: they were delivered.
+        """
         if len(ended) < len(stream.queue):
             if not stream.ordered:
-                self._uncount(stream, ended, delivered=delivered)
-            elif not delivered:
-                self._close_gaps(stream, ended)
-        elif stream.ordered and not delivered:
-            stream.announced -= float(self._unsent(stream, self.books.transfers.rows(ended)).sum())
+                self._uncount(stream, ended, delivered=written is None)
+            elif written is not None:
+                self._close_gaps(stream, ended, written)
+        elif stream.ordered and written is not None:
+            stream.announced -= float(self._unwritten(self.books.transfers.rows(ended), written).sum())
         stream.queue.remove(ended)
         for conn in list(stream.members):
-            self.connections.note_rest(conn, now, linger=delivered)
+            self.connections.note_rest(conn, now, linger=written is None)
         if not stream.queue and (stream.session.over or (stream.watch is None and not stream.members)):
             self._close(stream)
 
-    def _unsent(self, stream: Stream, rows: Rows) -> npt.NDArray[np.float64]:
-        """Bytes of these transfers that have not left."""
-        t, offset = self.books.transfers, self.books.streams.offset(stream, self.connections.positions.sent_by)
-        out: npt.NDArray[np.float64] = t.live("end")[rows] - np.maximum(t.live("start")[rows], offset)
+    def _unwritten(self, rows: Rows, written: float) -> npt.NDArray[np.float64]:
+        """Bytes of these transfers, of one stream, that are beyond what has been written."""
+        t = self.books.transfers
+        out: npt.NDArray[np.float64] = t.live("end")[rows] - np.maximum(t.live("start")[rows], written)
         return np.maximum(out, 0.0)
 
-    def _close_gaps(self, stream: Stream, ended: list[Transfer]) -> None:
+    def _close_gaps(self, stream: Stream, ended: list[Transfer], written: float) -> None:
         """Bytes in order: those behind the ones that will not come move forward."""
         t = self.books.transfers
         gone = t.rows(ended)
-        unsent = self._unsent(stream, gone)
+        unwritten = self._unwritten(gone, written)
         start, end = t.live("start"), t.live("end")
         order = np.argsort(start[gone], kind="stable")
         before = start[gone][order]
-        gaps = np.concatenate([[0.0], np.cumsum(unsent[order])])
+        gaps = np.concatenate([[0.0], np.cumsum(unwritten[order])])
         rows = np.flatnonzero(t.live("stream") == stream.index)
         rows = rows[start[rows] > before[0]]
         shift = gaps[np.searchsorted(before, start[rows])]
         start[rows] -= shift
         end[rows] -= shift
         stream.announced -= float(gaps[-1])
+        # Or that was of the next one already, had the word come late.
+        sent = self.books.streams.offset(stream, self.connections.positions.sent_by)
+        stream.debt = max(stream.debt, written - sent)
 
     def _uncount(self, stream: Stream, ended: list[Transfer], *, delivered: bool) -> None:
         """Interleaved bytes: what the others have moved is what moved meanwhile, less what was these transfers'.
@@ -213,7 +236,7 @@ class Endings:
 
     def forget(self, request: Request, now: float) -> None:
         """Strike out a request with all its transfers, and its batch if nothing else is in it."""
-        batch = request.batch
+        batch, request.completed = request.batch, False  # else the last of its transfers would finish it once more
         if len(request.transfers) > AT_ONCE:
             self._orphan(request, now)
         else:

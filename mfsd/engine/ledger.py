@@ -13,6 +13,7 @@ import numpy as np
 
 from mfsd.bands import LEVEL_NEW
 from mfsd.engine.records import ENTRY, Batch, Connection, Mark, Request, Session, Transfer
+from mfsd.engine.watches import exact_endpoints
 from mfsd.model import (
     INF,
     BatchHint,
@@ -29,11 +30,14 @@ from mfsd.model import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mfsd.engine.books import Books
     from mfsd.engine.carriage import Carriage
     from mfsd.engine.connections import Connections
     from mfsd.engine.delivery import Delivery
     from mfsd.engine.endings import Endings
+    from mfsd.engine.records import Stream
     from mfsd.engine.settings import LimitsConfig
     from mfsd.engine.watches import Watches
     from mfsd.model import Selector
@@ -67,7 +71,7 @@ class Ledger:
         """Have gathered cancellations take effect: each alone would cost a pass over its stream."""
         if self._cancelled:
             ended, self._cancelled = self._cancelled, {}
-            self.endings.end(ended, now)
+            self._cancel(ended, now)
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
@@ -128,7 +132,8 @@ class Ledger:
         request = session.requests.get(hint.id)
         expires = max(hint.deadline, now) + hint.ttl
         requests, transfers = self.books.requests, self.books.transfers
-        if request is None:
+        if request is None or request.completed:
+            # What is said to be done ends when its bytes have arrived; its name is free for another one.
             self._bound("request.id", "requests already", len(session.requests), "max_requests_per_session")
             self._room("request.id", session, hint.id)
             request = Request(hint.id, session)
@@ -290,7 +295,9 @@ class Ledger:
                 return
             request.completed = not hint.cancelled
             if hint.cancelled:
+                streams = {t.stream for t in request.transfers}
                 self.endings.forget(request, now)
+                self._doubt(streams)
                 return
             self.delivery.hand_over(list(request.transfers), now)
             if session.requests.get(hint.id) is request and not request.transfers:
@@ -315,9 +322,21 @@ class Ledger:
 
     def _over(self, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
         if cancelled:
-            self.endings.end(transfers, now)
+            self._cancel(transfers, now)
         else:
             self.delivery.hand_over(transfers, now)
+
+    def _cancel(self, transfers: Iterable[Transfer], now: float) -> None:
+        """The bytes of transfers will not come."""
+        streams = {t.stream for t in transfers}
+        self.endings.end(transfers, now)
+        self._doubt(streams)
+
+    def _doubt(self, streams: Iterable[Stream]) -> None:
+        """Transfers were cancelled on these streams: what had been written may have been the next ones'."""
+        for stream in streams:
+            if stream.debt:
+                self.delivery.doubt(stream)
 
     # --- marks --------------------------------------------------------------------------------------------------------
 
@@ -328,6 +347,8 @@ class Ledger:
                 self.endings.unmark(old, now)
             return
         if old is None:
+            if len(session.marks) >= self.limits.max_marks_per_session:
+                self._forget_a_mark(session, now)
             self._bound(
                 "connection.selector",
                 "marks already",
@@ -340,6 +361,19 @@ class Ledger:
         if old is not None:
             # Not before: the kernel knows the selector all the time, so that no new connection is missed.
             self.endings.lift(old, now)
+
+    def _forget_a_mark(self, session: Session, now: float) -> None:
+        """Take back the oldest mark that names one connection, by its addresses, which is over or never came."""
+        idle: Mark | None = None
+        for mark in session.marks.values():
+            watch = session.watches.get(mark.selector)
+            if watch is not None and not watch.conns and exact_endpoints(mark.selector) is not None:
+                idle = idle or mark
+                if watch.seen:
+                    idle = mark
+                    break
+        if idle is not None:
+            self.endings.unmark(idle, now)
 
     def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
         expires = now + self.limits.max_ttl_s

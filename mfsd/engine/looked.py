@@ -82,6 +82,8 @@ class Looked:
         np.maximum.at(last, whose, connections.table.last_ns[[m.conn.slot for m in members]])
         ago = np.full(k, np.inf)
         np.minimum.at(ago, whose, there[:, 2])
+        for i in np.flatnonzero(np.isinf(ago)).tolist():
+            ago[i] = now - books.streams.parted(streams[i])  # none of its connections is left
         quiet = acked + SLACK >= written
         of = np.repeat(np.arange(k), [len(s.queue) for s in streams])
         transfers = [x for s in streams for x in s.queue]
@@ -101,7 +103,7 @@ class Looked:
             written=written,
             quiet=quiet,
             stalled=quiet & (last < int((now - STALLED_S) * NS)),
-            moved_ago=np.where(np.isfinite(ago), ago, 0.0),
+            moved_ago=ago,
             transfers=transfers,
             rows=rows,
             first=np.searchsorted(of, np.arange(k)),

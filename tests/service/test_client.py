@@ -13,7 +13,7 @@ import pytest
 from support.daemons import Running, connected
 from support.waiting import wait_for
 
-from mfsd.client import Client, Cookie, EventKind, Rejected, Stage, cookie_of, process_peer, tuple_of
+from mfsd.client import Client, Cookie, EventKind, Rejected, Stage, Transfer, cookie_of, process_peer, tuple_of
 from mfsd.model import (
     Event,
     RequestHint,
@@ -102,6 +102,42 @@ def test_rejections_reach_the_worker(running: Running) -> None:
         wait_for(lambda: seen)
     assert isinstance(seen[0].hint, TransferHint)
     assert seen[0].message.startswith("transfer.bytes: -1 bytes")
+
+
+NONSENSE: list[tuple[str, Callable[[Client], None]]] = [
+    ("size: 1180591620717411303424", lambda c: c.transfer("a", Cookie(1), 1 << 70, stage=Stage.P2D, request="r")),
+    ("size: 1.5", lambda c: c.transfer("b", Cookie(1), 1.5, stage=Stage.P2D, request="r")),  # type: ignore[arg-type]
+    ("target_layer: -1", lambda c: c.transfer("c", Cookie(1), 1, stage=Stage.P2D, request="r", layer=-1)),
+    ("ttl: nan", lambda c: c.transfer("d", Cookie(1), 1, stage=Stage.P2D, request="r", ttl_s=math.nan)),
+    ("deadline: nan", lambda c: c.transfer("e", Cookie(1), 1, stage=Stage.P2D, request="r", deadline_s=math.nan)),
+    ("id: 7", lambda c: c.transfer(7, Cookie(1), 1, stage=Stage.P2D, request="r")),  # type: ignore[arg-type]
+    ("request_id: '\\udc80'", lambda c: c.transfer("f", Cookie(1), 1, stage=Stage.P2D, request="\udc80")),
+    ("size: 0.5", lambda c: c.transfers([Transfer("g", Cookie(1), 0.5, Stage.P2D, "r")])),  # type: ignore[arg-type]
+    ("deadline: inf", lambda c: c.request("x", ttft_left_s=math.inf)),
+    ("ttl: inf", lambda c: c.request("x", ttft_left_s=1.0, ttl_s=math.inf)),
+    ("layers: -4", lambda c: c.batch("b", [], layers=-4)),
+    ("BatchHint", lambda c: c.batch("b", [1], layers=4)),  # type: ignore[list-item]
+    ("current_layer: 0.5", lambda c: c.layer("b", 0.5)),  # type: ignore[arg-type]
+    ("id: 7", lambda c: c.done(transfer=7)),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize("absent", [False, True], ids=["daemon", "no daemon yet"])
+def test_what_can_not_be_sent_is_refused_and_stops_nothing_else(
+    tmp_path: Path, start: Callable[..., Running], *, absent: bool
+) -> None:
+    daemon = None if absent else start()
+    seen: list[Rejected] = []
+    with Client(target=f"unix:{tmp_path / 'mfsd.sock'}", on_rejected=seen.append) as client:
+        for words, say in NONSENSE:
+            say(client)
+            assert seen[-1].message.startswith(words), seen[-1].message
+        assert len(seen) == len(NONSENSE) == client.stats.rejected
+        client.request("r", ttft_left_s=5.0)
+        client.transfer("t", Cookie(1), 1, stage=Stage.P2D, request="r")
+        daemon = daemon or start()
+        assert client.flush(20)
+        assert known(daemon, "transfers") == {"t"}
 
 
 def test_events_reach_the_worker_and_a_faulty_callback_does_no_harm(running: Running) -> None:
