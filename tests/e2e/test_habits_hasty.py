@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.habits import KB, KIB, MB, PORT, WRONG, Grown, Sink, dial, settled, transfers
-from support.rig import Daemon, wait_for
+from support.waiting import wait_for
 
 from mfsd.client import Client, Event, Rejected, Stage, tuple_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from support.rig import Daemon
 
 pytestmark = pytest.mark.netns
 
