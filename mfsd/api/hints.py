@@ -122,7 +122,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if steps:
             rejected += await self._progress(batch.progress, answer, turn, now)
         if rows:
-            rejected += self._transfers(batch.transfers, answer, now)
+            rejected += await self._transfers(batch.transfers, answer, turn, now)
         reply.accepted = size - rejected
         counters = engine.books.counters
         counters.hints_accepted += size - rejected
@@ -251,7 +251,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             return self._failed(f"progress[{row}]", answer, e)
         return None
 
-    def _transfers(self, message: pb.TransferColumns, answer: Answer, now: float) -> int:
+    async def _transfers(self, message: pb.TransferColumns, answer: Answer, turn: Turn, now: float) -> int:
         """Apply transfers by columns; how many rows were rejected."""
         part, session = pb.Rejection.TRANSFERS, answer.session
         try:
@@ -264,6 +264,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             return len(message.ids)
         bad += [(row, columns.of_transfer_row(e, row)) for row, e in refused]
         for row, error in sorted(bad, key=lambda one: one[0]):
+            if time.perf_counter() > turn.until:
+                await turn.give(contended=self._contended(session.name))
             answer.reply.rejected.add(index=row, part=part, status=errors.rejection(error))
         for selector in decoded.selectors:
             watch = None if selector is None else session.watches.get(selector)

@@ -16,9 +16,20 @@ from support.waiting import WAIT_S
 from mfsd.api import messages
 from mfsd.api.control import WATCHERS
 from mfsd.api.hints import HintsService
+from mfsd.api.turns import Turn
 from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
-from mfsd.v1.hints_pb2 import STAGE_COLLECTIVE, Batch, ConnectionMark, Hint, HintBatch, Request, Selector
+from mfsd.v1.hints_pb2 import (
+    STAGE_COLLECTIVE,
+    STAGE_P2D,
+    Batch,
+    ConnectionMark,
+    Hint,
+    HintBatch,
+    Request,
+    Selector,
+    TransferColumns,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,3 +170,22 @@ def test_too_many_hints_in_a_message(api: Api) -> None:
     with pytest.raises(grpc.RpcError) as e:
         api.hints.Send(HintBatch(session="s", hints=[Hint()] * 1025), timeout=WAIT_S)
     assert call_violation(e.value)[:2] == (8, "hints")
+
+
+def test_very_many_rows_that_are_refused_give_way(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, give = [0], Turn.give
+
+    async def counted(turn: Turn, *, contended: bool) -> None:
+        turns[0] += 1
+        await give(turn, contended=contended)
+
+    monkeypatch.setattr(Turn, "give", counted)
+    rows = 1000
+    columns = TransferColumns(ids=[str(i) for i in range(rows)], owners=["nobody"], request=[1] * rows)
+    columns.stage.extend([STAGE_P2D] * rows)
+    columns.bytes.extend([1000] * rows)
+    columns.selector.extend([0] * rows)
+    columns.selectors.add(cookie=1)
+    reply = api.hints.Send(HintBatch(session="s", seq=1, transfers=columns), timeout=WAIT_S)
+    assert len(reply.rejected) == rows
+    assert turns[0] > 1
