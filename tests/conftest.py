@@ -23,8 +23,9 @@ MARKED_BY_FIXTURE: Final = {
     "loaded": "bpf",
     "start": "daemon",
     "rig": "daemon",
+    "site": "daemon",
 }
-"""Fixtures that need privileges or start a daemon: who uses one has its marker, so that `make check` leaves it out."""
+"""Fixtures that need privileges or start something: who uses one has its marker, and `make check` leaves it out."""
 
 
 @pytest.hookimpl(tryfirst=True)

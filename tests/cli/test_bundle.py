@@ -74,6 +74,7 @@ def test_no_secret_is_in_it_and_all_that_is_needed_is(
     assert (again.code, again.err) == (1, f"mfsctl: {file} is there already; choose another name\n")
 
 
+@pytest.mark.daemon
 def test_without_a_daemon_there_is_less_in_it(tmp_path: Path) -> None:
     file = tmp_path / "b.tar.gz"
     ran = run("--socket", str(tmp_path / "none"), "support-bundle", str(file), "--no-log")

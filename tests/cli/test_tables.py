@@ -112,6 +112,7 @@ def test_a_plan_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.daemon
 def test_doctor_in_a_pipe(tmp_path: Path) -> None:
     conf = tmp_path / "c.toml"
     conf.write_text(f'[daemon]\nsocket = "{tmp_path}/s"\nstate_dir = "{tmp_path}"\n')
@@ -168,6 +169,7 @@ def bench(directory: Path) -> list[str]:
     return [sys.executable, "-c", BENCH, str(directory), json.dumps(FIGURES)]
 
 
+@pytest.mark.daemon
 @pytest.mark.parametrize("columns", [40, 80])
 def test_figures_of_a_benchmark_in_a_pipe(tmp_path: Path, columns: int) -> None:
     title, head, *rows, where = in_a_pipe(bench(tmp_path), columns).splitlines()
@@ -187,6 +189,7 @@ def characters(*texts: str) -> Counter[str]:
     return Counter(c for text in texts for c in text if c not in " \n─")
 
 
+@pytest.mark.daemon
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_nothing_is_lost_on_a_terminal(tmp_path: Path, columns: int) -> None:
     """What doesn't fit goes on in the next line; nothing is cut, and no line is longer than the terminal or 99."""

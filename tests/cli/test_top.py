@@ -65,6 +65,7 @@ def screen(tmp_path: Path) -> Iterator[Terminal]:
     daemon.stop()
 
 
+@pytest.mark.daemon
 def test_what_it_shows_fits_and_keys_do_what_they_say(screen: Terminal) -> None:
     it = screen
     lines = it.wait("5 connections", "5 transfers, 1 can't be in time", "by rate")
@@ -103,6 +104,7 @@ def test_what_it_shows_fits_and_keys_do_what_they_say(screen: Terminal) -> None:
     it.wait("exit 0")
 
 
+@pytest.mark.daemon
 def test_a_daemon_that_goes_is_told_and_one_that_comes_is_shown(tmp_path: Path) -> None:
     daemon = Running(tmp_path)
     with terminal(tmp_path, [*MFSCTL, "--socket", str(daemon.socket), "top", "--interval", "200ms"], 80, 24) as it:

@@ -197,6 +197,7 @@ def test_classes_that_lead_nowhere_or_apart_or_have_no_effect(tree: Tree) -> Non
     assert "mlx5_0/1 (all its packets): class 106, DSCP 26" in problems
 
 
+@pytest.mark.daemon
 def test_the_command_and_the_doctor(tree: Tree) -> None:
     tree.port("mlx5_0", "eth0")
     tree.process(5, "vllm", NCCL_IB_TC="106")

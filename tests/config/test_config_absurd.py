@@ -293,6 +293,7 @@ def test_files(file: Path) -> None:
         assert len(line) < 600
 
 
+@pytest.mark.daemon
 @pytest.mark.parametrize("file", ["tables in tables", "an integer", "infinite", "a NUL", "not in UTF-8"], indirect=True)
 def test_the_command_line_has_no_traceback_for_them(file: Path) -> None:
     done = mfsd("--check-config", "--config", str(file))
@@ -300,6 +301,7 @@ def test_the_command_line_has_no_traceback_for_them(file: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.daemon
 def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
     done = mfsd(b"--check-config", b"--config", os.fsencode(tmp_path) + b"/\xff.toml")
     assert done.returncode == 78

@@ -149,6 +149,7 @@ except RuntimeError as e:
 """
 
 
+@pytest.mark.daemon
 def test_patched_threads_are_refused_in_words() -> None:
     def said(*, thread: bool) -> str:
         code = GEVENT.format(thread=thread)
