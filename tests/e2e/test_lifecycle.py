@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import socket
@@ -16,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from support.hooks import has_tcx
 from support.rig import Daemon, flows, programs, running, tc_state
 from support.waiting import wait_for
 
 from mfsd.client import cookie_of
-from mfsd.datapath.bpf import syscall
-from mfsd.datapath.bpf.attach import TCX_EGRESS
 from mfsd.model import Stage
 
 if TYPE_CHECKING:
@@ -37,15 +35,6 @@ tc class add dev v0 parent 1:1 classid 1:20 htb rate 100mbit ceil 800mbit prio 3
 """
 STALL_S = 0.050
 """Issue target: restarting must not stall traffic for longer."""
-
-
-def has_tcx() -> bool:
-    """Linux 6.6 and later; below, the classifier hangs in a clsact qdisc."""
-    try:
-        syscall.prog_query(1, TCX_EGRESS)  # lo
-    except OSError as e:
-        return e.errno != errno.EINVAL
-    return True
 
 
 @pytest.mark.parametrize(
