@@ -309,3 +309,33 @@ def test_a_routed_pod_is_matched_by_addresses(daemon: Daemon, client: Client, si
                 settled(daemon, (i + 1, 0, 0))
                 assert grown.wrong(MB) <= WRONG
         assert client.stats.rejected == 0
+
+
+@pytest.mark.parametrize("seen", [0, 1], ids=["bridge alone", "netfilter sees it"])
+def test_a_bridged_pod(daemon: Daemon, client: Client, sink: Sink, seen: int) -> None:
+    """By its socket, which a bridge leaves to packets; by addresses where netfilter takes it away."""
+    pair, pod = daemon.pair, f"{daemon.pair.a}-pod"
+    with contextlib.ExitStack() as stack:
+        subprocess.run(["ip", "netns", "add", pod], check=True)
+        stack.callback(subprocess.run, ["ip", "netns", "del", pod], check=True)
+        made = subprocess.run(["ip", "-n", pair.a, "link", "add", "br0", "type", "bridge"], check=False)
+        if made.returncode:
+            pytest.skip("this kernel has no bridge")
+        subprocess.run(
+            ["ip", "-n", pair.a, "link", "add", "p0", "type", "veth", "peer", "name", "eth0", "netns", pod], check=True
+        )
+        pair.run(pair.a, f"s=net.bridge.bridge-nf-call-iptables; ! sysctl -n $s || sysctl -qw $s={seen}")
+        pair.run(pair.a, f"ip addr del {pair.addr_a}/24 dev v0; ip link set v0 master br0; ip link set p0 master br0")
+        pair.run(pair.a, f"ip addr add {pair.addr_a}/24 dev br0; ip link set br0 up; ip link set p0 up")
+        pair.run(pod, "ip link set lo up; ip addr add 10.77.0.9/24 dev eth0; ip link set eth0 up")
+        client.request("r", ttft_left_s=60)
+        with dial(replace(pair, a=pod)) as s:
+            named = tuple_of(*s.getpeername(), *s.getsockname()) if seen else s
+            grown = Grown(daemon)
+            for i in range(3):
+                client.transfer(f"t{i}", named, MB, stage=Stage.P2D, request="r")
+                assert client.flush(5)
+                s.sendall(bytes(MB))
+                settled(daemon, (i + 1, 0, 0))
+            assert grown.wrong(3 * MB) <= WRONG
+        assert sink.received == 3 * MB
