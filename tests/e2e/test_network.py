@@ -50,7 +50,7 @@ def test_from_the_hint_to_the_socket_and_back(netns_pair: NetnsPair, tmp_path: P
         assert len(ours() - before) == 1
         with flows(netns_pair, 1) as newer, daemon.client() as client:
             for flow in (*older, *newer):
-                flow.saturate()
+                flow.saturate(600)
                 client.mark(flow.sender, Stage.P2D)
             assert client.flush(5)
             for flow in (*older, *newer):
@@ -86,7 +86,7 @@ def test_over_a_restart_they_go_on_yielding(netns_pair: NetnsPair, tmp_path: Pat
         with daemon.client() as client:
             client.mark(flow.sender, Stage.P2D)
             assert client.flush(5)
-            flow.saturate()
+            flow.saturate(600)
             name = wait_for(lambda: algorithm(flow) in ours() and algorithm(flow), "yielding")
             wait_for(lambda: set(manager.stored) >= {HOST}, "the descriptors to be stored")
             daemon.end(signal.SIGUSR1)
