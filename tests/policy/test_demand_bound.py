@@ -133,6 +133,26 @@ def test_twenty_transfers_that_have_time_alone_have_none_together() -> None:
     assert decide(t.take(np.arange(5))).level.tolist() == [DEFERRED] * 5
 
 
+def test_where_a_third_is_lost_nobody_is_promised_more_than_an_equal_share() -> None:
+    """Four that can't be in time, one that needs 0.7 of the link and one that needs 0.2: shares of six are 0.17."""
+    t = pv.transfers(6, left=np.array([9.0, 9.0, 9.0, 9.0, 0.7, 0.2]) * RATE, deadline=[1.0] * 6, stage=3)
+    view = pv.view(t, net=pv.link(RATE, 5))
+    policy = demand_bound()
+    crowded = policy.evaluate(view)
+    assert crowded.level.tolist() == [LEVEL_SCAVENGER] * 4 + [FIRST] * 2
+    assert shares(crowded) == [0, 0, 0, 0, 0]
+    assert "promised nothing" in " ".join(policy.explain(4, view).reasons)
+    # Three that are lost are no crowd,
+    assert shares(decide(t.take(np.arange(1, 5))))[FIRST] == 0.7
+    # and nor are four of thirteen.
+    many = pv.transfers(13, left=np.array([9.0] * 4 + [0.06] * 9) * RATE, deadline=[1.0] * 13, stage=3)
+    assert shares(decide(many))[FIRST] == pytest.approx(1.1 * 9 * 0.06 / 0.945, abs=1e-3)
+    # Who asks for a fifth at most is promised all that it needs, and passes the collectives when its margin is gone.
+    t = pv.transfers(5, left=np.array([9.0, 9.0, 9.0, 9.0, 0.0059]) * RATE, deadline=[1.0] * 4 + [0.03], stage=3)
+    assert decide(t).level.tolist() == [LEVEL_SCAVENGER] * 4 + [URGENT]
+    assert shares(decide(t))[URGENT] == pytest.approx(1.1 * 0.0059 / 0.03, abs=1e-3)
+
+
 def test_those_who_need_less_than_half_on_top_of_the_others_wait() -> None:
     """The second needs the link after the first, the third does not."""
     t = pv.transfers(3, left=[0.5 * RATE, 0.4 * RATE, 0.1 * RATE], deadline=[0.8, 1.8, 20.0])

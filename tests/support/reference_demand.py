@@ -112,9 +112,25 @@ class Plain:
             devices[s.t.device[i]].rows[i] = self.due[i], float(s.t.left[i])
         self.here = [Demand(link, p) for link in devices]
         self.there = self._peers()
+        self.promised_here = [self._promised(d) for d in self.here]
+        self.promised_there = {peer: self._promised(d) for peer, d in self.there.items()}
 
     def lost(self, i: int) -> bool:
         return int(self.s.t.request[i]) in self.lost_requests or i in self.lost_alone
+
+    def greedy(self, i: int) -> bool:
+        """More than an equal share of a device on which a third, and four at least, are lost."""
+        mine = [j for j in self.s.rows() if self.s.t.device[j] == self.s.t.device[i]]
+        gone = sum(self.lost(j) for j in mine if self.s.t.stage[j] == P2D)
+        if gone < 4 or gone < len(mine) / 3:
+            return False
+        share = float(self.s.t.left[i]) / self.here[self.s.t.device[i]].link.rate * len(mine)
+        return bool(share > self.due[i])
+
+    def _promised(self, of: Demand) -> Demand:
+        """The same without the greedy."""
+        rows = {i: asks for i, asks in of.link.rows.items() if not self.greedy(i)}
+        return Demand(Link(of.link.rate, of.link.room, rows), self.p)
 
     def _waiting(self) -> list[int]:
         return [i for i in self.s.rows() if math.isfinite(self.due[i])]
@@ -175,7 +191,9 @@ class Plain:
         return int(self.s.t.level[i]) in {getattr(self.p.layout, name) for name in names}
 
     def late(self, i: int) -> bool:
-        return any(d.is_late(i) or (self.was(i, "urgent") and d.is_late(i, 2.0)) for d in self.links(i))
+        here, far = self.s.t.device[i], self.promised_there.get(int(self.s.t.peer[i]))
+        links = [d for d in (self.promised_here[here], far) if d is not None and i in d.link.rows]
+        return any(d.is_late(i) or (self.was(i, "urgent") and d.is_late(i, 2.0)) for d in links)
 
     def among(self, i: int, seconds: float, *, longer: bool = False) -> bool:
         """Among the first: of its device, or of a scarcer link into its peer."""
@@ -271,8 +289,8 @@ class Plain:
         return self.s.t.stage[i] in (KV, P2D) and self._by_need(i) >= self.p.layout.deferred
 
     def _shares(self, device: int) -> tuple[float, float]:
-        here = self.here[device]
-        far = [d for d in self.there.values() if self._leads(d) == device]
+        here = self.promised_here[device]
+        far = [self.promised_there[peer] for peer, d in self.there.items() if self._leads(d) == device]
 
         def together(share: Callable[[Demand], float]) -> float:
             return min(sum(min(share(d), 1.0) * d.link.rate for d in far) / here.link.rate, 1.0)

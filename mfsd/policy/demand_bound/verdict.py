@@ -12,7 +12,7 @@ from mfsd.policy.demand_bound.due import seconds_to_layer
 from mfsd.policy.demand_bound.judge import Asked, Far, judge
 from mfsd.policy.demand_bound.load import Load, Margin, Need
 from mfsd.policy.parts.bound import rates
-from mfsd.policy.views import BACKGROUND
+from mfsd.policy.views import BACKGROUND, P2D
 
 if TYPE_CHECKING:
     from mfsd.policy.demand_bound.layout import Layout
@@ -26,6 +26,11 @@ STAYS_FIRST: Final = 3.0
 NEXT_S: Final = 0.01
 """Work that is let past the collectives at a time. Its transfers share what there is instead of going one by one, so
 that it must be well below the margin."""
+
+CROWD: Final = 4
+CROWDED: Final = 1 / 3
+"""A device is crowded if so many stage-3 transfers on it can't be in time, and such a share of all that it has. With
+fewer lost the rest still fits: sets that earliest deadline first would meet lose one or two to TCP."""
 
 NEAR_S: Final = 0.1
 """With less to spare a transfer stands above unhinted traffic whatever it needs, here and in the fabric."""
@@ -43,8 +48,10 @@ class Verdict:
     """Its request can't be in time."""
     need: F8
     """Share of its scarcest link that must go to it and to what is due before it."""
+    greedy: B1
+    """Its device is crowded, and it would need more than an equal share of it: it is promised nothing."""
     late: B1
-    """No more than the margin is left to it or to somebody due later: it is about to be too late."""
+    """No more than the margin is left to it or to somebody due later: it is about to be too late. Not of the greedy."""
     first: B1
     """It is among those due first."""
     next: B1
@@ -56,7 +63,7 @@ class Verdict:
     slow: B1
     """The link into its peer is scarcer than its device."""
     total: F8
-    """Share of the device that must go to KV; 0 if that is so little that nobody needs a guarantee."""
+    """Share of the device that must go to KV but for the greedy; 0 if it is so little that nobody needs a guarantee."""
     rush: F8
     """Share of the device that must go to what is late."""
 
@@ -67,19 +74,26 @@ class Verdict:
         asked = judge(view, give_up, calm)
         here, before = Need(asked.load, margin, 1.0 - link.taken), asked.load.before()
         was_urgent, was_first = t.level == layout.urgent, t.level == layout.first
-        most = np.maximum(here.steady(), here.rush())
+        lost = asked.lost.rows(view) & (t.stage != BACKGROUND)
+        greedy = _greedy(view, asked.due, lost)
+        promised = here
+        if greedy.any():
+            due = np.where(greedy, np.inf, asked.due)
+            promised = Need(Load.of(t.device, due, t.left, rates(view)), margin, 1.0 - link.taken)
+        most = np.maximum(promised.steady(), promised.rush())
         out = cls(
             asked=asked,
-            lost=asked.lost.rows(view) & (t.stage != BACKGROUND),
+            lost=lost,
             need=here.shares(),
-            late=here.late() | (here.later() & was_urgent),
+            greedy=greedy,
+            late=(promised.late() | (promised.later() & was_urgent)) & ~greedy,
             first=(before < FIRST_S) | ((asked.load.well_before() < STAYS_FIRST * FIRST_S) & (was_urgent | was_first)),
             next=before < NEXT_S,
             laxity=here.laxity(),
             layer_need=np.zeros(len(t)),
             slow=np.zeros(len(t), dtype=np.bool_),
-            total=np.where((most >= calm) | (here.spare() < HELD_S), most, 0.0),
-            rush=here.rush(),
+            total=np.where((most >= calm) | (promised.spare() < HELD_S), most, 0.0),
+            rush=promised.rush(),
         )
         if asked.far is not None:
             out._far(view, asked.far, margin, was_urgent)
@@ -92,11 +106,15 @@ class Verdict:
     def _far(self, view: Views, far: Far, margin: Margin, was_urgent: B1) -> None:
         """Add what the links into peers ask: to be served at their pace, not when the device would be in time."""
         rows, before = far.rows, far.load.before()
-        there = Need(far.load, margin, np.ones(len(far.rate)))
+        there, greedy = Need(far.load, margin, np.ones(len(far.rate))), self.greedy.take(rows)
+        promised = there
+        if greedy.any():
+            due, left = np.where(greedy, np.inf, self.asked.due.take(rows)), view.transfers.left.take(rows)
+            promised = Need(Load.of(far.link, due, left, far.rate), margin, np.ones(len(far.rate)))
         need = there.shares()
         self.slow[rows] = slow = need > self.need.take(rows)
         self.need[rows] = np.maximum(self.need.take(rows), need)
-        self.late[rows] |= there.late() | (there.later() & was_urgent.take(rows))
+        self.late[rows] |= (promised.late() | (promised.later() & was_urgent.take(rows))) & ~greedy
         self.first[rows] |= (before < FIRST_S) & slow
         self.next[rows] |= (before < NEXT_S) & slow
         self.laxity[rows] = np.minimum(self.laxity.take(rows), there.laxity())
@@ -108,5 +126,23 @@ class Verdict:
             asked = np.bincount(device, weights=np.minimum(share, 1.0) * far.rate, minlength=len(view.link.rate))
             return np.minimum(asked / rates(view), 1.0)
 
-        self.total = np.maximum(self.total, on_devices(np.maximum(there.steady(), there.rush())))
-        self.rush = np.maximum(self.rush, on_devices(there.rush()))
+        self.total = np.maximum(self.total, on_devices(np.maximum(promised.steady(), promised.rush())))
+        self.rush = np.maximum(self.rush, on_devices(promised.rush()))
+
+
+def _greedy(view: Views, due: F8, lost: B1) -> B1:
+    """Transfers on crowded devices that would be in time by more than an equal share of the rate only, shape (n,).
+
+    Where not all can be in time, what is promised to some is taken from the collectives, which all forward passes wait
+    for, and so from those who come next. What plain sharing would have in time is kept; more would cost more than it
+    saves.
+    """
+    t, devices = view.transfers, len(view.link.rate)
+    gone = np.bincount(t.device[lost & (t.stage == P2D)], minlength=devices)
+    if gone.max(initial=0) < CROWD:
+        return np.zeros(len(t), dtype=np.bool_)
+    there = np.bincount(t.device, minlength=devices)
+    crowded = (gone >= CROWD) & (gone >= CROWDED * there)
+    work = t.left / rates(view).take(t.device)
+    greedy: B1 = work * there.take(t.device) > due
+    return greedy & crowded.take(t.device)

@@ -88,8 +88,16 @@ def _needed(case: Case, out: Explanation, view: Views) -> None:
     else:
         amount = "nobody knows how much of its device"
     whose = "it" if verdict.first[row] else "with what is due before it, it"
-    granted = f", and {units.rate(case.granted)} are guaranteed on its device" if case.needs else ""
+    granted = (
+        f", and {units.rate(case.granted)} are guaranteed on its device"
+        if case.needs and not verdict.greedy[row]
+        else ""
+    )
     out.reasons.append(f"{whose.capitalize()} needs {amount} to be in time{granted}.")
+    if verdict.greedy[row]:
+        out.reasons.append(
+            "Others on its device can't be in time, and it would need more than an equal share: it is promised nothing."
+        )
 
 
 def _place(case: Case, out: Explanation, view: Views, *, let_through: bool) -> None:
