@@ -276,7 +276,8 @@ class Plain:
 
         if lay.urgent in asks:
             give(lay.urgent, p.headroom * rush)
-        rest = min(p.headroom * total, p.most) - out[lay.urgent]
+        short = any(self.lost(i) and s.t.stage[i] == P2D for i in mine)
+        rest = min(p.headroom * total, min(p.most, p.most_short) if short else p.most) - out[lay.urgent]
         if lay.first in asks:
             give(lay.first, rest)
         elif lay.others in asks:
