@@ -104,4 +104,4 @@ def test_explain_without_a_rate_and_before_a_layer() -> None:
     )
     t = pv.transfers(1, stage=1, batch=0, target_layer=3, current_layer=2, deadline=9.0)
     view = Views.of(t, pv.link(RATE, 5), batches=pv.batches(1, layers=9, current_layer=2, layer_compute=0.1))
-    assert "The layer that it feeds is about to start: level 2" in " ".join(demand_bound().explain(0, view).reasons)
+    assert "The layer that it feeds is about to start: level 3" in " ".join(demand_bound().explain(0, view).reasons)

@@ -110,7 +110,7 @@ def test_classes_of_bands_are_those_of_their_levels() -> None:
 
 
 CLASSES = {
-    "demand-bound": "uuuum",
+    "demand-bound": "uuumm",
     "deadline-ladder": "ummmm",
     "mfs": "uummm",
     "mfs-nop1": "ummmm",
@@ -139,7 +139,7 @@ def test_policies_say_what_the_fabric_should_hurry(name: str) -> None:
 
 def test_those_who_can_wait_for_long_are_last_in_the_fabric() -> None:
     levels = registry.make_policy("demand-bound", 12).classes.levels
-    assert "".join(c[0] for c in levels) == "uuuummmmllll"
+    assert "".join(c[0] for c in levels) == "uuummmmmllll"
     assert "".join(c[0] for c in registry.make_policy("demand-bound", 3).classes.levels) == "uum"
 
 

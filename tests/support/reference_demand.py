@@ -244,7 +244,7 @@ class Plain:
             if needs and self.late(i) and self.among(i, NEXT_S):
                 return int(lay.urgent)
             if needs or self.laxity(i) < NEAR_S or self.layer_need(i) >= p.defer_until or math.isinf(s.rate(i)):
-                return int(lay.first if self.among(i, FIRST_S, longer=True) else lay.others)
+                return int(lay.first if s.t.stage[i] != KV and self.among(i, FIRST_S, longer=True) else lay.others)
         return self._deferred(i)
 
     def _deferred(self, i: int) -> int:
@@ -264,7 +264,11 @@ class Plain:
         s, p, lay = self.s, self.p, self.p.layout
         mine = [i for i in s.rows() if s.t.device[i] == device]
         overdue = [i for i in mine if levels[i] == lay.others and self._held_back(i)]
-        asks = {levels[i] for i in mine if i not in overdue and self.needs(i) and levels[i] < lay.deferred}
+        needy = [i for i in mine if i not in overdue and self.needs(i) and levels[i] < lay.deferred]
+        asks = {levels[i] for i in needy}
+        first, others = (
+            min((self.due[i] for i in needy if levels[i] == at), default=math.inf) for at in (lay.first, lay.others)
+        )
         total, rush = self._shares(device)
         out, left = [0.0] * p.levels, max(1.0 - float(s.link.floor[device]), 0.0)
 
@@ -278,10 +282,8 @@ class Plain:
             give(lay.urgent, p.headroom * rush)
         short = any(self.lost(i) and s.t.stage[i] == P2D for i in mine)
         rest = min(p.headroom * total, min(p.most, p.most_short) if short else p.most) - out[lay.urgent]
-        if lay.first in asks:
-            give(lay.first, rest)
-        elif lay.others in asks:
-            give(lay.others, rest)
+        if min(first, others) < math.inf:
+            give(lay.first if first <= others else lay.others, rest)
         if overdue:
             give(lay.others, p.overdue_share)
         return out

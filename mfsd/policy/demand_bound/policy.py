@@ -34,8 +34,8 @@ class DemandBound(Policy):
 
         0  urgent       about to be too late; above the collectives
         1  collectives
-        2  first        needs its guarantee; due first
-        3  others       needs its guarantee; due later. And KV of which nothing but the stage is known (rules)
+        2  first        stage 3 that needs its guarantee; due first
+        3  others       needs its guarantee; stage 1, or due later. And KV of which only the stage is known (rules)
            the default band: unhinted traffic
         4  deferred     needs less than ``defer_until`` of its link; with more levels, halves of that
            background, scavenger: stage 3 of requests that can't be in time
@@ -91,9 +91,12 @@ class DemandBound(Policy):
 
     @property
     def classes(self) -> Classes:
-        """The guaranteed go with the collectives; the nearer half of the deferred levels is in the middle."""
-        urgent = self.layout.deferred
-        middle = (self.levels - urgent + 1) // 2
+        """Those due first go with the collectives, others and the nearer half of the deferred in the middle.
+
+        Stage 1 arrives where collectives do, and has a share of those ports only when it is about to be too late.
+        """
+        urgent = self.layout.first + 1
+        middle = self.layout.deferred - urgent + (self.levels - self.layout.deferred + 1) // 2
         last = self.levels - urgent - middle
         return Classes((Urgency.URGENT,) * urgent + (Urgency.MIDDLE,) * middle + (Urgency.LAST,) * last)
 
@@ -143,7 +146,8 @@ class DemandBound(Policy):
         if (view.link.rate <= 0).any():
             above |= view.link.rate.take(t.device) <= 0  # nobody knows what it needs
         above &= verdict.asked.due < np.inf
-        level = pick.levels(above, lay.place(verdict.first), self._deferred(verdict.need, t.level))
+        place = lay.place(verdict.first & (t.stage != KV_REUSE))
+        level = pick.levels(above, place, self._deferred(verdict.need, t.level))
         level = pick.levels(needs & verdict.late & verdict.next, np.int16(lay.urgent), level)
         level = pick.levels(verdict.lost & (t.stage == P2D), np.int16(LEVEL_SCAVENGER), level)
         return pick.levels(t.stage == COLLECTIVE, np.int16(lay.collective), level)
@@ -177,12 +181,16 @@ class DemandBound(Policy):
     def _guarantee(self, view: Views, verdict: Verdict, needs: B1, level: I2, overdue: B1) -> F8:
         """Bytes/s by device and level, shape (devices, levels).
 
-        What is needed goes to the most urgent of the levels that need it, so that they are served by deadline.
+        What is needed goes to the level of who is due first, so that they are served by deadline.
         """
         lay, link, devices = self.layout, view.link, len(view.link.rate)
         cell = view.transfers.device * np.int32(self.levels) + level
         asks = np.flatnonzero(needs & (level < lay.deferred))
         there = np.bincount(cell.take(asks), minlength=devices * self.levels).reshape(devices, self.levels) > 0
+        earliest = np.full(devices * self.levels, np.inf)
+        np.minimum.at(earliest, cell.take(asks), verdict.asked.due.take(asks))
+        due = earliest.reshape(devices, self.levels)
+        leads = due[:, lay.first] <= due[:, lay.others]
         out = np.zeros((devices, self.levels))
         left = np.maximum(1.0 - link.floor, 0.0)
 
@@ -198,8 +206,8 @@ class DemandBound(Policy):
         short = np.bincount(view.transfers.device[lost], minlength=devices) > 0
         most = np.where(short, min(self.most_short, self.most), self.most)
         rest = np.minimum(self.headroom * verdict.total, most) - out[:, lay.urgent]
-        give(lay.first, np.where(there[:, lay.first], rest, 0.0))
-        give(lay.others, np.where(there[:, lay.others] & ~there[:, lay.first], rest, 0.0))
+        give(lay.first, np.where(there[:, lay.first] & leads, rest, 0.0))
+        give(lay.others, np.where(there[:, lay.others] & ~leads, rest, 0.0))
         if overdue.any():
             waiting = np.bincount(view.transfers.device[overdue], minlength=devices) > 0
             give(lay.others, np.where(waiting, self.overdue_share, 0.0))
