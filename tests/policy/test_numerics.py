@@ -16,6 +16,7 @@ from support import reference as ref
 from mfsd.policy.mfs import inter_request, pruning, red
 from mfsd.policy.mfs.layout import ARBITRATION, Layout
 from mfsd.policy.parts import bound, buckets, mlu, pick, rli
+from mfsd.policy.views import Views
 
 if TYPE_CHECKING:
     from mfsd.policy.views import RequestView, TransferView
@@ -145,6 +146,21 @@ def test_inter_request_loads_count_a_slow_peer_at_its_own_rate() -> None:
     view = pv.view(t, pv.requests(2), pv.link(1e8, peer_rate=[2e7, np.inf]))
     loads = inter_request.link_loads(view).request
     assert loads.tolist() == [[pytest.approx(0.01), pytest.approx(0.05), 0.0], [pytest.approx(0.01), 0.0, 0.01]]
+
+
+def test_with_very_many_peers_those_that_most_goes_to_are_reckoned_with() -> None:
+    """As many requests and peers as hosts have connections, at most: a matrix of them all would take 3 GB."""
+    requests, peers = 40_000, 10_000
+    left = np.full(requests, 1e3)
+    left[7::peers] = 1e7  # to peer 7
+    t = pv.transfers(requests, left=left, request=np.arange(requests), peer=np.arange(requests) % peers)
+    view = pv.view(t, pv.requests(requests, deadline=9.0), pv.link(1e8, peer_rate=np.full(peers, 2e7)))
+    loads = inter_request.link_loads(view).request
+    assert loads.size <= inter_request.MOST
+    assert loads[:, 0] == pytest.approx(left / 1e8)
+    assert loads[7::peers, 1:].max(axis=1) == pytest.approx(0.5)
+    owned = Views.of(t, view.link, requests=pv.requests(requests, deadline=0.1, batch=0), batches=pv.batches(1))
+    assert inter_request.arrange(owned, robust=True, budget=requests).pruned.any()
 
 
 def test_one_late_transfer_spoils_its_request() -> None:

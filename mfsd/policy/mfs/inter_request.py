@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -12,7 +12,13 @@ from mfsd.policy.parts import bound
 from mfsd.policy.views import BACKGROUND, COLLECTIVE, P2D, Arrangement
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from mfsd.policy.views import F8, Views
+
+MOST: Final = 1 << 22
+"""Link times that are reckoned with, by request or batch and link: 32 MB. Where there are more, links into peers that
+little goes to are taken to have time enough."""
 
 
 def arrange(view: Views, *, robust: bool, budget: int) -> Arrangement:
@@ -76,23 +82,36 @@ def link_loads(view: Views) -> pruning.Loads:
 
     A link into a peer whose rate isn't known is taken to be as fast as the device that leads to it.
     """
-    t, requests = view.transfers, len(view.requests)
-    devices, peers = len(view.link.rate), int(view.transfers.peer.max(initial=-1)) + 1
-    links = devices + peers
-    weights = octets(view)
+    t, requests, devices = view.transfers, len(view.requests), len(view.link.rate)
+    weights, rows = octets(view), requests + 1 + len(view.batches)
     # Row of the matrix: its request, else its batch; one row in between for what belongs to nobody (batch -1).
-    owner = t.request * np.int32(links)
-    alone = np.flatnonzero(t.request < 0)
-    owner[alone] = (t.batch[alone] + requests + 1) * links
-    cells = (requests + 1 + len(view.batches)) * links
-    flat: F8 = np.bincount(owner + t.device, weights=weights, minlength=cells).astype(np.float64, copy=False)
+    owner = np.where(t.request >= 0, t.request, t.batch + requests + 1).astype(np.int64)
+    known = t.peer >= 0
+    far, seconds = np.flatnonzero(known), weights[known] / bound.peer_rates(view, known)
+    busiest, link = _busiest(t.peer[far], seconds, max(MOST // rows - devices, 0))
+    far, seconds = far[busiest], seconds[busiest]
+    links = devices + int(link.max(initial=-1)) + 1
+    cells = rows * links
+    flat: F8 = np.bincount(owner * links + t.device, weights=weights, minlength=cells).astype(np.float64, copy=False)
     matrix = flat.reshape(-1, links)
-    matrix /= np.append(bound.rates(view), np.ones(peers))
-    if peers:
-        far = t.peer >= 0
-        seconds = weights[far] / bound.peer_rates(view, far)
-        cell = owner[far] + t.peer[far] + devices
+    matrix /= np.append(bound.rates(view), np.ones(links - devices))
+    if len(far):
+        cell = owner[far] * links + devices + link
         matrix += np.bincount(cell, weights=seconds, minlength=cells).reshape(-1, links)
     outside = np.flatnonzero((view.requests.batch < 0) & ~view.requests.pruned)
     before = matrix[outside].sum(axis=0) + matrix[requests]
     return pruning.Loads(request=matrix[:requests], batch=matrix[requests + 1 :], before=before)
+
+
+def _busiest(peer: npt.NDArray[np.int32], seconds: F8, most: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
+    """Entries that go to at most ``most`` peers, those with most ``seconds`` to send; and each one's peer's number.
+
+    ``peer`` and ``seconds`` have the shape (m,), what is returned (k,); peers are numbered from 0.
+    """
+    load = np.bincount(peer, weights=seconds)
+    if len(load) <= most:
+        return np.arange(len(peer)), peer.astype(np.int64)
+    number = np.full(len(load), -1)
+    number[np.argsort(-load, kind="stable")[:most]] = np.arange(most)
+    entries = np.flatnonzero(number[peer] >= 0)
+    return entries, number[peer[entries]]
