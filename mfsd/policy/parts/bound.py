@@ -16,7 +16,7 @@ infeasible with it. Nobody waits for background transfers, so they neither spoil
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from mfsd.policy.views import BACKGROUND
 
 if TYPE_CHECKING:
     from mfsd.policy.views import B1, F8, Views
+
+
+MANY: Final = 1 << 20
+"""Pairs of a request and a peer, from which on those that there are are numbered first: counting beats sorting."""
 
 
 def rates(view: Views, unknown: float = np.inf) -> F8:
@@ -86,6 +90,8 @@ def _far_seconds(view: Views, own: F8, waited_for: F8) -> F8:
     """The same on the link into the peer: ``own`` bytes, or all of the request's for that peer, shape (n,)."""
     t = view.transfers
     key = (t.request + np.int64(1)) * (len(view.link.peer_rate) + 1) + t.peer + 1
+    if key.max(initial=0) > MANY:
+        key = np.unique(key, return_inverse=True)[1]  # else memory for each request at each peer
     together = np.bincount(key, weights=waited_for).astype(np.float64, copy=False).take(key)
     return np.maximum(own, pick.floats(t.request >= 0, together, own)) / _far_rate(view)
 
