@@ -345,10 +345,11 @@ REST = {"background": 8, "scavenger": 8}
 @pytest.mark.parametrize(
     ("policy", "levels", "given", "marked"),
     [
-        # The guaranteed levels of the default policy go with the collectives, half of the deferred with the unhinted.
-        ("demand-bound", 5, THREE, CONTROL | {"level 2": 46, "level 3": 46, "default": 26, "level 4": 26} | REST),
+        # Who is due first under the default policy goes with the collectives; others who are guaranteed, and half of the
+        # deferred, with the unhinted.
+        ("demand-bound", 5, THREE, CONTROL | {"level 2": 46, "level 3": 26, "default": 26, "level 4": 26} | REST),
         ("demand-bound", 3, THREE, CONTROL | {"default": 26, "level 2": 26} | REST),
-        ("demand-bound", 5, {"urgent": 46, "last": 8}, CONTROL | {"level 2": 46, "level 3": 46} | REST),
+        ("demand-bound", 5, {"urgent": 46, "last": 8}, CONTROL | {"level 2": 46} | REST),
         ("two-class", 2, THREE, {"control": 46, "level 0": 46, "default": 26, "level 1": 26} | REST),
         ("two-class", 2, {"middle": 0}, {"default": 0, "level 1": 0}),
         ("two-class", 2, {"level 1": 8}, {"level 1": 8}),
@@ -364,7 +365,7 @@ def test_marks_in_words() -> None:
     config = parse({"bands": {"dscp": THREE}})
     plan = config_bands.bands_of(config, config_bands.policy_of(config))
     assert config_bands.marks_in_words(config_bands.dscp_of(config), plan) == [
-        "DSCP 46 into packets of control, level 0, level 1, level 2, level 3",
-        "DSCP 26 into packets of default, level 4",
+        "DSCP 46 into packets of control, level 0, level 1, level 2",
+        "DSCP 26 into packets of level 3, default, level 4",
         "DSCP 8 into packets of background, scavenger",
     ]
