@@ -345,7 +345,7 @@ REST = {"background": 8, "scavenger": 8}
 @pytest.mark.parametrize(
     ("policy", "levels", "given", "marked"),
     [
-        # Who is due first under the default policy goes with the collectives; others who are guaranteed, and half of the
+        # Who is due first under the default policy goes with the collectives; the other guaranteed, and half of the
         # deferred, with the unhinted.
         ("demand-bound", 5, THREE, CONTROL | {"level 2": 46, "level 3": 26, "default": 26, "level 4": 26} | REST),
         ("demand-bound", 3, THREE, CONTROL | {"default": 26, "level 2": 26} | REST),
