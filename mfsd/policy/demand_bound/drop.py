@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MOST: Final = 512
 """Jobs that are looked at in one evaluation, by deadline on each link, to bound the time it takes; what is overloaded
 still is looked at in the next one."""
+INHERITED: Final = 4
+"""Steps per job that is looked at, at most: jobs that are dropped, and what is lent from one heir to the next."""
 ROUNDING: Final = 1.0 + 1e-9
 """A sum that exceeds a limit by less does not."""
 
@@ -78,8 +80,12 @@ def most_work_first(
     look = slice(fit, fit + most)
     parts = (seconds[look].tolist(), job[look].tolist(), work[look].tolist(), lent[look].tolist())
     pending = list(zip(*parts, strict=True))
-    schedule.run(pending)
+    schedule.run(pending, INHERITED * len(pending))
     return schedule.gone, min(len(job) - fit, most)
+
+
+_Part = tuple[float, int, float, bool]
+"""Seconds until it is due, job, work, whether it is lent."""
 
 
 class _Schedule:
@@ -93,7 +99,8 @@ class _Schedule:
         """Sizes, negated, and jobs: a heap. Entries of jobs that have grown since or are gone are stale."""
         self._borrowed: dict[int, list[tuple[float, float]]] = {}
         """When parts that are lent to a job are due, and their work."""
-        self._total = 0.0
+        self._total = self._due = 0.0
+        """Work of those taken and not dropped, and when the last of them is due."""
 
     def begin(self, seconds: F8, job: I4, work: F8, lent: B1) -> None:
         """Take what is known to fit. Arrays as in ``most_work_first``."""
@@ -103,27 +110,35 @@ class _Schedule:
         heapq.heapify(self._largest)
         for i in np.flatnonzero(lent).tolist():
             self._borrowed.setdefault(int(job[i]), []).append((float(seconds[i]), float(work[i])))
-        self._total = float(work.sum())
+        self._total, self._due = float(work.sum()), float(seconds.max(initial=0.0))
 
-    def run(self, pending: list[tuple[float, int, float, bool]]) -> None:
-        """Take the rest, (seconds, job, work, lent) by seconds, and drop what doesn't fit."""
-        while pending:  # sorted, so a heap
-            due, job, work, lent = heapq.heappop(pending)
-            if job in self.gone:
-                heir, later = self._jobs.heir(job, self.gone) if lent else (-1, 0.0)
-                if heir >= 0:
-                    heapq.heappush(pending, (due + later, heir, work, True))
-                continue
-            self._total += work
-            self._size[job] = self._size.get(job, 0.0) + work
-            heapq.heappush(self._largest, (-self._size[job], job))
-            if lent:
-                self._borrowed.setdefault(job, []).append((due, work))
-            while self._total > due * ROUNDING and self._largest:
-                for part in self._drop_largest(due):
+    def run(self, pending: list[_Part], most: int) -> None:
+        """Take the rest by seconds, and drop what doesn't fit; ``most`` steps."""
+        for _ in range(most):
+            if self._total > self._due * ROUNDING and self._largest:
+                for part in self._drop_largest(self._due):
                     heapq.heappush(pending, part)
+            elif pending:  # sorted, so a heap
+                self._take(heapq.heappop(pending), pending)
+            else:
+                break
 
-    def _drop_largest(self, now: float) -> list[tuple[float, int, float, bool]]:
+    def _take(self, part: _Part, pending: list[_Part]) -> None:
+        """Add what is due next, or hand on what was lent to a job that is gone."""
+        due, job, work, lent = part
+        if job in self.gone:
+            heir, later = self._jobs.heir(job, self.gone) if lent else (-1, 0.0)
+            if heir >= 0:
+                heapq.heappush(pending, (due + later, heir, work, True))
+            return
+        self._due = due
+        self._total += work
+        self._size[job] = self._size.get(job, 0.0) + work
+        heapq.heappush(self._largest, (-self._size[job], job))
+        if lent:
+            self._borrowed.setdefault(job, []).append((due, work))
+
+    def _drop_largest(self, now: float) -> list[_Part]:
         """Drop one job, and return what was lent to it, which is due later and no earlier than ``now``."""
         negative, job = heapq.heappop(self._largest)
         if job in self.gone or self._size[job] != -negative:
