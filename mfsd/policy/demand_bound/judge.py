@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from mfsd.policy.views import B1, F8, I4, Views
 
-RETURNS: Final = (16, 4, 1)
-"""So many requests may come back in one evaluation: the smaller ones, if the larger don't fit beside them."""
+RETURNS: Final = (16, 4)
+"""So many requests may come back in one evaluation, if the smallest alone fits: the smaller ones, if not all do."""
 
 
 @dataclass(slots=True)
@@ -143,20 +143,27 @@ def judge(view: Views, tolerance: float, calm: float) -> Asked:
 def _restore(view: Views, asked: Asked, waiting: Lost, room: F8, calm: float) -> Asked:
     """Take back some of those ``waiting`` if all still fit."""
     candidates = _could_fit(view, asked, waiting, room)
-    r = len(view.requests)
+    some = _returned(view, asked, candidates[:1], room, calm)
+    if some is None:
+        return asked
     for count in RETURNS:
-        if count > 1 and len(candidates) <= count // 4:
-            continue
-        back = np.zeros(r + len(view.transfers), dtype=np.bool_)
-        back[candidates[:count]] = True
-        returning = Lost(back[:r], back[r:])
-        if not returning:
-            break
-        tried = Asked.of(view, asked.lost.without(returning), calm)
-        hurried = tried.due < asked.due  # theirs, and stage 1 and what stands before them, which they hurry
-        if not any(hurried[rows].any() for rows, _ in tried.overloaded(view, room, 1.0)):
-            return tried
-    return asked
+        more = _returned(view, asked, candidates[:count], room, calm) if len(candidates) > count // 4 else None
+        if more is not None:
+            return more
+    return some
+
+
+def _returned(view: Views, asked: Asked, jobs: npt.NDArray[np.intp], room: F8, calm: float) -> Asked | None:
+    """With these jobs back; None if there are none, or if not all whom they hurry fit."""
+    r = len(view.requests)
+    back = np.zeros(r + len(view.transfers), dtype=np.bool_)
+    back[jobs] = True
+    returning = Lost(back[:r], back[r:])
+    if not returning:
+        return None
+    tried = Asked.of(view, asked.lost.without(returning), calm)
+    hurried = tried.due < asked.due  # theirs, and stage 1 and what stands before them, which they hurry
+    return None if any(hurried[rows].any() for rows, _ in tried.overloaded(view, room, 1.0)) else tried
 
 
 def _could_fit(view: Views, asked: Asked, waiting: Lost, room: F8) -> npt.NDArray[np.intp]:
