@@ -186,11 +186,10 @@ class DemandBound(Policy):
         lay, link, devices = self.layout, view.link, len(view.link.rate)
         cell = view.transfers.device * np.int32(self.levels) + level
         asks = np.flatnonzero(needs & (level < lay.deferred))
-        there = np.bincount(cell.take(asks), minlength=devices * self.levels).reshape(devices, self.levels) > 0
         earliest = np.full(devices * self.levels, np.inf)
         np.minimum.at(earliest, cell.take(asks), verdict.asked.due.take(asks))
         due = earliest.reshape(devices, self.levels)
-        leads = due[:, lay.first] <= due[:, lay.others]
+        there, leads = due < np.inf, due[:, lay.first] <= due[:, lay.others]
         out = np.zeros((devices, self.levels))
         left = np.maximum(1.0 - link.floor, 0.0)
 
@@ -202,9 +201,7 @@ class DemandBound(Policy):
 
         rush = np.where(there[:, lay.urgent], self.headroom * verdict.rush, 0.0)
         give(lay.urgent, rush)
-        lost = verdict.lost & (view.transfers.stage == P2D)
-        short = np.bincount(view.transfers.device[lost], minlength=devices) > 0
-        most = np.where(short, min(self.most_short, self.most), self.most)
+        most = np.where(verdict.gone > 0, min(self.most_short, self.most), self.most)
         rest = np.minimum(self.headroom * verdict.total, most) - out[:, lay.urgent]
         give(lay.first, np.where(there[:, lay.first] & leads, rest, 0.0))
         give(lay.others, np.where(there[:, lay.others] & ~leads, rest, 0.0))

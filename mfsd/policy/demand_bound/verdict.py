@@ -15,6 +15,8 @@ from mfsd.policy.parts.bound import rates
 from mfsd.policy.views import BACKGROUND, P2D
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from mfsd.policy.demand_bound.layout import Layout
     from mfsd.policy.views import B1, F8, Views
 
@@ -46,6 +48,8 @@ class Verdict:
     asked: Asked
     lost: B1
     """Its request can't be in time."""
+    gone: npt.NDArray[np.intp]
+    """How many stage-3 transfers are lost on the device."""
     need: F8
     """Share of its scarcest link that must go to it and to what is due before it."""
     greedy: B1
@@ -75,7 +79,8 @@ class Verdict:
         here, before = Need(asked.load, margin, 1.0 - link.taken), asked.load.before()
         was_urgent, was_first = t.level == layout.urgent, t.level == layout.first
         lost = asked.lost.rows(view) & (t.stage != BACKGROUND)
-        greedy = _greedy(view, asked.due, lost)
+        gone = np.bincount(t.device[lost & (t.stage == P2D)], minlength=len(link.rate))
+        greedy = _greedy(view, asked.due, gone)
         promised = here
         if greedy.any():
             due = np.where(greedy, np.inf, asked.due)
@@ -84,6 +89,7 @@ class Verdict:
         out = cls(
             asked=asked,
             lost=lost,
+            gone=gone,
             need=here.shares(),
             greedy=greedy,
             late=(promised.late() | (promised.later() & was_urgent)) & ~greedy,
@@ -130,18 +136,17 @@ class Verdict:
         self.rush = np.maximum(self.rush, on_devices(promised.rush()))
 
 
-def _greedy(view: Views, due: F8, lost: B1) -> B1:
+def _greedy(view: Views, due: F8, gone: npt.NDArray[np.intp]) -> B1:
     """Transfers on crowded devices that would be in time by more than an equal share of the rate only, shape (n,).
 
     Where not all can be in time, what is promised to some is taken from the collectives, which all forward passes wait
     for, and so from those who come next. What plain sharing would have in time is kept; more would cost more than it
     saves.
     """
-    t, devices = view.transfers, len(view.link.rate)
-    gone = np.bincount(t.device[lost & (t.stage == P2D)], minlength=devices)
+    t = view.transfers
     if gone.max(initial=0) < CROWD:
         return np.zeros(len(t), dtype=np.bool_)
-    there = np.bincount(t.device, minlength=devices)
+    there = np.bincount(t.device, minlength=len(gone))
     crowded = (gone >= CROWD) & (gone >= CROWDED * there)
     work = t.left / rates(view).take(t.device)
     greedy: B1 = work * there.take(t.device) > due
