@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from support.namespaces import NetnsPair
 
-    from mfsd.client import Event
+    from mfsd.client import Client, Event, Rejected
 
 
 @pytest.fixture
@@ -36,3 +36,18 @@ def sink(netns_pair: NetnsPair) -> Iterator[Sink]:
 def events() -> list[Event]:
     """What the test's client was told."""
     return []
+
+
+@pytest.fixture
+def rejected() -> list[Rejected]:
+    """What its hints were refused for."""
+    return []
+
+
+@pytest.fixture
+def client(daemon: Daemon, events: list[Event], rejected: list[Rejected]) -> Iterator[Client]:
+    """A client of the daemon with a request that there is time for."""
+    with daemon.client(on_event=events.append, on_rejected=rejected.append) as c:
+        assert c.flush(20)
+        c.request("r", ttft_left_s=600)
+        yield c

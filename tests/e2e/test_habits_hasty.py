@@ -22,17 +22,9 @@ pytestmark = pytest.mark.netns
 
 
 @pytest.fixture
-def rejected() -> list[Rejected]:
-    return []
-
-
-@pytest.fixture
-def client(daemon: Daemon, events: list[Event], rejected: list[Rejected]) -> Iterator[Client]:
-    with daemon.client(on_event=events.append, on_rejected=rejected.append) as c:
-        assert c.flush(20)
-        c.request("r", ttft_left_s=600)
-        yield c
-        assert not rejected
+def client(client: Client, rejected: list[Rejected]) -> Iterator[Client]:
+    yield client
+    assert not rejected
 
 
 def test_transfers_on_a_kept_connection_without_a_flush(daemon: Daemon, client: Client, sink: Sink) -> None:

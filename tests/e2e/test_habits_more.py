@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.habits import KB, MB, PORT, WRONG, Grown, Sink, band, dial, settled, transfers, worker
+from support.habits import KB, MB, PORT, WRONG, Grown, Sink, band, dial, settled, three_in_turn, transfers, worker
 from support.rig import Daemon, running
 from support.waiting import WAIT_S, wait_for
 
@@ -169,11 +169,7 @@ def test_a_connection_that_is_older_than_the_daemon(
             client.request("r", ttft_left_s=60)
             named = s if how == "socket" else tuple_of(netns_pair.addr_b, PORT)
             grown = Grown(daemon)
-            for i in range(3):
-                client.transfer(f"t{i}", named, MB, stage=Stage.P2D, request="r")
-                assert client.flush(5)
-                s.sendall(bytes(MB))
-                settled(daemon, (i + 1, 0, 0))
+            three_in_turn(daemon, client, named, s)
             assert grown.wrong(3 * MB) <= WRONG
 
 

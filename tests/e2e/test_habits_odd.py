@@ -18,25 +18,10 @@ from support.waiting import WAIT_S, wait_for
 from mfsd.client import Client, Event, EventKind, Rejected, Stage, Transfer, tuple_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from support.rig import Daemon
 
 
 pytestmark = pytest.mark.netns
-
-
-@pytest.fixture
-def rejected() -> list[Rejected]:
-    return []
-
-
-@pytest.fixture
-def client(daemon: Daemon, events: list[Event], rejected: list[Rejected]) -> Iterator[Client]:
-    with daemon.client(on_event=events.append, on_rejected=rejected.append) as c:
-        assert c.flush(20)
-        c.request("r", ttft_left_s=600)
-        yield c
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------

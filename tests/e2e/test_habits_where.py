@@ -15,7 +15,21 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from support.habits import KB, MB, PORT, WRONG, Grown, Sink, band, close_hard, dial, settled, shown, transfers
+from support.habits import (
+    KB,
+    MB,
+    PORT,
+    WRONG,
+    Grown,
+    Sink,
+    band,
+    close_hard,
+    dial,
+    settled,
+    shown,
+    three_in_turn,
+    transfers,
+)
 from support.rig import RATE_MBIT, Daemon, Flow, running
 from support.waiting import WAIT_FACTOR, wait_for
 
@@ -332,10 +346,6 @@ def test_a_bridged_pod(daemon: Daemon, client: Client, sink: Sink, seen: int) ->
         with dial(replace(pair, a=pod)) as s:
             named = tuple_of(*s.getpeername(), *s.getsockname()) if seen else s
             grown = Grown(daemon)
-            for i in range(3):
-                client.transfer(f"t{i}", named, MB, stage=Stage.P2D, request="r")
-                assert client.flush(5)
-                s.sendall(bytes(MB))
-                settled(daemon, (i + 1, 0, 0))
+            three_in_turn(daemon, client, named, s)
             assert grown.wrong(3 * MB) <= WRONG
         assert sink.received == 3 * MB

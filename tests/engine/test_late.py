@@ -6,18 +6,22 @@ from __future__ import annotations
 import pytest
 from support.harness import MSS, FakeSocket, Host, peer
 
-from mfsd.model import (
-    What,
-)
+from mfsd.model import What
 
 
-def test_a_hint_that_comes_after_its_bytes_does_not_delay_the_next_ones() -> None:
+def begun() -> tuple[Host, FakeSocket]:
+    """A connection on which a transfer has been announced and has arrived."""
     h = Host()
     s = h.socket(1)
     h.request("r", 60.0)
     h.transfer("0", s, MSS)
     h.send(s, MSS)
     h.tick(0.01)
+    return h, s
+
+
+def test_a_hint_that_comes_after_its_bytes_does_not_delay_the_next_ones() -> None:
+    h, s = begun()
     h.send(s, 100 * MSS)
     h.tick(1.0)
     h.transfer("late", s, 100 * MSS)
@@ -67,12 +71,7 @@ def test_bytes_that_go_in_another_order_than_announced() -> None:
 
 
 def test_two_announced_at_once_behind_unhinted_bytes_are_both_to_come() -> None:
-    h = Host()
-    s = h.socket(1)
-    h.request("r", 60.0)
-    h.transfer("0", s, MSS)
-    h.send(s, MSS)
-    h.tick(0.01)
+    h, s = begun()
     h.send(s, 100 * MSS)
     h.tick(0.01)
     for name in "ab":
@@ -87,12 +86,7 @@ def test_two_announced_at_once_behind_unhinted_bytes_are_both_to_come() -> None:
 
 
 def test_one_that_was_late_although_the_next_came_right_behind_it_corrects_itself_once_all_is_quiet() -> None:
-    h = Host()
-    s = h.socket(1)
-    h.request("r", 60.0)
-    h.transfer("0", s, MSS)
-    h.send(s, MSS)
-    h.tick(0.01)
+    h, s = begun()
     h.send(s, 100 * MSS)
     h.tick(0.01)
     for name in "ab":
@@ -125,12 +119,7 @@ def test_the_first_hint_of_a_connection_may_be_late_too(position: int) -> None:
 
 
 def test_bytes_of_a_late_hint_are_done_when_they_have_arrived() -> None:
-    h = Host()
-    s = h.socket(1)
-    h.request("r", 60.0)
-    h.transfer("0", s, MSS)
-    h.send(s, MSS)
-    h.tick(0.01)
+    h, s = begun()
     h.send(s, 100 * MSS, acked=False)
     h.transfer("late", s, 100 * MSS)
     h.tick(0.1)

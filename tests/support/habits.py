@@ -13,12 +13,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from mfsd.client import cookie_of
+from mfsd.client import Stage, cookie_of
 from support.waiting import WAIT_S, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mfsd.client import Client
     from mfsd.v1 import control_pb2 as pb
     from support.namespaces import NetnsPair
     from support.rig import Daemon
@@ -272,3 +273,12 @@ def settled(daemon: Daemon, wanted: tuple[int, int, int]) -> None:
         wait_for(lambda: counted(daemon) == wanted, f"{wanted} completed, met, missed")
     except AssertionError as e:
         raise AssertionError(f"{e}, but {counted(daemon)}; left: {transfers(daemon)}") from None
+
+
+def three_in_turn(daemon: Daemon, client: Client, named: Any, sock: socket.socket) -> None:
+    """Transfers of a megabyte on one connection, each announced, sent and counted before the next."""
+    for i in range(3):
+        client.transfer(f"t{i}", named, MB, stage=Stage.P2D, request="r")
+        assert client.flush(5)
+        sock.sendall(bytes(MB))
+        settled(daemon, (i + 1, 0, 0))
