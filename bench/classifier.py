@@ -31,8 +31,8 @@ from mfsd.datapath.bpf.attach import attach
 from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.bpf.testrun import run_packet, socket_cookie, upcoming_cookies
+from mfsd.ground.model import Endpoints
 from mfsd.lab.hosts.enter import inside
-from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from mfsd import tables
+from mfsd.ground import tables
 from mfsd.lab.hosts.machine import commit, machine
 
 if TYPE_CHECKING:

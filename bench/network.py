@@ -20,10 +20,10 @@ import numpy as np
 from rich.progress import Progress
 
 from bench.common import Figure, write
+from mfsd.ground.units import Rate
 from mfsd.lab.fifo import WATCH_S, How, Outcome, Settings, run
 from mfsd.lab.hosts.machine import take_precedence
 from mfsd.lab.hosts.net import LabError
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -25,7 +25,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.common import Figure, write
-from mfsd import tables, units
+from mfsd.ground import tables, units
 from mfsd.lab.hosts.machine import take_precedence
 from mfsd.lab.hosts.net import Fabric, LabError
 from mfsd.lab.noharm import HOSTS, Arm, Beside, Case, Link, Outcome, Wanted

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from bench.common import Figure, write
-from mfsd import tables
+from mfsd.ground import tables
 from mfsd.lab.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.lab.sim.decide import simulate
 from mfsd.policy.registry import DEFAULT, make_policy

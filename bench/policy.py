@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from bench.common import Figure, write
-from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER
 from mfsd.daemon.memory import keep_freed
+from mfsd.ground.bands import LEVEL_NEW, LEVEL_SCAVENGER
 from mfsd.policy.registry import DEFAULT, make_policy, names
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 

@@ -23,11 +23,11 @@ import numpy as np
 from rich.progress import Progress
 
 from bench.common import Figure, write
+from mfsd.ground.units import Rate
 from mfsd.lab.hosts.machine import take_precedence
 from mfsd.lab.hosts.net import LabError
 from mfsd.lab.hosts.tcp import MSS
 from mfsd.lab.promotion import Settings, Trial, run
-from mfsd.units import Rate
 
 GSO_SEGMENTS: Final = 65536 // MSS
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.common import Figure, write
-from mfsd.bands import Bands
 from mfsd.daemon.keys import KernelKeys
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
@@ -28,7 +27,8 @@ from mfsd.engine.probes import Probes
 from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
 from mfsd.engine.slots import FlowTable
 from mfsd.engine.sockets import Event, Socket
-from mfsd.model import (
+from mfsd.ground.bands import Bands
+from mfsd.ground.model import (
     BatchHint,
     CookieSelector,
     Endpoints,

@@ -21,7 +21,7 @@ import reference
 from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
-from mfsd.metrics import METRICS
+from mfsd.ground.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -133,7 +133,7 @@ def _escaped(body: str) -> str:
 
 
 def metrics() -> str:
-    """Every metric, from mfsd/metrics.py."""
+    """Every metric, from mfsd/ground/metrics.py."""
     lines = [
         "# Metrics", "",
         "As `[metrics]` serves them and `mfsctl stats` prints them. `packaging/monitoring` has a dashboard and alerts.",

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.model import HintError, tuple_selector
+from mfsd.ground.model import HintError, tuple_selector
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mfsd.engine.engine import Engine
-    from mfsd.model import Address
+    from mfsd.ground.model import Address
     from mfsd.policy.views import Views
 
 PATHS_MAX: Final = 256

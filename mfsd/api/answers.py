@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mfsd.model import Event, HintError
+from mfsd.ground.model import Event, HintError
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:

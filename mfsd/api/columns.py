@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 from mfsd.api.decode import STAGES, US, decode_selector
 from mfsd.engine.bulk import Bad, TransferColumns
-from mfsd.model import INF, HintError, ProgressHint
+from mfsd.ground.model import INF, HintError, ProgressHint
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mfsd.api.decode import Decoder
-    from mfsd.model import Selector
+    from mfsd.ground.model import Selector
 
 INTERLEAVED: Final = 1
 """Bit of TransferColumns.flags."""

@@ -11,7 +11,7 @@ from google.rpc import code_pb2, status_pb2
 
 from mfsd.api import errors, messages, pages, trace
 from mfsd.engine.recorder import MOST, Recorder
-from mfsd.model import INF, PORT_MAX, HintError, Mode
+from mfsd.ground.model import INF, PORT_MAX, HintError, Mode
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 

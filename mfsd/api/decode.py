@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From protobuf hints to mfsd.model: checked, clamped, and with durations turned into monotonic times.
+"""From protobuf hints to mfsd.ground.model: checked, clamped, and with durations turned into monotonic times.
 
 This is on the path of every hint (some microseconds each at 50,000 a second), hence one function per kind, fields read
 once, and selectors decoded once and then found by their serialized bytes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mfsd.model import (
+from mfsd.ground.model import (
     INF,
     BatchHint,
     CookieSelector,

@@ -16,7 +16,7 @@ from mfsd.v1 import hints_pb2 as pb
 if TYPE_CHECKING:
     import grpc
 
-    from mfsd.model import HintError
+    from mfsd.ground.model import HintError
 
 
 class Refused(Exception):  # noqa: N818 - it is no error of ours

@@ -22,8 +22,8 @@ from mfsd.api.access import by_certificate, peer_of
 from mfsd.api.answers import SETTLE_S, Answer, Answers, drain
 from mfsd.api.identity import LASTING
 from mfsd.api.turns import LATELY_S, Lines, Turn
-from mfsd.logs import Seldom
-from mfsd.model import CookieSelector, HintError, MarkHint, ProgressHint, TransferHint
+from mfsd.ground.logs import Seldom
+from mfsd.ground.model import CookieSelector, HintError, MarkHint, ProgressHint, TransferHint
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mfsd.api.identity import Identities, Peer
     from mfsd.engine.engine import Engine
     from mfsd.engine.records import Session
-    from mfsd.model import Address
+    from mfsd.ground.model import Address
 
     Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -11,9 +11,9 @@ import psutil
 
 import mfsd
 from mfsd.api import network
-from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandSpec, Urgency
 from mfsd.engine.slots import NS
-from mfsd.model import INF, Mode, PortRange, ProcessSelector, RuleSelector, Stage, TupleSelector
+from mfsd.ground.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER, BandSpec, Urgency
+from mfsd.ground.model import INF, Mode, PortRange, ProcessSelector, RuleSelector, Stage, TupleSelector
 from mfsd.policy.base import place
 from mfsd.v1 import control_pb2 as pb
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mfsd.engine.peers import Known
     from mfsd.engine.records import Connection, Transfer, Watch
     from mfsd.engine.urgency import Use
-    from mfsd.model import Selector
+    from mfsd.ground.model import Selector
     from mfsd.policy.views import Views
 
 RULES: Final = "mfsd:rules"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mfsd.engine.device import Device as EngineDevice
     from mfsd.engine.engine import Engine
     from mfsd.engine.sockets import Socket
-    from mfsd.model import Mode, RuleSelector, Stage
+    from mfsd.ground.model import Mode, RuleSelector, Stage
     from mfsd.v1 import control_pb2 as pb
 
     class Device(EngineDevice, Protocol):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.api import messages
-from mfsd.model import HintError
+from mfsd.ground.model import HintError
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

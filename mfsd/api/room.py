@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mfsd.api.identity import UCRED
-from mfsd.logs import Seldom
+from mfsd.ground.logs import Seldom
 
 if TYPE_CHECKING:
     from mfsd.api.identity import Identities

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mfsd.api.messages import shown_level
 from mfsd.engine.tally import EndedTransfer, spent
-from mfsd.model import INF
+from mfsd.ground.model import INF
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

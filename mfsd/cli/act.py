@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from mfsd import tables
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
 from mfsd.cli.errors import CliError, Exit, UnreachableError
 from mfsd.cli.show import mode_text
+from mfsd.ground import tables
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import click
 from rich.text import Text
 
 from mfsd import doctor as checks
-from mfsd import tables
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.errors import Exit
 from mfsd.cli.offline import read_config
+from mfsd.ground import tables
 
 INDENT: Final = " " * 5
 STYLES: Final = {

@@ -19,8 +19,8 @@ from mfsd.datapath.undo.restore import restore_all, without_note
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
-    from mfsd.bands import Bands
     from mfsd.daemon.config import DeviceConfig
+    from mfsd.ground.bands import Bands
 
 
 def read_config(path: str | None, *, needed: bool) -> Config:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences and commands as lines, JSON with the proto's own names. Tables: mfsd/tables.py."""
+"""Sentences and commands as lines, JSON with the proto's own names. Tables: mfsd/ground/tables.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
-from mfsd import tables
+from mfsd.ground import tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,12 +10,12 @@ from typing import Final
 
 import click
 
-from mfsd import recording, units
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import control
 from mfsd.cli.errors import CliError
 from mfsd.cli.values import SIZE, SPAN
+from mfsd.ground import recording, units
 from mfsd.v1 import control_pb2 as pb
 
 LIMIT: Final = "64MB"

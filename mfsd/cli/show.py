@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from mfsd import tables, units
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
 from mfsd.cli.errors import CliError
 from mfsd.cli.glossary import SECTIONS
 from mfsd.cli.values import DURATION
+from mfsd.ground import tables, units
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Final
 import click
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from mfsd import tables, units
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
-from mfsd.metrics import METRICS, PREFIX
+from mfsd.ground import tables, units
+from mfsd.ground.metrics import METRICS, PREFIX
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ import click
 from rich.console import Console, Group
 from rich.live import Live
 
-from mfsd import tables
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import control
 from mfsd.cli.errors import CliError
 from mfsd.cli.top_view import Choice, Look, at_risk, chosen_rows, screen
 from mfsd.cli.values import DURATION
+from mfsd.ground import tables
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from rich.text import Text
 
-from mfsd import tables, units
 from mfsd.cli import output
 from mfsd.cli.show import mode_text
+from mfsd.ground import tables, units
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

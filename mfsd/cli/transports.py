@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mfsd import doctor, tables, units
+from mfsd import doctor
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.errors import CliError
 from mfsd.cli.offline import read_config
 from mfsd.cli.values import SPAN
+from mfsd.ground import tables, units
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

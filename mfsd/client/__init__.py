@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mfsd.client.client import Advice, Client, Rejected, Stats, Transfer
     from mfsd.client.manners import give_way
     from mfsd.client.selectors import Cookie, Fd, cookie_of, process_peer, tuple_of
-    from mfsd.model import Event, EventKind, Stage
+    from mfsd.ground.model import Event, EventKind, Stage
 
 __all__ = [
     "Advice",
@@ -41,7 +41,7 @@ __all__ = [
 _OTHERS: Final = {
     "client.client": ("Advice", "Client", "Rejected", "Stats", "Transfer"),
     "client.manners": ("give_way",),
-    "model": ("Event", "EventKind", "Stage"),
+    "ground.model": ("Event", "EventKind", "Stage"),
 }
 """Where names are that are not in client.selectors."""
 

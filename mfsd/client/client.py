@@ -22,7 +22,7 @@ from mfsd.client.encode import fault
 from mfsd.client.events import Events
 from mfsd.client.link import Link, Rejected, Stats
 from mfsd.client.selectors import Connection, Named, name
-from mfsd.model import (
+from mfsd.ground.model import (
     INF,
     BatchHint,
     EndHint,

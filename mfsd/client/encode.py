@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From mfsd.model hints to protobuf, with monotonic times turned into durations at the moment of sending.
+"""From mfsd.ground.model hints to protobuf, with monotonic times turned into durations at the moment of sending.
 
 The reverse of mfsd/api/decode.py. A hint may wait for a connection to the daemon, hence times are absolute until here.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final, assert_never, cast
 
-from mfsd.model import (
+from mfsd.ground.model import (
     INF,
     BatchHint,
     CookieSelector,

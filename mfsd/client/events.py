@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from mfsd.model import Event
+    from mfsd.ground.model import Event
 
 KEPT: Final = 1024
 """Events that wait for a slow listener; the oldest go first, since a late warning is worth least."""

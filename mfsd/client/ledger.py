@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
-from mfsd.model import (
+from mfsd.ground.model import (
     INF,
     BatchHint,
     EndHint,

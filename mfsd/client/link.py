@@ -23,7 +23,7 @@ from mfsd.client.encode import Batch, encode_batch, split
 from mfsd.client.introduction import TOKEN, Introduction, NotWelcomeError
 from mfsd.client.ledger import Ledger
 from mfsd.client.way import Way, pause
-from mfsd.model import Event, EventKind, Hint
+from mfsd.ground.model import Event, EventKind, Hint
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from mfsd.model import (
+from mfsd.ground.model import (
     CookieSelector,
     HintSelector,
     ProcessSelector,

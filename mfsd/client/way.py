@@ -11,7 +11,7 @@ import grpc
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mfsd.model import Hint
+    from mfsd.ground.model import Hint
 
 BACKOFF_S: Final = (0.05, 5.0)
 """First and longest time between attempts to connect."""

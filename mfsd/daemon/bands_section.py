@@ -7,7 +7,9 @@ from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field
 
-from mfsd.bands import (
+from mfsd.daemon.config_text import key, toml
+from mfsd.engine.settings import Section, as_tuple, setting
+from mfsd.ground.bands import (
     BACKGROUND_FLOOR,
     CONTROL_FLOOR,
     DEFAULT_FLOOR,
@@ -20,8 +22,6 @@ from mfsd.bands import (
     band_names,
     fill_floors,
 )
-from mfsd.daemon.config_text import key, toml
-from mfsd.engine.settings import Section, as_tuple, setting
 
 MAX_LANES: Final = 256
 """Minors of a band: its classids are 0xBBLL with band BB and lane LL."""

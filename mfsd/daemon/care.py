@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
-from mfsd import logs
 from mfsd.daemon import config_bands
 from mfsd.datapath.errors import DatapathError
+from mfsd.ground import logs
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS
 from mfsd.daemon import config_files
 from mfsd.daemon.bands_section import BandsConfig
 from mfsd.daemon.config_endpoints import MetricsConfig, metrics_problems
@@ -39,10 +38,11 @@ from mfsd.daemon.config_values import (
 from mfsd.daemon.network_section import NetworkConfig
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, TenantsConfig, as_tuple, setting
-from mfsd.model import Mode
+from mfsd.ground.bands import HTB_PRIOS, MAX_HTB_LEVELS
+from mfsd.ground.model import Mode
+from mfsd.ground.units import host_port
 from mfsd.policy import registry
 from mfsd.relay.settings import RelayConfig
-from mfsd.units import host_port
 
 __all__ = [
     "BandsConfig",

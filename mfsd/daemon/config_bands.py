@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mfsd.bands import Bands, Ladder
 from mfsd.daemon.bands_section import CLASSES
+from mfsd.ground.bands import Bands, Ladder
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mfsd.bands import BandSpec
     from mfsd.daemon.config import Config
     from mfsd.daemon.network_section import NetworkConfig
+    from mfsd.ground.bands import BandSpec
+    from mfsd.ground.units import Rate
     from mfsd.policy.base import Policy
-    from mfsd.units import Rate
 
 
 def bands_of(config: Config, policy: Policy) -> Bands:

@@ -11,7 +11,7 @@ from pydantic import field_validator
 from mfsd.daemon.config_text import toml
 from mfsd.daemon.config_values import SUN_PATH, FilePath, loopback
 from mfsd.engine.settings import Section, setting
-from mfsd.units import host_port
+from mfsd.ground.units import host_port
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, InstanceOf, ValidationError, field_
 from mfsd.daemon.config_text import explain, toml
 from mfsd.daemon.config_values import NetworkValue  # noqa: TC001 - pydantic reads annotations
 from mfsd.engine.settings import Section, as_tuple, setting
-from mfsd.model import PID_MAX, PORT_MAX, PortRange
+from mfsd.ground.model import PID_MAX, PORT_MAX, PortRange
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable

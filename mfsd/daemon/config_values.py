@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BeforeValidator, InstanceOf, PlainValidator
 
-from mfsd.model import Mode
-from mfsd.units import Rate, Unfit, host_port
+from mfsd.ground.model import Mode
+from mfsd.ground.units import Rate, Unfit, host_port
 
 IFNAMSIZ: Final = 16
 """Length of a device name, the final 0 included (include/uapi/linux/if.h)."""

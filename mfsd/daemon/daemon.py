@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 import mfsd
-from mfsd import logs
 from mfsd.api.control import ControlService
 from mfsd.api.decode import Decoder
 from mfsd.api.hints import HintsService
@@ -30,9 +29,10 @@ from mfsd.daemon.rules import Rules, cgroup_root
 from mfsd.daemon.sockets import HostSockets
 from mfsd.daemon.supervisor import Supervisor
 from mfsd.daemon.ticker import Periods, Ticker
+from mfsd.ground import logs
+from mfsd.ground.model import Mode
 from mfsd.host import clock
 from mfsd.host.makers import Census
-from mfsd.model import Mode
 from mfsd.relay.relay import Relay
 
 if TYPE_CHECKING:

@@ -20,13 +20,12 @@ from mfsd.daemon.hands import Hands
 from mfsd.datapath import _abi
 from mfsd.datapath.errors import DatapathError
 from mfsd.engine.estimator import LinkEstimator
-from mfsd.logs import Seldom
+from mfsd.ground.logs import Seldom
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from concurrent.futures import Future
 
-    from mfsd.bands import Bands
     from mfsd.daemon.config import DeviceConfig
     from mfsd.datapath.bpf.attach import Attachment
     from mfsd.datapath.bpf.loader import Classifier
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from mfsd.datapath.qdisc.plan import DevicePlan
     from mfsd.engine.device import Rescue, Rescued
     from mfsd.engine.estimator import Reading
+    from mfsd.ground.bands import Bands
 
 STATS: Final = {
     name.removeprefix("STAT_").lower(): number

@@ -32,17 +32,17 @@ from mfsd.datapath.bpf.teller import Teller
 from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.engine.slots import MemoryKeys, SlotRows, memory_rows
-from mfsd.model import Mode
+from mfsd.ground.model import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mfsd.bands import Bands
     from mfsd.daemon.config import Config, DeviceConfig
     from mfsd.datapath.bpf.attach import Attachment
     from mfsd.datapath.bpf.loader import Classifier, Loader
     from mfsd.datapath.qdisc.plan import DevicePlan
     from mfsd.engine.slots import KeyMap
+    from mfsd.ground.bands import Bands
 
 log = structlog.get_logger(__name__)
 

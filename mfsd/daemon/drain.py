@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from mfsd.bands import HINTED
 from mfsd.datapath.errors import DatapathError
 from mfsd.engine.guarantees import draining
+from mfsd.ground.bands import HINTED
 
 if TYPE_CHECKING:
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer

@@ -17,7 +17,7 @@ from prometheus_client import make_wsgi_app
 from mfsd.api import pem
 from mfsd.api.server import ServerError
 from mfsd.daemon.config_endpoints import OFF, SUFFIX, UNIX
-from mfsd.units import host_port
+from mfsd.ground.units import host_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

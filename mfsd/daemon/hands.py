@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
 
-    from mfsd.bands import Bands
     from mfsd.datapath.bpf.loader import Classifier
     from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
     from mfsd.engine.device import Rescue
+    from mfsd.ground.bands import Bands
 
 T = TypeVar("T")
 

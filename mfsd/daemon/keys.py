@@ -9,7 +9,7 @@ from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 
 if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier
-    from mfsd.model import Endpoints
+    from mfsd.ground.model import Endpoints
 
 
 class KernelKeys:

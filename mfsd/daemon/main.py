@@ -14,7 +14,6 @@ import click
 import structlog
 
 import mfsd
-from mfsd import logs
 from mfsd.api.server import ServerError
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_files
@@ -23,6 +22,7 @@ from mfsd.daemon.lock import StartError
 from mfsd.daemon.memory import keep_freed
 from mfsd.daemon.turns import keep_turns_short
 from mfsd.datapath.errors import DatapathError
+from mfsd.ground import logs
 from mfsd.relay.incoming import RelayError
 
 if TYPE_CHECKING:

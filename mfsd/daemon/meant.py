@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mfsd.datapath.bpf.rules import Match, masked
+from mfsd.ground.model import CookieSelector, HintError, Maker, PortRange, ProcessSelector, RuleSelector, TupleSelector
 from mfsd.host.makers import members
 from mfsd.host.sockets import process_sockets
-from mfsd.model import CookieSelector, HintError, Maker, PortRange, ProcessSelector, RuleSelector, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mfsd.engine.sockets import Socket
+    from mfsd.ground.model import Selector
     from mfsd.host.makers import Makers
     from mfsd.host.sockets import Socket as Listed
-    from mfsd.model import Selector
 
 
 def matches(selector: Selector, uid: int, meaning: Callable[[Maker], Makers]) -> list[Match]:

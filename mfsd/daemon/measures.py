@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of all metrics (mfsd/metrics.py), for prometheus_client.
+"""The values of all metrics (mfsd/ground/metrics.py), for prometheus_client.
 
 A scrape costs the event loop a copy of what the engine knows (``snapshot``, some tens of microseconds); counters of
 devices are read by their threads, and text is made in that of whoever asks.
@@ -24,8 +24,8 @@ from prometheus_client.samples import Exemplar
 import mfsd
 from mfsd.api import network
 from mfsd.engine.tally import USERS_KEPT
-from mfsd.metrics import BY_NAME, METRICS, PREFIX, STAGE
-from mfsd.model import INF, Stage
+from mfsd.ground.metrics import BY_NAME, METRICS, PREFIX, STAGE
+from mfsd.ground.model import INF, Stage
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

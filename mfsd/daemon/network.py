@@ -18,13 +18,13 @@ from mfsd.datapath import _abi
 from mfsd.datapath.bpf.keys import V4_MAPPED
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import LoaderError
-from mfsd.units import Rate
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
-    from mfsd.bands import Bands
     from mfsd.daemon.network_section import NetworkConfig
     from mfsd.datapath.bpf.loader import Classifier
     from mfsd.engine.engine import Engine
+    from mfsd.ground.bands import Bands
 
 UNIT: Final = 1024
 """Of struct mfsd_path's fractions (bpf/yield.h)."""

@@ -10,7 +10,7 @@ from pydantic import create_model
 from mfsd.engine.settings import Section, setting
 
 if TYPE_CHECKING:
-    from mfsd.units import Rate
+    from mfsd.ground.units import Rate
 
 LEAST_TARGET_MS: Final = 0.5
 TARGET_BITS: Final = 400_000

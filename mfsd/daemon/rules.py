@@ -17,7 +17,7 @@ from mfsd.daemon import config_rules
 from mfsd.daemon.meant import made
 from mfsd.datapath.bpf.cgroup import open_root
 from mfsd.datapath.errors import LoaderError
-from mfsd.model import INF, HintError, Maker, MarkHint, PortRange, RuleSelector, Stage
+from mfsd.ground.model import INF, HintError, Maker, MarkHint, PortRange, RuleSelector, Stage
 
 if TYPE_CHECKING:
     import contextlib

@@ -20,10 +20,8 @@ import structlog
 from mfsd.daemon.meant import listed_of, made, maker_of, matches, rows_of
 from mfsd.datapath import _abi
 from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
-from mfsd.host.makers import Census, Makers
-from mfsd.host.sockets import SocketResolver
-from mfsd.logs import Seldom
-from mfsd.model import (
+from mfsd.ground.logs import Seldom
+from mfsd.ground.model import (
     CookieSelector,
     Maker,
     ProcessSelector,
@@ -31,6 +29,8 @@ from mfsd.model import (
     Selector,
     TupleSelector,
 )
+from mfsd.host.makers import Census, Makers
+from mfsd.host.sockets import SocketResolver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from mfsd.datapath.bpf.rules import Match
     from mfsd.datapath.bpf.teller import Teller, Told
     from mfsd.engine.sockets import Progress
+    from mfsd.ground.model import Endpoints
     from mfsd.host.sockets import Socket as Listed
-    from mfsd.model import Endpoints
 
 IPPROTO_TCP: Final = 6
 FAMILIES_S: Final = 1.0

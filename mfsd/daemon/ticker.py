@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import structlog
 
-from mfsd.logs import Seldom
+from mfsd.ground.logs import Seldom
 
 if TYPE_CHECKING:
     from collections.abc import Callable

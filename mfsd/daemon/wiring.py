@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mfsd.daemon.config import Config, PeerConfig
     from mfsd.daemon.devices import Devices
     from mfsd.engine.sockets import Sockets
-    from mfsd.model import Address
+    from mfsd.ground.model import Address
     from mfsd.policy.base import Policy
 
 

@@ -16,8 +16,8 @@ from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
 from mfsd.datapath import links, tc
 from mfsd.datapath.errors import EnforceError
+from mfsd.ground.units import Rate
 from mfsd.host import netlink as nl
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mfsd import units
 from mfsd.doctor.finding import Finding, Severity
 from mfsd.doctor.transports import PROBE_S, measure, ports
+from mfsd.ground import units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

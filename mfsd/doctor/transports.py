@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
 
+from mfsd.ground.model import Endpoints
 from mfsd.host import inet_diag
 from mfsd.host.sockets import SocketResolver
-from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

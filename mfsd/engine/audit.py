@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.records import Transfer
-    from mfsd.model import Address
+    from mfsd.ground.model import Address
 
 
 @dataclass(slots=True)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.bands import LEVEL_NEW
 from mfsd.engine.records import Transfer
-from mfsd.model import INF, HintError, Selector, Stage, TransferHint
+from mfsd.ground.bands import LEVEL_NEW
+from mfsd.ground.model import INF, HintError, Selector, Stage, TransferHint
 
 if TYPE_CHECKING:
     from mfsd.engine.ledger import Ledger

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mfsd.engine.late import Lateness
 from mfsd.engine.locating import SYN
 from mfsd.engine.watches import exact_endpoints
-from mfsd.model import INF, CookieSelector, TupleSelector
+from mfsd.ground.model import INF, CookieSelector, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mfsd.engine.records import Connection, Mark, Session, Stream, Watch
     from mfsd.engine.settings import LimitsConfig
     from mfsd.engine.watches import Watches
-    from mfsd.model import Selector, Stage
+    from mfsd.ground.model import Selector, Stage
 
 
 class Carriage:

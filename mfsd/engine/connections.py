@@ -15,15 +15,15 @@ from mfsd.engine.positions import IPPROTO_TCP, Positions
 from mfsd.engine.records import Connection, User
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
 from mfsd.engine.tenants import Parted, Tenants
-from mfsd.model import INF, Endpoints, HintError, Stage
+from mfsd.ground.model import INF, Endpoints, HintError, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from mfsd.bands import Bands
     from mfsd.engine.records import Mark, Session
     from mfsd.engine.sockets import Socket, Sockets
-    from mfsd.model import Address
+    from mfsd.ground.bands import Bands
+    from mfsd.ground.model import Address
 
 F8 = npt.NDArray[np.float64]
 MarkKind = tuple[Stage, float, bool]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from mfsd.engine.records import Session
-    from mfsd.model import Hint, Selector
+    from mfsd.ground.model import Hint, Selector
 
 
 class Elsewhere(Protocol):

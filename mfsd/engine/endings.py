@@ -13,7 +13,7 @@ import numpy as np
 from mfsd.engine.columns import GONE
 from mfsd.engine.records import EVENTS_KEPT
 from mfsd.engine.watches import exact_endpoints
-from mfsd.model import INF, CookieSelector, Event, EventKind
+from mfsd.ground.model import INF, CookieSelector, Event, EventKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

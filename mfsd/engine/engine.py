@@ -28,19 +28,19 @@ from mfsd.engine.rescue import Rescuer
 from mfsd.engine.sockets import Closed, Established, Socket
 from mfsd.engine.steering import Steering
 from mfsd.engine.watches import Watches
-from mfsd.model import Event, EventKind, HintError, Mode
+from mfsd.ground.model import Event, EventKind, HintError, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mfsd.bands import Bands
     from mfsd.engine.bulk import Bad, TransferColumns
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.elsewhere import Elsewhere
     from mfsd.engine.records import Connection
     from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
-    from mfsd.model import Hint
+    from mfsd.ground.bands import Bands
+    from mfsd.ground.model import Hint
     from mfsd.policy.base import Policy
 
 R = TypeVar("R", bound=HasRow)

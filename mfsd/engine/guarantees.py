@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.bands import HINTED
+from mfsd.ground.bands import HINTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.bands import Bands, Ladder
     from mfsd.engine.device import Device
+    from mfsd.ground.bands import Bands, Ladder
     from mfsd.policy.views import F8
 
 WIRE: Final = 1.05

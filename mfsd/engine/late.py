@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from mfsd.engine.endings import SLACK
 from mfsd.engine.locating import SYN
 from mfsd.engine.slots import NS
-from mfsd.model import INF
+from mfsd.ground.model import INF
 
 if TYPE_CHECKING:
     from mfsd.engine.books import Books

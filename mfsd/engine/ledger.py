@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mfsd.bands import LEVEL_NEW
 from mfsd.engine.records import ENTRY, Batch, Connection, Mark, Request, Session, Transfer
 from mfsd.engine.watches import exact_endpoints
-from mfsd.model import (
+from mfsd.ground.bands import LEVEL_NEW
+from mfsd.ground.model import (
     INF,
     BatchHint,
     CookieSelector,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mfsd.engine.records import Stream
     from mfsd.engine.settings import LimitsConfig
     from mfsd.engine.watches import Watches
-    from mfsd.model import Selector
+    from mfsd.ground.model import Selector
 
 
 class Ledger:

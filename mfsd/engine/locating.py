@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mfsd.engine.slots import NS
-from mfsd.model import INF
+from mfsd.ground.model import INF
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

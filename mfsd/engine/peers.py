@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mfsd.engine.sockets import Progress
-    from mfsd.model import Address
+    from mfsd.ground.model import Address
 
 F8 = npt.NDArray[np.float64]
 

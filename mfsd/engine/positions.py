@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mfsd.engine.records import Position
 from mfsd.engine.slots import NS, FlowTable
 from mfsd.engine.streams import Moved, Streams
-from mfsd.model import INF
+from mfsd.ground.model import INF
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

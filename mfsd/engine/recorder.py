@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes down hints and decisions as they happen, for whoever writes a record of them (mfsd/recording.py)."""
+"""Takes down hints and decisions as they happen, for whoever writes a record of them (mfsd/ground/recording.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 import mfsd
-from mfsd import recording
-from mfsd.model import INF
+from mfsd.ground import recording
+from mfsd.ground.model import INF
 from mfsd.policy import registry
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mfsd.model import INF
+from mfsd.ground.model import INF
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mfsd.model import Endpoints, Event, Selector, Stage
+    from mfsd.ground.model import Endpoints, Event, Selector, Stage
 
 EVENTS_KEPT: Final = 1024
 """Undelivered events per session; older ones are dropped first, since a late warning is worth least."""

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.bands import HINTED, Bands
 from mfsd.engine.device import Rescue
 from mfsd.engine.positions import IPPROTO_TCP
 from mfsd.engine.slots import NS
+from mfsd.ground.bands import HINTED, Bands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

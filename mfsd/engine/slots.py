@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mfsd.datapath import _abi
 
 if TYPE_CHECKING:
-    from mfsd.model import Endpoints
+    from mfsd.ground.model import Endpoints
 
 NS = 1_000_000_000
 

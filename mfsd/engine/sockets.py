@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.model import Endpoints, Maker, Selector, TupleSelector
+    from mfsd.ground.model import Endpoints, Maker, Selector, TupleSelector
 
 
 @dataclass(frozen=True, slots=True)

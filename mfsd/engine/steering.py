@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.engine import fair
 from mfsd.engine.columns import GONE
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.urgency import Urgency
 from mfsd.engine.views import Rows, shown, views_of
-from mfsd.model import INF, Event, EventKind, Stage
+from mfsd.ground.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
+from mfsd.ground.model import INF, Event, EventKind, Stage
 from mfsd.policy.views import LinkView, TransferView, Views
 
 if TYPE_CHECKING:

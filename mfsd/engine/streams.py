@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from mfsd.engine.records import Connection, Session, Watch
-    from mfsd.model import Selector
+    from mfsd.ground.model import Selector
 
 F8 = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

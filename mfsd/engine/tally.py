@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.model import INF, Stage
+from mfsd.ground.model import INF, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.model import Event, EventKind
+from mfsd.ground.model import Event, EventKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mfsd.bands import Bands
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.records import Connection, Mark, Session, Stream
     from mfsd.engine.settings import TenantsConfig
+    from mfsd.ground.bands import Bands
 
 METER_S: Final = 0.02
 """How often is counted."""

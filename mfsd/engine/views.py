@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.bands import Role
+from mfsd.ground.bands import Role
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mfsd.bands import Bands, Ladder
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.streams import Moved
+    from mfsd.ground.bands import Bands, Ladder
     from mfsd.policy.views import B1, F8
 
 STUCK_BYTES: Final = 2 * 65536

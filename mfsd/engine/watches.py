@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.engine.records import Watch
 from mfsd.engine.slots import NS
-from mfsd.model import CookieSelector, Endpoints, HintError, ProcessSelector, RuleSelector, Selector, TupleSelector
+from mfsd.ground.model import (
+    CookieSelector,
+    Endpoints,
+    HintError,
+    ProcessSelector,
+    RuleSelector,
+    Selector,
+    TupleSelector,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +28,7 @@ if TYPE_CHECKING:
     from mfsd.engine.records import Session
     from mfsd.engine.settings import LimitsConfig
     from mfsd.engine.sockets import Socket, Sockets
-    from mfsd.model import Address
+    from mfsd.ground.model import Address
 
 UNSEEN_S: Final = 1.0
 """A watch that has matched nothing for so long is worth a notice."""

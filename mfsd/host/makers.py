@@ -20,7 +20,7 @@ from mfsd.host.processes import Families
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
-    from mfsd.model import Maker
+    from mfsd.ground.model import Maker
 
 SETTLED_S: Final = 5.0
 """A thread's name is read again until it is so old: runtimes name their threads after they have started them."""

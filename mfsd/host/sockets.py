@@ -14,9 +14,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
-from mfsd.host import inet_diag
-from mfsd.host.inet_diag import Answer, Diag, DiagError, Filter, Row
-from mfsd.model import (
+from mfsd.ground.model import (
     Address,
     CookieSelector,
     Endpoints,
@@ -25,6 +23,8 @@ from mfsd.model import (
     ProcessSelector,
     TupleSelector,
 )
+from mfsd.host import inet_diag
+from mfsd.host.inet_diag import Answer, Diag, DiagError, Filter, Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mfsd.client import Client
-    from mfsd.model import TupleSelector
+    from mfsd.ground.model import TupleSelector
 
 _numbers = itertools.count()
 

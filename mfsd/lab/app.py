@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import mfsd
-from mfsd import recording, units
+from mfsd.ground import recording, units
+from mfsd.ground.units import Rate
 from mfsd.lab import demo as closer
 from mfsd.lab import far, matrix, promotion
 from mfsd.lab import replay as replaying
@@ -28,7 +29,6 @@ from mfsd.lab.settings import PRESETS, REGIMES, Settings
 from mfsd.lab.vllm import report as vllm_report
 from mfsd.lab.vllm.suite import QUICK, Plan, Suite
 from mfsd.policy import registry
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.bands import MAX_HTB_LEVELS
+from mfsd.ground.bands import MAX_HTB_LEVELS
 from mfsd.policy import registry
 
 if TYPE_CHECKING:

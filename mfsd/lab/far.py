@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from mfsd.ground.units import Rate
 from mfsd.lab import fifo
 from mfsd.lab.hosts.net import LabError
 from mfsd.lab.results import plots
 from mfsd.lab.results.report import Section
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

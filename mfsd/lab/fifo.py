@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from mfsd.bands import Urgency
 from mfsd.client import Client, Stage
+from mfsd.ground.bands import Urgency
 from mfsd.lab.bulk import Bulk, lanes_for
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import SWITCH, Fabric, LabError, run_id, tool
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mfsd.units import Rate
+    from mfsd.ground.units import Rate
 
 How = Literal["bands", "yield", "classes"]
 SENDERS: Final = ("s0", "s1", "s2", "s3")

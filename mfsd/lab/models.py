@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from mfsd.units import Rate
+    from mfsd.ground.units import Rate
 
 EFFECTIVE_FLOPS: Final = 0.4 * 990e12
 """Of one GPU: an H100's dense BF16 peak, at 40 %."""

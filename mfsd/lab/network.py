@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from mfsd.bands import Urgency
 from mfsd.daemon import config as configuration
 from mfsd.daemon.config_bands import bands_of
+from mfsd.ground.bands import Urgency
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
 from mfsd.policy.registry import make_policy
@@ -27,9 +27,9 @@ from mfsd.policy.registry import make_policy
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mfsd.ground.units import Rate
     from mfsd.lab.arms import Arm
     from mfsd.lab.settings import Settings
-    from mfsd.units import Rate
 
 QUEUE_S: Final = 0.05
 """Of a switch port and class, at its rate: a shallow one by LAN standards, several times what TCP needs."""

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.client import Client, Stage
+from mfsd.ground.units import Rate
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import Fabric, LabError, plain_link, remove_link
 from mfsd.lab.hosts.tcp import EFFICIENCY
 from mfsd.lab.player import Player
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

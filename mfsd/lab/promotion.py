@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from mfsd.ground.units import Rate
     from mfsd.lab.hosts.tcp import TcpInfo
-    from mfsd.units import Rate
 
 WINDOW_MS: Final = 10
 SHARE: Final = 0.9

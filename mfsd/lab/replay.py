@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from mfsd import units
+from mfsd.ground import units
 from mfsd.lab.sim.decide import simulate
 from mfsd.lab.sim.singlelink import BatchSpec, Case, RequestSpec
 from mfsd.policy import registry
@@ -23,7 +23,7 @@ from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from mfsd.recording import Record, Recorded
+    from mfsd.ground.recording import Record, Recorded
 
 STAGES: Final = {KV_REUSE: "kv-reuse", COLLECTIVE: "collective", P2D: "p2d"}
 SHOWN: Final = 20

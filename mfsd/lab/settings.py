@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from mfsd.ground.model import Stage
+from mfsd.ground.units import Rate
 from mfsd.lab.arms import arm_of
 from mfsd.lab.hosts.net import LabError
 from mfsd.lab.hosts.tcp import EFFICIENCY
 from mfsd.lab.models import MODELS, Scaled
-from mfsd.model import Stage
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

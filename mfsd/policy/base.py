@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
-from mfsd import units
-from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER, Classes, Urgency
-from mfsd.model import Stage
+from mfsd.ground import units
+from mfsd.ground.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER, Classes, Urgency
+from mfsd.ground.model import Stage
 from mfsd.policy.parts import bound, mlu, pick, rli
 from mfsd.policy.views import (
     BACKGROUND,

@@ -19,8 +19,8 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.bands import LEVEL_NEW
-from mfsd.model import Stage
+from mfsd.ground.bands import LEVEL_NEW
+from mfsd.ground.model import Stage
 
 F8 = npt.NDArray[np.float64]
 I4 = npt.NDArray[np.int32]

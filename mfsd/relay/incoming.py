@@ -20,8 +20,8 @@ import structlog
 
 from mfsd.api import advice, errors
 from mfsd.api.answers import drain
-from mfsd.logs import Seldom
-from mfsd.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector
+from mfsd.ground.logs import Seldom
+from mfsd.ground.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mfsd.api.decode import Decoder
     from mfsd.engine.engine import Engine
     from mfsd.engine.records import Session
-    from mfsd.model import Address, Hint
+    from mfsd.ground.model import Address, Hint
 
     Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from mfsd.client.link import Link
 from mfsd.client.way import Way
-from mfsd.model import (
+from mfsd.ground.model import (
     INF,
     EndHint,
     Event,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import grpc
 
     from mfsd.engine.records import Session
-    from mfsd.model import Address, Hint, Selector
+    from mfsd.ground.model import Address, Hint, Selector
     from mfsd.relay.table import Peer, Table
 
 QUEUE: Final = 8192

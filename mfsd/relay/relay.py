@@ -13,12 +13,12 @@ import grpc
 import structlog
 
 from mfsd.api import pem
-from mfsd.logs import Seldom
-from mfsd.model import Maker, MarkHint, PortRange, RuleSelector, Stage
+from mfsd.ground.logs import Seldom
+from mfsd.ground.model import Maker, MarkHint, PortRange, RuleSelector, Stage
+from mfsd.ground.units import host_port
 from mfsd.relay.incoming import Incoming, RelayError
 from mfsd.relay.outgoing import Outgoing
 from mfsd.relay.table import LOOK_UP_S, Table
-from mfsd.units import host_port
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from mfsd.api.decode import Decoder
     from mfsd.engine.engine import Engine
-    from mfsd.model import Address
+    from mfsd.ground.model import Address
     from mfsd.relay.settings import RelayConfig
     from mfsd.relay.table import Peer
 

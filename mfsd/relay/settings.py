@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, InstanceOf
 
 from mfsd.engine.settings import Section, as_tuple, setting
-from mfsd.units import host_port
+from mfsd.ground.units import host_port
 
 
 def _path(value: Any) -> Any:

@@ -8,12 +8,12 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mfsd.units import host_port
+from mfsd.ground.units import host_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mfsd.model import Address, Network
+    from mfsd.ground.model import Address, Network
 
 LOOK_UP_S: Final = 10.0
 """How often names are looked up."""

@@ -22,8 +22,8 @@ from mfsd.datapath.bpf.cgroup import mounted_at
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.teller import Teller
 from mfsd.engine.sockets import Established, Found
+from mfsd.ground.model import Maker, PortRange, ProcessSelector, RuleSelector
 from mfsd.host.processes import Families
-from mfsd.model import Maker, PortRange, ProcessSelector, RuleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

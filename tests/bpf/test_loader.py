@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from support.frames import frame4, key4, key6
 
-from mfsd.bands import PRIO_BANDS
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import libbpf
 from mfsd.datapath.bpf.keys import MapFullError, cookie_key, tuple_key
@@ -24,7 +23,8 @@ from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, check_kernel, obje
 from mfsd.datapath.bpf.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS
 from mfsd.datapath.bpf.testrun import run_packet
 from mfsd.datapath.errors import LoaderError
-from mfsd.model import Endpoints
+from mfsd.ground.bands import PRIO_BANDS
+from mfsd.ground.model import Endpoints
 
 if TYPE_CHECKING:
     from support.bpf_rig import Rig

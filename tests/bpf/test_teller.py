@@ -23,7 +23,7 @@ from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.rules import Match
 from mfsd.datapath.bpf.teller import Teller
-from mfsd.model import Endpoints, PortRange
+from mfsd.ground.model import Endpoints, PortRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,13 +16,13 @@ from support.ctl import run
 from support.examined import config, only, put
 
 from mfsd import doctor
-from mfsd.bands import Bands
 from mfsd.daemon.config import Config, DaemonConfig, parse
 from mfsd.datapath.errors import LoaderError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.undo.notes import Owner
 from mfsd.doctor import Context, Finding, Severity, checkup, device, host, kernel, leftovers, loaders, tcp
-from mfsd.units import Rate
+from mfsd.ground.bands import Bands
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

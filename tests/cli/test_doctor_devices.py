@@ -18,7 +18,7 @@ from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.facts import read_facts
 from mfsd.datapath.tc import TcSocket
 from mfsd.doctor import Context, Finding, Severity, device
-from mfsd.units import Rate
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

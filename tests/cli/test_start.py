@@ -53,7 +53,14 @@ def test_completions(words: str, expected: set[str]) -> None:
 
 def test_a_status_imports_no_more_than_it_needs(rig: Rig) -> None:
     """It is for impatient people; `make bench NAME=mfsctl` has the time."""
-    heavy = ["rich", "google.protobuf.json_format", "mfsd.client.client", "mfsd.model", "numpy", "prometheus_client"]
+    heavy = [
+        "rich",
+        "google.protobuf.json_format",
+        "mfsd.client.client",
+        "mfsd.ground.model",
+        "numpy",
+        "prometheus_client",
+    ]
     code = (
         "import sys\nfrom mfsd.cli.app import mfsctl\n"
         f"mfsctl(['--socket', {str(rig.socket)!r}, 'status'], standalone_mode=False)\n"

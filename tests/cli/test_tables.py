@@ -13,9 +13,9 @@ from rich.cells import cell_len
 from support import samples
 from support.ctl import MFSCTL, Rig, in_a_pipe, on_a_terminal, run
 
-from mfsd import tables
 from mfsd.cli import act, show
 from mfsd.cli.app import Globals
+from mfsd.ground import tables
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

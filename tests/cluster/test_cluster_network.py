@@ -25,6 +25,7 @@ from mfsd.client import Cookie
 from mfsd.daemon import config as configuration
 from mfsd.daemon.config_bands import dscp_of
 from mfsd.datapath.bpf.yielding import missing
+from mfsd.ground.model import Stage
 from mfsd.lab import run as cells
 from mfsd.lab.arms import ARMS, Faults
 from mfsd.lab.hosts.alarm import Alarm
@@ -37,7 +38,6 @@ from mfsd.lab.serving.hinter import Hinter
 from mfsd.lab.serving.teller import Teller
 from mfsd.lab.serving.wire import ARRIVAL, Ends
 from mfsd.lab.settings import PRESETS, Conduit, Settings
-from mfsd.model import Stage
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:

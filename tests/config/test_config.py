@@ -13,8 +13,8 @@ from support.refused import only, problems
 
 from mfsd.daemon import config_bands, config_text
 from mfsd.daemon.config import Config, ConfigError, DeviceConfig, PeerConfig, RuleConfig, load, parse, render
-from mfsd.model import Mode
-from mfsd.units import Rate
+from mfsd.ground.model import Mode
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

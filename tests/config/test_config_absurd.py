@@ -19,8 +19,8 @@ from support.refused import only, problems
 
 from mfsd.daemon.config import MAX_DEVICES, Config, ConfigError, load, parse, render
 from mfsd.daemon.config_files import MAX_BYTES
-from mfsd.model import Mode
-from mfsd.units import Rate
+from mfsd.ground.model import Mode
+from mfsd.ground.units import Rate
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = {"name": "eth0"}

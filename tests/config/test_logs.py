@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import structlog
 
-from mfsd import logs
+from mfsd.ground import logs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FAILS: Final = """
 import sys
 import structlog
-from mfsd import logs
+from mfsd.ground import logs
 logs.configure(sys.argv[1], "info")
 def fall(private="SECRET" + "-OF-A-SESSION"):
     raise ValueError("long-word-" * 20 + "end")
@@ -50,7 +50,7 @@ def test_a_failure(style: str) -> None:
 FLOODS: Final = """
 import sys
 import structlog
-from mfsd import logs
+from mfsd.ground import logs
 logs.configure("json", "info")
 log = structlog.get_logger("x")
 for i in range(100):
@@ -82,7 +82,7 @@ def test_what_was_left_out_is_said_when_the_flood_is_over() -> None:
 JOURNALLED: Final = """
 import os, sys
 import structlog
-from mfsd import logs
+from mfsd.ground import logs
 stat = os.fstat(2)
 os.environ["JOURNAL_STREAM"] = f"{stat.st_dev}:{stat.st_ino}"
 logs.JOURNAL = sys.argv[2]

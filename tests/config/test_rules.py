@@ -14,7 +14,7 @@ from support import refused
 from mfsd.daemon.config import load, parse, render
 from mfsd.daemon.config_rules import CONDITIONS, in_force, of_library, shipped
 from mfsd.daemon.rules import state_of
-from mfsd.model import INF, Maker, PortRange, RuleSelector, Stage
+from mfsd.ground.model import INF, Maker, PortRange, RuleSelector, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path

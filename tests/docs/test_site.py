@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mfsd.cli.app import COMMANDS
-from mfsd.metrics import METRICS
+from mfsd.ground.metrics import METRICS
 from mfsd.v1 import control_pb2, hints_pb2
 
 ROOT = Path(__file__).resolve().parents[2]

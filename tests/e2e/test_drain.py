@@ -10,7 +10,7 @@ import pytest
 from support.rig import RATE_MBIT, Daemon, Flow, flows, running
 from support.waiting import wait_for
 
-from mfsd.model import Stage
+from mfsd.ground.model import Stage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,7 +20,7 @@ from support.rig import Daemon, flows, programs, running, tc_state
 from support.waiting import wait_for
 
 from mfsd.client import cookie_of
-from mfsd.model import Stage
+from mfsd.ground.model import Stage
 
 if TYPE_CHECKING:
     from support.namespaces import NetnsPair

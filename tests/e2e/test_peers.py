@@ -15,7 +15,7 @@ from support.rig import RATE_MBIT, Daemon, Flow, running
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.engine.peers import AGE_S, LONG, MANY, SEEN_S
-from mfsd.model import Stage
+from mfsd.ground.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -13,7 +13,7 @@ from support.rig import RATE_MBIT, Daemon, Flow, class_bytes, flows, running
 from support.waiting import wait_for
 
 from mfsd.client import Client, cookie_of, tuple_of
-from mfsd.model import Event, EventKind, Stage
+from mfsd.ground.model import Event, EventKind, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,8 +14,8 @@ from mfsd.datapath.facts import kernel_has
 from mfsd.datapath.qdisc import prio
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
 from mfsd.datapath.qdisc.tree import differences
+from mfsd.ground.units import Rate
 from mfsd.host import netlink as nl
-from mfsd.units import Rate
 
 pytestmark = pytest.mark.netns
 

@@ -278,8 +278,8 @@ OWNER: Final = """
 import sys, time
 from pathlib import Path
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.bands import Bands
-from mfsd.units import Rate
+from mfsd.ground.bands import Bands
+from mfsd.ground.units import Rate
 bands = Bands.build(4, default_after=2, lanes=4)
 DeviceEnforcer(sys.argv[1], bands, "htb", Rate.parse("1gbit"), Path(sys.argv[2])).apply()
 print("applied", flush=True)

@@ -12,7 +12,7 @@ import pytest
 import mfsd
 
 ROOT = Path(mfsd.__file__).parents[1]
-GROUND = ("mfsd.model", "mfsd.units", "mfsd.bands", "mfsd.logs")
+GROUND = ("mfsd.ground",)
 MAY = {
     "mfsd.host": (*GROUND, "mfsd.host"),
     "mfsd.datapath": (*GROUND, "mfsd.host", "mfsd.datapath"),

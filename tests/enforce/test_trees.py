@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.benches import plan
 
-from mfsd.bands import Bands
 from mfsd.datapath import tc
 from mfsd.datapath.formats import settings, ticks
 from mfsd.datapath.handles import CHILD_MAJOR, LEAF_MAJORS, ROOT, SHAPER_MAJOR
 from mfsd.datapath.qdisc import ets, htb, prio
 from mfsd.datapath.qdisc.tree import PURGEABLE, Filter, How, differences
 from mfsd.datapath.undo.snapshot import Saved, Snapshot, codel_request
+from mfsd.ground.bands import Bands
+from mfsd.ground.units import Rate
 from mfsd.host import netlink as nl
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from mfsd.datapath.qdisc.tree import Tree

@@ -14,7 +14,7 @@ from support.harness import MSS, Host, exact_tuple
 from mfsd.engine.bulk import TransferColumns
 from mfsd.engine.records import TRANSFER_COLUMNS
 from mfsd.engine.settings import LimitsConfig
-from mfsd.model import (
+from mfsd.ground.model import (
     INF,
     BatchHint,
     CookieSelector,

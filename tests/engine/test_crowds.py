@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from support.crowds import FEW, MANY, MORE, crowd, is_one_pass
 from support.harness import Host
 
-from mfsd.bands import LEVEL_NEW
 from mfsd.engine import delivery, steering
 from mfsd.engine.books import Books
 from mfsd.engine.endings import AT_ONCE, ROOM
@@ -20,7 +19,8 @@ from mfsd.engine.engine import CAUGHT_UP
 from mfsd.engine.records import EVENTS_KEPT, TRANSFER_COLUMNS
 from mfsd.engine.steering import FEASIBLE_S
 from mfsd.engine.views import SHOWN, shown
-from mfsd.model import (
+from mfsd.ground.bands import LEVEL_NEW
+from mfsd.ground.model import (
     CookieSelector,
     EndHint,
     EventKind,

@@ -12,12 +12,12 @@ from support.crowds import MANY, crowd
 from support.harness import Host
 from support.work import steps
 
-from mfsd.model import BatchHint, CookieSelector, EndHint, RequestHint, What
+from mfsd.ground.model import BatchHint, CookieSelector, EndHint, RequestHint, What
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mfsd.model import Hint
+    from mfsd.ground.model import Hint
 
 
 @given(

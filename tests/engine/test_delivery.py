@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.harness import MSS, Host, exact_tuple
 
-from mfsd.model import EndHint, EventKind, PortRange, Stage, TupleSelector, What
+from mfsd.ground.model import EndHint, EventKind, PortRange, Stage, TupleSelector, What
 
 
 def test_bytes_stuck_in_the_qdisc_do_not_count_as_delivered() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from support.harness import MSS, FakeSocket, Host, exact_tuple
 
-from mfsd.model import MarkHint, PortRange, Stage, TupleSelector
+from mfsd.ground.model import MarkHint, PortRange, Stage, TupleSelector
 
 RANGE = PortRange(6000, 6000)
 

@@ -13,7 +13,7 @@ import pytest
 from support.harness import MSS, Host, exact_tuple
 
 from mfsd.engine.settings import LimitsConfig
-from mfsd.model import EndHint, MarkHint, PortRange, Stage, TupleSelector, What
+from mfsd.ground.model import EndHint, MarkHint, PortRange, Stage, TupleSelector, What
 
 SIZE = 40 * MSS
 

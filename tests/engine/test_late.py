@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from support.harness import MSS, FakeSocket, Host, peer
 
-from mfsd.model import What
+from mfsd.ground.model import What
 
 
 def begun() -> tuple[Host, FakeSocket]:

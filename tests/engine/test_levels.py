@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 from support.harness import MSS, Host
 
-from mfsd.bands import LEVEL_NEW
 from mfsd.daemon.config import parse
 from mfsd.daemon.config_bands import bands_of, policy_of
 from mfsd.daemon.wiring import change_policy
-from mfsd.model import BatchHint, CookieSelector, EndHint, MarkHint, ProgressHint, Stage, What
+from mfsd.ground.bands import LEVEL_NEW
+from mfsd.ground.model import BatchHint, CookieSelector, EndHint, MarkHint, ProgressHint, Stage, What
 
 
 def test_a_loose_p2d_transfer_is_deferred_and_promoted_as_its_deadline_nears() -> None:

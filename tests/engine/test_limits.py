@@ -13,7 +13,7 @@ from support.harness import Host
 
 from mfsd.engine.engine import LINGER_S
 from mfsd.engine.settings import LimitsConfig
-from mfsd.model import (
+from mfsd.ground.model import (
     BatchHint,
     CookieSelector,
     EndHint,

@@ -28,8 +28,8 @@ from mfsd.engine.peers import (
     limited_by_network,
 )
 from mfsd.engine.probes import ASKED, Probes
-from mfsd.model import Stage
-from mfsd.units import Rate
+from mfsd.ground.model import Stage
+from mfsd.ground.units import Rate
 
 HERE = ip_address("10.0.0.2")
 LINK = 125e6

@@ -6,7 +6,7 @@ from __future__ import annotations
 from support.harness import MSS, FakeSocket, Host
 
 from mfsd.engine.settings import RescueConfig
-from mfsd.model import Endpoints, Mode
+from mfsd.ground.model import Endpoints, Mode
 
 
 def deferred(h: Host, cookie: int = 1, left: float = 0.2, device: int = 0) -> tuple[FakeSocket, tuple[int, int]]:

@@ -10,7 +10,7 @@ from support.harness import Host
 
 from mfsd.api import messages
 from mfsd.engine.sockets import Established
-from mfsd.model import INF, CookieSelector, Maker, MarkHint, PortRange, RuleSelector, Stage
+from mfsd.ground.model import INF, CookieSelector, Maker, MarkHint, PortRange, RuleSelector, Stage
 from mfsd.policy.registry import make_policy
 
 TO_6000 = RuleSelector(Maker(), dport=PortRange(6000, 6000))

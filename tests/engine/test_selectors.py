@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from support.harness import MSS, FakeSocket, Host, peer
 
-from mfsd.model import (
+from mfsd.ground.model import (
     MarkHint,
     PortRange,
     ProcessSelector,

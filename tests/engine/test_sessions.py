@@ -9,7 +9,7 @@ from support.harness import FakeSocket, Host, exact_tuple
 from mfsd.engine.connections import UNSEEN_S
 from mfsd.engine.records import ENTRY
 from mfsd.engine.settings import LimitsConfig
-from mfsd.model import (
+from mfsd.ground.model import (
     CookieSelector,
     EndHint,
     Endpoints,

@@ -15,7 +15,7 @@ from mfsd.engine.columns import Deferred
 from mfsd.engine.records import TRANSFER_COLUMNS, Request, Session, Transfer
 from mfsd.engine.streams import Streams
 from mfsd.engine.tally import SECONDS, TRANSFERS_KEPT, Exemplar, Histogram, Tally, spent
-from mfsd.model import INF, CookieSelector, Stage
+from mfsd.ground.model import INF, CookieSelector, Stage
 
 
 def ended(

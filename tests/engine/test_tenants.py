@@ -15,7 +15,7 @@ from mfsd.engine import fair
 from mfsd.engine.lanes import LEFT_S, Lanes
 from mfsd.engine.settings import RescueConfig, TenantsConfig
 from mfsd.engine.tenants import REMEMBERED, Tenants
-from mfsd.model import (
+from mfsd.ground.model import (
     CookieSelector,
     Endpoints,
     EventKind,

@@ -23,8 +23,8 @@ from mfsd.datapath import links, tc
 from mfsd.datapath.errors import DatapathError
 from mfsd.datapath.undo import notes
 from mfsd.engine.settings import LimitsConfig
+from mfsd.ground.model import HintError
 from mfsd.host import inet_diag, netlink
-from mfsd.model import HintError
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 from support.labfakes import STEPS, TWO_RANKS, Cluster, Voice, request
 
+from mfsd.ground.model import Stage
 from mfsd.lab.arms import Faults
 from mfsd.lab.serving.forward import Inbox, Instance, Log
 from mfsd.lab.serving.hinter import Hinter
-from mfsd.model import Stage
 
 if TYPE_CHECKING:
     from mfsd.lab.requests import Request

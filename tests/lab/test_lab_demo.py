@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mfsd.ground.units import Rate
 from mfsd.lab import far
 from mfsd.lab.hosts.enter import NETNS_DIR
 from mfsd.lab.hosts.governor import environment
 from mfsd.lab.promotion import Settings, run
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import pytest
 from support.waiting import wait_for
 
+from mfsd.ground.units import Rate
 from mfsd.lab.hosts.enter import NETNS_DIR, inside
 from mfsd.lab.hosts.governor import environment
 from mfsd.lab.hosts.net import RTO_MIN, Fabric, LabError, plain_link, remove_link, remove_stale, run_id, tool
 from mfsd.lab.hosts.tcp import prepare, tcp_info
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

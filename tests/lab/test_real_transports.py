@@ -14,6 +14,7 @@ import pytest
 from support.labfakes import Voice, request
 
 from mfsd.client import tuple_of
+from mfsd.ground.model import Stage
 from mfsd.lab.arms import Faults
 from mfsd.lab.hosts.net import Host
 from mfsd.lab.serving.driver import Part
@@ -22,7 +23,6 @@ from mfsd.lab.serving.hinter import Hinter
 from mfsd.lab.serving.mooncake import PORTS, SLICE, Memory, Watch
 from mfsd.lab.serving.real import Real, RealSide
 from mfsd.lab.settings import PRESETS
-from mfsd.model import Stage
 
 SETTINGS = dataclasses.replace(PRESETS["real"].settings, arm="ladder", steps=4)
 SCALED = SETTINGS.scaled

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from mfsd import recording
+from mfsd.ground import recording
 from mfsd.lab import replay
 from mfsd.lab.app import main
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mfsd.ground.units import Rate
 from mfsd.lab import traces
 from mfsd.lab.hosts.net import LabError
 from mfsd.lab.models import MODELS, Model, Scaled
 from mfsd.lab.requests import link_loads, requests
 from mfsd.lab.settings import PRESETS, REGIMES, Settings
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,6 +14,8 @@ import psutil
 import pytest
 from support.labfakes import HEALTHY, TWO_RANKS, demo_cell, request, result
 
+from mfsd.ground.model import Stage
+from mfsd.ground.units import Rate
 from mfsd.lab import demo, far
 from mfsd.lab.fifo import Outcome
 from mfsd.lab.hosts import health
@@ -26,8 +28,6 @@ from mfsd.lab.serving.driver import Played
 from mfsd.lab.serving.forward import Log
 from mfsd.lab.serving.wire import ARRIVAL
 from mfsd.lab.settings import PRESETS
-from mfsd.model import Stage
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from pathlib import Path

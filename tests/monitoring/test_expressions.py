@@ -8,7 +8,7 @@ from typing import Final
 
 from support.prometheus import DASHBOARD, FOLDER
 
-from mfsd.metrics import METRICS
+from mfsd.ground.metrics import METRICS
 
 NAMES: Final = {
     m.full_name + suffix

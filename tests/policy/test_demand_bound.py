@@ -29,7 +29,7 @@ from support.demand import (
 )
 from support.reference_demand import Plain
 
-from mfsd.bands import LEVEL_SCAVENGER
+from mfsd.ground.bands import LEVEL_SCAVENGER
 
 CASES = 4 * hypothesis.settings().max_examples
 """Few in `make check`, as of each property."""

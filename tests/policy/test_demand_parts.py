@@ -13,7 +13,7 @@ from support import policy_views as pv
 from support.demand import DEFERRED, RATE, alone, decide, demand_bound, shares
 from support.reference_demand import bucket
 
-from mfsd.bands import LEVEL_SCAVENGER
+from mfsd.ground.bands import LEVEL_SCAVENGER
 from mfsd.policy.demand_bound import drop, fifo, load
 from mfsd.policy.views import Views
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfsd.bands import (
+from mfsd.ground.bands import (
     BACKGROUND_FLOOR,
     CONTROL_FLOOR,
     DEFAULT_FLOOR,

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fluid import CROWDS, FLOORS, MARGIN_S, RATE, Job, case, edf_could, promised, shared
 
-from mfsd.bands import BACKGROUND_FLOOR, DEFAULT_FLOOR, LEVEL_FLOOR, LEVEL_SCAVENGER
-from mfsd.model import Stage
+from mfsd.ground.bands import BACKGROUND_FLOOR, DEFAULT_FLOOR, LEVEL_FLOOR, LEVEL_SCAVENGER
+from mfsd.ground.model import Stage
 from mfsd.policy import registry
 
 DEFERRED = 4

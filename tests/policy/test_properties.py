@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import policy_views as pv
 
-from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.ground.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
 
 if TYPE_CHECKING:

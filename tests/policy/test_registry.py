@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import policy_views as pv
 
-from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.ground.bands import LEVEL_BACKGROUND, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
 from mfsd.policy.parts.params import Problem, options
 
@@ -30,7 +30,7 @@ def test_policies_and_the_simulator_need_numpy_and_the_ground_only() -> None:
     code = "import sys, mfsd.policy.registry, mfsd.lab.sim.cases; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     ours = {name for name in loaded if name.split(".")[0] == "mfsd"}
-    ground = {"mfsd", "mfsd.lab", "mfsd.model", "mfsd.units", "mfsd.bands"}
+    ground = {"mfsd", "mfsd.lab", "mfsd.ground", "mfsd.ground.model", "mfsd.ground.units", "mfsd.ground.bands"}
     assert {n for n in ours - ground if not n.startswith(("mfsd.policy", "mfsd.lab.sim"))} == set()
     assert not {"grpc", "google.protobuf", "pydantic", "pyroute2", "psutil", "mfsd.datapath"} & set(loaded)
 

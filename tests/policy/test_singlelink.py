@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support import plain_link
 
-from mfsd.bands import LEVEL_NONE, LEVEL_SCAVENGER
+from mfsd.ground.bands import LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.lab.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.lab.sim.decide import FixedOrder, PolicyDecider, simulate
 from mfsd.lab.sim.singlelink import BatchSpec, Case, Order, RequestSpec, Run

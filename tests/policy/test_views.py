@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfsd.bands import LEVEL_NEW
-from mfsd.model import Stage
+from mfsd.ground.bands import LEVEL_NEW
+from mfsd.ground.model import Stage
 from mfsd.policy.views import (
     BACKGROUND,
     COLLECTIVE,

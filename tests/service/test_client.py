@@ -14,7 +14,7 @@ from support.daemons import Running, connected
 from support.waiting import wait_for
 
 from mfsd.client import Client, Cookie, EventKind, Rejected, Stage, Transfer, cookie_of, process_peer, tuple_of
-from mfsd.model import (
+from mfsd.ground.model import (
     Event,
     RequestHint,
     TransferHint,

@@ -14,7 +14,7 @@ from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Cookie, Fd, Rejected, Stage, Transfer, cookie_of, process_peer, tuple_of
 from mfsd.client.selectors import name
-from mfsd.model import CookieSelector, ProcessSelector, TupleSelector
+from mfsd.ground.model import CookieSelector, ProcessSelector, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable

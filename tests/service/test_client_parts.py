@@ -15,7 +15,7 @@ from mfsd.client.ledger import Ledger
 from mfsd.client.way import CHANNEL_BACKOFF_S, pause
 from mfsd.daemon import predecessor
 from mfsd.engine.settings import LimitsConfig
-from mfsd.model import (
+from mfsd.ground.model import (
     BatchHint,
     CookieSelector,
     EndHint,

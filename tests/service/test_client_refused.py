@@ -16,7 +16,7 @@ from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Rejected, Stage, tuple_of
 from mfsd.client.selectors import IPPROTO_MPTCP
-from mfsd.model import Endpoints
+from mfsd.ground.model import Endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable

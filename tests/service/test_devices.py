@@ -22,7 +22,7 @@ from mfsd.datapath import _abi
 from mfsd.datapath.bpf.attach import hook_users
 from mfsd.engine.device import Rescue
 from mfsd.engine.records import Connection
-from mfsd.model import Mode
+from mfsd.ground.model import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

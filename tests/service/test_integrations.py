@@ -15,10 +15,10 @@ import pytest
 from support.waiting import WAIT_S
 
 from mfsd.client import Client, cookie_of
+from mfsd.ground.model import CookieSelector, Stage
 from mfsd.integrations.mooncake import HintedEngine, HintedStore, Owner
 from mfsd.integrations.nixl import HintedAgent, Peer, with_request
 from mfsd.integrations.torch import mark_group
-from mfsd.model import CookieSelector, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ from support.waiting import wait_for
 import mfsd
 from mfsd.client import Client, Cookie, Stage, cookie_of
 from mfsd.engine import tally
-from mfsd.metrics import METRICS
+from mfsd.ground.metrics import METRICS
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from support.waiting import wait_for
 
-from mfsd.model import CookieSelector, Stage
+from mfsd.ground.model import CookieSelector, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

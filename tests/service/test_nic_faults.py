@@ -19,8 +19,8 @@ from mfsd.datapath.bpf import syscall
 from mfsd.datapath.facts import QUEUE_LENGTH
 from mfsd.datapath.qdisc import enforcer
 from mfsd.datapath.undo.notes import Owner
-from mfsd.model import Mode
-from mfsd.units import Rate
+from mfsd.ground.model import Mode
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from mfsd.v1 import hints_pb2 as pb
 if TYPE_CHECKING:
     import socket
 
-    from mfsd.model import Selector
+    from mfsd.ground.model import Selector
 
 REQUEST = pb.Hint(request=pb.Request(id="r", ttft_left_us=600_000_000))
 

@@ -14,9 +14,9 @@ from support.ctl import run
 from support.daemons import Running, connected
 from support.waiting import wait_for
 
-from mfsd import recording
 from mfsd.client import Client, Cookie, Stage, cookie_of
 from mfsd.engine import recorder
+from mfsd.ground import recording
 from mfsd.policy import registry
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from support.waiting import wait_for
 
 import mfsd.integrations.vllm as integration
 from mfsd.client import Client
+from mfsd.ground.model import Stage
 from mfsd.integrations.vllm import MfsdConnector
 from mfsd.integrations.vllm.backpressure import Pressure
 from mfsd.integrations.vllm.deadline import deadline_of
 from mfsd.integrations.vllm.state import bytes_per_token
-from mfsd.model import Stage
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:

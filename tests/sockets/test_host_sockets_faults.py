@@ -14,8 +14,8 @@ from support.waiting import wait_for
 from mfsd.client import cookie_of, tuple_of
 from mfsd.daemon.sockets import HostSockets
 from mfsd.engine.sockets import Found
+from mfsd.ground.model import Endpoints
 from mfsd.host.sockets import DiagError
-from mfsd.model import Endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 from support.realnet import Net, cookie_of
 
+from mfsd.ground.model import CookieSelector, Endpoints, PortRange, TupleSelector
 from mfsd.host import inet_diag
-from mfsd.model import CookieSelector, Endpoints, PortRange, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable

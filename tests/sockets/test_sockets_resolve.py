@@ -15,11 +15,11 @@ import pytest
 from support.privileges import call_with
 from support.realnet import Net, cookie_of
 
+from mfsd.ground.model import CookieSelector, HintError, PortRange, ProcessSelector, TupleSelector
 from mfsd.host.sockets import SocketResolver, process_sockets
-from mfsd.model import CookieSelector, HintError, PortRange, ProcessSelector, TupleSelector
 
 if TYPE_CHECKING:
-    from mfsd.model import HintSelector
+    from mfsd.ground.model import HintSelector
 
 pytestmark = pytest.mark.netns
 

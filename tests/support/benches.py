@@ -8,9 +8,9 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.bands import Bands
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.units import Rate
+from mfsd.ground.bands import Bands
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
     import contextlib

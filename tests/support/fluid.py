@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mfsd.bands import BACKGROUND_FLOOR, DEFAULT_FLOOR, LEVEL_FLOOR, MAX_HTB_LEVELS, SCAVENGER_FLOOR
+from mfsd.ground.bands import BACKGROUND_FLOOR, DEFAULT_FLOOR, LEVEL_FLOOR, MAX_HTB_LEVELS, SCAVENGER_FLOOR
+from mfsd.ground.model import Stage
 from mfsd.lab.sim.decide import PolicyDecider, simulate
 from mfsd.lab.sim.singlelink import BatchSpec, Case, Crowd, Order, Outcome, RequestSpec, Run
-from mfsd.model import Stage
 from mfsd.policy import registry
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath.bpf.keys import tuple_key
-from mfsd.model import Endpoints
+from mfsd.ground.model import Endpoints
 
 if TYPE_CHECKING:
-    from mfsd.model import Address
+    from mfsd.ground.model import Address
 
 SRC4, DST4 = "10.0.0.1", "10.0.0.2"
 SRC6, DST6 = "fd00::1", "fd00::2"

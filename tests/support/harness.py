@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
-from mfsd.bands import Bands
 from mfsd.daemon.wiring import far_rate_of
 from mfsd.engine.connections import Connections
 from mfsd.engine.device import Rescued
@@ -17,7 +16,8 @@ from mfsd.engine.estimator import LinkEstimator
 from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
 from mfsd.engine.slots import NS, FlowTable, MemoryKeys, memory_rows
 from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
-from mfsd.model import (
+from mfsd.ground.bands import Bands
+from mfsd.ground.model import (
     CookieSelector,
     EndHint,
     Endpoints,

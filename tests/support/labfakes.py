@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mfsd.ground.model import Stage
 from mfsd.lab.arms import Faults
 from mfsd.lab.requests import Request
 from mfsd.lab.results.result import Health, Result, Served
@@ -21,7 +22,6 @@ from mfsd.lab.serving.forward import Instance, Log, replay
 from mfsd.lab.serving.hinter import Hinter
 from mfsd.lab.serving.wire import ARRIVAL
 from mfsd.lab.settings import PRESETS, Settings
-from mfsd.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mfsd.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_SCAVENGER
+from mfsd.ground.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_SCAVENGER
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
 PEERS = 5

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.client import cookie_of
-from mfsd.model import Stage
+from mfsd.ground.model import Stage
 from support.rig import Daemon, Flow, flows, running
 from support.waiting import wait_for
 

@@ -25,7 +25,7 @@ from mfsd.datapath.bpf.attach import TCX_EGRESS, hook_users
 from mfsd.datapath.bpf.bcc import check_headers
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.errors import LoaderError
-from mfsd.model import Stage
+from mfsd.ground.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

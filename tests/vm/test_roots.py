@@ -12,7 +12,7 @@ from support.benches import plan
 
 from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.units import Rate
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

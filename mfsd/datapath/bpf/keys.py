@@ -17,7 +17,7 @@ from mfsd.datapath.bpf.syscall import BpfMap
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mfsd.model import Address, Endpoints
+    from mfsd.ground.model import Address, Endpoints
 
 V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 _TUPLE_PAD: Final = bytes(_abi.TUPLE_DTYPE.fields["pad"][0].itemsize)  # type: ignore[index]  # it has fields

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mfsd.datapath.bpf.syscall import BpfMap
-    from mfsd.model import Address, Network, PortRange
+    from mfsd.ground.model import Address, Network, PortRange
 
 NOBODY: Final = bytes(16)
 _TOO_MANY: Final = 0xFFFF

@@ -28,7 +28,7 @@ from mfsd.datapath.bpf.ring import Ring
 from mfsd.datapath.bpf.rules import Rules
 from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.errors import LoaderError
-from mfsd.model import Endpoints
+from mfsd.ground.model import Endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mfsd.datapath.facts import DeviceFacts
     from mfsd.datapath.qdisc.tree import Tree
-    from mfsd.units import Rate
+    from mfsd.ground.units import Rate
 
 
 def off(sock: tc.TcSocket, ifindex: int, tree: Tree) -> list[Difference]:

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from mfsd.bands import Bands, Role
     from mfsd.datapath.qdisc.tree import Difference, Filter
-    from mfsd.units import Rate
+    from mfsd.ground.bands import Bands, Role
+    from mfsd.ground.units import Rate
 
 
 class DeviceEnforcer:

@@ -28,7 +28,7 @@ from mfsd.host import netlink as nl
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.bands import Bands
+    from mfsd.ground.bands import Bands
 
 STRICT: Final = 1
 """Bands that are served strictly: control, whose packets are tiny."""

@@ -24,7 +24,6 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import HTB_PRIOS, MAX_HTB_LEVELS, Bands, BandSpec, Role
 from mfsd.datapath import tc
 from mfsd.datapath.formats import (
     HTB_GLOB,
@@ -40,10 +39,11 @@ from mfsd.datapath.formats import (
 )
 from mfsd.datapath.handles import MAJOR, ROOT
 from mfsd.datapath.qdisc.tree import Group, Node, Tree, number_leaves
+from mfsd.ground.bands import HTB_PRIOS, MAX_HTB_LEVELS, Bands, BandSpec, Role
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
-    from mfsd.units import Rate
+    from mfsd.ground.units import Rate
 
 LINK_MINOR: Final = 1
 MAX_LANES: Final = 0xFFE

@@ -6,19 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import MAX_HTB_LEVELS
 from mfsd.datapath.facts import QUEUE_LENGTH, default_qdisc, kernel_has
 from mfsd.datapath.qdisc import htb, prio
 from mfsd.datapath.qdisc.tree import How
 from mfsd.datapath.undo.snapshot import MQ
-from mfsd.units import Rate
+from mfsd.ground.bands import MAX_HTB_LEVELS
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
-    from mfsd.bands import Bands
     from mfsd.datapath.facts import DeviceFacts
     from mfsd.datapath.qdisc.tree import Difference, Tree
     from mfsd.datapath.tc import TcSocket
     from mfsd.datapath.undo.snapshot import Snapshot
+    from mfsd.ground.bands import Bands
 
 BACKENDS: Final = ("auto", "htb", "prio")
 _SHARE: Final = 0.98

@@ -30,19 +30,19 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import PRIO_BANDS, Bands, BandSpec
 from mfsd.datapath import tc
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.formats import TBF_QOPT, TCA_DRR_QUANTUM, TCA_TBF_PARMS, TCA_TBF_RATE64, U32_MAX, ratespec, ticks
 from mfsd.datapath.handles import CHILD_MAJOR, MAJOR, ROOT, SHAPER_MAJOR
 from mfsd.datapath.qdisc import ets, htb
 from mfsd.datapath.qdisc.tree import Filter, Group, Node, Tree, number_leaves
+from mfsd.ground.bands import PRIO_BANDS, Bands, BandSpec
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mfsd.units import Rate
+    from mfsd.ground.units import Rate
 
 _PRIOMAP: Final = 16
 """TC_PRIO_MAX + 1: priorities that prio maps to bands."""

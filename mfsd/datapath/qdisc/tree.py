@@ -11,16 +11,16 @@ import enum
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
-from mfsd.bands import HINTED
 from mfsd.datapath import tc
 from mfsd.datapath.formats import settings
 from mfsd.datapath.handles import LEAF_MAJORS
+from mfsd.ground.bands import HINTED
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from mfsd.bands import BandSpec
+    from mfsd.ground.bands import BandSpec
 
 PURGEABLE: Final = HINTED
 """Control and default carry UDP, unhinted and pure ACK packets: never purged."""

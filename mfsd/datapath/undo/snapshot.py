@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.datapath import tc
 from mfsd.datapath.formats import HTB_GLOB, HTB_VERSION, TCA_HTB_INIT, TCA_HTB_OFFLOAD, U32_MAX, settings
+from mfsd.ground.units import Rate
 from mfsd.host import netlink as nl
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from mfsd.client import Client
+    from mfsd.ground.model import TupleSelector
     from mfsd.integrations.vllm.hold import Hold
-    from mfsd.model import TupleSelector
 
 PORTS: Final = "mfsd_ports"
 """In kv_transfer_params: first and last port of the prefill host's listeners."""

@@ -24,7 +24,7 @@ from mfsd.v1 import control_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from mfsd.units import Rate
+    from mfsd.ground.units import Rate
 
 START_S: Final = 15.0
 STOP_S: Final = 10.0

@@ -28,7 +28,7 @@ from mfsd.lab.hosts.enter import NETNS_DIR, inside
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.units import Rate
+    from mfsd.ground.units import Rate
 
 DEVICE: Final = "eth0"
 SWITCH: Final = "switch"

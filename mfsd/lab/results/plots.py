@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from mfsd.ground.model import Stage
 from mfsd.lab.arms import arm_of
 from mfsd.lab.results.evaluate import Table, curve, figure
 from mfsd.lab.results.figures import met
 from mfsd.lab.results.result import binned
 from mfsd.lab.results.story import SCAVENGER, rank_of
 from mfsd.lab.settings import PRESETS
-from mfsd.model import Stage
 from mfsd.policy import registry
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import jinja2
 
-from mfsd import tables
+from mfsd.ground import tables
 from mfsd.lab.hosts.machine import NICE, commit, machine
 from mfsd.lab.hosts.tcp import CONGESTION
 from mfsd.lab.settings import KV_CONDUITS, P2D_CONDUITS, told

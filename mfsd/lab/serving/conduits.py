@@ -15,8 +15,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from mfsd.ground.model import Stage
 from mfsd.lab.arms import arm_of
-from mfsd.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

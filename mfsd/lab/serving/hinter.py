@@ -10,16 +10,16 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Protocol
 
-from mfsd.model import Stage
+from mfsd.ground.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
     from typing import Any
 
+    from mfsd.ground.model import Selector
     from mfsd.lab.arms import Faults
     from mfsd.lab.requests import Request
     from mfsd.lab.settings import Conduit
-    from mfsd.model import Selector
 
 
 class Voice(Protocol):

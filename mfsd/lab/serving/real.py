@@ -17,19 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.client import tuple_of
+from mfsd.ground.model import Stage
 from mfsd.lab.hosts.net import DEVICE, LabError
 from mfsd.lab.serving.mooncake import PORTS, SLICE, Memory, Mooncake, Watch
 from mfsd.lab.settings import KV_CONDUITS, P2D_CONDUITS, Conduit
-from mfsd.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mfsd.ground.model import Selector
     from mfsd.lab.requests import Request
     from mfsd.lab.serving.driver import Part
     from mfsd.lab.serving.forward import Inbox, Log, Transport
     from mfsd.lab.serving.hinter import Hinter
-    from mfsd.model import Selector
 
 RENDEZVOUS: Final = 29_500
 LOOK_S: Final = 0.002

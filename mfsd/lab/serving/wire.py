@@ -26,9 +26,9 @@ from mfsd.lab.hosts.tcp import CHUNK, prepare
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from mfsd.ground.model import Stage
     from mfsd.lab.hosts.net import Host
     from mfsd.lab.settings import Conduit
-    from mfsd.model import Stage
 
 PORT: Final = 7100
 BACKLOG: Final = 4096

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import psutil
 
+from mfsd.ground.model import Stage
 from mfsd.lab.arms import arm_of
 from mfsd.lab.hosts.child import parent
 from mfsd.lab.hosts.enter import enter
@@ -35,7 +36,6 @@ from mfsd.lab.serving.management import Management
 from mfsd.lab.serving.real import RealSide
 from mfsd.lab.serving.teller import Clients
 from mfsd.lab.serving.wire import ARRIVAL, Ends
-from mfsd.model import Stage
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.bands import (
+from mfsd.ground.bands import (
     BACKGROUND_FLOOR,
     DEFAULT_FLOOR,
     LEVEL_BACKGROUND,
@@ -37,8 +37,8 @@ def simulate(
 ) -> Outcome:
     """Run a case under a policy that is asked every ``period`` seconds and at every event.
 
-    ``floors``: bands have the floors that they have by default (mfsd/bands.py), else none: order is strict but for what
-    the policy guarantees.
+    ``floors``: bands have the floors that they have by default (mfsd/ground/bands.py), else none: order is strict but
+    for what the policy guarantees.
     """
     return Run(case).go(PolicyDecider(case, policy, floors=floors), period, until)
 
@@ -69,7 +69,7 @@ class PolicyDecider:
         self._rank = np.zeros(len(case.batches), dtype=np.int32)
         self._arranged = 0
         levels, after = policy.levels, policy.default_after
-        # Bands as in mfsd/bands.py, without control; a band per level.
+        # Bands as in mfsd/ground/bands.py, without control; a band per level.
         self._level_bands = np.array([*range(after), *range(after + 1, levels + 1)])
         self._other_bands = np.array([after, levels + 1, levels + 2])
         self._above = np.array([*self._level_bands, levels + 2])

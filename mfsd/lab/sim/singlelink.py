@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from mfsd.bands import LEVEL_NEW
-from mfsd.model import Stage
+from mfsd.ground.bands import LEVEL_NEW
+from mfsd.ground.model import Stage
 from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D
 
 if TYPE_CHECKING:

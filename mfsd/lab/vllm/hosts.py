@@ -11,11 +11,11 @@ import contextlib
 import enum
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from mfsd.ground.units import Rate
 from mfsd.lab.hosts.certificates import Authority
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import DEVICE, Fabric, plain_link, remove_link, tool
 from mfsd.lab.hosts.tcp import CONGESTION, EFFICIENCY
-from mfsd.units import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mfsd.bands import LEVEL_SCAVENGER, Classes, Urgency
+from mfsd.ground.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
 from mfsd.policy.demand_bound.layout import Layout
 from mfsd.policy.demand_bound.load import Margin

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mfsd import units
-from mfsd.bands import LEVEL_SCAVENGER
+from mfsd.ground import units
+from mfsd.ground.bands import LEVEL_SCAVENGER
 from mfsd.policy.base import place
 from mfsd.policy.demand_bound.load import BUCKETS, Margin, bucket
 from mfsd.policy.demand_bound.verdict import NEAR_S, Verdict

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mfsd import units
-from mfsd.bands import LEVEL_SCAVENGER
+from mfsd.ground import units
+from mfsd.ground.bands import LEVEL_SCAVENGER
 from mfsd.policy.base import Policy, place
 from mfsd.policy.mfs import inter_request
 from mfsd.policy.mfs.layout import ARBITRATION, Layout

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.bands import LEVEL_BACKGROUND
+from mfsd.ground.bands import LEVEL_BACKGROUND
 
 if TYPE_CHECKING:
     from mfsd.policy.views import B1, I2, TransferView

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mfsd import units
+from mfsd.ground import units
 from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import buckets
 from mfsd.policy.parts.members import deadlines

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mfsd import units
-from mfsd.bands import LEVEL_SCAVENGER
+from mfsd.ground import units
+from mfsd.ground.bands import LEVEL_SCAVENGER
 from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import bound, buckets
 from mfsd.policy.parts.members import earliest, of_batch

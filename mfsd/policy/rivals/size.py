@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mfsd import units
+from mfsd.ground import units
 from mfsd.policy.base import Policy, place
 from mfsd.policy.parts import buckets
 from mfsd.policy.parts.params import option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mfsd.bands import LEVEL_NONE
+from mfsd.ground.bands import LEVEL_NONE
 from mfsd.policy.base import Policy, place
 from mfsd.policy.parts.params import option
 from mfsd.policy.views import COLLECTIVE
