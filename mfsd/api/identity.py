@@ -23,6 +23,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from mfsd.ground.bucket import Bucket
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -101,16 +103,6 @@ class Peer:
     gone: bool = False
 
 
-@dataclass(slots=True)
-class _Pace:
-    """How often a user connects."""
-
-    left: float
-    """Times that it may now."""
-    at: float
-    """When that was reckoned."""
-
-
 class Identities:
     """Serves the socket and knows its peers. ``ended`` is called when one is gone."""
 
@@ -125,7 +117,8 @@ class Identities:
         self._by_uid: Counter[int] = Counter()
         self._listener: socket.socket | None = None
         self._coming: set[asyncio.Task[Any]] = set()
-        self._paces: dict[int, _Pace] = {}
+        self._paces: dict[int, Bucket] = {}
+        """How often users may connect now."""
         self.open: set[asyncio.Transport] = set()
 
     def __len__(self) -> int:
@@ -196,9 +189,8 @@ class Identities:
         if pace is None:
             if len(self._paces) > PACES:
                 self._paces = {u: p for u, p in self._paces.items() if now - p.at < self.limit / PER_S}
-            pace = self._paces[uid] = _Pace(self.limit, now)
-        pace.left, pace.at = min(pace.left + (now - pace.at) * PER_S, self.limit), now
-        if pace.left < 1:
+            pace = self._paces[uid] = Bucket(self.limit, now)
+        if pace.fill(now, PER_S, self.limit) < 1:
             return True
         pace.left -= 1
         return False

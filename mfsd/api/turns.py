@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mfsd.api.answers import SETTLE_S
+from mfsd.ground.bucket import Bucket
 
 TURN_S: Final = 0.001
 """A batch is applied for so long before others have their turn."""
@@ -47,18 +48,15 @@ class Turn:
 class _Line:
     """Batches of one user."""
 
-    credit: float = TURN_S
+    credit: Bucket
     """Seconds that they may take now; they earn one for each REST of others."""
-    at: float = 0.0
-    """When that was reckoned."""
     heard: float = 0.0
     """When one came last."""
     waiting: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def earn(self, now: float) -> None:
-        self.credit = min(self.credit + (now - self.at) / (1 + REST), TURN_S)
-        self.at = now
+    def earn(self) -> None:
+        self.credit.fill(time.perf_counter(), 1 / (1 + REST), TURN_S)
 
 
 class Lines:
@@ -81,7 +79,7 @@ class Lines:
         if line is None:
             if len(self._lines) > LINES:
                 self._lines = {u: known for u, known in self._lines.items() if known.waiting}
-            line = self._lines[uid] = _Line(at=time.perf_counter())
+            line = self._lines[uid] = _Line(Bucket(TURN_S, time.perf_counter()))
         return line
 
     def others(self, line: _Line, now: float) -> bool:
@@ -90,10 +88,10 @@ class Lines:
 
     async def earned(self, line: _Line) -> None:
         """Wait until there is something to spend, or nobody else is there."""
-        line.earn(time.perf_counter())
-        while line.credit <= 0 and self.others(line, line.at):
-            await asyncio.sleep(min(-line.credit * (1 + REST), SETTLE_S))
-            line.earn(time.perf_counter())
+        line.earn()
+        while line.credit.left <= 0 and self.others(line, line.credit.at):
+            await asyncio.sleep(min(-line.credit.left * (1 + REST), SETTLE_S))
+            line.earn()
 
 
 class _Place:
@@ -120,8 +118,8 @@ class _Place:
         return self._turn
 
     async def __aexit__(self, *exc: object) -> None:
-        self._line.earn(time.perf_counter())
-        self._line.credit -= self._turn.took
+        self._line.earn()
+        self._line.credit.left -= self._turn.took
         self._leave()
 
     def _leave(self) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import structlog
 
+from mfsd.ground.bucket import Bucket
 from mfsd.ground.logs import Seldom
 
 if TYPE_CHECKING:
@@ -88,9 +89,8 @@ class Ticker:
         """When there were hints last, on the loop's clock."""
         self._gathering = False
         """The next tick waits for hints to stop coming."""
-        self._budget = self._spare = BURST_S
+        self._budget, self._spare = Bucket(BURST_S, clock()), Bucket(BURST_S, clock())
         """Seconds of processor for ticks: at SHARE, and at QUIET_SHARE."""
-        self._refilled = clock()
         self.count = 0
         """Ticks that succeeded."""
         self.busy_s = 0.0
@@ -119,9 +119,9 @@ class Ticker:
             return
         self._refill(self._clock())
         now = self._poked = self._loop.time()
-        self._latest = min(self._latest, now if self._budget > 0 else now - self._budget / SHARE)
+        self._latest = min(self._latest, now if self._budget.left > 0 else now - self._budget.left / SHARE)
         due = self._latest
-        if self._spare > 0:
+        if self._spare.left > 0:
             due = min(due, now if waiting else now + QUIET_S)
         if self._handle is None or due < self._due:
             self._gathering = due > now
@@ -149,9 +149,8 @@ class Ticker:
         self._handle = self._loop.call_at(due, self._tick)
 
     def _refill(self, now: float) -> None:
-        self._budget = min(self._budget + (now - self._refilled) * SHARE, BURST_S)
-        self._spare = min(self._spare + (now - self._refilled) * QUIET_SHARE, BURST_S)
-        self._refilled = now
+        self._budget.fill(now, SHARE, BURST_S)
+        self._spare.fill(now, QUIET_SHARE, BURST_S)
 
     def _tick(self) -> None:
         self._handle = None
@@ -178,8 +177,8 @@ class Ticker:
         self.busy_s += took
         self._refill(now + took)
         worked = time.thread_time() - worked  # others that take the processor away are not to be paid for
-        self._budget -= worked
-        self._spare -= worked
+        self._budget.left -= worked
+        self._spare.left -= worked
         self._took.append((now, took))
         if not self._stopped:
             # Never more than half of the time, however long one takes: others have their turn in between.

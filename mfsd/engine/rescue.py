@@ -28,6 +28,7 @@ from mfsd.engine.device import Rescue
 from mfsd.engine.positions import IPPROTO_TCP
 from mfsd.engine.slots import NS
 from mfsd.ground.bands import HINTED, Bands
+from mfsd.ground.bucket import Bucket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,20 +64,6 @@ AFTER_S: Final = 1.0
 
 
 @dataclass(slots=True)
-class _Budget:
-    """Rescues that one device, or one tenant there, may have now; refilled steadily, up to a second's worth."""
-
-    tokens: float = 0.0
-    refilled: float = 0.0
-
-    def refill(self, now: float, rate: float) -> int:
-        """How many are allowed now."""
-        self.tokens = min(self.tokens + (now - self.refilled) * rate, rate)
-        self.refilled = now
-        return int(self.tokens)
-
-
-@dataclass(slots=True)
 class Rescuer:
     """Watches promoted connections until their old lane is empty or purged."""
 
@@ -85,9 +72,10 @@ class Rescuer:
     bands: Bands
     config: RescueConfig
     _stuck: dict[Connection, _Stuck] = field(default_factory=dict)
-    _budgets: dict[int, _Budget] = field(default_factory=dict)
-    _parts: dict[tuple[int, int], _Budget] = field(default_factory=dict)
-    """By device and tenant, of those that needed rescues lately."""
+    _budgets: dict[int, Bucket] = field(default_factory=dict)
+    """Rescues that a device may have now, up to a second's worth."""
+    _parts: dict[tuple[int, int], Bucket] = field(default_factory=dict)
+    """The same by device and tenant, of those that needed rescues lately."""
     _wanted: dict[tuple[int, int], float] = field(default_factory=dict)
     """When they did."""
 
@@ -181,15 +169,16 @@ class Rescuer:
             del self._wanted[key]
             self._parts.pop(key, None)
         most, tenants = float(self.config.max_per_s), sum(i == index for i, _ in self._wanted)
-        whole = self._budgets.setdefault(index, _Budget())
-        room = whole.refill(now, most)
+        whole = self._budgets.setdefault(index, Bucket())
+        room = int(whole.fill(now, most, most))
+        each = max(most / max(tenants, 1), 1.0)
         out: list[_Late] = []
         for conn, late in stuck:
-            part = self._parts.setdefault((index, conn.tenant), _Budget())
-            if len(out) < room and part.refill(now, max(most / tenants, 1.0)) >= 1:
-                part.tokens -= 1
+            part = self._parts.setdefault((index, conn.tenant), Bucket())
+            if len(out) < room and part.fill(now, each, each) >= 1:
+                part.left -= 1
                 out.append((conn, late))
-        whole.tokens -= len(out)
+        whole.left -= len(out)
         return out
 
     def rescued(self) -> list[float]:
@@ -204,10 +193,10 @@ class Rescuer:
                     done.order.conn.rescues += 1
                     purged.append(done.order.promoted)
                 else:
-                    self._budgets[index].tokens += 1
+                    self._budgets[index].left += 1
                     part = self._parts.get((index, done.order.conn.tenant))
                     if part is not None:
-                        part.tokens += 1
+                        part.left += 1
         return purged
 
     def lane_empty(self, conn: Connection, now: float) -> bool:
