@@ -145,6 +145,8 @@ def test_where_a_third_is_lost_nobody_is_promised_more_than_an_equal_share() -> 
     # Three that are lost are no crowd, but what is taken from the collectives is less than with nobody lost,
     assert shares(decide(t.take(np.arange(1, 5))))[FIRST] == 0.4
     assert shares(decide(t.take(np.array([4]))))[FIRST] == 0.7
+    # one that is lost takes nothing from anybody,
+    assert shares(decide(t.take(np.array([0, 4]))))[FIRST] == 0.7
     # and nor are four of thirteen.
     many = pv.transfers(13, left=np.array([9.0] * 4 + [0.06] * 9) * RATE, deadline=[1.0] * 13, stage=3)
     assert shares(decide(many))[FIRST] == 0.4

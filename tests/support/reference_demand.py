@@ -120,12 +120,17 @@ class Plain:
 
     def greedy(self, i: int) -> bool:
         """More than an equal share of a device on which a third, and four at least, are lost."""
-        mine = [j for j in self.s.rows() if self.s.t.device[j] == self.s.t.device[i]]
-        gone = sum(self.lost(j) for j in mine if self.s.t.stage[j] == P2D)
-        if gone < 4 or gone < len(mine) / 3:
+        device = self.s.t.device[i]
+        if not self.lacking(device, 4, 1 / 3):
             return False
-        share = float(self.s.t.left[i]) / self.here[self.s.t.device[i]].link.rate * len(mine)
-        return bool(share > self.due[i])
+        equal = self.here[device].link.rate / sum(self.s.t.device[j] == device for j in self.s.rows())
+        return bool(float(self.s.t.left[i]) / equal > self.due[i])
+
+    def lacking(self, device: int, count: int, share: float) -> bool:
+        """So many stage-3 transfers of a device are lost, and such a share of all that it has."""
+        mine = [j for j in self.s.rows() if self.s.t.device[j] == device]
+        gone = sum(self.lost(j) for j in mine if self.s.t.stage[j] == P2D)
+        return gone >= count and gone >= len(mine) * share
 
     def _promised(self, of: Demand) -> Demand:
         """The same without the greedy."""
@@ -280,7 +285,7 @@ class Plain:
 
         if lay.urgent in asks:
             give(lay.urgent, p.headroom * rush)
-        short = any(self.lost(i) and s.t.stage[i] == P2D for i in mine)
+        short = self.lacking(device, 2, 1 / 4)
         rest = min(p.headroom * total, min(p.most, p.most_short) if short else p.most) - out[lay.urgent]
         if min(first, others) < math.inf:
             give(lay.first if first <= others else lay.others, rest)

@@ -59,7 +59,7 @@ class DemandBound(Policy):
         0.7, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
     )
     most_short: float = option(
-        0.4, "the same where some can't be in time, so that the passes all wait for go on", low=0.0, high=1.0
+        0.4, "the same where a quarter can't be in time, so that the passes all wait for go on", low=0.0, high=1.0
     )
     margin_ms: float = option(25.0, "time in hand, for ticks, rescues and TCP", low=0.0)
     margin_share: float = option(0.03, "the same as a share of the time left", low=0.0, high=0.4)
@@ -201,7 +201,7 @@ class DemandBound(Policy):
 
         rush = np.where(there[:, lay.urgent], self.headroom * verdict.rush, 0.0)
         give(lay.urgent, rush)
-        most = np.where(verdict.gone > 0, min(self.most_short, self.most), self.most)
+        most = np.where(verdict.short, min(self.most_short, self.most), self.most)
         rest = np.minimum(self.headroom * verdict.total, most) - out[:, lay.urgent]
         give(lay.first, np.where(there[:, lay.first] & leads, rest, 0.0))
         give(lay.others, np.where(there[:, lay.others] & ~leads, rest, 0.0))

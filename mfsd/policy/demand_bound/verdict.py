@@ -15,8 +15,6 @@ from mfsd.policy.parts.bound import rates
 from mfsd.policy.views import BACKGROUND, P2D
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from mfsd.policy.demand_bound.layout import Layout
     from mfsd.policy.views import B1, F8, Views
 
@@ -29,10 +27,11 @@ NEXT_S: Final = 0.01
 """Work that is let past the collectives at a time. Its transfers share what there is instead of going one by one, so
 that it must be well below the margin."""
 
-CROWD: Final = 4
-CROWDED: Final = 1 / 3
-"""A device is crowded if so many stage-3 transfers on it can't be in time, and such a share of all that it has. With
-fewer lost the rest still fits: sets that earliest deadline first would meet lose one or two to TCP."""
+SHORT: Final = 2, 1 / 4
+"""A device is short if so many stage-3 transfers on it can't be in time, and such a share of all that it has. With
+fewer lost the rest still fits: sets that earliest deadline first would meet lose one to TCP, and no more for that."""
+CROWDED: Final = 4, 1 / 3
+"""The same of a device that is crowded."""
 
 NEAR_S: Final = 0.1
 """With less to spare a transfer stands above unhinted traffic whatever it needs, here and in the fabric."""
@@ -48,8 +47,8 @@ class Verdict:
     asked: Asked
     lost: B1
     """Its request can't be in time."""
-    gone: npt.NDArray[np.intp]
-    """How many stage-3 transfers are lost on the device."""
+    short: B1
+    """Much of what the device has can't be in time."""
     need: F8
     """Share of its scarcest link that must go to it and to what is due before it."""
     greedy: B1
@@ -79,8 +78,8 @@ class Verdict:
         here, before = Need(asked.load, margin, 1.0 - link.taken), asked.load.before()
         was_urgent, was_first = t.level == layout.urgent, t.level == layout.first
         lost = asked.lost.rows(view) & (t.stage != BACKGROUND)
-        gone = np.bincount(t.device[lost & (t.stage == P2D)], minlength=len(link.rate))
-        greedy = _greedy(view, asked.due, gone)
+        short, crowded = _lacking(view, lost, SHORT), _lacking(view, lost, CROWDED)
+        greedy = _greedy(view, asked.due, crowded)
         promised = here
         if greedy.any():
             due = np.where(greedy, np.inf, asked.due)
@@ -89,7 +88,7 @@ class Verdict:
         out = cls(
             asked=asked,
             lost=lost,
-            gone=gone,
+            short=short,
             need=here.shares(),
             greedy=greedy,
             late=(promised.late() | (promised.later() & was_urgent)) & ~greedy,
@@ -136,7 +135,15 @@ class Verdict:
         self.rush = np.maximum(self.rush, on_devices(promised.rush()))
 
 
-def _greedy(view: Views, due: F8, gone: npt.NDArray[np.intp]) -> B1:
+def _lacking(view: Views, lost: B1, least: tuple[int, float]) -> B1:
+    """Devices on which so many stage-3 transfers, and such a share of all, are lost, shape (devices,)."""
+    t, devices = view.transfers, len(view.link.rate)
+    gone = np.bincount(t.device[lost & (t.stage == P2D)], minlength=devices)
+    lacking: B1 = (gone >= least[0]) & (gone >= least[1] * np.bincount(t.device, minlength=devices))
+    return lacking
+
+
+def _greedy(view: Views, due: F8, crowded: B1) -> B1:
     """Transfers on crowded devices that would be in time by more than an equal share of the rate only, shape (n,).
 
     Where not all can be in time, what is promised to some is taken from the collectives, which all forward passes wait
@@ -144,10 +151,9 @@ def _greedy(view: Views, due: F8, gone: npt.NDArray[np.intp]) -> B1:
     saves.
     """
     t = view.transfers
-    if gone.max(initial=0) < CROWD:
+    if not crowded.any():
         return np.zeros(len(t), dtype=np.bool_)
-    there = np.bincount(t.device, minlength=len(gone))
-    crowded = (gone >= CROWD) & (gone >= CROWDED * there)
+    there = np.bincount(t.device, minlength=len(crowded))
     work = t.left / rates(view).take(t.device)
     greedy: B1 = work * there.take(t.device) > due
     return greedy & crowded.take(t.device)
