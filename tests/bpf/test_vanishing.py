@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from support.exhausted import no_descriptors
+from support.nics import add_w, sh
 from support.vanishing import vanishings
 
 from mfsd.datapath import links, tc
@@ -27,17 +27,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.bpf, pytest.mark.netns]
 
 
-def ip(command: str) -> None:
-    subprocess.run(["ip", *command.split()], check=True, capture_output=True)
-
-
-def add() -> None:
-    ip("link add w0 type veth peer name w1")
-    ip("link set w0 up")
-
-
 def remove() -> None:
-    ip("link del w0")
+    sh("ip link del w0")
 
 
 def index() -> int:
@@ -74,16 +65,7 @@ def classifier(netns_pair: NetnsPair) -> Iterator[Classifier]:
         (lambda _: remove_leftover(index()), AttachError, False),  # what is gone leaves nothing
         (lambda _: hook_users(index()), OSError, None),  # where there is TCX
     ],
-    ids=[
-        "read_facts",
-        "set_txqlen",
-        "by_index",
-        "attach",
-        "clsact and detach",
-        "clsact and update",
-        "remove_leftover",
-        "hook_users",
-    ],
+    ids=["read_facts", "set_txqlen", "by_index", "attach", "detach", "update", "remove_leftover", "hook_users"],
 )
 def test_whatever_is_asked(
     classifier: Classifier,
@@ -94,7 +76,7 @@ def test_whatever_is_asked(
     fails: bool | None,
 ) -> None:
     raised = 0
-    for vanishing in vanishings(monkeypatch, add, remove):
+    for vanishing in vanishings(monkeypatch, add_w, remove):
         try:
             ask(classifier)
         except error:
@@ -104,9 +86,8 @@ def test_whatever_is_asked(
     assert fails is None or bool(raised) == fails
 
 
-def test_a_missing_device_is_told_from_one_that_cannot_be_asked(
-    classifier: Classifier,  # noqa: ARG001 - in its namespace
-) -> None:
+@pytest.mark.usefixtures("classifier")  # in its namespace
+def test_a_missing_device_is_told_from_one_that_cannot_be_asked() -> None:
     """A note of what was there is thrown away for a device that is gone, and for no other reason."""
     with pytest.raises(NoDeviceError, match="no such device; devices here: lo, v0"):
         read_facts("nosuch0")
@@ -121,9 +102,10 @@ def test_a_missing_device_is_told_from_one_that_cannot_be_asked(
         assert not isinstance(caught.value, NoDeviceError)
 
 
-def test_an_alternative_name_is_no_name(classifier: Classifier) -> None:  # noqa: ARG001 - in its namespace
+@pytest.mark.usefixtures("classifier")  # in its namespace
+def test_an_alternative_name_is_no_name() -> None:
     """Notes go by the name: a device must not have two."""
-    ip("link property add dev v0 altname other0")
+    sh("ip link property add dev v0 altname other0")
     assert read_facts("v0").ifname == "v0"
     with pytest.raises(NoDeviceError):
         read_facts("other0")

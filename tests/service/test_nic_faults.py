@@ -6,14 +6,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from support.nics import add_w, end, governed, rename, root, sh
 
-from mfsd.daemon import config_bands
-from mfsd.daemon.config import parse
-from mfsd.daemon.devices import Devices
 from mfsd.datapath import facts as device_facts
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.facts import QUEUE_LENGTH
@@ -23,319 +20,213 @@ from mfsd.ground.model import Mode
 from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from support.namespaces import NetnsPair
 
-BPF_LINK_DETACH = 34
-EGRESS = 0xFFFFFFF3
+    from mfsd.daemon.devices import Devices
+
+    Make = Callable[..., Devices]
 
 pytestmark = [pytest.mark.bpf, pytest.mark.netns]
 
 
-def tc(*args: str) -> str:
-    return subprocess.run(["tc", *args], check=True, capture_output=True, text=True).stdout
-
-
-def ip(*args: str) -> None:
-    subprocess.run(["ip", *args], check=True, capture_output=True)
-
-
-def shown(device: str) -> str:
-    return subprocess.run(["ip", "link", "show", device], check=True, capture_output=True, text=True).stdout
-
-
-def root(device: str) -> str:
-    return tc("qdisc", "show", "dev", device, "root").split()[1]
-
-
-def index(device: str) -> int:
-    return socket.if_nametoindex(device)
-
-
 @pytest.fixture
-def in_a(netns_pair: NetnsPair, tmp_path: Path) -> Callable[[Callable[[], None]], None]:
-    """Runs a function in namespace ``a``; afterwards no note is left."""
-
-    def run(body: Callable[[], None]) -> None:
-        netns_pair.call(netns_pair.a, body)
-        assert not list(tmp_path.glob("qdisc-*"))
-
-    return run
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Devices]:
-    """Devices of configured names, governed once."""
+def make(netns_pair: NetnsPair, tmp_path: Path) -> Iterator[Make]:
+    """Makes devices of these names, governed once. The test runs in namespace ``a``, and must leave no note."""
 
     def devices(*names: str, attach: str = "auto", rate: str | None = "1gbit", state: str = "") -> Devices:
-        device = [{"name": name, "backend": "htb"} | ({"rate": rate} if rate else {}) for name in names]
-        where = tmp_path / state if state else tmp_path
-        where.mkdir(exist_ok=True)
-        config = parse(
-            {
-                "daemon": {"state_dir": str(where), "mode": "enforce", "slots": 64, "attach": attach},
-                "device": device,
-            }
-        )
-        out = Devices(config, config_bands.bands_of(config, config_bands.policy_of(config)))
+        sections = [{"name": name, "backend": "htb"} | ({"rate": rate} if rate else {}) for name in names]
+        out = governed(tmp_path / state, *sections, daemon={"attach": attach})
         out.care(Mode.ENFORCE)
         return out
 
-    return devices
-
-
-def end(devices: Devices) -> None:
-    """As a daemon that stops."""
-    devices.restore([d.name for d in devices.all])
-    devices.close()
+    with netns_pair.inside(netns_pair.a):
+        yield devices
+    assert not list(tmp_path.glob("qdisc-*"))
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_renamed_device_is_put_back(in_a: Callable[..., None], make: Callable[..., Devices]) -> None:
-    def body() -> None:
-        before = root("v0")
-        devices = make("v0")
-        assert root("v0") == "htb"
-        ip("link", "set", "v0", "down")
-        ip("link", "set", "v0", "name", "v9")
-        ip("link", "set", "v9", "up")
-        devices.care(Mode.ENFORCE)
-        assert root("v9") == before
-        assert "it is called v9 now" in devices.all[0].notice
-        ip("link", "set", "v9", "down")
-        ip("link", "set", "v9", "name", "v0")
-        ip("link", "set", "v0", "up")
-        devices.care(Mode.ENFORCE)
-        assert (root("v0"), devices.all[0].notice) == ("htb", "")
-        end(devices)
-        assert root("v0") == before
-
-    in_a(body)
+def test_a_renamed_device_is_put_back(make: Make) -> None:
+    before = root("v0")
+    devices = make("v0")
+    assert root("v0") == "htb"
+    rename("v0", "v9")
+    devices.care(Mode.ENFORCE)
+    assert root("v9") == before
+    assert "it is called v9 now" in devices.all[0].notice
+    rename("v9", "v0")
+    devices.care(Mode.ENFORCE)
+    assert (root("v0"), devices.all[0].notice) == ("htb", "")
+    end(devices)
+    assert root("v0") == before
 
 
-def test_two_devices_that_swap_their_names(in_a: Callable[..., None], make: Callable[..., Devices]) -> None:
-    def body() -> None:
-        ip("link", "add", "w0", "type", "veth", "peer", "name", "w1")
-        ip("link", "set", "w0", "up")
-        devices = make("v0")
-        was = devices.all[0].ifindex
-        for old, new in (("v0", "x0"), ("w0", "v0"), ("x0", "w0")):
-            ip("link", "set", old, "down")
-            ip("link", "set", old, "name", new)
-            ip("link", "set", new, "up")
-        devices.care(Mode.ENFORCE)
-        assert index("w0") == was
-        assert root("w0") != "htb"
-        assert (root("v0"), devices.all[0].ifindex) == ("htb", index("v0"))
-        end(devices)
-        assert root("v0") != "htb"
-
-    in_a(body)
+def test_two_devices_that_swap_their_names(make: Make) -> None:
+    add_w()
+    devices = make("v0")
+    was = devices.all[0].ifindex
+    for old, new in (("v0", "x0"), ("w0", "v0"), ("x0", "w0")):
+        rename(old, new)
+    devices.care(Mode.ENFORCE)
+    assert socket.if_nametoindex("w0") == was
+    assert root("w0") != "htb"
+    assert (root("v0"), devices.all[0].ifindex) == ("htb", socket.if_nametoindex("v0"))
+    end(devices)
+    assert root("v0") != "htb"
 
 
 def test_a_device_that_was_renamed_after_a_kill_is_put_back_by_the_next_daemon(
-    in_a: Callable[..., None], make: Callable[..., Devices], monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def body() -> None:
-        before = root("v0")
-        killed = make("v0")
-        killed.close()  # the qdiscs stay
-        monkeypatch.setattr(Owner, "alive", property(lambda _: False))
-        ip("link", "set", "v0", "down")
-        ip("link", "set", "v0", "name", "v9")
-        ip("link", "set", "v9", "up")
-        assert root("v9") == "htb"
-        devices = make("v0")
-        assert root("v9") == before
-        devices.close()
-
-    in_a(body)
+    before = root("v0")
+    killed = make("v0")
+    killed.close()  # the qdiscs stay
+    monkeypatch.setattr(Owner, "alive", property(lambda _: False))
+    rename("v0", "v9")
+    assert root("v9") == "htb"
+    devices = make("v0")
+    assert root("v9") == before
+    devices.close()
 
 
-def test_the_same_name_made_anew_is_another_device(in_a: Callable[..., None], make: Callable[..., Devices]) -> None:
-    def body() -> None:
-        ip("link", "add", "w0", "type", "veth", "peer", "name", "w1")
-        ip("link", "set", "w0", "up")
-        devices = make("w0")
-        was = devices.all[0].ifindex
-        ip("link", "del", "w0")
-        ip("link", "add", "w0", "type", "veth", "peer", "name", "w1")
-        ip("link", "set", "w0", "up")
-        devices.care(Mode.ENFORCE)
-        device = devices.all[0]
-        assert device.ifindex == index("w0") != was
-        assert (root("w0"), device.notice) == ("htb", "")
-        # The same index, too: everything that was on it is gone all the same.
-        ip("link", "del", "w0")
-        ip("link", "add", "w0", "index", str(device.ifindex), "type", "veth", "peer", "name", "w1")
-        ip("link", "set", "w0", "up")
-        devices.care(Mode.ENFORCE)
-        assert (root("w0"), device.notice) == ("htb", "")
-        assert device.attachment is not None
-        assert device.attachment.standing().attached
-        end(devices)
-        ip("link", "del", "w0")
-
-    in_a(body)
+def test_the_same_name_made_anew_is_another_device(make: Make) -> None:
+    add_w()
+    devices = make("w0")
+    was = devices.all[0].ifindex
+    sh("ip link del w0")
+    add_w()
+    devices.care(Mode.ENFORCE)
+    device = devices.all[0]
+    assert device.ifindex == socket.if_nametoindex("w0") != was
+    assert (root("w0"), device.notice) == ("htb", "")
+    # The same index, too: everything that was on it is gone all the same.
+    sh("ip link del w0")
+    add_w(f"index {device.ifindex}")
+    devices.care(Mode.ENFORCE)
+    assert (root("w0"), device.notice) == ("htb", "")
+    assert device.attachment is not None
+    assert device.attachment.standing().attached
+    end(devices)
+    sh("ip link del w0")
 
 
-def test_a_device_that_was_in_another_namespace_is_set_up_again(
-    in_a: Callable[..., None], make: Callable[..., Devices], netns_pair: NetnsPair
-) -> None:
-    def body() -> None:
-        ip("link", "add", "w0", "type", "veth", "peer", "name", "w1")
-        ip("link", "set", "w0", "up")
-        devices = make("w0")
-        ip("link", "set", "w0", "netns", netns_pair.b)
-        netns_pair.run(netns_pair.b, f"ip link set w0 netns {netns_pair.a}")
-        ip("link", "set", "w0", "up")
-        devices.care(Mode.ENFORCE)
-        assert (root("w0"), devices.all[0].notice) == ("htb", "")
-        ip("link", "set", "w0", "netns", netns_pair.b)
-        devices.care(Mode.ENFORCE)
-        assert "there is no such device" in devices.all[0].notice
-        end(devices)
-        netns_pair.run(netns_pair.b, "ip link del w0")
-
-    in_a(body)
+def test_a_device_that_was_in_another_namespace_is_set_up_again(make: Make, netns_pair: NetnsPair) -> None:
+    add_w()
+    devices = make("w0")
+    sh(f"ip link set w0 netns {netns_pair.b}")
+    netns_pair.run(netns_pair.b, f"ip link set w0 netns {netns_pair.a}")
+    sh("ip link set w0 up")
+    devices.care(Mode.ENFORCE)
+    assert (root("w0"), devices.all[0].notice) == ("htb", "")
+    sh(f"ip link set w0 netns {netns_pair.b}")
+    devices.care(Mode.ENFORCE)
+    assert "there is no such device" in devices.all[0].notice
+    end(devices)
+    netns_pair.run(netns_pair.b, "ip link del w0")
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier_that_somebody_took_off_tcx_is_put_back(
-    in_a: Callable[..., None], make: Callable[..., Devices]
-) -> None:
-    def body() -> None:
-        devices = make("v0", attach="tcx")
-        device = devices.all[0]
-        assert device.attachment is not None
-        # As `bpftool link detach` does.
-        syscall.call(BPF_LINK_DETACH, device.attachment.link_fd.to_bytes(8, "little"))
-        assert not device.attachment.standing().attached
-        devices.care(Mode.ENFORCE)
-        assert device.attachment.standing().attached
-        end(devices)
-
-    in_a(body)
+def test_a_classifier_that_somebody_took_off_tcx_is_put_back(make: Make) -> None:
+    devices = make("v0", attach="tcx")
+    device = devices.all[0]
+    assert device.attachment is not None
+    # As `bpftool link detach` does.
+    syscall.link_detach(device.attachment.link_fd)
+    assert not device.attachment.standing().attached
+    devices.care(Mode.ENFORCE)
+    assert device.attachment.standing().attached
+    end(devices)
 
 
-def test_a_deleted_clsact_is_put_back(in_a: Callable[..., None], make: Callable[..., Devices]) -> None:
-    def body() -> None:
-        devices = make("v0", attach="clsact")
-        assert "mfsd" in tc("filter", "show", "dev", "v0", "egress")
-        tc("qdisc", "del", "dev", "v0", "clsact")
-        devices.care(Mode.ENFORCE)
-        assert "mfsd" in tc("filter", "show", "dev", "v0", "egress")
-        assert devices.all[0].notice == ""
-        end(devices)
-        assert "clsact" not in tc("qdisc", "show", "dev", "v0")
-
-    in_a(body)
+def test_a_deleted_clsact_is_put_back(make: Make) -> None:
+    devices = make("v0", attach="clsact")
+    assert "mfsd" in sh("tc filter show dev v0 egress")
+    sh("tc qdisc del dev v0 clsact")
+    devices.care(Mode.ENFORCE)
+    assert "mfsd" in sh("tc filter show dev v0 egress")
+    assert devices.all[0].notice == ""
+    end(devices)
+    assert "clsact" not in sh("tc qdisc show dev v0")
 
 
-def test_a_filter_before_the_classifier_is_passed_once_and_named_then(
-    in_a: Callable[..., None], make: Callable[..., Devices]
-) -> None:
-    def body() -> None:
-        devices = make("v0", attach="clsact")
-        nothing = "1,6 0 0 0,"  # a classic program that matches no packet: every kernel with clsact filters has it
-        tc(*["filter", "add", "dev", "v0", "egress", "pref", "1", "protocol", "all", "bpf", "bytecode", nothing])
-        devices.care(Mode.ENFORCE)
-        notice = devices.all[0].notice
-        assert "before mfsd's classifier" in notice
-        devices.care(Mode.ENFORCE)
-        assert devices.all[0].notice == "" or "before mfsd's classifier" in devices.all[0].notice
-        end(devices)
-        assert "pref 1 bpf" in tc("filter", "show", "dev", "v0", "egress")
-
-    in_a(body)
+def test_a_filter_before_the_classifier_is_passed_once_and_named_then(make: Make) -> None:
+    devices = make("v0", attach="clsact")
+    # A classic program that matches no packet: every kernel with clsact filters has it.
+    sh("tc filter add dev v0 egress pref 1 protocol all bpf bytecode '1,6 0 0 0,'")
+    devices.care(Mode.ENFORCE)
+    notice = devices.all[0].notice
+    assert "before mfsd's classifier" in notice
+    devices.care(Mode.ENFORCE)
+    assert devices.all[0].notice == ""
+    end(devices)
+    assert "pref 1 bpf" in sh("tc filter show dev v0 egress")
 
 
-def test_the_end_of_one_daemon_leaves_the_others_filter(
-    in_a: Callable[..., None], make: Callable[..., Devices]
-) -> None:
-    def body() -> None:
-        first = make("v0", attach="clsact", state="one")
-        second = make("v0", attach="clsact", state="two")
-        second.close()
-        first.care(Mode.ENFORCE)
-        assert first.all[0].attachment is not None
-        assert first.all[0].attachment.standing().attached
-        end(first)
-
-    in_a(body)
+def test_the_end_of_one_daemon_leaves_the_others_filter(make: Make) -> None:
+    first = make("v0", attach="clsact", state="one")
+    second = make("v0", attach="clsact", state="two")
+    second.close()
+    first.care(Mode.ENFORCE)
+    assert first.all[0].attachment is not None
+    assert first.all[0].attachment.standing().attached
+    end(first)
 
 
 # --- qdiscs and links -------------------------------------------------------------------------------------------------
 
 
-def test_somebodys_leaf_below_ours_goes_alone(in_a: Callable[..., None], make: Callable[..., Devices]) -> None:
-    def body() -> None:
-        devices = make("v0")
-        lane = devices.all[0].band_rows()[-1].classid
-        grafts = tc("-s", "qdisc", "show", "dev", "v0", "root")
-        tc(*f"qdisc add dev v0 parent {lane} handle 77: tbf rate 1mbit burst 9k limit 9k".split())
-        assert "77:" in tc("qdisc", "show", "dev", "v0")
-        devices.care(Mode.ENFORCE)
-        assert "77:" not in tc("qdisc", "show", "dev", "v0")
-        assert devices.all[0].notice == ""
-        assert tc("-s", "qdisc", "show", "dev", "v0", "root").split()[:3] == grafts.split()[:3]
-        end(devices)
-
-    in_a(body)
+def test_somebodys_leaf_below_ours_goes_alone(make: Make) -> None:
+    devices = make("v0")
+    lane = devices.all[0].band_rows()[-1].classid
+    grafts = sh("tc -s qdisc show dev v0 root")
+    sh(f"tc qdisc add dev v0 parent {lane} handle 77: tbf rate 1mbit burst 9k limit 9k")
+    assert "77:" in sh("tc qdisc show dev v0")
+    devices.care(Mode.ENFORCE)
+    assert "77:" not in sh("tc qdisc show dev v0")
+    assert devices.all[0].notice == ""
+    assert sh("tc -s qdisc show dev v0 root").split()[:3] == grafts.split()[:3]
+    end(devices)
 
 
-def test_a_queue_length_that_was_changed_is_named_and_kept(
-    in_a: Callable[..., None], make: Callable[..., Devices]
-) -> None:
-    def body() -> None:
-        ip("link", "set", "v0", "txqueuelen", "333")
-        devices = make("v0")
-        ip("link", "set", "v0", "txqueuelen", "555")
-        devices.care(Mode.ENFORCE)
-        assert "its queue length was changed to 555" in devices.all[0].notice
-        end(devices)
-        assert "qlen 555" in shown("v0")
-
-    in_a(body)
+def test_a_queue_length_that_was_changed_is_named_and_kept(make: Make) -> None:
+    sh("ip link set v0 txqueuelen 333")
+    devices = make("v0")
+    sh("ip link set v0 txqueuelen 555")
+    devices.care(Mode.ENFORCE)
+    assert "its queue length was changed to 555" in devices.all[0].notice
+    end(devices)
+    assert "qlen 555" in sh("ip link show v0")
 
 
-def test_a_queue_length_of_nothing_comes_back(in_a: Callable[..., None], make: Callable[..., Devices]) -> None:
-    def body() -> None:
-        ip("link", "set", "v0", "txqueuelen", "0")
-        devices = make("v0")
-        assert f"qlen {QUEUE_LENGTH}" in shown("v0")
-        end(devices)
-        assert "qlen" not in shown("v0")
-
-    in_a(body)
+def test_a_queue_length_of_nothing_comes_back(make: Make) -> None:
+    sh("ip link set v0 txqueuelen 0")
+    devices = make("v0")
+    assert f"qlen {QUEUE_LENGTH}" in sh("ip link show v0")
+    end(devices)
+    assert "qlen" not in sh("ip link show v0")
 
 
-def test_a_new_link_speed_is_followed(
-    in_a: Callable[..., None], make: Callable[..., Devices], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_link_speed_is_followed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     real, speed = device_facts.facts_of, ["1gbit"]
 
     def facts(*args: object) -> object:
         return dataclasses.replace(real(*args), speed=Rate.parse(speed[0]))  # type: ignore[arg-type]
 
-    def body() -> None:
-        monkeypatch.setattr(enforcer, "facts_of", facts)
-        devices = make("v0", rate=None)
-        device = devices.all[0]
-        assert device.estimator.configured == pytest.approx(0.98 * 1e9 / 8)
-        speed[0] = "10gbit"
-        devices.care(Mode.ENFORCE)
-        assert device.estimator.configured == pytest.approx(0.98 * 1e10 / 8)
-        assert device.notice == ""
-        end(devices)
-
-    in_a(body)
+    monkeypatch.setattr(enforcer, "facts_of", facts)
+    devices = make("v0", rate=None)
+    device = devices.all[0]
+    assert device.estimator.configured == pytest.approx(0.98 * 1e9 / 8)
+    speed[0] = "10gbit"
+    devices.care(Mode.ENFORCE)
+    assert device.estimator.configured == pytest.approx(0.98 * 1e10 / 8)
+    assert device.notice == ""
+    end(devices)
 
 
 # --- notes ------------------------------------------------------------------------------------------------------------
@@ -346,91 +237,73 @@ def test_a_new_link_speed_is_followed(
     ["", "{", "null", "[" * 5000, '{"version": 1}', '{"root": {"handle": 99999999999999}}', "\0" * 100, "\xff"],
     ids=range(8),
 )
-def test_a_damaged_note_is_named_and_the_device_left_as_it_is(
-    netns_pair: NetnsPair, make: Callable[..., Devices], tmp_path: Path, text: str
-) -> None:
-    def body() -> None:
-        killed = make("v0")
-        killed.close()
-        (note,) = tmp_path.glob("qdisc-*")
-        kept = note.read_bytes()
-        note.write_bytes(text.encode("latin-1"))
-        devices = make("v0")
-        assert root("v0") == "htb"
-        assert not devices.all[0].enforced
-        assert str(note) in devices.all[0].notice
-        restored, problems = devices.restore(["v0"])
-        assert (restored, len(problems)) == ([], 1)
-        note.write_bytes(kept)
-        devices.retry()
-        devices.care(Mode.ENFORCE)
-        assert (devices.all[0].enforced, devices.all[0].notice) == (True, "")
-        end(devices)
-        assert root("v0") != "htb"
-
-    netns_pair.call(netns_pair.a, body)
+def test_a_damaged_note_is_named_and_the_device_left_as_it_is(make: Make, tmp_path: Path, text: str) -> None:
+    killed = make("v0")
+    killed.close()
+    (note,) = tmp_path.glob("qdisc-*")
+    kept = note.read_bytes()
+    note.write_bytes(text.encode("latin-1"))
+    devices = make("v0")
+    assert root("v0") == "htb"
+    assert not devices.all[0].enforced
+    assert str(note) in devices.all[0].notice
+    restored, problems = devices.restore(["v0"])
+    assert (restored, len(problems)) == ([], 1)
+    note.write_bytes(kept)
+    devices.retry()
+    devices.care(Mode.ENFORCE)
+    assert (devices.all[0].enforced, devices.all[0].notice) == (True, "")
+    end(devices)
+    assert root("v0") != "htb"
 
 
-def test_what_is_no_file_is_no_note_of_others(
-    in_a: Callable[..., None], make: Callable[..., Devices], tmp_path: Path
-) -> None:
-    def body() -> None:
-        before = root("v0")
-        (tmp_path / "qdisc-a.1.1.json").mkdir()
-        os.mkfifo(tmp_path / "qdisc-b.json")
-        (tmp_path / "qdisc-c.json").symlink_to("/dev/zero")
-        devices = make("v0")
-        assert (root("v0"), devices.all[0].notice) == ("htb", "")
-        assert [("no regular file" in p) for p in devices.problems] == [True] * 3
-        end(devices)
-        assert root("v0") == before
-        for odd in tmp_path.glob("qdisc-*"):
-            odd.rmdir() if odd.is_dir() else odd.unlink()
-
-    in_a(body)
+def test_what_is_no_file_is_no_note_of_others(make: Make, tmp_path: Path) -> None:
+    before = root("v0")
+    (tmp_path / "qdisc-a.1.1.json").mkdir()
+    os.mkfifo(tmp_path / "qdisc-b.json")
+    (tmp_path / "qdisc-c.json").symlink_to("/dev/zero")
+    devices = make("v0")
+    assert (root("v0"), devices.all[0].notice) == ("htb", "")
+    assert [("no regular file" in p) for p in devices.problems] == [True] * 3
+    end(devices)
+    assert root("v0") == before
+    for odd in tmp_path.glob("qdisc-*"):
+        odd.rmdir() if odd.is_dir() else odd.unlink()
 
 
 @pytest.mark.parametrize("text", [None, "", "{}"], ids=["deleted", "emptied", "another"])
 def test_a_note_that_is_lost_while_its_daemon_lives_is_written_again(
-    in_a: Callable[..., None], make: Callable[..., Devices], tmp_path: Path, text: str | None
+    make: Make, tmp_path: Path, text: str | None
 ) -> None:
-    def body() -> None:
-        before = root("v0")
-        devices = make("v0")
-        (note,) = tmp_path.glob("qdisc-*")
-        said = note.read_bytes()
-        if text is None:
-            note.unlink()
-        else:
-            note.write_text(text)
-        devices.care(Mode.ENFORCE)
-        assert (note.read_bytes(), devices.all[0].notice) == (said, "")
+    before = root("v0")
+    devices = make("v0")
+    (note,) = tmp_path.glob("qdisc-*")
+    said = note.read_bytes()
+    if text is None:
         note.unlink()
-        note.mkdir()
-        devices.care(Mode.ENFORCE)
-        assert "its note was lost" in devices.all[0].notice
-        note.rmdir()
-        devices.care(Mode.ENFORCE)
-        assert (note.read_bytes(), devices.all[0].notice) == (said, "")
-        end(devices)
-        assert root("v0") == before
+    else:
+        note.write_text(text)
+    devices.care(Mode.ENFORCE)
+    assert (note.read_bytes(), devices.all[0].notice) == (said, "")
+    note.unlink()
+    note.mkdir()
+    devices.care(Mode.ENFORCE)
+    assert "its note was lost" in devices.all[0].notice
+    note.rmdir()
+    devices.care(Mode.ENFORCE)
+    assert (note.read_bytes(), devices.all[0].notice) == (said, "")
+    end(devices)
+    assert root("v0") == before
 
-    in_a(body)
 
-
-def test_our_tree_without_a_note_is_named_and_restore_fails(
-    netns_pair: NetnsPair, make: Callable[..., Devices], tmp_path: Path
-) -> None:
-    def body() -> None:
-        make("v0").close()
-        for note in tmp_path.glob("qdisc-*"):
-            note.unlink()
-        devices = make("v0")
-        assert not devices.all[0].enforced
-        assert "no note" in devices.all[0].notice or "note" in devices.all[0].notice
-        restored, problems = devices.restore(["v0"])
-        assert (restored, len(problems)) == ([], 1)
-        devices.close()
-        tc("qdisc", "del", "dev", "v0", "root")
-
-    netns_pair.call(netns_pair.a, body)
+def test_our_tree_without_a_note_is_named_and_restore_fails(make: Make, tmp_path: Path) -> None:
+    make("v0").close()
+    for note in tmp_path.glob("qdisc-*"):
+        note.unlink()
+    devices = make("v0")
+    assert not devices.all[0].enforced
+    assert "the note of what was there before is missing" in devices.all[0].notice
+    restored, problems = devices.restore(["v0"])
+    assert (restored, len(problems)) == ([], 1)
+    devices.close()
+    sh("tc qdisc del dev v0 root")

@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Vanishing:
     """Counts what is asked by tc's socket, bpf(2) and ioctl(2); all of it really asked of the kernel."""
 
-    def __init__(self, before: int, remove: Callable[[], None]) -> None:
+    def __init__(self, before: int, remove: Callable[[], object]) -> None:
         self.asked = 0
         self._before = before
         self._remove = remove
@@ -42,7 +42,7 @@ class Vanishing:
 
 
 def vanishings(
-    monkeypatch: pytest.MonkeyPatch, prepare: Callable[[], None], remove: Callable[[], None]
+    monkeypatch: pytest.MonkeyPatch, prepare: Callable[[], object], remove: Callable[[], object]
 ) -> Iterator[Vanishing]:
     """One after the other, each prepared anew; the last is the first that does not happen."""
     for before in itertools.count(1):
