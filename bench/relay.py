@@ -6,8 +6,8 @@
 Two daemons in two network namespaces, with certificates. Hints go by turns to the one daemon by way of the other, and
 straight to it; its own record (mfsctl record) says when it heard of each. The two clocks are set by the fastest hint of
 all, so what is printed is what the others took more than that one, which is a few tenths of a millisecond. Hints name a
-range of ports, as those of the connectors do: a connection that is named by all of its addresses and never seen is given
-up after 20 s, with all that was announced on it.
+range of ports, as those of the connectors do: a connection that is named by both ports and never seen is given up after
+20 s, with all that was announced on it.
 """
 
 from __future__ import annotations

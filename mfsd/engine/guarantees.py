@@ -80,6 +80,13 @@ class Guarantees:
         shares = self.shares(row) if device.floors else {}
         return {band: share * device.estimator.rate for band, share in shares.items() if band not in standing}
 
+    def granted(self) -> F8:
+        """Share of each device on the wire that the policy has guaranteed, floors of these bands included."""
+        given = (self.given(row).values() for row in range(len(self.devices)))
+        rates = (d.estimator.rate for d in self.devices)
+        shares = [sum(of) / rate if rate > 0.0 else 0.0 for of, rate in zip(given, rates, strict=True)]
+        return np.array(shares or [0.0])
+
     def _asked(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
         asked = np.bincount(ladder.band_of, weights=guarantee, minlength=len(self.bands)) * (WIRE / rate)
         return {

@@ -127,6 +127,7 @@ class Steering:
         moved = self.connections.positions.moved(self.books.streams) if moved is None else moved
         views = views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now, rows)
         views.sizes = self._sizes
+        views.link.granted = self.guarantees.granted()
         return views
 
     def run(self, moved: Moved, now: float, *, steers: bool) -> None:

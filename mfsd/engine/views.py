@@ -192,5 +192,6 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
         load_above=np.minimum(above[:, at], 1.0),
         floor=floors.sum(axis=1),
         taken=np.minimum(load, floors)[:, others].sum(axis=1),
+        granted=np.zeros(len(load)),
         peer_rate=connections.peers.rate,
     )

@@ -27,6 +27,7 @@ from mfsd.v1 import hints_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from typing import Protocol
 
     from mfsd.api.decode import Decoder
     from mfsd.engine.engine import Engine
@@ -35,6 +36,16 @@ if TYPE_CHECKING:
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
+    class Poke(Protocol):
+        """Hints have come."""
+
+        def __call__(self, *, waiting: bool = False) -> None:
+            """Tick soon. ``waiting``: nothing more comes from there before."""
+            ...
+
+
+FULL: Final = 64
+"""Hints in a message that is full: others wait behind it. After any other one its daemon has nothing more to say."""
 GRACE_S: Final = 10.0
 """What a peer has said is kept for so long after its stream has ended: it says only what is new when it comes back."""
 STOP_S: Final = 0.2
@@ -53,7 +64,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         self,
         engine: Engine,
         decoder: Decoder,
-        poke: Callable[[], None],
+        poke: Poke,
         owns: Callable[[Address, Address], bool],
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -201,7 +212,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         counters.hints_rejected += len(reply.rejected)
         drain(session, reply)
         if reply.accepted:
-            self._poke()
+            self._poke(waiting=len(batch.hints) < FULL)
         return reply
 
     def _permit(self, hint: Hint, host: Address) -> None:

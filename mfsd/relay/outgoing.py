@@ -27,6 +27,7 @@ from mfsd.ground.model import (
     TupleSelector,
     What,
 )
+from mfsd.relay.incoming import FULL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 QUEUE: Final = 8192
 """Hints that wait for one peer; the oldest go first."""
-BATCH: Final = 64
 REMEMBERED: Final = 65_536
 """Transfers, and requests, of one session that are followed; the oldest go first."""
 SEPARATOR: Final = "/"
@@ -203,7 +203,7 @@ class Outgoing:
         link = self._links.get(peer)
         if link is None:
             way = Way(self._credentials(), peer.options, correct=True, drops=self._late)
-            link = self._links[peer] = Link(self._name, peer.target, QUEUE, BATCH, self._heard, None, way)
+            link = self._links[peer] = Link(self._name, peer.target, QUEUE, FULL, self._heard, None, way)
         # Links go by this process's clock, the engine by the kernel's: in a time namespace they differ.
         ahead = time.monotonic() - self._clock()
         if isinstance(hint, TransferHint):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mfsd.api.decode import Decoder
     from mfsd.engine.engine import Engine
     from mfsd.ground.model import Address
+    from mfsd.relay.incoming import Poke
     from mfsd.relay.settings import RelayConfig
     from mfsd.relay.table import Peer
 
@@ -48,7 +49,7 @@ class Relay:
         config: RelayConfig,
         engine: Engine,
         decoder: Decoder,
-        poke: Callable[[], None],
+        poke: Poke,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``clock``: the engine's."""

@@ -116,6 +116,33 @@ def test_a_transfer_waits_until_it_needs_half_of_the_link_and_is_guaranteed_that
     assert shares(loose) == pytest.approx([0, 0, 1.1 * 0.4 / (0.75 * 0.97 - 0.025), 0, 0], abs=1e-4)
 
 
+def test_what_collectives_leave_is_not_guaranteed() -> None:
+    """0.84 s of work in 1.75 s need 0.502 of the link, 0.552 with headroom."""
+
+    def granted(collectives: float, **link: Any) -> float:
+        # Nothing on level 0, collectives on level 1, KV on 2 and 3, and so much unhinted traffic that the link is full.
+        above = [0.0, 0.0, collectives, collectives, 0.9, 1.0]
+        decision = decide(alone(0.84, link.pop("due", 1.75)), load_above=above, **link)
+        assert decision.level == [FIRST]  # above unhinted traffic all the same
+        return shares(decision)[FIRST]
+
+    asked = pytest.approx(1.1 * 0.84 / (1.75 * 0.97 - 0.025), abs=1e-4)
+    assert granted(0.27) == 0.0
+    assert granted(0.39) == 0.0
+    assert granted(0.40) == asked  # 1 - 0.40 - 0.05 is less than that
+    assert granted(0.30, taken=0.11) > 0.5
+    assert granted(0.0) == asked  # nobody to spare, and who knows who comes
+    assert granted(0.1, due=1.2) == 0.7  # more than what is guaranteed before somebody is about to be too late
+    # They take less because of what is guaranteed: those that pause leave enough without it, the others don't.
+    assert granted(0.17, granted=0.6) == 0.0
+    assert granted(0.39, granted=0.6) == asked
+    policy, view = (
+        demand_bound(),
+        pv.view(alone(0.84, 1.75), net=pv.link(RATE, 5, load_above=[0, 0, 0.27, 0.27, 0.3, 1])),
+    )
+    assert "which the collectives leave: nothing is guaranteed" in " ".join(policy.explain(0, view).reasons)
+
+
 def test_it_keeps_its_guarantee_until_it_needs_much_less() -> None:
     for due, level in ((1.9, FIRST), (2.4, FIRST), (2.6, DEFERRED)):  # 0.46, 0.36 and 0.33 of the link
         assert decide(alone(0.84, due, level=FIRST)).level == [level]

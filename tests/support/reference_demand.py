@@ -14,6 +14,7 @@ from support.reference import COLLECTIVE, KV, P2D, SCAVENGER, State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+PRESENT, IN_HAND = 0.02, 0.05
 FIRST_S, STAYS_FIRST, NEXT_S, NEAR_S, HOLD, HELD_S = 0.02, 3.0, 0.01, 0.1, 0.7, 0.25
 SHORTEST, LONGEST = 2.0**-10, 2.0**12
 
@@ -287,11 +288,24 @@ class Plain:
             give(lay.urgent, p.headroom * rush)
         short = self.lacking(device, 2, 1 / 4)
         rest = min(p.headroom * total, min(p.most, p.most_short) if short else p.most) - out[lay.urgent]
-        if min(first, others) < math.inf:
+        if min(first, others) < math.inf and not self._spared(device, total):
             give(lay.first if first <= others else lay.others, rest)
         if overdue:
             give(lay.others, p.overdue_share)
         return out
+
+    def _spared(self, device: int, total: float) -> bool:
+        """The collectives leave enough: their share of the time as it would be without what is granted."""
+        p, lay, link = self.p, self.p.layout, self.s.link
+        above = link.load_above[device]
+        taken = max(float(above[lay.first] - above[lay.collective]), 0.0)
+        if taken < PRESENT:
+            return False
+        sending = min(taken / max(1.0 - float(link.granted[device]), PRESENT), 1.0)
+        pausing = 1.0 - sending
+        unhindered = taken / max(taken + pausing, PRESENT)
+        room = 1.0 - float(link.taken[device]) - unhindered - IN_HAND
+        return bool(p.headroom * total <= min(p.most, room))
 
     def _held_back(self, i: int) -> bool:
         return self.s.t.stage[i] in (KV, P2D) and self._by_need(i) >= self.p.layout.deferred

@@ -80,6 +80,7 @@ class PolicyDecider:
         marks = policy.unannounced()[[crowd.stage for crowd in case.crowds]] if case.crowds else np.zeros(0, np.int16)
         self._crowds = self._bands(marks).astype(np.float64)
         self._usage = np.zeros(levels + OTHERS)
+        self._granted = 0.0
         self._then = 0.0
 
     def order(self, run: Run) -> Order:
@@ -101,6 +102,7 @@ class PolicyDecider:
         assured = self._floors * run.case.rate
         if self.decision.guarantee is not None:
             assured[self._level_bands] += self.decision.guarantee[0]
+            self._granted = float(self.decision.guarantee[0].sum()) / run.case.rate
         given = {float(band): rate for band, rate in enumerate(assured.tolist()) if rate}
         return Order(self._bands(self.decision.level).astype(np.float64), self._crowds, given)
 
@@ -187,6 +189,7 @@ class PolicyDecider:
             load_above=np.minimum(above[self._above], 1.0),
             floor=self._floors.sum(),
             taken=np.minimum(self._usage, self._floors)[others].sum(),
+            granted=self._granted,
         )
 
     def _compute_left(self, run: Run, b: int) -> float:

@@ -22,6 +22,10 @@ from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, Decision
 if TYPE_CHECKING:
     from mfsd.policy.views import B1, F8, I2, Explanation, Views
 
+PRESENT: Final = 0.02
+"""Collectives that take less of a device are none: a guarantee costs nobody anything there, and helps if they begin."""
+IN_HAND: Final = 0.05
+"""Share of a device that the collectives must leave beyond what is needed."""
 HOLD: Final = 0.7
 """A transfer that is guaranteed stays so until it needs less than this share of ``defer_until``; and see HELD_S."""
 
@@ -45,7 +49,8 @@ class DemandBound(Policy):
     ``defer_until`` on it is guaranteed: the policy asks for ``headroom`` times the bound for all who are together, and
     for the level of those due first, so that they are served by deadline. Half of the link is enough until then, so
     deferring costs nobody a deadline that sharing the link with one competitor would meet, and the collectives lose
-    only what somebody needs. More than ``most`` is taken from them only when there is nothing but the margin to spare.
+    only what somebody needs. More than ``most`` is taken from them only when there is nothing but the margin to spare,
+    and nothing where they leave enough by themselves, in their pauses.
 
     A transfer that has been deferred or given up for ``max_defer`` is let through whatever it needs.
 
@@ -203,12 +208,27 @@ class DemandBound(Policy):
         give(lay.urgent, rush)
         most = np.where(verdict.short, min(self.most_short, self.most), self.most)
         rest = np.minimum(self.headroom * verdict.total, most) - out[:, lay.urgent]
+        rest[self.spared(view, verdict)] = 0.0
         give(lay.first, np.where(there[:, lay.first] & leads, rest, 0.0))
         give(lay.others, np.where(there[:, lay.others] & ~leads, rest, 0.0))
         if overdue.any():
             waiting = np.bincount(view.transfers.device[overdue], minlength=devices) > 0
             give(lay.others, np.where(waiting, self.overdue_share, 0.0))
         return out * link.rate[:, None]
+
+    def spared(self, view: Views, verdict: Verdict) -> B1:
+        """Devices whose collectives leave what is needed without a guarantee, shape (devices,).
+
+        A collective waits for its end before the next one begins: as long as guarantees slow them down, they take less
+        than they would without. Who sends all the time, at whatever guarantees leave, would send all the time.
+        """
+        lay, link = self.layout, view.link
+        taken = np.maximum(link.load_above[:, lay.first] - link.load_above[:, lay.collective], 0.0)
+        sending = np.minimum(taken / np.maximum(1.0 - link.granted, PRESENT), 1.0)
+        unhindered = taken / np.maximum(taken + 1.0 - sending, PRESENT)
+        enough = np.minimum(self.most, 1.0 - link.taken - unhindered - IN_HAND)
+        spared: B1 = (taken >= PRESENT) & (self.headroom * verdict.total <= enough)
+        return spared
 
     # --- words --------------------------------------------------------------------------------------------------------
 
@@ -222,6 +242,7 @@ class DemandBound(Policy):
             verdict=verdict,
             needs=bool(self.needs(view, verdict)[row]),
             granted=float(guarantee[view.transfers.device[row], : self.layout.deferred].sum()),
+            spared=bool(self.spared(view, verdict)[view.transfers.device[row]]),
             longest=float(self.longest(view)[row]),
             layout=self.layout,
             margin=self.margin,

@@ -33,6 +33,8 @@ class Case:
     """It needs a guarantee."""
     granted: float
     """Bytes/s that its device guarantees to KV."""
+    spared: bool
+    """The collectives leave what is needed there."""
     longest: float
     """Seconds that it may be held back."""
     layout: Layout
@@ -88,11 +90,11 @@ def _needed(case: Case, out: Explanation, view: Views) -> None:
     else:
         amount = "nobody knows how much of its device"
     whose = "it" if verdict.first[row] else "with what is due before it, it"
-    granted = (
-        f", and {units.rate(case.granted)} are guaranteed on its device"
-        if case.needs and not verdict.greedy[row]
-        else ""
-    )
+    granted = ""
+    if case.needs and case.spared and not case.granted:
+        granted = ", which the collectives leave: nothing is guaranteed on its device"
+    elif case.needs and not verdict.greedy[row]:
+        granted = f", and {units.rate(case.granted)} are guaranteed on its device"
     out.reasons.append(f"{whose.capitalize()} needs {amount} to be in time{granted}.")
     if verdict.greedy[row]:
         out.reasons.append(
