@@ -126,13 +126,14 @@ def views_of(
 def _interleaved(view: TransferView, interleaved: B1, of: npt.NDArray[np.int32], starts: F8, sent: F8) -> None:
     """What is left of, and stands before, transfers whose bytes are interleaved: they share what their stream moves.
 
-    Nobody can tell whose bytes went; an equal share of what has moved since a transfer was announced is its own. Of the
-    others as much stands before its end as they have left, but no more than it has itself: all advance together.
+    Nobody can tell whose bytes went; of what moved, all that were announced by then have equal shares. Of the others as
+    much stands before its end as they have left, but no more than it has itself: all advance together.
     """
     loose = np.flatnonzero(interleaved)
-    stream, start, size = of[loose], starts[loose], view.size[loose]
-    _, which, count = np.unique(stream, return_inverse=True, return_counts=True)
-    left = np.maximum(size - np.maximum(sent[loose] - start, 0.0) / count[which], np.minimum(size, STUCK_BYTES))
+    size = view.size[loose]
+    _, which, count = np.unique(of[loose], return_inverse=True, return_counts=True)
+    moved = _equal_shares(which, count, starts[loose], sent[loose])
+    left = np.maximum(size - moved, np.minimum(size, STUCK_BYTES))
     view.left[loose] = left
     if len(loose):
         # In order of what is left: all of those before it, and its own amount of each of those behind it.
@@ -142,6 +143,25 @@ def _interleaved(view: TransferView, interleaved: B1, of: npt.NDArray[np.int32],
         before = np.cumsum(own) - own
         behind = count[which[order]] - (np.arange(len(order)) - first) - 1
         view.ahead[loose[order]] = np.maximum(before - before[first], 0.0) + own * behind
+
+
+def _equal_shares(which: Rows, count: npt.NDArray[np.intp], start: F8, sent: F8) -> F8:
+    """What each transfer has moved of its stream's bytes, shape (n,): each byte is shared by those that had begun.
+
+    ``which``: stream of each; ``count``: transfers of each stream; ``start``: offset at which each was announced;
+    ``sent``: how far its stream has come.
+    """
+    order = np.lexsort((start, which))
+    first = (np.cumsum(count) - count).take(which[order])
+    after = first + count.take(which[order])
+    begun = np.arange(len(order)) - first + 1
+    following = np.append(start[order][1:], np.inf)
+    following[after - 1] = np.inf
+    share = np.maximum(np.minimum(following, sent[order]) - start[order], 0.0) / begun
+    to_come = np.append(np.cumsum(share[::-1])[::-1], 0.0)  # from each on to the end of all
+    out = np.empty(len(order))
+    out[order] = to_come[:-1] - to_come.take(after)
+    return out
 
 
 def _requests(books: Books, now: float) -> RequestView:

@@ -233,6 +233,39 @@ def test_interleaved_bytes_are_shared_as_if_one_ended_after_the_other(
     assert all(t.get(x, "end") - t.get(x, "start") == t.get(x, "size") for x in stream.queue)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 5)), min_size=1, max_size=20),
+    st.integers(0, 5),
+)
+def test_interleaved_bytes_are_those_of_whoever_was_announced_by_then(
+    announced: list[tuple[int, int, int]], last: int
+) -> None:
+    """Transfers of several connections, each after so many megabytes of the one that it is announced on."""
+    h, mb = Host(), 1_000_000
+    socks = [h.socket(i) for i in range(1, 5)]
+    h.request("r", 20.0)
+    moved: dict[str, float] = {}
+    of: dict[str, int] = {}
+
+    def send(which: int, count: int) -> None:
+        h.send(socks[which], count * mb)
+        sharing = [name for name in of if of[name] == which]
+        for name in sharing:
+            moved[name] += count * mb / len(sharing)
+
+    for i, (which, size, before) in enumerate(announced):
+        send(which, before)
+        of[str(i)], moved[str(i)] = which, 0.0
+        h.transfer(str(i), socks[which], size * 200 * mb, ordered=False)
+        h.tick()
+    for which in range(4):
+        send(which, last)
+    view = h.engine.steering.views(h.now, h.connections.positions.moved(h.engine.books.streams)).transfers
+    for transfer, left in zip(h.engine.books.transfers.objects, view.left.tolist(), strict=True):
+        whole = float(h.engine.books.transfers.get(transfer, "size"))
+        assert left == pytest.approx(whole - moved[transfer.id])
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=20))
 def test_what_stands_before_interleaved_bytes(announced: list[tuple[int, int]]) -> None:
     h = Host()

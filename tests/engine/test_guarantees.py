@@ -124,6 +124,8 @@ def test_what_is_given_is_in_bytes_and_leaves_out_what_nobody_asked_for() -> Non
     ((band, rate),) = guarantees.given(0).items()
     assert band == ladder.band_of[2]
     assert guarantees.standing(0)
+    assert guarantees.granted().tolist() == [rate / SLOW]
     assert 0.3 * WIRE <= rate / SLOW - bands.bands[band].floor <= 0.3 * WIRE + STEP + 1e-9
     device.floors = False
     assert guarantees.given(0) == {}
+    assert guarantees.granted().tolist() == [0.0]
