@@ -30,6 +30,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 HOST: Final = "127.0.0.1"
 SIZE: Final = 8 << 20
 ROUNDS: Final = 3
+MOVES: Final = 5
+"""Transfers of a round that are announced for a request: a write, a read, a batch, and two blocks of the Store."""
 PORTS: Final = {"hold": (15000, 15099), "ask": (15100, 15199)}
 STORE_PORTS: Final = (17001, 17999)
 SEGMENT: Final = 256 << 20
@@ -92,6 +94,7 @@ def ask() -> None:
     data, address = memory(inner, SIZE)
     engine = HintedEngine(inner, hints, PORTS["hold"])
     stored = HintedStore(store(), hints, STORE_PORTS)
+    need(stored.register_buffer(address, SIZE), "register_buffer")
     tell(ready=True)
     for line in sys.stdin:
         n = json.loads(line)
@@ -109,6 +112,9 @@ def ask() -> None:
         )  # fmt: skip
         out["put"] = stored.put(f"block {n}", bytes([n]) * SIZE)
         out["get right"] = int(stored.get(f"block {n}", mfsd=early) != bytes([n]) * SIZE)
+        data[:] = 0
+        out["get_into"] = stored.get_into(f"block {n}", address, SIZE, mfsd=early) - SIZE
+        out["get_into right"] = int((data != n).sum())
         out["rejected"] = hints.stats.rejected
         hints.done(request=f"r{n}")
         tell(**out)
@@ -201,8 +207,8 @@ def check(python: str, folder: Path) -> list[str]:
                         counters = rpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=10).counters
                     print(f"hints accepted {counters.hints_accepted}, rejected {counters.hints_rejected}; "
                           f"transfers completed {counters.transfers_completed}")  # fmt: skip
-                    if counters.hints_rejected or counters.transfers_completed != 4 * ROUNDS:
-                        problems.append(f"not {4 * ROUNDS} transfers were seen to arrive, or hints were rejected")
+                    if counters.hints_rejected or counters.transfers_completed != MOVES * ROUNDS:
+                        problems.append(f"not {MOVES * ROUNDS} transfers were seen to arrive, or hints were rejected")
                     mfsd.kill()
         finally:
             for one in workers:
