@@ -42,6 +42,8 @@ class Answer:
     """When the batch was applied."""
     tick: int
     """The engine's count of ticks then."""
+    here: bool = False
+    """There is something for the engine to decide."""
     fresh: dict[Watch, int] = field(default_factory=dict)
     """Selectors that are marked, or that the session has not used before; index of the first hint that named it."""
 

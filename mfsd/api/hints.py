@@ -123,13 +123,14 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             rejected += await self._progress(batch.progress, answer, turn, now)
         if rows:
             rejected += await self._transfers(batch.transfers, answer, turn, now)
+        answer.here |= bool(steps or rows)
         reply.accepted = size - rejected
         counters = engine.books.counters
         counters.hints_accepted += size - rejected
         counters.hints_rejected += rejected
         if session.events:
             drain(session, reply)
-        if reply.accepted:
+        if reply.accepted and answer.here:
             self._ticks.poke(waiting=alone)
         return answer
 
@@ -197,7 +198,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             message = hints[index]
             try:
                 hint = decode(message, now)
-                apply(session, hint, now)
+                answer.here |= apply(session, hint, now)
             except HintError as e:
                 reply.rejected.add(index=index, status=errors.rejection(e, _full_path(e.field, message)))
             except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
@@ -283,7 +284,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
 
     async def settle(self, answer: Answer) -> pb.HintReply:
         """The reply, complete, once the kernel obeys what it answers; or when that takes too long."""
-        if answer.reply.accepted:
+        if answer.reply.accepted and answer.here:
             fresh = answer.fresh
             until = answer.at + (LOOK_S if fresh else SETTLE_S)
             while self._ticks.count <= answer.tick or not all(watch.looked for watch in fresh):

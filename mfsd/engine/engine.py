@@ -145,10 +145,15 @@ class Engine:
             self.elsewhere.ended(session)
         self.delivery.hand_over(self.endings.end_session(session, now), now)
 
-    def apply(self, session: Session, hint: Hint, now: float) -> None:
-        """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
-        if self.elsewhere is None or not self.elsewhere.take(session, hint, now):
-            self.ledger.apply(session, hint, now)
+    def apply(self, session: Session, hint: Hint, now: float) -> bool:
+        """Apply one hint. Raises HintError and changes nothing if it can't be applied.
+
+        False: it was handed on to another host, and there is nothing to decide here.
+        """
+        if self.elsewhere is not None and self.elsewhere.take(session, hint, now):
+            return False
+        self.ledger.apply(session, hint, now)
+        return True
 
     def gather(self, now: float, *, on: bool) -> None:
         """Between on and off, and no longer than till others have their turn, cancellations are gathered."""

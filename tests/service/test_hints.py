@@ -332,10 +332,10 @@ def test_a_failure_of_ours_costs_one_hint(api: Api, running: Running, monkeypatc
     engine = running.daemon.engine
     apply = engine.apply
 
-    def broken(session: Any, hint: Any, now: float) -> None:
+    def broken(session: Any, hint: Any, now: float) -> bool:
         if getattr(hint, "id", "") == "cursed":
             raise ZeroDivisionError
-        apply(session, hint, now)
+        return apply(session, hint, now)
 
     monkeypatch.setattr(engine, "apply", broken)
     reply = api.send(request(), request(id="cursed"), request(id="after"))
