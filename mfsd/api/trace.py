@@ -6,6 +6,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mfsd.api.messages import shown_level
 from mfsd.engine.tally import EndedTransfer, spent
 from mfsd.ground.model import INF
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mfsd.engine.engine import Engine
-    from mfsd.engine.records import Request, Transfer
+    from mfsd.engine.records import Request
+    from mfsd.ground.bands import Ladder
 
     Interval = tuple[float, float]
 
@@ -37,37 +40,30 @@ def of_request(engine: Engine, now: float, name: str, session: str = "") -> pb.R
         end = gone.ended if gone.ended < INF else now
     done = [t for t in tally.of_request(name) if t.session == of and t.created >= begin]
     under_way = _live(engine, live, now)
-    moments = [*done, *(t for t, _ in under_way)]
-    out = pb.RequestTrace(
+    every = [*done, *under_way]
+    shown = [_transfer(t, begin, over=n < len(done)) for n, t in enumerate(every)]
+    return pb.RequestTrace(
         request_id=name,
         session=of,
         over=over,
         seconds=end - begin,
         slack_s=deadline - end if deadline < INF else None,
-        spent=_spent(moments, begin, end),
-        transfers=[_transfer(t, begin, over=True) for t in done],
+        spent=_spent(every, begin, end),
+        held_back_s=_held_back(every, begin, end, engine.steering.ladder),
+        transfers=sorted(shown, key=lambda t: t.announced_s),
     )
-    for t, transfer in under_way:
-        shown = _transfer(t, begin, over=False)
-        shown.rescues = sum(c.rescues for c in transfer.stream.members)
-        out.transfers.append(shown)
-    out.transfers.sort(key=lambda t: t.announced_s)
-    return out
 
 
-def _live(engine: Engine, request: Request | None, now: float) -> list[tuple[EndedTransfer, Transfer]]:
+def _live(engine: Engine, request: Request | None, now: float) -> list[EndedTransfer]:
     """Its unfinished transfers, as if they ended now."""
     if request is None:
         return []
     columns = engine.books.transfers
     return [
-        (
-            EndedTransfer(
-                t.id, t.session.name, request.id, t.stage, float(columns.get(t, "size")),
-                float(columns.get(t, "created")), float(columns.get(t, "begun")), now, False,
-                float(columns.get(t, "deadline")), int(columns.get(t, "first_level")), t.path,
-            ),
-            t,
+        EndedTransfer(
+            t.id, t.session.name, request.id, t.stage, float(columns.get(t, "size")),
+            float(columns.get(t, "created")), float(columns.get(t, "begun")), now, False,
+            float(columns.get(t, "deadline")), int(columns.get(t, "first_level")), t.path, t.rescues,
         )
         for t in request.transfers
     ]  # fmt: skip
@@ -89,6 +85,7 @@ def _transfer(t: EndedTransfer, begin: float, *, over: bool) -> pb.TransferTrace
             for level, seconds in spent(t.first_level, t.path, t.created, t.ended).items()
         ],
         promotions=sum(b < a for a, b in pairwise(levels)),
+        rescues=t.rescues,
     )
 
 
@@ -98,6 +95,18 @@ def _spent(transfers: Sequence[EndedTransfer], begin: float, end: float) -> pb.S
     busy = _union((t.created, t.ended) for t in transfers)
     on_wire, either = _length(wire, begin, end), _length(busy, begin, end)
     return pb.Spent(elsewhere_s=max(end - begin - either, 0.0), queue_s=max(either - on_wire, 0.0), wire_s=on_wire)
+
+
+def _held_back(transfers: Sequence[EndedTransfer], begin: float, end: float, ladder: Ladder) -> float:
+    """Seconds in which some were under way, and none of them in the band of unhinted traffic or above it."""
+    default = ladder.plan.default.index
+    forward: list[Interval] = []
+    for t in transfers:
+        since, levels = zip(*[(t.created, t.first_level), *t.path, (t.ended, t.first_level)], strict=True)
+        band = ladder.bands(np.array(levels, dtype=np.int16))
+        forward += [moments for moments, b in zip(pairwise(since), band.tolist(), strict=False) if b <= default]
+    busy = _length(_union((t.created, t.ended) for t in transfers), begin, end)
+    return max(busy - _length(_union(forward), begin, end), 0.0)
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:

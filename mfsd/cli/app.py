@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import click
 from click.shell_completion import CompletionItem
@@ -133,14 +133,14 @@ def _tls_options() -> Callable[[Any], Any]:
     return wrap
 
 
-def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+def command(name: str, cls: type[click.Command] = click.Command) -> Callable[[Callable[..., None]], click.Command]:
     """Declare a command of mfsctl: it gets ``g: Globals`` and takes --socket and --json, too.
 
     Its help is the docstring.
     """
 
     def wrap(f: Callable[..., None]) -> click.Command:
-        made: click.Command = click.command(name)(with_globals(f))
+        made: click.Command = click.command(name, cls)(with_globals(f))
         return made
 
     return wrap
@@ -160,8 +160,11 @@ def with_globals(f: Callable[..., None]) -> Callable[..., None]:
                 tls[name] = given
         f(Globals(Target.of(socket, tls), json_ or bool(outer.get("json_"))), **kwargs)
 
-    options: Callable[..., None] = _json_option()(_socket_option()(_tls_options()(click.pass_context(run))))
-    return options
+    own = len(getattr(f, "__click_params__", ()))
+    options: Any = _json_option()(_socket_option()(_tls_options()(click.pass_context(run))))
+    # click lists them from the last to the first: a command's own come before those of all commands.
+    options.__click_params__ = options.__click_params__[own:] + options.__click_params__[:own]
+    return cast("Callable[..., None]", options)
 
 
 @click.group(

@@ -245,7 +245,7 @@ def transfer(  # one argument per field of the message
 @click.argument("kind", type=KIND)
 @click.argument("id_", metavar="ID")
 def done(kind: str, id_: str) -> pb.Hint:
-    """Say that a transfer, or everything of a request or batch, is complete."""
+    """Say that a transfer, request or batch is complete."""
     return pb.Hint(completion=pb.Completion(**{f"{kind}_id": id_}))
 
 
@@ -253,7 +253,7 @@ def done(kind: str, id_: str) -> pb.Hint:
 @click.argument("kind", type=KIND)
 @click.argument("id_", metavar="ID")
 def cancel(kind: str, id_: str) -> pb.Hint:
-    """Say that the bytes of a transfer, request or batch will not come."""
+    """Say that a transfer, request or batch will not come."""
     return pb.Hint(cancellation=pb.Cancellation(**{f"{kind}_id": id_}))
 
 
@@ -262,6 +262,9 @@ def cancel(kind: str, id_: str) -> pb.Hint:
 @INTERLEAVED
 @_selector_options
 def mark(stage: str, *, interleaved: bool, **selector: Any) -> pb.Hint:
-    """Say that what is sent on connections without a hint belongs to a stage, and how many those are now."""
+    """Say which stage connections without hints belong to.
+
+    How many those are now is printed, too.
+    """
     number = STAGES.get(stage, pb.STAGE_UNSPECIFIED)
     return pb.Hint(connection=pb.ConnectionMark(selector=_selector(**selector), stage=number, interleaved=interleaved))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import click
@@ -80,8 +81,9 @@ def _library(name: str) -> None:
     files = shipped()
     if not name:
         for one, file in files.items():
-            comment = file.read_text(encoding="utf-8").splitlines()[1]
-            click.echo(f"{one:16}{comment.removeprefix('# ')}")
+            lines = file.read_text(encoding="utf-8").splitlines()[1:]
+            about = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line != "#", lines))
+            click.echo(output.paragraph(about, f"{one:16}"))
     elif name in files:
         click.echo(files[name].read_text(encoding="utf-8"), nl=False)
     else:

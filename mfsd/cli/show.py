@@ -209,7 +209,7 @@ def _help_stats(ctx: click.Context, _param: click.Parameter, value: bool) -> Non
         ctx.exit()
     for n, (title, _, texts) in enumerate(SECTIONS):
         click.echo(f"{chr(10) if n else ''}{title}")
-        formatter = click.HelpFormatter(width=tables.WIDEST, indent_increment=2)
+        formatter = click.HelpFormatter(width=tables.columns() or sys.maxsize, indent_increment=2)
         with formatter.indentation():
             formatter.write_dl(list(texts.items()))
         click.echo(formatter.getvalue(), nl=False)

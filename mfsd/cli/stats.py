@@ -11,6 +11,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
+from mfsd.cli.errors import CliError
 from mfsd.ground import tables, units
 from mfsd.ground.metrics import METRICS, PREFIX
 from mfsd.v1 import control_pb2 as pb
@@ -24,16 +25,19 @@ _PREFIX: Final = "LOG_LEVEL_"
 LEVELS: Final = {name.removeprefix(_PREFIX).lower(): number for name, number in pb.LogLevel.items() if number}
 
 
-def _epilog() -> str:
-    """Every metric with its labels and meaning."""
-    lines = ["\b", "Metrics:"]
-    for m in METRICS:
-        labels = f"{{{','.join(m.labels)}}}" if m.labels else ""
-        lines += [f"  {m.full_name}{labels} ({m.kind})", f"      {m.what}"]
-    return "\n".join(lines)
+class _WithMetrics(click.Command):
+    """Its help describes every metric."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Every metric with its labels and meaning."""
+        del ctx
+        formatter.write("\nMetrics:\n")
+        for m in METRICS:
+            labels = f"{{{','.join(m.labels)}}}" if m.labels else ""
+            formatter.write(f"  {m.full_name}{labels} ({m.kind})\n{output.paragraph(m.what, '      ')}\n")
 
 
-@command("stats")
+@command("stats", cls=_WithMetrics)
 @click.argument("name", required=False)
 @click.option("--openmetrics", is_flag=True, help="As the endpoint gives it, for a file that a collector reads.")
 def stats(g: Globals, name: str | None, *, openmetrics: bool) -> None:
@@ -48,6 +52,8 @@ def stats(g: Globals, name: str | None, *, openmetrics: bool) -> None:
         return
     known = text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
     families = [f for f in known if not name or name in f.name]
+    if not families:
+        raise CliError(f"no metric has {name!r} in its name; `mfsctl stats --help` describes all of them")
     if g.json:
         output.print_json(
             {
@@ -75,9 +81,6 @@ def _rows(families: Iterable[Family]) -> Iterable[list[str]]:
                 yield [f"{family.name.removeprefix(PREFIX)}_count", labels, f"{s.value:.6g}"]
 
 
-stats.epilog = _epilog()
-
-
 @command("trace")
 @click.argument("request_id")
 @click.option("--session", default="", help="Of this client, where several have a request of that name.")
@@ -98,8 +101,12 @@ def trace(g: Globals, request_id: str, session: str) -> None:
     click.echo(f"request {answer.request_id} of session {answer.session}: {state} after "
                f"{units.duration(answer.seconds)}{slack}")  # fmt: skip
     spent = answer.spent
-    for words, seconds in (("in a queue", spent.queue_s), ("on the wire", spent.wire_s),
-                           ("neither (compute, or nothing announced)", spent.elsewhere_s)):  # fmt: skip
+    for words, seconds in (
+        ("until a first byte left", spent.queue_s),
+        ("from a first byte to a last", spent.wire_s),
+        ("neither (compute, or nothing announced)", spent.elsewhere_s),
+        ("of all that held back, below unhinted traffic", answer.held_back_s),
+    ):
         share = seconds / answer.seconds if answer.seconds else 0.0
         click.echo(f"  {share:>4.0%}  {units.duration(seconds):>8}  {words}")
     if answer.transfers:

@@ -172,6 +172,8 @@ class Transfer:
     """As many bytes as it has had just gone without a hint when it was announced: perhaps they were its."""
     path: tuple[tuple[float, int], ...] = ()
     """(when, level) of each later decision; the latest ones."""
+    rescues: int = 0
+    """Of its connections, while it was the first of its stream."""
     row: int = -1
 
     @property

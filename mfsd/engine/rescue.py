@@ -191,6 +191,9 @@ class Rescuer:
             for done in device.rescued():
                 if done.freed:
                     done.order.conn.rescues += 1
+                    for stream in done.order.conn.streams:
+                        if stream.queue:
+                            stream.queue.first.rescues += 1
                     purged.append(done.order.promoted)
                 else:
                     self._budgets[index].left += 1

@@ -37,7 +37,7 @@ _COLUMNS: Final = ("stage", "size", "created", "begun", "deadline", "first_level
 """Of a transfer's columns: those that are remembered."""
 _NOTED: Final = np.dtype([
     ("stage", "u1"), ("size", "f8"), ("created", "f8"), ("begun", "f8"), ("deadline", "f8"), ("first_level", "i2"),
-    ("ended", "f8"), ("delivered", "?"), ("uid", "i8"),
+    ("ended", "f8"), ("delivered", "?"), ("uid", "i8"), ("rescues", "u4"),
 ])  # fmt: skip
 
 
@@ -58,6 +58,7 @@ class EndedTransfer(NamedTuple):
     deadline: float
     first_level: int
     path: tuple[tuple[float, int], ...]
+    rescues: int
 
     @property
     def started(self) -> float:
@@ -183,6 +184,7 @@ class Tally:
             self._transfers[name][rows] = value
         self._transfers["ended"][rows], self._transfers["delivered"][rows] = at, delivered
         self._transfers["uid"][rows] = [t.session.uid for t in transfers]
+        self._transfers["rescues"][rows] = [t.rescues for t in transfers]
         self._names[rows] = [t.id for t in transfers]
         self._sessions[rows] = [t.session.name for t in transfers]
         self._paths[rows] = [t.path for t in transfers]
@@ -261,10 +263,10 @@ class Tally:
             row = n % TRANSFERS_KEPT
             if self._requests[row] != request:
                 continue
-            stage, size, created, begun, deadline, first, ended, delivered, _ = self._transfers[row].item()
+            stage, size, created, begun, deadline, first, ended, delivered, _, rescues = self._transfers[row].item()
             yield EndedTransfer(
                 self._names[row], self._sessions[row], request, Stage(stage), size, created, begun, ended, delivered,
-                deadline, first, self._paths[row],
+                deadline, first, self._paths[row], rescues,
             )  # fmt: skip
 
     def finished_as(self, request: str, session: str = "") -> EndedRequest | None:

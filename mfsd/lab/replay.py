@@ -42,13 +42,18 @@ class Made:
     took: Mapping[int, float]
     """Seconds from the announcement to the end, by position in the record."""
     late: Mapping[Owner, float]
-    """Seconds after the deadline (negative: to spare) of each request's latest transfer."""
+    """Seconds after the deadline (negative: to spare) of each request's latest transfer; nan: it is not over."""
     stages: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     @property
     def in_time(self) -> int:
         """Requests in time."""
         return sum(late <= CLOCK for late in self.late.values())
+
+    @property
+    def too_late(self) -> int:
+        """Requests that are not."""
+        return sum(late > CLOCK for late in self.late.values())
 
 
 def used(record: Record) -> list[int]:
@@ -57,7 +62,7 @@ def used(record: Record) -> list[int]:
 
 
 def as_recorded(record: Record) -> Made:
-    """What became of them in fact. What was cut off or was not over yet is late, if it had a deadline."""
+    """What became of them in fact. What was cut off is late, if it had a deadline; so is what was not over by then."""
     ends = {}
     for i in used(record):
         t = record.transfers[i]
@@ -107,9 +112,16 @@ def _made(name: str, record: Record, ends: Mapping[int, float]) -> Made:
             stages[t.stage].append(end - t.at)
         if t.deadline < math.inf:
             owner = t.session, t.request or t.id
-            by = math.inf if math.isnan(end) else end + _compute(t) - t.deadline
-            late[owner] = max(late.get(owner, -math.inf), by)
+            by = end + _compute(t) - t.deadline
+            if math.isnan(end) and (not math.isnan(t.ended) or t.deadline < record.seconds):
+                by = math.inf
+            late[owner] = max(late.get(owner, -math.inf), by, key=_badness)
     return Made(name, took, late, stages)
+
+
+def _badness(late: float) -> tuple[bool, bool, float]:
+    """In time, not known, late."""
+    return late > CLOCK, math.isnan(late), late
 
 
 def doubts(record: Record) -> list[str]:
@@ -123,13 +135,16 @@ def doubts(record: Record) -> list[str]:
 
 def rows(made: Iterable[Made]) -> list[list[str]]:
     """A table, the heads first: requests in time, and how long transfers of each stage took."""
-    out = [["policy", "in time", "late", *(f"{name} {q}" for name in STAGES.values() for q in ("p50", "p99"))]]
+    out = [
+        ["policy", "in time", "late", "not over", *(f"{name} {q}" for name in STAGES.values() for q in ("p50", "p99"))]
+    ]
     for one in made:
         figures = []
         for stage in STAGES:
             values = one.stages[stage]
             figures += [units.duration(float(np.quantile(values, q))) if values else "-" for q in (0.5, 0.99)]
-        out.append([one.name, str(one.in_time), str(len(one.late) - one.in_time), *figures])
+        known = one.in_time, one.too_late
+        out.append([one.name, *map(str, known), str(len(one.late) - sum(known)), *figures])
     return out
 
 

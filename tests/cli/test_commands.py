@@ -285,6 +285,9 @@ def test_metrics_count_what_has_been_said(busy: Rig) -> None:
     assert "hints_total" in table
     assert "build_info" not in table
     assert busy.run("stats", "--openmetrics").out.endswith("# EOF\n")
+    none = busy.run("stats", "no-such")
+    assert (none.code, none.out) == (1, "")
+    assert "'no-such'" in none.err
 
 
 def test_the_level_of_the_log_changes_at_run_time(tmp_path: Path) -> None:

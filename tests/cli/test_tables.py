@@ -214,6 +214,22 @@ def test_mfsctl_on_a_terminal(long_names: Rig, columns: int) -> None:
     assert f"- {sentence}" in " ".join(explained.split())
 
 
+@pytest.mark.parametrize("columns", [72, 80])
+@pytest.mark.parametrize("words", ["status --help-stats", "stats --help", "rules --library"])
+def test_what_describes_much_fits_a_terminal_and_is_whole(words: str, columns: int) -> None:
+    argv = [*MFSCTL, *words.split()]
+    shown, piped = on_a_terminal(argv, columns), in_a_pipe(argv, columns)
+    assert max(map(len, shown.splitlines())) <= columns
+    assert characters(shown) == characters(piped)
+    assert max(map(len, piped.splitlines())) > 99
+
+
+def test_the_options_of_a_command_come_before_those_of_all(rig: Rig) -> None:
+    said = rig.run("explain", "--help").out
+    assert said.index("--slot") < said.index("--cookie") < said.index("--json") < said.index("--tls-key")
+    assert "..." not in rig.run("hint", "--help").out.partition("Commands:")[2]
+
+
 STATUS: Final = """
 import sys
 sys.path.insert(0, "tests")

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import pytest
 from support.harness import MSS, FakeSocket, Host
 
+from mfsd.api.trace import of_request
 from mfsd.engine.settings import RescueConfig
-from mfsd.ground.model import Endpoints, Mode
+from mfsd.ground.model import Endpoints, Mode, What
 
 
 def deferred(h: Host, cookie: int = 1, left: float = 0.2, device: int = 0) -> tuple[FakeSocket, tuple[int, int]]:
@@ -35,6 +37,32 @@ def test_a_starved_promoted_connection_is_purged_in_its_old_lane() -> None:
     assert h.device.purged[0] == place
     assert h.engine.books.counters.rescues >= 1
     assert h.band(s) != h.bands.bands[place[0]].name
+
+
+def test_a_trace_says_who_was_rescued_and_for_how_long_all_were_held_back() -> None:
+    h = Host("demand-bound")
+    begin = h.now
+    s, _ = deferred(h)
+    h.transfer("behind", s, 1000, request="r1")
+    promote(h)
+    rescues = h.engine.books.counters.rescues
+    assert rescues >= 1
+    (lifted, _), *_, (given_up, _) = h.session.transfers["t1"].path
+    assert begin < lifted < given_up < h.now
+
+    def traced() -> tuple[dict[str, int], float]:
+        found = of_request(h.engine, h.now, "r1")
+        assert found is not None
+        return {t.id: t.rescues for t in found.transfers}, found.held_back_s
+
+    assert traced() == ({"t1": rescues, "behind": 0}, pytest.approx(lifted - begin + h.now - given_up))
+    h.ack(s, 90 * MSS)
+    h.send(s, 1_001_000 - 90 * MSS)
+    h.done("r1", What.REQUEST)
+    for _ in range(10):
+        h.tick(0.1)
+    assert h.counted[0] == 2
+    assert traced()[0] == {"t1": rescues, "behind": 0}
 
 
 def test_what_tcp_sends_again_after_a_rescue_is_counted_once() -> None:

@@ -77,10 +77,31 @@ def test_compute_follows_stage_1_and_requests_are_as_late_as_their_latest_transf
     assert made.took == {0: pytest.approx(1.0), 1: pytest.approx(0.5), 2: pytest.approx(1.0)}
     assert made.late == {("w", "r0"): pytest.approx(0.5)}  # 0.1 s by stage 1, 0.5 s by stage 3
     (_, row) = replay.rows([made])
-    assert row == ["fair", "0", "1", "1 s", "1 s", "500 ms", "500 ms", "1 s", "1 s"]
+    assert row == ["fair", "0", "1", "0", "1 s", "1 s", "500 ms", "500 ms", "1 s", "1 s"]
     happened = replay.as_recorded(record)
     assert happened.late == {("w", "r0"): math.inf}
     assert math.isnan(happened.took[0])
+
+
+def test_what_the_record_ends_before_is_neither_in_time_nor_late(tmp_path: Path) -> None:
+    file = written(
+        tmp_path / "r",
+        hint(0, 3, 1000, 50.0),
+        hint(1, 3, 1000, 1.0, request="r0"),
+        hint(2, 3, 1000, 50.0),
+        hint(3, 3, 1000, 50.0, request="r2"),
+        hint(4, 3, 1000, 50.0),
+        hint(5, 3, 1000, 2.0),
+        {"t": 0.5, "end": 1, "delivered": True},
+        {"t": 3.0, "end": 3, "delivered": False},
+        {"t": 4.0, "end": 4, "delivered": True},
+    )
+    happened = replay.as_recorded(recording.read(file))
+    assert math.isnan(happened.late["w", "r0"])  # the other one of it was in time
+    assert happened.late["w", "r2"] == math.inf  # cut off
+    assert happened.late["w", "r4"] == pytest.approx(-46.0)
+    assert happened.late["w", "r5"] == math.inf  # past its deadline and not over
+    assert replay.rows([happened])[1][:4] == ["as recorded", "1", "2", "1"]
 
 
 def lab(*words: str) -> tuple[int, str]:
@@ -92,10 +113,10 @@ def test_the_command(incident: Path, tmp_path: Path) -> None:
     code, out = lab(str(incident), "--policy", "srpt", "--policy", "demand-bound")
     assert code == 0, out
     lines = [line.split() for line in out.splitlines()]
-    assert ["as", "recorded", "1", "1"] in [line[:4] for line in lines]
-    assert ["fair", "simulated", "1", "1"] in [line[:4] for line in lines]
-    assert ["srpt", "2", "0"] in [line[:3] for line in lines]
-    assert ["demand-bound", "2", "0"] in [line[:3] for line in lines]
+    assert ["as", "recorded", "1", "1", "0"] in [line[:5] for line in lines]
+    assert ["fair", "simulated", "1", "1", "0"] in [line[:5] for line in lines]
+    assert ["srpt", "2", "0", "0"] in [line[:4] for line in lines]
+    assert ["demand-bound", "2", "0", "0"] in [line[:4] for line in lines]
     assert "1 are in time under srpt only, 0 under fair simulated only" in out
     # Twice as fast, and fair sharing meets it, too.
     assert "Of 2 requests with a deadline 0 differ" in lab(str(incident), "--policy", "srpt", "--rate", "16mbit")[1]

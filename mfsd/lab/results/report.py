@@ -117,7 +117,7 @@ def publish(
 def show(rows: Rows, title: str) -> None:
     """Print a table."""
     heads: list[tuple[str, Literal["left", "right"]]] = [(h, "right" if i else "left") for i, h in enumerate(rows[0])]
-    tables.console().print(tables.table(heads, rows[1:], title))
+    tables.write(tables.Line(title, "bold"), tables.table(heads, rows[1:]))
 
 
 def markdown(rows: Rows) -> str:
