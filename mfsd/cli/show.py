@@ -157,8 +157,8 @@ def render_status(s: pb.Status) -> list[RenderableType]:
     return parts
 
 
-def render_connections(connections: Iterable[pb.Connection]) -> RenderableType:
-    """A table, or a line that says there are none."""
+def render_connections(connections: Iterable[pb.Connection]) -> list[RenderableType]:
+    """A table, or two where the terminal is narrow, or a line that says there are none."""
     rows = [
         [
             str(c.slot), c.endpoints or f"cookie {c.cookie}", output.STAGES.get(c.stage, "?"), c.band or "-",
@@ -168,13 +168,15 @@ def render_connections(connections: Iterable[pb.Connection]) -> RenderableType:
         for c in connections
     ]  # fmt: skip
     if not rows:
-        return "no connections"
-    return tables.table(
+        return ["no connections"]
+    return tables.parts(
         [
             ("slot", "right"), ("connection", "left"), ("stage", "left"), ("band", "left"), ("lane", "right"),
             ("xfers", "right"), ("left", "right"), ("sent", "right"), ("pro/resc", "right"), ("expires", "right"),
         ],
         rows,
+        ("connection", "stage", "band", "lane"),
+        ("xfers", "left", "sent", "pro/resc", "expires"),
     )  # fmt: skip
 
 
@@ -254,7 +256,7 @@ def connections(g: Globals, limit: int) -> None:
     if g.json:
         output.print_rows("connections", rows)
     else:
-        tables.write(render_connections(rows))
+        tables.write(*render_connections(rows))
 
 
 @command("transfers")
@@ -304,7 +306,7 @@ def watch(g: Globals, interval: float, *, with_connections: bool, count: int) ->
 
 
 def _frame(answer: pb.WatchReply, with_connections: bool) -> list[RenderableType]:  # noqa: FBT001 - an option handed on
-    more = ["", render_connections(answer.connections)] if with_connections else []
+    more = ["", *render_connections(answer.connections)] if with_connections else []
     return [*render_status(answer.status), *more]
 
 
@@ -332,7 +334,7 @@ def explain(g: Globals, transfer_id: str | None, slot: int | None, cookie: int |
     for reason in answer.reasons:
         click.echo(output.paragraph(reason, "- "))
     if answer.HasField("connection"):
-        tables.write("", render_connections([answer.connection]))
+        tables.write("", *render_connections([answer.connection]))
     if answer.transfers:
         tables.write("", render_transfers(answer.transfers))
     if answer.figures:

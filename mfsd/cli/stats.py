@@ -102,18 +102,20 @@ def trace(g: Globals, request_id: str, session: str) -> None:
                f"{units.duration(answer.seconds)}{slack}")  # fmt: skip
     spent = answer.spent
     for words, seconds in (
-        ("until a first byte left", spent.queue_s),
-        ("from a first byte to a last", spent.wire_s),
+        ("in a queue (until a first byte left)", spent.queue_s),
+        ("on the wire (from a first byte to a last)", spent.wire_s),
         ("neither (compute, or nothing announced)", spent.elsewhere_s),
         ("of all that held back, below unhinted traffic", answer.held_back_s),
     ):
         share = seconds / answer.seconds if answer.seconds else 0.0
         click.echo(f"  {share:>4.0%}  {units.duration(seconds):>8}  {words}")
     if answer.transfers:
-        tables.write("", tables.table(
+        tables.write("", *tables.parts(
             [("transfer", "left"), ("stage", "left"), ("size", "right"), ("announced", "right"), ("queue", "right"),
              ("wire", "right"), ("slack", "right"), ("levels", "left"), ("pro/resc", "right"), ("end", "left")],
             [_transfer_row(t, answer.seconds) for t in answer.transfers],
+            ("stage", "size", "announced", "queue", "wire", "slack", "end"),
+            ("pro/resc", "levels"),
         ))  # fmt: skip
 
 

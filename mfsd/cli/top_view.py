@@ -129,17 +129,22 @@ class Choice:
 
 def chosen_rows(look: Look, before: Look | None, choice: Choice) -> list[Row]:
     """Connections in order, as far as the filter lets them through."""
-    kept = [
-        r
-        for r in look.rows(before)
-        if _passes(choice, r.connection.endpoints, r.name, r.connection.session, r.connection.band)
-    ]
+    kept = []
+    for r in look.rows(before):
+        c = r.connection
+        stages = (names.get(c.stage, "") for names in (output.STAGES, STAGES))
+        if _passes(choice, c.endpoints, r.name, c.session, c.band, *stages):
+            kept.append(r)
     return sorted(kept, key=SORTS[choice.sort])
 
 
 def at_risk(look: Look, choice: Choice) -> list[pb.TransferState]:
     """Transfers with a deadline, the least time to spare first."""
-    timed = [t for t in look.transfers if t.HasField("laxity_s") and _passes(choice, t.id, t.request_id, t.session)]
+    timed = [
+        t
+        for t in look.transfers
+        if t.HasField("laxity_s") and _passes(choice, t.id, t.request_id, t.session, output.STAGES.get(t.stage, ""))
+    ]
     return sorted(timed, key=lambda t: t.laxity_s)
 
 
@@ -224,7 +229,7 @@ def _connections(look: Look, before: Look | None, choice: Choice, width: int, ro
     rows = chosen_rows(look, before, choice)
     heads: list[tuple[str, Side, int]] = [
         ("slot", "right", 5), (f"connections by {choice.sort}", "left", 0), ("for", "left", 4), ("band", "left", 10),
-        ("rate", "right", 11), ("left", "right", 6), ("pro/res", "right", 7),
+        ("rate", "right", 11), ("left", "right", 7), ("pro/res", "right", 7),
     ]  # fmt: skip
     cells = [
         [

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import mfsd
 from mfsd.ground import recording, units
+from mfsd.ground.tables import write
 from mfsd.ground.units import Rate
 from mfsd.lab import demo as closer
 from mfsd.lab import far, matrix, promotion
@@ -335,16 +336,15 @@ def replay(file: Path, policies: Sequence[str], rate: str | None) -> None:
     except (OSError, ValueError) as e:
         sys.exit(f"mfsd-lab: {e}")
     left_out = len(record.transfers) - len(replaying.used(record))
-    click.echo(
+    write(
         f"{len(record.transfers)} transfers in {units.duration(record.seconds)}, {left_out} of them left out "
         f"(background, or without a stage), under {record.policy} of mfsd {record.version}"
     )
     for words in replaying.doubts(record):
-        click.echo(f"! {words}")
+        write(f"! {words}")
     report.show(replaying.rows([replaying.as_recorded(record), again, *others]), file.name)
     for other in others:
-        for sentence in replaying.difference(again, other):
-            click.echo(sentence)
+        write(*replaying.difference(again, other))
 
 
 @main.command()

@@ -21,7 +21,7 @@ from mfsd.policy import registry
 from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from mfsd.ground.recording import Record, Recorded
 
@@ -133,14 +133,14 @@ def doubts(record: Record) -> list[str]:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def rows(made: Iterable[Made]) -> list[list[str]]:
-    """A table, the heads first: requests in time, and how long transfers of each stage took."""
-    out = [
-        ["policy", "in time", "late", "not over", *(f"{name} {q}" for name in STAGES.values() for q in ("p50", "p99"))]
-    ]
+def rows(made: Sequence[Made]) -> list[list[str]]:
+    """A table, the heads first: requests in time, and how long transfers of each stage took that there is."""
+    there = [stage for stage in STAGES if any(one.stages[stage] for one in made)]
+    heads = [f"{STAGES[stage]} {q}" for stage in there for q in ("p50", "p99")]
+    out = [["policy", "in time", "late", "not over", *heads]]
     for one in made:
         figures = []
-        for stage in STAGES:
+        for stage in there:
             values = one.stages[stage]
             figures += [units.duration(float(np.quantile(values, q))) if values else "-" for q in (0.5, 0.99)]
         known = one.in_time, one.too_late

@@ -80,7 +80,7 @@ def test_extreme_answers_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert " ".join(control) == "control 6d66:1001 1 20 Mbit/s - - - 0 0 B 0 0 0 B urgent -"
     (behind,) = [line.split() for line in out.splitlines() if line.startswith("background")]
     assert " ".join(behind[:8]) == "background 6d66:9001 32 987 Mbit/s - 100 Mbit/s"
-    tables.console().print(show.render_connections([samples.connection()]))
+    tables.write(*show.render_connections([samples.connection()]))
     (_, row_text) = capsys.readouterr().out.splitlines()
     assert samples.LONG_V6 in row_text
     assert row_text.split()[-9:] == ["31", "12", "1", "TB", "1", "TB", "100/99", "29.9", "s"]
@@ -228,6 +228,21 @@ def test_the_options_of_a_command_come_before_those_of_all(rig: Rig) -> None:
     said = rig.run("explain", "--help").out
     assert said.index("--slot") < said.index("--cookie") < said.index("--json") < said.index("--tls-key")
     assert "..." not in rig.run("hint", "--help").out.partition("Commands:")[2]
+
+
+def test_what_most_names_need_is_in_one_piece_on_80_columns(rig: Rig) -> None:
+    ends = ("--from", "10.123.101.111:43157", "--to", "10.123.101.112:41157")
+    assert rig.run("hint", "request", "r1", "--ttft-left", "60s").code == 0
+    what = ("--request", "r1", "--stage", "collective", "--bytes", "999.5MB")
+    assert rig.run("hint", "transfer", "r1/kv/0", *what, *ends).code == 0
+    argv = [*MFSCTL, "--socket", str(rig.socket)]
+    shown = on_a_terminal([*argv, "connections"], 80)
+    assert "10.123.101.111:43157 -> 10.123.101.112:41157 " in shown
+    shown = on_a_terminal([*argv, "trace", "r1"], 80)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert sum(line.startswith("r1/kv/0 ") for line in shown.splitlines()) == 2
+    assert "announced" in shown
+    assert "under way" in shown
 
 
 STATUS: Final = """

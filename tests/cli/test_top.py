@@ -94,6 +94,9 @@ def test_what_it_shows_fits_and_keys_do_what_they_say(screen: Terminal) -> None:
     it.press("Escape")
     lines = it.wait("relaxed/", "8 min")  # all due together: which of them the room shows is nobody's business
     assert sum("relaxed/" in line for line in lines) >= 3
+    it.press("/", "coll", "Enter")  # by what is to be seen in any column
+    assert len(listed(it.wait("only 'coll'", "relaxed/3"))) == 1
+    it.press("Escape")
     # The late one is explained from the other pane.
     it.press("Tab", "e")
     it.wait("transfers: urgent/2")

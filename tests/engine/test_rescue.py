@@ -55,7 +55,9 @@ def test_a_trace_says_who_was_rescued_and_for_how_long_all_were_held_back() -> N
         assert found is not None
         return {t.id: t.rescues for t in found.transfers}, found.held_back_s
 
-    assert traced() == ({"t1": rescues, "behind": 0}, pytest.approx(lifted - begin + h.now - given_up))
+    rescued, held_back = traced()
+    assert rescued == {"t1": rescues, "behind": 0}
+    assert held_back == pytest.approx(lifted - begin + h.now - given_up)
     h.ack(s, 90 * MSS)
     h.send(s, 1_001_000 - 90 * MSS)
     h.done("r1", What.REQUEST)
