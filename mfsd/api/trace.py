@@ -104,7 +104,8 @@ def _held_back(transfers: Sequence[EndedTransfer], begin: float, end: float, lad
     for t in transfers:
         since, levels = zip(*[(t.created, t.first_level), *t.path, (t.ended, t.first_level)], strict=True)
         band = ladder.bands(np.array(levels, dtype=np.int16))
-        forward += [moments for moments, b in zip(pairwise(since), band.tolist(), strict=False) if b <= default]
+        spans = zip(pairwise(since), band.tolist(), strict=False)
+        forward += [(a, min(b, t.ended)) for (a, b), place in spans if place <= default]
     busy = _length(_union((t.created, t.ended) for t in transfers), begin, end)
     return max(busy - _length(_union(forward), begin, end), 0.0)
 
