@@ -28,8 +28,7 @@ class Audit:
     def note(self) -> None:
         """Take down who has been given up since the last call; after the policy has decided."""
         peers, t = self.connections.peers, self.books.transfers
-        learnt = peers.judged_by_what_was_learnt()
-        if not learnt.any():
+        if not len(peers.rate) or not (learnt := peers.judged_by_what_was_learnt()).any():
             return
         noted = t.live("given_up")
         new = np.flatnonzero(t.live("infeasible") & ~noted)

@@ -35,10 +35,10 @@ LEAST: Final = 0.02
 def decide(policy: Policy, views: Views, tenant: npt.NDArray[np.int32]) -> Decision:
     """The policy's decision, without one tenant's announcements at another's cost. ``tenant``: by row, shape (n,)."""
     together = policy.evaluate(views)
-    if together.infeasible is None or not together.infeasible.any():
+    if together.infeasible is None or not together.infeasible.any() or tenant.min() == tenant.max():
         return together
     present = np.unique(tenant)
-    if not 1 < len(present) <= MOST:
+    if len(present) > MOST:
         return together
     level, infeasible = together.level.copy(), together.infeasible.copy()
     guarantee = None if together.guarantee is None else np.zeros_like(together.guarantee)

@@ -190,7 +190,10 @@ class Steering:
         before, objects = transfers.live("level")[where], transfers.objects
         for recorder in self.books.recorders:
             recorder.decided(views, level, objects if isinstance(where, slice) else [objects[i] for i in where], now)
-        new, changed = before == LEVEL_NEW, before != level
+        changed = before != level
+        if not changed.any():
+            return
+        new = before == LEVEL_NEW
         first = transfers.live("first_level")
         first[where] = np.where(new, level, first[where])
         for i in np.flatnonzero(changed & ~new).tolist():
@@ -275,6 +278,8 @@ class Steering:
         """Take over who can't be in time, for the next decision to go on from there, and tell workers some of it."""
         known, objects = self.books.transfers.live("infeasible"), self.books.transfers.objects
         changed = np.flatnonzero(flags != known[where])
+        if not len(changed) and not self._untold:
+            return
         rows = changed if isinstance(where, slice) else where[changed]
         for row, place in zip(changed.tolist(), rows.tolist(), strict=True):
             # Who has not been told of the one need not be told of the other.

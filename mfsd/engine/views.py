@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.ground.bands import Role
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
 if TYPE_CHECKING:
@@ -199,19 +198,16 @@ def _batches(books: Books) -> BatchView:
 def _link(connections: Connections, devices: Sequence[Device], bands: Bands, ladder: Ladder) -> LinkView:
     estimators = [d.estimator for d in devices]
     load = np.array([e.band_load for e in estimators]) if estimators else np.zeros((1, len(bands)))
-    # Everything in bands above that of a level; one more column for "above the scavenger".
-    above = np.concatenate([np.zeros((len(load), 1)), np.cumsum(load, axis=1)], axis=1)
-    at = [*ladder.band_of, bands.scavenger.index]
-    # Floors by band, none where the device has none; those of the levels are no obstacle to what stands on a level.
-    floors = np.array([[b.floor for b in bands.bands]] * len(load))
-    floors *= np.array([[d.floors] for d in devices] or [[False]])
-    others = [b.index for b in bands.bands if b.role is not Role.LEVEL]
+    above = np.zeros((len(load), len(bands) + 1))
+    load.cumsum(axis=1, out=above[:, 1:])
+    # None where the device has none; those of the levels are no obstacle to what stands on a level.
+    floors = bands.floors * np.array([[d.floors] for d in devices] or [[False]])
     return LinkView(
         rate=np.array([e.rate for e in estimators] or [0.0]),
         load=np.minimum(load.sum(axis=1), 1.0),
-        load_above=np.minimum(above[:, at], 1.0),
+        load_above=np.minimum(above.take(ladder.above, axis=1), 1.0),
         floor=floors.sum(axis=1),
-        taken=np.minimum(load, floors)[:, others].sum(axis=1),
+        taken=np.minimum(load, floors).take(bands.unlevelled, axis=1).sum(axis=1),
         granted=np.zeros(len(load)),
         peer_rate=connections.peers.rate,
     )

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -124,7 +125,7 @@ class BandSpec:
         return max(self.index - 1, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bands:
     """All bands in strict order; see the module's picture."""
 
@@ -172,30 +173,40 @@ class Bands:
         """The only band of a role other than LEVEL."""
         return next(b for b in self.bands if b.role is role)
 
-    @property
+    @cached_property
     def control(self) -> BandSpec:
         """Band of pure ACKs."""
         return self.role(Role.CONTROL)
 
-    @property
+    @cached_property
     def default(self) -> BandSpec:
         """Band of unhinted traffic."""
         return self.role(Role.DEFAULT)
 
-    @property
+    @cached_property
     def background(self) -> BandSpec:
         """Band of what nobody waits for."""
         return self.role(Role.BACKGROUND)
 
-    @property
+    @cached_property
     def scavenger(self) -> BandSpec:
         """Lowest band."""
         return self.role(Role.SCAVENGER)
 
-    @property
+    @cached_property
     def level_bands(self) -> tuple[BandSpec, ...]:
         """Bands of role LEVEL, most urgent first."""
         return tuple(b for b in self.bands if b.role is Role.LEVEL)
+
+    @cached_property
+    def floors(self) -> npt.NDArray[np.float64]:
+        """Share of the link that each band keeps, shape (len(self),)."""
+        return np.array([b.floor for b in self.bands])
+
+    @cached_property
+    def unlevelled(self) -> npt.NDArray[np.intp]:
+        """Indices of the bands that no level is put onto."""
+        return np.array([b.index for b in self.bands if b.role is not Role.LEVEL])
 
 
 class Ladder:
@@ -216,13 +227,19 @@ class Ladder:
             [bands[step] for step in _steps(policy_levels, len(bands))], dtype=np.uint8
         )
         """Band index per policy level."""
+        self.above: npt.NDArray[np.intp] = np.array([*self.band_of, plan.scavenger.index])
+        """The same, and the scavenger's at the end, as indices."""
+        # Of every int16, the negative ones at the end as an index has it.
+        self._of_any = np.full(1 << 16, self.band_of[0])
+        self._of_any[: 1 << 15] = self.band_of[-1]
+        self._of_any[:policy_levels] = self.band_of
+        self._of_any[LEVEL_NONE] = plan.default.index
+        self._of_any[LEVEL_BACKGROUND] = plan.background.index
+        self._of_any[LEVEL_SCAVENGER] = plan.scavenger.index
 
     def bands(self, levels: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
         """Band index per element; a level beyond the last uses the last, and what is no level has its own band."""
-        out = self.band_of.take(levels, mode="clip")
-        out[levels == LEVEL_NONE] = self.plan.default.index
-        out[levels == LEVEL_BACKGROUND] = self.plan.background.index
-        out[levels == LEVEL_SCAVENGER] = self.plan.scavenger.index
+        out: npt.NDArray[np.uint8] = self._of_any.take(levels)
         return out
 
     def classes(self, classes: Classes) -> tuple[Urgency, ...]:

@@ -57,6 +57,21 @@ def test_enough_bands_means_one_each() -> None:
     assert ladder.bands(np.arange(8, dtype=np.int16)).tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
+@given(bands=st.integers(1, MAX_LEVELS), levels=st.integers(1, 4096))
+def test_every_int16_has_a_band(bands: int, levels: int) -> None:
+    plan = _plan(bands)
+    ladder = Ladder(plan, levels)
+    every = np.arange(-(1 << 15), 1 << 15).astype(np.int16)
+    expected = ladder.band_of.take(every, mode="clip")
+    for level, spec in (
+        (LEVEL_NONE, plan.default),
+        (LEVEL_BACKGROUND, plan.background),
+        (LEVEL_SCAVENGER, plan.scavenger),
+    ):
+        expected[every == level] = spec.index
+    assert ladder.bands(every).tolist() == expected.tolist()
+
+
 def test_what_is_no_level_has_its_own_band() -> None:
     plan = _plan(5, 2)
     levels = np.array([LEVEL_NONE, LEVEL_SCAVENGER, LEVEL_BACKGROUND, 0, 4, 700], dtype=np.int16)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from mfsd.policy.demand_bound.drop import Jobs
-from mfsd.policy.parts import pick
+from mfsd.policy.parts import bound, pick
 from mfsd.policy.parts.members import earliest
 from mfsd.policy.views import KV_REUSE, P2D
 
@@ -37,17 +37,15 @@ class Lost:
     def by_rows(cls, view: Views, rows: B1) -> Self:
         """The requests of these transfers, shape (n,), and those of them that have none."""
         request = view.transfers.request
-        out, which = cls(np.zeros(len(view.requests), dtype=np.bool_), rows & (request < 0)), np.flatnonzero(rows)
-        owners = request.take(which)
-        out.requests[owners[owners >= 0]] = True
-        return out
+        requests = np.zeros(len(view.requests) + 1, dtype=np.bool_)
+        requests[request[rows]] = True  # request -1 is the last
+        return cls(requests[:-1], rows & (request < 0))
 
     @classmethod
-    def hopeless(cls, view: Views, before: Lost, tolerance: float) -> Self:
+    def hopeless(cls, view: Views, given: Given, before: Lost, tolerance: float) -> Self:
         """Past their deadline, or with more compute left than time; who was lost before must do without tolerance."""
-        t, r = view.transfers, view.requests
-        late = ((t.stage == P2D) | (t.stage == KV_REUSE)) & (t.deadline <= view.now)
-        out = cls.by_rows(view, late)
+        r = view.requests
+        out = cls.by_rows(view, given.seconds <= 0)
         left = r.deadline - view.now
         slack = np.where(before.requests, 1.0, 1.0 + tolerance)
         out.requests |= (left <= 0) | (r.compute_left > left * slack)
@@ -71,49 +69,58 @@ class Lost:
         return of_requests | self.alone
 
 
-def seconds_left(view: Views, lost: Lost) -> F8:
-    """Seconds until each transfer must have arrived for its own sake, shape (n,); inf if it has no deadline to meet."""
-    t = view.transfers
-    early, none = t.stage == KV_REUSE, np.full(len(t), np.inf)
-    out = pick.floats((early | (t.stage == P2D)) & ~lost.rows(view), t.deadline - view.now, none)
-    rows = np.flatnonzero(early)
-    if len(rows) and len(view.batches):
-        first = earliest(view, np.where(lost.requests, np.inf, view.requests.deadline)) - view.now
-        batch = t.batch.take(rows)
-        first = np.append(first, np.inf).take(batch)
-        out[rows] = np.minimum(out.take(rows), first) - _computes_after(view, rows)
-    return out
+@dataclass(slots=True)
+class Given:
+    """What does not depend on who is lost."""
 
+    rate: F8
+    """Of each device, inf where it isn't known, shape (devices,)."""
+    kv: B1
+    """Which transfers are of stage 1 or 3, shape (n,)."""
+    seconds: F8
+    """Seconds to the deadline of each of them, shape (n,); inf for others."""
+    early: npt.NDArray[np.intp]
+    """Those of stage 1, if there are batches, shape (m,)."""
+    layer: F8
+    """Compute time per layer of the batches of those; 0 if it isn't known or they compute no more, shape (m,)."""
+    after: F8
+    """Seconds that the batches compute from the layers that they feed to the end, at least, shape (m,)."""
 
-def _layer_seconds(view: Views, rows: npt.NDArray[np.intp]) -> F8:
-    """Compute time per layer of the batches of these transfers; 0 if it isn't known or they compute no more."""
-    b = view.batches
-    return np.append(b.layer_compute * ~b.compute_done, 0.0).take(view.transfers.batch.take(rows))
+    @classmethod
+    def of(cls, view: Views) -> Self:
+        """As the view says."""
+        t = view.transfers
+        stage_1 = t.stage == KV_REUSE
+        kv = stage_1 | (t.stage == P2D)
+        seconds = pick.floats(kv, t.deadline - view.now, np.full(len(t), np.inf))
+        early = np.flatnonzero(stage_1) if len(view.batches) else np.zeros(0, dtype=np.intp)
+        layer = after = np.zeros(len(early))
+        if len(early):
+            b, batch = view.batches, t.batch.take(early)
+            layer = np.append(b.layer_compute * ~b.compute_done, 0.0).take(batch)
+            after = np.maximum(np.append(b.layers, 0).take(batch) - t.target_layer.take(early), 0) * layer
+        return cls(bound.rates(view), kv, seconds, early, layer, after)
 
+    def seconds_left(self, view: Views, lost: Lost) -> F8:
+        """Until each transfer must have arrived for its own sake, shape (n,); inf if it has no deadline to meet."""
+        early = self.early
+        out = pick.floats(lost.rows(view), np.full(len(self.seconds), np.inf), self.seconds)
+        if len(early):
+            first = earliest(view, np.where(lost.requests, np.inf, view.requests.deadline)) - view.now
+            first = np.append(first, np.inf).take(view.transfers.batch.take(early))
+            out[early] = np.minimum(out.take(early), first) - self.after
+        return out
 
-def _computes_after(view: Views, rows: npt.NDArray[np.intp]) -> F8:
-    """Seconds that the batches of these transfers compute from the layers that they feed to the end, at least."""
-    t = view.transfers
-    layers = np.append(view.batches.layers, 0).take(t.batch.take(rows))
-    after: F8 = np.maximum(layers - t.target_layer.take(rows), 0) * _layer_seconds(view, rows)
-    return after
+    def seconds_to_layer(self, view: Views, due: F8) -> tuple[npt.NDArray[np.intp], F8]:
+        """Stage-1 transfers that have a deadline, ``due``, and feed a layer of which it is known when it starts.
 
-
-def seconds_to_layer(view: Views, due: F8) -> tuple[npt.NDArray[np.intp], F8]:
-    """Stage-1 transfers that have a deadline, ``due``, and feed a layer of which it is known when it starts at least.
-
-    Returns their rows and the seconds until then, both of shape (m,).
-    """
-    t = view.transfers
-    rows = np.flatnonzero((t.stage == KV_REUSE) & (due < np.inf))
-    if len(rows) and len(view.batches):
-        seconds = _layer_seconds(view, rows)
-        known = np.flatnonzero(seconds > 0)
-        rows, seconds = rows.take(known), seconds.take(known)
+        Returns their rows and the seconds until then, at least, both of shape (m,).
+        """
+        t, known = view.transfers, np.flatnonzero((due.take(self.early) < np.inf) & (self.layer > 0))
+        rows = self.early.take(known)
         # The current layer may be about to end.
         between = np.maximum(t.target_layer.take(rows) - t.current_layer.take(rows) - 1, 0)
-        return rows, between * seconds
-    return rows[:0], np.zeros(0)
+        return rows, between * self.layer.take(known)
 
 
 def jobs(view: Views, lost: Lost, owner: I4) -> Jobs:

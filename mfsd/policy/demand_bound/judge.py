@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Final, Self
 import numpy as np
 
 from mfsd.policy.demand_bound.drop import MOST, most_work_first
-from mfsd.policy.demand_bound.due import Lost, jobs, seconds_left
+from mfsd.policy.demand_bound.due import Given, Lost, jobs
 from mfsd.policy.demand_bound.fifo import hurried_by
 from mfsd.policy.demand_bound.load import Load, bucket
-from mfsd.policy.parts.bound import rates
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -65,6 +64,7 @@ class Far:
 class Asked:
     """What those who can be in time ask."""
 
+    given: Given
     lost: Lost
     due: F8
     """Seconds until each transfer must have arrived, for itself or for who waits behind it, shape (n,); inf: never."""
@@ -75,25 +75,24 @@ class Asked:
     far: Far | None
 
     @classmethod
-    def of(cls, view: Views, lost: Lost, calm: float) -> Self:
+    def of(cls, view: Views, given: Given, lost: Lost, calm: float) -> Self:
         """If these are lost. ``calm``: share of its rate below which a peer's link is of no interest."""
         t = view.transfers
-        due = seconds_left(view, lost)
+        due = given.seconds_left(view, lost)
         by = hurried_by(t.conn, t.ahead, due)
         if by is not None:
             due = due.take(by)
-        return cls(lost, due, by, Load.of(t.device, due, t.left, rates(view)), Far.of(view, due, calm))
+        return cls(given, lost, due, by, Load.of(t.device, due, t.left, given.rate), Far.of(view, due, calm))
 
     def overloaded(self, view: Views, room: F8, far_room: float) -> list[tuple[npt.NDArray[np.intp], float]]:
         """Rows, and bytes/s that it gives, of every link that can't have all in time: devices, then peers.
 
         ``room``: share of their rate that the devices give, shape (devices,); ``far_room``: the same of peers' links.
         """
-        give = rates(view) * room
         out = []
         for device in np.flatnonzero(self.load.overloaded(room)).tolist():
             rows = np.flatnonzero((view.transfers.device == device) & (self.due < np.inf))
-            out.append((rows, float(give[device])))
+            out.append((rows, float(self.given.rate[device] * room[device])))
         far = self.far
         if far is not None:
             short = np.flatnonzero(far.load.overloaded(np.full(len(far.rate), far_room))).tolist()
@@ -122,17 +121,17 @@ class Asked:
 
 def judge(view: Views, tolerance: float, calm: float) -> Asked:
     """Decide who is lost. ``tolerance``: share by which a link may be overcommitted before somebody is."""
-    before = Lost.by_rows(view, view.transfers.infeasible)
-    hopeless = Lost.hopeless(view, before, tolerance)
+    given, before = Given.of(view), Lost.by_rows(view, view.transfers.infeasible)
+    hopeless = Lost.hopeless(view, given, before, tolerance)
     room = 1.0 - view.link.taken
-    asked = Asked.of(view, before | hopeless, calm)
+    asked = Asked.of(view, given, before | hopeless, calm)
     more, seen = asked.drop(view, room * (1.0 + tolerance), 1.0 + tolerance, MOST)
     if not seen:
         waiting = before.without(hopeless)
         return _restore(view, asked, waiting, room, calm) if waiting else asked
     while more is not None:
         # Whoever is dropped frees other links and moves deadlines of stage 1, so look again.
-        asked = Asked.of(view, asked.lost | more, calm)
+        asked = Asked.of(view, given, asked.lost | more, calm)
         if seen >= MOST:
             break
         more, looked = asked.drop(view, room * (1.0 + tolerance), 1.0 + tolerance, MOST - seen)
@@ -161,7 +160,7 @@ def _returned(view: Views, asked: Asked, jobs: npt.NDArray[np.intp], room: F8, c
     returning = Lost(back[:r], back[r:])
     if not returning:
         return None
-    tried = Asked.of(view, asked.lost.without(returning), calm)
+    tried = Asked.of(view, asked.given, asked.lost.without(returning), calm)
     hurried = tried.due < asked.due  # theirs, and stage 1 and what stands before them, which they hurry
     return None if any(hurried[rows].any() for rows, _ in tried.overloaded(view, room, 1.0)) else tried
 
@@ -169,11 +168,11 @@ def _returned(view: Views, asked: Asked, jobs: npt.NDArray[np.intp], room: F8, c
 def _could_fit(view: Views, asked: Asked, waiting: Lost, room: F8) -> npt.NDArray[np.intp]:
     """Jobs of ``waiting`` that would fit the devices if nobody else came back, least work first."""
     t, r, devices = view.transfers, len(view.requests), len(view.link.rate)
-    seconds = seconds_left(view, asked.lost.without(waiting))
+    seconds = asked.given.seconds_left(view, asked.lost.without(waiting))
     theirs: B1 = waiting.rows(view)
     rows = np.flatnonzero(theirs & (seconds < np.inf))
     job, which = np.unique(np.where(t.request[rows] >= 0, t.request[rows], r + rows), return_inverse=True)
-    device, work = t.device.take(rows), t.left.take(rows) / rates(view).take(t.device.take(rows))
+    device, work = t.device.take(rows), t.left.take(rows) / asked.given.rate.take(t.device.take(rows))
     cell = which * devices + device
     needed = np.bincount(cell, weights=work, minlength=len(job) * devices)
     spare = np.full(len(needed), np.inf)

@@ -126,6 +126,7 @@ class Need:
         self._least = load.total / room[:, None]
         self._left = margin.leave(load.due)
         self._late = self._least > self._left
+        self._in_time = not self._late.any()
 
     @cached_property
     def _calm(self) -> F8:
@@ -143,11 +144,14 @@ class Need:
 
     def shares(self) -> F8:
         """Share of the rate that the entry and those due before and with it need; 1 and more: the margin is gone."""
-        shares: F8 = self._suffix(np.maximum, np.where(self._late, np.maximum(self._hurried, 1.0), self._calm))
+        each = self._calm if self._in_time else np.where(self._late, np.maximum(self._hurried, 1.0), self._calm)
+        shares: F8 = self._suffix(np.maximum, each)
         return shares
 
     def late(self) -> B1:
         """The margin does not fit any more: not for this entry, or not for some due later, which waits for it."""
+        if self._in_time:
+            return np.zeros(len(self._load.cell), dtype=np.bool_)
         late: B1 = self._suffix(np.logical_or, self._late)
         return late
 
@@ -173,6 +177,8 @@ class Need:
 
     def rush(self) -> F8:
         """Share of its rate at which each link meets what is late, without any margin, shape (links,)."""
+        if self._in_time:
+            return np.zeros(len(self._late))
         rush: F8 = self._hurried.max(axis=1)
         return rush
 

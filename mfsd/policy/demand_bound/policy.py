@@ -141,8 +141,8 @@ class DemandBound(Policy):
         held = self.layout.guaranteed(view.transfers.level)
         held &= (verdict.need >= HOLD * self.defer_until) | (verdict.laxity < HELD_S)
         needs = (verdict.need >= self.defer_until) | held | verdict.late
-        stage = view.transfers.stage  # others have a deadline, too, if they stand before KV on its connection
-        needs &= (verdict.asked.due < np.inf) & ((stage == KV_REUSE) | (stage == P2D))
+        # Others have a deadline, too, if they stand before KV on its connection.
+        needs &= (verdict.asked.due < np.inf) & verdict.asked.given.kv
         return needs
 
     def _levels(self, view: Views, verdict: Verdict, needs: B1) -> I2:
@@ -189,8 +189,10 @@ class DemandBound(Policy):
         What is needed goes to the level of who is due first, so that they are served by deadline.
         """
         lay, link, devices = self.layout, view.link, len(view.link.rate)
-        cell = view.transfers.device * np.int32(self.levels) + level
         asks = np.flatnonzero(needs & (level < lay.deferred))
+        if not len(asks) and not overdue.any():
+            return np.zeros((devices, self.levels))
+        cell = view.transfers.device * np.int32(self.levels) + level
         earliest = np.full(devices * self.levels, np.inf)
         np.minimum.at(earliest, cell.take(asks), verdict.asked.due.take(asks))
         due = earliest.reshape(devices, self.levels)

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
-from mfsd.policy.demand_bound.due import seconds_to_layer
 from mfsd.policy.demand_bound.judge import Asked, Far, judge
 from mfsd.policy.demand_bound.load import Load, Margin, Need
-from mfsd.policy.parts.bound import rates
 from mfsd.policy.views import BACKGROUND, P2D
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from mfsd.policy.demand_bound.layout import Layout
     from mfsd.policy.views import B1, F8, Views
+
+    Counts = npt.NDArray[np.intp]
 
 FIRST_S: Final = 0.02
 """Work, as time at full rate, that counts as due first: two ticks of it, so that the level isn't empty in between while
@@ -75,37 +77,46 @@ class Verdict:
         """``give_up``, ``calm``: as in judge.py."""
         t, link = view.transfers, view.link
         asked = judge(view, give_up, calm)
-        here, before = Need(asked.load, margin, 1.0 - link.taken), asked.load.before()
+        rate, room = asked.given.rate, 1.0 - link.taken
+        here, before = Need(asked.load, margin, room), asked.load.before()
         was_urgent, was_first = t.level == layout.urgent, t.level == layout.first
         lost = asked.lost.rows(view) & (t.stage != BACKGROUND)
-        short, crowded = _lacking(view, lost, SHORT), _lacking(view, lost, CROWDED)
-        greedy = _greedy(view, asked.due, crowded)
-        promised = here
-        if greedy.any():
+        gone = np.bincount(t.device[lost & (t.stage == P2D)], minlength=len(rate))
+        there = np.bincount(t.device, minlength=len(rate))
+        greedy = _greedy(view, asked, _lacking(gone, there, CROWDED), there)
+        promised, some = here, bool(greedy.any())
+        if some:
             due = np.where(greedy, np.inf, asked.due)
-            promised = Need(Load.of(t.device, due, t.left, rates(view)), margin, 1.0 - link.taken)
-        most = np.maximum(promised.steady(), promised.rush())
+            promised = Need(Load.of(t.device, due, t.left, rate), margin, room)
+        rush, late, first = promised.rush(), promised.late(), before < FIRST_S
+        most = np.maximum(promised.steady(), rush)
+        # Whoever was urgent, or due first, stays so for longer.
+        if was_urgent.any():
+            late |= promised.later() & was_urgent
+        was_first |= was_urgent
+        if was_first.any():
+            first |= (asked.load.well_before() < STAYS_FIRST * FIRST_S) & was_first
         out = cls(
             asked=asked,
             lost=lost,
-            short=short,
+            short=_lacking(gone, there, SHORT),
             need=here.shares(),
             greedy=greedy,
-            late=(promised.late() | (promised.later() & was_urgent)) & ~greedy,
-            first=(before < FIRST_S) | ((asked.load.well_before() < STAYS_FIRST * FIRST_S) & (was_urgent | was_first)),
+            late=late & ~greedy if some else late,
+            first=first,
             next=before < NEXT_S,
             laxity=here.laxity(),
             layer_need=np.zeros(len(t)),
             slow=np.zeros(len(t), dtype=np.bool_),
             total=np.where((most >= calm) | (promised.spare() < HELD_S), most, 0.0),
-            rush=promised.rush(),
+            rush=rush,
         )
         if asked.far is not None:
             out._far(view, asked.far, margin, was_urgent)
-        rows, seconds = seconds_to_layer(view, asked.due)
-        if len(rows):
-            early = Load.of(t.device.take(rows), seconds, t.left.take(rows), rates(view))
-            out.layer_need[rows] = Need(early, margin, np.ones(len(link.rate))).shares()
+        if len(asked.given.early):
+            rows, seconds = asked.given.seconds_to_layer(view, asked.due)
+            early = Load.of(t.device.take(rows), seconds, t.left.take(rows), rate)
+            out.layer_need[rows] = Need(early, margin, np.ones(len(rate))).shares()
         return out
 
     def _far(self, view: Views, far: Far, margin: Margin, was_urgent: B1) -> None:
@@ -129,21 +140,19 @@ class Verdict:
         def on_devices(share: F8) -> F8:
             """Share of the devices' rates that these shares of the links' are."""
             asked = np.bincount(device, weights=np.minimum(share, 1.0) * far.rate, minlength=len(view.link.rate))
-            return np.minimum(asked / rates(view), 1.0)
+            return np.minimum(asked / self.asked.given.rate, 1.0)
 
         self.total = np.maximum(self.total, on_devices(np.maximum(promised.steady(), promised.rush())))
         self.rush = np.maximum(self.rush, on_devices(promised.rush()))
 
 
-def _lacking(view: Views, lost: B1, least: tuple[int, float]) -> B1:
-    """Devices on which so many stage-3 transfers, and such a share of all, are lost, shape (devices,)."""
-    t, devices = view.transfers, len(view.link.rate)
-    gone = np.bincount(t.device[lost & (t.stage == P2D)], minlength=devices)
-    lacking: B1 = (gone >= least[0]) & (gone >= least[1] * np.bincount(t.device, minlength=devices))
+def _lacking(gone: Counts, there: Counts, least: tuple[int, float]) -> B1:
+    """Devices on which so many transfers, and such a share of all that are ``there``, are gone, shape (devices,)."""
+    lacking: B1 = (gone >= least[0]) & (gone >= least[1] * there)
     return lacking
 
 
-def _greedy(view: Views, due: F8, crowded: B1) -> B1:
+def _greedy(view: Views, asked: Asked, crowded: B1, there: Counts) -> B1:
     """Transfers on crowded devices that would be in time by more than an equal share of the rate only, shape (n,).
 
     Where not all can be in time, what is promised to some is taken from the collectives, which all forward passes wait
@@ -153,7 +162,6 @@ def _greedy(view: Views, due: F8, crowded: B1) -> B1:
     t = view.transfers
     if not crowded.any():
         return np.zeros(len(t), dtype=np.bool_)
-    there = np.bincount(t.device, minlength=len(crowded))
-    work = t.left / rates(view).take(t.device)
-    greedy: B1 = work * there.take(t.device) > due
+    work = t.left / asked.given.rate.take(t.device)
+    greedy: B1 = work * there.take(t.device) > asked.due
     return greedy & crowded.take(t.device)
