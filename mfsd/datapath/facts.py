@@ -20,8 +20,6 @@ from mfsd.ground.units import Rate
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mfsd.datapath.links import Link
 
 GSO_MAX: Final = 65536
@@ -104,7 +102,7 @@ def default_qdisc() -> str | None:
 def _ethtool(ifname: str) -> tuple[Rate | None, int]:
     """(speed, real TX queues); (None, 0) where the driver does not say. Raises OSError without a descriptor to ask."""
     speed, queues = None, 0
-    with _ioctl(ifname) as tool:
+    with contextlib.closing(IoctlEthtool(ifname)) as tool:
         with contextlib.suppress(EthtoolError, OSError):
             mbit = int(tool.get_link_settings().speed)
             speed = None if mbit in _SPEED_UNKNOWN else Rate(mbit * 125e3)
@@ -112,15 +110,6 @@ def _ethtool(ifname: str) -> tuple[Rate | None, int]:
             channels = tool.get_channels()
             queues = int(channels.tx_count) + int(channels.combined_count)
     return speed, queues
-
-
-@contextlib.contextmanager
-def _ioctl(ifname: str) -> Iterator[IoctlEthtool]:
-    tool = IoctlEthtool(ifname)
-    try:
-        yield tool
-    finally:
-        tool.close()
 
 
 def kernel_has(sock: tc.TcSocket, kind: str) -> bool:

@@ -50,6 +50,11 @@ def ratespec(rate: int) -> bytes:
     return RATESPEC.pack(0, LINKLAYER_ETHERNET, 0, 0, 0, min(rate, U32_MAX))
 
 
+def wide(kind: int, rate: int) -> bytes:
+    """That attribute; nothing where 32 bits are enough."""
+    return nl.attr(kind, struct.pack("=Q", rate)) if rate > U32_MAX else b""
+
+
 def settings(kind: str, of: str, options: bytes | None) -> dict[str, int | bytes]:
     """What can be compared of TCA_OPTIONS, by name; rates in bytes/s, buffers in psched ticks."""
     raw = options or b""

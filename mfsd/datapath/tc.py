@@ -40,6 +40,12 @@ _STATS_QUEUE: Final = 3
 _STATS_PKT64: Final = 8
 
 TC_H_ROOT: Final = 0xFFFFFFFF
+# include/uapi/linux/pkt_cls.h
+TCA_BPF_FD: Final = 6
+TCA_BPF_NAME: Final = 7
+_ETH_P_ALL: Final = 3
+_NESTED: Final = frozenset({"ets"})
+"""Kinds that insist on the flag of nested attributes, which is missing in their own dumps (nla_parse_nested)."""
 _CLSACT_MAJOR: Final = 0xFFFF0000
 """Handle of ingress and clsact qdiscs, whatever their parent."""
 
@@ -71,6 +77,35 @@ def query(kind: int, ifindex: int, handle: int, parent: int = 0) -> bytes:
 def kind_attr(kind: str) -> bytes:
     """TCA_KIND of a qdisc, class or filter."""
     return nl.attr(TCA_KIND, kind.encode() + b"\0")
+
+
+def put(
+    what: str, kind: str, ifindex: int, handle: int, parent: int, options: bytes | None = None, *, change: bool = False
+) -> bytes:
+    """Build the request that makes a "qdisc", in place of what is there, or a "class"; or that changes it."""
+    number, flags = {
+        "qdisc": (RTM_NEWQDISC, nl.NLM_CREATE | nl.NLM_REPLACE),
+        "class": (RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL),
+    }[what]
+    nested = nl.NLA_NESTED if kind in _NESTED else 0
+    body = kind_attr(kind) + (b"" if options is None else nl.attr(TCA_OPTIONS | nested, options))
+    return message(number, nl.NLM_REPLACE if change else flags, ifindex, handle, parent, body=body)
+
+
+def delete_root(ifindex: int) -> bytes:
+    """Build the request that deletes a device's root; the kernel's default returns."""
+    return message(RTM_DELQDISC, 0, ifindex, 0, TC_H_ROOT)
+
+
+def bpf_filter(kind: int, flags: int, ifindex: int, handle: int, parent: int, options: bytes = b"") -> bytes:
+    """Build a request about a cls_bpf filter of priority 1 that is for all packets."""
+    body = kind_attr("bpf") + (nl.attr(TCA_OPTIONS, options) if options else b"")
+    return message(kind, flags, ifindex, handle, parent, 1 << 16 | socket.htons(_ETH_P_ALL), body)
+
+
+def bpf_program(fd: int, name: str) -> bytes:
+    """Options of such a filter: a loaded program, which the kernel keeps as long as the filter."""
+    return nl.attr(TCA_BPF_FD, struct.pack("=I", fd)) + nl.attr(TCA_BPF_NAME, name.encode() + b"\0")
 
 
 @dataclass(frozen=True, slots=True)

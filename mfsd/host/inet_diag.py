@@ -15,6 +15,7 @@ import struct
 from socket import ntohs
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
+from mfsd.ground.model import NO_COOKIE
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ INET_DIAG_INFO: Final = 2
 INET_DIAG_SKMEMINFO: Final = 7
 EXT_INFO: Final = 1 << (INET_DIAG_INFO - 1)
 EXT_MEMORY: Final = 1 << (INET_DIAG_SKMEMINFO - 1)
-NO_COOKIE: Final = 0xFFFFFFFF_FFFFFFFF
-"""INET_DIAG_NOCOOKIE: any socket with these endpoints."""
 
 ESTABLISHED, SYN_SENT, SYN_RECV, FIN_WAIT1, FIN_WAIT2, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = range(
     1, 12

@@ -22,13 +22,12 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from mfsd.datapath.bpf import syscall
+from mfsd.datapath.bpf import loader, syscall
 from mfsd.datapath.bpf.libbpf import check_kernel, object_path
-from mfsd.datapath.bpf.loader import DEVICE_MAPS, PROGRAM, SHARED_MAPS, Classifier, check_rows, check_sizes, own_copy
+from mfsd.datapath.bpf.loader import PROGRAM, Classifier, own_copy
 from mfsd.datapath.errors import LoaderError
 
 PACKAGE_FIX: Final = "install BCC's Python bindings: apt-get install python3-bpfcc, dnf install python3-bcc"
-_RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
 _COMPILE_SECONDS: Final = 120
 _LOG_LINES: Final = 25
 
@@ -43,7 +42,7 @@ class BccLoader:
     def open_classifier(self, slots: int, share: Classifier | None = None) -> Classifier:
         """Load the classifier with a table of ``slots`` rows, or with the tables of ``share``. Raises LoaderError."""
         check_kernel(platform.release())
-        check_rows(slots, share)
+        loader.check_rows(slots, share)
         check_headers(platform.release(), self._modules)
         compiled = _compile(self.source, interpreter())
         maps = {m["name"]: m for m in compiled["maps"]}
@@ -52,17 +51,17 @@ class BccLoader:
         with contextlib.ExitStack() as undo:
             undo.callback(_close, fds)
             for name, m in maps.items():
-                if name in SHARED_MAPS and share is not None:
+                if name in loader.SHARED_MAPS and share is not None:
                     fds[name] = own_copy(share.map_fds[name])
                 else:
-                    fds[name] = _make(m, slots if name in _RESIZED else m["entries"])
+                    fds[name] = _make(m, slots if name in loader.RESIZED else m["entries"])
                 for at in m["uses"]:
                     struct.pack_into("=i", code, 8 * at + 4, fds[name])
-            wanted = (*SHARED_MAPS, *DEVICE_MAPS)
+            wanted = (*loader.SHARED_MAPS, *loader.DEVICE_MAPS)
             for name in wanted:
                 if name not in maps:
                     raise LoaderError(f"BPF source {self.source}", f"has no map {name}", "reinstall mfsd")
-                check_sizes(name, maps[name]["key_size"], maps[name]["value_size"])
+                loader.check_sizes(name, maps[name]["key_size"], maps[name]["value_size"])
             program = syscall.prog_load(syscall.SCHED_CLS, PROGRAM, bytes(code), compiled["licence"])
             undo.pop_all()
         for name in set(fds) - set(wanted):  # private to the program, which keeps them

@@ -31,12 +31,10 @@ _CLSACT_PARENT: Final = 0xFFFFFFF1
 _PARENTS: Final = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 """TC_H_CLSACT | TC_H_MIN_INGRESS / TC_H_MIN_EGRESS."""
 _PRIO: Final = 1
+"""As tc.bpf_filter has it."""
 _HANDLES: Final = range(0x6D660000, 0x6D670000)
 """Of our filters. An odd one is in a clsact that mfsd made: the last of them takes the qdisc along."""
-_ETH_P_ALL: Final = 3
 # include/uapi/linux/pkt_cls.h
-_BPF_FD: Final = 6
-_BPF_NAME: Final = 7
 _BPF_FLAGS: Final = 8
 _BPF_ID: Final = 11
 _ACT_DIRECT: Final = 1
@@ -107,7 +105,7 @@ def filters(sock: TcSocket, ifindex: int, side: str) -> list[HookUser]:
 
 def _user(f: TcObject) -> HookUser:
     options = nl.attrs(f.options or b"") if f.kind == "bpf" else {}
-    name = options.get(_BPF_NAME, b"").rstrip(b"\0").decode(errors="replace")
+    name = options.get(tc.TCA_BPF_NAME, b"").rstrip(b"\0").decode(errors="replace")
     number = int.from_bytes(options.get(_BPF_ID, b""), "little")
     return HookUser("clsact", name, f.kind, number, f.info >> 16, f.handle)
 
@@ -125,28 +123,20 @@ def check_head(sock: TcSocket, ifindex: int) -> None:
 
 def put(sock: TcSocket, ifindex: int, prog_fd: int, handle: int) -> None:
     """Make our filter, or put another program into it."""
-    options = (
-        nl.attr(_BPF_FD, struct.pack("=I", prog_fd))
-        + nl.attr(_BPF_NAME, PROGRAM.encode() + b"\0")
-        + nl.attr(_BPF_FLAGS, struct.pack("=I", _ACT_DIRECT))
-    )
-    body = tc.kind_attr("bpf") + nl.attr(tc.TCA_OPTIONS, options)
-    sock.run([_filter(tc.RTM_NEWTFILTER, nl.NLM_CREATE, ifindex, handle, body)], f"classifier on device {ifindex}")
+    options = tc.bpf_program(prog_fd, PROGRAM) + nl.attr(_BPF_FLAGS, struct.pack("=I", _ACT_DIRECT))
+    request = tc.bpf_filter(tc.RTM_NEWTFILTER, nl.NLM_CREATE, ifindex, handle, _PARENTS["egress"], options)
+    sock.run([request], f"classifier on device {ifindex}")
 
 
 def delete(sock: TcSocket, ifindex: int, handle: int) -> None:
     """Delete a filter of ours."""
-    sock.run([_filter(tc.RTM_DELTFILTER, 0, ifindex, handle)], f"old classifier of device {ifindex}")
+    request = tc.bpf_filter(tc.RTM_DELTFILTER, 0, ifindex, handle, _PARENTS["egress"])
+    sock.run([request], f"old classifier of device {ifindex}")
 
 
 def delete_qdisc(sock: TcSocket, ifindex: int) -> None:
     """Delete clsact, with everything on it."""
     sock.run([_clsact(tc.RTM_DELQDISC, 0, ifindex)], f"clsact of device {ifindex}")
-
-
-def _filter(kind: int, flags: int, ifindex: int, handle: int, body: bytes = b"") -> bytes:
-    info = _PRIO << 16 | socket.htons(_ETH_P_ALL)
-    return tc.message(kind, flags, ifindex, handle, _PARENTS["egress"], info, body or tc.kind_attr("bpf"))
 
 
 def remove(ifindex: int, which: Callable[[HookUser], bool]) -> bool:

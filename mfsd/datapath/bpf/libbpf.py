@@ -24,8 +24,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from mfsd.datapath.bpf import syscall
-from mfsd.datapath.bpf.loader import DEVICE_MAPS, PROGRAM, SHARED_MAPS, Classifier, check_rows, check_sizes, own_copy
+from mfsd.datapath.bpf import loader, syscall
+from mfsd.datapath.bpf.loader import PROGRAM, Classifier, own_copy
 from mfsd.datapath.errors import LoaderError
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ _F_LINK: Final = 1 << 13
 """BPF_F_LINK, include/uapi/linux/bpf.h."""
 _STRUCT_OPS: Final = 44
 """enum bpf_attach_type, since Linux 6.4."""
-_RESIZED: Final = ("mfsd_slots", "mfsd_cookies", "mfsd_tuples")
 
 
 class _OpenOpts(ctypes.Structure):
@@ -129,16 +128,16 @@ class LibbpfLoader:
     def open_classifier(self, slots: int, share: Classifier | None = None) -> Classifier:
         """Load the classifier with a table of ``slots`` rows, or with the tables of ``share``. Raises LoaderError."""
         check_kernel(platform.release())
-        check_rows(slots, share)
+        loader.check_rows(slots, share)
         with BpfObject(self.path) as obj:
-            for name in (*SHARED_MAPS, *DEVICE_MAPS):
-                check_sizes(name, *obj.map_sizes(name))
-                if share is not None and name in SHARED_MAPS:
+            for name in (*loader.SHARED_MAPS, *loader.DEVICE_MAPS):
+                loader.check_sizes(name, *obj.map_sizes(name))
+                if share is not None and name in loader.SHARED_MAPS:
                     obj.reuse_map(name, share.map_fds[name])
-                elif name in _RESIZED:
+                elif name in loader.RESIZED:
                     obj.resize_map(name, slots)
             obj.load()
-            fds = {name: obj.map_fd(name) for name in (*SHARED_MAPS, *DEVICE_MAPS)}
+            fds = {name: obj.map_fd(name) for name in (*loader.SHARED_MAPS, *loader.DEVICE_MAPS)}
             return Classifier(obj.program_fd(PROGRAM), fds, rows=slots)
 
 

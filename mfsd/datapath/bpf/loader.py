@@ -30,6 +30,8 @@ PROGRAM: Final = "mfsd_classify"
 """Name of the program in the object, in the kernel's lists and of the clsact filter."""
 
 SHARED_MAPS: Final = ("mfsd_host", "mfsd_slots", "mfsd_cookies", "mfsd_tuples")
+RESIZED: Final = SHARED_MAPS[1:]
+"""Those with as many elements as the table has rows."""
 DEVICE_MAPS: Final = ("mfsd_dev", "mfsd_stats", "mfsd_bands")
 
 MAP_SIZES: Final[dict[str, tuple[int, int]]] = {

@@ -241,14 +241,11 @@ class DeviceEnforcer:
 
     def backlog(self, band: int, lane: int) -> tuple[int, int]:
         """(bytes, packets) queued in a lane now: one query. Raises ValueError for a lane that does not exist."""
-        tree, purger = self._applied()
-        if not 0 <= band < len(tree.bands):
-            raise ValueError(f"band {band}: the device has bands 0 to {len(tree.bands) - 1}")
-        queues = tree.bands[band]
-        if not 0 <= lane < queues.lanes:
-            raise ValueError(f"lane {lane}: band {band} has lanes 0 to {queues.lanes - 1}")
+        classid = self._applied()[0].queues(band, lane).classid + lane
+        query = tc.query(tc.RTM_GETTCLASS, self._ifindex, classid)
         with self._lock:
-            return purger.backlog(queues.classid + lane, self._ifindex)
+            stats = self._reader.read(self._sock.ask(query, f"look at lane {tc.classid(classid)}"))
+        return stats.backlog_bytes, stats.backlog_packets
 
     def guarantee(self, shares: Mapping[int, float]) -> None:
         """Give bands (by index) so much of the link (0..1) even when bands above are busy, and all others their floors.
@@ -364,7 +361,7 @@ class DeviceEnforcer:
         ``replaces``: an older tree of ours has to go first, since a root can't be replaced by one of the same handle.
         """
         if off is None:
-            messages = [tc.message(tc.RTM_DELQDISC, 0, self._ifindex, 0, tc.TC_H_ROOT)] if replaces else []
+            messages = [tc.delete_root(self._ifindex)] if replaces else []
             messages += [node.message(self._ifindex) for node in tree.nodes]
         else:
             messages = [prio.flush_message(self._ifindex, d.filters) for d in off if d.filters]

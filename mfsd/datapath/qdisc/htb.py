@@ -21,7 +21,6 @@ default and control leaves keep the pfifo that htb makes with the class, because
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath import tc
@@ -33,9 +32,9 @@ from mfsd.datapath.formats import (
     TCA_HTB_INIT,
     TCA_HTB_PARMS,
     TCA_HTB_RATE64,
-    U32_MAX,
     ratespec,
     ticks,
+    wide,
 )
 from mfsd.datapath.handles import MAJOR, ROOT
 from mfsd.datapath.qdisc.tree import Group, Node, Tree, number_leaves
@@ -61,6 +60,15 @@ def burst(rate: int, smallest: int) -> int:
     busy virtual machine up to a millisecond. At 1 Gbit/s this is 125 kB, at 400 Gbit/s 5 MB.
     """
     return max(smallest, min(rate // 1000, 1 << 20), rate // 10_000)
+
+
+def turn(gso: int) -> int:
+    """Bytes that a lane may send before the next one, for the largest packet.
+
+    Fair only if it covers that packet and the headers counted for each of its segments (net/core/dev.c,
+    qdisc_pkt_len_init): some 4 % at an MSS of 1448.
+    """
+    return gso + gso // 16
 
 
 def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
@@ -137,34 +145,22 @@ class _Maker:
 
     def __init__(self, link: int, gso: int) -> None:
         self.link = link
-        # Fair among lanes only if a turn covers the largest packet and the headers counted for each of its segments
-        # (net/core/dev.c, qdisc_pkt_len_init): some 4 % at an MSS of 1448.
-        self.quantum = gso + gso // 16
+        self.quantum = turn(gso)
         self.ceil_burst = burst(link, gso)
 
+    def burst(self, rate: int) -> int:
+        return self.ceil_burst if rate == self.link else 1 if rate == NO_FLOOR else burst(rate, 4096)
+
     def options(self, rate: int, prio: int) -> bytes:
-        own = self.ceil_burst if rate == self.link else 1 if rate == NO_FLOOR else burst(rate, 4096)
-        parms = HTB_OPT.pack(
-            ratespec(rate),
-            ratespec(self.link),
-            ticks(own, rate),
-            ticks(self.ceil_burst, self.link),
-            self.quantum,
-            0,
-            prio,
-        )
-        out = nl.attr(TCA_HTB_PARMS, parms)
-        if rate > U32_MAX:
-            out += nl.attr(TCA_HTB_RATE64, struct.pack("=Q", rate))
-        if self.link > U32_MAX:
-            out += nl.attr(TCA_HTB_CEIL64, struct.pack("=Q", self.link))
-        return out
+        times = ticks(self.burst(rate), rate), ticks(self.ceil_burst, self.link)
+        parms = HTB_OPT.pack(ratespec(rate), ratespec(self.link), *times, self.quantum, 0, prio)
+        return nl.attr(TCA_HTB_PARMS, parms) + wide(TCA_HTB_RATE64, rate) + wide(TCA_HTB_CEIL64, self.link)
 
     def command(self, classid: str, parent: int, rate: int, prio: int) -> str:
-        own = self.ceil_burst if rate == self.link else 1 if rate == NO_FLOOR else burst(rate, 4096)
         return (
             f"tc class add dev DEV parent {tc.classid(parent)} classid {classid} htb rate {rate * 8}bit "
-            f"ceil {self.link * 8}bit burst {own} cburst {self.ceil_burst} prio {prio} quantum {self.quantum}"
+            f"ceil {self.link * 8}bit burst {self.burst(rate)} cburst {self.ceil_burst} prio {prio} "
+            f"quantum {self.quantum}"
         )
 
     def node(self, classid: int, parent: int, rate: int, prio: int) -> Node:

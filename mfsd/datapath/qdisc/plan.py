@@ -167,22 +167,21 @@ def _prio(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> 
 
 def steps_of(device: DeviceFacts, tree: Tree, off: list[Difference] | None) -> list[Step]:
     """What makes the tree; ``off``: how a tree of ours on the device differs, None if there is none."""
+    every = [Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups]
     if off is None:
-        out = [Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups]
         if not device.txqlen:
             text = f"Let queues have {QUEUE_LENGTH} packets: with a queue length of 0 they would take none"
-            out.insert(0, Step(text, f"ip link set dev {device.ifname} txqueuelen {QUEUE_LENGTH}"))
-        return out
+            every.insert(0, Step(text, f"ip link set dev {device.ifname} txqueuelen {QUEUE_LENGTH}"))
+        return every
     if not off:
         return []
     if any(d.how is How.REBUILD for d in off):
-        first = Step(f"Remove an older tree of mfsd ({off[0].text})", f"tc qdisc del dev {device.ifname} root")
-        return [first, *(Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups)]
+        return [Step(f"Remove an older tree of mfsd ({off[0].text})", f"tc qdisc del dev {device.ifname} root"), *every]
     changed = {d.node for d in off if d.node is not None}
     gone = [Step(f"Remove: {d.text}", d.command.replace("DEV", device.ifname)) for d in off if d.how is How.REMOVE]
     return gone + [
-        Step(f"Repair: {g.text}", g.command.replace("DEV", device.ifname).replace(" add ", " replace "))
-        for g in tree.groups
+        Step(f"Repair: {step.text}", step.command.replace(" add ", " replace "))
+        for g, step in zip(tree.groups, every, strict=True)
         if any(node in changed for node in g.nodes)
     ]
 

@@ -26,13 +26,12 @@ below a busy band waits. Counters of a band of one lane belong to its leaf, so a
 
 from __future__ import annotations
 
-import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
-from mfsd.datapath import tc
+from mfsd.datapath import formats, tc
 from mfsd.datapath.bpf import syscall
-from mfsd.datapath.formats import TBF_QOPT, TCA_DRR_QUANTUM, TCA_TBF_PARMS, TCA_TBF_RATE64, U32_MAX, ratespec, ticks
+from mfsd.datapath.formats import TBF_QOPT, U32_MAX, ratespec, ticks
 from mfsd.datapath.handles import CHILD_MAJOR, MAJOR, ROOT, SHAPER_MAJOR
 from mfsd.datapath.qdisc import ets, htb
 from mfsd.datapath.qdisc.tree import Filter, Group, Node, Tree, number_leaves
@@ -46,11 +45,8 @@ if TYPE_CHECKING:
 
 _PRIOMAP: Final = 16
 """TC_PRIO_MAX + 1: priorities that prio maps to bands."""
-_ETH_P_ALL: Final = 0x0003
 _FILTER_HANDLE: Final = 1
-_TCA_BPF_FD: Final = 6
-_TCA_BPF_NAME: Final = 7
-_NAME: Final = b"mfsd_lanes\0"
+_NAME: Final = "mfsd_lanes"
 _PRIORITY: Final = 32
 """Offset of struct __sk_buff.priority, include/uapi/linux/bpf.h."""
 _NO_RATE: Final = b"\0" * 12
@@ -115,12 +111,10 @@ def _drr_major(band: BandSpec) -> int:
 
 def _tbf(rate: int, gso: int, limit: int) -> Group:
     # tbf cuts packets larger than its bucket into segments (tbf_segment); two of the largest leave it alone.
-    bucket = max(2 * gso, min(rate // 1000, 1 << 20), rate // 10_000)
+    bucket = htb.burst(rate, 2 * gso)
     backlog = min(limit * gso, U32_MAX)
     parms = TBF_QOPT.pack(ratespec(rate), _NO_RATE, backlog, ticks(bucket, rate), 0)
-    options = nl.attr(TCA_TBF_PARMS, parms)
-    if rate > U32_MAX:
-        options += nl.attr(TCA_TBF_RATE64, struct.pack("=Q", rate))
+    options = nl.attr(formats.TCA_TBF_PARMS, parms) + formats.wide(formats.TCA_TBF_RATE64, rate)
     return Group(
         "Install tbf at the root (the one graft), which paces the link",
         f"tc qdisc replace dev DEV root handle {SHAPER_MAJOR:x}: tbf rate {rate * 8}bit burst {bucket} limit {backlog}",
@@ -130,8 +124,8 @@ def _tbf(rate: int, gso: int, limit: int) -> Group:
 
 def _drr(band: BandSpec, gso: int) -> list[Group]:
     major, parent = _drr_major(band), ROOT | (band.index + 1)
-    quantum = gso + gso // 16
-    options = nl.attr(TCA_DRR_QUANTUM, struct.pack("=I", quantum))
+    quantum = htb.turn(gso)
+    options = nl.attr(formats.TCA_DRR_QUANTUM, struct.pack("=I", quantum))
     root = major << 16
     lanes = tuple(Node("drr", root | (i + 1), root, options, "class", live=True) for i in range(band.lanes))
     loop = (
@@ -174,16 +168,13 @@ def _insn(code: int, dst: int, src: int, offset: int, value: int) -> bytes:
 
 def load_program(want: Filter) -> int:
     """Load the filter's program and return its descriptor. Raises LoaderError."""
-    return syscall.prog_load(syscall.SCHED_CLS, "mfsd_lanes", program(want), "GPL")
+    return syscall.prog_load(syscall.SCHED_CLS, _NAME, program(want), "GPL")
 
 
 def filter_message(want: Filter, ifindex: int, fd: int) -> bytes:
-    """RTM_NEWTFILTER for a loaded program. The kernel keeps the program as long as the filter."""
-    options = nl.attr(_TCA_BPF_FD, struct.pack("=I", fd)) + nl.attr(_TCA_BPF_NAME, _NAME)
-    body = tc.kind_attr("bpf") + nl.attr(tc.TCA_OPTIONS, options)
-    info = 1 << 16 | socket.htons(_ETH_P_ALL)
-    flags = nl.NLM_CREATE | nl.NLM_EXCL
-    return tc.message(tc.RTM_NEWTFILTER, flags, ifindex, _FILTER_HANDLE, want.parent, info, body)
+    """RTM_NEWTFILTER for a loaded program."""
+    flags, options = nl.NLM_CREATE | nl.NLM_EXCL, tc.bpf_program(fd, _NAME)
+    return tc.bpf_filter(tc.RTM_NEWTFILTER, flags, ifindex, _FILTER_HANDLE, want.parent, options)
 
 
 def flush_message(ifindex: int, parent: int) -> bytes:
@@ -193,5 +184,5 @@ def flush_message(ifindex: int, parent: int) -> bytes:
 
 def is_ours(found: tc.TcObject) -> bool:
     """A filter of such a message."""
-    name = nl.attrs(found.options or b"").get(_TCA_BPF_NAME, b"") if found.kind == "bpf" else b""
-    return name == _NAME and found.handle == _FILTER_HANDLE and found.info >> 16 == 1
+    name = nl.attrs(found.options or b"").get(tc.TCA_BPF_NAME, b"") if found.kind == "bpf" else b""
+    return name == f"{_NAME}\0".encode() and found.handle == _FILTER_HANDLE and found.info >> 16 == 1

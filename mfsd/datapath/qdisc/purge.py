@@ -62,14 +62,13 @@ class LanePurger:
         """``limit``: packets in a queue, as in those that a purge replaces."""
         self._sock = sock
         self._reader = tc.StatsReader()
-        self._bands = {b.spec.index: b for b in tree.bands}
+        self._tree = tree
         self._lanes = {
             (band.spec.index, lane): _lane(ifindex, band, lane, limit)
             for band in tree.bands
             if band.spec.role in PURGEABLE
             for lane in range(band.lanes)
         }
-        self._resets = tree.counters_reset
         self.gone: dict[int, tuple[int, int, int]] = {}
 
     def sync(self, classes: Iterable[tc.TcObject]) -> None:
@@ -78,12 +77,6 @@ class LanePurger:
         for lane in self._lanes.values():
             now = leaf.get(lane.classid, 0) >> 16
             lane.turn = 1 if now and now % 2 == 0 else 0
-
-    def backlog(self, classid: int, ifindex: int) -> tuple[int, int]:
-        """(bytes, packets) queued in a class now. Raises NetlinkError."""
-        answer = self._sock.ask(tc.query(tc.RTM_GETTCLASS, ifindex, classid), f"look at lane {tc.classid(classid)}")
-        stats = self._reader.read(answer)
-        return stats.backlog_bytes, stats.backlog_packets
 
     def purge(self, lanes: Sequence[tuple[int, int]]) -> list[Purged]:
         """Purge (band, lane) pairs.
@@ -96,12 +89,8 @@ class LanePurger:
     def _find(self, band: int, lane: int) -> _Lane:
         found = self._lanes.get((band, lane))
         if found is None:
-            queues = self._bands.get(band)
-            if queues is None:
-                raise ValueError(f"band {band}: the device has bands 0 to {len(self._bands) - 1}")
-            if queues.spec.role not in PURGEABLE:
-                raise ValueError(f"band {band} ({queues.spec.name}) carries unhinted or control traffic: never purged")
-            raise ValueError(f"lane {lane}: band {band} has lanes 0 to {queues.lanes - 1}")
+            name = self._tree.queues(band, lane).spec.name
+            raise ValueError(f"band {band} ({name}) carries unhinted or control traffic: never purged")
         return found
 
     def _purge(self, lanes: list[_Lane], *, again: bool = True) -> list[Purged]:
@@ -123,7 +112,7 @@ class LanePurger:
             lane.turn ^= 1
             before = self._reader.read(held)
             out.append(Purged(lane.band, lane.lane, before.backlog_bytes, before.backlog_packets))
-            if self._resets and self._bands[lane.band].lanes == 1:
+            if self._tree.counters_reset and self._tree.bands[lane.band].lanes == 1:
                 b, p, d = self.gone.get(lane.band, (0, 0, 0))
                 self.gone[lane.band] = b + before.bytes, p + before.packets, d + before.drops
         # Somebody else gave the lane the handle whose turn it was: the other one is free.

@@ -15,7 +15,6 @@ from mfsd.datapath import tc
 from mfsd.datapath.formats import settings
 from mfsd.datapath.handles import LEAF_MAJORS
 from mfsd.ground.bands import HINTED
-from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,16 +42,8 @@ class Node:
 
     def message(self, ifindex: int, *, change: bool = False) -> bytes:
         """The request that makes it, or changes it in place."""
-        kind, flags = {
-            "qdisc": (tc.RTM_NEWQDISC, nl.NLM_CREATE | nl.NLM_REPLACE),
-            "class": (tc.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL),
-        }[self.type]
-        body = tc.kind_attr(self.kind)
-        if self.options is not None:
-            # ets alone insists on the flag; prio's options begin with a struct.
-            body += nl.attr(tc.TCA_OPTIONS | (nl.NLA_NESTED if self.kind == "ets" else 0), self.options)
-        flags = nl.NLM_REPLACE if change or self.made else flags
-        return tc.message(kind, flags, ifindex, self.handle, self.parent, body=body)
+        change = change or self.made
+        return tc.put(self.type, self.kind, ifindex, self.handle, self.parent, self.options, change=change)
 
     def removal(self, ifindex: int) -> bytes:
         """The request that deletes a queue; its class gets a new one."""
@@ -110,6 +101,15 @@ class Tree:
     guarantee: Callable[[Mapping[int, float]], list[Node]] | None = None
     """What is guaranteed by band index (share of the link, 0..1) -> the nodes that give it, and to all others their
     floors; to be changed in place. None: bands have no floors either."""
+
+    def queues(self, band: int, lane: int) -> BandQueues:
+        """A band, by index. Raises ValueError where there is none, or it has not that lane."""
+        if not 0 <= band < len(self.bands):
+            raise ValueError(f"band {band}: the device has bands 0 to {len(self.bands) - 1}")
+        found = self.bands[band]
+        if not 0 <= lane < found.lanes:
+            raise ValueError(f"lane {lane}: band {band} has lanes 0 to {found.lanes - 1}")
+        return found
 
     def with_nodes(self, nodes: Iterable[Node]) -> Tree:
         """The same tree with some nodes as given."""

@@ -124,7 +124,7 @@ def delete_tree(sock: TcSocket, ifindex: int) -> None:
     """Delete mfsd's root from a device, if it has one. Raises NetlinkError."""
     root = tc.root_of(sock.tree(ifindex)[0])
     if root is not None and is_ours(root):
-        sock.run([_delete(ifindex)], f"delete mfsd's qdiscs from device {ifindex}")
+        sock.run([tc.delete_root(ifindex)], f"delete mfsd's qdiscs from device {ifindex}")
 
 
 def put_back(sock: TcSocket, state: State) -> list[str]:
@@ -165,12 +165,12 @@ def _put_back(sock: TcSocket, state: State) -> tuple[list[str], bool]:
             state = notes.save(state_dir_of(state), replace(state, restoring=True))
         messages = state.before.replay(state.ifindex) if ours or not state.before.by_kernel else []
         if not ours and root.handle:
-            messages.insert(0, _delete(state.ifindex))
+            messages.insert(0, tc.delete_root(state.ifindex))
         try:
             sock.run(messages, f"put back the qdiscs of {link.name}")
         except nl.NetlinkError as e:
             links.by_index(sock, state.ifindex)
-            sock.batch([_delete(state.ifindex)])
+            sock.batch([tc.delete_root(state.ifindex)])
             instead = f"the kernel's default is in place instead of {'; '.join(state.before.lines())}"
             return [f"{e}; {instead}; the note is kept, mfsctl restore tries again"], False
         problems = _settle(sock, state, link.name)
@@ -206,10 +206,6 @@ def state_dir_of(state: State) -> Path:
 def _left_by_us(state: State) -> set[int]:
     """Handles that a root can have after a restore that was cut short."""
     return {state.before.root.handle, 0} if state.restoring else {state.before.root.handle}
-
-
-def _delete(ifindex: int) -> bytes:
-    return tc.message(tc.RTM_DELQDISC, 0, ifindex, 0, tc.TC_H_ROOT)
 
 
 # --- what the kernel chose --------------------------------------------------------------------------------------------
@@ -249,8 +245,7 @@ def _settle(sock: TcSocket, state: State, name: str) -> list[str]:
 
 def _make(ifindex: int, kind: str, parent: int) -> bytes:
     """Of a kind, with the kernel's settings and a handle of its choice."""
-    flags = nl.NLM_CREATE | nl.NLM_REPLACE
-    return tc.message(tc.RTM_NEWQDISC, flags, ifindex, 0, parent, body=tc.kind_attr(kind))
+    return tc.put("qdisc", kind, ifindex, 0, parent)
 
 
 # --- is it as it was? -------------------------------------------------------------------------------------------------

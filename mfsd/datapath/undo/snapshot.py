@@ -32,8 +32,6 @@ REPLAYABLE: Final = frozenset(
 less than they need (red's and choke's table, netem's distribution) or talk to hardware (mqprio, taprio)."""
 EXPLICIT_CLASSES: Final = frozenset({"htb", "drr"})
 """Kinds whose classes are made by messages; the others make theirs with the qdisc, or dump flows as classes."""
-_STRICT: Final = frozenset({"ets"})
-"""Kinds that insist on the flag of nested attributes, which is missing in their own dumps (nla_parse_nested)."""
 _MAJOR: Final = 0xFFFF0000
 MQ: Final = "mq"
 """What the kernel puts at the root of a device of several queues, to have its default on each."""
@@ -137,9 +135,9 @@ class Snapshot:
         Raises ValueError for options that the kernel has never dumped.
         """
         if self.by_kernel:
-            return [tc.message(tc.RTM_DELQDISC, 0, ifindex, 0, tc.TC_H_ROOT)]
+            return [tc.delete_root(ifindex)]
         try:
-            return [_request(item, ifindex) for item in self.ordered()]
+            return [tc.put(i.type, i.kind, ifindex, i.handle, i.parent, _as_request(i)) for i in self.ordered()]
         except (struct.error, KeyError) as e:
             raise ValueError(f"options that can't be: {e}") from e
 
@@ -275,15 +273,6 @@ def codel_request(dumped: int) -> int:
     """
     units = -(-dumped * 1000 // 1024)
     return min(-(-units * 1024 // 1000), U32_MAX)
-
-
-def _request(item: Saved, ifindex: int) -> bytes:
-    options = _as_request(item)
-    number = tc.TCA_OPTIONS | (nl.NLA_NESTED if item.kind in _STRICT else 0)
-    body = tc.kind_attr(item.kind) + (b"" if options is None else nl.attr(number, options))
-    if item.type == "class":
-        return tc.message(tc.RTM_NEWTCLASS, nl.NLM_CREATE | nl.NLM_EXCL, ifindex, item.handle, item.parent, body=body)
-    return tc.message(tc.RTM_NEWQDISC, nl.NLM_CREATE | nl.NLM_REPLACE, ifindex, item.handle, item.parent, body=body)
 
 
 def _steady(item: Saved) -> bytes | None:
