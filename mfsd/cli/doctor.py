@@ -17,7 +17,6 @@ from mfsd.cli.errors import Exit
 from mfsd.cli.offline import read_config
 from mfsd.ground import tables
 
-INDENT: Final = " " * 5
 STYLES: Final = {
     checks.Severity.OK: "green",
     checks.Severity.INFO: "cyan",
@@ -51,8 +50,13 @@ def _print(findings: list[checks.Finding], *, everything: bool) -> None:
         console.print(head)
         if f.severity is checks.Severity.OK and not everything:
             continue
-        for label, text in (("seen", f.detail), ("means", f.meaning), ("do", f.fix)):
-            if text:
-                click.echo(output.paragraph(f"{label}: {text}", INDENT))
+        explain(f)
     counts = Counter(f.severity for f in findings)
     console.print(Text(", ".join(f"{counts[s]} {s}" for s in checks.Severity)))
+
+
+def explain(f: checks.Finding) -> None:
+    """What was seen, what it means, and what to do, below the title of a finding."""
+    for label, text in (("seen", f.detail), ("means", f.meaning), ("do", f.fix)):
+        if text:
+            click.echo(output.paragraph(f"{label}: {text}", " " * 5))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import click
 from mfsd import doctor
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
+from mfsd.cli.doctor import explain
 from mfsd.cli.errors import CliError
 from mfsd.cli.offline import read_config
 from mfsd.cli.values import SPAN
@@ -45,12 +47,11 @@ def transports(g: Globals, seconds: float, root: Path, *, everything: bool) -> N
         click.echo()
         click.echo(f"{f.severity:<5}{f.title}")
         if f.severity != doctor.Severity.OK:
-            for label, text in (("seen", f.detail), ("means", f.meaning), ("do", f.fix)):
-                click.echo(output.paragraph(f"{label}: {text}", "     "))
+            explain(f)
 
 
 def _tables(report: doctor.Report, flows: list[doctor.Flow]) -> list[RenderableType]:
-    rate = _rate
+    rate = partial(units.rate, nothing="0")
     out: list[RenderableType] = []
     if flows:
         out.append(tables.table(
@@ -80,10 +81,6 @@ def _tables(report: doctor.Report, flows: list[doctor.Flow]) -> list[RenderableT
              for c in report.classes],
         )]  # fmt: skip
     return out
-
-
-def _rate(value: float) -> str:
-    return units.rate(value) if value else "0"
 
 
 def _known(number: int) -> str:

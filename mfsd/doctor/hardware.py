@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
@@ -52,14 +53,10 @@ def htb_offload(_: Context, name: str) -> Iterator[Finding]:
 
 
 def _features(name: str) -> dict[str, bool]:
-    tool = IoctlEthtool(name)
-    try:
+    with contextlib.closing(IoctlEthtool(name)) as tool, contextlib.suppress(EthtoolError, OSError, KeyError):
         features: Any = tool.get_features()
         return {str(k): bool(features.is_active(k)) for k in features.keys()}  # noqa: SIM118 - iterating gives tuples
-    except (EthtoolError, OSError, KeyError):
-        return {}
-    finally:
-        tool.close()
+    return {}
 
 
 def bql(context: Context, name: str) -> Iterator[Finding]:

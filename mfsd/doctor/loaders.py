@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import resource
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath.bpf.bcc import check_headers, interpreter
@@ -16,8 +18,10 @@ from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.doctor.finding import Finding, Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
+    from mfsd.datapath.bpf.loader import Classifier
     from mfsd.doctor.finding import Check, Context
 
 CAPABILITIES: Final = {
@@ -147,98 +151,84 @@ def _may_load(context: Context) -> bool:
     return bool((mask >> 39 & 1 or mask >> _ALL & 1) and mask >> 12 & 1)
 
 
-def classifier(context: Context) -> Iterator[Finding]:
-    """Load it, attach it nowhere, and unload it: the verifier's own word."""
+def _trial(
+    context: Context, part: Callable[[Classifier], AbstractContextManager[object]], refused: Finding, done: Finding
+) -> Iterator[Finding]:
+    """What follows from loading a part of the kernel side, and taking it off again; nothing where that can't be."""
     if not _may_load(context):
         return
     try:
-        LibbpfLoader().open_classifier(_TRIAL_ROWS).close()
+        with LibbpfLoader().open_classifier(_TRIAL_ROWS) as known, part(known):
+            pass
     except (DatapathError, OSError) as e:
-        yield Finding(
-            "loader.classifier",
-            Severity.FAIL,
-            "The classifier does not load",
-            str(e),
-            "mfsd can neither observe nor enforce",
-            "see the detail; kernel.* and privileges.* may tell why",
-        )
+        yield replace(refused, detail=str(e))
     else:
-        yield Finding(
-            "loader.classifier",
-            Severity.OK,
-            "The classifier loads",
-            "the kernel's verifier accepts it (tried and unloaded again)",
-        )
+        yield done
+
+
+def classifier(context: Context) -> Iterator[Finding]:
+    """Load it, attach it nowhere, and unload it: the verifier's own word."""
+    number = "loader.classifier"
+    refused = Finding(
+        number,
+        Severity.FAIL,
+        "The classifier does not load",
+        meaning="mfsd can neither observe nor enforce",
+        fix="see the detail; kernel.* and privileges.* may tell why",
+    )
+    seen = "the kernel's verifier accepts it (tried and unloaded again)"
+    return _trial(context, nullcontext, refused, Finding(number, Severity.OK, "The classifier loads", seen))
 
 
 def sockets(context: Context) -> Iterator[Finding]:
     """Whether the kernel tells of connections; hooked in for a moment, with no slots and no rules."""
-    wanted = context.config.daemon.sockets
+    number, wanted = "loader.sockets", context.config.daemon.sockets
     if wanted == "listing":
         yield Finding(
-            "loader.sockets",
+            number,
             Severity.INFO,
             "Connections are listed by inet_diag, as configured",
             f'daemon.sockets = "{wanted}"',
             _LISTED,
             'daemon.sockets = "auto" lets the kernel tell of them where it can',
         )
-    if wanted == "listing" or not _may_load(context):
         return
-    try:
-        with LibbpfLoader().open_classifier(_TRIAL_ROWS) as known, Teller(known):
-            pass
-    except (DatapathError, OSError) as e:
-        yield Finding(
-            "loader.sockets",
-            Severity.FAIL if wanted == "kernel" else Severity.WARN,
-            "The kernel does not tell of connections: they are listed by inet_diag",
-            str(e),
-            'mfsd does not start with daemon.sockets = "kernel"' if wanted == "kernel" else _LISTED,
-            "mount cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup/unified), in a container the host's; use Linux 6.1",
-        )
-    else:
-        yield Finding(
-            "loader.sockets",
-            Severity.OK,
-            "The kernel tells of connections",
-            "its programs hang on the root of cgroup v2 (tried and taken off again)",
-        )
+    refused = Finding(
+        number,
+        Severity.FAIL if wanted == "kernel" else Severity.WARN,
+        "The kernel does not tell of connections: they are listed by inet_diag",
+        meaning='mfsd does not start with daemon.sockets = "kernel"' if wanted == "kernel" else _LISTED,
+        fix="mount cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup/unified), in a container the host's; use Linux 6.1",
+    )
+    seen = "its programs hang on the root of cgroup v2 (tried and taken off again)"
+    yield from _trial(context, Teller, refused, Finding(number, Severity.OK, "The kernel tells of connections", seen))
 
 
 def yields(context: Context) -> Iterator[Finding]:
     """Whether deferred connections can yield in the network; registered for a moment, for nobody."""
-    wanted = context.config.network.mode
+    number, wanted = "loader.yield", context.config.network.mode
     if wanted == "off":
         yield Finding(
-            "loader.yield",
+            number,
             Severity.INFO,
             "Levels hold on this host's links only, as configured",
             'network.yield = "off"',
             "deferred traffic fills the queues of switches without priorities, and urgent traffic waits there",
             'network.yield = "auto" lets deferred connections yield there (docs/network.md)',
         )
-    if wanted == "off" or not _may_load(context):
         return
-    try:
-        with LibbpfLoader().open_classifier(_TRIAL_ROWS) as known, Yielding(known):
-            pass
-    except (DatapathError, OSError) as e:
-        yield Finding(
-            "loader.yield",
-            Severity.FAIL if wanted == "on" else Severity.WARN,
-            "Deferred connections do not yield in the network",
-            str(e),
-            'mfsd does not start with network.yield = "on"' if wanted == "on" else "levels hold on this host's links",
-            "see the detail: it takes CAP_PERFMON, BTF, Linux 6.4 and cubic in the kernel",
-        )
-    else:
-        yield Finding(
-            "loader.yield",
-            Severity.OK,
-            "Deferred connections yield in the network",
-            "the congestion control loads and registers (tried and taken off again)",
-        )
+    refused = Finding(
+        number,
+        Severity.FAIL if wanted == "on" else Severity.WARN,
+        "Deferred connections do not yield in the network",
+        meaning='mfsd does not start with network.yield = "on"'
+        if wanted == "on"
+        else "levels hold on this host's links",
+        fix="see the detail: it takes CAP_PERFMON, BTF, Linux 6.4 and cubic in the kernel",
+    )
+    seen = "the congestion control loads and registers (tried and taken off again)"
+    done = Finding(number, Severity.OK, "Deferred connections yield in the network", seen)
+    yield from _trial(context, Yielding, refused, done)
 
 
 CHECKS: Final[tuple[Check, ...]] = (capabilities, memlock, libbpf, bcc, classifier, sockets, yields)

@@ -65,13 +65,9 @@ def _fall_back(report: Report, bulk: float) -> Iterator[Finding]:
 
 def _links(report: Report) -> str:
     return "RDMA: " + "; ".join(
-        f"{p.name} {p.state.lower()}, {p.rate}, out {_rate(sent)}, in {_rate(received)}"
+        f"{p.name} {p.state.lower()}, {p.rate}, out {units.rate(sent, '0')}, in {units.rate(received, '0')}"
         for p, sent, received in report.ports
     )
-
-
-def _rate(value: float) -> str:
-    return units.rate(value) if value else "0"
 
 
 def _one_of_several(report: Report, bulk: float) -> Iterator[Finding]:

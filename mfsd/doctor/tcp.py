@@ -9,13 +9,13 @@ the retransmission timeout, which is never below rto_min, brings it back.
 from __future__ import annotations
 
 import ipaddress
-import socket
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from pyroute2 import DiagSocket, IPRoute
+from pyroute2 import IPRoute
 
 from mfsd.doctor.finding import Finding, Severity
+from mfsd.host.inet_diag import Diag
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,9 +27,6 @@ RTO_MIN_MS: Final = 200
 _LOW_MS: Final = 20
 _PACED: Final = ("bbr",)
 _OURS: Final = "mfsd_yield"
-_ESTABLISHED: Final = 1 << 1
-_CONG: Final = 1 << 3
-"""INET_DIAG_CONG, include/uapi/linux/inet_diag.h."""
 _ROUTE_TABLE_MAIN: Final = 254
 
 
@@ -139,12 +136,10 @@ def choices(context: Context) -> Iterator[Finding]:
 
 def algorithms() -> Iterator[str]:
     """Congestion control of each established connection of this network namespace to another host."""
-    with DiagSocket() as diag:
-        diag.bind()
-        for family in (socket.AF_INET, socket.AF_INET6):
-            for row in diag.get_sock_stats(family=family, states=_ESTABLISHED, extensions=_CONG):
-                if not ipaddress.ip_address(row["idiag_dst"]).is_loopback:
-                    yield row.get_attr("INET_DIAG_CONG") or ""
+    with Diag() as diag:
+        for peer, name in diag.algorithms():
+            if not ipaddress.ip_address(peer).is_loopback:
+                yield name
 
 
 def mptcp(context: Context) -> Iterator[Finding]:

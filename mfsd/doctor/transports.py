@@ -12,16 +12,12 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.ground.model import Endpoints
-from mfsd.host import inet_diag
 from mfsd.host.sockets import SocketResolver
 
 if TYPE_CHECKING:
@@ -29,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mfsd.doctor.finding import Context
+    from mfsd.ground.model import Endpoints
 
 VARIABLES: Final = (
     "NCCL_IB_TC", "MC_IB_TC", "UCX_IB_TRAFFIC_CLASS", "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME",
@@ -43,7 +40,6 @@ DCB_S: Final = 5.0
 """For dcb to answer."""
 PROBE_S: Final = 1.0
 """Between the two looks."""
-_SENDS: Final = 1 << inet_diag.ESTABLISHED | 1 << inet_diag.CLOSE_WAIT | 1 << inet_diag.FIN_WAIT1
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,19 +147,10 @@ class Report:
 
 def look(context: Context) -> Look:
     """Take one. Raises DiagError."""
-    found: dict[int, tuple[Endpoints, int, int]] = {}
-    with inet_diag.Diag() as diag, SocketResolver() as resolver:
-        rows = [
-            row for family in (socket.AF_INET, socket.AF_INET6) for row in diag.dump(family, socket.IPPROTO_TCP, _SENDS)
-        ]
-        ends = {
-            r.cookie: (Endpoints(ip_address(r.src), r.sport, ip_address(r.dst), r.dport, socket.IPPROTO_TCP), r.inode)
-            for r in rows
-        }
-        progress = resolver.tcp_progress((cookie, e) for cookie, (e, _) in ends.items())
-    for cookie, p in progress.items():
-        if p is not None:
-            found[cookie] = (*ends[cookie], p.bytes_acked)
+    with SocketResolver() as resolver:
+        known = {s.cookie: s for s in resolver.all()}
+        progress = resolver.tcp_progress((s.cookie, s.endpoints) for s in known.values())
+    found = {c: (known[c].endpoints, known[c].inode, p.bytes_acked) for c, p in progress.items() if p is not None}
     return Look(time.monotonic(), list(ports(context)), found, netdevs(context))
 
 

@@ -86,9 +86,11 @@ def size(octets: float) -> str:
     return _scaled(octets, ("B", "kB", "MB", "GB", "TB", "PB"), 1000)
 
 
-def rate(bytes_per_s: float) -> str:
-    """940 Mbit/s; a dash when unknown (0)."""
-    return _scaled(bytes_per_s * 8, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"), 1000) if bytes_per_s else "-"
+def rate(bytes_per_s: float, nothing: str = "-") -> str:
+    """940 Mbit/s; ``nothing`` for 0, by default what stands for unknown."""
+    if not bytes_per_s:
+        return nothing
+    return _scaled(bytes_per_s * 8, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"), 1000)
 
 
 def count(n: int) -> str:

@@ -25,6 +25,7 @@ NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
 INET_DIAG_REQ_BYTECODE: Final = 1
 INET_DIAG_INFO: Final = 2
+INET_DIAG_CONG: Final = 4
 INET_DIAG_SKMEMINFO: Final = 7
 EXT_INFO: Final = 1 << (INET_DIAG_INFO - 1)
 EXT_MEMORY: Final = 1 << (INET_DIAG_SKMEMINFO - 1)
@@ -245,13 +246,27 @@ class Diag:
         ``program`` comes from `bytecode`. A socket that changes its state meanwhile may be missed or come twice, as in
         ss(8). Raises DiagError.
         """
+        return [_row(m) for m in self._dump(family, protocol, states, program, sport)]
+
+    def algorithms(self) -> list[tuple[bytes, str]]:
+        """(the peer's address, the congestion control) of each established TCP connection. Raises DiagError."""
+        out = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for m in self._dump(family, socket.IPPROTO_TCP, 1 << ESTABLISHED, ext=1 << (INET_DIAG_CONG - 1)):
+                name = nl.attrs(m.data, m.body + _MESSAGE.size, m.end).get(INET_DIAG_CONG, b"")
+                out.append((_row(m).dst, name.rstrip(b"\0").decode(errors="replace")))
+        return out
+
+    def _dump(
+        self, family: int, protocol: int, states: int, program: bytes = b"", sport: int = 0, ext: int = 0
+    ) -> list[nl.Message]:
         body = _REQUEST.pack(
-            family, protocol, 0, 0, states, socket.htons(sport), 0, _ANYWHERE, _ANYWHERE, 0, 0, 0,
+            family, protocol, ext, 0, states, socket.htons(sport), 0, _ANYWHERE, _ANYWHERE, 0, 0, 0,
         ) + (nl.attr(INET_DIAG_REQ_BYTECODE, program) if program else b"")  # fmt: skip
         module = "udp_diag" if protocol == socket.IPPROTO_UDP else "tcp_diag"
         request = nl.request(SOCK_DIAG_BY_FAMILY, nl.NLM_DUMP, body)
         try:
-            return [_row(m) for m in self._sock.dump(request, f"listing sockets with {module}", torn=True)]
+            return self._sock.dump(request, f"listing sockets with {module}", torn=True)
         except nl.NetlinkError as e:
             if e.errno == errno.ENOENT:
                 raise DiagError(
