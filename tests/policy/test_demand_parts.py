@@ -140,8 +140,8 @@ def test_the_time_that_dropping_takes_is_bounded() -> None:
 # --- deadlines --------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 5), st.integers(1, 400)), max_size=20))
-def test_what_stands_before_a_transfer_is_due_when_that_is(rows: list[tuple[int, int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 5), st.integers(1, 400) | st.just(np.inf)), max_size=20))
+def test_what_stands_before_a_transfer_is_due_when_that_is(rows: list[tuple[int, int, float]]) -> None:
     conn = np.array([r[0] for r in rows], dtype=np.int32)
     ahead = np.array([r[1] for r in rows], dtype=np.float64) * 1e6
     due = np.array([r[2] for r in rows], dtype=np.float64)

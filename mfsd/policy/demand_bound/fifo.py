@@ -31,10 +31,17 @@ def hurried_by(conn: I4, ahead: F8, due: F8) -> I4 | None:
     rows = np.flatnonzero(conn >= 0)
     if not len(rows):
         return None
-    whole = len(rows) == len(conn)
-    on, before, seconds = (conn, ahead, due) if whole else (conn.take(rows), ahead.take(rows), due.take(rows))
-    if on.max() < MANY and np.bincount(on).max() < 2:
-        return None  # nobody shares one
+    on, seconds = (conn, due) if len(rows) == len(conn) else (conn.take(rows), due.take(rows))
+    if on.max() < MANY:
+        each = np.bincount(on)
+        if each.max() < 2:
+            return None  # nobody shares one
+        # Those that several share, of which one at least is due.
+        rows = rows[((each > 1) & (np.bincount(on, weights=seconds < np.inf) > 0)).take(on)]
+        if not len(rows):
+            return None
+        on, seconds = conn.take(rows), due.take(rows)
+    before = ahead.take(rows)
     # Connection, place and bucket in one number; who is due later comes first among those at one place.
     place = before.astype(np.float32).view(np.int32).astype(np.int64)
     key = ((on.astype(np.int64) << _PLACE_BITS | place) << _BUCKET_BITS) | (BUCKETS - bucket(seconds))
