@@ -76,7 +76,7 @@ class Rules:
 
     def verdicts(self, sockets: Sequence[Socket], census: Census) -> list[Verdict]:
         """What each rule says of each of these connections. Reads /proc and cgroups: for another thread."""
-        single = {one for state in self.states for one in _single(state.selector.maker)}
+        single = {one for state in self.states for one in _single(state.selector.maker).values()}
         meant = census.look(single)
         session = self._engine.books.sessions.get(RULES)
         marks = {} if session is None else dict(session.marks)
@@ -107,9 +107,7 @@ def state_of(source: str, rule: RuleConfig, uid_of: Callable[[str], int] | None 
         cgroup=rule.cgroup or ("" if rule.unit is None else f"*/{rule.unit}"),
         uid=uid,
     )
-    selector = RuleSelector(
-        maker, rule.remote, rule.local_ports or PortRange(), rule.remote_ports or PortRange()
-    )  # fmt: skip
+    selector = RuleSelector(maker, rule.remote, rule.local_ports or PortRange(), rule.remote_ports or PortRange())
     due_in = INF if rule.deadline_ms is None else rule.deadline_ms / 1000
     return RuleState(rule.name, source, selector, Stage[rule.stage.upper()], rule.ordered, due_in, problem)
 
@@ -129,10 +127,10 @@ def cgroup_root(undo: contextlib.ExitStack) -> Path | None:
     return Path(f"/proc/self/fd/{fd}")
 
 
-def _single(maker: Maker) -> list[Maker]:
-    """Its conditions, each by itself, but for the user, which every socket tells."""
+def _single(maker: Maker) -> dict[str, Maker]:
+    """Its conditions in words, each by itself, but for the user, which every socket tells."""
     given = {n: v for n in ("pid", "executable", "thread", "cgroup") if (v := getattr(maker, n))}
-    return [Maker(**{name: value}) for name, value in given.items()]
+    return {f"{name} {value}": Maker(**{name: value}) for name, value in given.items()}
 
 
 def _failing(state: RuleState, socket: Socket, meant: Mapping[Maker, Makers]) -> Sequence[str]:
@@ -150,9 +148,8 @@ def _failing(state: RuleState, socket: Socket, meant: Mapping[Maker, Makers]) ->
     uid = selector.maker.uid
     if uid >= 0 and socket.uid != uid:
         out.append(f"{'nobody knows its user' if socket.uid < 0 else f'its user is {socket.uid}'}; it must be {uid}")
-    for one in _single(selector.maker):
+    for words, one in _single(selector.maker).items():
         if not made(socket, one, meant[one]):
-            name, value = next((n, v) for n in ("pid", "executable", "thread", "cgroup") if (v := getattr(one, n)))
             who = f"thread {socket.tid} of process {socket.pid}" if socket.pid else "nobody knows who"
-            out.append(f"{who} made it; {name} {value} means others")
+            out.append(f"{who} made it; {words} means others")
     return out

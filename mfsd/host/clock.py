@@ -8,7 +8,6 @@ written for the kernel to compare, or for a process outside to read, must be wit
 from __future__ import annotations
 
 import functools
-import os
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def offset_ns(clock: str) -> int:
     """How far "monotonic" or "boottime" is ahead of the kernel's own in this process. They are fixed while it runs."""
     try:
         # The file tells of the namespace of future children; this process may still be in another one.
-        if os.readlink("/proc/self/ns/time") != os.readlink("/proc/self/ns/time_for_children"):  # noqa: PTH115
+        if Path("/proc/self/ns/time").readlink() != Path("/proc/self/ns/time_for_children").readlink():
             return 0
         text = Path("/proc/self/timens_offsets").read_text(encoding="ascii")
     except FileNotFoundError:  # before Linux 5.6, or without CONFIG_TIME_NS

@@ -102,7 +102,8 @@ class Census:
             known = self._threads.get((pid, tid)) or before.get((pid, tid))
             if known is None or now - known.since < SETTLED_S:
                 try:
-                    with open(f"/proc/{pid}/task/{tid}/comm", encoding="utf-8", errors="replace") as f:  # noqa: PTH123
+                    comm = f"/proc/{pid}/task/{tid}/comm"
+                    with open(comm, encoding="utf-8", errors="replace") as f:  # noqa: PTH123 - as above
                         known = _Thread(f.read().rstrip("\n"), now if known is None else known.since)
                 except OSError:
                     continue

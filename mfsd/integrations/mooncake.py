@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mfsd.client import Stage, tuple_of
@@ -122,7 +123,7 @@ class HintedEngine(_Hinted):
         mfsd: Owner | None = None,
     ) -> int:
         """As the engine's; one transfer to mfsd, since it ends as one."""
-        move = lambda: self._inner.batch_transfer_sync_write(peer, buffers, there, lengths, *rest)  # noqa: E731
+        move = partial(self._inner.batch_transfer_sync_write, peer, buffers, there, lengths, *rest)
         return int(self._hinted(peer, sum(lengths), mfsd, reads=False, move=move))
 
     def batch_transfer_sync_read(
@@ -135,7 +136,7 @@ class HintedEngine(_Hinted):
         mfsd: Owner | None = None,
     ) -> int:
         """As the engine's; one transfer to mfsd."""
-        move = lambda: self._inner.batch_transfer_sync_read(peer, buffers, there, lengths, *rest)  # noqa: E731
+        move = partial(self._inner.batch_transfer_sync_read, peer, buffers, there, lengths, *rest)
         return int(self._hinted(peer, sum(lengths), mfsd, reads=True, move=move))
 
 

@@ -110,7 +110,7 @@ def _speed(s: Settings, prompts: Sequence[Prompt]) -> float:
 
     On average over the trace: some seconds are busier than others, that is what traces are like.
     """
-    probe = _deal(s, prompts, random.Random(0))  # noqa: S311
+    probe = _deal(s, prompts, random.Random(0))  # noqa: S311 - a seed, as above
     return s.load / max(link_loads(s, probe, prompts[-1].at - prompts[0].at).values())
 
 

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import resource
+import signal
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -226,9 +229,7 @@ def test_data_in_the_syn(daemon: Daemon, client: Client) -> None:
 
 @pytest.mark.usefixtures("sink")
 def test_a_socket_that_is_disconnected_and_connected_again(daemon: Daemon, client: Client, events: list[Event]) -> None:
-    """connect(2) with AF_UNSPEC: the same socket, the same cookie, another connection."""
-    import ctypes  # noqa: PLC0415 - Python's connect() knows no AF_UNSPEC
-
+    """connect(2) with AF_UNSPEC, which Python's connect() has not: the same socket and cookie, another connection."""
     libc = ctypes.CDLL(None, use_errno=True)
     with dial(daemon.pair) as s:
         for i in range(4):
@@ -349,9 +350,6 @@ def test_a_worker_killed_behind_its_last_byte(daemon: Daemon, sink: Sink) -> Non
 @pytest.mark.usefixtures("sink")
 def test_more_connections_at_once_than_events_have_room(daemon: Daemon, client: Client) -> None:
     """While the daemon gets no processor at all."""
-    import resource  # noqa: PLC0415
-    import signal  # noqa: PLC0415
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     client.mark(tuple_of(daemon.pair.addr_b, PORT), Stage.COLLECTIVE)

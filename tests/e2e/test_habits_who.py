@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -278,8 +279,6 @@ hear()
     with running(daemon), Sink(netns_pair), dial(netns_pair) as sock, worker(daemon, body) as one:
         assert one.hear() == ["True"]
         wait_for(lambda: band(daemon, sock) == "level 0", "its mark")
-        import time  # noqa: PLC0415 - only here
-
         time.sleep(2.5)  # longer than anything that is not held lives
         assert band(daemon, sock) == "level 0"
         one.kill()

@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -192,8 +193,6 @@ def test_a_second_daemon_is_refused_and_the_first_unharmed(daemon: Daemon) -> No
 
 
 def _mfsd(daemon: Daemon) -> list[str]:
-    import sys  # noqa: PLC0415 - only here
-
     return [sys.executable, "-m", "mfsd.daemon", "--config", str(daemon.config)]
 
 

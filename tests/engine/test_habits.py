@@ -15,7 +15,9 @@ from mfsd.ground.model import (
     EventKind,
     MarkHint,
     PortRange,
+    RequestHint,
     Stage,
+    TransferHint,
     TupleSelector,
     What,
 )
@@ -174,8 +176,6 @@ def test_what_one_session_announces_changes_nothing_for_another() -> None:
     stranger = h.engine.session("stranger", h.now)
     h.request("r", 1.0)
     h.transfer("mine", s, 100 * MSS)
-    from mfsd.ground.model import RequestHint, TransferHint  # noqa: PLC0415
-
     h.engine.apply(stranger, RequestHint("x", h.now + 1), h.now)
     h.engine.apply(stranger, TransferHint("huge", "x", "", Stage.P2D, 0, 1 << 40, CookieSelector(1)), h.now)
     h.transfer("next", s, 100 * MSS)
@@ -191,8 +191,6 @@ def test_what_one_session_announces_changes_nothing_for_another() -> None:
 def test_a_worker_that_ends_right_after_its_last_byte_met_its_deadline() -> None:
     h = Host()
     session = h.engine.session("w", h.now, pid=7)
-    from mfsd.ground.model import RequestHint, TransferHint  # noqa: PLC0415
-
     s = h.socket(1)
     h.engine.apply(session, RequestHint("r", h.now + 0.1), h.now)
     h.engine.apply(session, RequestHint("late", h.now + 0.1), h.now)

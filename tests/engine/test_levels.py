@@ -11,6 +11,7 @@ from mfsd.daemon.config_bands import bands_of, policy_of
 from mfsd.daemon.wiring import change_policy
 from mfsd.ground.bands import LEVEL_NEW
 from mfsd.ground.model import BatchHint, CookieSelector, EndHint, MarkHint, ProgressHint, Stage, What
+from mfsd.policy.registry import make_policy
 
 
 def test_a_loose_p2d_transfer_is_deferred_and_promoted_as_its_deadline_nears() -> None:
@@ -159,8 +160,6 @@ def test_progress_of_a_lone_request_makes_it_its_own_batch() -> None:
 
 
 def test_a_policy_change_takes_effect_at_the_next_tick() -> None:
-    from mfsd.policy.registry import make_policy  # noqa: PLC0415 - only here
-
     h = Host()
     s = h.socket(1)
     h.transfer("c", s, 1000, Stage.COLLECTIVE, request="")

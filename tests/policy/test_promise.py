@@ -17,6 +17,7 @@ from support.fluid import CROWDS, FLOORS, MARGIN_S, RATE, Job, case, edf_could, 
 
 from mfsd.ground.bands import BACKGROUND_FLOOR, DEFAULT_FLOOR, LEVEL_FLOOR, LEVEL_SCAVENGER
 from mfsd.ground.model import Stage
+from mfsd.lab.sim.decide import simulate
 from mfsd.policy import registry
 
 DEFERRED = 4
@@ -84,8 +85,6 @@ def test_what_plain_sharing_with_another_transfer_meets_is_met(
 @pytest.mark.parametrize("crowd", ["a saturating collective", "a bulk transfer"])
 def test_the_policy_before_it_starved_them(crowd: str) -> None:
     """So the tests above can fail: 0.2 s of work due in 0.6 s, which plain sharing meets."""
-    from mfsd.lab.sim.decide import simulate  # noqa: PLC0415 (only here)
-
     of = case([Job(0.2, 0.6)], crowd)
     assert shared(of).met[0]
     assert promised(of)[0].met[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import json
 import os
 import signal
 import socket
@@ -246,8 +247,6 @@ def test_a_taken_port_is_named(config: Path) -> None:
 
 
 def test_json_logs(spawn: Callable[[], Process], config: Path) -> None:
-    import json  # noqa: PLC0415 - only here
-
     config.write_text(config.read_text() + 'log_format = "json"\n')
     _, log = spawn().end()
     events = [json.loads(line) for line in log.splitlines()]

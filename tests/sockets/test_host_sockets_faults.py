@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,6 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def named(sock: socket.socket) -> tuple[int, Endpoints]:
-    import ipaddress  # noqa: PLC0415 - only here
-
     (here, sport), (there, dport) = sock.getsockname(), sock.getpeername()
     return cookie_of(sock), Endpoints(ipaddress.ip_address(here), sport, ipaddress.ip_address(there), dport)
 

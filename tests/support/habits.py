@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
+import signal
 import socket
 import struct
 import subprocess
@@ -14,13 +16,13 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.client import Stage, cookie_of
+from mfsd.v1 import control_pb2 as pb
 from support.waiting import WAIT_S, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mfsd.client import Client
-    from mfsd.v1 import control_pb2 as pb
     from support.namespaces import NetnsPair
     from support.rig import Daemon
 
@@ -185,9 +187,7 @@ def band(daemon: Daemon, sock: socket.socket) -> str:
 
 def transfers(daemon: Daemon) -> dict[str, int]:
     """Bytes left by unfinished transfer."""
-    from mfsd.v1 import control_pb2  # noqa: PLC0415 - only here
-
-    reply = daemon.control(lambda c: c.ListTransfers(control_pb2.ListTransfersRequest(), timeout=WAIT_S))
+    reply = daemon.control(lambda c: c.ListTransfers(pb.ListTransfersRequest(), timeout=WAIT_S))
     return {t.id: t.bytes_left for t in reply.transfers}
 
 
@@ -259,9 +259,6 @@ class Worker:
 
     def end(self) -> None:
         """With all that it has started."""
-        import os  # noqa: PLC0415 - only here
-        import signal  # noqa: PLC0415
-
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.communicate()

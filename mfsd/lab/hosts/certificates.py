@@ -67,7 +67,6 @@ def _openssl(*words: str | Path) -> None:
     path = shutil.which("openssl")
     if path is None:
         raise LabError("openssl is not installed; on Debian: apt-get install openssl")
-    # S603: the arguments are names that we made ourselves.
-    done = subprocess.run([path, *map(str, words)], check=False, capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run([path, *map(str, words)], check=False, capture_output=True, text=True)
     if done.returncode:
         raise LabError(f"openssl {words[0]}: {done.stderr.strip()}")

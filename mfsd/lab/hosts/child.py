@@ -35,8 +35,7 @@ class Child:
         with theirs:
             command = [*python(module), str(os.getpid()), str(theirs.fileno())]
             fds = [theirs.fileno(), *fds]
-            # S603: our own module.
-            self._process = subprocess.Popen(command, pass_fds=fds, env={**environment(), **(env or {})})  # noqa: S603
+            self._process = subprocess.Popen(command, pass_fds=fds, env={**environment(), **(env or {})})
 
     def say(self, message: Any) -> None:
         """Say something. Raises LabError when it has ended."""

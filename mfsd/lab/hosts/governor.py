@@ -102,8 +102,7 @@ class Governor:
         config.write_text(configuration.render(self._config), encoding="utf-8")
         enter = [*python("mfsd.lab.hosts.enter"), self.host.namespace, str(os.getpid())]
         with self.log.open("ab") as log:
-            # S603: our own module, with names that we made.
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 [*enter, *python("mfsd.daemon"), "--config", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

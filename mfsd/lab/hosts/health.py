@@ -78,17 +78,17 @@ class Measure:
 
 
 def verdict(figures: dict[str, float]) -> list[str]:
-    """What is wrong with a run, in words; empty: the network was the bottleneck.
+    """What is wrong with a run, in words; empty: the network was the bottleneck, as far as was measured.
 
     ``figures``: ``cpu``, ``timer_late_p99_ms``, ``overslept`` (share), ``link_peak`` (share of the rate).
     """
     out = []
-    if figures["cpu"] > CPU_MAX:
-        out.append(f"the processors were {figures['cpu']:.0%} busy")
-    if figures["timer_late_p99_ms"] > LATE_MAX_MS:
-        out.append(f"one in a hundred timers was more than {figures['timer_late_p99_ms']:.1f} ms late")
-    if figures["overslept"] > OVERSLEPT_MAX:
-        out.append(f"late emulated computing made forward passes {figures['overslept']:.0%} longer")
-    if figures["link_peak"] < LINK_MIN:
-        out.append(f"the busiest link gave only {figures['link_peak']:.0%} of its rate in its best 100 ms")
+    if (busy := figures.get("cpu", 0.0)) > CPU_MAX:
+        out.append(f"the processors were {busy:.0%} busy")
+    if (late := figures.get("timer_late_p99_ms", 0.0)) > LATE_MAX_MS:
+        out.append(f"one in a hundred timers was more than {late:.1f} ms late")
+    if (longer := figures.get("overslept", 0.0)) > OVERSLEPT_MAX:
+        out.append(f"late emulated computing made forward passes {longer:.0%} longer")
+    if (peak := figures.get("link_peak", 1.0)) < LINK_MIN:
+        out.append(f"the busiest link gave only {peak:.0%} of its rate in its best 100 ms")
     return out

@@ -57,8 +57,7 @@ def commit() -> str:
         return mfsd.__version__
 
     def ask(*args: str) -> str:
-        # S603: fixed arguments.
-        return subprocess.run([git, "-C", str(ROOT), *args], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603
+        return subprocess.run([git, "-C", str(ROOT), *args], check=True, capture_output=True, text=True).stdout.strip()
 
     try:
         return ask("rev-parse", "HEAD") + ("-dirty" if ask("status", "--porcelain", "--untracked-files=no") else "")

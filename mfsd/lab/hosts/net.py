@@ -73,11 +73,15 @@ def tool(*command: str, stdin: str | None = None) -> str:
     path = shutil.which(command[0]) or shutil.which(command[0], path="/usr/sbin:/sbin")
     if path is None:
         raise LabError(f"{command[0]} is not installed; on Debian: apt-get install iproute2")
-    # S603: the arguments are names that we made ourselves.
-    done = subprocess.run([path, *command[1:]], input=stdin, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([path, *command[1:]], input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
+
+
+def batch(program: str, namespace: str, lines: Sequence[str]) -> None:
+    """Have ip or tc do all of these in a namespace, up to the first that fails. Raises LabError."""
+    tool(program, "-n", namespace, "-batch", "-", stdin="\n".join(lines) + "\n")
 
 
 def remove_stale() -> list[str]:
@@ -148,10 +152,10 @@ class Fabric:
             self.hosts[name] = host
             lines.append(f"link add name {name} type veth peer name {DEVICE} netns {host.namespace}")
             lines.append(f"link set dev {name} master {BRIDGE} up")
-        tool("ip", "-n", switch, "-batch", "-", stdin="\n".join(lines) + "\n")
+        batch("ip", switch, lines)
         for host in self.hosts.values():
             lines = ["link set lo up", f"addr add {host.address}/24 dev {DEVICE}", f"link set {DEVICE} up"]
-            tool("ip", "-n", host.namespace, "-batch", "-", stdin="\n".join(lines) + "\n")
+            batch("ip", host.namespace, lines)
             self._configure(host)
 
     def _add(self, namespace: str) -> None:
@@ -202,7 +206,7 @@ def plain_link(host: Host, rate: Rate) -> None:
         f"class add dev {DEVICE} parent 1: classid 1:1 htb rate {int(rate.bits_per_s)}bit {htb_shape(rate)}",
         f"qdisc add dev {DEVICE} parent 1:1 handle 10: pfifo limit 1000",
     ]
-    tool("tc", "-n", host.namespace, "-batch", "-", stdin="\n".join(lines) + "\n")
+    batch("tc", host.namespace, lines)
 
 
 def remove_link(host: Host) -> None:

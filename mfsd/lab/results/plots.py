@@ -121,10 +121,7 @@ def distributions(results: Sequence[Result], panels: Sequence[str]) -> Figure:
             if len(ends):
                 ax.step(ends, np.arange(1, len(ends) + 1) / len(values), where="post", **styles[arm])
         if panel.log:
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+            _logarithmic(ax)
             ax.tick_params(axis="x", labelsize=8)
         else:
             ax.set_xlim(-2, 4)
@@ -137,6 +134,13 @@ def distributions(results: Sequence[Result], panels: Sequence[str]) -> Figure:
     axes[0].set_ylabel("share")
     axes[0].legend(fontsize=8)
     return out
+
+
+def _logarithmic(ax: Axes) -> None:
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 def bars(results: Sequence[Result], title: str) -> Figure:
@@ -162,10 +166,7 @@ def strips(values: Mapping[str, Sequence[float]], label: str) -> Figure:
         ax.plot(found, [-row] * len(found), "o", markersize=5, alpha=0.6, color=COLOURS[row + 1], label=name)
     ax.set_yticks([-row for row in range(len(values))], list(values))
     ax.set_ylim(-len(values) + 0.4, 0.6)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    _logarithmic(ax)
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_xlabel(label)
     ax.grid(axis="x", alpha=0.3)

@@ -32,8 +32,7 @@ NEEDS: Final = "import vllm, nixl_cu12, grpc, google.protobuf"
 def check(interpreter: Path) -> None:
     """Raise LabError when an environment has not what an engine needs."""
     try:
-        # S603: what the operator names.
-        done = subprocess.run([interpreter, "-c", NEEDS], capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run([interpreter, "-c", NEEDS], capture_output=True, text=True, check=False)
     except OSError as e:
         raise LabError(f"{interpreter}: {e.strerror}; make e2e-vllm makes such an environment") from e
     if done.returncode:
@@ -57,9 +56,8 @@ class Engine:
             "UCX_TCP_PORT_RANGE": UCX_PORTS,
         }
         with log.open("ab") as sink:
-            # S603: our own module, in the interpreter that the operator names. A session of its own, so that what
-            # vLLM starts can be ended with it.
-            self._process = subprocess.Popen(  # noqa: S603
+            # A session of its own, so that what vLLM starts can be ended with it.
+            self._process = subprocess.Popen(
                 [*enter, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True, env=env,
                 cwd=ROOT, start_new_session=True,
             )  # fmt: skip

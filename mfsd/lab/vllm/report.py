@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from matplotlib.figure import Figure
 
-from mfsd.lab.hosts.health import CPU_MAX, LATE_MAX_MS
+from mfsd.lab.hosts.health import verdict
 from mfsd.lab.hosts.machine import NICE, commit, machine
 from mfsd.lab.hosts.tcp import CONGESTION
 from mfsd.lab.results import report
@@ -40,13 +40,6 @@ def exchanges(outcome: Outcome) -> tuple[float, float, float]:
     return quiet, busy, busy / quiet if quiet else 0.0
 
 
-def spoilt(outcome: Outcome) -> list[str]:
-    """Why a cell may describe the machine instead of the network."""
-    cpu, late = outcome.health.get("cpu", 0.0), outcome.health.get("timer_late_p99_ms", 0.0)
-    out = [f"the processors were {cpu:.0%} busy"] if cpu > CPU_MAX else []
-    return out + ([f"one in a hundred timers was more than {late:.1f} ms late"] if late > LATE_MAX_MS else [])
-
-
 def table(found: Found) -> Rows:
     """A row per competitor and arm."""
     rows = [["beside", "arm", "in time", "tight", "loose", "TTFT p50", "max", "exchange p99", "without KV", "ratio",
@@ -72,7 +65,7 @@ def table(found: Found) -> Rows:
                 f"{ratio:.2f}" if ratio else "",
                 str(sum(r.failed for r in o.requests)),
                 f"{o.health.get('cpu', 0.0):.0%}",
-                "; ".join(spoilt(o)) or "ok",
+                "; ".join(verdict(o.health)) or "ok",
             ]
         )
     return rows
@@ -196,7 +189,7 @@ def data(found: Found) -> dict[str, Any]:
             "exchanges_ms": percentiles_ms(o.exchanges, 50, 99),
             "exchanges_without_kv_ms": percentiles_ms(o.quiet, 50, 99),
             "exchanges_p99_ratio": ratio if quiet and busy else None,
-            "health": {**o.health, "problems": spoilt(o)},
+            "health": {**o.health, "problems": verdict(o.health)},
             "mfsd": o.counters,
             "kills": o.kills,
         }  # fmt: skip
