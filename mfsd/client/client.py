@@ -38,7 +38,6 @@ from mfsd.ground.model import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
-    from types import TracebackType
     from typing import Self
 
 __all__ = ["Advice", "Client", "Rejected", "Stats", "Transfer"]
@@ -270,9 +269,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _forked(self) -> None:

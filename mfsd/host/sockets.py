@@ -28,7 +28,6 @@ from mfsd.host.inet_diag import Answer, Diag, DiagError, Filter, Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from types import TracebackType
 
 __all__ = ["DiagError", "Socket", "SocketResolver", "TcpProgress"]
 
@@ -107,9 +106,7 @@ class SocketResolver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def resolve(self, selector: HintSelector) -> list[Socket]:

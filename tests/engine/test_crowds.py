@@ -35,20 +35,22 @@ class Row:
     row = -1
 
 
+def all_end_some_at_a_time(h: Host, tick: float) -> None:
+    for _ in range(3 * MANY // AT_ONCE):
+        before = h.engine.books.transfers.n
+        assert is_one_pass(lambda: h.tick(tick))
+        assert before - h.engine.books.transfers.n <= 3 * AT_ONCE
+        if not h.engine.books.transfers.n:
+            return
+    pytest.fail(f"{h.engine.books.transfers.n} transfers are left")
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 def test_a_session_of_very_many_transfers_ends_in_one_pass(*, ordered: bool) -> None:
     h, sock = crowd(MANY, ordered=ordered)
     h.send(sock, 1000 * MANY // 2)
     assert is_one_pass(lambda: h.engine.end_session(h.session, h.now))
-    rounds = 0
-    while h.engine.books.transfers.n and rounds < 3 * MANY // AT_ONCE:
-        before = h.engine.books.transfers.n
-        assert is_one_pass(lambda: h.tick(0.05))
-        ended = before - h.engine.books.transfers.n
-        assert ended <= 3 * AT_ONCE
-        rounds += 1
-    left = h.engine.books.transfers.n
-    assert left == 0
+    all_end_some_at_a_time(h, 0.05)
     opened = len(h.engine.books.streams)
     assert opened == 0
     assert h.session.user.transfers == h.engine.books.everybody.transfers == 0
@@ -59,15 +61,7 @@ def test_a_connection_of_very_many_transfers_ends_some_at_a_time(*, clean: bool)
     h, sock = crowd(MANY)
     h.send(sock, 1000 * MANY if clean else 1000)
     h.kernel.close(sock, clean=clean)
-    rounds = 0
-    while h.engine.books.transfers.n and rounds < 3 * MANY // AT_ONCE:
-        before = h.engine.books.transfers.n
-        assert is_one_pass(lambda: h.tick(0.01))
-        ended = before - h.engine.books.transfers.n
-        assert ended <= 3 * AT_ONCE
-        rounds += 1
-    left = h.engine.books.transfers.n
-    assert left == 0
+    all_end_some_at_a_time(h, 0.01)
     completed = h.engine.books.counters.transfers_completed
     assert completed == (MANY if clean else 1)
     streams = len(h.session.streams)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,10 +40,16 @@ def running(start: Callable[..., Running]) -> Running:
 
 
 @pytest.fixture
-def api(running: Running) -> Iterator[Api]:
+def reach() -> Iterator[Callable[[Running], Api]]:
+    """Makes stubs of daemons."""
+    with contextlib.ExitStack() as stack:
+        yield lambda daemon: Api(stack.enter_context(introduced(daemon.target)))
+
+
+@pytest.fixture
+def api(running: Running, reach: Callable[[Running], Api]) -> Api:
     """Stubs of ``running``."""
-    with introduced(running.target) as channel:
-        yield Api(channel)
+    return reach(running)
 
 
 @pytest.fixture

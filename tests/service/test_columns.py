@@ -11,7 +11,6 @@ from google.rpc import code_pb2
 from support.daemons import Api, Running, violation
 
 from mfsd.client import cookie_of
-from mfsd.client.introduction import introduced
 from mfsd.engine.settings import LimitsConfig
 from mfsd.v1 import hints_pb2 as pb
 
@@ -166,28 +165,23 @@ def test_columns_that_do_not_fit_together_are_rejected_as_a_whole(api: Api, runn
     assert running.ask(lambda e: (e.books.counters.hints_accepted, e.books.counters.hints_rejected)) == (1, 3)
 
 
-def test_limits_count_rows_as_hints(start: Callable[..., Running]) -> None:
-    one = start(limits={"max_hints_per_batch": 4, "max_transfers_per_session": 2})
-    with introduced(one.target) as channel:
-        api = Api(channel)
-        reply = send(api, columns())
-        (rejected,) = reply.rejected
-        code, field, description = violation(rejected.status)
-        assert (rejected.index, code, field) == (2, code_pb2.RESOURCE_EXHAUSTED, "transfers.ids[2]")
-        assert "limits.max_transfers_per_session" in description
-        with pytest.raises(grpc.RpcError) as e:
-            send(api, columns(4))
-        assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+def test_limits_count_rows_as_hints(start: Callable[..., Running], reach: Callable[[Running], Api]) -> None:
+    api = reach(start(limits={"max_hints_per_batch": 4, "max_transfers_per_session": 2}))
+    (rejected,) = send(api, columns()).rejected
+    code, field, description = violation(rejected.status)
+    assert (rejected.index, code, field) == (2, code_pb2.RESOURCE_EXHAUSTED, "transfers.ids[2]")
+    assert "limits.max_transfers_per_session" in description
+    with pytest.raises(grpc.RpcError) as e:
+        send(api, columns(4))
+    assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_full_table_names_the_row(start: Callable[..., Running]) -> None:
-    one = start(daemon={"slots": 16})
-    with introduced(one.target) as channel:
-        many = columns(17, selectors=[pb.Selector(cookie=100 + i) for i in range(17)], selector=list(range(17)))
-        (rejected,) = send(Api(channel), many).rejected
-        code, field, description = violation(rejected.status)
-        assert (rejected.index, code, field) == (16, code_pb2.RESOURCE_EXHAUSTED, "transfers.selector[16]")
-        assert "16 slots" in description
+def test_a_full_table_names_the_row(start: Callable[..., Running], reach: Callable[[Running], Api]) -> None:
+    many = columns(17, selectors=[pb.Selector(cookie=100 + i) for i in range(17)], selector=list(range(17)))
+    (rejected,) = send(reach(start(daemon={"slots": 16})), many).rejected
+    code, field, description = violation(rejected.status)
+    assert (rejected.index, code, field) == (16, code_pb2.RESOURCE_EXHAUSTED, "transfers.selector[16]")
+    assert "16 slots" in description
 
 
 def test_progress_by_columns(api: Api, running: Running) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import queue
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -14,7 +14,6 @@ from support.daemons import Api, Running, call_violation, connected, violation
 from support.waiting import wait_for
 
 from mfsd.client import cookie_of
-from mfsd.client.introduction import introduced
 from mfsd.engine.settings import LimitsConfig
 from mfsd.v1.hints_pb2 import (
     STAGE_BACKGROUND,
@@ -40,8 +39,12 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    Start = Callable[..., Running]
+    Reach = Callable[[Running], Api]
+
 LIMITS = LimitsConfig()
 LONG = "x" * 257
+BACKWARDS = PortRange(first=9, last=3)
 
 
 def request(**fields: Any) -> Hint:
@@ -55,13 +58,8 @@ def lasting() -> Hint:
 
 
 def transfer(**fields: Any) -> Hint:
-    good: dict[str, Any] = {
-        "id": "t",
-        "request_id": "r",
-        "stage": STAGE_P2D,
-        "bytes": 1000,
-        "selector": Selector(cookie=1),
-    }
+    good: dict[str, Any] = {"id": "t", "request_id": "r", "stage": STAGE_P2D, "bytes": 1000}
+    good["selector"] = Selector(cookie=1)
     return Hint(transfer=Transfer(**(good | fields)))
 
 
@@ -69,13 +67,17 @@ def on(selector: Any) -> Hint:
     return transfer(selector=selector)
 
 
+def process(**fields: Any) -> Hint:
+    return on(Selector(process=ProcessPeer(**fields)))
+
+
+def mark(**fields: Any) -> Hint:
+    return Hint(connection=ConnectionMark(**fields))
+
+
 def tuple_(**fields: Any) -> Hint:
-    good: dict[str, Any] = {
-        "src_addr": "10.0.0.1",
-        "dst_addr": "10.0.0.2",
-        "src_port": PortRange(first=1),
-        "dst_port": PortRange(first=2),
-    }
+    good: dict[str, Any] = {"src_addr": "10.0.0.1", "dst_addr": "10.0.0.2"}
+    good |= {"src_port": PortRange(first=1), "dst_port": PortRange(first=2)}
     return on(Selector(tuple=Tuple(**(good | fields))))
 
 
@@ -119,37 +121,21 @@ CASES = [
     (tuple_(dst_addr="0.0.0.0"), "transfer.selector.tuple.dst_addr", "no peer's address"),  # noqa: S104 - refused
     (tuple_(src_addr="fd00::1"), "transfer.selector.tuple.src_addr", "different families"),
     (tuple_(protocol=1), "transfer.selector.tuple.protocol", "unknown protocol 1"),
-    (tuple_(src_port=PortRange(first=9, last=3)), "transfer.selector.tuple.src_port", "9..3 is no port range"),
+    (tuple_(src_port=BACKWARDS), "transfer.selector.tuple.src_port", "9..3 is no port range"),
     (tuple_(dst_port=PortRange(first=70000)), "transfer.selector.tuple.dst_port", "70000..70000 is no port range"),
     (tuple_(protocol=17, src_addr=""), "transfer.selector.tuple.src_addr", "UDP needs both addresses"),
     (tuple_(protocol=17, src_port=PortRange()), "transfer.selector.tuple.src_port", "exact ports"),
     (tuple_(protocol=17, dst_port=PortRange(first=1, last=2)), "transfer.selector.tuple.dst_port", "exact ports"),
-    (on(Selector(process=ProcessPeer(pid=0))), "transfer.selector.process.pid", "0 is no process id"),
-    (
-        on(Selector(process=ProcessPeer(pid=1, remote="10.0.0.7/24"))),
-        "transfer.selector.process.remote",
-        "has host bits set",
-    ),
-    (
-        on(Selector(process=ProcessPeer(pid=1, remote_port=PortRange(first=2, last=1)))),
-        "transfer.selector.process.remote_port",
-        "is no port range",
-    ),
-    (on(Selector(process=ProcessPeer(pid=1, remote="::"))), "transfer.selector.process.remote", "no peer's"),
+    (process(pid=0), "transfer.selector.process.pid", "0 is no process id"),
+    (process(pid=1, remote="10.0.0.7/24"), "transfer.selector.process.remote", "has host bits set"),
+    (process(pid=1, remote_port=BACKWARDS), "transfer.selector.process.remote_port", "is no port range"),
+    (process(pid=1, remote="::"), "transfer.selector.process.remote", "no peer's"),
     (Hint(completion=Completion()), "completion.transfer_id", "is empty, and no other id"),
-    (
-        Hint(completion=Completion(transfer_id="a", batch_id="b")),
-        "completion.transfer_id",
-        "set together with another id",
-    ),
+    (Hint(completion=Completion(transfer_id="a", batch_id="b")), "completion.transfer_id", "set together with another"),
     (Hint(cancellation=Cancellation()), "cancellation.transfer_id", "is empty, and no other id"),
     (Hint(cancellation=Cancellation(request_id=LONG)), "cancellation.request_id", "257 bytes"),
-    (
-        Hint(connection=ConnectionMark(stage=cast("Any", 7), selector=Selector(cookie=1))),
-        "connection.stage",
-        "unknown stage 7",
-    ),
-    (Hint(connection=ConnectionMark(stage=STAGE_COLLECTIVE)), "connection.selector", "is not set"),
+    (mark(stage=7, selector=Selector(cookie=1)), "connection.stage", "unknown stage 7"),
+    (mark(stage=STAGE_COLLECTIVE), "connection.selector", "is not set"),
 ]
 
 
@@ -177,21 +163,17 @@ def test_good_hints_of_every_kind(api: Api, running: Running, connection: tuple[
         Hint(progress=LayerProgress(batch_id="b", current_layer=2)),
         transfer(selector=Selector(cookie=cookie), deadline_us=400_000),
         transfer(id="t1", stage=STAGE_KV_REUSE, target_layer=3, selector=Selector(cookie=cookie)),
-        Hint(connection=ConnectionMark(stage=STAGE_COLLECTIVE, selector=Selector(cookie=cookie))),
+        mark(stage=STAGE_COLLECTIVE, selector=Selector(cookie=cookie)),
     )
     assert not reply.rejected
     assert reply.accepted == 6
     assert reply.epoch == running.ask(lambda e: e.epoch)
-    assert running.ask(lambda e: (e.books.requests.n, e.books.batches.n, e.books.transfers.n, len(e.connections))) == (
-        1,
-        1,
-        2,
-        1,
-    )
+    kept = running.ask(lambda e: (e.books.requests.n, e.books.batches.n, e.books.transfers.n, len(e.connections)))
+    assert kept == (1, 1, 2, 1)
     assert running.ask(lambda e: int(e.books.batches.live("current_layer")[0])) == 2
     reply = api.send(
         Hint(cancellation=Cancellation(transfer_id="t1")),
-        Hint(connection=ConnectionMark(selector=Selector(cookie=cookie))),
+        mark(selector=Selector(cookie=cookie)),
         Hint(cancellation=Cancellation(request_id="r")),
     )
     assert not reply.rejected
@@ -214,29 +196,17 @@ def test_background_and_collectives_need_no_owner(api: Api, running: Running) ->
         transfer(id="d", request_id="nobody", stage=STAGE_BACKGROUND, selector=Selector(cookie=2)),
     )
     assert not reply.rejected
-    assert running.ask(lambda e: {t.id: t.stream.ordered for t in e.books.transfers.objects}) == {
-        "w": False,
-        "c": True,
-        "d": True,
-    }
-    mark = ConnectionMark(stage=STAGE_BACKGROUND, selector=Selector(cookie=3), interleaved=True)
-    api.send(
-        Hint(connection=mark), transfer(id="m", request_id="", stage=STAGE_BACKGROUND, selector=Selector(cookie=3))
-    )
+    ordered = running.ask(lambda e: {t.id: t.stream.ordered for t in e.books.transfers.objects})
+    assert ordered == {"w": False, "c": True, "d": True}
+    background: dict[str, Any] = {"stage": STAGE_BACKGROUND, "selector": Selector(cookie=3)}
+    api.send(mark(interleaved=True, **background), transfer(id="m", request_id="", **background))
     assert not running.ask(lambda e: e.books.sessions["test"].transfers["m"].stream.ordered)
 
 
 def test_deadlines_and_lives_are_clamped(api: Api, running: Running) -> None:
-    before = running.ask(lambda e: e.books.requests.n)
     api.send(request(id="late", ttft_left_us=-5_000_000, ttl_us=10**13))
-    now, deadline, expires = running.ask(
-        lambda e: (
-            running.daemon.ticker._clock(),
-            float(e.books.requests.live("deadline")[0]),
-            float(e.books.requests.live("expires")[0]),
-        )
-    )
-    assert before == 0
+    now = running.ask(lambda _: running.daemon.ticker._clock())
+    deadline, expires = running.ask(lambda e: [float(e.books.requests.live(c)[0]) for c in ("deadline", "expires")])
     assert now - 20 < deadline < now + LIMITS.min_deadline_ms / 1000
     assert expires <= deadline + LIMITS.max_ttl_s + 1
 
@@ -257,21 +227,16 @@ def test_how_long_a_transfer_may_be_held_back_is_clamped_from_below_and_shown_to
 
 def test_the_same_transfer_twice_is_refused(api: Api) -> None:
     reply = api.send(request(), transfer(), transfer())
-    assert violation(reply.rejected[0].status)[1:] == (
-        "transfer.id",
-        "'t' is announced already; ids are unique within a session",
-    )
+    words = "'t' is announced already; ids are unique within a session"
+    assert violation(reply.rejected[0].status)[1:] == ("transfer.id", words)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_table_is_exhaustion_and_names_the_selector(start: Callable[..., Running]) -> None:
-    one = start(daemon={"slots": 16})
-    with introduced(one.target) as channel:
-        reply = Api(channel).send(
-            request(), *(transfer(id=f"t{i}", selector=Selector(cookie=100 + i)) for i in range(17))
-        )
+def test_a_full_table_is_exhaustion_and_names_the_selector(start: Start, reach: Reach) -> None:
+    many = [transfer(id=f"t{i}", selector=Selector(cookie=100 + i)) for i in range(17)]
+    reply = reach(start(daemon={"slots": 16})).send(request(), *many)
     (rejected,) = reply.rejected
     code, field, description = violation(rejected.status)
     assert (rejected.index, code, field) == (17, code_pb2.RESOURCE_EXHAUSTED, "transfer.selector")
@@ -286,28 +251,22 @@ def test_a_full_table_is_exhaustion_and_names_the_selector(start: Callable[..., 
         ("max_requests_per_batch", [Hint(batch=Batch(id="b", request_ids=["a", "b"]))], "batch.request_ids"),
     ],
 )
-def test_limits_per_session(start: Callable[..., Running], limit: str, hints: list[Hint], field: str) -> None:
-    one = start(limits={limit: 1})
-    with introduced(one.target) as channel:
-        reply = Api(channel).send(*hints)
+def test_limits_per_session(start: Start, reach: Reach, limit: str, hints: list[Hint], field: str) -> None:
+    reply = reach(start(limits={limit: 1})).send(*hints)
     code, where, description = violation(reply.rejected[-1].status)
     assert reply.rejected[-1].index == len(hints) - 1
     assert (code, where) == (code_pb2.RESOURCE_EXHAUSTED, field)
     assert f"limits.{limit}" in description
 
 
-def test_an_oversized_batch_fails_as_a_whole(start: Callable[..., Running]) -> None:
+def test_an_oversized_batch_fails_as_a_whole(start: Start, reach: Reach) -> None:
     one = start(limits={"max_hints_per_batch": 2})
-    with introduced(one.target) as channel:
-        api = Api(channel)
-        with pytest.raises(grpc.RpcError) as e:
-            api.send(request(id="a"), request(id="b"), request(id="c"))
-        assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert call_violation(e.value)[1:] == (
-            "hints",
-            "3 hints in one batch; send at most 2 at a time (limits.max_hints_per_batch)",
-        )
-        assert one.ask(lambda e: e.books.requests.n) == 0
+    with pytest.raises(grpc.RpcError) as e:
+        reach(one).send(request(id="a"), request(id="b"), request(id="c"))
+    assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    words = "3 hints in one batch; send at most 2 at a time (limits.max_hints_per_batch)"
+    assert call_violation(e.value)[1:] == ("hints", words)
+    assert one.ask(lambda e: e.books.requests.n) == 0
 
 
 def test_a_batch_without_session_fails_as_a_whole(api: Api) -> None:
@@ -317,13 +276,11 @@ def test_a_batch_without_session_fails_as_a_whole(api: Api) -> None:
     assert call_violation(e.value)[1] == "session"
 
 
-def test_too_many_sessions(start: Callable[..., Running]) -> None:
-    one = start(limits={"max_sessions": 1})
-    with introduced(one.target) as channel:
-        api = Api(channel)
-        api.send(request())
-        with pytest.raises(grpc.RpcError) as e:
-            api.send(request(), session="another")
+def test_too_many_sessions(start: Start, reach: Reach) -> None:
+    api = reach(start(limits={"max_sessions": 1}))
+    api.send(request())
+    with pytest.raises(grpc.RpcError) as e:
+        api.send(request(), session="another")
     assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert call_violation(e.value)[1] == "session"
 

@@ -13,13 +13,12 @@ from support.daemons import Api, Running, connected
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import cookie_of
-from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import hints_pb2
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     Pair = tuple[socket.socket, socket.socket]
@@ -43,9 +42,8 @@ def ruled(start: Callable[..., Running], connection: Pair) -> tuple[Running, int
 
 
 @pytest.fixture
-def stubs(ruled: tuple[Running, int]) -> Iterator[Api]:
-    with introduced(ruled[0].target) as channel:
-        yield Api(channel)
+def stubs(ruled: tuple[Running, int], reach: Callable[[Running], Api]) -> Api:
+    return reach(ruled[0])
 
 
 def listed(stubs: Api, **request: int) -> pb.ListRulesReply:
