@@ -118,7 +118,9 @@ def test_doctor_in_a_pipe(tmp_path: Path) -> None:
     conf.write_text(f'[daemon]\nsocket = "{tmp_path}/s"\nstate_dir = "{tmp_path}"\n')
     argv = ["doctor", "--device", "lo", "--config", str(conf)]
     lines = in_a_pipe([*MFSCTL, *argv], 40).splitlines()
-    for finding in run(*argv, "--json").json["findings"]:
+    findings = run(*argv, "--json").json["findings"]
+    assert findings
+    for finding in findings:
         assert sum(line.endswith(f"  {finding['id']}") for line in lines) == 1
         if finding["severity"] != "ok" and finding["fix"]:
             assert f"     do: {' '.join(finding['fix'].split())}" in lines

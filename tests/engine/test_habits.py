@@ -225,6 +225,9 @@ def test_done_of_what_has_expired_is_no_error() -> None:
     h = Host()
     for what in What:
         h.engine.apply(h.session, EndHint(what, "nobody"), h.now)
+    h.tick()
+    assert not h.session.events
+    assert h.counted == (0, 0, 0)
 
 
 def test_a_mark_that_comes_while_its_socket_is_being_closed_ends() -> None:

@@ -202,7 +202,19 @@ def test_attributes_are_read_back_as_far_as_they_go(written: list[tuple[int, byt
         assert (short[start + 4 : start + length] == first) if kind in whole else ((start, length) == (0, 0))
 
 
-@given(st.binary(max_size=200))
+LYING = st.lists(
+    st.tuples(st.integers(0, 80), st.lists(st.tuples(st.integers(0, 24), st.binary(max_size=20)), max_size=4)),
+    max_size=4,
+).map(
+    lambda found: b"".join(
+        nl.HEADER.pack(length, 16, 0, 0, 0) + b"".join(nl.ATTR.pack(n, i) + b for i, (n, b) in enumerate(body))
+        for length, body in found
+    )
+)
+"""Messages and attributes that are shorter or longer than they say."""
+
+
+@given(st.binary(max_size=200) | LYING)
 def test_garbled_messages_stay_inside_their_bytes(data: bytes) -> None:
     for m in nl.messages(data):
         assert 16 <= m.body <= m.end <= len(data)
