@@ -94,6 +94,8 @@ def plan(g: Globals, device: str, config: str | None, *, offline: bool) -> None:
             if n:
                 click.echo()
             _print_plan(d)
+        if not made.devices:
+            click.echo(output.paragraph("no devices: name one in a [[device]] section of the configuration"))
     if any(d.refusals for d in made.devices):
         raise click.exceptions.Exit(Exit.BAD_NEWS)
 

@@ -79,7 +79,10 @@ class Endpoint:
         if m is None or not text:
             raise ValueError("is no ADDRESS[:PORT[-PORT]]; put IPv6 addresses into brackets, e.g. [fd00::1]:5000")
         host = m["v6"] or m["v4"] or m["bare"]
-        self.network: Network | None = None if host is None else ipaddress.ip_network(host, strict=False)
+        try:
+            self.network: Network | None = None if host is None else ipaddress.ip_network(host, strict=False)
+        except ValueError:
+            raise ValueError("has no IP address; write e.g. 10.0.0.2:5000 or [fd00::1]:5000") from None
         self.first = int(m["first"] or 0)
         self.last = int(m["last"] or 0)
         if max(self.first, self.last) > 65535 or (m["last"] is not None and self.last < self.first):

@@ -154,6 +154,7 @@ def test_rejected_hint(rig: Rig) -> None:
         (("--to", "10.0.0.1:0"), "port 0"),
         (("--to", "10.0.0.300:5"), "10.0.0.300"),
         (("--to", "host:5"), "ADDRESS"),
+        (("--to", "1.2.3:5"), "has no IP address; write e.g. 10.0.0.2:5000"),
     ],
 )
 def test_wrong_selectors(rig: Rig, selector: tuple[str, ...], words: str) -> None:
