@@ -29,7 +29,7 @@ from mfsd.daemon.main import main as daemon
 from mfsd.daemon.reload import RELOADABLE, RELOADABLE_SECTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator
 
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -62,11 +62,10 @@ def _text(help_: str | None) -> str:
     return "\n\n".join(out)
 
 
-def _parameters(command: click.Command, leave_out: Sequence[str] = ()) -> str:
+def _parameters(command: click.Command, leave_out: Collection[str | None] = ()) -> str:
     context = click.Context(command, info_name=command.name)
-    records = [p.get_help_record(context) for p in command.get_params(context) if p.name not in leave_out]
-    shown = [r for r in records if r is not None and r[0] != "-h, --help"]
-    return "\n".join(f"`{names}`\n: {text}\n" for names, text in shown)
+    records = [p.get_help_record(context) for p in command.params if p.name not in leave_out]  # but for --help
+    return "\n".join(f"`{r[0]}`\n: {r[1]}\n" for r in records if r is not None)
 
 
 def _walk(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
@@ -87,10 +86,11 @@ def _usage(command: click.Command, path: str) -> str:
 def commands() -> Page:
     """Mfsctl with all that it can do."""
     top = [_text(mfsctl.help), _usage(mfsctl, "mfsctl"), "Every command takes:\n\n" + _parameters(mfsctl)]
+    of_all = {p.name for p in mfsctl.params}
     for path, command in _walk(mfsctl, "mfsctl"):
         if command is mfsctl:
             continue
-        parts = [f"## {path}", _text(command.help), _usage(command, path), _parameters(command, ("json_", "socket_"))]
+        parts = [f"## {path}", _text(command.help), _usage(command, path), _parameters(command, of_all)]
         top.append("\n\n".join(p for p in parts if p))
     top.append("## Exit codes\n\n" + (mfsctl.epilog or "").removeprefix("Exit codes: ").capitalize())
     return Page("mfsctl", 1, "operate mfsd", "\n\n".join(top), "**mfsd**(8), **mfsd.toml**(5), **tc**(8)")
