@@ -76,7 +76,10 @@ def _probe(path: str) -> None:
                 "`mfsctl restore` puts the qdiscs back"
             ) from None
         except PermissionError:
-            raise NotPermittedError(f"you may not use {path}{who_may(path)}; root may") from None
+            raise NotPermittedError(
+                f"you may not use {path}{who_may(path)}; root may. All but `mfsctl hint` is for operators: be in "
+                "daemon.operator_group, too"
+            ) from None
         except OSError as e:
             fix = "give --socket the path of mfsd's socket" if e.errno in (errno.ENOTSOCK, errno.ENOTDIR) else ""
             why = "it is too long for a unix socket" if e.errno is None else e.strerror or str(e)

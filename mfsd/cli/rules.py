@@ -66,7 +66,7 @@ def rules(g: Globals, cookie: int | None, port: int | None, library: str | None)
         answer = daemon.ListRules(pb.ListRulesRequest(cookie=cookie or 0, port=port or 0), timeout=TIMEOUT_S)
     if g.json:
         output.print_json(answer)
-    elif cookie or port:
+    elif answer.verdicts:
         _print_verdicts(answer.verdicts)
     else:
         tables.write(render_rules(answer.rules))

@@ -81,8 +81,7 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
             ]
             for b in d.bands
         ]  # fmt: skip
-        for n, part in enumerate(tables.parts(BANDS, rows, NOW, REST)):
-            yield from ("", part) if n else (part,)
+        yield from tables.parts(BANDS, rows, NOW, REST)
 
 
 def _rate(value: float) -> str:
@@ -101,8 +100,8 @@ def _peers(peers: Iterable[pb.Peer]) -> Iterator[RenderableType]:
         ]
         for p in peers
     ]  # fmt: skip
-    for part in tables.parts(heads, rows, ("configured", "learnt", "used"), ("seen", "given up", "in time", "raised")):
-        yield from ("", part)
+    groups = ("configured", "learnt", "used"), ("seen", "given up", "in time", "raised")
+    yield from ("", *tables.parts(heads, rows, *groups))
 
 
 def _tenants(tenants: Iterable[pb.Tenant]) -> RenderableType:

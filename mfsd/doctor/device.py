@@ -232,6 +232,16 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
             "run mfsctl doctor as root",
         )
         return
+    if any(u.hook == "tcx" and not u.name for u in everybody):
+        yield Finding(
+            f"device.hooks:{name}",
+            Severity.INFO,
+            f"Can't see whose programs hang on the egress of {name}",
+            ", ".join(map(str, everybody)),
+            "the kernel tells names to CAP_SYS_ADMIN only; one of them is mfsd's own where it runs",
+            "run mfsctl doctor as root, outside of containers",
+        )
+        return
     users = [u for u in everybody if not u.ours]
     if not users:
         yield Finding(f"device.hooks:{name}", Severity.OK, f"Nobody else's programs hang on the egress of {name}")

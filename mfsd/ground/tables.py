@@ -134,14 +134,18 @@ def _folded(
 def parts(
     heads: Sequence[tuple[str, Side]], rows: Sequence[Sequence[str]], *groups: Sequence[str]
 ) -> list[RenderableType]:
-    """One table, or, where the terminal is too narrow for it, one for each group of columns after the first column."""
+    """One table, or, where the terminal is too narrow for it, one for each group of columns after the first column.
+
+    Between two is an empty line.
+    """
     width = columns()
     names = [head for head, _ in heads]
     if width is None or _natural([names, *rows]) - (len(heads) - 1) <= width:
         return [table(heads, rows)]
-    out = []
+    out: list[RenderableType] = []
     for group in groups:
         chosen = [0, *(names.index(name) for name in group)]
+        out += [""] if out else []
         out.append(table([heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows]))
     return out
 

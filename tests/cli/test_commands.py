@@ -315,3 +315,9 @@ def test_rules_of_the_library_and_none_of_the_daemon(rig: Rig) -> None:
     assert shown.code == 0, shown.err
     assert "[[rule]]" in shown.out
     assert rig.run("rules", "--library", "no-such-program").code != 0
+
+
+def test_without_rules_none_is_said_of_a_connection(rig: Rig) -> None:
+    asked = rig.run("rules", "--port", "6000")
+    assert (asked.code, asked.out) == (0, rig.run("rules").out)
+    assert asked.out.startswith("no rules: ")

@@ -124,6 +124,16 @@ def test_our_own_classifier_is_nobody_else(tmp_path: Path, netns_pair: NetnsPair
             assert netns_pair.call(netns_pair.a, look).severity is Severity.OK
 
 
+def test_programs_whose_names_are_not_for_us_to_see_are_not_taken_for_others(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a container without CAP_SYS_ADMIN is told of mfsd's own classifier."""
+    monkeypatch.setattr(device, "hook_users", lambda _index: [HookUser("tcx", "", "bpf", 5)])
+    found = only(device.hooks(context, "lo"))
+    assert found.severity is Severity.INFO
+    assert found.title == "Can't see whose programs hang on the egress of lo"
+
+
 def test_cilium_with_its_bandwidth_manager(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """This kernel has no fq, so what is at the root is made up here."""
     user = HookUser("tcx", "cil_to_netdev", "bpf", 5)
