@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import resource
 import secrets
 import socket
 import struct
@@ -59,6 +60,8 @@ RESERVED: Final = 16
 """Connections that operators may have when all others are taken."""
 USERS: Final = 4
 """So many users may have as many connections as one; all together no more."""
+PART: Final = 5
+"""One connection for so many descriptors at most, of which it takes two; half of these for one process."""
 
 
 def beside(socket_path: Path) -> Path:
@@ -115,6 +118,7 @@ class Identities:
         self.ended = ended
         self._peers: dict[str, Peer] = {}
         self._by_uid: Counter[int] = Counter()
+        self._by_pid: Counter[int] = Counter()
         self._listener: socket.socket | None = None
         self._coming: set[asyncio.Task[Any]] = set()
         self._paces: dict[int, Bucket] = {}
@@ -198,23 +202,30 @@ class Identities:
     def admit(self, pid: int, uid: int, groups: frozenset[int] = frozenset()) -> Peer | str:
         """A peer with a token, or why not. An operator is let in beyond the limit: somebody must be able to look."""
         operator, only = self.rights.operator(uid, groups), -1 if self.rights.speaks_for_all(uid) else uid
-        room = RESERVED if operator else 0
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // PART
+        room = min(RESERVED, most // 4) if operator else 0
+        if pid and self._by_pid[pid] >= max(most // 2, 1):
+            return f"process {pid} has half of the connections that mfsd has descriptors for (LimitNOFILE)"
         if self._by_uid[uid] >= self.limit + room:
             return f"user {uid} has {self.limit} connections open already (limits.max_sessions_per_user)"
         if len(self._peers) >= USERS * self.limit + room:
             return f"{len(self._peers)} connections are open already ({USERS} times limits.max_sessions_per_user)"
+        if len(self._peers) >= most + room:
+            return f"{len(self._peers)} connections are open already, one for {PART} descriptors (LimitNOFILE)"
         peer = Peer(secrets.token_hex(16), pid, uid, operator, only)
         self._peers[peer.token] = peer
         self._by_uid[uid] += 1
+        self._by_pid[pid] += 1
         return peer
 
     def leave(self, peer: Peer) -> None:
         """Its connection has ended."""
         peer.gone = True
         del self._peers[peer.token]
-        self._by_uid[peer.uid] -= 1
-        if not self._by_uid[peer.uid]:
-            del self._by_uid[peer.uid]
+        for count, whose in ((self._by_uid, peer.uid), (self._by_pid, peer.pid)):
+            count[whose] -= 1
+            if not count[whose]:
+                del count[whose]
         self.ended(peer)
 
 

@@ -4,7 +4,8 @@
 gRPC accepts whatever comes, says nothing of who it is, and has no limit. Each connection takes a descriptor, and who
 holds all of them keeps others out, operators as well. So now and then this process looks through its own descriptors:
 the kernel says of each whose connection it is (SO_PEERCRED). The newest of those that are too many are shut down, which
-gRPC takes for their end. Those of root and of mfsd's own user are left alone: somebody must be able to look.
+gRPC takes for their end. Root and mfsd's own user have no part as users: there, each process has one, as large as the
+descriptors allow, so that one that has lost count of its connections keeps out neither others of root nor who looks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import os
 import resource
 import socket
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -71,28 +72,30 @@ class Room:
 
     def make(self) -> dict[int, int]:
         """Hang up on those who are too many; how many they were, by user."""
-        own, seen, by_user = 0, dict[int, int](), defaultdict[int, list[tuple[int, int, int]]](list)
+        own, seen = 0, dict[int, int]()
+        parts = defaultdict[tuple[int, int], list[tuple[int, int, int]]](list)
         self._looks += 1
         for fd in _descriptors():
-            uid = self._user(fd)
-            if uid is None:
+            whose = self._whose(fd)
+            if whose is None:
                 own += 1
                 continue
             with contextlib.suppress(OSError):
                 inode = os.fstat(fd).st_ino
                 seen[inode] = self._seen.get(inode, self._looks)
-                by_user[uid].append((seen[inode], fd, inode))
+                parts[whose].append((seen[inode], fd, inode))
         self._seen = seen
         room = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - own - KEPT, 0)
-        most = min(EACH * self._identities.limit, room // (len(by_user) + 1))
-        out = {}
-        for uid, some in by_user.items():
-            if len(some) > most and not self._identities.rights.superuser(uid):
-                out[uid] = sum(self._hang_up(fd, inode) for _, fd, inode in sorted(some)[most:])
+        even = room // (len(parts) + 1)
+        out: Counter[int] = Counter()
+        for (uid, process), some in parts.items():
+            most = max(even, EACH) if process else min(even, EACH * self._identities.limit)
+            if len(some) > most:
+                out[uid] += sum(self._hang_up(fd, inode) for _, fd, inode in sorted(some)[most:])
         return out
 
-    def _user(self, fd: int) -> int | None:
-        """Whose connection to the socket it is; None: it is something else."""
+    def _whose(self, fd: int) -> tuple[int, int] | None:
+        """Whose connection to the socket it is: (user, process if that may everything, else 0). None: it is none."""
         try:
             sock = socket.socket(fileno=fd)
         except OSError:
@@ -101,7 +104,8 @@ class Room:
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             if sock.family != socket.AF_UNIX or listens or sock.getsockname() != self._path:
                 return None
-            return int(UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1])
+            pid, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+            return uid, pid if self._identities.rights.superuser(uid) else 0
         except OSError:
             return None
         finally:

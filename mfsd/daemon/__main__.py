@@ -4,13 +4,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 # First of all, before there is another thread and before what takes half a second to import: until there is a handler
 # these would end the process. Blocked in all threads, they wait for their handlers. Ctrl-C just ends it, as SIGTERM
-# does: nothing has been touched yet.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+# does: nothing has been touched yet. Whatever else the process that started this one has blocked is not, or it could
+# not be told to end.
+signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# Where it has closed the standard descriptors, no map or socket may be what somebody writes his complaints to.
+while (_fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+    pass
+os.close(_fd)
 
 import sys
 

@@ -83,6 +83,7 @@ class Exposition:
         self._path = api.with_name(f"{api.name}{SUFFIX}")
         self._registry = registry
         self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self, bind: Callable[[Path, Callable[[], object]], None]) -> None:
         """Open it. ``bind(path, how)`` makes a unix socket for operators. Raises ServerError."""
@@ -99,7 +100,9 @@ class Exposition:
         server = self._server
         assert server is not None  # noqa: S101 - opened just now
         server.set_app(make_wsgi_app(self._registry))
-        threading.Thread(target=server.serve_forever, name="mfsd-metrics", daemon=True).start()
+        thread = threading.Thread(target=server.serve_forever, name="mfsd-metrics", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _open(self, kind: type[_Server], address: Any) -> None:
         context = self._tls()
@@ -133,7 +136,8 @@ class Exposition:
         server, self._server = self._server, None
         if server is None:
             return
-        server.shutdown()
+        if self._thread is not None:  # else it would be waited for without end
+            server.shutdown()
         server.server_close()
         if self._config.listen == UNIX:
             with contextlib.suppress(OSError):

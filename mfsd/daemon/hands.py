@@ -55,6 +55,7 @@ class Hands:
         """``failed(what, shape, error)`` is called from the thread."""
         self._failed = failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"mfsd-{name}")
+        self._thread.submit(bool)  # it starts now: when it is needed there may be none to be had
         self._lock = threading.Lock()
         self._readings: deque[Reading] = deque(maxlen=1)
         self._reading = False

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
+import resource
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,10 +41,33 @@ EX_CONFIG: Final = 78
 PATIENT: Final = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 """Signals that wait for their handlers, while there are none (__main__.py)."""
 
+NO_THREAD: Final = "can't start new thread"
+"""What Python says, in a RuntimeError."""
+
+WORKERS: Final = 4
+"""Threads for what blocks: the care for devices, and now and then an answer."""
+
 log = structlog.get_logger(__name__)
 
 
-async def _serve(config: Config, path: Path | None, predecessor: Predecessor | None) -> None:
+def workers() -> ThreadPoolExecutor:
+    """Threads that are there from the first on: when there are none to be had, devices must be put back all the same.
+
+    Raises RuntimeError.
+    """
+    pool, all_there = ThreadPoolExecutor(WORKERS, thread_name_prefix="mfsd-work"), threading.Barrier(WORKERS)
+    try:
+        for _ in range(WORKERS):
+            pool.submit(all_there.wait)
+    except RuntimeError:
+        all_there.abort()
+        raise
+    return pool
+
+
+async def _serve(config: Config, path: Path | None, predecessor: Predecessor | None, over: threading.Event) -> None:
+    """Run a daemon; ``over`` is set when it has ended as it should."""
+    asyncio.get_running_loop().set_default_executor(workers())
     daemon = Daemon(config, path, predecessor)
     handlers = {
         signal.SIGTERM: daemon.stop,
@@ -56,6 +83,7 @@ async def _serve(config: Config, path: Path | None, predecessor: Predecessor | N
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PATIENT)
         await daemon.run()
+        over.set()
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, PATIENT)
 
@@ -97,12 +125,27 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     if check_config:
         click.echo(configuration.render(config), nl=False)
         return
-    logs.configure(config.daemon.log_format, config.daemon.log_level)
-    faulthandler.enable()  # on an abort, which is what a watchdog does, the log shows where every thread was
+    _more_descriptors()
+    faulthandler.enable(logs.STDERR)  # on an abort, which is what a watchdog does, the log shows where every thread was
     keep_freed()
     keep_turns_short()
+    over = threading.Event()
     try:
-        asyncio.run(_serve(config, path, predecessor))
+        logs.configure(config.daemon.log_format, config.daemon.log_level)
+        asyncio.run(_serve(config, path, predecessor, over))
     except (StartError, ServerError, RelayError, DatapathError, OSError) as e:
         log.critical("can't start", reason=str(e))
         sys.exit(1)
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, RuntimeError) and str(e) != NO_THREAD:
+            raise
+        if not over.is_set():  # else only asyncio's end of its own threads wanted one more
+            more = "allow it more (TasksMax=, MemoryMax= in the unit, ulimit)"
+            sys.exit(f"mfsd: can't start: {str(e) or 'no memory'}: {more}")
+
+
+def _more_descriptors() -> None:
+    """Have as many as may be: the soft limit is for programs that use select(2) (systemd.exec(5))."""
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

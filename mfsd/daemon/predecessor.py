@@ -63,7 +63,7 @@ class Predecessor:
         """Between its last sign of life and our first."""
         host = descriptors.get(HOST, -1)
         if host >= 0:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # it may be anything
                 self._pages = mmap.mmap(host, mmap.PAGESIZE)
             os.close(host)
         if self._pages is not None and self._alive(self._pages):

@@ -75,6 +75,7 @@ class HostSockets:
         self._asked = SocketResolver(self._diag)
         """For the event loop, which never waits for a listing."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mfsd-sockets")
+        self._thread.submit(bool)  # it starts now: when it is needed there may be none to be had
         self._answers: deque[Found] = deque()
         self._known: OrderedDict[int, Socket] = OrderedDict()
         self._sought: set[CookieSelector] = set()

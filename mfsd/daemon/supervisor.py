@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 FIRST: Final = 3
 """Number of the first descriptor that is handed over (SD_LISTEN_FDS_START, sd_listen_fds(3))."""
 
+DIGITS: Final = 18
+"""Of the largest number that is believed."""
+
 
 class Supervisor:
     """Who started this daemon and starts the next one."""
 
     def __init__(self, environment: Mapping[str, str], held: Iterable[str] = ()) -> None:
         """``environment``: that of the process (NOTIFY_SOCKET, WATCHDOG_USEC); ``held``: names of what it keeps now."""
-        self.watchdog_s = int(environment.get("WATCHDOG_USEC", "0")) / 1e6
+        self.watchdog_s = _number(environment, "WATCHDOG_USEC") / 1e6
         """It wants a sign of life at least so often; 0: it does not care."""
         self._kept: dict[str, int | HasFileno] = dict.fromkeys(held, -1)
         self._next_beat = 0.0
@@ -87,9 +90,18 @@ def handed_over(environment: Mapping[str, str], pid: int) -> dict[str, int]:
         return {}
     names = environment.get("LISTEN_FDNAMES", "").split(":")
     found: dict[str, int] = {}
-    for fd, name in enumerate(names[: int(environment.get("LISTEN_FDS", "0"))], FIRST):
-        os.set_inheritable(fd, False)
+    for fd, name in enumerate(names[: _number(environment, "LISTEN_FDS")], FIRST):
+        try:
+            os.set_inheritable(fd, False)
+        except OSError:  # there is none of that number
+            continue
         if name in found:
             os.close(found[name])
         found[name] = fd
     return found
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """A count of the manager's; 0 for what is none."""
+    text = environment.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= DIGITS else 0

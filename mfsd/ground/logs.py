@@ -3,17 +3,20 @@
 
 Where stderr is systemd's journal, levels become its priorities, and in the console style an event goes to it with its
 values as fields (``journalctl MFSD_DEVICE=eth0``). One event is one line; of what floods, ``FLOOD`` lines are written.
+Lines are written by a thread: whoever should read them and does not, or a disk that hangs, holds up nobody else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import socket
 import struct
-import sys
+import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Final, Literal
 
 import structlog
@@ -27,6 +30,11 @@ SELDOM_S: Final = 10.0
 FLOOD: Final = 20
 """Lines of one event within FLOOD_S; beyond, the next one that is written says how many were not."""
 FLOOD_S: Final = 10.0
+WAITING: Final = 1000
+"""Lines that wait to be written; what comes beyond is left out."""
+LAST_S: Final = 1.0
+"""At its end, a process waits for them no longer than this."""
+STDERR: Final = 2
 JOURNAL: Final = "/run/systemd/journal/socket"
 PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 """Of syslog (RFC 5424, 6.2.1), by level."""
@@ -44,14 +52,12 @@ def configure(style: Literal["console", "json"], level: str) -> None:
         structlog.processors.format_exc_info if style == "json" else _keep,
     ]
     # Tracebacks as Python prints them: rich's are cut to 80 columns and show all local variables.
-    console = structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-    )
+    console = structlog.dev.ConsoleRenderer(colors=os.isatty(STDERR), exception_formatter=structlog.dev.plain_traceback)
     json = structlog.processors.JSONRenderer()
     renderer: structlog.types.Processor = Journalled(console) if native else json if style == "json" else console
     if journal and not native:
         renderer = _prefixed(renderer)
-    handler = JournalHandler() if native else logging.StreamHandler(sys.stderr)
+    handler = Apart(Journal() if native else to_stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -187,22 +193,86 @@ def _field(name: bytes, value: bytes) -> bytes:
     return name + b"\n" + struct.pack("<Q", len(value)) + value + b"\n"
 
 
-class JournalHandler(logging.Handler):
+class Journal:
     """Sends what ``Journalled`` has rendered; to stderr, which is the journal as well, where that fails."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """See logging.Handler."""
-        datagram = self.format(record).encode("latin-1")
+    def __call__(self, text: str) -> None:
+        """Write one event."""
+        datagram = text.encode("latin-1")
         try:
             self._socket.sendto(datagram, JOURNAL)
         except OSError:  # too long, or the journal restarts
-            sys.stderr.write(f"<3>{datagram.decode(errors='replace')[:2000]!r}\n")
+            to_stderr(f"<3>{datagram.decode(errors='replace')[:2000]!r}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def to_stderr(text: str) -> None:
+    """Write one line. Raises OSError."""
+    # Not by sys.stderr, whose lock the interpreter would want at its end from a thread that hangs in here.
+    raw = f"{text}\n".encode(errors="backslashreplace")
+    while raw:
+        raw = raw[os.write(STDERR, raw) :]
+
+
+class Apart(logging.Handler):
+    """Has lines written by a thread of its own, at most ``WAITING`` of them behind."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self._write = write
+        self._lines: deque[str] = deque()
+        self._left_out = 0
+        self._over = self._writing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="mfsd-log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        try:
+            text = self.format(record)
+        except Exception:  # noqa: BLE001 - a line that can't be made must not end what wanted it written
+            self.handleError(record)
+            return
+        with self._changed:
+            if len(self._lines) < WAITING:
+                self._lines.append(text)
+            else:
+                self._left_out += 1
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._lines or self._over)
+                if not self._lines:
+                    return
+                text, self._writing = self._lines.popleft(), True
+                left_out, self._left_out = self._left_out, 0
+            for line in [text, self._missing(left_out)] if left_out else [text]:
+                with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+                    self._write(line)
+
+    def _missing(self, count: int) -> str:
+        text = f"{count} lines were left out: they could not be written in time"
+        fields = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
+        return self.format(logging.makeLogRecord(fields))
+
+    def flush(self) -> None:
+        """Wait for what has been said to be written, but not for ever."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._lines or self._writing), LAST_S)
 
     def close(self) -> None:
-        """See logging.Handler."""
-        self._socket.close()
+        """See logging.Handler. What waits is written still."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
         super().close()

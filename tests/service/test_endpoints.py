@@ -60,12 +60,13 @@ def test_what_has_taken_the_place_of_a_socket_stays(running: Running) -> None:
 
 
 @pytest.fixture
-def few_files(tmp_path: Path) -> Iterator[Path]:
-    """The socket of a daemon that may have few descriptors."""
+def few_files(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The socket of a daemon that may have few descriptors, ``FILES`` if the test does not say otherwise."""
+    count = getattr(request, "param", FILES)
     config, path = tmp_path / "mfsd.toml", tmp_path / "mfsd.sock"
     config.write_text(f'[daemon]\nsocket = "{path}"\nstate_dir = "{tmp_path}"\n')
 
-    command = ["bash", "-c", f'ulimit -n {FILES}; exec "$@"', "-", sys.executable, "-m", "mfsd.daemon"]
+    command = ["bash", "-c", f'ulimit -n {count}; exec "$@"', "-", sys.executable, "-m", "mfsd.daemon"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--config", str(config)], stdout=log, stderr=log)
     try:
@@ -117,6 +118,44 @@ def test_who_opens_connections_without_end_keeps_nobody_out(few_files: Path) -> 
         for one in held:
             one.close()
     assert log.read_bytes().count(b"Traceback") <= 4
+
+
+HOLDS = """
+import socket, sys, time
+held = []
+for _ in range(60):
+    one = socket.socket(socket.AF_UNIX)
+    one.settimeout(0.1)
+    held.append(one)
+    try:
+        one.connect(sys.argv[1])
+    except OSError:
+        pass
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("few_files", [64], indirect=True)
+@pytest.mark.parametrize("name", ["mfsd.sock", "mfsd.sock.id"])
+def test_a_process_of_the_daemons_own_user_keeps_nobody_out_either(few_files: Path, name: str) -> None:
+    """It has lost count of its connections, and holds as many as the daemon has descriptors."""
+    command = [sys.executable, "-c", HOLDS, str(few_files.with_name(name))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+
+            def let_in() -> bool:
+                try:
+                    return bool(status(f"unix:{few_files}"))
+                except (OSError, grpc.RpcError):
+                    return False
+
+            for _ in range(3):
+                wait_for(let_in)
+        finally:
+            other.kill()
 
 
 @pytest.mark.root
