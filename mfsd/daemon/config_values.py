@@ -103,16 +103,13 @@ def _device(name: str) -> str:
     return printable(name)
 
 
-def _group(name: str) -> str:
-    if not name or name != name.strip() or set(name) & set(":/"):
-        raise Unfit("the name of a group; leave the key out for the daemon's own group")
-    return printable(name)
+def _account(wanted: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if not name or name != name.strip() or set(name) & set(":/"):
+            raise Unfit(wanted)
+        return printable(name)
 
-
-def _user(name: str) -> str:
-    if not name or name != name.strip() or set(name) & set(":/"):
-        raise Unfit("the name of a user")
-    return printable(name)
+    return AfterValidator(check)
 
 
 def loopback(host: str) -> bool:
@@ -135,6 +132,6 @@ FilePath = Annotated[InstanceOf[Path], BeforeValidator(_file)]
 FolderPath = Annotated[InstanceOf[Path], BeforeValidator(_path), AfterValidator(_folder)]
 ModeValue = Annotated[InstanceOf[Mode], BeforeValidator(_mode)]
 DeviceName = Annotated[str, AfterValidator(_device)]
-GroupName = Annotated[str, AfterValidator(_group)]
-UserName = Annotated[str, AfterValidator(_user)]
+GroupName = Annotated[str, _account("the name of a group; leave the key out for the daemon's own group")]
+UserName = Annotated[str, _account("the name of a user")]
 ListenAddress = Annotated[str, AfterValidator(_listen)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps hints from ever harming who sends them."""
+"""What keeps hints from ever harming who sends them, and what integrations share to make them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import logging
 import os
 import socket
 import threading
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
-from mfsd.client import Client
+from mfsd.client import Client, Stage, tuple_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mfsd.ground.model import TupleSelector
 
 P = ParamSpec("P")
 
@@ -37,6 +40,21 @@ class Guard:
             if cause not in self._said and len(self._said) < RESOLVED_MAX:
                 self._said.add(cause)
                 log.exception("mfsd: %s failed; serving goes on without these hints", what)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whom bytes belong to: a request that has been announced; background needs none."""
+
+    request: str = ""
+    stage: Stage = Stage.BACKGROUND
+    deadline_s: float | None = None
+
+    def announce(self, client: Client, name: str, selector: TupleSelector, size: int) -> None:
+        """A transfer of its, among others on the same connections."""
+        client.transfer(
+            name, selector, size, stage=self.stage, request=self.request, deadline_s=self.deadline_s, interleaved=True
+        )
 
 
 def client(target: str | None = None, **more: Any) -> Client:
@@ -83,6 +101,14 @@ class Resolver:
                 return str(s.getsockname()[0])
         except OSError:
             return ""
+
+    def way(self, host: str, ports: tuple[int, int], *, reads: bool) -> TupleSelector | None:
+        """Connections with the listener of a peer that bytes take: they leave it for a read, us for a write."""
+        there = self.address(host)
+        here = self.ours_towards(there)
+        if not there or not here:
+            return None
+        return tuple_of(here, 0, there, ports) if reads else tuple_of(there, ports, here)
 
 
 def ports(text: str) -> tuple[int, int]:

@@ -18,29 +18,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mfsd.client import Stage, tuple_of
 from mfsd.integrations import guard
+from mfsd.integrations.guard import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mfsd.client import Client
-    from mfsd.ground.model import TupleSelector
+
+__all__ = ["HintedEngine", "HintedStore", "Owner"]
 
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """Whom bytes belong to: a request that has been announced; background needs none."""
-
-    request: str = ""
-    stage: Stage = Stage.BACKGROUND
-    deadline_s: float | None = None
 
 
 class _Hinted:
@@ -55,13 +45,15 @@ class _Hinted:
         """What is not wrapped."""
         return getattr(self._inner, name)
 
-    def _hinted(self, peer: str, size: int, owner: Owner | None, *, reads: bool, move: Callable[[], Any]) -> Any:
+    def _hinted(
+        self, peer: str, size: int, owner: Owner | None, move: Callable[..., Any], *words: Any, reads: bool
+    ) -> Any:
         """Announce, move, and say that it is over, however that ends."""
         name = f"mooncake-{os.getpid()}-{next(_numbers)}"
         said: list[bool] = []
         self._guard("a transfer's hint", lambda: said.append(self._announce(name, peer, size, owner or Owner(), reads)))
         try:
-            out = move()
+            out = move(*words)
         except BaseException:
             self._over(name, said, cancelled=True)
             raise
@@ -69,22 +61,12 @@ class _Hinted:
         return out
 
     def _announce(self, name: str, peer: str, size: int, owner: Owner, reads: bool) -> bool:  # noqa: FBT001 - from above
-        selector = self._selector(peer, reads=reads)
+        host = peer.rpartition(":")[0].strip("[]") if ":" in peer and not peer.endswith("]") else peer
+        selector = self._resolver.way(host or peer, self._ports, reads=reads)
         if selector is None or size <= 0:
             return False
-        self._client.transfer(
-            name, selector, size, stage=owner.stage, request=owner.request, deadline_s=owner.deadline_s,
-            interleaved=True,
-        )  # fmt: skip
+        owner.announce(self._client, name, selector, size)
         return True
-
-    def _selector(self, peer: str, *, reads: bool) -> TupleSelector | None:
-        host = peer.rpartition(":")[0].strip("[]") if ":" in peer and not peer.endswith("]") else peer
-        there = self._resolver.address(host or peer)
-        here = self._resolver.ours_towards(there)
-        if not there or not here:
-            return None
-        return tuple_of(here, 0, there, self._ports) if reads else tuple_of(there, self._ports, here)
 
     def _over(self, name: str, said: list[bool], *, cancelled: bool) -> None:
         if said and said[0]:
@@ -103,15 +85,15 @@ class HintedEngine(_Hinted):
         self, peer: str, buffer: int, there: int, length: int, *rest: Any, mfsd: Owner | None = None
     ) -> int:
         """As the engine's."""
-        move = lambda: self._inner.transfer_sync_write(peer, buffer, there, length, *rest)  # noqa: E731 - said once
-        return int(self._hinted(peer, length, mfsd, reads=False, move=move))
+        move = self._inner.transfer_sync_write
+        return int(self._hinted(peer, length, mfsd, move, peer, buffer, there, length, *rest, reads=False))
 
     def transfer_sync_read(
         self, peer: str, buffer: int, there: int, length: int, *rest: Any, mfsd: Owner | None = None
     ) -> int:
         """As the engine's."""
-        move = lambda: self._inner.transfer_sync_read(peer, buffer, there, length, *rest)  # noqa: E731 - said once
-        return int(self._hinted(peer, length, mfsd, reads=True, move=move))
+        move = self._inner.transfer_sync_read
+        return int(self._hinted(peer, length, mfsd, move, peer, buffer, there, length, *rest, reads=True))
 
     def batch_transfer_sync_write(
         self,
@@ -123,8 +105,8 @@ class HintedEngine(_Hinted):
         mfsd: Owner | None = None,
     ) -> int:
         """As the engine's; one transfer to mfsd, since it ends as one."""
-        move = partial(self._inner.batch_transfer_sync_write, peer, buffers, there, lengths, *rest)
-        return int(self._hinted(peer, sum(lengths), mfsd, reads=False, move=move))
+        move = self._inner.batch_transfer_sync_write
+        return int(self._hinted(peer, sum(lengths), mfsd, move, peer, buffers, there, lengths, *rest, reads=False))
 
     def batch_transfer_sync_read(
         self,
@@ -136,8 +118,8 @@ class HintedEngine(_Hinted):
         mfsd: Owner | None = None,
     ) -> int:
         """As the engine's; one transfer to mfsd."""
-        move = partial(self._inner.batch_transfer_sync_read, peer, buffers, there, lengths, *rest)
-        return int(self._hinted(peer, sum(lengths), mfsd, reads=True, move=move))
+        move = self._inner.batch_transfer_sync_read
+        return int(self._hinted(peer, sum(lengths), mfsd, move, peer, buffers, there, lengths, *rest, reads=True))
 
 
 class HintedStore(_Hinted):
@@ -150,13 +132,12 @@ class HintedStore(_Hinted):
     def get(self, key: str, *, mfsd: Owner | None = None) -> bytes:
         """As the store's: stage 1 of a request, if ``mfsd`` names one."""
         peer, size = self._place(key) if mfsd is not None else ("", 0)
-        return bytes(self._hinted(peer, size, mfsd, reads=True, move=lambda: self._inner.get(key)))
+        return bytes(self._hinted(peer, size, mfsd, self._inner.get, key, reads=True))
 
     def get_into(self, key: str, buffer: int, length: int, *, mfsd: Owner | None = None) -> int:
         """As the store's."""
         peer, size = self._place(key) if mfsd is not None else ("", 0)
-        move = lambda: self._inner.get_into(key, buffer, length)  # noqa: E731 - said once
-        return int(self._hinted(peer, size, mfsd, reads=True, move=move))
+        return int(self._hinted(peer, size, mfsd, self._inner.get_into, key, buffer, length, reads=True))
 
     def _place(self, key: str) -> tuple[str, int]:
         """Segment ("host:port") and size of a block; of none or of one on disk nobody knows."""

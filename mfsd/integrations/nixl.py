@@ -21,8 +21,9 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.client import Stage, tuple_of
+from mfsd.client import Stage
 from mfsd.integrations import guard
+from mfsd.integrations.guard import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,14 +42,7 @@ class Peer:
     ports: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Owner:
-    request: str
-    stage: Stage
-    deadline_s: float | None
-
-
-_NOBODY: Final = _Owner("", Stage.BACKGROUND, None)
+_NOBODY: Final = Owner()
 _here = threading.local()
 
 
@@ -57,7 +51,7 @@ def with_request(request: str = "", *, stage: Stage = Stage.BACKGROUND, deadline
 
     Without a request they are background, which needs none.
     """
-    _here.owner = _Owner(request, stage, deadline_s)
+    _here.owner = Owner(request, stage, deadline_s)
 
 
 @dataclass(slots=True)
@@ -71,12 +65,9 @@ class _Transfer:
 class HintedAgent:
     """See the module. Never raises but what the agent raises; never waits."""
 
-    def __init__(
-        self, agent: Any, client: Client, peers: Mapping[str, Peer], ports: tuple[int, int] | None = None
-    ) -> None:
-        """``peers``: by agent name. ``ports``: of our own listener; None: as UCX_TCP_PORT_RANGE says."""
+    def __init__(self, agent: Any, client: Client, peers: Mapping[str, Peer]) -> None:
+        """``peers``: by agent name."""
         self._agent, self._client, self._peers = agent, client, dict(peers)
-        self._ports = guard.ports(os.environ.get("UCX_TCP_PORT_RANGE", "")) if ports is None else ports
         self._guard, self._resolver = guard.Guard(), guard.Resolver()
         self._numbers = itertools.count()
         self._transfers: dict[int, tuple[Any, _Transfer]] = {}
@@ -95,21 +86,11 @@ class HintedAgent:
         return handle
 
     def _note(self, handle: Any, operation: str, size: int, remote: str) -> None:
-        selector = self._selector(operation, remote)
+        peer = self._peers.get(remote)
+        selector = None if peer is None else self._resolver.way(peer.address, peer.ports, reads=operation == "READ")
         if selector is not None and size > 0:
             name = f"nixl-{os.getpid()}-{next(self._numbers)}"
             self._transfers[id(handle)] = handle, _Transfer(name, selector, size)
-
-    def _selector(self, operation: str, remote: str) -> TupleSelector | None:
-        """Connections that the bytes take: they leave the peer for a READ, us for a WRITE."""
-        peer = self._peers.get(remote)
-        there = "" if peer is None else self._resolver.address(peer.address)
-        here = self._resolver.ours_towards(there)
-        if peer is None or not there or not here:
-            return None
-        if operation == "READ":
-            return tuple_of(here, 0, there, peer.ports)
-        return tuple_of(there, peer.ports, here)
 
     def transfer(self, handle: Any, *rest: Any, **more: Any) -> Any:
         """As the agent's; the hint goes before the bytes."""
@@ -120,15 +101,12 @@ class HintedAgent:
         _, one = self._transfers.get(id(handle), (None, None))
         if one is None:
             return
-        owner: _Owner = getattr(_here, "owner", _NOBODY)
+        owner: Owner = getattr(_here, "owner", _NOBODY)
         if one.begun:  # a handle may be used again
             self._client.done(transfer=one.name)
             one.name = f"nixl-{os.getpid()}-{next(self._numbers)}"
         one.begun = True
-        self._client.transfer(
-            one.name, one.selector, one.size, stage=owner.stage, request=owner.request, deadline_s=owner.deadline_s,
-            interleaved=True,
-        )  # fmt: skip
+        owner.announce(self._client, one.name, one.selector, one.size)
 
     def check_xfer_state(self, handle: Any) -> Any:
         """As the agent's."""
@@ -142,10 +120,8 @@ class HintedAgent:
         if one is None or not one.begun:
             return
         one.begun = False
-        if cancelled:
-            self._client.cancel(transfer=one.name)
-        else:
-            self._client.done(transfer=one.name)
+        end = self._client.cancel if cancelled else self._client.done
+        end(transfer=one.name)
 
     def release_xfer_handle(self, handle: Any) -> Any:
         """As the agent's; what is still on its way will not come."""

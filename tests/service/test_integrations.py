@@ -124,7 +124,7 @@ class Agent:
 
 def test_nixl_transfers_are_announced_before_they_start(running: Running, client: Client) -> None:
     inner = Agent()
-    agent = HintedAgent(inner, client, {"p": Peer("127.0.0.1", (20000, 20099))}, (21000, 21099))
+    agent = HintedAgent(inner, client, {"p": Peer("127.0.0.1", (20000, 20099))})
     assert agent.name == "me"
     mine = Descriptors([(0, MB, 0), (MB, MB, 0)])
     with_request("r", stage=Stage.P2D)
