@@ -128,3 +128,15 @@ def _explain(code: grpc.StatusCode, details: str, target: str) -> CliError:
         grpc.StatusCode.UNKNOWN: lambda: CliError(f"mfsd failed: {details}; see its log (journalctl -u mfsd)"),
     }
     return words.get(code, lambda: CliError(details or code.name.lower().replace("_", " ")))()
+
+
+def paged(call: Any, request: Any, rows: str, limit: int, timeout: float = TIMEOUT_S) -> list[Any]:
+    """All rows of a list that comes in pages; ``limit`` 0: all."""
+    out: list[Any] = []
+    while True:
+        request.page_size = limit - len(out) if limit else 0
+        page = call(request, timeout=timeout)
+        out += getattr(page, rows)
+        request.page_token = page.next_page_token
+        if not page.next_page_token or (limit and len(out) >= limit):
+            return out

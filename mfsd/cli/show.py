@@ -12,7 +12,7 @@ import click
 
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
-from mfsd.cli.connect import TIMEOUT_S, control
+from mfsd.cli.connect import TIMEOUT_S, control, paged
 from mfsd.cli.errors import CliError
 from mfsd.cli.glossary import SECTIONS
 from mfsd.cli.values import DURATION
@@ -75,17 +75,13 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
         rows = [
             [
                 b.name, b.classid or "-", str(b.lanes), units.rate(b.floor_bytes_per_s),
-                _rate(b.guaranteed_bytes_per_s), _rate(b.standing_bytes_per_s), units.rate(b.got_bytes_per_s),
+                units.rate(b.guaranteed_bytes_per_s), units.rate(b.standing_bytes_per_s), units.rate(b.got_bytes_per_s),
                 str(b.connections), units.size(b.bytes), units.count(b.packets), units.count(b.drops),
                 units.size(b.backlog_bytes), b.urgency, "-" if b.dscp < 0 else str(b.dscp),
             ]
             for b in d.bands
         ]  # fmt: skip
         yield from tables.parts(BANDS, rows, NOW, REST)
-
-
-def _rate(value: float) -> str:
-    return units.rate(value) if value else "-"
 
 
 def _peers(peers: Iterable[pb.Peer]) -> Iterator[RenderableType]:
@@ -95,8 +91,8 @@ def _peers(peers: Iterable[pb.Peer]) -> Iterator[RenderableType]:
     ]  # fmt: skip
     rows = [
         [
-            p.address, _rate(p.configured_bytes_per_s), _rate(p.learnt_bytes_per_s), str(p.sightings),
-            _rate(p.used_bytes_per_s), str(p.given_up), str(p.in_time), f"{p.raised:.3g}",
+            p.address, units.rate(p.configured_bytes_per_s), units.rate(p.learnt_bytes_per_s), str(p.sightings),
+            units.rate(p.used_bytes_per_s), str(p.given_up), str(p.in_time), f"{p.raised:.3g}",
         ]
         for p in peers
     ]  # fmt: skip
@@ -113,7 +109,7 @@ def _tenants(tenants: Iterable[pb.Tenant]) -> RenderableType:
         (
             [
                 "-" if t.uid < 0 else str(t.uid), t.device, str(t.connections), units.rate(t.moved_bytes_per_s),
-                units.rate(t.urgent_bytes_per_s), _rate(t.allowed_bytes_per_s),
+                units.rate(t.urgent_bytes_per_s), units.rate(t.allowed_bytes_per_s),
                 "yes" if t.demoted else "no", units.count(t.demotions),
             ]
             for t in tenants
@@ -234,24 +230,12 @@ def print_status(g: Globals, answer: pb.Status) -> None:
         tables.write(*render_status(answer))
 
 
-def _paged(call: Any, request: Any, rows: str, limit: int) -> list[Any]:
-    """All rows of a list that comes in pages; ``limit`` 0: all."""
-    out: list[Any] = []
-    while True:
-        request.page_size = limit - len(out) if limit else 0
-        page = call(request, timeout=TIMEOUT_S)
-        out += getattr(page, rows)
-        request.page_token = page.next_page_token
-        if not page.next_page_token or (limit and len(out) >= limit):
-            return out
-
-
 @command("connections")
 @LIMIT
 def connections(g: Globals, limit: int) -> None:
     """Connections that mfsd knows, most urgent first."""
     with control(g.socket) as daemon:
-        rows = _paged(daemon.ListConnections, pb.ListConnectionsRequest(), "connections", limit)
+        rows = paged(daemon.ListConnections, pb.ListConnectionsRequest(), "connections", limit)
     if g.json:
         output.print_rows("connections", rows)
     else:
@@ -263,7 +247,7 @@ def connections(g: Globals, limit: int) -> None:
 def transfers(g: Globals, limit: int) -> None:
     """Transfers that are not finished, most urgent first."""
     with control(g.socket) as daemon:
-        rows = _paged(daemon.ListTransfers, pb.ListTransfersRequest(), "transfers", limit)
+        rows = paged(daemon.ListTransfers, pb.ListTransfersRequest(), "transfers", limit)
     if g.json:
         output.print_rows("transfers", rows)
     else:

@@ -14,14 +14,14 @@ import textwrap
 import threading
 import time
 import tty
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 from rich.console import Console, Group
 from rich.live import Live
 
 from mfsd.cli.app import Globals, command
-from mfsd.cli.connect import control
+from mfsd.cli.connect import control, paged
 from mfsd.cli.errors import CliError
 from mfsd.cli.top_view import Choice, Look, at_risk, chosen_rows, screen
 from mfsd.cli.values import DURATION
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S: Final = 3.0
 """For an answer; then the screen says that there is none."""
-PAGES: Final = 5
-"""Of a thousand rows each: more nobody looks through, and the daemon has other things to do."""
+ROWS_MAX: Final = 5000
+"""More nobody looks through, and the daemon has other things to do."""
 ESCAPE_S: Final = 0.05
 """An Esc that nothing follows for so long is one; else it begins the code of a key."""
 KEYS: Final = {"\x1b[A": "up", "\x1b[B": "down", "\x1bOA": "up", "\x1bOB": "down", "\x1b": "escape",
@@ -84,20 +84,9 @@ class _Looks:
 def look(daemon: control_pb2_grpc.ControlStub) -> Look:
     """All that the screen needs."""
     status = daemon.GetStatus(pb.GetStatusRequest(), timeout=PATIENCE_S)
-    connections = _rows(daemon.ListConnections, pb.ListConnectionsRequest(), "connections")
-    transfers = _rows(daemon.ListTransfers, pb.ListTransfersRequest(), "transfers")
+    connections = paged(daemon.ListConnections, pb.ListConnectionsRequest(), "connections", ROWS_MAX, PATIENCE_S)
+    transfers = paged(daemon.ListTransfers, pb.ListTransfersRequest(), "transfers", ROWS_MAX, PATIENCE_S)
     return Look(time.monotonic(), status, connections, transfers)
-
-
-def _rows(call: Any, request: Any, name: str) -> list[Any]:
-    out: list[Any] = []
-    for _ in range(PAGES):
-        page = call(request, timeout=PATIENCE_S)
-        out += getattr(page, name)
-        request.page_token = page.next_page_token
-        if not page.next_page_token:
-            break
-    return out
 
 
 @command("top")

@@ -214,12 +214,14 @@ def _address(field_name: str, text: str) -> Address:
         address = ipaddress.ip_address(text)
     except ValueError:
         raise HintError(field_name, f"{text!r} is no IP address", "give an IPv4 or IPv6 address, no name") from None
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.scope_id is not None:
-            raise HintError(field_name, f"{text!r} has a zone", "leave out the part from % on")
-        # A dual-stack socket talks IPv4 on the wire, and the classifier sees the wire.
-        return address.ipv4_mapped or address
-    return address
+    if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
+        raise HintError(field_name, f"{text!r} has a zone", "leave out the part from % on")
+    return on_the_wire(address)
+
+
+def on_the_wire(address: Address) -> Address:
+    """IPv4 of an IPv4-mapped address: a dual-stack socket talks it on the wire, and the classifier sees the wire."""
+    return (address.ipv4_mapped or address) if isinstance(address, ipaddress.IPv6Address) else address
 
 
 def _peer(field_name: str, text: str) -> Address:

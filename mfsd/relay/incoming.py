@@ -21,7 +21,7 @@ import structlog
 from mfsd.api import advice, errors
 from mfsd.api.answers import drain
 from mfsd.ground.logs import Seldom
-from mfsd.ground.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector
+from mfsd.ground.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector, on_the_wire
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
@@ -267,6 +267,4 @@ def _host(peer: str) -> Address | None:
     kind, _, rest = unquote(peer).partition(":")
     if kind not in ("ipv4", "ipv6"):
         return None
-    address = ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
-    mapped = address.ipv4_mapped if address.version == 6 else None
-    return mapped or address
+    return on_the_wire(ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0]))
