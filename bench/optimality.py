@@ -142,8 +142,8 @@ def figures(counts: Counts) -> list[Figure]:
     def total(label: str, kinds: tuple[str, ...] = every) -> int:
         return sum(counts[label][k, load] for k in kinds for load in LOADS)
 
-    def best_rival(load: str, kinds: tuple[str, ...] = every) -> float:
-        return max(share(counts, rival, kinds, load) for rival in RIVALS)
+    def best_rival(load: str) -> float:
+        return max(share(counts, rival, every, load) for rival in RIVALS)
 
     over_rival = {load: share(counts, DEFAULT, every, load) / best_rival(load) for load in LOADS}
     optimum = total(DEFAULT) / total("optimum")

@@ -22,6 +22,8 @@ Location = tuple[int | str, ...]
 _SHOWN: Final = 200
 """Characters of a wrong value, and elements of a list or table, that an error shows."""
 _DEPTH: Final = 3
+_WIDTH: Final = 118
+"""Of the lines of systemd/mfsd.toml."""
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------
@@ -256,10 +258,10 @@ def example(root: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
-def _wrap(text: str, width: int = 118) -> list[str]:
+def _wrap(text: str) -> list[str]:
     lines, line = [], "#"
     for word in text.split():
-        if len(line) + 1 + len(word) > width:
+        if len(line) + 1 + len(word) > _WIDTH:
             lines.append(line)
             line = "#"
         line += f" {word}"

@@ -11,19 +11,20 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
+KEPT: Final = 64 << 20
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _MAX_MMAP_THRESHOLD: Final = 32 << 20
 """glibc refuses more: HEAP_MAX_SIZE / 2 on 64-bit machines (malloc/malloc.c)."""
 
 
-def keep_freed(limit: int = 64 << 20) -> bool:
-    """Ask the allocator to keep up to ``limit`` free bytes at the top of the heap. False: not glibc, or refused."""
+def keep_freed() -> bool:
+    """Ask the allocator to keep up to KEPT free bytes at the top of the heap. False: not glibc, or refused."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # musl has none
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    kept: bool = mallopt(_M_TRIM_THRESHOLD, limit) == 1
-    kept &= mallopt(_M_MMAP_THRESHOLD, min(limit, _MAX_MMAP_THRESHOLD)) == 1
+    kept: bool = mallopt(_M_TRIM_THRESHOLD, KEPT) == 1
+    kept &= mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD) == 1
     return kept

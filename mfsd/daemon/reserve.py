@@ -17,14 +17,13 @@ ENOUGH: Final = 8
 class Reserve:
     """Holds descriptors, and gives them up while there is work that may need them. For one thread at a time."""
 
-    def __init__(self, size: int = ENOUGH) -> None:
-        self._size = size
+    def __init__(self) -> None:
         self._held: list[int] = []
         self._fill()
 
     def _fill(self) -> None:
         with contextlib.suppress(OSError):  # somebody has taken some meanwhile; they are taken back next time
-            while len(self._held) < self._size:
+            while len(self._held) < ENOUGH:
                 self._held.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ from mfsd.ground.model import INF, HintError, Maker, MarkHint, PortRange, RuleSe
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from mfsd.daemon.config import Config
     from mfsd.daemon.config_rules import RuleConfig
@@ -92,12 +92,12 @@ class Rules:
         ]
 
 
-def state_of(source: str, rule: RuleConfig, uid_of: Callable[[str], int] | None = None) -> RuleState:
+def state_of(source: str, rule: RuleConfig) -> RuleState:
     """A rule with its names looked up on this host."""
     uid, problem = -1, ""
     if rule.user is not None:
         try:
-            uid = (uid_of or _uid)(rule.user)
+            uid = int(rule.user) if rule.user.isdecimal() else pwd.getpwnam(rule.user).pw_uid
         except KeyError:
             problem = f"there is no user {rule.user!r} on this host"
     maker = Maker(
@@ -110,10 +110,6 @@ def state_of(source: str, rule: RuleConfig, uid_of: Callable[[str], int] | None 
     selector = RuleSelector(maker, rule.remote, rule.local_ports or PortRange(), rule.remote_ports or PortRange())
     due_in = INF if rule.deadline_ms is None else rule.deadline_ms / 1000
     return RuleState(rule.name, source, selector, Stage[rule.stage.upper()], rule.ordered, due_in, problem)
-
-
-def _uid(user: str) -> int:
-    return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
 
 
 def cgroup_root(undo: contextlib.ExitStack) -> Path | None:

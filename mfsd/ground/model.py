@@ -46,8 +46,8 @@ class Mode(enum.StrEnum):
 class HintError(ValueError):
     """A hint that can't be applied. ``field`` is the path inside the hint, ``fix`` says what is allowed."""
 
-    def __init__(self, field_path: str, problem: str, fix: str = "", *, exhausted: bool = False) -> None:
-        super().__init__(f"{field_path}: {problem}" + (f"; {fix}" if fix else ""))
+    def __init__(self, field_path: str, problem: str, fix: str, *, exhausted: bool = False) -> None:
+        super().__init__(f"{field_path}: {problem}; {fix}")
         self.field = field_path
         self.problem = problem
         self.fix = fix

@@ -239,10 +239,10 @@ def busy(h: Host, sock: FakeSocket, rate: float, seconds: float, **limits: int) 
         h.tick(0.01)
 
 
-def far_hosts(h: Host, n: int = 4) -> list[FakeSocket]:
-    """Connections to so many hosts, with something to send for long."""
+def far_hosts(h: Host) -> list[FakeSocket]:
+    """Connections to four hosts, with something to send for long."""
     h.request("r", 500.0)
-    socks = [h.socket(i + 1, dst=f"10.0.0.{i + 2}") for i in range(n)]
+    socks = [h.socket(i + 1, dst=f"10.0.0.{i + 2}") for i in range(4)]
     for i, sock in enumerate(socks):
         h.transfer(f"t{i}", sock, 1 << 40, Stage.P2D)
     h.tick(0.01)

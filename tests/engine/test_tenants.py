@@ -282,9 +282,9 @@ def test_guarantees_fit_the_link_however_it_is_shared(announced: list[tuple[int,
 # --- rescues ----------------------------------------------------------------------------------------------------------
 
 
-def starved(h: Host, cookie: int, uid: int, left: float = 0.3) -> tuple[int, int]:
+def starved(h: Host, cookie: int, uid: int) -> tuple[int, int]:
     sock = h.socket(cookie, uid=uid)
-    h.request(f"r{cookie}", left)
+    h.request(f"r{cookie}", 0.3)
     h.transfer(f"t{cookie}", sock, 1_000_000, request=f"r{cookie}")
     h.tick()
     h.send(sock, 100_000, acked=False)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def no_descriptors(free: int = 0) -> Iterator[None]:
+def no_descriptors(free: int) -> Iterator[None]:
     """All descriptors are taken but ``free``; meanwhile, open() and socket() get EMFILE."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     source = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

@@ -37,15 +37,13 @@ WRONG: Final = 0.005
 class Sink:
     """Accepts connections in namespace ``b`` and reads what comes, until it is closed."""
 
-    def __init__(
-        self, pair: NetnsPair, port: int = PORT, *, v6: bool = False, protocol: int = 0, host: str = ""
-    ) -> None:
+    def __init__(self, pair: NetnsPair, *, v6: bool = False, protocol: int = 0) -> None:
         family = socket.AF_INET6 if v6 else socket.AF_INET
 
         def listen() -> socket.socket:
             s = socket.socket(family, socket.SOCK_STREAM, protocol)
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind((host or ("::" if v6 else "0.0.0.0"), port))  # noqa: S104 - of a throw-away namespace
+            s.bind(("::" if v6 else "0.0.0.0", PORT))  # noqa: S104 - of a throw-away namespace
             s.listen(4096)
             s.setblocking(False)
             return s

@@ -105,12 +105,11 @@ class FakeEnds:
 class Cluster:
     """An instance with fake connections: in one process, or with one per host."""
 
-    def __init__(self, settings: Settings, work: list[Request], faults: Faults | None = None) -> None:
+    def __init__(self, settings: Settings, work: list[Request]) -> None:
         self.settings, self.work = settings, work
         self.voice = Voice(settings.hosts)
         self.ends: list[FakeEnds] = []
         self.logs: list[Log] = []
-        self._faults = faults or Faults()
 
     @property
     def log(self) -> Log:
@@ -138,7 +137,7 @@ class Cluster:
             log, voice = Log(), Voice([h for h in local if h in self.voice.hosts], self.voice.said)
             self.logs.append(log)
             ends: Any = FakeEnds(s, local, self.ends)
-            hinter = Hinter(voice, s.scaled.rounds, self._faults, s.seed)
+            hinter = Hinter(voice, s.scaled.rounds, Faults(), s.seed)
             receive_kv(s, self.work, ends, log)
             transport = Conduits(0, s, local, ends, hinter, log)
             if s.transport == "sockets":

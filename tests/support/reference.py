@@ -78,7 +78,7 @@ def needed(s: State, i: int) -> float:
     return float(max(here, there, s.t.compute_left[i]))
 
 
-def doomed_requests(s: State, margin: float = 0.0, given_up: Callable[[int], bool] = lambda _: False) -> set[int]:
+def doomed_requests(s: State, margin: float, given_up: Callable[[int], bool]) -> set[int]:
     out = set()
     for q in range(len(s.r)):
         mine = [i for i in s.rows() if s.t.request[i] == q]

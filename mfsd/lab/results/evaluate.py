@@ -121,13 +121,14 @@ class AtLevel:
     """Regime -> load."""
 
 
-def at_level(table: Table, level: float, references: Sequence[str] = (), fair: str = "none") -> AtLevel | None:
+def at_level(table: Table, level: float, references: Sequence[str] = ()) -> AtLevel | None:
     """Attainment where fair sharing meets ``level``, mean over the regimes; None without cells of fair sharing.
 
     Arms that have not run all of these cells are left out, and so are loads at which the references have not run.
     """
     # Fair sharing alone may have run at more loads, to find those that matter.
-    everywhere = table.shared([a for a in (fair, *references) if a == fair or a in table.met])
+    fair = "none"
+    everywhere = table.shared([fair, *(a for a in references if a in table.met)])
     if not everywhere:
         return None
     points = curve(table, fair, everywhere, table.draws(everywhere, 1))
