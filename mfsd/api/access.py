@@ -8,6 +8,8 @@ is a worker. One interceptor decides for all services, so a method that is added
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from inspect import isasyncgenfunction
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,12 +22,15 @@ from mfsd.api.identity import TOKEN
 from mfsd.v1 import hints_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 
     from mfsd.api.identity import Identities, Peer
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
+STREAMS: Final = 4
+"""Streams at a time, of a user or of all without a token, for each session that a user may have. One that says nothing
+takes memory, too."""
 FOR_ALL: Final = (f"/{hints_pb2.DESCRIPTOR.services_by_name['Hints'].full_name}/", "/grpc.health.v1.Health/")
 """Beginnings of methods that workers may call, too."""
 
@@ -35,6 +40,8 @@ class Access(grpc.aio.ServerInterceptor):
 
     def __init__(self, identities: Identities) -> None:
         self._identities = identities
+        self._streams: Counter[int] = Counter()
+        """That are open, by user; -1: of callers without a token."""
 
     async def intercept_service(
         self,
@@ -56,9 +63,47 @@ class Access(grpc.aio.ServerInterceptor):
 
             return grpc.unary_unary_rpc_method_handler(once, *serializers)
         if handler.request_streaming:
-            both = _many(handler.stream_stream, _all_formed, check)
+            both = self._limited(_many(handler.stream_stream, _all_formed, check))
             return grpc.stream_stream_rpc_method_handler(both, *serializers)
-        return grpc.unary_stream_rpc_method_handler(_many(handler.unary_stream, _formed, check), *serializers)
+        some = self._limited(_many(handler.unary_stream, _formed, check))
+        return grpc.unary_stream_rpc_method_handler(some, *serializers)
+
+    def _limited(self, inner: Any) -> Any:
+        """The same handler for as many streams of a user as it may have."""
+
+        async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
+            with await self._one(context):
+                async for reply in inner(request, context):
+                    yield reply
+
+        async def writes(request: Any, context: Context) -> None:
+            with await self._one(context):
+                await inner(request, context)
+
+        return answers if isasyncgenfunction(inner) else writes
+
+    async def _one(self, context: Context) -> contextlib.AbstractContextManager[None]:
+        """A stream of the caller's; ends the call where it has too many."""
+        try:
+            peer = peer_of(self._identities, context)
+        except errors.Refused:  # the service answers that
+            peer = None
+        uid, most = -1 if peer is None else peer.uid, STREAMS * self._identities.limit
+        if self._streams[uid] >= most:
+            whose = "callers without a token have" if peer is None else f"user {uid} has"
+            why = f"{whose} {most} streams open already ({STREAMS} times limits.max_sessions_per_user)"
+            await errors.abort(context, errors.of_call(errors.Refused(code_pb2.RESOURCE_EXHAUSTED, why)))
+        return self._counted(uid)
+
+    @contextlib.contextmanager
+    def _counted(self, uid: int) -> Iterator[None]:
+        self._streams[uid] += 1
+        try:
+            yield
+        finally:
+            self._streams[uid] -= 1
+            if not self._streams[uid]:
+                del self._streams[uid]
 
     @staticmethod
     async def _anybody(context: Context) -> None:

@@ -33,6 +33,9 @@ CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 STOP_S: Final = 0.5
 """For calls in progress when the daemon stops; streams are cut then, and clients reconnect by themselves."""
 
+CALLS: Final = 128
+"""At a time on a connection; clients let more than these wait by themselves."""
+
 _KEEPALIVE: Final = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
 """A client on another machine that is gone without a word is noticed, and what it said with it."""
 
@@ -92,7 +95,7 @@ class Server:
         self._identities = identities
         self._bound: dict[Path, int] = {}
         """Sockets of ours and their inodes: somebody may put another one in the place of one."""
-        options = [("grpc.so_reuseport", 0), *_KEEPALIVE]
+        options = [("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", CALLS), *_KEEPALIVE]
         self._server = grpc.aio.server(interceptors=[Access(identities)], options=options)
         hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)

@@ -132,7 +132,8 @@ def _toml(text: str) -> dict[str, Any]:
 def read(path: Path, *, again: bool = False) -> Merged:
     """All files of a configuration. Raises UnreadableError.
 
-    ``again``: while others wait, which a pipe may let them do for ever; and what was in it is gone.
+    A pipe may let who reads it wait for ever, and what was in it is gone. So only the main file may be one, and not
+    ``again``, while others wait.
     """
     merged = Merged()
     try:
@@ -140,7 +141,7 @@ def read(path: Path, *, again: bool = False) -> Merged:
     except OSError as e:
         raise UnreadableError(f"can't be read: {e.strerror}", path) from e
     for file in all_files:
-        if again and file.exists() and not file.is_file():
-            raise UnreadableError("can't be read again: it is no regular file", file)
+        if file.exists() and not file.is_file() and not file.is_dir() and (again or file != path):
+            raise UnreadableError(f"can't be read{' again' if again else ''}: it is no regular file", file)
         merged.add(file)
     return merged

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S: Final = 10.0
 """For a client to say what it wants, and to take the answer."""
+SCRAPES: Final = 16
+"""At a time; each takes a thread."""
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +51,29 @@ class _Server(ThreadingMixIn, WSGIServer):
     """Each scrape in a thread; ``server_close`` waits for those at work."""
 
     context: ssl.SSLContext | None = None
+
+    def __init__(self, address: Any, handler: type[WSGIRequestHandler]) -> None:
+        self._open: set[Any] = set()
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hang up on those who are too many."""
+        if len(self._open) >= SCRAPES:
+            self.shutdown_request(request)
+            return
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """It is over."""
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def hurry(self) -> None:
+        """Wait for nobody's question any more: who has asked still gets the answer."""
+        for request in list(self._open):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(request, socket.SHUT_RD)  # a TLS socket's own would unwrap it
 
     def get_request(self) -> tuple[Any, Any]:
         """TLS begins in the thread, where a client that says nothing keeps nobody waiting."""
@@ -138,6 +163,7 @@ class Exposition:
             return
         if self._thread is not None:  # else it would be waited for without end
             server.shutdown()
+        server.hurry()
         server.server_close()
         if self._config.listen == UNIX:
             with contextlib.suppress(OSError):

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 from typing import IO, TYPE_CHECKING
 
 import structlog
@@ -26,7 +28,7 @@ def lock(state_dir: Path) -> IO[str]:
     path = state_dir / configuration.LOCK
     try:
         state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = path.open("a+", encoding="ascii", errors="replace")
+        file = open(path, "r+", encoding="ascii", errors="replace", opener=_opened)  # noqa: SIM115 - an opener
     except OSError as e:
         raise StartError(f'daemon.state_dir = "{state_dir}": {e}') from e
     try:
@@ -47,3 +49,12 @@ def lock(state_dir: Path) -> IO[str]:
     except OSError as e:  # the lock holds all the same: a full disk only keeps others from reading whose it is
         log.warning("lock", file=str(path), problem=str(e))
     return file
+
+
+def _opened(path: str, _flags: int) -> int:
+    """What is written into the file goes nowhere else. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file; remove it", path)
+    return fd

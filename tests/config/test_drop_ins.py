@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -89,6 +90,15 @@ def test_a_problem_names_its_file_and_the_place_in_it(main: Path, text: str, pro
         load(main)
     (line,) = str(e.value).splitlines()
     assert line.startswith(f"{path}: {problem}")
+
+
+def test_a_pipe_among_them_is_not_waited_for(main: Path) -> None:
+    path = drop_in(main, "a.toml", "")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError) as e:
+        load(main)
+    assert str(e.value) == f"{path}: can't be read: it is no regular file"
 
 
 def test_every_file_s_problems_at_once(main: Path) -> None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from support.daemons import Api, Running, call_violation
-from support.waiting import WAIT_S
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.api import messages
+from mfsd.api.access import STREAMS
 from mfsd.api.control import WATCHERS
 from mfsd.api.hints import HintsService
+from mfsd.api.server import CALLS
 from mfsd.api.turns import Turn
 from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
@@ -164,6 +166,51 @@ def test_watchers_share_what_they_see_and_are_bounded(running: Running, monkeypa
         assert next(watchers[0]).status.epoch
         for watcher in watchers:
             watcher.cancel()
+
+
+def test_streams_that_say_nothing_are_bounded(start: Callable[..., Running]) -> None:
+    """Each takes memory, also where anybody may call: those of all without a token are as many as one user's."""
+    running = start(limits={"max_sessions_per_user": 2})
+    with grpc.insecure_channel(running.target) as channel:
+        watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        open_ones = [watch(b"", timeout=WAIT_S) for _ in range(STREAMS * 2)]
+        for one in open_ones:
+            assert next(one)
+        with pytest.raises(grpc.RpcError) as e:
+            next(watch(b"", timeout=WAIT_S))
+        assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "callers without a token have 8 streams open already" in str(e.value.details())
+        with introduced(running.target) as known:
+            theirs: Any = known.unary_stream("/grpc.health.v1.Health/Watch")
+            other = theirs(b"", timeout=WAIT_S)
+            assert next(other)
+            other.cancel()
+        open_ones.pop().cancel()
+
+        def let_in() -> bool:
+            one = watch(b"", timeout=WAIT_S)
+            try:
+                return bool(next(one))
+            except grpc.RpcError:
+                return False
+            finally:
+                one.cancel()
+
+        wait_for(let_in, "room for another")
+
+
+def test_a_connection_has_so_many_calls_at_a_time(running: Running) -> None:
+    with grpc.insecure_channel(running.target) as channel:
+        watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        streams = [watch(b"", timeout=WAIT_S) for _ in range(CALLS)]
+        for one in streams:
+            assert next(one)
+        late = watch(b"", timeout=1.0)
+        with pytest.raises(grpc.RpcError) as e:
+            next(late)
+        assert e.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        for one in streams:
+            one.cancel()
 
 
 def test_too_many_hints_in_a_message(api: Api) -> None:

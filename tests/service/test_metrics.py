@@ -9,16 +9,18 @@ import os
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from support.daemons import Api, Running, connected
-from support.waiting import wait_for
+from support.waiting import WAIT_S, wait_for
 
 import mfsd
 from mfsd.client import Client, Cookie, Stage, cookie_of
+from mfsd.daemon import exposition
 from mfsd.engine import tally
 from mfsd.ground.metrics import METRICS
 from mfsd.v1 import control_pb2 as pb
@@ -186,6 +188,35 @@ def test_loopback_and_off(tmp_path: Path) -> None:
     daemon = Running(tmp_path, metrics={"listen": "off"})
     assert not daemon.socket.with_name("mfsd.sock.metrics").exists()
     daemon.stop()
+
+
+def test_who_never_asks_is_not_waited_for_and_takes_no_more_threads(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exposition._Handler, "timeout", 3600)
+    monkeypatch.setattr(exposition, "PATIENCE_S", 3600)
+    with contextlib.ExitStack() as stack:
+
+        def half_asked() -> socket.socket:
+            one = stack.enter_context(socket.socket(socket.AF_UNIX))
+            one.connect(f"{running.socket}.metrics")
+            one.settimeout(WAIT_S)
+            one.send(b"GET /metr")
+            return one
+
+        some = [half_asked() for _ in range(exposition.SCRAPES)]
+        with contextlib.suppress(ConnectionResetError):
+            assert half_asked().recv(1) == b""
+        assert scrapers() == exposition.SCRAPES
+        running.stop()
+        for one in some:
+            while one.recv(1000):
+                pass
+        assert scrapers() == 0
+
+
+def scrapers() -> int:
+    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
 
 
 def test_tls_and_only_for_those_with_a_certificate(tmp_path: Path) -> None:
