@@ -123,8 +123,9 @@ def groups(*, quick: bool) -> Iterator[list[Case]]:
 class Suite:
     """Plays cases under all arms that have a say in them."""
 
-    def __init__(self, fabric: Fabric, progress: Progress, *, quick: bool) -> None:
-        self.fabric, self.quick = fabric, quick
+    def __init__(self, fabric: Fabric, progress: Progress, *, quick: bool, yields: bool = False) -> None:
+        """``yields``: with network.yield, for all arms with a daemon."""
+        self.fabric, self.quick, self._yields = fabric, quick, yields
         self.groups = list(groups(quick=quick))
         self.rows: list[Row] = []
         """Of groups that all arms have played."""
@@ -161,7 +162,7 @@ class Suite:
         return [p and not d for p, d in zip(plain, default, strict=True)]
 
     def _play(self, arm: Arm, rows: Sequence[Row], *, again: bool = False) -> None:
-        with Link(self.fabric, arm) as link:
+        with Link(self.fabric, arm, yields=self._yields) as link:
             for row in rows:
                 self._progress.update(self._task, description=f"{row.case.beside.value}, {arm.value}")
                 half = row.case.beside.collective and row.need <= HALF
@@ -257,15 +258,17 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--quick", is_flag=True, help="A fifth of the cases, without mfs: under three minutes instead of thirty.")
-def main(*, quick: bool) -> None:
+@click.option("--yield", "yields", is_flag=True, help="With network.yield: build/bench/noharm-yield.json.")
+def main(*, quick: bool, yields: bool) -> None:
     """Benchmark whether the default policy does harm: build/bench/noharm.json."""
+    name = "noharm-yield" if yields else "noharm"
     rows: list[Row] = []
     columns = (TextColumn("{task.description:38}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     interrupted = False
     try:
         take_precedence()
         with Progress(*columns, transient=True) as progress, Fabric(HOSTS) as fabric:
-            suite = Suite(fabric, progress, quick=quick)
+            suite = Suite(fabric, progress, quick=quick, yields=yields)
             rows = suite.rows
             suite.run()
     except LabError as e:
@@ -273,11 +276,11 @@ def main(*, quick: bool) -> None:
     except KeyboardInterrupt:
         interrupted = True
     if rows:
-        title = "noharm, as far as it came" if interrupted else "noharm"
+        title = f"{name}, as far as it came" if interrupted else name
         tables.console().print(tables.table(HEADS, table(rows), title))
     if interrupted:
         sys.exit("bench noharm: interrupted; no figures")
-    write("noharm", figures(rows))
+    write(name, figures(rows))
 
 
 if __name__ == "__main__":

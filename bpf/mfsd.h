@@ -232,7 +232,7 @@ struct mfsd_path {
 	__u64 base_since; /* beginning of the period of base_next_us */
 	__u64 empty_at;	  /* when the queue was last seen gone */
 	__u64 room_since; /* making room; 0: not */
-	__u64 yielded_at;
+	__u64 calm_until; /* when the share may change again */
 	__u64 lost_at;
 	__u64 epoch_at; /* beginning of the count flows_now */
 	__u64 clock_at; /* when clock_us was last lowered or raised */

@@ -34,7 +34,10 @@
 
 #define ALLOW		1
 #define TCP_ESTABLISHED 1
+#define TCP_FIN_WAIT1	4
 #define TCP_CLOSE_WAIT	8
+#define TCP_LAST_ACK	9
+#define TCP_NODELAY	1
 #define CB_FLAGS	1008 /* TCP_BPF_SOCK_OPS_CB_FLAGS, since 6.11 */
 #define TICK_US		1000	/* of TSval (TCP_TS_HZ) */
 #define SKEW		8192	/* clocks drift by less than one in so many */
@@ -342,6 +345,41 @@ int mfsd_adopt(struct bpf_iter__tcp *ctx)
 		before->standing = OURS;
 		adopted->switched += 1;
 	}
+	return 0;
+}
+
+static __always_inline int runs_ours(struct tcp_sock *tp)
+{
+	__u64 ours[NAME_LEN / sizeof(__u64)], name[NAME_LEN / sizeof(__u64)];
+
+	own_name(ours);
+	if (bpf_core_read(name, sizeof(name), &tp->inet_conn.icsk_ca_ops->name))
+		return 0;
+	return name[0] == ours[0] && name[1] == ours[1];
+}
+
+/*
+ * Who is promoted with nothing in flight would hear of it when its next packet is due, which may be tens of
+ * milliseconds away. Taking Nagle's algorithm off a socket makes TCP send what it may (tcp_sock_set_nodelay), and we are
+ * asked what that is first (mfsd_send).
+ */
+SEC("iter/tcp")
+int mfsd_wake(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *sk = ctx->sk_common;
+	struct tcp_sock *tp;
+	int was, on = 1;
+
+	if (!sk || (sk->skc_state != TCP_ESTABLISHED && sk->skc_state != TCP_FIN_WAIT1 &&
+		    sk->skc_state != TCP_CLOSE_WAIT && sk->skc_state != TCP_LAST_ACK))
+		return 0;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp || !runs_ours(tp) || MINE(tp)->class == MFSD_YIELD_NOT || deferred(sk->skc_cookie.counter))
+		return 0;
+	if (bpf_getsockopt(tp, SOL_TCP, TCP_NODELAY, &was, sizeof(was)) ||
+	    bpf_setsockopt(tp, SOL_TCP, TCP_NODELAY, &on, sizeof(on)) || was)
+		return 0;
+	bpf_setsockopt(tp, SOL_TCP, TCP_NODELAY, &was, sizeof(was));
 	return 0;
 }
 

@@ -10,7 +10,7 @@
  * `share` is slow: the window of one connection while nobody urgent is about. It grows while the queue is below its
  * target and shrinks above it, and the target of a large share is lower than that of a small one (target_of). So hosts
  * that meet in the same queue come to the same share, whatever each of them began with: that is fairness inside a
- * level. It learns nothing while it yields, nor until everybody who has been sent to sleep is back (calm_of).
+ * level. It learns nothing while it yields, nor until everybody who has been sent to sleep is back (be_calm).
  *
  * `part` is fast, and the same for all: 1 until the queue is past LIMIT of the target, then down to PART_LEAST within a
  * round trip or two; and back to 1 at once when the queue is gone. Equals yield and return as equals.
@@ -54,9 +54,10 @@
 #define FALL 4096	   /* per target's worth of queue past the limit, and at most, in a round trip */
 #define FOLLOW 400	   /* of the queue's error, in the rate */
 #define PROBES 1000	   /* share of the link that sleepers of one path take all the same: one in so many */
-#define CALM_US 20000
+#define CALM_TRIPS 60	   /* for so many round trips nobody learns after a part of PART_CALM or less */
+#define PART_CALM (UNIT / 10)
 #define LOSS 8		   /* of the share, at a loss */
-#define STRENGTH 400	   /* packets of one connection in the queue, in the target */
+#define STRENGTH 250	   /* packets of one connection in the queue, in the target */
 
 static __always_inline __u32 at_most(__u64 value, __u32 bound)
 {
@@ -79,10 +80,17 @@ static __always_inline __u32 pace_of(const struct mfsd_path *p, __u32 most)
 	return trip + gap + 1;
 }
 
-/* How long those sleep who have yielded. */
-static __always_inline __u64 calm_of(const struct mfsd_path *p, __u32 most)
+/*
+ * Nobody learns until those are awake again who sent while we yielded; they sleep the longer, the smaller our part was.
+ * It must not depend on the share: who has little would learn more seldom than who has much, and never come back.
+ */
+static __always_inline void be_calm(struct mfsd_path *p, __u64 now, __u32 most)
 {
-	return CALM_US + (__u64)24 * (p->base_us + most) * UNIT / (p->share + 1);
+	__u64 calm = CALM_TRIPS * (__u64)(p->base_us + most);
+	__u64 until = now + (p->part > PART_CALM ? calm * PART_CALM / p->part : calm);
+
+	if (until > p->calm_until)
+		p->calm_until = until;
 }
 
 static __always_inline void yield_to(struct mfsd_path *p, __u64 now, __u64 dt, __u32 delay, __u32 most)
@@ -96,12 +104,12 @@ static __always_inline void yield_to(struct mfsd_path *p, __u64 now, __u64 dt, _
 	}
 	share -= share * dt / (dt + FADE_US);
 	p->share = share;
-	p->yielded_at = now;
 	p->yielded_us += dt;
 	gain = at_most((__u64)FALL * (delay - limit) / (most + 1), FALL);
 	step = part * gain / UNIT * at_most(dt, trip) / trip;
 	part -= step < part / 4 * 3 ? step : part / 4 * 3;
 	p->part = part > PART_LEAST ? part : PART_LEAST;
+	be_calm(p, now, most);
 }
 
 static __always_inline void share_out(struct mfsd_path *p, __u64 now, __u64 dt, __u32 delay, __u32 target, __u32 most)
@@ -118,7 +126,7 @@ static __always_inline void share_out(struct mfsd_path *p, __u64 now, __u64 dt, 
 		part += (UNIT - part) * at_most(dt, pace) / pace + 1;
 	}
 	p->part = part < UNIT ? part : UNIT;
-	if (now - p->yielded_at < calm_of(p, most))
+	if (now < p->calm_until)
 		return;
 	dt = at_most(dt, 8 * pace);
 	gain = (__u64)TRACK * target / pace;
@@ -142,7 +150,7 @@ static __always_inline void make_room(struct mfsd_path *p, __u64 now, __u32 most
 	if (!p->room_since)
 		p->room_since = now;
 	p->part = PART_PROBE;
-	p->yielded_at = now;
+	be_calm(p, now, most);
 	if (now - p->room_since > PROBE_PACES * (__u64)pace_of(p, most)) {
 		p->room_since = 0;
 		p->empty_at = now;
@@ -223,8 +231,8 @@ static __always_inline void lost(struct mfsd_path *p, __u64 now, __u32 most)
 	p->lost_at = now;
 	p->share -= p->share / LOSS;
 	if (p->delay_us > most / 2) {
-		p->yielded_at = now;
 		p->part = PART_LEAST;
+		be_calm(p, now, most);
 	} else {
 		p->regretted = 1;
 	}

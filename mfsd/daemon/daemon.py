@@ -197,7 +197,7 @@ class Daemon:
     def _beat(self, now: float) -> None:
         """After a successful tick: signs of life for the classifier and for systemd."""
         self.devices.host.beat()
-        self.devices.network.give_floors(self.engine, now)
+        self.devices.network.beat(self.engine, now)
         self._supervisor.beat(now)
 
     async def _keep_status(self) -> None:

@@ -14,6 +14,7 @@ import structlog
 
 from mfsd.api.operations import Way
 from mfsd.daemon import config_bands
+from mfsd.daemon.waker import Waker
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.keys import V4_MAPPED
 from mfsd.datapath.bpf.yielding import Yielding
@@ -43,7 +44,7 @@ def classes_of(bands: Bands) -> dict[int, int]:
 
 @dataclass(slots=True)
 class Network:
-    """The algorithm at work, or why it is not. Only ``give_floors`` is for the event loop; the rest may wait."""
+    """The algorithm at work, or why it is not. Only ``beat`` is for the event loop; the rest may wait."""
 
     config: NetworkConfig
     bands: Bands
@@ -53,6 +54,9 @@ class Network:
     _deaf: bool = True
     """Connections have to be looked at, once or again and again."""
     _next_floors: float = 0.0
+    _waker: Waker | None = None
+    _promotions: int = 0
+    """Of which connections have been told."""
 
     @classmethod
     def start(cls, config: NetworkConfig, bands: Bands, classifier: Classifier) -> Network:
@@ -68,6 +72,7 @@ class Network:
             out.problem = f"deferred connections do not yield in the network: {e}"
             log.warning("network", problem=str(e))
             return out
+        out._waker = Waker(out._yielding.wake)
         settings = out._yielding.settings
         settings["flags"] = _abi.YIELD_REPLACE if config.replace else 0
         for band, kind in classes_of(bands).items():
@@ -106,16 +111,25 @@ class Network:
         if switched:
             log.info("yielding", connections=switched)
 
-    def give_floors(self, engine: Engine, now: float) -> None:
-        """What each connection of a band may always send: an even part of what its band gets at least."""
-        if self._yielding is None or now < self._next_floors:
+    def beat(self, engine: Engine, now: float) -> None:
+        """After a tick: wake who has been promoted, and say what connections may always send."""
+        if self._yielding is None:
             return
-        self._next_floors = now + FLOORS_S
+        promotions = engine.books.counters.promotions
+        if promotions != self._promotions and self._waker is not None:
+            self._promotions = promotions
+            self._waker.call()
+        if now >= self._next_floors:
+            self._next_floors = now + FLOORS_S
+            self._give_floors(self._yielding, engine)
+
+    def _give_floors(self, yielding: Yielding, engine: Engine) -> None:
+        """What each connection of a band may always send: an even part of what its band gets at least."""
         devices = engine.steering.devices
         row = max(range(len(devices)), key=lambda r: devices[r].estimator.configured)
         rate, shares = devices[row].estimator.configured, engine.steering.guarantees.shares(row)
         connections = engine.connections.by_band()[row]
-        floor = self._yielding.settings["floor"][0]
+        floor = yielding.settings["floor"][0]
         for band in classes_of(self.bands):
             share = shares.get(band, self.bands.bands[band].floor)
             floor[band] = int(share * rate / max(int(connections[band]), 1))
@@ -129,6 +143,9 @@ class Network:
 
     def close(self) -> None:
         """Unload it. Idempotent."""
+        if self._waker is not None:
+            self._waker.close()
+            self._waker = None
         if self._yielding is not None:
             self._yielding.close()
             self._yielding = None

@@ -85,16 +85,20 @@ class Outcome:
     """Jain's index of the deferred connections' goodput while there were no messages."""
     promotions_ms: list[float | None]
     """Until the promoted connection had 90 % of the port; None: not within WATCH_S."""
+    told_ms: list[float]
+    """Of it, until the daemon had put the connection into its new band."""
+    rescues: int
+    """Lanes that the daemons purged for the promotions."""
 
 
 def run(settings: Settings) -> Outcome:
     """Build it, run it, remove it. Raises LabError."""
-    with _cluster(settings) as (bulks, messages, clients):
-        return _Run(settings, bulks, messages, clients).all()
+    with _cluster(settings) as (bulks, messages, clients, governors):
+        return _Run(settings, bulks, messages, clients, governors).all()
 
 
 @contextlib.contextmanager
-def _cluster(s: Settings) -> Iterator[tuple[list[Bulk], Messages, list[Client]]]:
+def _cluster(s: Settings) -> Iterator[tuple[list[Bulk], Messages, list[Client], list[Governor]]]:
     tables: dict[str, dict[str, Any]] = {"policy": POLICY, "bands": {"lanes": lanes_for(s.flows // len(SENDERS) + 1)}}
     if s.how == "classes":
         tables["bands"]["dscp"] = {Urgency.URGENT: HIGH, Urgency.MIDDLE: LOW, Urgency.LAST: LOW}
@@ -122,12 +126,21 @@ def _cluster(s: Settings) -> Iterator[tuple[list[Bulk], Messages, list[Client]]]
                 client.mark(sock, Stage.P2D)
             if not client.flush(5.0) or client.stats.rejected:
                 raise LabError(f"a daemon did not take the marks: {client.stats}")
-        yield bulks, messages, clients
+        yield bulks, messages, clients, governors
 
 
 class _Run:
-    def __init__(self, settings: Settings, bulks: list[Bulk], messages: Messages, clients: list[Client]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        bulks: list[Bulk],
+        messages: Messages,
+        clients: list[Client],
+        governors: list[Governor],
+    ) -> None:
         self.settings, self.bulks, self.messages, self.clients = settings, bulks, messages, clients
+        self._rescuer = governors[1]
+        """Of the connection that is promoted."""
         self._wire = settings.rate.bytes_per_s * EFFICIENCY
 
     def all(self) -> Outcome:
@@ -148,12 +161,16 @@ class _Run:
         small, large = self._times(SMALL, s.small), self._times(LARGE, s.large)
         taken, got = time.monotonic() - begin, (self._received() - before).sum()
         left = self._wire * taken - s.small * SMALL - s.large * LARGE
+        rescues = self._rescuer.counters()["rescues"]
+        promotions = [self._promote() for _ in range(s.promotions)]
         return Outcome(
             small=[t / alone[SMALL] for t in small],
             large=[t / alone[LARGE] for t in large],
             used=float(got / left),
             jain=jain,
-            promotions_ms=[self._promote() for _ in range(s.promotions)],
+            promotions_ms=[ms for ms, _ in promotions],
+            told_ms=[told for _, told in promotions],
+            rescues=self._rescuer.counters()["rescues"] - rescues,
         )
 
     def _times(self, size: int, count: int) -> list[float]:
@@ -166,17 +183,20 @@ class _Run:
     def _received(self) -> npt.NDArray[np.int64]:
         return np.concatenate([bulk.received()[0] for bulk in self.bulks])
 
-    def _promote(self) -> float | None:
-        """The first connection of the second sender, up and down again."""
+    def _promote(self) -> tuple[float | None, float]:
+        """The first connection of the second sender, up and down again: until it had the port, and its band."""
         bulk, client = self.bulks[1], self.clients[1]
         bulk.watch(0)
         time.sleep(0.05)
         begin = time.monotonic_ns()
         client.mark(bulk.sockets[0], Stage.COLLECTIVE)
+        if not client.flush(WATCH_S):
+            raise LabError("the daemon did not take a promotion")
+        told = (time.monotonic_ns() - begin) / NS_PER_MS
         time.sleep(WATCH_S)
         _, arrivals = bulk.received()
         client.mark(bulk.sockets[0], Stage.P2D)
         bulk.watch(-1)
         time.sleep(RECOVER_S)
         found = latency_ms(arrivals, begin, self.settings.rate)
-        return None if found is None or found > WATCH_S * 1e9 / NS_PER_MS else found
+        return None if found is None or found > WATCH_S * 1e9 / NS_PER_MS else found, told

@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.client import Client, Stage
 from mfsd.ground.units import Rate
@@ -119,8 +119,9 @@ class Outcome:
 class Link:
     """Two hosts and the link between them under an arm. A context manager. Raises LabError."""
 
-    def __init__(self, fabric: Fabric, arm: Arm) -> None:
-        self.arm = arm
+    def __init__(self, fabric: Fabric, arm: Arm, *, yields: bool = False) -> None:
+        """``yields``: the daemon's deferred connections yield in the network (network.yield)."""
+        self.arm, self._yields = arm, yields
         self.governor: Governor | None = None
         self._source, self._sink = (fabric.hosts[name] for name in HOSTS)
         self._stack = contextlib.ExitStack()
@@ -132,7 +133,9 @@ class Link:
                 plain_link(self._source, RATE)
                 stack.callback(remove_link, self._source)
             else:
-                tables = {} if self.arm is Arm.DEFAULT else {"policy": {"name": self.arm.value}}
+                tables: dict[str, Any] = {} if self.arm is Arm.DEFAULT else {"policy": {"name": self.arm.value}}
+                if self._yields:
+                    tables["network"] = {"yield": "on", "replace": True}  # the lab's sockets choose cubic
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mfsd-")))
                 self.governor = stack.enter_context(Governor(self._source, directory, RATE, tables))
             self._player = stack.enter_context(Player(self._source, self._sink))

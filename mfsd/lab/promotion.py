@@ -60,6 +60,8 @@ class Settings:
     """After the promotion, over which retransmissions and timeouts are counted: the same for all series."""
     lanes: int | None = None
     """Leaf queues per band; None: enough for one per flow."""
+    yields: bool = False
+    """Deferred connections yield in the network (network.yield)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class Trial:
     """Timeouts of all other deferred flows within ``settle``."""
     bystander_mbps: float
     """Goodput of all other deferred flows together while A pauses before the promotion, Mbit/s."""
+    rescued: bool
+    """The daemon has freed the flow's lane."""
 
 
 def latency_ms(arrivals: npt.NDArray[np.int64], since_ns: int, rate: Rate) -> float | None:
@@ -107,6 +111,7 @@ def run(settings: Settings, on_trial: Callable[[], None] = lambda: None) -> list
         "policy": POLICY,
         "rescue": {"enabled": settings.rescue},
         "bands": {"lanes": lanes},
+        "network": {"yield": "on" if settings.yields else "off", "replace": True},  # the lab's sockets choose cubic
     }
     with (
         tempfile.TemporaryDirectory(prefix="mfsd-") as directory,
@@ -115,7 +120,7 @@ def run(settings: Settings, on_trial: Callable[[], None] = lambda: None) -> list
         Bulk(fabric.hosts["a"], fabric.hosts["b"], settings.flows + 1) as bulk,
         Client("promotion", governor.target) as client,
     ):
-        series = _Series(settings, bulk, client)
+        series = _Series(settings, bulk, client, governor)
         series.prepare()
         _check_levels(governor, bulk)
         series.trial()
@@ -124,7 +129,8 @@ def run(settings: Settings, on_trial: Callable[[], None] = lambda: None) -> list
             trials.append(series.trial())
             on_trial()
         counters = governor.status().counters
-        if counters.promotions < settings.trials or (settings.rescue and not counters.rescues):
+        wanted = settings.rescue and not settings.yields  # who yields may have nothing in its lane
+        if counters.promotions < settings.trials or (wanted and not counters.rescues):
             raise LabError(
                 f"the daemon counted {counters.promotions} promotions and {counters.rescues} rescues in "
                 f"{settings.trials} trials: the experiment did not test what it should"
@@ -142,8 +148,8 @@ def _check_levels(governor: Governor, bulk: Bulk) -> None:
 
 
 class _Series:
-    def __init__(self, settings: Settings, bulk: Bulk, client: Client) -> None:
-        self.settings, self.bulk, self.client = settings, bulk, client
+    def __init__(self, settings: Settings, bulk: Bulk, client: Client, governor: Governor) -> None:
+        self.settings, self.bulk, self.client, self._governor = settings, bulk, client, governor
         self.deferred, self.top = range(settings.flows), settings.flows
         """Indices of the deferred flows, and of A."""
 
@@ -166,7 +172,7 @@ class _Series:
         self.bulk.watch(flow)
         self.bulk.want([*self.deferred, self.top])
         time.sleep(s.starve)
-        info = self._infos()
+        info, rescues = self._infos(), self._governor.counters()["rescues"]
         promoted_ns = time.monotonic_ns()
         self.client.mark(self.bulk.sockets[flow], Stage.COLLECTIVE)
         time.sleep(s.settle)
@@ -183,6 +189,7 @@ class _Series:
             rtos=later[flow].rtos - info[flow].rtos,
             bystander_rtos=sum(later[i].rtos - info[i].rtos for i in others),
             bystander_mbps=mbps,
+            rescued=self._governor.counters()["rescues"] > rescues,
         )
 
     def _infos(self) -> list[TcpInfo]:

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import socket
+import struct
+import termios
 import threading
 import time
 from pathlib import Path
@@ -13,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pytest
 from support.privileges import CAP_PERFMON, DAEMON, call_with
+from support.waiting import wait_for
 
 from mfsd.client import Fd, cookie_of, give_way
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import yielding
 from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
+from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import LoaderError
 from mfsd.host import clock
@@ -38,27 +43,9 @@ RATE: Final = 100_000_000 // 8
 FOREVER: Final = 2**63
 AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 CHUNK: Final = bytes(1 << 16)
-BTF: Final = b"\0BPF_STRUCT_OPS\0cubictcp_cong_avoid\0"
+NEVER: Final = 0xFFFFFFFF
 
 needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"this kernel has no yield: {yielding.missing()}")
-
-
-@pytest.mark.parametrize(
-    ("btf", "said"), [(b"\0BPF_STRUCT_OPS\0", "cubic"), (b"\0cubictcp_cong_avoid\0", "6.4"), (BTF, "")]
-)
-def test_what_a_kernel_lacks_is_named(btf: bytes, said: str) -> None:
-    assert bool(yielding.missing(btf)) == bool(said)
-    assert said in yielding.missing(btf)
-
-
-@pytest.mark.bpf
-def test_a_kernel_that_lacks_something_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yielding, "BTF", tmp_path / "none")
-    with LibbpfLoader().open_classifier(64) as classifier, pytest.raises(LoaderError, match="CONFIG_DEBUG_INFO_BTF"):
-        Yielding(classifier)
-    (tmp_path / "none").write_bytes(b"\0cubictcp_cong_avoid\0")
-    with LibbpfLoader().open_classifier(64) as classifier, pytest.raises(LoaderError, match=r"Linux 6\.4"):
-        Yielding(classifier)
 
 
 class Bench:
@@ -138,6 +125,12 @@ def _drain(peer: socket.socket) -> None:
 
 def algorithm_of(sock: socket.socket) -> str:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+def sent(sock: socket.socket) -> int:
+    """tcpi_bytes_acked when everything that it has been given is acknowledged."""
+    (queued,) = struct.unpack("=i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
+    return acked(sock) + int(queued)
 
 
 def acked(sock: socket.socket) -> int:
@@ -334,6 +327,33 @@ def test_who_has_chosen_it_goes_back_to_cubic_though_the_kernel_tells_of_it(benc
     bench.stays(sock, bench.yielding.name)
     bench.forget(sock)
     bench.becomes(sock, "cubic")
+
+
+@needs_it
+@pytest.mark.bpf
+@pytest.mark.parametrize("nodelay", [0, 1])
+def test_who_sleeps_hears_of_its_promotion(bench: Bench, nodelay: int) -> None:
+    """Its next packet is due in half an hour, and nothing is in flight: nothing else would tell it."""
+    sock = bench.connect()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, nodelay)
+    bench.hint(sock, FIRST)
+    bench.becomes(sock, bench.yielding.name)
+    bench.sends_until(sock, lambda: bool(bench.yielding.paths()[1]["base_us"].min() < NEVER))
+    everything = sent(sock)
+    wait_for(lambda: acked(sock) == everything, "an idle connection")
+    (key,), (path,) = bench.yielding.paths()
+    path["share"], path["part"], path["delay_us"], path["target_us"], path["in_group"] = 1, 1, 1_000_000, 1000, 0
+    bench.yielding.settings["rate"] = 1
+    paths = BpfMap(bench.yielding.path_map, _abi.PATH_KEY_DTYPE.itemsize, _abi.PATH_DTYPE.itemsize)
+    paths.update(key.tobytes(), path.tobytes())
+    sock.sendall(CHUNK)
+    wait_for(lambda: acked(sock) > everything, "its first packet")
+    assert acked(sock) < everything + len(CHUNK), "it is paced"
+    bench.yielding.settings["rate"] = RATE
+    bench.hint(sock, URGENT)
+    bench.pair.call(bench.pair.a, bench.yielding.wake)
+    wait_for(lambda: acked(sock) == everything + len(CHUNK), "what it had left")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == nodelay
 
 
 def _share(first: socket.socket, second: socket.socket, seconds: float = 1.5) -> float:

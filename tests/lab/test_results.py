@@ -220,7 +220,7 @@ def test_the_demos_page_is_self_contained_and_tells_figures_and_settings(tmp_pat
     off.health = Health(["the odd & <ends>"], dict(HEALTHY))
     on.commit = off.commit = "c0ffee"
     beyond = {
-        "bands alone": far.Arm(Outcome([50.0, 60.0, 130.0], [], 0.99, 1.0, [])),
+        "bands alone": far.Arm(Outcome([50.0, 60.0, 130.0], [], 0.99, 1.0, [], [], 0)),
         "network.yield": far.Arm(None, "no & BTF"),
     }
     rows, words = demo.write(tmp_path, (off, on), played, {}, beyond)
@@ -247,8 +247,8 @@ def test_the_demos_page_is_self_contained_and_tells_figures_and_settings(tmp_pat
 
 
 def test_a_promotion_that_never_came_is_not_given_a_number() -> None:
-    never = Trial(None, None, 0, 0, 0, 0.0)
-    soon = Trial(3.0, 3.5, 90, 0, 0, 0.0)
+    never = Trial(None, None, 0, 0, 0, 0.0, rescued=False)
+    soon = Trial(3.0, 3.5, 90, 0, 0, 0.0, rescued=True)
     plain = demo.promotions([never, soon, never], 2.0)
     assert (plain["promotion_p50_ms"], plain["promotion_censored"]) == (2000, 2)
     base = summary(demo_cell(WORK, {}, [])[0])

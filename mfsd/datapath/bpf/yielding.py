@@ -37,6 +37,7 @@ BTF: Final = Path("/sys/kernel/btf/vmlinux")
 OPS: Final = "mfsd_yielding"
 GIVE: Final = "mfsd_mannered"
 ADOPT: Final = "mfsd_adopt"
+WAKE: Final = "mfsd_wake"
 _SHARED: Final = ("mfsd_host", "mfsd_slots", "mfsd_cookies")
 _OWN: Final = ("mfsd_yield", "mfsd_paths", "mfsd_adopted")
 _CGROUP_SOCK_OPS: Final = 3
@@ -69,6 +70,8 @@ class Yielding:
             raise LoaderError("yielding in the network", lack)
         self._fds: list[int] = []
         self.name = ""
+        self.path_map = -1
+        """Descriptor: PATH_KEY_DTYPE -> PATH_DTYPE."""
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
@@ -92,13 +95,14 @@ class Yielding:
                 self.name = name
                 self._give, self._adopt = obj.program_fd(GIVE), obj.program_fd(ADOPT)
                 maps = {name: obj.map_fd(name) for name in _OWN}
-                self._fds += [self._give, self._adopt, *maps.values()]
+                self._wake = obj.program_fd(WAKE)
+                self._fds += [self._give, self._adopt, self._wake, *maps.values()]
                 break
         else:
             raise LoaderError("registering the congestion control", f"{NAMES} daemons have theirs already")
         self._settings = Mapped.open(maps["mfsd_yield"], _abi.YIELD_DTYPE, 1)
         self._adopted = Mapped.open(maps["mfsd_adopted"], _abi.ADOPTED_DTYPE, 1)
-        self._paths = maps["mfsd_paths"]
+        self.path_map = maps["mfsd_paths"]
 
     def _attach(self, cgroup: Path | None) -> None:
         root = open_root(cgroup)
@@ -122,17 +126,21 @@ class Yielding:
         deferred (before Linux 6.12). Raises OSError.
         """
         self._adopted.array[:] = 0
-        link = syscall.link_create(self._adopt, 0, _TRACE_ITER, 0)
-        try:
-            syscall.iterate(link)
-        finally:
-            os.close(link)
+        _iterate(self._adopt)
         found = self._adopted.array[0]
         return int(found["switched"]), int(found["deaf"])
 
+    def wake(self) -> None:
+        """Tell connections of the calling thread's network namespace that are not deferred any more of that now.
+
+        Those that sleep until their next packet is due would hear of it then. It goes through all connections there
+        are. Raises OSError.
+        """
+        _iterate(self._wake)
+
     def paths(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """What is known of the ways to peers, by band: PATH_KEY_DTYPE and PATH_DTYPE rows."""
-        return syscall.map_dump(self._paths, _abi.PATH_KEY_DTYPE, _abi.PATH_DTYPE, _abi.PATHS)
+        return syscall.map_dump(self.path_map, _abi.PATH_KEY_DTYPE, _abi.PATH_DTYPE, _abi.PATHS)
 
     def close(self) -> None:
         """Unregister and detach. Connections that run the algorithm go back at their next packet. Idempotent."""
@@ -145,6 +153,14 @@ class Yielding:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _iterate(program: int) -> None:
+    link = syscall.link_create(program, 0, _TRACE_ITER, 0)
+    try:
+        syscall.iterate(link)
+    finally:
+        os.close(link)
 
 
 def _permitted(load: Callable[[], None]) -> None:
