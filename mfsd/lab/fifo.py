@@ -9,7 +9,8 @@ urgent messages (marked as a collective) besides. Three ways of governing:
     yield     the same, with network.yield
     classes   the same as bands, with three strict DSCP classes in the switch
 
-Everything goes the daemon's way, as in the promotion experiment.
+Everything goes the daemon's way, as in the promotion experiment. Daemons have the precedence over workers that their
+unit gives them: four hosts' packets are processed by the processors of one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from mfsd.client import Client, Stage
 from mfsd.ground.bands import Urgency
 from mfsd.lab.bulk import Bulk, lanes_for
-from mfsd.lab.hosts.governor import Governor
+from mfsd.lab.hosts.governor import UNIT_NICE, Governor
 from mfsd.lab.hosts.net import SWITCH, Fabric, LabError, run_id, tool
 from mfsd.lab.hosts.tcp import EFFICIENCY
 from mfsd.lab.messages import Messages
@@ -110,7 +111,7 @@ def _cluster(s: Settings) -> Iterator[tuple[list[Bulk], Messages, list[Client], 
         for namespace in (*(h.namespace for h in hosts.values()), f"mfsd-{run_id()}-{SWITCH}"):
             tool("ip", "netns", "exec", namespace, "sh", "-c", _SPREAD)
         port(SINK, s.rate, "classes" if s.how == "classes" else "fifo", 0)
-        governors = [Governor(hosts[name], directory, s.rate, tables) for name in SENDERS]
+        governors = [Governor(hosts[name], directory, s.rate, tables, nice=UNIT_NICE) for name in SENDERS]
         for governor in governors:
             stack.callback(governor.stop)
             governor.launch()

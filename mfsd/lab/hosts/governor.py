@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mfsd.ground.units import Rate
 
 START_S: Final = 15.0
+UNIT_NICE: Final = -5
+"""Of the daemon over workers, by its unit (systemd/mfsd.service)."""
 STOP_S: Final = 10.0
 CHANNEL: Final = [
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -72,8 +74,11 @@ class Governor:
         rate: Rate,
         tables: Mapping[str, Any] | None = None,
         device: Mapping[str, Any] | None = None,
+        nice: int = 0,
     ) -> None:
+        """``nice``: added to that of the calling process."""
         self.host = host
+        self._nice = nice
         self.directory = directory / host.name
         self.target = f"unix:{self.directory}/s"
         self.log = self.directory / "log"
@@ -109,6 +114,8 @@ class Governor:
                 stderr=log,
                 env=environment(),
             )
+        if self._nice:
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + self._nice)
         self._channel = self._open.enter_context(introduced(self.target, CHANNEL))
 
     def ready(self) -> None:
