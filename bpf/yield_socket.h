@@ -232,7 +232,7 @@ static __always_inline void move(struct tcp_sock *tp, __u8 band)
 	to->clock_at = from->clock_at;
 }
 
-/* Looks what the socket is now, and makes it that. 0 when it is not ours any more. */
+/* Looks what the socket is now, and makes it that. 0 when it is not ours any more, or not yet. */
 static __always_inline int settle(struct tcp_sock *tp, const struct mfsd_yield *y)
 {
 	__u64 now = tp->tcp_mstamp, now_ns = now * 1000;
@@ -240,6 +240,8 @@ static __always_inline int settle(struct tcp_sock *tp, const struct mfsd_yield *
 	struct mine *m = MINE(tp);
 	int dead;
 
+	if (!m->hinted_at)
+		return 0; /* has chosen us before it was connected, and this is the acknowledgement of its SYN: before mfsd_init */
 	if (governed(now_ns, &dead))
 		band = band_of(tp->inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter, now_ns);
 	class = class_of(y, band);

@@ -318,8 +318,10 @@ def test_a_worker_hands_over_a_connection_that_nobody_tells_of(netns_pair: Netns
 @needs_it
 @pytest.mark.bpf
 def test_who_has_chosen_it_goes_back_to_cubic_though_the_kernel_tells_of_it(bench: Bench) -> None:
-    sock = bench.connect(algorithm="cubic")
-    bench.hint(sock, URGENT)
+    early, sock = bench.connect(algorithm=bench.yielding.name), bench.connect(algorithm="cubic")
+    for each in (early, sock):
+        bench.hint(each, URGENT)
+    bench.stays(early, bench.yielding.name)
     assert give_way(sock)
     bench.hint(sock, FIRST)
     bench.sends_until(sock, lambda: bool(bench.yielding.paths()[1]["samples"].any()))
