@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.daemon import config as configuration
 from mfsd.daemon.config_bands import bands_of
+from mfsd.daemon.network_section import NetworkConfig
 from mfsd.ground.bands import Urgency
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
@@ -97,12 +98,15 @@ class Network:
     def _start(self, arm: Arm, dscp: Mapping[str, int], *, control_unhinted: bool) -> None:
         self._runs += 1
         s, hosts = self.settings, self.fabric.hosts
+        slowest = min((s.rate_of(name) for name in s.hosts), key=lambda rate: rate.bytes_per_s)
+        target_ms = NetworkConfig().target_s(slowest) * 1000
         tables = {
             "daemon": {"tick_ms": arm.tick_ms, "idle_tick_ms": max(100.0, arm.tick_ms)},
             "policy": {"name": arm.policy, **arm.params},
             "bands": {"levels": arm.levels, "dscp": dscp, "floors": list(arm.floors)},
-            # The lab's sockets choose their congestion control, which need not be the machine's default.
-            "network": {"yield": "on" if arm.yields else "off", "replace": True},
+            # The lab's sockets choose their congestion control, which need not be the machine's default; and receivers'
+            # links may be slower than the senders', which the target must suit (docs/network.md).
+            "network": {"yield": "on" if arm.yields else "off", "replace": True, "target_ms": target_ms},
             "peer": [{"network": hosts[name].address, "rate": s.decode_rate}
                      for name in s.hosts if arm.peers and name.startswith("d")],
         }  # fmt: skip
