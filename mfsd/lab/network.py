@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.daemon import config as configuration
 from mfsd.daemon.config_bands import bands_of
-from mfsd.daemon.network_section import NetworkConfig
 from mfsd.ground.bands import Urgency
 from mfsd.lab.hosts.governor import Governor
 from mfsd.lab.hosts.net import RTO_MIN, RTO_MIN_US, SWITCH, Fabric, htb_shape, plain_link, remove_link, run_id, tool
@@ -99,7 +98,7 @@ class Network:
         self._runs += 1
         s, hosts = self.settings, self.fabric.hosts
         slowest = min((s.rate_of(name) for name in s.hosts), key=lambda rate: rate.bytes_per_s)
-        target_ms = NetworkConfig().target_s(slowest) * 1000
+        target_ms = configuration.parse({}).network.target_s(slowest) * 1000
         tables = {
             "daemon": {"tick_ms": arm.tick_ms, "idle_tick_ms": max(100.0, arm.tick_ms)},
             "policy": {"name": arm.policy, **arm.params},
