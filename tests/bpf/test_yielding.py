@@ -336,7 +336,8 @@ def test_who_has_chosen_it_goes_back_to_cubic_though_the_kernel_tells_of_it(benc
 @pytest.mark.parametrize("nodelay", [0, 1])
 def test_who_sleeps_hears_of_its_promotion(bench: Bench, nodelay: int) -> None:
     """Its next packet is due in half an hour, and nothing is in flight: nothing else would tell it."""
-    sock = bench.connect()
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    sock = bench.connect(algorithm="cubic")
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, nodelay)
     bench.hint(sock, FIRST)
     bench.becomes(sock, bench.yielding.name)
