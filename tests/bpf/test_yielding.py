@@ -338,6 +338,7 @@ def test_who_sleeps_hears_of_its_promotion(bench: Bench, nodelay: int) -> None:
     """Its next packet is due in half an hour, and nothing is in flight: nothing else would tell it."""
     bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
     sock = bench.connect(algorithm="cubic")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))  # if it fails: no half an hour's end
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, nodelay)
     bench.hint(sock, FIRST)
     bench.becomes(sock, bench.yielding.name)
