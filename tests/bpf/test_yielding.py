@@ -129,8 +129,7 @@ def algorithm_of(sock: socket.socket) -> str:
 
 def queued(sock: socket.socket) -> int:
     """Bytes that are not acknowledged yet."""
-    (unacked,) = struct.unpack("=i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
-    return int(unacked)
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), "little")
 
 
 def acked(sock: socket.socket) -> int:
