@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from support.fluid import CROWDS, FLOORS, MARGIN_S, RATE, Job, case, edf_could, 
 from mfsd.ground.bands import BACKGROUND_FLOOR, DEFAULT_FLOOR, LEVEL_FLOOR, LEVEL_SCAVENGER
 from mfsd.ground.model import Stage
 from mfsd.lab.sim.decide import simulate
+from mfsd.lab.sim.singlelink import BatchSpec, Case, RequestSpec
 from mfsd.policy import registry
 
 DEFERRED = 4
@@ -167,6 +169,16 @@ def test_who_can_wait_leaves_all_to_the_collectives() -> None:
     outcome, decider, run = promised(case([Job(1.0, 6.0)], "a saturating collective"))
     assert outcome.met[0]
     assert run.now > 5.5  # it was in no hurry
+
+
+def test_collectives_that_pause_lose_nothing_to_who_needs_half_of_the_link() -> None:
+    """80 layers with 30 ms of compute and 10 ms of collectives; after half a second, 0.84 s of work due in 1.75 s."""
+    layers, compute, sending = 80, 0.03, 0.01
+    forward = BatchSpec(0.0, compute, (sending * RATE,) * layers, (RequestSpec(math.inf),))
+    (kv,) = case([Job(0.84, 1.75, at=0.5)]).batches
+    outcome, _, _ = promised(Case(RATE, (forward, replace(kv, instance=1))))
+    assert outcome.met.all()
+    assert outcome.finish[0] <= layers * (compute + sending) * (1 + LEVEL_FLOOR)  # 3.2 s and next to nothing
 
 
 # --- to and fro -------------------------------------------------------------------------------------------------------
