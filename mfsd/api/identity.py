@@ -107,15 +107,14 @@ class Peer:
 
 
 class Identities:
-    """Serves the socket and knows its peers. ``ended`` is called when one is gone."""
+    """Serves the socket and knows its peers."""
 
-    def __init__(
-        self, limit: int, ended: Callable[[Peer], None] = lambda _peer: None, rights: Rights | None = None
-    ) -> None:
+    def __init__(self, limit: int, rights: Rights | None = None) -> None:
         """``limit``: connections of one user at a time."""
         self.limit = limit
         self.rights = rights or Rights()
-        self.ended = ended
+        self.ended: Callable[[Peer], None] = lambda _peer: None
+        """Called when one is gone."""
         self._peers: dict[str, Peer] = {}
         self._by_uid: Counter[int] = Counter()
         self._by_pid: Counter[int] = Counter()

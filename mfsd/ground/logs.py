@@ -99,21 +99,19 @@ def _keep(_logger: object, _name: str, event: structlog.types.EventDict) -> stru
 
 
 class Seldom:
-    """Says whether it is time to log about something again: once per ``period`` and key. Bounded."""
+    """Says whether it is time to log about something again: once per SELDOM_S and key. Bounded."""
 
-    def __init__(self, period: float = SELDOM_S, clock: Callable[[], float] = time.monotonic) -> None:
-        self._period = period
-        self._clock = clock
+    def __init__(self) -> None:
         self._next: dict[str, float] = {}
 
     def __call__(self, key: str) -> bool:
-        """True at most once per period for each key."""
-        now = self._clock()
+        """True at most once per SELDOM_S for each key."""
+        now = time.monotonic()
         if now < self._next.get(key, 0.0):
             return False
         if len(self._next) > 1000:
             self._next.clear()
-        self._next[key] = now + self._period
+        self._next[key] = now + SELDOM_S
         return True
 
 
