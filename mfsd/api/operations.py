@@ -90,8 +90,6 @@ class Way:
     peer: str
     band: str
     connections: int
-    base_s: float
-    """Round trip without queue; 0: not known yet."""
     queue_s: float
     """Queue that was seen last."""
     target_s: float

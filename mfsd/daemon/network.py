@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 UNIT: Final = 1024
 """Of struct mfsd_path's fractions (bpf/yield.h)."""
-NEVER: Final = 0xFFFFFFFF
 FLOORS_S: Final = 0.1
 """How often it is reckoned what connections may always send."""
 
@@ -153,12 +152,10 @@ class Network:
 
 def _way(key: Any, path: Any, bands: Bands) -> Way:
     peer, band = key["peer"].tobytes(), int(key["band"])
-    known = int(path["base_us"]) != NEVER
     return Way(
         peer=str(ipaddress.ip_address(peer[12:] if peer[:12] == V4_MAPPED else peer)),
         band=bands.bands[band].name if band < len(bands) else str(band),
         connections=int(path["flows"]),
-        base_s=int(path["base_us"]) / 1e6 if known else 0.0,
         queue_s=int(path["delay_us"]) / 1e6,
         target_s=int(path["target_us"]) / 1e6,
         window=int(path["share"]) * int(path["part"]) / UNIT / UNIT,
