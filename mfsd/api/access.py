@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2
 
 from mfsd.api import errors
-from mfsd.api.identity import TOKEN
+from mfsd.ground.wire import TOKEN
 from mfsd.v1 import hints_pb2
 
 if TYPE_CHECKING:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mfsd.ground.model import HintError, tuple_selector
+from mfsd.ground.wire import PATHS_MAX
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from mfsd.engine.engine import Engine
     from mfsd.ground.model import Address
     from mfsd.policy.views import Views
-
-PATHS_MAX: Final = 256
-"""Of one question."""
 
 
 def address(field: str, text: str) -> Address:

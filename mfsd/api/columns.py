@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mfsd.api.decode import STAGES, US, decode_selector
 from mfsd.engine.bulk import Bad, TransferColumns
 from mfsd.ground.model import INF, HintError, ProgressHint
+from mfsd.ground.wire import INTERLEAVED
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from mfsd.api.decode import Decoder
     from mfsd.ground.model import Selector
 
-INTERLEAVED: Final = 1
-"""Bit of TransferColumns.flags."""
 _TO_COLUMN: Final = {"id": "ids", "request_id": "request", "batch_id": "batch"}
 """Fields of a single transfer that are columns of another name."""
 _OWNERLESS: Final = [number for number, stage in STAGES.items() if stage.ownerless]

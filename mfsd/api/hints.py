@@ -20,10 +20,10 @@ from google.rpc import code_pb2
 from mfsd.api import advice, columns, errors
 from mfsd.api.access import by_certificate, peer_of
 from mfsd.api.answers import SETTLE_S, Answer, Answers, drain
-from mfsd.api.identity import LASTING
 from mfsd.api.turns import LATELY_S, Lines, Turn
 from mfsd.ground.logs import Seldom
 from mfsd.ground.model import CookieSelector, HintError, MarkHint, ProgressHint, TransferHint
+from mfsd.ground.wire import LASTING
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.ground.bucket import Bucket
+from mfsd.ground.wire import BESIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,10 +41,6 @@ SO_PEERGROUPS: Final = 59
 """include/uapi/asm-generic/socket.h; Linux 4.13."""
 GROUPS: Final = 1024
 """Bytes that Python's getsockopt can return: 256 groups. Of who has more, only the first one (SO_PEERCRED) is known."""
-TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
-"""Metadata of a call."""
-LASTING: Final = "mfsd-lasting"
-"""Metadata of an operator's single call: what it says outlives the connection that the token was given on."""
 BACKLOG: Final = 1024
 """Connections that wait to be accepted."""
 AT_ONCE: Final = 8
@@ -66,7 +63,7 @@ PART: Final = 5
 
 def beside(socket_path: Path) -> Path:
     """The socket that belongs to a daemon's."""
-    return socket_path.with_name(f"{socket_path.name}.id")
+    return socket_path.with_name(f"{socket_path.name}{BESIDE}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from mfsd.cli.app import Globals, with_globals
 from mfsd.cli.connect import TIMEOUT_S, hints
 from mfsd.cli.errors import Exit
 from mfsd.cli.values import DURATION, ENDPOINT, SIZE, SPAN, Endpoint
-from mfsd.client.introduction import LASTING
+from mfsd.ground.wire import LASTING
 from mfsd.v1 import hints_pb2 as pb
 
 if TYPE_CHECKING:

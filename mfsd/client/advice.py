@@ -12,7 +12,8 @@ from typing import Final
 
 import grpc
 
-from mfsd.client.introduction import TOKEN, Introduction
+from mfsd.client.introduction import Introduction
+from mfsd.ground.wire import PATHS_MAX, TOKEN
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
 
 REFRESH_S: Final = 0.05
@@ -22,8 +23,6 @@ WANTED_S: Final = 5.0
 STALE_S: Final = 1.0
 """What is older than this is not told."""
 TIMEOUT_S: Final = 0.5
-PATHS_MAX: Final = 256
-"""The daemon's limit."""
 
 
 @dataclass(frozen=True, slots=True)

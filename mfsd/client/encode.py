@@ -25,6 +25,7 @@ from mfsd.ground.model import (
     TupleSelector,
     What,
 )
+from mfsd.ground.wire import INTERLEAVED
 from mfsd.v1 import hints_pb2
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ COLUMNS: Final = 8
 """Transfers in a row for which columns pay."""
 _END_FIELD = {What.TRANSFER: "transfer_id", What.REQUEST: "request_id", What.BATCH: "batch_id"}
 _ANY_PORT = PortRange()
-INTERLEAVED = 1
-"""Bit of TransferColumns.flags."""
 AGES: Final = 1e12
 """Seconds; microseconds of it still fit the wire."""
 _PLAIN: Final = {

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
+from mfsd.ground.wire import BESIDE, TOKEN
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
-LASTING: Final = "mfsd-lasting"
-"""Metadata of an operator's single call: what it says outlives the connection that the token was given on."""
 TIMEOUT_S: Final = 2.0
 LINE_MAX: Final = 512
 
@@ -54,7 +53,7 @@ class Introduction:
             self.close()
         if self._sock is None:
             try:
-                self._sock, self._token = _connect(f"{self._path}.id")
+                self._sock, self._token = _connect(f"{self._path}{BESIDE}")
             except FileNotFoundError:
                 _probe(self._path)
                 self.absent = True

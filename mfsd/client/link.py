@@ -20,10 +20,11 @@ import grpc
 
 from mfsd.client.complaints import Complaints
 from mfsd.client.encode import Batch, encode_batch, split
-from mfsd.client.introduction import TOKEN, Introduction, NotWelcomeError
+from mfsd.client.introduction import Introduction, NotWelcomeError
 from mfsd.client.ledger import Ledger
 from mfsd.client.way import Way, pause
 from mfsd.ground.model import Event, EventKind, Hint
+from mfsd.ground.wire import TOKEN
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
 
 if TYPE_CHECKING:

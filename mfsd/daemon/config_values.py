@@ -16,13 +16,12 @@ from pydantic import AfterValidator, BeforeValidator, InstanceOf, PlainValidator
 
 from mfsd.ground.model import Mode
 from mfsd.ground.units import Rate, Unfit, host_port
+from mfsd.ground.wire import BESIDE
 
 IFNAMSIZ: Final = 16
 """Length of a device name, the final 0 included (include/uapi/linux/if.h)."""
 SUN_PATH: Final = 108
 """Length of a unix socket's path, the final 0 included (unix(7))."""
-BESIDE: Final = ".id"
-"""Appended to the name of the daemon's socket by the one beside it (mfsd/api/identity.py), whose path must fit, too."""
 PATH_MAX: Final = 4096
 NAME_MAX: Final = 255
 """Bytes of a path with its final 0, and of each of its parts (include/uapi/linux/limits.h)."""
@@ -66,7 +65,7 @@ def _file(value: Any) -> Any:
 
 
 def _socket(path: Path) -> Path:
-    if len(os.fsencode(path)) + len(BESIDE) >= SUN_PATH:
+    if len(os.fsencode(path)) + len(BESIDE) >= SUN_PATH:  # the path of the one beside it must fit, too
         raise ValueError("too long")
     if set(str(path)) & set("%?#"):
         raise Unfit("without %, ? and #, which mean something else in an address of gRPC")
