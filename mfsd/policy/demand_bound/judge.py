@@ -171,13 +171,13 @@ def _could_fit(view: Views, asked: Asked, waiting: Lost, room: F8) -> npt.NDArra
     seconds = asked.given.seconds_left(view, asked.lost.without(waiting))
     theirs: B1 = waiting.rows(view)
     rows = np.flatnonzero(theirs & (seconds < np.inf))
-    job, which = np.unique(np.where(t.request[rows] >= 0, t.request[rows], r + rows), return_inverse=True)
-    device, work = t.device.take(rows), t.left.take(rows) / asked.given.rate.take(t.device.take(rows))
-    cell = which * devices + device
-    needed = np.bincount(cell, weights=work, minlength=len(job) * devices)
+    seconds, request, device = seconds.take(rows), t.request.take(rows), t.device.take(rows)
+    cell = np.where(request >= 0, request, r + rows) * devices + device
+    work = t.left.take(rows) / asked.given.rate.take(device)
+    needed = np.bincount(cell, weights=work, minlength=(r + len(t)) * devices)
     spare = np.full(len(needed), np.inf)
-    free = asked.load.spare(room)[device, bucket(seconds.take(rows))]
-    np.minimum.at(spare, cell, np.minimum(free, seconds.take(rows) * room.take(device)))
-    fits = (needed <= spare).reshape(len(job), devices).all(axis=1)
-    total = needed.reshape(len(job), devices).sum(axis=1)
-    return job[fits][np.argsort(total[fits], kind="stable")]
+    free = asked.load.spare(room)[device, bucket(seconds)]
+    np.minimum.at(spare, cell, np.minimum(free, seconds * room.take(device)))
+    there = (spare < np.inf).reshape(-1, devices).any(axis=1)
+    fits = np.flatnonzero(there & (needed <= spare).reshape(-1, devices).all(axis=1))
+    return fits[np.argsort(needed.reshape(-1, devices)[fits].sum(axis=1), kind="stable")]

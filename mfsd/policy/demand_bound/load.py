@@ -46,7 +46,7 @@ BUCKETS: Final = int(_upper_bits(np.array([_LONGEST]))[0]) - _FIRST + 1
 
 def bucket(seconds: F8) -> I4:
     """Number of the bucket of each time left, 0 .. BUCKETS-1, shape as ``seconds``; never falls as they grow."""
-    return _upper_bits(np.clip(seconds, _SHORTEST, _LONGEST)) - np.int32(_FIRST)
+    return _upper_bits(seconds.clip(_SHORTEST, _LONGEST)) - np.int32(_FIRST)
 
 
 @dataclass(frozen=True, slots=True)

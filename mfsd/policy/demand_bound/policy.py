@@ -202,7 +202,7 @@ class DemandBound(Policy):
 
         def give(level: int, share: F8) -> None:
             nonlocal left
-            share = np.clip(share, 0.0, left)
+            share = share.clip(0.0, left)
             out[:, level] += share
             left = left - share
 
