@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: hints come in (ledger.py), bytes go out (delivery.py), levels follow (steering.py), time passes (here).
 
-``tick`` hears what the kernel tells of sockets, keeps house (delivery, expiry, sockets that are gone) and then steers.
+``tick`` hears what the kernel tells of sockets, keeps house (delivery, expiry), steers, and then does what may wait.
 One thread, no locks, no clock of its own: every call is given ``now`` (CLOCK_MONOTONIC seconds), so tests run it on a
 fake clock.
 """
@@ -200,17 +200,18 @@ class Engine:
         self.endings.go_on(now)
         moved = self.connections.positions.moved(self.books.streams)
         self.delivery.run(moved, now)
-        self.probes.run(now)
         if now >= self._next_house:
             self._next_house = now + HOUSEKEEPING_S
             self._expire(now)
             rates = [d.estimator.rate for d in self.steering.devices]
             self.connections.peers.refresh(now, max(rates, default=0.0))
+        self.steering.run(moved, now, steers=self.steers)
+        self.audit.note()
+        # What nothing waits for.
+        self.probes.run(now)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
             self._sweep(now)
-        self.steering.run(moved, now, steers=self.steers)
-        self.audit.note()
 
     def hear(self, now: float) -> None:
         """Take in what the kernel tells of connections."""

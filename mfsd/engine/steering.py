@@ -135,32 +135,9 @@ class Steering:
 
         ``steers``: packets follow the levels. Then promotions may need help; else what is queued is let out.
         """
-        if now >= self._next_observe:
-            self._next_observe = now + OBSERVE_S
-            for device in self.devices:
-                reading = device.read()
-                if reading is not None:
-                    device.estimator.observe(reading)
-        rows = shown(self.books)
-        views = self.views(now, moved, rows)
-        if self.books.arrange_wanted:
-            self.books.arrange_wanted = False
-            self._arrange(views)
         guarantee = None
-        if len(views.transfers):
-            new = views.transfers.size[views.transfers.level == LEVEL_NEW]
-            if len(new):
-                views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
-            decision = fair.decide(self.policy, views, self._tenants_of(views.transfers.conn))
-            guarantee = decision.guarantee
-            where: Rows | slice = slice(None) if rows is None else rows
-            self._note(views, decision.level, where, now)
-            self.books.transfers.live("seen_layer")[where] = views.transfers.current_layer
-            if decision.infeasible is not None:
-                self._tell_infeasible(views, decision.infeasible, where)
-            elif now >= self._next_feasible:
-                self._next_feasible = now + FEASIBLE_S
-                self._tell_infeasible(views, self.policy.infeasible(views), where)
+        if self.books.transfers.n or self.books.arrange_wanted:
+            guarantee = self._decide(moved, now)
         else:
             self._untold.clear()
         # Before the levels, so that whoever is promoted finds its guarantee.
@@ -174,6 +151,36 @@ class Steering:
         promoted = self.rescuer.rescued()
         self.books.counters.rescues += len(promoted)
         self.books.tally.rescues += [now - at for at in promoted]
+        # Last, so that no rescue waits for the counters in the device's thread.
+        if now >= self._next_observe:
+            self._next_observe = now + OBSERVE_S
+            for device in self.devices:
+                reading = device.read()
+                if reading is not None:
+                    device.estimator.observe(reading)
+
+    def _decide(self, moved: Moved, now: float) -> F8 | None:
+        """Decide the levels of all transfers; returns what levels are guaranteed."""
+        rows = shown(self.books)
+        views = self.views(now, moved, rows)
+        if self.books.arrange_wanted:
+            self.books.arrange_wanted = False
+            self._arrange(views)
+        if not len(views.transfers):
+            return None
+        new = views.transfers.size[views.transfers.level == LEVEL_NEW]
+        if len(new):
+            views.sizes = self._sizes = np.concatenate([self._sizes, new])[-SIZES_KEPT:]
+        decision = fair.decide(self.policy, views, self._tenants_of(views.transfers.conn))
+        where: Rows | slice = slice(None) if rows is None else rows
+        self._note(views, decision.level, where, now)
+        self.books.transfers.live("seen_layer")[where] = views.transfers.current_layer
+        if decision.infeasible is not None:
+            self._tell_infeasible(views, decision.infeasible, where)
+        elif now >= self._next_feasible:
+            self._next_feasible = now + FEASIBLE_S
+            self._tell_infeasible(views, self.policy.infeasible(views), where)
+        return decision.guarantee
 
     def _tenants_of(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Whose transfers are, by slot. Beside several tenants, those without a connection yet are nobody's."""

@@ -145,16 +145,19 @@ class Urgency:
         rate = np.array([d.estimator.rate for d in self.devices])
         load = np.array([d.estimator.load for d in self.devices])
         share = self._shares(rate, load)
-        full = share * rate * (self.config.burst_ms / 1000)
+        full = (share * rate * (self.config.burst_ms / 1000))[:, None]
         free = (share >= 1.0) | (rate <= 0.0) | (not steers)
-        credit = np.clip(self._credit + (share * rate * dt)[:, None] - urgent, -full[:, None], full[:, None])
-        self._credit = np.where(free[:, None], full[:, None], credit)
-        self._allowed[:] = np.where(free, 0.0, share * rate)[:, None]
-        before = self._over
-        self._over = ~free[:, None] & ((self._credit < 0) | (before & (self._credit < full[:, None] / 2)))
-        fresh = self._over & ~before
-        self._demotions += fresh
-        self.books.counters.demotions += int(fresh.sum())
+        if free.all():
+            self._credit[:], self._allowed[:], self._over[:] = full, 0.0, False
+        else:
+            credit = np.clip(self._credit + (share * rate * dt)[:, None] - urgent, -full, full)
+            self._credit = np.where(free[:, None], full, credit)
+            self._allowed[:] = np.where(free, 0.0, share * rate)[:, None]
+            before = self._over
+            self._over = ~free[:, None] & ((self._credit < 0) | (before & (self._credit < full / 2)))
+            fresh = self._over & ~before
+            self._demotions += fresh
+            self.books.counters.demotions += int(fresh.sum())
         self._tell(now)
 
     def _shares(self, rate: F8, load: F8) -> F8:
