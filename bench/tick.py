@@ -91,6 +91,12 @@ class SimulatedSockets:
         here, there = ip_address("10.0.0.1"), ip_address(f"10.1.{cookie >> 8 & 255}.{cookie & 255}")
         return Socket(cookie, Endpoints(here, 1024 + cookie % 60000, there, 6000), 0, 0, here=True)
 
+    def end_of(self, cookie: int) -> None:
+        del cookie
+
+    def user(self, socket: Socket) -> int:
+        return socket.uid
+
     def exact(self, selector: TupleSelector) -> Socket | None:
         raise NotImplementedError(selector)
 

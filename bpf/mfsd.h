@@ -24,6 +24,7 @@ enum mfsd_consts {
 	MFSD_BAND_KEEP = 0xff,	  /* slot.band: count, but leave skb->priority alone */
 	MFSD_DEFAULT_SLOTS = 16384, /* rows of the slot table unless the loader resizes it */
 	MFSD_SOCKETS = 65536,	  /* sockets that the directory remembers; the least recently used go first */
+	MFSD_ENDS = 8192,	  /* connections that are over whose end is remembered; the least recently used go first */
 	MFSD_RULES = 4096,	  /* rules that the kernel can match */
 	MFSD_RULES_PER_PEER = 30, /* of them that name one peer, or that name none */
 	MFSD_PATHS = 4096,	  /* ways to peers, by band, that are steered; the least recently used go first */
@@ -94,7 +95,7 @@ struct mfsd_sock {
 	__u64 netns;		 /* cookie of the network namespace (SO_NETNS_COOKIE) */
 	struct mfsd_owner owner;
 	__u32 bound;		 /* interface that it is bound to (SO_BINDTODEVICE), a part of its name there; 0: none */
-	__u32 pad;
+	__u32 flags;		 /* MFSD_EVENT_ACTIVE or 0 */
 };
 
 enum mfsd_event_kind {
@@ -104,16 +105,16 @@ enum mfsd_event_kind {
 };
 
 enum mfsd_event_flags {
-	MFSD_EVENT_ACTIVE = 1, /* MATCHED, BOUND: opened from here, so that TCP counts its SYN as a byte */
+	MFSD_EVENT_ACTIVE = 1, /* opened from here, so that TCP counts its SYN as a byte */
 	MFSD_EVENT_CLEAN = 2,  /* CLOSED: all that was written has been acknowledged, the FIN included */
 };
 
-/* What sockets.bpf.c tells the daemon, in the order in which it happened. [kernel] */
+/* What sockets.bpf.c tells the daemon, in the order in which it happened; and an end that it remembers. [kernel] */
 struct mfsd_event {
 	__u64 cookie;
 	__u64 acked; /* CLOSED: tcpi_bytes_acked at the end */
 	__u32 kind;  /* enum mfsd_event_kind */
-	__u32 slot;  /* or MFSD_NO_SLOT */
+	__u32 slot;  /* or MFSD_NO_SLOT; of an end that is remembered without meaning */
 	__u32 rule;  /* MATCHED: index of the rule */
 	__u32 flags; /* enum mfsd_event_flags */
 	struct mfsd_sock sock;

@@ -17,7 +17,8 @@
  * the other side: so the first data packet is in the right band, and nobody has been asked.
  *
  * When it is over: a connection with a slot is reported with how far the peer has acknowledged, and whether that was
- * all. Then it leaves the directory. Nothing is said of connections that no hint and no rule names.
+ * all. Then it leaves the directory. Nothing is said of connections that no hint and no rule names, but how they ended is
+ * remembered for a while (mfsd_ends): the hint may be on its way.
  *
  * Why not the tracepoint inet_sock_set_state, which would do much of this: programs on it need CAP_PERFMON, see no
  * socket storage, and a BPF link on a cgroup goes with the daemon just as well. sock_ops needs CAP_NET_ADMIN, which we
@@ -48,6 +49,7 @@ MFSD_HASH(mfsd_tuples, struct mfsd_tuple, __u32, MFSD_DEFAULT_SLOTS);
 
 /* Our own. */
 MFSD_MAP(mfsd_socks, BPF_MAP_TYPE_LRU_HASH, __u64, struct mfsd_sock, MFSD_SOCKETS, 0);
+MFSD_MAP(mfsd_ends, BPF_MAP_TYPE_LRU_HASH, __u64, struct mfsd_event, MFSD_ENDS, 0);
 MFSD_MMAP_ARRAY(mfsd_rules, struct mfsd_rule, MFSD_RULES);
 MFSD_HASH(mfsd_rules_of, struct in6_addr, struct mfsd_rules_of, MFSD_RULES);
 struct {
@@ -128,7 +130,7 @@ static __always_inline void describe(struct bpf_sock_ops *ctx, struct mfsd_sock 
 	__builtin_memset(key->pad, 0, sizeof(key->pad));
 	sock->netns = bpf_get_netns_cookie(ctx);
 	sock->bound = 0;
-	sock->pad = 0;
+	sock->flags = ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB ? MFSD_EVENT_ACTIVE : 0;
 	sk = ctx->sk; /* and again below: kept on the stack, it could not be proven to be whole */
 	if (sk)
 		sock->bound = sk->bound_dev_if;
@@ -287,6 +289,7 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct draft *
 	__u32 *slot;
 
 	describe(ctx, &e->sock);
+	e->flags = e->sock.flags;
 	bpf_map_update_elem(&mfsd_socks, &e->cookie, &e->sock, BPF_ANY);
 	e->kind = MFSD_EVENT_BOUND;
 	slot = MFSD_LOOKUP(mfsd_cookies, &e->cookie);
@@ -325,21 +328,25 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct draft *
 
 static __always_inline void closed(struct bpf_sock_ops *ctx, struct mfsd_event *e)
 {
+	struct mfsd_sock *sock = MFSD_LOOKUP(mfsd_socks, &e->cookie);
 	__u32 was = ctx->args[0], *slot;
 
+	describe(ctx, &e->sock);
+	e->flags = sock ? sock->flags : 0;
+	e->kind = MFSD_EVENT_CLOSED;
+	e->acked = ctx->bytes_acked;
+	/* Only a peer that has acknowledged our FIN brings a connection to these states; the FIN comes after all data. */
+	if (ctx->snd_una == ctx->snd_nxt &&
+	    (was == TCP_FIN_WAIT2 || was == TCP_TIME_WAIT || was == TCP_LAST_ACK || was == TCP_CLOSING))
+		e->flags |= MFSD_EVENT_CLEAN;
 	slot = MFSD_LOOKUP(mfsd_cookies, &e->cookie);
+	e->slot = MFSD_NO_SLOT;
 	if (slot) {
-		describe(ctx, &e->sock);
 		e->slot = *slot;
-		e->kind = MFSD_EVENT_CLOSED;
-		e->rule = MFSD_NO_RULE;
-		e->acked = ctx->bytes_acked;
-		/* Only a peer that has acknowledged our FIN brings a connection to these states; the FIN comes after all data. */
-		if (ctx->snd_una == ctx->snd_nxt &&
-		    (was == TCP_FIN_WAIT2 || was == TCP_TIME_WAIT || was == TCP_LAST_ACK || was == TCP_CLOSING))
-			e->flags = MFSD_EVENT_CLEAN;
 		tell(e); /* else the daemon finds out when it looks after its connections */
 	}
+	if (e->acked || e->flags != MFSD_EVENT_ACTIVE) /* else nobody has answered, and it may be connected once more */
+		bpf_map_update_elem(&mfsd_ends, &e->cookie, e, BPF_ANY);
 	bpf_map_delete_elem(&mfsd_socks, &e->cookie);
 }
 
@@ -361,7 +368,6 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 	e = &d->event;
 	e->cookie = bpf_get_socket_cookie(ctx);
 	e->acked = 0;
-	e->flags = op == BPF_SOCK_OPS_TCP_CONNECT_CB ? MFSD_EVENT_ACTIVE : 0;
 	e->rule = MFSD_NO_RULE;
 	if (op == BPF_SOCK_OPS_STATE_CB) {
 		closed(ctx, e);

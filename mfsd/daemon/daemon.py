@@ -31,7 +31,7 @@ from mfsd.daemon.supervisor import Supervisor
 from mfsd.daemon.ticker import Periods, Ticker
 from mfsd.ground import logs
 from mfsd.ground.model import Mode
-from mfsd.host import clock
+from mfsd.host import bridges, clock
 from mfsd.host.makers import Census
 from mfsd.relay.relay import Relay
 
@@ -319,6 +319,7 @@ class Daemon:
         out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
         out += self.devices.problems
+        out += bridges.notices(p.name for p in self.all_devices)
         out += [p for p in (self.devices.teller_problem, self.devices.network.problem) if p]
         out += [] if self._relay is None else self._relay.notices()
         out += [f"rule {r.name!r} names nothing: {r.problem}" for r in self.rules if r.problem]

@@ -19,7 +19,7 @@ import structlog
 
 from mfsd.daemon.meant import listed_of, made, maker_of, matches, rows_of
 from mfsd.datapath import _abi
-from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
+from mfsd.engine.sockets import Closed, End, Established, Event, Found, Socket
 from mfsd.ground.logs import Seldom
 from mfsd.ground.model import (
     CookieSelector,
@@ -117,7 +117,7 @@ class HostSockets:
         if self._teller is not None and self._teller.waiting:
             for event in self._teller.events():
                 if event.kind == _abi.EVENT_CLOSED:
-                    out.append(Closed(event.sock.cookie, event.acked, event.clean))
+                    out.append(Closed(event.sock.cookie, event.acked, event.clean, event.active))
                 else:
                     out.append(Established(self._socket(event.sock), event.slot, event.active))
         if self._teller is not None and self._teller.lost != self._lost and not self._teller.waiting:
@@ -136,6 +136,13 @@ class HostSockets:
             return self._known.get(cookie)
         told = self._teller.find(cookie)
         return None if told is None else self._socket(told)
+
+    def end_of(self, cookie: int) -> End | None:
+        """See Sockets."""
+        event = None if self._teller is None else self._teller.end_of(cookie)
+        if event is None:
+            return None
+        return End(self._socket(event.sock), event.acked, event.clean, event.active)
 
     def exact(self, selector: TupleSelector) -> Socket | None:
         """See Sockets."""
@@ -157,6 +164,14 @@ class HostSockets:
         except OSError as e:
             self._failed("looking up a socket", e)
             return False
+
+    def user(self, socket: Socket) -> int:
+        """See Sockets."""
+        try:
+            return self._asked.owner(socket.endpoints, socket.cookie)
+        except OSError as e:
+            self._failed("looking up a socket", e)
+            return -1
 
     def look(self, selectors: Sequence[Selector]) -> None:
         """See Sockets."""

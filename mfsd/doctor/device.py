@@ -20,6 +20,7 @@ from mfsd.datapath.undo.snapshot import capture, obstacles
 from mfsd.doctor import hardware
 from mfsd.doctor.finding import Finding, Severity
 from mfsd.doctor.leftovers import answers
+from mfsd.host.bridges import netfilter_sees
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,8 +103,24 @@ def link_type(_: Context, name: str) -> Iterator[Finding]:
             Severity.INFO,
             f"{name} belongs to another device",
             f"master has index {master}",
-            "behind a bond, shape the members, whose queues are real; behind a bridge, forwarded packets have lost "
-            "their socket and are matched by addresses and ports only",
+            "behind a bond, shape the members, whose queues are real; behind a bridge, packets of pods keep their "
+            "socket unless netfilter sees them (device.bridged)",
+        )
+
+
+def bridged(context: Context, name: str) -> Iterator[Finding]:
+    """Netfilter takes the socket of bridged packets away."""
+    bridge = netfilter_sees(name, context.root)
+    if bridge:
+        yield Finding(
+            f"device.bridged:{name}",
+            Severity.WARN,
+            f"Netfilter sees the packets that {bridge} brings to {name}",
+            f"{name} is a port of {bridge}; net.bridge.bridge-nf-call-iptables or -ip6tables is 1, or {bridge}'s own",
+            "packets of pods reach the device without their socket: hints by socket do nothing for them, and nobody "
+            "is told; the host's own connections are not concerned",
+            "hint pods by addresses, as root or a trusted user; or, if no firewall rule needs to see bridged packets, "
+            "sysctl -w net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0",
         )
 
 
@@ -330,6 +347,7 @@ def _owner(user: HookUser) -> str:
 
 CHECKS: Final[tuple[DeviceCheck, ...]] = (
     link_type,
+    bridged,
     queues,
     queue_length,
     speed,

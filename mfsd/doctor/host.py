@@ -46,7 +46,7 @@ def rdma(context: Context) -> Iterator[Finding]:
 
 
 def containers(context: Context) -> Iterator[Finding]:
-    """Traffic that is bridged or routed through the host has lost its socket."""
+    """Traffic that is routed through the host has lost its socket."""
     del context
     with IPRoute() as ip:
         links = ip.get_links()
@@ -60,8 +60,9 @@ def containers(context: Context) -> Iterator[Finding]:
         Severity.INFO,
         "There may be containers with network namespaces of their own",
         f"bridges: {', '.join(bridges) or 'none'}; veth devices: {len(veths)}",
-        "their packets reach the host's device without their socket, so cookies don't match them: hints for them must "
-        "name addresses and ports as the device sends them (after SNAT). Crossing a veth also resets skb->priority",
+        "where their packets are routed, they reach the host's device without their socket, so cookies don't match "
+        "them: hints for them must name addresses and ports as the device sends them, by root or a trusted user. "
+        "Bridged ones keep it, unless netfilter sees them (device.bridged). Crossing a veth also resets skb->priority",
         "best: host networking for workers. Else hints by tuple, both ports exact",
     )
 

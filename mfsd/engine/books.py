@@ -155,7 +155,8 @@ class Books:
         whose: dict[Session, list[str]] = {}
         for transfer in transfers:
             session = transfer.session
-            del session.transfers[transfer.id]
+            if session.transfers.get(transfer.id) is transfer:  # else its name is another one's by now
+                del session.transfers[transfer.id]
             whose.setdefault(session, []).append(transfer.id)
             if transfer.batch is not None:
                 transfer.batch.transfers.discard(transfer)

@@ -119,6 +119,8 @@ class _Owners:
 def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: float) -> Bad:
     """Apply transfers; what can't be applied changes nothing and is returned."""
     bad: Bad = []
+    if not session.transfers.keys().isdisjoint(columns.ids):
+        ledger.look_again(session, columns.ids, now)
     names = columns.owners
     owners = _Owners([None, *map(session.requests.get, names)], [None, *map(session.batches.get, names)])
     c = _taken(ledger, session, columns, owners, bad)
@@ -164,14 +166,15 @@ def _taken(ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners
     """The rows that may be announced: new, owned, and not too many."""
     wanted = owners.known(c) | _OWNERLESS[c.stage]
     names = session.transfers.keys()
-    room = ledger.room(session)
+    room = ledger.admission.room(session)
     if wanted.all() and len(c) <= room and len(set(c.ids)) == len(c) and names.isdisjoint(c.ids):
         return c
     seen: set[str] = set()
     for i, name in enumerate(c.ids):
         request, batch = (c.owners[k - 1] if k else "" for k in (int(c.request[i]), int(c.batch[i])))
         try:
-            ledger.check_new(session, name, len(seen), known=name in seen)
+            at = c.selectors[c.selector[i]], int(c.position[i])
+            ledger.admission.check_new(session, name, at, len(seen), known=name in seen)
             if not wanted[i]:
                 raise ledger.no_owner(request, batch)
             seen.add(name)
@@ -226,6 +229,8 @@ def _queue(
             transfer.request.transfers.add(transfer)
         if transfer.batch is not None:
             transfer.batch.transfers.add(transfer)
+        if session.lost:
+            session.make_good(transfer.id, transfer.request)
     index = np.array([-1 if s is None else s.index for s in streams], dtype=np.int32)
     return transfers, starts, index.take(c.selector)
 
@@ -259,6 +264,8 @@ def _place(
         if known[i] and stream.ordered:
             exact[begin] = [float(begins[i])]
             for k in range(begin + 1, end):
+                if carriage.stands_behind(stream, positions[k]):
+                    queued[k - 1].passed = True
                 exact[begin].append(carriage.behind(stream, positions[k]))
                 stream.announced = exact[begin][-1] + sizes[k]
         elif stream.ordered:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mfsd.engine.late import Lateness
 from mfsd.engine.locating import SYN
+from mfsd.engine.shortfall import SLACK
 from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.model import INF, CookieSelector, TupleSelector
 
@@ -117,6 +118,11 @@ class Carriage:
         if not stream.queue or start > stream.announced:
             placed = bool(position) and len(stream.members) == 1
             late = self.late.suspect(stream, size, start, now, placed=placed)
+        if self.stands_behind(stream, position):
+            for transfer in reversed(stream.queue):
+                if transfer.passed:
+                    break
+                transfer.passed = True
         stream.announced = start + size
         return start, late
 
@@ -128,8 +134,18 @@ class Carriage:
         if position and len(stream.members) == 1:
             # What is announced beyond the stream's end, though nothing is unfinished, was announced too large.
             announced = stream.announced if stream.queue else min(stream.announced, offset)
-            return max(self.books.streams.offset_at(stream, position), announced)
+            at = self.books.streams.offset_at(stream, position)
+            if stream.queue and 0 < announced - at <= stream.debt + SLACK:
+                # So much had gone before the first hint was heard.
+                self.late.earlier(stream, announced - at)
+                stream.debt -= announced - at
+            return max(at, announced)
         return max(offset, stream.announced) if stream.queue else offset
+
+    def stands_behind(self, stream: Stream, position: float) -> bool:
+        """Who has written so far has written all that is announced on a stream."""
+        placed = bool(position) and len(stream.members) == 1
+        return placed and self.books.streams.offset_at(stream, position) >= stream.announced - SLACK
 
     def note(self, stream: Stream, stage: Stage) -> None:
         """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
@@ -146,7 +162,7 @@ class Carriage:
         if position is not None:
             self.delivery.confirm(stream)  # part of what is to come has gone already
         if len(stream.members) == 1 and at < INF:
-            stream.before = at - SYN
+            stream.before = at if at > SYN else 0.0  # of accepted connections no SYN counts
 
     def joined(self, watch: Watch, conn: Connection, position: float | None, now: float) -> None:
         """A watch has found a connection, which stood at ``position`` (None: ask)."""

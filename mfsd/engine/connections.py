@@ -10,10 +10,12 @@ import numpy.typing as npt
 
 from mfsd.engine.lanes import Lanes
 from mfsd.engine.locating import Unlocated
+from mfsd.engine.ownership import own, own_now
 from mfsd.engine.peers import Peers
 from mfsd.engine.positions import IPPROTO_TCP, Positions
 from mfsd.engine.records import Connection, User
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
+from mfsd.engine.sockets import Socket
 from mfsd.engine.tenants import Parted, Tenants
 from mfsd.ground.model import INF, Endpoints, HintError, Stage
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from mfsd.engine.records import Mark, Session
-    from mfsd.engine.sockets import Socket, Sockets
+    from mfsd.engine.sockets import End, Sockets
     from mfsd.ground.bands import Bands
     from mfsd.ground.model import Address
 
@@ -102,7 +104,7 @@ class Connections:
         if conn is None:
             found = self.sockets.by_cookie(cookie)
             if found is not None:
-                _own(session, found.uid, "selector.cookie")
+                found = own_now(self.sockets, session, found)
             conn = self._take(cookie, None, expires, session=session)
             if found is None:
                 # An unconnected socket, perhaps: its key works at once, and its addresses follow.
@@ -110,8 +112,12 @@ class Connections:
                 self._unlocated.add(conn)
             else:
                 self.locate(conn, found)
+        elif conn in self._unlocated or conn.endpoints is None:
+            own(session, conn.only if conn in self._unlocated else conn.uid, "selector.cookie")
         else:
-            _own(session, conn.only if conn in self._unlocated else conn.uid, "selector.cookie")
+            known = Socket(cookie, conn.endpoints, conn.uid, conn.pid, conn.here)
+            if (now := own_now(self.sockets, session, known)) is not known:
+                self.locate(conn, now)
         self.renew((conn,), expires)
         return conn
 
@@ -122,7 +128,7 @@ class Connections:
 
         Raises HintError when it isn't ``session``'s to name, or the table is full.
         """
-        _own(session, socket.uid, "selector.tuple")
+        own(session, socket.uid, "selector.tuple")
         conn = self.by_cookie.get(socket.cookie)
         if conn is None:
             # Matched by its tuple before it existed, or before anybody knew of its socket.
@@ -182,16 +188,29 @@ class Connections:
             self.peer[conn.slot] = -1
         self._unlocated.add(conn, over=True)
 
-    def search(self, now: float) -> list[Connection]:
-        """Look again for the sockets of cookies. Returns those that do not show up, or are others'."""
+    def search(self, now: float) -> tuple[list[Connection], list[tuple[Connection, End]]]:
+        """Look again for the sockets of cookies.
+
+        Returns those that do not show up, or are others', and those that were over before anybody had named them.
+        """
+        over: list[tuple[Connection, End]] = []
         for conn in self._unlocated.due(now):
             found = self.sockets.by_cookie(conn.cookie)
             if found is not None:
                 self.locate(conn, found)
+            elif (end := self.end_of(conn)) is not None:
+                over.append((conn, end))
             elif self._unlocated.given_up(conn, now):
                 self._strange.append(conn)
         gone, self._strange = self._strange, []
-        return gone
+        return gone, over
+
+    def end_of(self, conn: Connection) -> End | None:
+        """How one that is searched for has ended, unless its socket may be about to be connected once more."""
+        end = self.sockets.end_of(conn.cookie) if conn in self._unlocated else None
+        if end is None or (end.active and self.positions.unplaced(conn)) or conn.only not in (-1, end.socket.uid):
+            return None
+        return end
 
     def too_many(self, conn: Connection) -> bool:
         """Its user has more connections than it may, since the kernel has taken a slot by itself."""
@@ -364,13 +383,3 @@ class Connections:
             for i, known in enumerate(indices):
                 out[ifindex == known] = i
         return out
-
-
-def _own(session: Session | None, uid: int, field: str) -> None:
-    """Raise HintError unless a session may name the connections of a user."""
-    if session is not None and session.only not in (-1, uid):
-        raise HintError(
-            field,
-            f"is no connection of user {session.only}",
-            "hint your own; daemon.trusted_users lists who may hint those of others",
-        )

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.engine.endings import AT_ONCE, REST, SLACK
+from mfsd.engine.endings import AT_ONCE
 from mfsd.engine.looked import STALLED_S, Looked
 from mfsd.engine.positions import UnknownError
+from mfsd.engine.shortfall import REST, SLACK, cut
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
@@ -218,6 +219,8 @@ class Delivery:
             if stream.debt and quiet and missing <= stream.debt + SLACK and self._rested(stream, now):
                 # What is missing is no more than had gone before the first of them was announced.
                 done, stream.debt, since = list(stream.queue), 0.0, 0.0
+                for transfer in done:
+                    transfer.left = False
             else:
                 done, since = looked.chosen(i, arrived), self._last_run  # before that it would have been seen
             out.append((done, max(now - float(looked.moved_ago[i]), since) if quiet else now))
@@ -229,6 +232,8 @@ class Delivery:
         sent = self.books.streams.offset(stream, self.connections.positions.sent_by)
         past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
+            for x in past:
+                cut(self.books, x, sent)
             return past
         if past:
             self.confirm(stream)
@@ -236,14 +241,22 @@ class Delivery:
 
     # --- what hints say about writing ---------------------------------------------------------------------------------
 
-    def hand_over(self, transfers: Iterable[Transfer], now: float) -> None:
-        """The process has written the last byte: what TCP still holds remains to be delivered."""
+    def hand_over(self, transfers: Iterable[Transfer], now: float, *, left: bool = False) -> None:
+        """The process has written the last byte: what TCP still holds remains to be delivered.
+
+        ``left``: it has ended, and not said so.
+        """
         nowhere: list[Transfer] = []
         for transfer in transfers:
+            transfer.left = left and not transfer.handed_over
             transfer.handed_over = True
             if transfer.stream.members:
                 self._confirm[transfer.stream] = 0.0
             else:
                 nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
+        for transfer in nowhere:
+            if transfer.left:
+                reached = self.books.streams.offset(transfer.stream, self.connections.positions.sent_by)
+                cut(self.books, transfer, reached)
         if nowhere:
             self.endings.end(nowhere, now, delivered_at=now)

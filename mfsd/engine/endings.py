@@ -12,6 +12,7 @@ import numpy as np
 
 from mfsd.engine.columns import GONE
 from mfsd.engine.records import EVENTS_KEPT
+from mfsd.engine.shortfall import REST, SLACK, cut, is_short, lacks
 from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.model import INF, CookieSelector, Event, EventKind
 
@@ -29,16 +30,12 @@ if TYPE_CHECKING:
 
     Rows = npt.NDArray[np.int64]
 
-SLACK: Final = 0.5
-"""Bytes; offsets are floating-point numbers."""
 AT_ONCE: Final = 2048
 """Transfers struck out in one go; some 3 ms."""
 ROOM: Final = 2 * AT_ONCE
 """Of those that have arrived so many are struck out in one tick."""
 ASKED: Final = 256
 """Connections asked how far they have been written when their transfers are cancelled."""
-REST: Final = 0.2
-"""Share of a transfer that may be missing, once nothing more is to come, for it to count as announced too large."""
 
 
 @dataclass(slots=True)
@@ -72,7 +69,10 @@ class Endings:
         more = deque(waiting)
         if more:
             self._more.append((more, delivered_at, lost))
-        self._end(ended, now, None if delivered_at is None else [delivered_at] * len(ended), lost=lost)
+        if delivered_at is None:
+            self._end(ended, now, None, lost=lost)
+        else:
+            self._deliver(ended, [delivered_at] * len(ended), now)
 
     def deliver(self, groups: Iterable[tuple[Iterable[Transfer], float]], now: float) -> None:
         """These have arrived, and when. So many are struck out as a tick has room for, the others afterwards."""
@@ -106,8 +106,17 @@ class Endings:
             for transfer, _ in some:
                 del self._arrived[transfer]
         ended = [(t, at) for t, at in some if t.row != GONE]
-        self._end([t for t, _ in ended], now, [at for _, at in ended], lost=False)
+        self._deliver([t for t, _ in ended], [at for _, at in ended], now)
         return len(some)
+
+    def _deliver(self, ended: list[Transfer], at: list[float], now: float) -> None:
+        """What workers had written of these has arrived, and when: all of it, but for those who ended before that."""
+        short = {t for t in ended if t.left and is_short(self.books, t)}
+        if short:
+            self._end(list(short), now, None, lost=True)
+            at = [when for t, when in zip(ended, at, strict=True) if t not in short]
+            ended = [t for t in ended if t not in short]
+        self._end(ended, now, at, lost=False)
 
     def _end(self, ended: list[Transfer], now: float, delivered_at: list[float] | None, *, lost: bool) -> None:
         """Take them, which are in the books, out of everything. ``delivered_at``: of each; None: they were not."""
@@ -129,9 +138,9 @@ class Endings:
             for transfer, when in zip(ended, delivered_at, strict=True):
                 if transfer.request is not None and transfer.request.delivered_at < when:
                     transfer.request.delivered_at = when
+        for transfer in ended if lost else ():
+            transfer.session.lose(transfer)
         for request in dict.fromkeys(t.request for t in ended if t.request is not None):
-            if lost:
-                request.delivered_at = INF  # never
             if request.completed and not request.transfers:
                 self.finish(request, now)
 
@@ -226,7 +235,7 @@ class Endings:
 
     def finish(self, request: Request, now: float) -> None:
         """A request is over: count it and forget it. Of one without bytes, the worker's word is all there is."""
-        at = request.delivered_at or (INF if request.session.over else now)
+        at = INF if request.lost else request.delivered_at or (INF if request.session.over else now)
         deadline = float(self.books.requests.get(request, "deadline"))
         met = at <= deadline
         self.books.tally.finished(request, float(self.books.requests.get(request, "arrival")), deadline, at)
@@ -318,10 +327,14 @@ class Endings:
         self.drop(conn, now)
 
     def lost(self, conn: Connection, now: float) -> bool:
-        """A connection is gone, and nobody has told how: what was known last is all there is.
+        """A connection is gone, and nobody has told how: what the kernel remembers, or was known last, is all there is.
 
         False: not yet, because how it ended may have been told meanwhile, but not heard.
         """
+        end = self.connections.sockets.end_of(conn.cookie)
+        if end is not None:  # it had no slot yet, or there was no room for the event
+            self.closed(conn, float(end.acked - end.clean), now, clean=end.clean)
+            return True
         if self.connections.sockets.tells and not conn.missing:
             conn.missing = True
             return False
@@ -341,10 +354,14 @@ class Endings:
         one = stream.watch is None or exact_endpoints(stream.selector) is not None
         done, over = [], []
         for transfer, began, ends in zip(stream.queue, start, end, strict=True):
+            if transfer.left:
+                cut(self.books, transfer, offset)
             # The others of a selector may bring what is missing, unless that is so little that it was never written.
             final = one or transfer.handed_over or ends - offset <= REST * (ends - began)
             # All that was written has arrived: all of what was said to have been, however late it was announced.
-            whole = not alive and clean and (transfer.handed_over or (began < offset and final))
+            begun = (began < offset or transfer.maybe_late) and final
+            begun = begun and not lacks(transfer, ends - offset, ends - began)
+            whole = not alive and clean and (transfer.handed_over or begun)
             if ends <= offset + SLACK or whole:
                 done.append(transfer)
             elif not alive and final:

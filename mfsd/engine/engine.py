@@ -31,7 +31,7 @@ from mfsd.engine.watches import Watches
 from mfsd.ground.model import Event, EventKind, HintError, Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from mfsd.engine.bulk import Bad, TransferColumns
     from mfsd.engine.connections import Connections
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mfsd.engine.elsewhere import Elsewhere
     from mfsd.engine.records import Connection
     from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
+    from mfsd.engine.sockets import End
     from mfsd.ground.bands import Bands
     from mfsd.ground.model import Hint
     from mfsd.policy.base import Policy
@@ -83,6 +84,7 @@ class Engine:
         self.delivery = Delivery(books, connections, self.rescuer, self.endings)
         self.carriage = Carriage(books, connections, self.watches, self.delivery, self.steering.band_of, limits)
         self.ledger = Ledger(books, connections, self.watches, self.delivery, self.endings, self.carriage, limits)
+        self.ledger.hear = self._look_at
         self.mode = mode
         self.paused = False
         self.epoch = secrets.randbits(63) | 1
@@ -92,7 +94,7 @@ class Engine:
 
     def set_limits(self, limits: LimitsConfig, rescue: RescueConfig, tenants: TenantsConfig) -> None:
         """Take other limits; they hold from now on."""
-        self.ledger.limits = self.carriage.limits = self.watches.limits = limits
+        self.ledger.admission.limits = self.carriage.limits = self.watches.limits = limits
         self.connections.per_user = limits.max_connections_per_user
         self.rescuer.config = rescue
         self.steering.urgency.config = tenants
@@ -113,7 +115,7 @@ class Engine:
             return found
         if not name:
             raise HintError("session", "is empty", "name the session, unique per process")
-        limits, user = self.ledger.limits, self.books.user(uid)
+        limits, user = self.ledger.admission.limits, self.books.user(uid)
         if len(name.encode(errors="replace")) > limits.max_id_bytes:
             raise HintError("session", "is too long", f"at most {limits.max_id_bytes} bytes (limits.max_id_bytes)")
         for whose, have, limit in (
@@ -143,7 +145,7 @@ class Engine:
         session.user.sessions -= 1
         if self.elsewhere is not None:
             self.elsewhere.ended(session)
-        self.delivery.hand_over(self.endings.end_session(session, now), now)
+        self.delivery.hand_over(self.endings.end_session(session, now), now, left=True)
 
     def apply(self, session: Session, hint: Hint, now: float) -> bool:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied.
@@ -195,8 +197,11 @@ class Engine:
         """Do everything that time brings: house-keeping, delivery, levels, rescue."""
         self.watches.look(now)
         self.hear(now)
-        for conn in self.connections.search(now):
+        gone, over = self.connections.search(now)
+        for conn in gone:
             self.endings.drop(conn, now, f"no socket of this user has cookie {conn.cookie}")
+        for conn, end in over:
+            self._over(conn, end, now)
         self.endings.go_on(now)
         moved = self.connections.positions.moved(self.books.streams)
         self.delivery.run(moved, now)
@@ -220,7 +225,7 @@ class Engine:
                 self._established(event, now)
             elif isinstance(event, Closed):
                 conn = self.connections.by_cookie.get(event.cookie)
-                if conn is not None and not event.acked and not event.clean:
+                if conn is not None and event.active and not event.acked and not event.clean:
                     # Nobody has answered: it was never established, and its process may connect it again.
                     self.connections.unlocate(conn)
                 elif conn is not None:
@@ -234,12 +239,25 @@ class Engine:
             self._place(conn, position)
         self.connections.lend()
 
+    def _look_at(self, conns: Iterable[Connection], now: float) -> None:
+        self.hear(now)
+        for conn in conns:
+            end = self.connections.end_of(conn)
+            if end is not None:
+                self._over(conn, end, now)
+
+    def _over(self, conn: Connection, end: End, now: float) -> None:
+        """A connection was over before anybody had named it."""
+        if self.connections.positions.place(conn):
+            self._place(conn, 0.0)
+        self.endings.closed(conn, float(end.acked - end.clean), now, clean=end.clean)
+
     def _place(self, conn: Connection, position: float) -> None:
         for stream in conn.streams:
             self.books.streams.rejoin(stream.members[conn], position)
 
     def _established(self, event: Established, now: float) -> None:
-        expires = now + self.ledger.limits.default_ttl_s
+        expires = now + self.ledger.admission.limits.default_ttl_s
         watches = list(self.watches.matching(event.socket))
         session = watches[0].session if watches else None
         try:
@@ -261,7 +279,7 @@ class Engine:
             if not self.watches.may(watch, socket):
                 continue
             try:
-                expires = now + self.ledger.limits.default_ttl_s
+                expires = now + self.ledger.admission.limits.default_ttl_s
                 conn = self.connections.of_socket(socket, expires, session=watch.session)
             except HintError:
                 return
@@ -288,7 +306,7 @@ class Engine:
 
     def _expire_sessions(self, now: float) -> None:
         """Renew what marks hold; end the sessions of those whose end nobody sees, and, after long, of the silent."""
-        limits = self.ledger.limits
+        limits = self.ledger.admission.limits
         for session in list(self.books.sessions.values()):
             for mark in session.marks.values():
                 if now < mark.renew_at:

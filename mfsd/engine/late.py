@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mfsd.engine.endings import SLACK
 from mfsd.engine.locating import SYN
+from mfsd.engine.shortfall import SLACK
 from mfsd.engine.slots import NS
 from mfsd.ground.model import INF
 
@@ -55,14 +55,18 @@ class Lateness:
         rows = self.books.transfers
         size = float(rows.get(before, "size"))
         if offset < size and len(stream.members) == 1:
-            (member,) = stream.members.values()  # it was opened by this transfer, behind its bytes
-            self.books.streams.rejoin(member, float(self.books.streams.members.get(member, "joined")) - size)
+            self.earlier(stream, size)  # it was opened by this transfer, behind its bytes
             offset += size
         rows.put(before, "start", offset - size)
         rows.put(before, "end", offset)
         before.maybe_late, stream.announced, stream.debt = False, offset, max(stream.debt - size, 0.0)
         self.delivery.confirm(stream)
         return offset
+
+    def earlier(self, stream: Stream, size: float) -> None:
+        """The one member of a stream joined so many bytes too late."""
+        (member,) = stream.members.values()
+        self.books.streams.rejoin(member, float(self.books.streams.members.get(member, "joined")) - size)
 
     def suspect(self, stream: Stream, size: float, start: float, now: float, *, placed: bool) -> bool:
         """Whether a transfer, the first of those that are unfinished, may have been announced after its bytes.
@@ -89,7 +93,7 @@ class Lateness:
     def found(self, stream: Stream, conn: Connection, at: float) -> None:
         """A connection with ``at`` bytes written joins, which may be those of transfers announced before."""
         if at < INF and self.connections.positions.sent_ago(conn) < ON_THE_WAY_S:
-            stream.debt += at - SYN
+            stream.debt += at if at > SYN else 0.0
             self.delivery.doubt(stream)
 
     def _was_late(self, transfer: Transfer, offset: float, now: float) -> bool:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mfsd.engine.records import ENTRY, Batch, Connection, Mark, Request, Session, Transfer
+from mfsd.engine.admission import Admission
+from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Transfer
 from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.bands import LEVEL_NEW
 from mfsd.ground.model import (
@@ -30,7 +31,7 @@ from mfsd.ground.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from mfsd.engine.books import Books
     from mfsd.engine.carriage import Carriage
@@ -62,10 +63,12 @@ class Ledger:
         self.delivery = delivery
         self.endings = endings
         self.carriage = carriage
-        self.limits = limits
+        self.admission = Admission(books, limits)
         self.gathering = False
         """Cancellations that follow each other take effect together, at ``settle`` at the latest."""
         self._cancelled: dict[Transfer, None] = {}
+        self.hear: Callable[[Iterable[Connection], float], None] = lambda _, __: None
+        """Takes in what the kernel has told meanwhile, and looks whether these connections are over."""
 
     def settle(self, now: float) -> None:
         """Have gathered cancellations take effect: each alone would cost a pass over its stream."""
@@ -92,40 +95,6 @@ class Ledger:
             elif isinstance(hint, MarkHint):
                 self._mark(session, hint, now)
 
-    def _bound(
-        self, field: str, what: str, have: int, limit: str, instead: str = "complete those that are done"
-    ) -> None:
-        """Raise HintError when the session has as many as ``limits.<limit>`` allows."""
-        if have >= getattr(self.limits, limit):
-            raise HintError(
-                field, f"the session has {have} {what}", f"{instead}, or raise limits.{limit}", exhausted=True
-            )
-
-    def room(self, session: Session) -> int:
-        """How many transfers a session may add whose names are as long as can be."""
-        limits, user = self.limits, session.user
-        bytes_left = limits.max_mb_per_user * 1e6 - user.bytes
-        return min(
-            limits.max_transfers_per_session - len(session.transfers),
-            limits.max_transfers_per_user - user.transfers,
-            limits.max_transfers - self.books.everybody.transfers,
-            int(bytes_left) // (ENTRY + limits.max_id_bytes),
-        )
-
-    def _room(self, field: str, session: Session, name: str, more: int = 0, *, transfer: bool = False) -> None:
-        """Raise HintError unless a session's user, and all together, have room for it and ``more``."""
-        limits, user = self.limits, session.user
-        size = user.bytes + (more + 1) * (ENTRY + len(name))
-        problem = ""
-        if size > limits.max_mb_per_user * 1e6:
-            problem, limit = f"user {user.uid} takes {user.bytes / 1e6:.3g} MB already", "max_mb_per_user"
-        elif transfer and user.transfers + more >= limits.max_transfers_per_user:
-            problem, limit = f"user {user.uid} has {user.transfers} transfers", "max_transfers_per_user"
-        elif transfer and self.books.everybody.transfers + more >= limits.max_transfers:
-            problem, limit = f"all users together have {self.books.everybody.transfers} transfers", "max_transfers"
-        if problem:
-            raise HintError(field, problem, f"complete those that are done, or raise limits.{limit}", exhausted=True)
-
     # --- requests and batches -----------------------------------------------------------------------------------------
 
     def _request(self, session: Session, hint: RequestHint, now: float) -> None:
@@ -134,8 +103,8 @@ class Ledger:
         requests, transfers = self.books.requests, self.books.transfers
         if request is None or request.completed:
             # What is said to be done ends when its bytes have arrived; its name is free for another one.
-            self._bound("request.id", "requests already", len(session.requests), "max_requests_per_session")
-            self._room("request.id", session, hint.id)
+            self.admission.bound("request.id", "requests already", len(session.requests), "max_requests_per_session")
+            self.admission.room_for("request.id", session, hint.id)
             request = Request(hint.id, session)
             session.requests[hint.id] = request
             self.books.charge(session, 1, len(hint.id))
@@ -158,7 +127,7 @@ class Ledger:
         batches = self.books.batches
         batches.put(batch, "layers", hint.layers)
         batches.put(batch, "layer_compute", hint.layer_compute)
-        batches.put(batch, "expires", now + self.limits.default_ttl_s)
+        batches.put(batch, "expires", now + self.admission.limits.default_ttl_s)
         self._reach(batch, hint.current_layer, now)
         members = {r for r in map(session.requests.get, hint.request_ids) if r is not None}
         for request in batch.requests - members:
@@ -179,7 +148,7 @@ class Ledger:
                 batch = self._new_batch(session, hint.batch_id, now)
                 self.books.join(request, batch)
         batches = self.books.batches
-        batches.put(batch, "expires", now + self.limits.default_ttl_s)
+        batches.put(batch, "expires", now + self.admission.limits.default_ttl_s)
         self._reach(batch, hint.current_layer, now)
         if hint.compute_done and not batches.get(batch, "compute_done"):
             batches.put(batch, "compute_done", value=True)
@@ -192,36 +161,18 @@ class Ledger:
             self.books.batches.put(batch, "layer_since", now)
 
     def _new_batch(self, session: Session, batch_id: str, now: float) -> Batch:
-        self._bound("batch.id", "batches already", len(session.batches), "max_batches_per_session")
-        self._room("batch.id", session, batch_id)
+        self.admission.bound("batch.id", "batches already", len(session.batches), "max_batches_per_session")
+        self.admission.room_for("batch.id", session, batch_id)
         batch = Batch(batch_id, session)
         session.batches[batch_id] = batch
         self.books.charge(session, 1, len(batch_id))
         batches = self.books.batches
-        expires = now + self.limits.default_ttl_s
+        expires = now + self.admission.limits.default_ttl_s
         batches.add(batch, arrival=now, layer_since=now, expires=expires, rank=batches.n)
         self.books.arrange_wanted = True
         return batch
 
     # --- transfers ----------------------------------------------------------------------------------------------------
-
-    def check_new(self, session: Session, transfer_id: str, more: int = 0, *, known: bool = False) -> None:
-        """Raise HintError unless a transfer may be added. ``more`` are about to be, ``known`` says that it is one."""
-        if known or transfer_id in session.transfers:
-            raise HintError("transfer.id", f"{transfer_id!r} is announced already", "ids are unique within a session")
-        self._bound("transfer.id", "unfinished transfers", len(session.transfers) + more, "max_transfers_per_session")
-        self._room("transfer.id", session, transfer_id, more, transfer=True)
-
-    def _has_room(self, session: Session, transfer_id: str) -> bool:
-        """A transfer may be added: what ``check_new`` finds out, in one go, because nearly all may."""
-        limits, user, known = self.limits, session.user, session.transfers
-        return (
-            transfer_id not in known
-            and len(known) < limits.max_transfers_per_session
-            and user.transfers < limits.max_transfers_per_user
-            and self.books.everybody.transfers < limits.max_transfers
-            and user.bytes + ENTRY + len(transfer_id) <= limits.max_mb_per_user * 1e6
-        )
 
     @staticmethod
     def no_owner(request_id: str, batch_id: str) -> HintError:
@@ -230,9 +181,16 @@ class Ledger:
         owner = request_id or batch_id
         return HintError(name, f"no request or batch {owner!r} in this session", "announce it before its transfers")
 
+    def look_again(self, session: Session, names: Iterable[str], now: float) -> None:
+        """Transfers of these names are announced, perhaps because those that there are have just been lost."""
+        before = [t for t in map(session.transfers.get, names) if t is not None]
+        if before:
+            self.hear(dict.fromkeys(conn for t in before for conn in t.stream.members), now)
+
     def _transfer(self, session: Session, hint: TransferHint, now: float) -> None:
-        if not self._has_room(session, hint.id):
-            self.check_new(session, hint.id)
+        if not self.admission.has_room(session, hint.id):
+            self.look_again(session, (hint.id,), now)
+            self.admission.check_new(session, hint.id, (hint.selector, hint.position))
         request = session.requests.get(hint.request_id) if hint.request_id else None
         batch = session.batches.get(hint.batch_id) if hint.batch_id else None
         if request is None and batch is None and not hint.stage.ownerless:
@@ -275,6 +233,7 @@ class Ledger:
             ),
         )
         session.transfers[hint.id] = transfer
+        session.make_good(hint.id, request)
         self.books.charge(session, 1, len(hint.id), transfer=True)
         if request is not None:
             request.transfers.add(transfer)
@@ -314,11 +273,15 @@ class Ledger:
         if hint.cancelled and self.gathering:
             if transfer is not None:
                 self._cancelled[transfer] = None
+            else:
+                session.make_good(hint.id)
             return
         if self._cancelled:
             self.settle(now)
         if transfer is not None:
             self._over([transfer], now, cancelled=hint.cancelled)
+        elif hint.cancelled:
+            session.make_good(hint.id)
 
     def _over(self, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
         if cancelled:
@@ -347,9 +310,9 @@ class Ledger:
                 self.endings.unmark(old, now)
             return
         if old is None:
-            if len(session.marks) >= self.limits.max_marks_per_session:
+            if len(session.marks) >= self.admission.limits.max_marks_per_session:
                 self._forget_a_mark(session, now)
-            self._bound(
+            self.admission.bound(
                 "connection.selector",
                 "marks already",
                 len(session.marks),
@@ -376,7 +339,7 @@ class Ledger:
             self.endings.unmark(idle, now)
 
     def _put_mark(self, session: Session, mark: Mark, now: float) -> None:
-        expires = now + self.limits.max_ttl_s
+        expires = now + self.admission.limits.max_ttl_s
         selector: Selector = mark.selector
         conn: Connection | None = None
         if isinstance(selector, CookieSelector):

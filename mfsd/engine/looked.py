@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.engine.endings import REST, SLACK
 from mfsd.engine.records import Queue
+from mfsd.engine.shortfall import REST, SLACK
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
@@ -89,11 +89,12 @@ class Looked:
         transfers = [x for s in streams for x in s.queue]
         handed = np.fromiter((x.handed_over for x in transfers), np.bool_, len(transfers))
         ordered = np.array([s.ordered for s in streams]).take(of)
-        # What is handed over stands first.
-        mixed = np.unique(of[1:][handed[1:] & ~handed[:-1] & (of[1:] == of[:-1]) & ordered[1:]])
+        # What is handed over stands first, but for what is known to have been written before.
+        passed = handed | np.fromiter((x.passed for x in transfers), np.bool_, len(transfers))
+        mixed = np.unique(of[1:][handed[1:] & ~passed[:-1] & (of[1:] == of[:-1]) & ordered[1:]])
         if len(mixed):
             for i in mixed.tolist():
-                streams[i].queue = Queue.fromkeys(sorted(streams[i].queue, key=lambda x: not x.handed_over))  # stable
+                streams[i].queue = Queue.fromkeys(sorted(streams[i].queue, key=_to_come))  # stable
             transfers = [x for s in streams for x in s.queue]
             handed = np.fromiter((x.handed_over for x in transfers), np.bool_, len(transfers))
         rows = t.rows(transfers)
@@ -194,3 +195,7 @@ class Looked:
         """Of a stream's transfers ``which``, shape (n,), names."""
         part = self._part(i)
         return [t for t, wanted in zip(self.transfers[part], which[part].tolist(), strict=True) if wanted]
+
+
+def _to_come(transfer: Transfer) -> bool:
+    return not (transfer.handed_over or transfer.passed)

@@ -98,6 +98,10 @@ class Positions:
         self._unplaced[conn] = None
         return INF
 
+    def unplaced(self, conn: Connection) -> bool:
+        """Streams wait for where it stands."""
+        return conn in self._unplaced
+
     def place(self, conn: Connection) -> bool:
         """A connection has just been made: whether streams have waited for that, on TCP's scale."""
         waited = conn in self._unplaced and not conn.passing
@@ -150,8 +154,9 @@ class Positions:
                 continue
             p, conn.missing = answers[conn.cookie], False
             if p is None:
-                end = max(float(self.table.sent[conn.slot]), self._sent[conn.slot])
-                out[conn] = Position(end, end, over=True)
+                end = self.sockets.end_of(conn.cookie)  # it may have had no slot yet
+                at = self.sent_by(conn) if end is None else float(end.acked - end.clean)
+                out[conn] = Position(at, at, over=True)
                 continue
             out[conn] = Position(
                 float(p.bytes_acked),

@@ -8,7 +8,7 @@ transfers are intervals of: the bytes of one connection, or of several together.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 EVENTS_KEPT: Final = 1024
 """Undelivered events per session; older ones are dropped first, since a late warning is worth least."""
+
+LOST_KEPT: Final = EVENTS_KEPT
+"""Transfers per session that are lost, and may yet be announced again."""
 
 TRANSFER_COLUMNS: Final = {
     "stage": "u1",
@@ -109,6 +112,8 @@ class Session:
     requests: dict[str, Request] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     transfers: dict[str, Transfer] = field(default_factory=dict)
+    lost: OrderedDict[str, Request] = field(default_factory=OrderedDict)
+    """Names of transfers that its requests have lost, the latest LOST_KEPT, which may yet be announced again."""
     streams: dict[Selector, Stream] = field(default_factory=dict)
     """What its transfers are intervals of, by what names it."""
     watches: dict[Selector, Watch] = field(default_factory=dict)
@@ -120,6 +125,23 @@ class Session:
     """Time of the last hint."""
     over: bool = False
     """Its process has ended; what TCP still delivers of it is waited for."""
+
+    def lose(self, transfer: Transfer) -> None:
+        """One of its transfers will never be delivered: its request misses its deadline, unless it is made good."""
+        if transfer.request is not None:
+            self.lost[transfer.id] = transfer.request
+            transfer.request.lost += 1
+            if len(self.lost) > LOST_KEPT:
+                self.lost.popitem(last=False)
+
+    def make_good(self, name: str, request: Request | None = None) -> None:
+        """A transfer of this name is announced again, for ``request``; None: it isn't wanted any more.
+
+        No error when none was lost.
+        """
+        lost_by = self.lost.pop(name, None)
+        if lost_by is not None and request in (None, lost_by):
+            lost_by.lost -= 1
 
     def tell(self, event: Event) -> None:
         """Queue an event for the worker."""
@@ -139,7 +161,9 @@ class Request:
     completed: bool = False
     """The worker said that all its bytes have been handed over."""
     delivered_at: float = 0.0
-    """When its last byte so far was seen delivered; 0: none yet; inf: some will never be."""
+    """When its last byte so far was seen delivered; 0: none yet."""
+    lost: int = 0
+    """Transfers that will never be delivered, unless they are announced again."""
     row: int = -1
 
 
@@ -168,6 +192,10 @@ class Transfer:
     stream: Stream
     handed_over: bool = False
     """The worker said that all its bytes have been written."""
+    passed: bool = False
+    """Its worker has said that it stands behind its end."""
+    left: bool = False
+    """Its worker has ended and not said so: what had been written by then is all there will be."""
     maybe_late: bool = False
     """As many bytes as it has had just gone without a hint when it was announced: perhaps they were its."""
     path: tuple[tuple[float, int], ...] = ()

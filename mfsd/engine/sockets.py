@@ -126,6 +126,19 @@ class Closed:
     """As Progress.bytes_acked, at the end."""
     clean: bool
     """All that was written has been acknowledged, the FIN included."""
+    active: bool
+    """As in Established."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a connection ended that had no slot, so that nobody was told."""
+
+    socket: Socket
+    acked: int
+    clean: bool
+    active: bool
+    """The three as in Closed and Established."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +169,20 @@ class Sockets(Protocol):
         """A connection by its cookie; None if there is none (yet), or nobody can tell without a search."""
         ...
 
+    def end_of(self, cookie: int) -> End | None:
+        """How a connection has ended lately; None: it has not, or nobody knows."""
+        ...
+
     def exact(self, selector: TupleSelector) -> Socket | None:
         """The connection that an exact selector names; None if it isn't in the daemon's network namespace."""
         ...
 
     def sends(self, endpoints: Endpoints, uid: int) -> bool:
         """A socket that is no connection (UDP) and that ``uid`` made sends from there, in our network namespace."""
+        ...
+
+    def user(self, socket: Socket) -> int:
+        """Whose a TCP socket in our network namespace is now; -1: nobody knows."""
         ...
 
     def descends(self, pid: int, ancestor: int) -> bool:

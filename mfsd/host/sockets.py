@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.ground.model import (
+    NO_COOKIE,
     Address,
     CookieSelector,
     Endpoints,
@@ -124,12 +125,13 @@ class SocketResolver:
             return self._resolve([selector], {0: inodes})[0]
         return self._resolve([selector], {})[0]
 
-    def owner(self, e: Endpoints) -> int:
+    def owner(self, e: Endpoints, cookie: int = NO_COOKIE) -> int:
         """User of the socket that packets of these endpoints leave from, connected or not; -1: there is none.
 
-        Raises DiagError.
+        ``cookie``: it must be this one. Raises DiagError.
         """
-        request = inet_diag.lookup_request(e.protocol, _packed(e.src), e.sport, _packed(e.dst), e.dport)
+        ends, bound = (_packed(e.src), e.sport, _packed(e.dst), e.dport), self._bound.get(cookie, 0)
+        request = inet_diag.lookup_request(e.protocol, *ends, ifindex=bound, cookie=cookie)
         (answer,) = self._diag.lookup([request])
         return -1 if answer is None else answer.row.uid
 

@@ -261,6 +261,42 @@ def test_a_reset_is_no_clean_end(bench: Bench) -> None:
         client.close()
 
 
+@pytest.mark.parametrize("clean", [True, False], ids=["by FINs", "by a reset"])
+@pytest.mark.parametrize("opened", [True, False], ids=["opened", "accepted"])
+def test_how_connections_ended_that_nobody_named_is_remembered(bench: Bench, *, clean: bool, opened: bool) -> None:
+    with listener(bench) as server:
+        ours, theirs = joined(bench, server)
+        if not opened:
+            ours, theirs = theirs, ours
+        with ours, theirs:
+            cookie = cookie_of(ours)
+            ours.sendall(bytes(1000))
+            theirs.recv(1000, socket.MSG_WAITALL)
+            assert bench.teller.end_of(cookie) is None
+            if clean:
+                ours.shutdown(socket.SHUT_WR)
+                theirs.recv(1)
+                theirs.close()
+            else:
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOW)
+        deadline = time.monotonic() + 10
+        while (end := bench.teller.end_of(cookie)) is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert end is not None
+    assert (end.clean, end.active, end.sock.pid) == (clean, opened, os.getpid())
+    assert end.acked == 1000 + opened + clean
+    assert not bench.teller.events()
+
+
+def test_a_socket_that_nobody_answered_has_not_ended(bench: Bench) -> None:
+    with listener(bench) as server:
+        port = server.getsockname()[1]
+    with bench.inside(bench.pair.a, socket.socket) as s:
+        with pytest.raises(ConnectionRefusedError):
+            s.connect((bench.pair.addr_b, port))
+        assert bench.teller.end_of(cookie_of(s)) is None
+
+
 def test_without_a_free_slot_the_daemon_is_told_all_the_same(bench: Bench) -> None:
     with listener(bench) as server:
         bench.teller.rules.put(to(bench, server.getsockname()[1]), band=1, lanes=2, expires_ns=2**62)

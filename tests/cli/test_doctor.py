@@ -110,6 +110,23 @@ def test_jit(context: Context, value: str | None, severity: Severity) -> None:
     assert only(kernel.jit(context)).severity is severity
 
 
+@pytest.mark.parametrize("table", ["iptables", "ip6tables"])
+@pytest.mark.parametrize("whose", ["everybody's", "the bridge's own"])
+def test_netfilter_sees_bridged_packets(context: Context, whose: str, table: str) -> None:
+    assert not list(device.bridged(context, "eth0"))
+    own, general = f"sys/devices/br7/bridge/nf_call_{table}", f"proc/sys/net/bridge/bridge-nf-call-{table}"
+    for path in (own, general):
+        put(context, path, "0")
+    port = context.root / "sys/class/net/eth0/brport/bridge"
+    port.parent.mkdir(parents=True)
+    port.symlink_to(context.root / "sys/devices/br7")
+    assert not list(device.bridged(context, "eth0"))
+    put(context, general if whose == "everybody's" else own, "1")
+    found = only(device.bridged(context, "eth0"))
+    assert (found.severity, "br7" in found.title) == (Severity.WARN, True)
+    assert not list(device.bridged(context, "eth1"))
+
+
 def test_capabilities(context: Context) -> None:
     for mask, severity in ((0, Severity.WARN), (1 << 12 | 1 << 39, Severity.INFO), (0x1FFFFFFFFFF, Severity.OK)):
         put(context, "proc/self/status", f"Name:\tx\nCapEff:\t{mask:016x}\nCapBnd:\t0")

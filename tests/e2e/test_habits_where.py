@@ -338,11 +338,15 @@ def test_a_bridged_pod(daemon: Daemon, client: Client, sink: Sink, seen: int) ->
         subprocess.run(
             ["ip", "-n", pair.a, "link", "add", "p0", "type", "veth", "peer", "name", "eth0", "netns", pod], check=True
         )
-        pair.run(pair.a, f"s=net.bridge.bridge-nf-call-iptables; ! sysctl -n $s || sysctl -qw $s={seen}")
+        for table in ("iptables", "ip6tables"):
+            pair.run(pair.a, f"s=net.bridge.bridge-nf-call-{table}; ! sysctl -n $s || sysctl -qw $s={seen}")
         pair.run(pair.a, f"ip addr del {pair.addr_a}/24 dev v0; ip link set v0 master br0; ip link set p0 master br0")
         pair.run(pair.a, f"ip addr add {pair.addr_a}/24 dev br0; ip link set br0 up; ip link set p0 up")
         pair.run(pod, "ip link set lo up; ip addr add 10.77.0.9/24 dev eth0; ip link set eth0 up")
         client.request("r", ttft_left_s=60)
+        assert any("netfilter sees what br0 brings" in n for n in daemon.status().notices) == seen
+        found = json.loads(daemon.mfsctl("--json", "doctor", "--all", "--config", str(daemon.config)).stdout)
+        assert ("device.bridged:v0" in {f["id"] for f in found["findings"]}) == seen
         with dial(replace(pair, a=pod)) as s:
             named = tuple_of(*s.getpeername(), *s.getsockname()) if seen else s
             grown = Grown(daemon)

@@ -241,3 +241,33 @@ def test_a_row_by_itself_says_all_that_its_columns_say() -> None:
     whole = columns([hint, hint])
     assert whole.hint(1) == hint
     assert whole.keep(np.array([False, True])).hint(0) == hint
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_names_again(*, lost: bool) -> None:
+    """Of what has been written, and of what is lost, whether or not anybody has heard of that."""
+    h = Host()
+    for attempt in range(2):
+        socks = [h.socket(10 * attempt + i + 1) for i in range(3)]
+        h.request("r" if lost else f"r{attempt}", 60.0)
+        owner = "r" if lost else f"r{attempt}"
+        hints = [
+            TransferHint(f"kv{i}", owner, "", Stage.P2D, 0, 10 * MSS, CookieSelector(s.cookie), position=1)
+            for i, s in enumerate(socks)
+        ]
+        assert not h.engine.transfers(h.session, columns(hints), h.now)
+        for s in socks:
+            h.send(s, 10 * MSS, acked=bool(attempt))
+        if lost and not attempt:
+            for s in socks:
+                h.kernel.close(s, clean=False)
+        elif not lost:
+            h.done(owner, What.REQUEST)
+            for s in socks:
+                h.ack(s, s.unsent_plus_unacked)
+    if lost:
+        h.done("r", What.REQUEST)
+    h.tick(0.01)
+    h.tick(0.3)
+    assert h.counted == ((3, 1, 0) if lost else (6, 2, 0))
+    assert not h.session.transfers

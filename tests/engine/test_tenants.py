@@ -209,7 +209,7 @@ def test_budgets_can_be_changed_while_running() -> None:
     sock = h.socket(1, uid=A)
     mark(h, sock)
     run(h, 1.0, {sock: 0.9})
-    h.engine.set_limits(h.engine.ledger.limits, RescueConfig(), TenantsConfig(urgent_share=0.1))
+    h.engine.set_limits(h.engine.ledger.admission.limits, RescueConfig(), TenantsConfig(urgent_share=0.1))
     assert time_above(run(h, 3.0, {sock: 0.9}), sock) < 0.3
 
 

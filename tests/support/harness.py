@@ -15,7 +15,7 @@ from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
 from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
 from mfsd.engine.slots import NS, FlowTable, MemoryKeys, memory_rows
-from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
+from mfsd.engine.sockets import Closed, End, Established, Event, Found, Socket
 from mfsd.ground.bands import Bands
 from mfsd.ground.model import (
     CookieSelector,
@@ -66,6 +66,9 @@ class FakeSocket:
     uid: int = 0
     pid: int = 0
     here: bool = True
+    active: bool = True
+    accepted_by: int = 0
+    """User who has accepted it."""
 
     @property
     def told(self) -> Socket:
@@ -81,6 +84,7 @@ class FakeKernel:
         self.sockets: list[FakeSocket] = []
         self.rules: dict[tuple[Selector, int], tuple[int, int, int]] = {}
         self.lent: list[int] = []
+        self.ends: dict[int, End] = {}
         self.senders: list[FakeSocket] = []
         """Unconnected ones."""
         self.descendants: dict[int, set[int]] = {}
@@ -99,6 +103,12 @@ class FakeKernel:
 
     def by_cookie(self, cookie: int) -> Socket | None:
         return next((s.told for s in self.sockets if s.cookie == cookie), None)
+
+    def end_of(self, cookie: int) -> End | None:
+        return self.ends.get(cookie)
+
+    def user(self, socket: Socket) -> int:
+        return next((s.accepted_by for s in self.sockets if s.cookie == socket.cookie), -1)
 
     def exact(self, selector: TupleSelector) -> Socket | None:
         return next((s.told for s in self.sockets if s.here and self._matches(selector, s)), None)
@@ -155,17 +165,21 @@ class FakeKernel:
                 slot = self.lent.pop()
                 row = self._table.rows[slot]
                 row["band"], row["lane"], row["expires_ns"] = band, 1 + sock.cookie % (lanes - 1), expires
+                for counter in ("bytes", "packets", "last_ns", "acked", "sent", "origin", "ifindex"):
+                    row[counter] = 0
                 self._keys.cookies[sock.cookie] = slot
         self._events.append(Established(sock.told, slot, active=sock.bytes_acked == 1))
 
     def close(self, sock: FakeSocket, *, clean: bool = True) -> None:
         """A connection ends: by FINs, with all acknowledged, or by a reset."""
         self.sockets.remove(sock)
+        if clean:
+            sock.bytes_acked += sock.unsent_plus_unacked
+            sock.unsent_plus_unacked = 0
+        if clean or sock.bytes_acked or not sock.active:
+            self.ends[sock.cookie] = End(sock.told, sock.bytes_acked + clean, clean, sock.active)
         if sock.cookie in self._keys.cookies:
-            if clean:
-                sock.bytes_acked += sock.unsent_plus_unacked
-                sock.unsent_plus_unacked = 0
-            self._events.append(Closed(sock.cookie, sock.bytes_acked + clean, clean))
+            self._events.append(Closed(sock.cookie, sock.bytes_acked + clean, clean, sock.active))
 
     def vanish(self, sock: FakeSocket) -> None:
         """A connection is gone, and the event is lost."""

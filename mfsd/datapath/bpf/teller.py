@@ -44,7 +44,7 @@ _CGROUP_SOCK_CREATE: Final = 2
 _CGROUP_SOCK_OPS: Final = 3
 """enum bpf_attach_type."""
 SO_NETNS_COOKIE: Final = 71
-_OWN_MAPS: Final = ("mfsd_socks", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost")
+_OWN_MAPS: Final = ("mfsd_socks", "mfsd_ends", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost")
 EVENTS_AT_ONCE: Final = 1024
 
 
@@ -102,6 +102,7 @@ class Teller:
             maps = {name: obj.map_fd(name) for name in _OWN_MAPS}
         self._fds += [*self._programs, *maps.values()]
         self._socks = BpfMap(maps["mfsd_socks"], 8, _abi.SOCK_DTYPE.itemsize)
+        self._ends = BpfMap(maps["mfsd_ends"], 8, _abi.EVENT_DTYPE.itemsize)
         self._mapped = Mapped.open(maps["mfsd_rules"], _abi.RULE_DTYPE, _abi.RULES)
         self.rules = Rules(self._mapped.array, BpfMap(maps["mfsd_rules_of"], 16, _abi.RULES_OF_DTYPE.itemsize))
         self._free = maps["mfsd_free"]
@@ -141,6 +142,11 @@ class Teller:
         """A connection by its cookie; None if the directory has none (yet)."""
         value = self._socks.lookup(cookie.to_bytes(8, "little"))
         return None if value is None else _told(cookie, np.frombuffer(value, dtype=_abi.SOCK_DTYPE)[0])
+
+    def end_of(self, cookie: int) -> Event | None:
+        """How a connection has ended; None if it has not, or others have since that were more than are remembered."""
+        value = self._ends.lookup(cookie.to_bytes(8, "little"))
+        return None if value is None else _event(value)
 
     def add(self, cookie: int, endpoints: Endpoints, uid: int) -> None:
         """Enter a connection that is older than we are; of its maker nothing but the user is known."""
