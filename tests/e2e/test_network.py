@@ -14,7 +14,7 @@ import pytest
 from support.manager import managed
 from support.privileges import SETPRIV
 from support.rig import Daemon, Flow, flows, running
-from support.waiting import wait_for
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Stage, cookie_of
 from mfsd.daemon.predecessor import HOST
@@ -55,7 +55,7 @@ def test_from_the_hint_to_the_socket_and_back(netns_pair: NetnsPair, tmp_path: P
             for flow in (*older, *newer):
                 flow.saturate(600)
                 client.mark(flow.sender, Stage.P2D)
-            assert client.flush(5)
+            assert client.flush(WAIT_S)
             for flow in (*older, *newer):
                 wait_for(lambda flow=flow: algorithm(flow) in ours(), "yielding")  # type: ignore[misc]
             rows = wait_for(lambda: daemon.status().yielding, "a row of the band")
@@ -69,7 +69,7 @@ def test_from_the_hint_to_the_socket_and_back(netns_pair: NetnsPair, tmp_path: P
             plan = daemon.control(lambda c: c.GetPlan(pb.GetPlanRequest()))
             assert any("network.yield" in reason for reason in plan.devices[0].reasons)
             client.mark(newer[0].sender, Stage.COLLECTIVE)
-            assert client.flush(5)
+            assert client.flush(WAIT_S)
             wait_for(lambda: not daemon.status().yielding or daemon.connections()[0].level == 0, "the promotion")
             assert algorithm(newer[0]) in ours()  # whose urgent part is cubic
             daemon.end(end)
@@ -88,7 +88,7 @@ def test_over_a_restart_they_go_on_yielding(netns_pair: NetnsPair, tmp_path: Pat
         stack.enter_context(running(daemon))
         with daemon.client() as client:
             client.mark(flow.sender, Stage.P2D)
-            assert client.flush(5)
+            assert client.flush(WAIT_S)
             flow.saturate(600)
             name = wait_for(lambda: algorithm(flow) in ours() and algorithm(flow), "yielding")
             wait_for(lambda: set(manager.stored) >= {HOST}, "the descriptors to be stored")
@@ -122,7 +122,7 @@ def test_on_refuses_to_start_without_it(netns_pair: NetnsPair, tmp_path: Path) -
 def test_off_is_off(daemon: Daemon) -> None:
     with flows(daemon.pair, 1) as opened, daemon.client() as client:
         client.mark(opened[0].sender, Stage.P2D)
-        assert client.flush(5)
+        assert client.flush(WAIT_S)
         opened[0].saturate()
         wait_for(lambda: daemon.bands()["level 4"].bytes > 1_000_000, "deferred traffic")
         assert algorithm(opened[0]) == "cubic"
