@@ -17,6 +17,8 @@ import socket
 import struct
 from typing import Final
 
+from mfsd.host import netlink as nl
+
 NETLINK_CONNECTOR: Final = 11
 _PROC: Final = 1
 """CN_IDX_PROC, CN_VAL_PROC, and the multicast group."""
@@ -24,14 +26,11 @@ _LISTEN: Final = 1
 """PROC_CN_MCAST_LISTEN."""
 _FORK: Final = 1
 """PROC_EVENT_FORK."""
-_NLMSG_DONE: Final = 3
-_NETLINK: Final = struct.Struct("=IHHII")
 _CONNECTOR: Final = struct.Struct("=IIIIHH")  # struct cn_msg: idx, val, seq, ack, len, flags
 _EVENT: Final = struct.Struct("=I4x8xIIII")  # what, cpu, time, parent's pid and tgid, child's pid and tgid
-_AT: Final = _NETLINK.size + _CONNECTOR.size
+_AT: Final = nl.HEADER.size + _CONNECTOR.size
 _ROOM: Final = 1 << 20
 SO_ATTACH_FILTER: Final = 26
-SO_RCVBUFFORCE: Final = 33
 
 
 class Forks:
@@ -49,11 +48,11 @@ class Forks:
         with contextlib.ExitStack() as undo, contextlib.suppress(OSError):
             sock = undo.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_CONNECTOR))
             sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _ROOM)
+            sock.setsockopt(socket.SOL_SOCKET, nl.SO_RCVBUFFORCE, _ROOM)
             _filter(sock)
             sock.bind((0, _PROC))
             body = _CONNECTOR.pack(_PROC, _PROC, 0, 0, 4, 0) + struct.pack("=I", _LISTEN)
-            sock.send(_NETLINK.pack(_NETLINK.size + len(body), _NLMSG_DONE, 0, 0, 0) + body)
+            sock.send(nl.request(nl.NLMSG_DONE, 0, body))
             self._sock = sock
             undo.pop_all()
 

@@ -42,7 +42,7 @@ _NLMSGERR_ATTR_MSG: Final = 1
 _SOL_NETLINK: Final = 270
 _CAP_ACK: Final = 10
 _EXT_ACK: Final = 11
-_SO_RCVBUFFORCE: Final = 33
+SO_RCVBUFFORCE: Final = 33
 
 HEADER: Final = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence, port."""
@@ -190,7 +190,7 @@ def opened(protocol: int, *, groups: int = 0, room: int = 0) -> socket.socket:
         sock.setblocking(False)
         if room:
             with contextlib.suppress(PermissionError):
-                sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, room)
+                sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, room)
     except BaseException:
         sock.close()
         raise
