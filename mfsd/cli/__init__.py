@@ -7,6 +7,7 @@ command's module is imported when it is used.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -23,4 +24,27 @@ def main() -> None:
     except ModuleNotFoundError as e:
         sys.exit(f"mfsctl: {e}; an install for workers has none of it: pip install 'mfsd[daemon]'")
 
-    mfsctl(prog_name="mfsctl")
+    _stand_in()
+    odd = next((word for word in sys.argv if not word.isascii() and "\udc80" <= max(word) <= "\udcff"), None)
+    if odd is not None:
+        sys.stderr.write(f"mfsctl: {odd!a} is not UTF-8\n")
+        sys.exit(2)
+    try:
+        try:
+            mfsctl(prog_name="mfsctl")
+        finally:
+            sys.stdout.flush()
+    except OSError as e:  # the answer can't be written, or not all of it
+        if e.errno != errno.EPIPE:
+            sys.stderr.write(f"mfsctl: {e}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more
+        sys.exit(1)
+
+
+def _stand_in() -> None:
+    """Where standard streams are closed, nothing that is opened later must be taken for one."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - for good
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115

@@ -7,15 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Final, NoReturn
+from pathlib import Path
+from typing import Final, NoReturn
 
 import grpc
 import pytest
 from support.ctl import Rig, run
 from support.tap import Scripted, served
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 EVERY_QUESTION: Final = [
     ("status",),
@@ -110,3 +108,27 @@ def test_errors_of_the_daemon(tmp_path: Path, code: grpc.StatusCode, expected: i
             assert ran.code == expected
             assert words in ran.err
             assert len(ran.err.splitlines()) == 1
+
+
+def test_an_answer_that_cannot_be_written(rig: Rig) -> None:
+    command = [sys.executable, "-m", "mfsd.cli", "--socket", str(rig.socket), "status"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (1, b"mfsctl: [Errno 28] No space left on device\n")
+    mine, its = os.pipe()
+    os.close(mine)
+    with os.fdopen(its, "wb") as gone:
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert subprocess.run(command, check=False, preexec_fn=lambda: os.closerange(0, 3)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "args", [(b"explain", b"\xff"), (b"hint", b"done", b"transfer", b"a\xc3")], ids=["explain", "hint"]
+)
+def test_words_that_are_no_text(rig: Rig, args: tuple[bytes, ...]) -> None:
+    command = [sys.executable, "-m", "mfsd.cli", "--socket", str(rig.socket)]
+    done = subprocess.run([*map(os.fsencode, command), *args], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.endswith(b"is not UTF-8\n")
+    assert done.stderr.count(b"\n") == 1
