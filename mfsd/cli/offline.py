@@ -15,7 +15,7 @@ from mfsd.datapath.bpf.attach import hook_users, remove_leftover
 from mfsd.datapath.errors import DatapathError, NoDeviceError
 from mfsd.datapath.owner import locked
 from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
-from mfsd.datapath.undo.restore import restore_all, without_note
+from mfsd.datapath.undo.restore import NOTE_STAYS, restore_all, without_note
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -108,6 +108,6 @@ def restore(state_dir: Path, device: str, *, delete: bool = False) -> pb.Restore
         if not found:
             results[name] = _take_off_classifier(name)
     problems = [p for found in results.values() for p in found]
-    if any("Operation not permitted" in p for p in problems):
+    if any("Operation not permitted" in p and NOTE_STAYS not in p for p in problems):
         raise NotPermittedError("putting qdiscs back needs CAP_NET_ADMIN; run mfsctl as root")
     return pb.RestoreReply(restored=[name for name, found in results.items() if not found], problems=problems)

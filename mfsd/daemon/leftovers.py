@@ -104,6 +104,9 @@ def absent(sock: tc.TcSocket, device: Device) -> str:
         now, device.was = "", 0
     if now:
         return f"it is called {now} now, and not shaped; a device called {device.name} is set up when it appears"
+    other = links.alternative(sock, device.name)
+    if other:
+        return f"that is an alternative name of {other}: configure it as {other}"
     return "there is no such device; it is set up when it appears"
 
 

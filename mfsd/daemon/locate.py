@@ -53,7 +53,10 @@ def _lost(sock: TcSocket, device: Device, state_dir: Path) -> None:
     _let_go(device)
     if shape is not None:
         shape.enforcer.close()
-    leftovers.forget(sock, state_dir, old)
+    try:
+        leftovers.forget(sock, state_dir, old)
+    except OSError as e:  # leftovers.put_back tries again, and the next device of the name needs its turn
+        log.warning("the note of a device that is gone stays", device=device.name, index=old, problem=str(e))
 
 
 def _release(device: Device) -> None:

@@ -34,6 +34,7 @@ _LINKINFO: Final = 18
 _INFO_KIND: Final = 1
 _NUM_TX_QUEUES: Final = 31
 _GSO_MAX_SIZE: Final = 41
+_ALT_IFNAME: Final = 53
 _GSO_IPV4_MAX_SIZE: Final = 63
 
 _INFO: Final = struct.Struct("=BBHiII")
@@ -41,6 +42,7 @@ _INFO: Final = struct.Struct("=BBHiII")
 _U32: Final = struct.Struct("=I")
 _IFF_UP: Final = 1
 _NAME_MAX: Final = 15
+_ALT_NAME_MAX: Final = 127
 _NAMED: Final = 20
 """Devices that an error names, at most."""
 _ROOM: Final = 4 << 20
@@ -79,6 +81,17 @@ def by_name(sock: NetlinkSocket, name: str) -> Link:
                 return found
     names = sorted(link.name for link in every(sock))
     raise NoDeviceError(what, "no such device", f"devices here: {', '.join(names[:_NAMED])}")
+
+
+def alternative(sock: NetlinkSocket, name: str) -> str:
+    """Name of the device that has this alternative name; empty if there is none. Raises NetlinkError, OSError."""
+    raw = name.encode()
+    if not 0 < len(raw) <= _ALT_NAME_MAX or b"\0" in raw:
+        return ""
+    try:
+        return _get(sock, 0, nl.attr(_ALT_IFNAME, raw + b"\0"), f"device {name}").name
+    except NoDeviceError:
+        return ""
 
 
 def every(sock: NetlinkSocket) -> list[Link]:

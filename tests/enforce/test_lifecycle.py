@@ -15,10 +15,11 @@ import pytest
 from support.benches import Bench, plan
 
 import mfsd
+from mfsd.cli import offline
 from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import htb
 from mfsd.datapath.qdisc.tree import Group, Node
-from mfsd.datapath.undo.restore import restore_all
+from mfsd.datapath.undo.restore import NOTE_STAYS, restore_all
 
 if TYPE_CHECKING:
     from mfsd.datapath.qdisc.tree import Tree
@@ -342,6 +343,25 @@ def test_a_broken_note_is_reported(bench: Bench) -> None:
     assert str(file) in problem
     with pytest.raises(EnforceError, match="remove the file"):
         bench.enforcer().plan()
+
+
+def test_a_note_that_cannot_be_removed_is_the_only_problem(bench: Bench) -> None:
+    """The disk has become read-only: the device is put back, and nothing else is said."""
+    before = bench.shown()
+    e = bench.enforcer()
+    e.apply()
+    (note,) = bench.state.iterdir()
+    for words in (["--bind", str(bench.state)], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *words, str(bench.state)], check=True)
+    try:
+        said = f"{bench.dev}: {NOTE_STAYS}: Read-only file system; remove {note}"
+        assert e.restore() == [said]
+        assert bench.shown() == before
+        assert list(offline.restore(bench.state, bench.dev).problems) == [said]
+    finally:
+        subprocess.run(["umount", str(bench.state)], check=True)
+    assert restore_all(bench.state) == {bench.dev: []}
+    assert list(bench.state.iterdir()) == []
 
 
 def test_guarantees_are_written_into_the_living_tree_and_are_no_difference(bench: Bench) -> None:

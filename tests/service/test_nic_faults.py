@@ -65,6 +65,15 @@ def test_a_renamed_device_is_put_back(make: Make) -> None:
     assert root("v0") == before
 
 
+def test_an_alternative_name_is_named(make: Make) -> None:
+    sh("ip link property add dev v0 altname oddly")
+    devices = make("oddly", "none")
+    odd, none = devices.all
+    assert odd.notice == "that is an alternative name of v0: configure it as v0"
+    assert none.notice == "there is no such device; it is set up when it appears"
+    end(devices)
+
+
 def test_two_devices_that_swap_their_names(make: Make) -> None:
     add_w()
     devices = make("v0")

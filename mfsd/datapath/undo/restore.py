@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mfsd.datapath import links, tc
 from mfsd.datapath.errors import DatapathError, EnforceError, NoDeviceError
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from mfsd.datapath.links import Link
     from mfsd.datapath.tc import TcSocket
+
+NOTE_STAYS: Final = "nothing is left to put back, but the note can't be removed"
+"""Of a problem that concerns the note only."""
 
 
 def restore_all(
@@ -132,14 +135,17 @@ def put_back(sock: TcSocket, state: State) -> list[str]:
 
     Never leaves a half-made tree: the kernel's default is better than half of somebody's, so that is what stays when
     the replay is refused, and the problems say so; the note is kept then. A device that is gone, or goes meanwhile,
-    needs nothing. Raises NetlinkError, and OSError when the note can't be removed.
+    needs nothing. A note that can't be removed is a problem of its own. Raises NetlinkError.
     """
     try:
         problems, done = _put_back(sock, state)
     except NoDeviceError:
         problems, done = [], True
     if done:
-        notes.forget(state)
+        try:
+            notes.forget(state)
+        except OSError as e:
+            problems.append(f"{state.ifname}: {NOTE_STAYS}: {e.strerror}; remove {state.path}")
     return problems
 
 
