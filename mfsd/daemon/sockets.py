@@ -88,6 +88,8 @@ class HostSockets:
         self._latest: Mapping[Maker, Makers] = {}
         """The thread's last answer, which replaces the former."""
         self._next_families = 0.0
+        self._families: Future[None] | None = None
+        """The last search for whom selectors mean."""
         self._lost = 0
         """Events that the kernel had no room for, of which we know."""
         self._seldom = Seldom()
@@ -247,11 +249,11 @@ class HostSockets:
             if again:
                 self.look(list(again))
         now = time.monotonic()
-        if now >= self._next_families:
+        if now >= self._next_families and (self._families is None or self._families.done()):
             self._next_families = now + FAMILIES_S
             makers = {m for s, _ in self._rules if (m := maker_of(s)) is not None}
             if makers:
-                self._search("looking for processes", lambda: self._look_for(makers))
+                self._families = self._search("looking for processes", lambda: self._look_for(makers))
 
     def _look_for(self, makers: Iterable[Maker]) -> None:
         found = self._census.look(set(makers))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from support.privileges import DAEMON, call_with
+from support.waiting import WAIT_S
 
 from mfsd.daemon import sockets
 from mfsd.daemon.sockets import HostSockets
@@ -113,7 +114,7 @@ def host(
 
 def until(host: HostSockets, enough: Callable[[list[Event]], bool]) -> list[Event]:
     seen: list[Event] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         seen += host.events()
         if enough(seen):

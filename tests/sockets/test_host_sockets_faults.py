@@ -4,22 +4,28 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemons import connected
-from support.waiting import wait_for
+from support.waiting import WAIT_S, wait_for
 
-from mfsd.client import cookie_of, tuple_of
+from mfsd.client import cookie_of, process_peer, tuple_of
+from mfsd.daemon import sockets
 from mfsd.daemon.sockets import HostSockets
 from mfsd.engine.sockets import Found
-from mfsd.ground.model import Endpoints
+from mfsd.ground.model import Endpoints, Maker
+from mfsd.host.makers import Census
 from mfsd.host.sockets import DiagError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from mfsd.host.makers import Makers
 
 
 @pytest.fixture
@@ -115,3 +121,26 @@ def test_a_socket_bound_to_a_device_is_known_to_both(host: HostSockets) -> None:
         (found,) = answers(host)
         assert found.sockets
         assert set(host.progress([named(sock)]) or ()) == {cookie_of(sock)}
+
+
+def test_slow_searches_for_processes_do_not_pile_up(host: HostSockets, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the thread beside them would wait for all of them."""
+    looked: list[float] = []
+    go_on = threading.Event()
+
+    def slowly(*_: Any) -> dict[Maker, Makers]:
+        looked.append(time.monotonic())
+        go_on.wait(WAIT_S)
+        return {}
+
+    monkeypatch.setattr(sockets, "FAMILIES_S", 0.0)
+    monkeypatch.setattr(Census, "look", slowly)
+    host.watch(process_peer(os.getpid()), -1, 3, 2, 2**62)
+    for _ in range(100):
+        host.events()
+    wait_for(lambda: looked, "the first one")
+    monkeypatch.setattr(sockets, "FAMILIES_S", 600.0)
+    host.look([tuple_of("127.0.0.1", 1)])
+    go_on.set()
+    answers(host)
+    assert len(looked) <= 2
