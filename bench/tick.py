@@ -69,6 +69,7 @@ class Simulated:
     slow_start: bool = False
     queued: int = 0
     holes: bool = False
+    window_full: bool = False
     unsent_plus_unacked: int = 1 << 40
     notsent: int = 1 << 40
     total_retrans: int = 0

@@ -129,8 +129,7 @@ class Hands:
         try:
             for order in orders:
                 key = shape.lane(order.band, order.lane)
-                backlog = shape.enforcer.backlog(*key)[0]
-                if backlog and not (order.drains and backlog / order.drains < order.in_time_s):
+                if shape.enforcer.backlog(*key)[0]:
                     stuck[order] = key
             if stuck:
                 purged = shape.enforcer.purge(list(dict.fromkeys(stuck.values())))

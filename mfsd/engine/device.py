@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rescue:
-    """Order: free what a promoted connection has left in a lane, unless that drains by itself soon enough."""
+    """Order: free what a promoted connection has left in a lane."""
 
     conn: Connection
     band: int
     lane: int
-    drains: float = 0.0
-    """Bytes/s that the lane moves by itself."""
-    in_time_s: float = 0.0
-    """A lane that is empty within this time is left alone."""
     promoted: float = 0.0
     """When the connection was."""
 

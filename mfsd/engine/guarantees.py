@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd.engine.rescue import DRAIN
 from mfsd.ground.bands import HINTED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from mfsd.engine.device import Device
     from mfsd.ground.bands import Bands, Ladder
@@ -50,8 +51,13 @@ class Guarantees:
     _standing: dict[int, frozenset[int]] = field(default_factory=dict)
     """Bands whose share is their standing rate, by row of the device."""
 
-    def give(self, guarantee: F8 | None, ladder: Ladder, now: float) -> None:
-        """Put ``guarantee`` in force: bytes/s on top of the floors, shape (devices, levels); None: floors only."""
+    def give(
+        self, guarantee: F8 | None, ladder: Ladder, now: float, draining: Collection[tuple[int, int]] = ()
+    ) -> None:
+        """Put ``guarantee`` in force: bytes/s on top of the floors, shape (devices, levels); None: floors only.
+
+        ``draining``: rows of devices and bands that share DRAIN of it, whatever the others are guaranteed (rescue.py).
+        """
         for row, device in enumerate(self.devices):
             rate = device.estimator.rate
             asked: dict[int, float] = {}
@@ -59,7 +65,8 @@ class Guarantees:
             if guarantee is not None and rate > 0.0:
                 asked = self._asked(guarantee[row], rate, ladder)
                 standing = self._stand(asked, rate)
-            self._tell(row, asked | standing, now, frozenset(standing))
+            out = self._let_out([band for at, band in draining if at == row], asked | standing)
+            self._tell(row, out, now, frozenset(out.keys() - asked.keys()))
 
     def drain(self, now: float) -> None:
         """Packets go to the default band from now on: let what is queued in the other bands leave before that."""
@@ -93,6 +100,14 @@ class Guarantees:
             int(band): min(float(np.ceil((asked[band] + self.bands.bands[band].floor) / STEP) * STEP), 1.0)
             for band in np.flatnonzero(asked)
         }
+
+    def _let_out(self, drained: Sequence[int], shares: dict[int, float]) -> dict[int, float]:
+        """Shares of bands, with DRAIN for these."""
+        if not drained:
+            return shares
+        floors = {b.index: b.floor for b in self.bands.bands}
+        out = {band: max(share * (1.0 - DRAIN), floors[band]) for band, share in shares.items()}
+        return out | {band: max(out.get(band, 0.0), floors[band], DRAIN / len(drained)) for band in drained}
 
     def _stand(self, asked: Mapping[int, float], rate: float) -> dict[int, float]:
         above = (b for b in self.bands.level_bands if b.index < self.bands.default.index)

@@ -13,8 +13,10 @@ for nothing, and never by others:
 * only TCP is ever purged; with two lanes or more, everything else lives in lane 0, which is never purged;
 * a lane that other tenants' packets may be in is not purged (lanes.py);
 * each tenant has an even part of a device's rescues: whoever flips connections between levels uses up its own;
-* the whole of a short message may be stuck, with nothing new to send behind it: then only the retransmission timer
-  repairs a purge, and if the band's floor drains the lane sooner than that, it is left to do so.
+* all that a connection may have on its way may be stuck: the whole of a short message, or as much as the congestion
+  window of a new connection allows. Nothing new is sent behind it then, and only the retransmission timer (200 ms)
+  repairs a purge. So the band is given a share of the link until the lane must be empty, where that doesn't take too
+  long; what is left then is purged.
 """
 
 from __future__ import annotations
@@ -40,6 +42,12 @@ if TYPE_CHECKING:
     from mfsd.engine.sockets import Progress
 
 
+DRAIN: Final = 0.25
+"""Share of a device that bands get to let out what a purge would cost a timeout."""
+TOLD_S: Final = 0.05
+"""So long it may take until the device does so."""
+DRAIN_S: Final = 0.04
+"""What there is to let out must take no longer from then on."""
 SILENT_S: Final = 0.05
 """Longer than any queue that TCP small queues allow takes to drain at the rates we shape."""
 
@@ -50,6 +58,10 @@ class _Stuck:
 
     band: int
     since: float
+    until: float | None = None
+    """When its lane must have been let out; None: nobody has looked whether it can be."""
+    retransmitted: int | None = None
+    """Segments that TCP had sent again when somebody looked."""
 
 
 _Late = tuple["Connection", _Stuck]
@@ -71,7 +83,8 @@ class Rescuer:
     connections: Connections
     bands: Bands
     config: RescueConfig
-    _stuck: dict[Connection, _Stuck] = field(default_factory=dict)
+    _stuck: dict[tuple[Connection, int], _Stuck] = field(default_factory=dict)
+    """By connection and the band that it has left."""
     _budgets: dict[int, Bucket] = field(default_factory=dict)
     """Rescues that a device may have now, up to a second's worth."""
     _parts: dict[tuple[int, int], Bucket] = field(default_factory=dict)
@@ -89,15 +102,20 @@ class Rescuer:
         """A rescue may be due within ``stall``: tick soon."""
         return bool(self._stuck)
 
+    def draining(self, now: float) -> set[tuple[int, int]]:
+        """Bands that must be let out now, and their devices' rows: (row, band)."""
+        return {
+            (self._device(conn), band)
+            for (conn, band), late in self._stuck.items()
+            if late.until is not None and late.until > now
+        }
+
     def promoted(self, conn: Connection, was_band: int, now: float) -> None:
         """A connection left a band for a more urgent one."""
         spec = self.bands.bands[was_band]
         if not self.devices or not self.config.enabled or spec.role not in HINTED or not self._purgeable(conn):
             return
-        known = self._stuck.get(conn)
-        if known is None:
-            # Promoted twice in a row, its packets are still where they were first.
-            self._stuck[conn] = _Stuck(was_band, now)
+        self._stuck.setdefault((conn, was_band), _Stuck(was_band, now))
 
     def _purgeable(self, conn: Connection) -> bool:
         tcp = conn.endpoints is None or conn.endpoints.protocol == IPPROTO_TCP
@@ -108,7 +126,8 @@ class Rescuer:
 
     def forget(self, conn: Connection) -> None:
         """The connection is gone."""
-        self._stuck.pop(conn, None)
+        for key in [key for key in self._stuck if key[0] is conn]:
+            del self._stuck[key]
         self._after.pop(conn, None)
 
     def run(self, now: float) -> None:
@@ -119,10 +138,14 @@ class Rescuer:
             return
         stall_s = self.config.stall_ms / 1000
         due: dict[int, list[_Late]] = {}
-        for conn, stuck in list(self._stuck.items()):
+        for (conn, band), stuck in list(self._stuck.items()):
             index = self._device(conn)
             if not self.devices[index].enforced:
-                del self._stuck[conn]
+                del self._stuck[conn, band]
+                continue
+            if stuck.until is not None and now < stuck.until:
+                if self.devices[index].empty(band, conn.lane):
+                    del self._stuck[conn, band]
                 continue
             silent = now - self.connections.table.last_ns[conn.slot] / NS
             if silent < stall_s and now - stuck.since < stall_s:
@@ -141,25 +164,38 @@ class Rescuer:
 
     def _order(self, index: int, stuck: list[_Late], now: float) -> None:
         """Order as many as the device may have now; the others wait."""
-        device = self.devices[index]
-        allowed = self._allowed(index, [one for one in stuck if self._own(*one, now)], now)
-        told = self.connections.positions.tcp([conn for conn, _ in allowed]) if allowed and device.floors else {}
-        orders = []
-        for conn, late in allowed:
-            del self._stuck[conn]
-            floor = self.bands.bands[late.band].floor * device.estimator.rate if device.floors else 0.0
-            in_time_s = _timer(told.get(conn)) if floor else 0.0
+        own = [one for one in stuck if self._own(*one, now)]
+        new = [(conn, late) for conn, late in own if late.until is None]
+        told = self.connections.positions.tcp([conn for conn, _ in new]) if new and self.devices[index].floors else {}
+        for conn, late in new:
+            late.until = now
             if conn in told:
-                self._after[conn] = now + AFTER_S, told[conn].total_retrans
-            orders.append(Rescue(conn, late.band, conn.lane, floor, in_time_s, late.since))
+                late.retransmitted = told[conn].total_retrans
+                takes_s = self._lets_out(index, late.band, told[conn])
+                if takes_s <= DRAIN_S:
+                    late.until = now + TOLD_S + takes_s
+        orders = []
+        for conn, late in self._allowed(index, [(conn, late) for conn, late in own if (late.until or 0.0) <= now], now):
+            del self._stuck[conn, late.band]
+            if late.retransmitted is not None:
+                self._after[conn] = now + AFTER_S, late.retransmitted
+            orders.append(Rescue(conn, late.band, conn.lane, late.since))
         if orders:
-            device.rescue(orders)
+            self.devices[index].rescue(orders)
 
-    def _own(self, conn: Connection, _: _Stuck, now: float) -> bool:
+    def _lets_out(self, index: int, band: int, tcp: Progress) -> float:
+        """Seconds that it takes to let a lane out, and as much from all others of its band; inf: a purge is better."""
+        rate, table = self.devices[index].estimator.rate, self.connections.table
+        if rate <= 0.0 or not (tcp.notsent == 0 or tcp.window_full):
+            return np.inf
+        others = np.count_nonzero((table.band[: table.high] == band) & table.used[: table.high])
+        return (tcp.unsent_plus_unacked - tcp.notsent) * (1 + int(others)) / (DRAIN * rate)
+
+    def _own(self, conn: Connection, late: _Stuck, now: float) -> bool:
         """Its lane is its tenant's own. Else its queue is left to its band's floor."""
         if self.connections.alone(conn, now):
             return True
-        del self._stuck[conn]
+        del self._stuck[conn, late.band]
         return False
 
     def _allowed(self, index: int, stuck: list[_Late], now: float) -> list[_Late]:
@@ -208,8 +244,3 @@ class Rescuer:
         if device is not None and device.enforced and self.bands.bands[conn.band].role in HINTED:
             return device.empty(conn.band, conn.lane)
         return now - float(self.connections.table.last_ns[conn.slot]) / NS > SILENT_S
-
-
-def _timer(tcp: Progress | None) -> float:
-    """Seconds until TCP would repair a purge by its timer, where it has nothing new to send; else 0."""
-    return tcp.rto_us / 1e6 if tcp is not None and tcp.notsent == 0 else 0.0

@@ -105,6 +105,11 @@ class Progress(Protocol):
         """Something was lost or overtaken, so that bytes_acked stands still until it has arrived, and then jumps."""
         ...
 
+    @property
+    def window_full(self) -> bool:
+        """Nothing new may be sent until something is acknowledged: the congestion window is full."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Established:

@@ -142,7 +142,7 @@ class Steering:
             self._untold.clear()
         # Before the levels, so that whoever is promoted finds its guarantee.
         if steers:
-            self.guarantees.give(guarantee, self.ladder, now)
+            self.guarantees.give(guarantee, self.ladder, now, self.rescuer.draining(now))
         else:
             self.guarantees.drain(now)
         self.urgency.count(now, steers=steers)

@@ -100,12 +100,17 @@ def _row(m: nl.Message) -> Row:
 class Tcp(NamedTuple):
     """The parts of ``struct tcp_info`` that mfsd reads.
 
-    ``last_sent_ms``: since data were sent last, ``last_ack_ms``: since the last acknowledgement came.
+    ``unacked``, ``sacked``, ``lost`` and ``retrans`` are segments. ``last_sent_ms``: since data were sent last,
+    ``last_ack_ms``: since the last acknowledgement came.
     """
 
     ca_state: int
     flags: int
     rto_us: int
+    unacked: int
+    sacked: int
+    lost: int
+    retrans: int
     last_sent_ms: int
     last_ack_ms: int
     snd_ssthresh: int
@@ -119,8 +124,9 @@ class Tcp(NamedTuple):
 
 
 _TCP_INFO: Final = struct.Struct(
-    "=xB5xBI32xI8xI16xII16xI16xQ16xI20xQQQ"
-)  # ca_state@1 delivery_rate_app_limited@7 rto@8 last_data_sent@44 last_ack_recv@56 snd_ssthresh@76 snd_cwnd@80
+    "=xB5xBI12xIIII4xI8xI16xII16xI16xQ16xI20xQQQ"
+)  # ca_state@1 delivery_rate_app_limited@7 rto@8 unacked@24 sacked@28 lost@32 retrans@36 last_data_sent@44
+# last_ack_recv@56 snd_ssthresh@76 snd_cwnd@80
 # total_retrans@100 bytes_acked@120 notsent@144 busy_time@168 rwnd_limited@176 sndbuf_limited@184
 HOLES: Final = frozenset({1, 3, 4})
 """Tcp.ca_state: TCP_CA_Disorder, TCP_CA_Recovery, TCP_CA_Loss."""

@@ -72,7 +72,8 @@ class TcpProgress:
     the receiver's window closed and ``sndbuf_limited_us`` with too small a send buffer; ``app_limited``: the process
     gave too little when the rate was measured last; ``slow_start``: no loss or delay has ended it yet; ``queued`` is
     the memory of packets that are below TCP and have not left the host's queues; ``holes``: something was lost or
-    overtaken, so that ``bytes_acked`` stands still until it has arrived and then jumps.
+    overtaken, so that ``bytes_acked`` stands still until it has arrived and then jumps; ``window_full``: nothing new
+    may be sent until something is acknowledged.
     """
 
     bytes_acked: int
@@ -89,6 +90,7 @@ class TcpProgress:
     slow_start: bool
     queued: int
     holes: bool
+    window_full: bool
 
 
 class SocketResolver:
@@ -207,6 +209,7 @@ class SocketResolver:
                 tcp.snd_cwnd < tcp.snd_ssthresh,
                 answer.queued,
                 tcp.ca_state in inet_diag.HOLES,
+                tcp.unacked - tcp.sacked - tcp.lost + tcp.retrans >= tcp.snd_cwnd,
             )
         return out
 

@@ -7,17 +7,25 @@ import pytest
 from support.harness import MSS, FakeSocket, Host
 
 from mfsd.api.trace import of_request
+from mfsd.engine.rescue import DRAIN
 from mfsd.engine.settings import RescueConfig
 from mfsd.ground.model import Endpoints, Mode, What
 
+MORE = 800_000
+"""Bytes that the process has written and TCP not handed down."""
 
-def deferred(h: Host, cookie: int = 1, left: float = 0.2, device: int = 0) -> tuple[FakeSocket, tuple[int, int]]:
+
+def deferred(
+    h: Host, cookie: int = 1, left: float = 0.2, device: int = 0, more: int = MORE
+) -> tuple[FakeSocket, tuple[int, int]]:
     """A starved connection and the (band, lane) in which its packets are stuck."""
     s = h.socket(cookie, dst=f"10.0.{device}.2")
     h.request(f"r{cookie}", left)
     h.transfer(f"t{cookie}", s, 1_000_000, request=f"r{cookie}")
     h.tick()
     h.send(s, 90 * MSS, acked=False)
+    s.notsent = more
+    s.unsent_plus_unacked += more
     row = h.table.rows[h.keys.cookies[cookie]]
     place = (int(row["band"]), int(row["lane"]))
     h.devices[device].queued[place] = 130_000
@@ -147,17 +155,42 @@ def test_disabled_purges_nothing() -> None:
     assert h.device.purged == []
 
 
-def test_a_short_message_that_its_floor_drains_sooner_than_a_timer_is_not_purged() -> None:
-    floored = (0.0, 0.0, 0.05, 0.05, 0.05)
-    h = Host(floors=floored)
-    deferred(h)  # 130 kB at 5 % of 1 Gbit/s: 21 ms, against a timeout of 200 ms; and nothing unsent behind it
+@pytest.mark.parametrize(("notsent", "window_full"), [(0, False), (MORE, True)])
+def test_what_only_a_timer_would_repair_is_let_out_instead(notsent: int, window_full: bool) -> None:  # noqa: FBT001
+    """130 kB at a quarter of 1 Gbit/s: 4 ms, against a timeout of 200."""
+    h = Host()
+    s, place = deferred(h, more=notsent)
+    s.window_full = window_full
+    begin = h.now
+    while h.device.guaranteed.get(place[0], 0.0) < DRAIN:
+        assert h.now < begin + 1.0
+        h.tick(0.005)
+    assert sum(h.device.guaranteed.values()) <= 1.0
+    h.device.queued[place] = 0
     promote(h)
     assert h.device.purged == []
-    h = Host(floors=floored)
-    s, _ = deferred(h)
-    s.notsent = 1_000_000  # new data will bring the SACKs that repair a purge
+    assert h.device.guaranteed.get(place[0], 0.0) < DRAIN
+
+
+def test_what_is_left_after_it_was_let_out_is_purged() -> None:
+    h = Host()
+    _, place = deferred(h, more=0)
     promote(h)
-    assert h.device.purged != []
+    promote(h)
+    assert place in h.device.purged
+
+
+def test_a_lane_that_many_share_the_band_with_is_purged() -> None:
+    h = Host(slots=64, lanes=32)
+    for cookie in range(2, 22):
+        _, beside = deferred(h, cookie, left=0.3)
+    _, place = deferred(h, more=0)  # 130 kB, and as much of each: 87 ms at a quarter of the link
+    assert beside[0] == place[0]
+    begin = h.now
+    while place not in h.device.purged:
+        assert h.device.guaranteed.get(place[0], 0.0) < DRAIN
+        assert h.now < begin + 1.0
+        h.tick(0.005)
 
 
 def test_a_floor_that_the_device_cannot_give_drains_nothing() -> None:

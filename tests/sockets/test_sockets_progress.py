@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import subprocess
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -172,3 +173,16 @@ def test_a_listing_that_was_given_up_does_not_disturb(net: Net, resolver: Socket
     assert len(resolver.resolve(CookieSelector(cookie_of(client)))) == 1
     sock._seq = 0xFFFFFFF0
     assert resolver._diag.lookup([own] * 40).count(None) == 0
+
+
+def test_a_window_is_full_while_all_of_it_is_queued(net: Net, resolver: SocketResolver) -> None:
+    """A new connection's window is ten segments, which the qdisc lets out at a byte per second."""
+    for command in ("ip link set lo mtu 1500", "tc qdisc replace dev lo root tbf rate 8bit burst 2000 limit 1mb"):
+        subprocess.run(command.split(), check=True)
+    server = net.listen("127.0.0.1")
+    client, _ = net.connect(server, "127.0.0.1")
+    assert not progress(resolver, client).window_full
+    client.setblocking(False)
+    client.send(b"x" * 65536)
+    state = wait_for(lambda: progress(resolver, client), lambda p: p.window_full)
+    assert state.notsent > 0

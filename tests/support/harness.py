@@ -63,6 +63,7 @@ class FakeSocket:
     slow_start: bool = False
     queued: int = 0
     holes: bool = False
+    window_full: bool = False
     uid: int = 0
     pid: int = 0
     here: bool = True
@@ -233,11 +234,9 @@ class FakeDevice:
         for order in orders:
             place = order.band, order.lane
             backlog = self.queued.get(place, 0)
-            if backlog and not (order.drains and backlog / order.drains < order.in_time_s):
+            if backlog:
                 self.purged.append(place)
                 self.queued[place] = 0
-            else:
-                backlog = 0
             self._done.append(Rescued(order, backlog))
 
     def rescued(self) -> list[Rescued]:
