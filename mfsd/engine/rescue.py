@@ -126,8 +126,8 @@ class Rescuer:
 
     def forget(self, conn: Connection) -> None:
         """The connection is gone."""
-        for key in [key for key in self._stuck if key[0] is conn]:
-            del self._stuck[key]
+        for spec in self.bands.bands:
+            self._stuck.pop((conn, spec.index), None)
         self._after.pop(conn, None)
 
     def run(self, now: float) -> None:
@@ -140,7 +140,7 @@ class Rescuer:
         due: dict[int, list[_Late]] = {}
         for (conn, band), stuck in list(self._stuck.items()):
             index = self._device(conn)
-            if not self.devices[index].enforced:
+            if not self.devices[index].enforced or conn.band == band:  # it is back: what it sends now belongs there
                 del self._stuck[conn, band]
                 continue
             if stuck.until is not None and now < stuck.until:

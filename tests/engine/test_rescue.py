@@ -180,6 +180,18 @@ def test_what_is_left_after_it_was_let_out_is_purged() -> None:
     assert place in h.device.purged
 
 
+def test_who_is_back_where_it_was_is_not_purged() -> None:
+    h = Host()
+    s, place = deferred(h, more=0)
+    while h.device.guaranteed.get(place[0], 0.0) < DRAIN:
+        h.tick(0.005)
+    for _ in range(40):
+        h.request("r1", 0.2)  # as at first
+        h.tick(0.005)
+    assert h.band(s) == h.bands.bands[place[0]].name
+    assert h.device.purged == []
+
+
 def test_a_lane_that_many_share_the_band_with_is_purged() -> None:
     h = Host(slots=64, lanes=32)
     for cookie in range(2, 22):
