@@ -16,7 +16,7 @@ for nothing, and never by others:
 * all that a connection may have on its way may be stuck: the whole of a short message, or as much as the congestion
   window of a new connection allows. Nothing new is sent behind it then, and only the retransmission timer (200 ms)
   repairs a purge. So the band is given a share of the link until the lane must be empty, where that doesn't take too
-  long; what is left then is purged.
+  long and the device hasn't done so too much; what is left then is purged.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ TOLD_S: Final = 0.05
 """So long it may take until the device does so."""
 DRAIN_S: Final = 0.04
 """What there is to let out must take no longer from then on."""
+DUTY: Final = 1 / 3
+"""Share of the time in which a device lets out, at most, whoever flips connections between levels: it takes from what
+others are guaranteed."""
 SILENT_S: Final = 0.05
 """Longer than any queue that TCP small queues allow takes to drain at the rates we shape."""
 
@@ -92,6 +95,8 @@ class Rescuer:
     _wanted: dict[tuple[int, int], float] = field(default_factory=dict)
     """When they did."""
 
+    _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """By row of the device: until when it lets out, and when it may begin to again."""
     retransmitted: int = 0
     """Segments that TCP has sent again within AFTER_S of rescues."""
     _after: dict[Connection, tuple[float, int]] = field(default_factory=dict)
@@ -146,6 +151,7 @@ class Rescuer:
             if stuck.until is not None and now < stuck.until:
                 if self.devices[index].empty(band, conn.lane):
                     del self._stuck[conn, band]
+                    self._give_back(index, conn)
                 continue
             silent = now - self.connections.table.last_ns[conn.slot] / NS
             if silent < stall_s and now - stuck.since < stall_s:
@@ -165,17 +171,19 @@ class Rescuer:
     def _order(self, index: int, stuck: list[_Late], now: float) -> None:
         """Order as many as the device may have now; the others wait."""
         own = [one for one in stuck if self._own(*one, now)]
-        new = [(conn, late) for conn, late in own if late.until is None]
+        new = self._allowed(index, [(conn, late) for conn, late in own if late.until is None], now)
         told = self.connections.positions.tcp([conn for conn, _ in new]) if new and self.devices[index].floors else {}
         for conn, late in new:
             late.until = now
             if conn in told:
                 late.retransmitted = told[conn].total_retrans
                 takes_s = self._lets_out(index, late.band, told[conn])
-                if takes_s <= DRAIN_S:
+                if takes_s <= DRAIN_S and self._may_let_out(index, now, now + TOLD_S + takes_s):
                     late.until = now + TOLD_S + takes_s
         orders = []
-        for conn, late in self._allowed(index, [(conn, late) for conn, late in own if (late.until or 0.0) <= now], now):
+        for conn, late in own:
+            if late.until is None or late.until > now:
+                continue
             del self._stuck[conn, late.band]
             if late.retransmitted is not None:
                 self._after[conn] = now + AFTER_S, late.retransmitted
@@ -186,10 +194,19 @@ class Rescuer:
     def _lets_out(self, index: int, band: int, tcp: Progress) -> float:
         """Seconds that it takes to let a lane out, and as much from all others of its band; inf: a purge is better."""
         rate, table = self.devices[index].estimator.rate, self.connections.table
-        if rate <= 0.0 or not (tcp.notsent == 0 or tcp.window_full):
+        under_way = tcp.unsent_plus_unacked - tcp.notsent
+        if rate <= 0.0 or not under_way or not (tcp.notsent == 0 or tcp.window_full):
             return np.inf
         others = np.count_nonzero((table.band[: table.high] == band) & table.used[: table.high])
-        return (tcp.unsent_plus_unacked - tcp.notsent) * (1 + int(others)) / (DRAIN * rate)
+        return under_way * (1 + int(others)) / (DRAIN * rate)
+
+    def _may_let_out(self, index: int, now: float, until: float) -> bool:
+        """It has not done so for too long, or does anyway."""
+        end, again = self._windows.get(index, (0.0, 0.0))
+        if now < again:
+            return until <= end
+        self._windows[index] = until, now + (until - now) / DUTY
+        return True
 
     def _own(self, conn: Connection, late: _Stuck, now: float) -> bool:
         """Its lane is its tenant's own. Else its queue is left to its band's floor."""
@@ -232,11 +249,14 @@ class Rescuer:
                             stream.queue.first.rescues += 1
                     purged.append(done.order.promoted)
                 else:
-                    self._budgets[index].left += 1
-                    part = self._parts.get((index, done.order.conn.tenant))
-                    if part is not None:
-                        part.left += 1
+                    self._give_back(index, done.order.conn)
         return purged
+
+    def _give_back(self, index: int, conn: Connection) -> None:
+        self._budgets[index].left += 1
+        part = self._parts.get((index, conn.tenant))
+        if part is not None:
+            part.left += 1
 
     def lane_empty(self, conn: Connection, now: float) -> bool:
         """True when nothing of the connection can be queued any more. Without a qdisc to ask: when it is silent."""

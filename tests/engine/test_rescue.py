@@ -192,6 +192,18 @@ def test_who_is_back_where_it_was_is_not_purged() -> None:
     assert h.device.purged == []
 
 
+def test_who_flips_connections_takes_no_more_than_a_share_of_the_time_from_others() -> None:
+    h = Host(slots=64, lanes=32, rescue=RescueConfig(max_per_s=1000))
+    let_out = ticks = 0
+    for cookie in range(1, 41):
+        _, place = deferred(h, cookie, left=0.15, more=0)
+        for _ in range(10):
+            h.tick(0.005)
+            ticks += 1
+            let_out += h.device.guaranteed.get(place[0], 0.0) >= DRAIN
+    assert 0 < let_out <= 0.4 * ticks
+
+
 def test_a_lane_that_many_share_the_band_with_is_purged() -> None:
     h = Host(slots=64, lanes=32)
     for cookie in range(2, 22):
