@@ -95,6 +95,8 @@ class Rescuer:
     _wanted: dict[tuple[int, int], float] = field(default_factory=dict)
     """When they did."""
 
+    _let_out: list[tuple[Connection, float]] = field(default_factory=list)
+    """Who has left its old band that way, and when it was promoted."""
     _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
     """By row of the device: until when it lets out, and when it may begin to again."""
     retransmitted: int = 0
@@ -151,7 +153,7 @@ class Rescuer:
             if stuck.until is not None and now < stuck.until:
                 if self.devices[index].empty(band, conn.lane):
                     del self._stuck[conn, band]
-                    self._give_back(index, conn)
+                    self._let_out.append((conn, stuck.since))
                 continue
             silent = now - self.connections.table.last_ns[conn.slot] / NS
             if silent < stall_s and now - stuck.since < stall_s:
@@ -235,28 +237,26 @@ class Rescuer:
         return out
 
     def rescued(self) -> list[float]:
-        """When those were promoted whose lanes have been purged since the last call.
+        """When those were promoted whose lanes have been purged or let out since the last call.
 
         What was not needed is given back to the budget.
         """
-        purged: list[float] = []
+        helped, self._let_out = self._let_out, []
         for index, device in enumerate(self.devices):
             for done in device.rescued():
                 if done.freed:
-                    done.order.conn.rescues += 1
-                    for stream in done.order.conn.streams:
-                        if stream.queue:
-                            stream.queue.first.rescues += 1
-                    purged.append(done.order.promoted)
+                    helped.append((done.order.conn, done.order.promoted))
                 else:
-                    self._give_back(index, done.order.conn)
-        return purged
-
-    def _give_back(self, index: int, conn: Connection) -> None:
-        self._budgets[index].left += 1
-        part = self._parts.get((index, conn.tenant))
-        if part is not None:
-            part.left += 1
+                    self._budgets[index].left += 1
+                    part = self._parts.get((index, done.order.conn.tenant))
+                    if part is not None:
+                        part.left += 1
+        for conn, _ in helped:
+            conn.rescues += 1
+            for stream in conn.streams:
+                if stream.queue:
+                    stream.queue.first.rescues += 1
+        return [promoted for _, promoted in helped]
 
     def lane_empty(self, conn: Connection, now: float) -> bool:
         """True when nothing of the connection can be queued any more. Without a qdisc to ask: when it is silent."""

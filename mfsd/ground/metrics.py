@@ -70,12 +70,12 @@ METRICS: Final = (
         "requests_ended", "counter", "Requests; result: met or missed (the deadline that was hinted).", ("result",)
     ),
     Metric("promotions", "counter", "Times that a connection was lifted to a more urgent band."),
-    Metric("rescues", "counter", "Promotions whose packets sat in a starved queue and were purged, to be sent anew."),
+    Metric("rescues", "counter", "Promotions whose packets sat in a starved queue and were purged, to be sent anew, or let out."),
     Metric(
         "rescue_retransmitted_segments", "counter", "What TCP has sent again within a second of a rescue, on the "
         "connection that was rescued; where bands have floors.",
     ),
-    Metric("rescue_latency_seconds", "histogram", "From a promotion to the purge that made it take effect."),
+    Metric("rescue_latency_seconds", "histogram", "From a promotion to what made it take effect."),
     Metric("request_slack_seconds", "histogram", "Deadline less delivery of the last byte; below zero: late."),
     Metric("transfer_slack_seconds", "histogram", "The same of transfers that have a deadline.", STAGE),
     Metric("transfer_queue_seconds", "histogram", "From the hint to the first byte, to within a tick.", STAGE),

@@ -170,6 +170,7 @@ def test_what_only_a_timer_would_repair_is_let_out_instead(notsent: int, window_
     promote(h)
     assert h.device.purged == []
     assert h.device.guaranteed.get(place[0], 0.0) < DRAIN
+    assert h.engine.books.counters.rescues == 1
 
 
 def test_what_is_left_after_it_was_let_out_is_purged() -> None:
