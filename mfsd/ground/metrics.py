@@ -70,7 +70,7 @@ METRICS: Final = (
         "requests_ended", "counter", "Requests; result: met or missed (the deadline that was hinted).", ("result",)
     ),
     Metric("promotions", "counter", "Times that a connection was lifted to a more urgent band."),
-    Metric("rescues", "counter", "Promotions whose packets sat in a starved queue and were purged, to be sent anew, or let out."),
+    Metric("rescues", "counter", "Promotions whose packets sat in a starved queue and were let out, or sent anew."),
     Metric(
         "rescue_retransmitted_segments", "counter", "What TCP has sent again within a second of a rescue, on the "
         "connection that was rescued; where bands have floors.",
