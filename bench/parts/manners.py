@@ -11,12 +11,9 @@ one in the deferred one's place.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import socket
 import statistics
-import struct
 import subprocess
-import termios
 import threading
 import time
 from typing import TYPE_CHECKING, Final
@@ -32,7 +29,7 @@ from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.ground.units import Rate
 from mfsd.host import clock
 from mfsd.lab.hosts.enter import inside
-from mfsd.lab.hosts.tcp import CHUNK, CONGESTION
+from mfsd.lab.hosts.tcp import CHUNK, CONGESTION, queued, tcp_info
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,7 +117,7 @@ def _slice(sender: socket.socket) -> tuple[float, float]:
     begin, busy = time.perf_counter(), time.process_time()
     for _ in range(SLICE // CHUNK):
         sender.sendall(chunk)
-    while struct.unpack("=i", fcntl.ioctl(sender, termios.TIOCOUTQ, bytes(4)))[0]:
+    while queued(sender):
         time.sleep(0.0002)
     return time.perf_counter() - begin, time.process_time() - busy
 
@@ -156,11 +153,6 @@ def costs() -> list[Figure]:
     return [*out, Figure("plain_throughput_gbit", rate * 8e-9, "Gbit/s")]
 
 
-def _acked(sender: socket.socket) -> int:
-    """tcpi_bytes_acked."""
-    return int.from_bytes(sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)[120:128], "little")
-
-
 class _Filled:
     """Connections that are kept full meanwhile. A context manager."""
 
@@ -186,9 +178,9 @@ class _Filled:
 def _goodput(sender: socket.socket) -> float:
     """Bytes/s, once it has settled."""
     time.sleep(SETTLE_S)
-    begin, before = time.monotonic(), _acked(sender)
+    begin, before = time.monotonic(), tcp_info(sender).acked
     time.sleep(LOOK_S)
-    return (_acked(sender) - before) / (time.monotonic() - begin)
+    return (tcp_info(sender).acked - before) / (time.monotonic() - begin)
 
 
 def reverse() -> list[Figure]:

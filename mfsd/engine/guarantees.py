@@ -105,7 +105,7 @@ class Guarantees:
         """Shares of bands, with DRAIN for these."""
         if not drained:
             return shares
-        floors = {b.index: b.floor for b in self.bands.bands}
+        floors = self.bands.floors.tolist()
         out = {band: max(share * (1.0 - DRAIN), floors[band]) for band, share in shares.items()}
         return out | {band: max(out.get(band, 0.0), floors[band], DRAIN / len(drained)) for band in drained}
 

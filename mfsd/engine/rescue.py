@@ -179,7 +179,7 @@ class Rescuer:
             late.until = now
             if conn in told:
                 late.retransmitted = told[conn].total_retrans
-                takes_s = self._lets_out(index, late.band, told[conn])
+                takes_s = self._emptied_in(index, late.band, told[conn])
                 if takes_s <= DRAIN_S and self._may_let_out(index, now, now + TOLD_S + takes_s):
                     late.until = now + TOLD_S + takes_s
         orders = []
@@ -193,7 +193,7 @@ class Rescuer:
         if orders:
             self.devices[index].rescue(orders)
 
-    def _lets_out(self, index: int, band: int, tcp: Progress) -> float:
+    def _emptied_in(self, index: int, band: int, tcp: Progress) -> float:
         """Seconds that it takes to let a lane out, and as much from all others of its band; inf: a purge is better."""
         rate, table = self.devices[index].estimator.rate, self.connections.table
         under_way = tcp.unsent_plus_unacked - tcp.notsent

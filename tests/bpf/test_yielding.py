@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import socket
 import struct
-import termios
 import threading
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import LoaderError
 from mfsd.host import clock
+from mfsd.lab.hosts.tcp import queued, tcp_info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,8 +107,8 @@ class Bench:
         """As a yardstick, another connection gets the algorithm meanwhile."""
         other = self.connect()
         self.hint(other, FIRST)
-        before = acked(sock)
-        self.sends_until(sock, lambda: acked(sock) - before > 10 * len(CHUNK))
+        before = tcp_info(sock).acked
+        self.sends_until(sock, lambda: tcp_info(sock).acked - before > 10 * len(CHUNK))
         self.becomes(other, self.yielding.name)
         assert algorithm_of(sock) == algorithm
 
@@ -125,16 +124,6 @@ def _drain(peer: socket.socket) -> None:
 
 def algorithm_of(sock: socket.socket) -> str:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
-
-
-def queued(sock: socket.socket) -> int:
-    """Bytes that are not acknowledged yet."""
-    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), "little")
-
-
-def acked(sock: socket.socket) -> int:
-    """tcpi_bytes_acked."""
-    return int.from_bytes(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)[120:128], "little")
 
 
 @pytest.fixture
@@ -371,9 +360,9 @@ def _share(first: socket.socket, second: socket.socket, seconds: float = 1.5) ->
     for thread in threads:
         thread.start()
     time.sleep(seconds)
-    before = np.array([acked(first), acked(second)])
+    before = np.array([tcp_info(first).acked, tcp_info(second).acked])
     time.sleep(seconds)
-    grown: Any = np.array([acked(first), acked(second)]) - before
+    grown: Any = np.array([tcp_info(first).acked, tcp_info(second).acked]) - before
     ends.set()
     for thread in threads:
         thread.join()
@@ -395,5 +384,5 @@ def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> Non
     bench.hint(other, URGENT)  # both are cubic again
     bench.hint(one, FIRST)
     assert _share(one, other) < 0.15
-    left = acked(one)
-    bench.sends_until(one, lambda: acked(one) > left + 20 * len(CHUNK))  # with nobody about it has the link
+    left = tcp_info(one).acked
+    bench.sends_until(one, lambda: tcp_info(one).acked > left + 20 * len(CHUNK))  # with nobody about it has the link

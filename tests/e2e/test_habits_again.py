@@ -17,8 +17,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from support.habits import KB, KIB, MB, PORT, WRONG, Grown, Sink, counted, dial, settled, shown, transfers, worker
-from support.rig import RATE_MBIT, Daemon, running
+from support.habits import (
+    KB,
+    KIB,
+    MB,
+    PORT,
+    WRONG,
+    Grown,
+    Sink,
+    counted,
+    dial,
+    second_link,
+    settled,
+    shown,
+    transfers,
+    worker,
+)
+from support.rig import Daemon, running
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Event, Rejected, Stage
@@ -198,6 +213,7 @@ def test_a_child_goes_on_with_the_socket_of_its_parent(daemon: Daemon, sink: Sin
 
 
 DROPS = """
+from grpc import _channel  # which loads when it is needed, from a checkout that may be closed to other users
 listener = socket.create_server(("0.0.0.0", 7000))
 os.setgroups([])
 os.setgid(1000)
@@ -293,21 +309,12 @@ sysctl -qw net.ipv4.conf.all.rp_filter=0
 ip addr add 10.88.0.1/24 dev w0; ip link set w0 up
 ip route add 10.99.0.1 via 10.77.0.2 dev v0 src 10.77.0.1
 """
-THERE = """
-for i in all default v1 w1; do sysctl -qw net.ipv4.conf.$i.rp_filter=0; done
-ip addr add 10.88.0.2/24 dev w1; ip link set w1 up; ip addr add 10.99.0.1/32 dev lo
-"""
 
 
 @pytest.mark.usefixtures("sink")
 def test_a_route_that_moves_to_another_device_in_the_middle(netns_pair: NetnsPair, tmp_path: Path) -> None:
     pair = netns_pair
-    subprocess.run(
-        ["ip", "-n", pair.a, "link", "add", "w0", "type", "veth", "peer", "name", "w1", "netns", pair.b], check=True
-    )
-    pair.run(pair.b, THERE)
-    pair.run(pair.a, OURS)
-    second = f'[[device]]\nname = "w0"\nbackend = "htb"\nrate = "{RATE_MBIT}mbit"\n'
+    second = second_link(pair, OURS)
     with (
         running(Daemon(pair, tmp_path, extra=second)) as daemon,
         daemon.client() as client,

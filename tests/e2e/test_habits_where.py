@@ -25,6 +25,7 @@ from support.habits import (
     band,
     close_hard,
     dial,
+    second_link,
     settled,
     shown,
     three_in_turn,
@@ -128,20 +129,11 @@ sysctl -qw net.ipv4.fib_multipath_hash_policy=1 net.ipv4.conf.all.rp_filter=0
 ip addr add 10.88.0.1/24 dev w0; ip link set w0 up
 ip route add 10.99.0.1 nexthop via 10.77.0.2 dev v0 nexthop via 10.88.0.2 dev w0
 """
-THERE = """
-for i in all default v1 w1; do sysctl -qw net.ipv4.conf.$i.rp_filter=0; done
-ip addr add 10.88.0.2/24 dev w1; ip link set w1 up; ip addr add 10.99.0.1/32 dev lo
-"""
 
 
 def test_the_device_is_the_one_that_the_packets_use(netns_pair: NetnsPair, tmp_path: Path) -> None:
     pair = netns_pair
-    subprocess.run(
-        ["ip", "-n", pair.a, "link", "add", "w0", "type", "veth", "peer", "name", "w1", "netns", pair.b], check=True
-    )
-    pair.run(pair.b, THERE)
-    pair.run(pair.a, BOTH)
-    second = f'[[device]]\nname = "w0"\nbackend = "htb"\nrate = "{RATE_MBIT}mbit"\n'
+    second = second_link(pair, BOTH)
     through = replace(pair, addr_a="0.0.0.0", addr_b="10.99.0.1")  # noqa: S104 - the route decides on the source
     with (
         contextlib.ExitStack() as stack,

@@ -14,6 +14,7 @@ from support.waiting import wait_for
 
 from mfsd.client import Client, cookie_of, tuple_of
 from mfsd.ground.model import Event, EventKind, Stage
+from mfsd.lab.hosts.tcp import tcp_info
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +37,8 @@ BUSY = 6
 """Saturating connections: together they keep the queue filled although their sender is one Python process."""
 
 
-def defer(daemon: Daemon, client: Client, late: Flow, busy: list[Flow]) -> None:
-    """Let ``busy`` saturate the link above ``late``, which has all it may have in its queue."""
+def occupy(daemon: Daemon, client: Client, late: Flow, busy: list[Flow]) -> None:
+    """Let ``busy`` saturate the link above ``late``."""
     for flow in busy:
         client.mark(flow.sender, Stage.KV_REUSE)
     client.mark(late.sender, Stage.P2D)
@@ -46,6 +47,11 @@ def defer(daemon: Daemon, client: Client, late: Flow, busy: list[Flow]) -> None:
     for flow in busy:
         flow.saturate()
     wait_for(lambda: sum(f.received for f in busy) > 5 * MB, "the link to be busy")
+
+
+def defer(daemon: Daemon, client: Client, late: Flow, busy: list[Flow]) -> None:
+    """The same, with ``late`` having all it may have in its queue."""
+    occupy(daemon, client, late, busy)
     late.saturate()
 
 
@@ -92,6 +98,20 @@ def test_a_deferred_flow_starves_and_is_rescued_when_promoted(daemon: Daemon) ->
         wait_for(lambda: late.rate(0.05) > 0.8 * LINK, "the promoted flow to get the link", timeout=2.0)
         wait_for(lambda: daemon.status().counters.rescues, "the rescue to be counted, at the next tick")
         assert daemon.status().counters.promotions >= 1
+
+
+def test_a_new_connection_that_is_promoted_waits_for_no_timer(daemon: Daemon) -> None:
+    """All that its window allows is in the starved queue, and nothing follows whose SACKs would repair a purge."""
+    with flows(daemon.pair, 1 + BUSY) as (late, *busy), daemon.client() as client:
+        occupy(daemon, client, late, busy)
+        rescues = daemon.status().counters.rescues
+        late.sender.sendall(bytes(MB // 20))
+        assert late.received < MB // 20
+        client.mark(late.sender, Stage.COLLECTIVE)
+        assert client.flush(5)
+        wait_for(lambda: late.received == MB // 20, "arrival")
+        assert tcp_info(late.sender).rtos == 0
+        wait_for(lambda: daemon.status().counters.rescues > rescues, "the rescue to be counted")
 
 
 def test_a_transfer_rises_as_its_deadline_nears(daemon: Daemon) -> None:

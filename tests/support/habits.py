@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.client import Stage, cookie_of
 from mfsd.v1 import control_pb2 as pb
+from support.rig import RATE_MBIT
 from support.waiting import WAIT_S, wait_for
 
 if TYPE_CHECKING:
@@ -145,6 +146,23 @@ def close_hard(sock: socket.socket) -> None:
     """By a reset, which leaves no TIME_WAIT."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+def second_link(pair: NetnsPair, ours: str) -> str:
+    """Add a veth pair, w0 and w1, with 10.99.0.1 behind both links; returns the configuration of w0.
+
+    ``ours``: what the daemon's side runs for its addresses and routes.
+    """
+    subprocess.run(
+        ["ip", "-n", pair.a, "link", "add", "w0", "type", "veth", "peer", "name", "w1", "netns", pair.b], check=True
+    )
+    there = """
+    for i in all default v1 w1; do sysctl -qw net.ipv4.conf.$i.rp_filter=0; done
+    ip addr add 10.88.0.2/24 dev w1; ip link set w1 up; ip addr add 10.99.0.1/32 dev lo
+    """
+    pair.run(pair.b, there)
+    pair.run(pair.a, ours)
+    return f'[[device]]\nname = "w0"\nbackend = "htb"\nrate = "{RATE_MBIT}mbit"\n'
 
 
 class Grown:

@@ -6,9 +6,13 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from mfsd.datapath.bpf import syscall
 from mfsd.datapath.errors import LoaderError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # Numbers of Linux 5.2, the same on every architecture but alpha (include/uapi/asm-generic/unistd.h).
 _FSOPEN: Final = 430
@@ -36,6 +40,25 @@ def open_root(path: Path | None = None) -> int:
         what = "mounting cgroup v2" if where is None else f"opening {where}"
         fix = "mount it (mount -t cgroup2 none /sys/fs/cgroup/unified)" if where is None else "let mfsd read it"
         raise LoaderError(what, str(e), fix) from e
+
+
+def attach(programs: Iterable[tuple[int, int]]) -> list[int]:
+    """Hang programs, each with its enum bpf_attach_type, on the root: descriptors of their links, all or none.
+
+    Raises LoaderError.
+    """
+    root, links = open_root(), []
+    try:
+        for program, hook in programs:
+            links.append(syscall.link_create(program, root, hook, 0))
+    except OSError as e:
+        for link in links:
+            os.close(link)
+        fix = "mfsd needs CAP_NET_ADMIN and CAP_BPF, and the kernel CONFIG_CGROUP_BPF"
+        raise LoaderError("attaching to the root of cgroup v2", str(e), fix) from e
+    finally:
+        os.close(root)
+    return links
 
 
 def mounted_at(mountinfo: str | None = None, *, host: bool | None = None) -> Path | None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
-from mfsd.datapath.bpf.cgroup import open_root
+from mfsd.datapath.bpf.cgroup import attach
 from mfsd.datapath.bpf.keys import V4_MAPPED, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import SHARED_MAPS, Mapped
@@ -32,7 +32,6 @@ from mfsd.ground.model import Endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     import numpy.typing as npt
 
@@ -81,14 +80,14 @@ class Event:
 class Teller:
     """Loaded and attached. Raises LoaderError where the kernel or the host has not what it takes."""
 
-    def __init__(self, classifier: Classifier, cgroup: Path | None = None) -> None:
-        """``classifier``: whose slots and keys are used. ``cgroup``: where to hang; None: the root of cgroup v2."""
+    def __init__(self, classifier: Classifier) -> None:
+        """``classifier``: whose slots and keys are used."""
         self._fds: list[int] = []
         self._links: list[int] = []
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
-            self._attach(cgroup)
+            self._links = attach(zip(self._programs, (_CGROUP_SOCK_CREATE, _CGROUP_SOCK_OPS), strict=True))
             self.netns = netns_cookie()
             undo.pop_all()
 
@@ -110,17 +109,6 @@ class Teller:
         self._lost = Mapped.open(maps["mfsd_lost"], np.dtype(np.uint64), 1)
         self.fd = maps["mfsd_events"]
         """Readable when there are events."""
-
-    def _attach(self, root: Path | None) -> None:
-        fd = open_root(root)
-        try:
-            for program, hook in zip(self._programs, (_CGROUP_SOCK_CREATE, _CGROUP_SOCK_OPS), strict=True):
-                self._links.append(syscall.link_create(program, fd, hook, 0))
-        except OSError as e:
-            fix = "mfsd needs CAP_NET_ADMIN and CAP_BPF, and the kernel CONFIG_CGROUP_BPF"
-            raise LoaderError("attaching to the root of cgroup v2", str(e), fix) from e
-        finally:
-            os.close(fd)
 
     # --- what it says -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
-from mfsd.datapath.bpf.cgroup import open_root
+from mfsd.datapath.bpf.cgroup import attach
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import Mapped
 from mfsd.datapath.errors import LoaderError
@@ -63,8 +63,8 @@ def missing(btf: bytes | None = None) -> str:
 class Yielding:
     """Loaded and attached. Raises LoaderError, with a named cause, where kernel or rights have not what it takes."""
 
-    def __init__(self, classifier: Classifier, cgroup: Path | None = None) -> None:
-        """``classifier``: whose slots and keys decide. ``cgroup``: where to hang; None: the root of cgroup v2."""
+    def __init__(self, classifier: Classifier) -> None:
+        """``classifier``: whose slots and keys decide."""
         lack = missing()
         if lack:
             raise LoaderError("yielding in the network", lack)
@@ -75,7 +75,7 @@ class Yielding:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
-            self._attach(cgroup)
+            self._fds += attach([(self._give, _CGROUP_SOCK_OPS)])
             undo.pop_all()
 
     def _load(self, classifier: Classifier) -> None:
@@ -103,16 +103,6 @@ class Yielding:
         self._settings = Mapped.open(maps["mfsd_yield"], _abi.YIELD_DTYPE, 1)
         self._adopted = Mapped.open(maps["mfsd_adopted"], _abi.ADOPTED_DTYPE, 1)
         self.path_map = maps["mfsd_paths"]
-
-    def _attach(self, cgroup: Path | None) -> None:
-        root = open_root(cgroup)
-        try:
-            self._fds.append(syscall.link_create(self._give, root, _CGROUP_SOCK_OPS, 0))
-        except OSError as e:
-            fix = "mfsd needs CAP_NET_ADMIN and CAP_BPF, and the kernel CONFIG_CGROUP_BPF"
-            raise LoaderError("attaching to the root of cgroup v2", str(e), fix) from e
-        finally:
-            os.close(root)
 
     @property
     def settings(self) -> npt.NDArray[Any]:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import termios
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,9 +40,16 @@ class TcpInfo:
     """Segments, of MSS bytes at most."""
     rtos: int
     """Retransmission timeouts; always 0 before Linux 6.7, which does not count them."""
+    acked: int
+    """Bytes that the other end has acknowledged, and 1 for a SYN of ours."""
 
 
 def tcp_info(sock: socket.socket) -> TcpInfo:
     """Ask the kernel. Raises OSError for a closed socket."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO).ljust(_INFO, b"\0")
-    return TcpInfo(struct.unpack_from("=I", raw, 100)[0], struct.unpack_from("=H", raw, 240)[0])
+    return TcpInfo(*(struct.unpack_from(kind, raw, at)[0] for kind, at in (("=I", 100), ("=H", 240), ("=Q", 120))))
+
+
+def queued(sock: socket.socket) -> int:
+    """Bytes that the other end has not acknowledged yet."""
+    return int(struct.unpack("=i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import fcntl
 import socket
 import struct
-import termios
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
@@ -21,7 +19,7 @@ import numpy as np
 
 from mfsd.client import Cookie, cookie_of
 from mfsd.lab.hosts.enter import inside
-from mfsd.lab.hosts.tcp import CHUNK, prepare
+from mfsd.lab.hosts.tcp import CHUNK, prepare, queued
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -67,7 +65,7 @@ class Sender:
     @property
     def queued(self) -> int:
         """Bytes that the other end has not acknowledged yet."""
-        return self._unsent + int(struct.unpack("=i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
+        return self._unsent + queued(self.sock)
 
     def put(self, key: int, step: int, size: int, written: Callable[[], None] | None = None) -> None:
         """Send ``size`` bytes; ``written`` is called when the socket has taken the last one.
