@@ -9,7 +9,7 @@ from mfsd.engine.late import Lateness
 from mfsd.engine.locating import SYN
 from mfsd.engine.shortfall import SLACK
 from mfsd.engine.watches import exact_endpoints
-from mfsd.ground.model import INF, CookieSelector, TupleSelector
+from mfsd.ground.model import INF, CookieSelector, Stage, TupleSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mfsd.engine.records import Connection, Mark, Session, Stream, Watch
     from mfsd.engine.settings import LimitsConfig
     from mfsd.engine.watches import Watches
-    from mfsd.ground.model import Selector, Stage
+    from mfsd.ground.model import Selector
 
 
 class Carriage:
@@ -149,6 +149,7 @@ class Carriage:
 
     def note(self, stream: Stream, stage: Stage) -> None:
         """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
+        stream.stage = stage
         for conn in stream.members:
             if self.connections.carries(conn, stage):
                 self.connections.leave_default(conn, self.band_of(stage))
@@ -179,10 +180,11 @@ class Carriage:
         if watch.stream is not None and conn not in watch.stream.members:
             at = self.connections.positions.written(conn) if position is None or conn.passing else position
             self.books.streams.join(watch.stream, conn, at)
-            if watch.stream.queue:
-                self.note(watch.stream, watch.stream.queue.last.stage)
-                if position is None:
-                    self.late.found(watch.stream, conn, at)
+            if watch.stream.stage is not Stage.NONE:
+                # The hint of what it is opened for may still be on its way. Until then it is what came before.
+                self.note(watch.stream, watch.stream.stage)
+            if watch.stream.queue and position is None:
+                self.late.found(watch.stream, conn, at)
         self.connections.note_rest(conn, now, linger=True)
 
     def put_on(self, mark: Mark, conn: Connection, band: int, now: float) -> None:

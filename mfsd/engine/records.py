@@ -12,12 +12,12 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mfsd.ground.model import INF
+from mfsd.ground.model import INF, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mfsd.ground.model import Endpoints, Event, Selector, Stage
+    from mfsd.ground.model import Endpoints, Event, Selector
 
 EVENTS_KEPT: Final = 1024
 """Undelivered events per session; older ones are dropped first, since a late warning is worth least."""
@@ -346,6 +346,8 @@ class Stream:
     """Bytes that had been written on its first connection when it was opened, none of which it knows."""
     debt: float = 0.0
     """Size of a transfer on it that was perhaps announced after its bytes had gone (Transfer.maybe_late)."""
+    stage: Stage = Stage.NONE
+    """Of the transfer that was announced last."""
 
 
 class Position(NamedTuple):

@@ -33,6 +33,28 @@ def test_one_selector_for_one_connection_after_another() -> None:
     assert not h.session.transfers
 
 
+def test_a_connection_that_is_quicker_than_its_hint_is_what_the_last_one_was() -> None:
+    h = Host()
+    first = h.socket(1)
+    h.kernel.close(first)
+    rule = peer(first)
+    h.request("r", 60.0)
+    h.transfer("t0", rule, 100 * MSS)
+    for i in range(2):
+        s = FakeSocket(i + 2, first.endpoints)
+        h.kernel.connect(s)
+        h.tick(0.01)
+        assert h.band(s).startswith("level"), i
+        h.send(s, 100 * MSS)
+        h.kernel.close(s)
+        h.tick(0.01)
+    assert h.counted[0] == 1
+    h.transfer("t1", rule, 100 * MSS)  # the hint of the second one, behind its last byte
+    h.tick(3.0)
+    h.tick()
+    assert h.counted[0] == 2
+
+
 def test_a_mark_follows_a_selector_over_reconnects() -> None:
     h = Host()
     first = h.socket(1)
