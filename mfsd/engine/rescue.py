@@ -49,8 +49,8 @@ TOLD_S: Final = 0.05
 DRAIN_S: Final = 0.04
 """What there is to let out must take no longer from then on."""
 DUTY: Final = 1 / 3
-"""Share of the time in which a device lets out, at most, whoever flips connections between levels: it takes from what
-others are guaranteed."""
+"""Share of the time in which a device lets out, at most: it takes from what others are guaranteed. Each tenant that
+needs rescues has an even part of it, so that whoever flips connections between levels uses up its own."""
 SILENT_S: Final = 0.05
 """Longer than any queue that TCP small queues allow takes to drain at the rates we shape."""
 
@@ -97,8 +97,8 @@ class Rescuer:
 
     _let_out: list[tuple[Connection, float]] = field(default_factory=list)
     """Who has left its old band that way, and when it was promoted."""
-    _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """By row of the device: until when it lets out, and when it may begin to again."""
+    _windows: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+    """By row of the device and tenant: until when it lets out for that one, and when it may begin to again."""
     retransmitted: int = 0
     """Segments that TCP has sent again within AFTER_S of rescues."""
     _after: dict[Connection, tuple[float, int]] = field(default_factory=dict)
@@ -180,7 +180,7 @@ class Rescuer:
             if conn in told:
                 late.retransmitted = told[conn].total_retrans
                 takes_s = self._emptied_in(index, late.band, told[conn])
-                if takes_s <= DRAIN_S and self._may_let_out(index, now, now + TOLD_S + takes_s):
+                if takes_s <= DRAIN_S and self._may_let_out(index, conn.tenant, now, now + TOLD_S + takes_s):
                     late.until = now + TOLD_S + takes_s
         orders = []
         for conn, late in own:
@@ -202,13 +202,19 @@ class Rescuer:
         others = np.count_nonzero((table.band[: table.high] == band) & table.used[: table.high])
         return under_way * (1 + int(others)) / (DRAIN * rate)
 
-    def _may_let_out(self, index: int, now: float, until: float) -> bool:
-        """It has not done so for too long, or does anyway."""
-        end, again = self._windows.get(index, (0.0, 0.0))
-        if now < again:
-            return until <= end
-        self._windows[index] = until, now + (until - now) / DUTY
+    def _may_let_out(self, index: int, tenant: int, now: float, until: float) -> bool:
+        """It has not done so for this tenant for too long, or does anyway."""
+        self._windows = {key: window for key, window in self._windows.items() if now < window[1]}
+        if any(until <= end for (row, _), (end, _) in self._windows.items() if row == index):
+            return True
+        if (index, tenant) in self._windows:
+            return False
+        self._windows[index, tenant] = until, now + (until - now) * self._tenants(index) / DUTY
         return True
+
+    def _tenants(self, index: int) -> int:
+        """How many have needed rescues of a device lately."""
+        return max(sum(row == index for row, _ in self._wanted), 1)
 
     def _own(self, conn: Connection, late: _Stuck, now: float) -> bool:
         """Its lane is its tenant's own. Else its queue is left to its band's floor."""
@@ -223,10 +229,10 @@ class Rescuer:
         for key in [k for k, at in self._wanted.items() if at < now - WANTING_S]:
             del self._wanted[key]
             self._parts.pop(key, None)
-        most, tenants = float(self.config.max_per_s), sum(i == index for i, _ in self._wanted)
+        most = float(self.config.max_per_s)
         whole = self._budgets.setdefault(index, Bucket())
         room = int(whole.fill(now, most, most))
-        each = max(most / max(tenants, 1), 1.0)
+        each = max(most / self._tenants(index), 1.0)
         out: list[_Late] = []
         for conn, late in stuck:
             part = self._parts.setdefault((index, conn.tenant), Bucket())

@@ -13,6 +13,7 @@ from support.harness import FakeSocket, Host
 
 from mfsd.engine import fair
 from mfsd.engine.lanes import LEFT_S, Lanes
+from mfsd.engine.rescue import DRAIN
 from mfsd.engine.settings import RescueConfig, TenantsConfig
 from mfsd.engine.tenants import REMEMBERED, Tenants
 from mfsd.ground.model import (
@@ -282,9 +283,9 @@ def test_guarantees_fit_the_link_however_it_is_shared(announced: list[tuple[int,
 # --- rescues ----------------------------------------------------------------------------------------------------------
 
 
-def starved(h: Host, cookie: int, uid: int) -> tuple[int, int]:
+def starved(h: Host, cookie: int, uid: int, left: float = 0.3) -> tuple[int, int]:
     sock = h.socket(cookie, uid=uid)
-    h.request(f"r{cookie}", 0.3)
+    h.request(f"r{cookie}", left)
     h.transfer(f"t{cookie}", sock, 1_000_000, request=f"r{cookie}")
     h.tick()
     h.send(sock, 100_000, acked=False)
@@ -305,6 +306,24 @@ def test_whoever_needs_many_rescues_leaves_the_others_theirs() -> None:
     purged = set(h.device.purged)
     assert len(purged & greedy) <= 6
     assert purged & modest == modest
+
+
+def test_whoever_lets_out_much_leaves_the_others_their_time() -> None:
+    """130 kB of which nothing is left to send: let out, not purged, as long as its tenant's part of the time lasts."""
+    h = Host(lanes=64, slots=128, rescue=RescueConfig(max_per_s=1000))
+    modest = {}
+    for greedy in range(1, 61):
+        starved(h, greedy, A, left=0.15)
+        if greedy in range(10, 51, 10):
+            modest[100 + greedy] = starved(h, 100 + greedy, B, left=0.15)
+        for _ in range(10):
+            h.tick(0.005)
+            for cookie, place in modest.items():
+                promoted = h.table.band[h.keys.cookies[cookie]] != place[0]
+                if promoted and h.device.guaranteed.get(place[0], 0.0) >= DRAIN:
+                    h.device.queued[place] = 0
+    assert not any(h.device.queued[place] for place in modest.values())
+    assert not set(modest.values()) & set(h.device.purged)
 
 
 def test_a_lane_that_two_tenants_share_is_never_purged() -> None:
