@@ -285,9 +285,8 @@ class Run:
                 else:
                     self._computed(b)
             horizon = min(self._events[0][0] if self._events else math.inf, until)
-            if not self.active:
+            if not self.active and not len(self.flows):
                 if horizon < math.inf:
-                    self.carried += self.case.rate * (horizon - self.now) * self.flows / max(self.flows.sum(), 1)
                     self.share = {}
                     self.now = horizon
                 continue
@@ -301,7 +300,7 @@ class Run:
 
     def _serve(self, order: Order, horizon: float) -> None:
         """Send until a transfer ends, at most until ``horizon``."""
-        ids = np.array(self.active)
+        ids = np.array(self.active, dtype=np.intp)
         rate, crowd_rate = order.rates(self.case.rate, self.flows)
         every = zip(
             np.concatenate([order.key, order.crowds]).tolist(), np.concatenate([rate, crowd_rate]).tolist(), strict=True
