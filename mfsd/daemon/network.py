@@ -6,7 +6,6 @@ Which bands yield follows from the bands: the levels below the default band, and
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +15,7 @@ from mfsd.api.operations import Way
 from mfsd.daemon import config_bands
 from mfsd.daemon.waker import Waker
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf.keys import V4_MAPPED
+from mfsd.datapath.bpf.keys import address_of
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import LoaderError
 from mfsd.ground.units import Rate
@@ -151,9 +150,9 @@ class Network:
 
 
 def _way(key: Any, path: Any, bands: Bands) -> Way:
-    peer, band = key["peer"].tobytes(), int(key["band"])
+    band = int(key["band"])
     return Way(
-        peer=str(ipaddress.ip_address(peer[12:] if peer[:12] == V4_MAPPED else peer)),
+        peer=str(address_of(key["peer"].tobytes())),
         band=bands.bands[band].name if band < len(bands) else str(band),
         connections=int(path["flows"]),
         queue_s=int(path["delay_us"]) / 1e6,

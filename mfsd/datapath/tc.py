@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import socket
 import struct
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -55,7 +54,6 @@ _BASIC: Final = struct.Struct("=QI")
 _QUEUE: Final = struct.Struct("=III")
 _U64: Final = struct.Struct("=Q")
 _IN_FLIGHT: Final = 256
-_SO_NETNS_COOKIE: Final = 71
 _ROOM: Final = 8 << 20
 """Bytes of receive buffer: the default holds the answers of some fifty purges."""
 
@@ -195,9 +193,9 @@ class TcSocket(nl.NetlinkSocket):
         super().__init__(socket.NETLINK_ROUTE, in_flight=_IN_FLIGHT, room=_ROOM)
 
     def netns_cookie(self) -> int:
-        """Number of the socket's network namespace, never used again before the next boot; 0 where unknown (< 5.14)."""
+        """Of the socket's network namespace; 0 where the kernel tells none."""
         try:
-            return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
+            return nl.netns_cookie(self._sock)
         except OSError:
             return 0
 

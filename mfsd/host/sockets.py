@@ -23,6 +23,7 @@ from mfsd.ground.model import (
     HintSelector,
     ProcessSelector,
     TupleSelector,
+    on_the_wire,
 )
 from mfsd.host import inet_diag
 from mfsd.host.inet_diag import Answer, Diag, DiagError, Filter, Row
@@ -122,10 +123,8 @@ class SocketResolver:
 
         Raises HintError when a process can't be looked at, and DiagError.
         """
-        if isinstance(selector, ProcessSelector):
-            inodes = process_sockets(selector.pid)
-            return self._resolve([selector], {0: inodes})[0]
-        return self._resolve([selector], {})[0]
+        inodes = {0: process_sockets(selector.pid)} if isinstance(selector, ProcessSelector) else {}
+        return self._resolve([selector], inodes)[0]
 
     def owner(self, e: Endpoints, cookie: int = NO_COOKIE) -> int:
         """User of the socket that packets of these endpoints leave from, connected or not; -1: there is none.
@@ -218,7 +217,11 @@ class SocketResolver:
     def _resolve(self, selectors: Sequence[HintSelector], inodes: dict[int, set[int]]) -> list[list[Socket]]:
         """``inodes`` holds the sockets of the process by index of its selector."""
         out: list[dict[int, Socket]] = [{} for _ in selectors]  # by cookie: a listing may show a socket twice
-        exact = [n for n, s in enumerate(selectors) if isinstance(s, TupleSelector) and s.exact and s.protocol == 6]
+        exact = [
+            n
+            for n, s in enumerate(selectors)
+            if isinstance(s, TupleSelector) and s.exact and s.protocol == socket.IPPROTO_TCP
+        ]
         self._exact(selectors, exact, out)
         rest = set(range(len(selectors))) - set(exact)
         udp = {n for n in rest if isinstance(s := selectors[n], TupleSelector) and s.protocol == socket.IPPROTO_UDP}
@@ -330,10 +333,8 @@ def _process_filter(s: ProcessSelector) -> Filter:
 
 
 def _packed(address: Address) -> bytes:
-    """4 or 16 bytes; an IPv4-mapped address counts as IPv4, which is what the device sees."""
-    if address.version == 6 and address.ipv4_mapped is not None:
-        return address.ipv4_mapped.packed
-    return address.packed
+    """4 or 16 bytes of it, as the device sees it."""
+    return on_the_wire(address).packed
 
 
 def _over(answer: Answer) -> bool:

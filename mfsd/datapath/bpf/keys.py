@@ -73,6 +73,11 @@ def address_bytes(address: Address) -> bytes:
     return V4_MAPPED + address.packed if isinstance(address, ipaddress.IPv4Address) else address.packed
 
 
+def address_of(raw: bytes) -> Address:
+    """Undo address_bytes."""
+    return ipaddress.ip_address(raw[12:] if raw[:12] == V4_MAPPED else raw)
+
+
 def tuple_key(endpoints: Endpoints) -> bytes:
     """Key of a connection as its packets leave the device (``struct mfsd_tuple``)."""
     return b"".join(

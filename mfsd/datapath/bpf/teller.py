@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.cgroup import attach
-from mfsd.datapath.bpf.keys import V4_MAPPED, tuple_key
+from mfsd.datapath.bpf.keys import address_of, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import SHARED_MAPS, Mapped
 from mfsd.datapath.bpf.ring import Ring
@@ -29,6 +28,7 @@ from mfsd.datapath.bpf.rules import Rules
 from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.errors import LoaderError
 from mfsd.ground.model import Endpoints
+from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -42,7 +42,6 @@ CONNECT: Final = "mfsd_connection"
 _CGROUP_SOCK_CREATE: Final = 2
 _CGROUP_SOCK_OPS: Final = 3
 """enum bpf_attach_type."""
-SO_NETNS_COOKIE: Final = 71
 _OWN_MAPS: Final = ("mfsd_socks", "mfsd_ends", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost")
 EVENTS_AT_ONCE: Final = 1024
 
@@ -88,7 +87,7 @@ class Teller:
             undo.callback(self.close)
             self._load(classifier)
             self._links = attach(zip(self._programs, (_CGROUP_SOCK_CREATE, _CGROUP_SOCK_OPS), strict=True))
-            self.netns = netns_cookie()
+            self.netns = _netns_cookie()
             undo.pop_all()
 
     def _load(self, classifier: Classifier) -> None:
@@ -190,11 +189,10 @@ def _event(record: bytes) -> Event:
 
 def _told(cookie: int, row: Any) -> Told:
     key, owner = row["key"], row["owner"]
-    src, dst = key["saddr"].tobytes(), key["daddr"].tobytes()
     endpoints = Endpoints(
-        ip_address(src[12:] if src[:12] == V4_MAPPED else src),
+        address_of(key["saddr"].tobytes()),
         socket.ntohs(int(key["sport"])),
-        ip_address(dst[12:] if dst[:12] == V4_MAPPED else dst),
+        address_of(key["daddr"].tobytes()),
         socket.ntohs(int(key["dport"])),
         int(key["proto"]),
     )
@@ -205,11 +203,11 @@ def _told(cookie: int, row: Any) -> Told:
     return Told(cookie, endpoints, int(row["netns"]), known, uid, cgroup, tid, bound)
 
 
-def netns_cookie() -> int:
-    """Cookie of the network namespace of the calling thread (Linux 5.14). Raises LoaderError."""
+def _netns_cookie() -> int:
+    """Of the calling thread's network namespace. Raises LoaderError."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
-            return int.from_bytes(s.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+            return nl.netns_cookie(s)
         except OSError as e:
             fix = "it needs Linux 5.14" if e.errno == errno.ENOPROTOOPT else ""
             raise LoaderError("cookie of the network namespace", str(e), fix) from e
