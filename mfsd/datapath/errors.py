@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+_LOG_LINES: Final = 25
+
 
 class DatapathError(RuntimeError):
     """Something of the kernel side failed. ``what`` was tried, ``cause`` is why, ``fix`` is what to do about it."""
@@ -15,11 +19,11 @@ class DatapathError(RuntimeError):
 
 
 class LoaderError(DatapathError):
-    """A BPF program can't be loaded. ``log_tail`` holds the last lines of the verifier's log, if it spoke."""
+    """A BPF program can't be loaded. ``log``: of the verifier or compiler, if it spoke, of which the end is kept."""
 
-    def __init__(self, what: str, cause: str, fix: str = "", log_tail: str = "") -> None:
+    def __init__(self, what: str, cause: str, fix: str = "", log: str = "") -> None:
         super().__init__(what, cause, fix)
-        self.log_tail = log_tail
+        self.log_tail = "\n".join(log.splitlines()[-_LOG_LINES:])
 
 
 class AttachError(DatapathError):

@@ -29,7 +29,6 @@ from mfsd.datapath.errors import LoaderError
 
 PACKAGE_FIX: Final = "install BCC's Python bindings: apt-get install python3-bpfcc, dnf install python3-bcc"
 _COMPILE_SECONDS: Final = 120
-_LOG_LINES: Final = 25
 
 
 class BccLoader:
@@ -113,11 +112,11 @@ def _compile(source: Path, python: str) -> dict[str, Any]:
     if done.returncode == 0:
         out: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return out
-    tail = "\n".join(done.stderr.strip().splitlines()[-_LOG_LINES:])
-    errors = [line for line in tail.splitlines() if "error" in line.lower()]
+    log = done.stderr.strip()
+    errors = [line for line in log.splitlines() if "error" in line.lower()]
     cause = errors[0] if errors else f"exit status {done.returncode}"
     fix = f"report this with the log, or use the libbpf loader (BCC under {python}, kernel {platform.release()})"
-    raise LoaderError(f"compiling {source.name} with BCC", cause, fix, tail)
+    raise LoaderError(f"compiling {source.name} with BCC", cause, fix, log)
 
 
 def _run(argv: list[str]) -> subprocess.CompletedProcess[str]:

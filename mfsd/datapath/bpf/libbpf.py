@@ -38,7 +38,6 @@ OLDEST_KERNEL: Final = (5, 11)
 _NO_VERDICT: Final = re.compile(r"processed |\d+: |; |from \d|\s|.*:$|$")
 """Statistics, instructions, source lines; and since 7.3 explanations below the verdict, indented and with headings."""
 _LOG_BYTES: Final = 4 << 20
-_LOG_LINES: Final = 25
 NAME_BYTES: Final = 16
 """TCP_CA_NAME_MAX, and the kernel's names of programs and maps."""
 _F_LINK: Final = 1 << 13
@@ -185,9 +184,8 @@ class BpfObject:
     def _explain(self, code: int) -> LoaderError:
         """Say what the kernel didn't like and what to do about it."""
         log = self._log[: max(self._log.find(b"\0"), 0)].decode(errors="replace").strip()
-        tail = "\n".join(log.splitlines()[-_LOG_LINES:])
         what, cause = f"loading {self._path.name}", os.strerror(code)
-        if code in (errno.EPERM, errno.EACCES) and not tail:
+        if code in (errno.EPERM, errno.EACCES) and not log:
             fix = "mfsd needs CAP_BPF and CAP_NET_ADMIN (AmbientCapabilities= in the unit), and no lockdown of bpf(2)"
             return LoaderError(what, cause, fix)
         if code == errno.ENOMEM:
@@ -195,7 +193,7 @@ class BpfObject:
         if code in (errno.ENOSYS, errno.EOPNOTSUPP):
             return LoaderError(what, cause, "the kernel lacks CONFIG_BPF_SYSCALL or CONFIG_NET_CLS_ACT")
         fix = f"kernel {platform.release()} rejects the program; report this with the log"
-        return LoaderError(what, f"{cause} ({verdict(log)})", fix, tail)
+        return LoaderError(what, f"{cause} ({verdict(log)})", fix, log)
 
     def map_sizes(self, name: str) -> tuple[int, int]:
         """Bytes of key and value of a map."""

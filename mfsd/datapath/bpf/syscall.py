@@ -89,7 +89,6 @@ _LINK_INFO: Final = struct.Struct("=IIIII")
 """Beginning of struct bpf_link_info: type, id, prog_id, pad, tcx.ifindex."""
 _PAGE: Final = 4096
 _LOG_BYTES: Final = 1 << 20
-_LOG_LINES: Final = 25
 
 # Without argument types ctypes passes an int as a C int and what byref() made as it is, in half the time.
 _syscall: Final = ctypes.CDLL(None, use_errno=True).syscall
@@ -258,12 +257,12 @@ def prog_load(kind: int, name: str, code: bytes, licence: str) -> int:
         try:
             return call(PROG_LOAD, attr(ctypes.addressof(log), _LOG_BYTES))[0]
         except OSError:
-            said = log.value.decode(errors="replace").strip().splitlines()
+            said = log.value.decode(errors="replace").strip()
         if first.errno in (errno.EPERM, errno.EACCES) and not said:
             fix = "mfsd needs CAP_BPF and CAP_NET_ADMIN (AmbientCapabilities= in the unit)"
             raise LoaderError(f"loading {name}", str(first), fix) from first
         fix = f"kernel {platform.release()} rejects the program; report this with the log"
-        raise LoaderError(f"loading {name}", str(first), fix, "\n".join(said[-_LOG_LINES:])) from first
+        raise LoaderError(f"loading {name}", str(first), fix, said) from first
 
 
 def prog_query(ifindex: int, attach_type: int) -> list[int]:
