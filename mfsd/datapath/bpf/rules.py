@@ -43,8 +43,9 @@ class Match:
     @property
     def peer(self) -> bytes:
         """Key of the list that it stands in."""
-        single = self.dst is not None and self.dst.num_addresses == 1
-        return address_bytes(self.dst.network_address) if single and self.dst is not None else NOBODY
+        if self.dst is None or self.dst.num_addresses > 1:
+            return NOBODY
+        return address_bytes(self.dst.network_address)
 
 
 def masked(network: Network | None) -> tuple[bytes, bytes]:
@@ -90,13 +91,8 @@ class Rules:
         row["pid"] = _abi.ANY_ID if match.pid < 0 else match.pid
         row["tid"] = _abi.ANY_ID if match.tid < 0 else match.tid
         row["uid"] = _abi.ANY_ID if match.uid < 0 else match.uid
-        row["cgroup"], row["expires_ns"], row["lanes"], row["band"], row["used"] = (
-            match.cgroup,
-            expires_ns,
-            lanes,
-            band,
-            1,
-        )
+        row["cgroup"], row["used"] = match.cgroup, 1
+        row["band"], row["lanes"], row["expires_ns"] = band, lanes, expires_ns
         self._rows[index] = row
         self._index[match] = index
         self._of.setdefault(match.peer, []).append(index)
