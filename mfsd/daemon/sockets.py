@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from socket import IPPROTO_TCP
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from mfsd.ground.model import Endpoints
     from mfsd.host.sockets import Socket as Listed
 
-IPPROTO_TCP: Final = 6
 FAMILIES_S: Final = 1.0
 """How often it is looked for whom selectors mean: descendants of a process, processes of a name, cgroups."""
 KNOWN_MAX: Final = 65_536
@@ -278,11 +278,7 @@ class HostSockets:
     def named(self, cookie: int, port: int) -> list[Socket]:
         """Connections with a cookie, or with a port at either end. A search, for other threads than the loop's."""
         if self._teller is not None:
-            cookies, rows = self._teller.all()
-            told = self._teller.told(cookies, rows)
-            every = [
-                self._socket(t) for t in told if port in (t.endpoints.sport, t.endpoints.dport) or t.cookie == cookie
-            ]
+            every = [self._socket(told) for told in self._teller.told(*self._teller.all())]
         else:
             every = [_listed(s) for s in self._diag.all()]
         return [s for s in every if s.cookie == cookie or (port and port in (s.endpoints.sport, s.endpoints.dport))]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from socket import IPPROTO_TCP
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -12,7 +13,7 @@ from mfsd.engine.lanes import Lanes
 from mfsd.engine.locating import Unlocated
 from mfsd.engine.ownership import own, own_now
 from mfsd.engine.peers import Peers
-from mfsd.engine.positions import IPPROTO_TCP, Positions
+from mfsd.engine.positions import Positions
 from mfsd.engine.records import Connection, User
 from mfsd.engine.slots import NS, FlowTable, KeyMap, TableFullError
 from mfsd.engine.sockets import Socket

@@ -8,7 +8,8 @@ connection. Both are on TCP's own scale, on which a connection begins at 0 and i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from socket import IPPROTO_TCP
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 F8 = npt.NDArray[np.float64]
 
-IPPROTO_TCP: Final = 6
 
 
 class UnknownError(Exception):

@@ -22,12 +22,12 @@ for nothing, and never by others:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from socket import IPPROTO_TCP
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from mfsd.engine.device import Rescue
-from mfsd.engine.positions import IPPROTO_TCP
 from mfsd.engine.slots import NS
 from mfsd.ground.bands import HINTED, Bands
 from mfsd.ground.bucket import Bucket
