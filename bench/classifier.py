@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Final
 
 from bench.common import Figure, write
 from bench.parts.host import THERE, namespaces
+from bench.parts.testrun import run_packet, upcoming_cookies
+from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.attach import attach
 from mfsd.datapath.bpf.keys import cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
-from mfsd.datapath.bpf.testrun import run_packet, socket_cookie, upcoming_cookies
 from mfsd.ground.model import Endpoints
 from mfsd.lab.hosts.enter import inside
 
@@ -163,7 +164,7 @@ def throughput(c: Classifier) -> list[Figure]:
         sender, receiver = connect(hosts)
         reader = threading.Thread(target=drain, args=(receiver,))
         reader.start()
-        c.cookies.add(cookie_key(socket_cookie(sender)), 7)
+        c.cookies.add(cookie_key(cookie_of(sender)), 7)
         before = int(c.slots["bytes"][7])
         with inside(hosts[0]):
             device = socket.if_nametoindex("v0")

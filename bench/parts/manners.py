@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Final
 
 from bench.common import Figure
 from bench.parts.host import HERE, THERE, namespaces
+from mfsd.client import cookie_of
 from mfsd.daemon.network_section import NetworkConfig
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.testrun import socket_cookie
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.ground.units import Rate
 from mfsd.host import clock
@@ -83,7 +83,7 @@ class Ends:
     def hint(self, sender: socket.socket, band: int) -> None:
         """Give a connection a slot in a band."""
         self.classifier.slots["expires_ns"][self._row], self.classifier.slots["band"][self._row] = FOREVER, band
-        self.classifier.cookies.add(cookie_key(socket_cookie(sender)), self._row)
+        self.classifier.cookies.add(cookie_key(cookie_of(sender)), self._row)
         self._row += 1
 
 

@@ -16,13 +16,13 @@ import pytest
 from pyroute2 import IPRoute, netns
 from support.hooks import METHODS, TCX, Method, Namespace, has_tcx, index, runs, traces
 
+from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, attach, hook_users, inherit, remove_leftover
 from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
 from mfsd.datapath.bpf.loader import PROGRAM
-from mfsd.datapath.bpf.testrun import socket_cookie
 from mfsd.datapath.errors import AttachError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def test_cookie_of_a_real_socket_is_matched(ns: Namespace, classifier: Classifie
     def go() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             classifier.slots["expires_ns"][5] = 2**63
-            classifier.cookies.add(cookie_key(socket_cookie(s)), 5)
+            classifier.cookies.add(cookie_key(cookie_of(s)), 5)
             s.sendto(b"x" * 100, ("10.9.0.2", 9))
 
     ns.run(go)

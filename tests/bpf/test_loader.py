@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from support.frames import frame4, key4, key6
 
+from bench.parts.testrun import run_packet
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import libbpf
 from mfsd.datapath.bpf.keys import MapFullError, cookie_key, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, check_kernel, object_path, verdict
 from mfsd.datapath.bpf.loader import DEVICE_MAPS, MAP_SIZES, SHARED_MAPS
-from mfsd.datapath.bpf.testrun import run_packet
 from mfsd.datapath.errors import LoaderError
 from mfsd.ground.bands import PRIO_BANDS
 from mfsd.ground.model import Endpoints

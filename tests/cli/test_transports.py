@@ -15,6 +15,7 @@ import pytest
 from support.ctl import run
 from support.daemons import connected
 
+from mfsd.client import cookie_of
 from mfsd.daemon.config import Config
 from mfsd.doctor import Context, Severity, paths, transports
 
@@ -115,7 +116,7 @@ def test_tcp_beside_an_idle_rdma_link_is_found_with_the_process_and_the_peer(tre
                 except BlockingIOError:
                     time.sleep(0.01)
 
-        cookie = int.from_bytes(near.getsockopt(1, 57, 8), "little")  # SO_COOKIE
+        cookie = cookie_of(near)
         report = between(tree, move)
     (flow,) = [f for f in report.flows if f.pid == 4711]
     assert (flow.process, flow.peer, flow.connections, flow.local) == ("python3", "127.0.0.1", 1, True)

@@ -19,8 +19,8 @@ import pytest
 from support.benches import FRAME, Bench, plan
 from support.waiting import wait_for
 
+from bench.parts.testrun import run_packet
 from mfsd.datapath import tc
-from mfsd.datapath.bpf.testrun import run_packet
 from mfsd.datapath.errors import EnforceError
 from mfsd.datapath.qdisc import prio
 from mfsd.datapath.qdisc.tree import Filter

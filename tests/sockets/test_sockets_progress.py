@@ -10,13 +10,15 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
-from support.realnet import Net, cookie_of
 
+from mfsd.client import cookie_of
 from mfsd.ground.model import CookieSelector, Endpoints, PortRange, TupleSelector
 from mfsd.host import inet_diag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from support.realnet import Net
 
     from mfsd.host.sockets import SocketResolver, TcpProgress
 

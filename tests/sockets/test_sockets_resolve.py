@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.privileges import call_with
-from support.realnet import Net, cookie_of
 
+from mfsd.client import cookie_of
 from mfsd.ground.model import CookieSelector, HintError, PortRange, ProcessSelector, TupleSelector
 from mfsd.host.sockets import SocketResolver, process_sockets
 
 if TYPE_CHECKING:
+    from support.realnet import Net
+
     from mfsd.ground.model import HintSelector
 
 pytestmark = pytest.mark.netns

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from bench.parts.testrun import Ran, run_packet, upcoming_cookies
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.keys import cookie_key
-from mfsd.datapath.bpf.testrun import Ran, run_packet, upcoming_cookies
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -1,17 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real connections for the tests of this folder."""
+"""Real connections."""
 
 from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
-from typing import Final
-
-SO_COOKIE: Final = 57
-
-
-def cookie_of(sock: socket.socket) -> int:
-    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), "little")
 
 
 @dataclass

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import TCX_EGRESS, attach, remove_leftover
 from mfsd.datapath.bpf.bcc import BccLoader
 from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.testrun import socket_cookie
 from support.privileges import DAEMON
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def main(device: str, address: str, by: str = "libbpf") -> None:
     ):
         describe(one)
         two.dev[:] = one.dev
-        one.cookies.add(cookie_key(socket_cookie(sender)), ROW)
+        one.cookies.add(cookie_key(cookie_of(sender)), ROW)
         for row in range(500):
             one.cookies.add(cookie_key(2**60 + row), row)
         assert two.cookies.get(cookie_key(2**60 + 499)) == 499

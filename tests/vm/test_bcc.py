@@ -15,13 +15,14 @@ import pytest
 from support.frames import frame4, frame6, key4, key6
 from support.privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
 
+from bench.parts.testrun import run_packet
+from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.attach import attach, hook_users
 from mfsd.datapath.bpf.bcc import BccLoader, check_headers
 from mfsd.datapath.bpf.keys import MapFullError, cookie_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.testrun import run_packet, socket_cookie
 from mfsd.datapath.errors import LoaderError
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def test_it_works_on_a_device(netns_pair: NetnsPair, classifier: Classifier) -> 
             assert user.ours
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
                 classifier.slots["expires_ns"][5] = 2**63
-                classifier.cookies.add(cookie_key(socket_cookie(s)), 5)
+                classifier.cookies.add(cookie_key(cookie_of(s)), 5)
                 for _ in range(3):
                     s.sendto(b"x" * 100, (pair.addr_b, 9))
             deadline = time.monotonic() + 20

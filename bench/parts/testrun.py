@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a tc program on one packet without a device (BPF_PROG_TEST_RUN), for tests and the benchmark.
+"""Run a tc program on one packet without a device (BPF_PROG_TEST_RUN), for benchmarks and tests.
 
 The kernel (net/bpf/test_run.c, bpf_prog_test_run_skb) makes an skb of the bytes, which must be an Ethernet frame, and
 a fresh socket for it; converts the fields below into the skb; runs the program; and converts them back.
@@ -8,12 +8,12 @@ a fresh socket for it; converts the fields below into the skb; runs the program;
 from __future__ import annotations
 
 import socket
-import sys
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
+from mfsd.client import cookie_of
 from mfsd.datapath.bpf import syscall
 
 SK_BUFF: Final = np.dtype(
@@ -50,15 +50,8 @@ def run_packet(
     return Ran(ran.result, int(after["priority"][0]), ran.data, ran.ns)
 
 
-SO_COOKIE: Final = 57
-"""include/uapi/asm-generic/socket.h."""
 _COOKIE_BATCH: Final = 4096
 """COOKIE_LOCAL_BATCH, include/linux/cookie.h."""
-
-
-def socket_cookie(sock: socket.socket) -> int:
-    """Cookie of a socket; the kernel makes one up when first asked. Raises OSError."""
-    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
 
 
 def upcoming_cookies(count: int) -> range:
@@ -71,7 +64,7 @@ def upcoming_cookies(count: int) -> range:
         raise ValueError(f"count = {count}: must be 1 to {_COOKIE_BATCH // 2}")
     for _ in range(_COOKIE_BATCH):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            last = socket_cookie(s)
+            last = cookie_of(s)
         if -last % _COOKIE_BATCH >= count:  # a batch ends with a multiple of its size
             break
     return range(last + 1, last + 1 + count)
