@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 STREAMS: Final = 4
 """Streams at a time, of a user or of all without a token, for each session that a user may have. One that says nothing
 takes memory, too."""
-FOR_ALL: Final = (f"/{hints_pb2.DESCRIPTOR.services_by_name['Hints'].full_name}/", "/grpc.health.v1.Health/")
+HINTS: Final = hints_pb2.DESCRIPTOR.services_by_name["Hints"].full_name
+FOR_ALL: Final = (f"/{HINTS}/", "/grpc.health.v1.Health/")
 """Beginnings of methods that workers may call, too."""
 
 
@@ -92,7 +93,7 @@ class Access(grpc.aio.ServerInterceptor):
         if self._streams[uid] >= most:
             whose = "callers without a token have" if peer is None else f"user {uid} has"
             why = f"{whose} {most} streams open already ({STREAMS} times limits.max_sessions_per_user)"
-            await errors.abort(context, errors.of_call(errors.Refused(code_pb2.RESOURCE_EXHAUSTED, why)))
+            await errors.abort(context, errors.Refused(code_pb2.RESOURCE_EXHAUSTED, why))
         return self._counted(uid)
 
     @contextlib.contextmanager
@@ -115,19 +116,19 @@ class Access(grpc.aio.ServerInterceptor):
         try:
             peer = peer_of(self._identities, context)
         except errors.Refused as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
         if peer is None:
             refused = errors.Refused(
                 code_pb2.UNAUTHENTICATED, "it does not know who calls: connect to the socket ending in .id first"
             )
-            await errors.abort(context, errors.of_call(refused))
+            await errors.abort(context, refused)
         elif not peer.operator:
             refused = errors.Refused(
                 code_pb2.PERMISSION_DENIED,
                 f"user {peer.uid} is no operator; operators are root, mfsd's own user and the members of "
                 "daemon.operator_group",
             )
-            await errors.abort(context, errors.of_call(refused))
+            await errors.abort(context, refused)
 
 
 _MALFORMED: Final = object()
@@ -148,7 +149,7 @@ def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
 async def _formed(request: Any, context: Context) -> Any:
     if request is _MALFORMED:
         refused = errors.Refused(code_pb2.INVALID_ARGUMENT, "the message is malformed")
-        await errors.abort(context, errors.of_call(refused))
+        await errors.abort(context, refused)
     return request
 
 

@@ -7,7 +7,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from google.rpc import code_pb2, status_pb2
+from google.rpc import code_pb2
 
 from mfsd.api import errors, messages, pages, trace
 from mfsd.engine.recorder import MOST, Recorder
@@ -66,7 +66,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         try:
             return pages.connections(self._daemon.engine, self._clock(), request)
         except HintError as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
 
     async def ListTransfers(  # noqa: N802 - as generated
         self,
@@ -77,7 +77,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         try:
             return pages.transfers(self._daemon.engine, self._clock(), request)
         except HintError as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchReply]:  # noqa: N802 - as generated
         """Status every interval, until the client hangs up."""
@@ -85,10 +85,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         if interval < WATCH_MIN_US:
             await _invalid(context, "interval_us", f"{interval} us", f"at least {WATCH_MIN_US}, or 0 for one second")
         if self._watchers >= WATCHERS:
-            refused = status_pb2.Status(
-                code=code_pb2.RESOURCE_EXHAUSTED, message=f"{WATCHERS} are watching already; end one of them"
-            )
-            await errors.abort(context, refused)
+            await _refuse(context, code_pb2.RESOURCE_EXHAUSTED, f"{WATCHERS} are watching already; end one of them")
         self._watchers += 1
         try:
             while True:
@@ -183,10 +180,9 @@ class ControlService(control_pb2_grpc.ControlServicer):
         engine = self._daemon.engine
         recorders = engine.books.recorders
         if len(recorders) >= MOST:
-            refused = status_pb2.Status(
-                code=code_pb2.RESOURCE_EXHAUSTED, message=f"{MOST} records are being made already; end one of them"
+            await _refuse(
+                context, code_pb2.RESOURCE_EXHAUSTED, f"{MOST} records are being made already; end one of them"
             )
-            await errors.abort(context, refused)
         recorder = Recorder(engine.steering.policy, engine.steering.devices, self._clock())
         recorders.append(recorder)
         try:
@@ -214,8 +210,12 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
 
 async def _invalid(context: Context, field: str, problem: str, fix: str) -> NoReturn:
-    await errors.abort(context, errors.violation(code_pb2.INVALID_ARGUMENT, field, problem, fix))
+    await errors.abort(context, HintError(field, problem, fix))
 
 
 async def _not_found(context: Context, message: str) -> NoReturn:
-    await errors.abort(context, status_pb2.Status(code=code_pb2.NOT_FOUND, message=message))
+    await _refuse(context, code_pb2.NOT_FOUND, message)
+
+
+async def _refuse(context: Context, code: int, message: str) -> NoReturn:
+    await errors.abort(context, errors.Refused(code, message))

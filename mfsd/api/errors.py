@@ -27,7 +27,7 @@ class Refused(Exception):  # noqa: N818 - it is no error of ours
         self.code = code
 
 
-def violation(code: int, field: str, problem: str, fix: str = "") -> Any:
+def _violation(code: int, field: str, problem: str, fix: str = "") -> Any:
     """A google.rpc.Status with one field violation. ``code`` is a google.rpc.Code."""
     description = f"{problem}; {fix}" if fix else problem
     status = status_pb2.Status(code=code, message=f"{field}: {description}")
@@ -37,34 +37,31 @@ def violation(code: int, field: str, problem: str, fix: str = "") -> Any:
     return status
 
 
-def of_call(error: HintError | Refused) -> Any:
-    """The google.rpc.Status of a call that failed as a whole."""
-    if isinstance(error, Refused):
-        return status_pb2.Status(code=error.code, message=str(error))
-    return _of_hint(error, error.field)
-
-
 def rejection(error: HintError, field: str = "") -> pb.Error:
-    """The same of a single hint; ``field`` replaces the error's own path."""
+    """Why a single hint is not taken; ``field`` replaces the error's own path."""
     return _as_error(_of_hint(error, field or error.field))
 
 
 def failure(field: str) -> pb.Error:
     """A hint that we have tripped over."""
-    return _as_error(violation(code_pb2.INTERNAL, field, "mfsd failed; see its log"))
+    return _as_error(_violation(code_pb2.INTERNAL, field, "mfsd failed; see its log"))
 
 
 def _of_hint(error: HintError, field: str) -> Any:
     code = code_pb2.RESOURCE_EXHAUSTED if error.exhausted else code_pb2.INVALID_ARGUMENT
-    return violation(code, field, error.problem, error.fix)
+    return _violation(code, field, error.problem, error.fix)
 
 
 def _as_error(status: Any) -> pb.Error:
     return pb.Error(code=status.code, message=status.message, details=status.details)
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], status: Any) -> NoReturn:
-    """End a call with a google.rpc.Status, details included. Raises what grpc.aio uses to end the handler."""
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: HintError | Refused) -> NoReturn:
+    """End a call that fails as a whole, with details. Raises what grpc.aio uses to end the handler."""
+    if isinstance(error, Refused):
+        status: Any = status_pb2.Status(code=error.code, message=str(error))
+    else:
+        status = _of_hint(error, error.field)
     rich = rpc_status.to_status(status)
     await context.abort(rich.code, rich.details, rich.trailing_metadata)
     raise AssertionError("abort returned")  # it always raises, but its stub does not say so

@@ -140,7 +140,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             self._peer(context)
             ways = advice.ways(request)
         except (HintError, errors.Refused) as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
         here = {i: dst for i, (dst, src) in enumerate(ways) if src is None or advice.ours(src)}
         far = [i for i in range(len(ways)) if i not in here]
         said = dict(zip(here, advice.answers(self.engine, here.values(), self.clock()), strict=True))
@@ -325,7 +325,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             lasting = asked and peer is not None and peer.operator
             return await self.settle(await self.apply(request, peer, alone=True, lasting=lasting))
         except (HintError, errors.Refused) as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
 
     async def Stream(  # type: ignore[override]  # noqa: N802 - named by the proto; grpc.aio takes writers, too
         self, request_iterator: AsyncIterable[pb.HintBatch], context: Context
@@ -340,7 +340,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             await answers.finish()
         except (HintError, errors.Refused) as e:
             await answers.finish()
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
         finally:
             await answers.close()
 

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 import grpc
 import structlog
+from google.rpc import code_pb2
 
 from mfsd.api import advice, errors
 from mfsd.api.answers import drain
@@ -115,7 +116,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
                 async with lock:
                     await context.write(reply)
         except HintError as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
         finally:
             if teller is not None:
                 teller.cancel()
@@ -131,7 +132,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         try:
             return self._apply(session, host, request)
         except HintError as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
         finally:
             self._left(session)
 
@@ -141,7 +142,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         try:
             ways = advice.ways(request)
         except HintError as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
         return pb.AdviseReply(advice=advice.answers(self._engine, [dst for dst, _ in ways], self._clock()))
 
     # --- who ----------------------------------------------------------------------------------------------------------
@@ -155,10 +156,8 @@ class Incoming(hints_pb2_grpc.HintsServicer):
             shown = ", ".join(names) or "nobody"
             if self._seldom(f"refused {shown}"):
                 log.warning("relay: refused", certificate=names, peer=context.peer())
-            await context.abort(
-                grpc.StatusCode.PERMISSION_DENIED, f"{shown} may not bring hints here; relay.allow names who may"
-            )
-            raise AssertionError  # abort raises
+            why = f"{shown} may not bring hints here; relay.allow names who may"
+            await errors.abort(context, errors.Refused(code_pb2.PERMISSION_DENIED, why))
         return name, host
 
     async def _session(self, name: str, said: str, context: Context) -> Session:
@@ -169,7 +168,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         try:
             session = self._engine.session(full, self._clock(), maker=self)
         except HintError as e:
-            await errors.abort(context, errors.of_call(e))
+            await errors.abort(context, e)
         self._open[full] = self._open.get(full, 0) + 1
         return session
 
@@ -178,8 +177,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         if self._open[session.name]:
             return
         del self._open[session.name]
-        end = lambda: self._end(session)  # noqa: E731 - said once
-        self._gone[session.name] = asyncio.get_running_loop().call_later(GRACE_S, end)
+        self._gone[session.name] = asyncio.get_running_loop().call_later(GRACE_S, self._end, session)
 
     def _end(self, session: Session) -> None:
         self._gone.pop(session.name, None)
@@ -199,11 +197,10 @@ class Incoming(hints_pb2_grpc.HintsServicer):
                 self._engine.ledger.apply(session, hint, now)  # never handed on again: it was for us
             except HintError as e:
                 reply.rejected.add(index=index, status=errors.rejection(e))
-            except Exception as e:  # what one hint trips over must cost neither the others nor the stream
+            except Exception:  # what one hint trips over must cost neither the others nor the stream
                 if self._seldom("failed"):
                     log.exception("relay: a hint failed")
-                problem = HintError(f"hints[{index}]", f"failed here: {type(e).__name__}", "see this daemon's log")
-                reply.rejected.add(index=index, status=errors.rejection(problem))
+                reply.rejected.add(index=index, status=errors.failure(f"hints[{index}]"))
             else:
                 reply.accepted += 1
         session.seen = now
