@@ -68,7 +68,7 @@ def transfers(decoder: Decoder, m: pb.TransferColumns, now: float) -> tuple[Tran
         try:
             decoder.decode(_single(m, i, stage, size, layer, own, held, request, batch, selector), now)
         except HintError as e:
-            bad.append((i, _of_row(e, i, int(selector[i]))))
+            bad.append((i, of_transfer_row(e, i, int(selector[i]))))
         else:
             suspect[i] = False
     columns = TransferColumns(
@@ -117,9 +117,14 @@ def of_progress_row(e: HintError, row: int) -> HintError:
     return HintError(f"progress.{column}[{row}]", e.problem, e.fix, exhausted=e.exhausted)
 
 
-def of_transfer_row(e: HintError, row: int) -> HintError:
-    """The error that a single Transfer got from the engine as that of a row."""
-    return _of_row(e, row, 0)
+def of_transfer_row(e: HintError, row: int, selector: int = 0) -> HintError:
+    """The error of a single Transfer as that of a row. ``selector``: index of its selector; the engine names none."""
+    name = e.field.removeprefix("transfer.")
+    if name.startswith("selector."):
+        field = f"transfers.selectors[{selector}].{name.removeprefix('selector.')}"
+    else:
+        field = f"transfers.{_TO_COLUMN.get(name, name)}[{row}]"
+    return HintError(field, e.problem, e.fix, exhausted=e.exhausted)
 
 
 def _column(name: str, values: Sequence[Any], n: int, dtype: Any) -> Ints:
@@ -175,12 +180,3 @@ def _single(
     )
     t.selector.CopyFrom(m.selectors[int(selector[i])])
     return out
-
-
-def _of_row(e: HintError, row: int, selector: int) -> HintError:
-    name = e.field.removeprefix("transfer.")
-    if name.startswith("selector."):
-        field = f"transfers.selectors[{selector}].{name.removeprefix('selector.')}"
-    else:
-        field = f"transfers.{_TO_COLUMN.get(name, name)}[{row}]"
-    return HintError(field, e.problem, e.fix, exhausted=e.exhausted)

@@ -146,9 +146,7 @@ def conditions(selector: RuleSelector) -> str:
 
 def _host(address: str, ports: PortRange) -> str:
     text = f"[{address}]" if ":" in address else address or "any"
-    if ports == PortRange():
-        return text
-    return f"{text}:{ports.first}" if ports.exact else f"{text}:{ports.first}-{ports.last}"
+    return text if ports == PortRange() else f"{text}:{ports}"
 
 
 def rules(daemon: Operations, verdicts: Sequence[Verdict]) -> pb.ListRulesReply:

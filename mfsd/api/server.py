@@ -18,9 +18,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mfsd.api import pem
-from mfsd.api.access import Access
+from mfsd.api.access import HINTS, Access
 from mfsd.api.identity import beside
-from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2, hints_pb2_grpc
+from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from mfsd.api.identity import Identities
 
-HINTS: Final = hints_pb2.DESCRIPTOR.services_by_name["Hints"].full_name
 CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 STOP_S: Final = 0.5
 """For calls in progress when the daemon stops; streams are cut then, and clients reconnect by themselves."""

@@ -81,10 +81,7 @@ class _Stream:
     sent: dict[int, float] = field(default_factory=dict)
     """When messages were, by number."""
     over: bool = False
-
-    def ended(self) -> bool:
-        """Whether the connection is lost or the client closes."""
-        return self.over
+    """The connection is lost, or the client closes."""
 
 
 class Link:
@@ -323,7 +320,7 @@ class Link:
         yield self._message(stream, Batch([], 0))
         with self._changed:
             self._changed.wait_for(lambda: stream.epoch or stream.over)
-            if not stream.ended():
+            if not stream.over:
                 self._catch_up(stream.epoch)
                 self._changed.notify_all()
         while True:
@@ -331,7 +328,7 @@ class Link:
                 self._changed.wait_for(
                     lambda: stream.over or ((self._again or self._queue) and len(stream.unanswered) < WINDOW)
                 )
-                if stream.ended():
+                if stream.over:
                     return
                 batch = self._take(stream)
                 out = self._message(stream, batch)
