@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 F8 = npt.NDArray[np.float64]
 
 
-
 class UnknownError(Exception):
     """The kernel can't be asked now: nothing follows from that."""
 
