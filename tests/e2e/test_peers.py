@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.rig import RATE_MBIT, Daemon, Flow, running
-from support.waiting import WAIT_S, wait_for
+from support.waiting import wait_for
 
 from mfsd.engine.peers import AGE_S, LONG, MANY, SEEN_S
 from mfsd.ground.model import Stage
@@ -135,7 +135,8 @@ def test_the_rate_of_a_slow_receivers_port_is_learnt(
 
 def test_the_rate_of_a_single_peer_is_used_when_many_windows_agree(netns_pair: NetnsPair, tmp_path: Path) -> None:
     with learning(netns_pair, tmp_path) as (daemon, _):
-        wait_for(lambda: used(daemon), "the rate to be used", 2 * WAIT_S)
+        # On a busy machine windows don't agree, and count for half a minute.
+        wait_for(lambda: used(daemon), "the rate to be used", 4 * SEEN_S)
         assert 0.85 * SLOW_MBIT * 125_000 < used(daemon) < 1.3 * SLOW_MBIT * 125_000
         assert known(daemon)[SLOW].sightings >= MANY
 
