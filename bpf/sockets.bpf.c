@@ -69,9 +69,10 @@ struct {
 	__type(value, struct mfsd_owner);
 } mfsd_owners SEC(".maps");
 /*
- * What is being put together; sock_ops runs with softirqs off, and the stack is small. Keys and what a search has found so
- * far are here, too: without CAP_PERFMON older kernels take 32 bits that are kept on the stack for a pointer, and refuse
- * to have them changed ("attempt to corrupt spilled pointer", seen on 6.1).
+ * What is being put together; the stack is small. Keys and what a search has found so far are here, too: without
+ * CAP_PERFMON older kernels take 32 bits that are kept on the stack for a pointer, and refuse to have them changed
+ * ("attempt to corrupt spilled pointer", seen on 6.1). A connect may be interrupted by packets that establish or end
+ * others, where the kernel is preemptible by connects, too: each run takes a draft that nobody has on its processor.
  */
 struct draft {
 	struct mfsd_event event; /* first: what is given to the ring */
@@ -79,8 +80,11 @@ struct draft {
 	__u32 index;
 	__u8 band; /* of event.rule */
 	__u8 overflow; /* there are more rules than are looked at */
+	__u32 taken;
 };
-MFSD_PERCPU_ARRAY(mfsd_draft, struct draft, 1);
+#define DRAFTS 8
+static const __u32 draft_keys[DRAFTS] = { 0, 1, 2, 3, 4, 5, 6, 7 };
+MFSD_PERCPU_ARRAY(mfsd_draft, struct draft, DRAFTS);
 
 SEC("cgroup/sock_create")
 int mfsd_socket(struct bpf_sock *sk)
@@ -350,31 +354,45 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, struct mfsd_event *
 	bpf_map_delete_elem(&mfsd_socks, &e->cookie);
 }
 
+/* A draft that is free, until its `taken` is cleared. */
+static __always_inline struct draft *take_draft(void)
+{
+#pragma unroll
+	for (int i = 0; i < DRAFTS; i++) {
+		struct draft *d = MFSD_LOOKUP(mfsd_draft, &draft_keys[i]);
+
+		if (d && !__sync_val_compare_and_swap(&d->taken, 0, 1))
+			return d;
+	}
+	return 0;
+}
+
 SEC("sockops")
 int mfsd_connection(struct bpf_sock_ops *ctx)
 {
-	MFSD_CONST(__u32, zero, 0);
+	__u32 op = ctx->op;
 	struct mfsd_event *e;
 	struct draft *d;
-	__u32 op = ctx->op;
 
 	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_STATE_CB)
 		return ALLOW;
 	if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] != TCP_CLOSE)
 		return ALLOW;
-	d = MFSD_LOOKUP(mfsd_draft, &zero);
+	d = take_draft();
 	if (!d)
-		return ALLOW; /* can't be: an array of one */
+		return ALLOW; /* so many were interrupted here: nobody hears of this one */
 	e = &d->event;
 	e->cookie = bpf_get_socket_cookie(ctx);
 	e->acked = 0;
 	e->rule = MFSD_NO_RULE;
 	if (op == BPF_SOCK_OPS_STATE_CB) {
 		closed(ctx, e);
-		return ALLOW;
+	} else {
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+		established(ctx, d);
 	}
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
-	established(ctx, d);
+	MFSD_REREAD();
+	d->taken = 0;
 	return ALLOW;
 }
 

@@ -18,6 +18,10 @@ class KernelKeys:
     def __init__(self, classifier: Classifier) -> None:
         self._cookies, self._tuples = classifier.cookies, classifier.tuples
 
+    def slot_of(self, cookie: int) -> int | None:
+        """See engine.slots.KeyMap."""
+        return self._cookies.get(cookie_key(cookie))
+
     def add_cookie(self, cookie: int, slot: int) -> None:
         """See engine.slots.KeyMap."""
         self._cookies.add(cookie_key(cookie), slot)

@@ -52,7 +52,7 @@ KNOWN_MAX: Final = 65_536
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Rule:
     """What the kernel has been told for one selector of one user."""
 
@@ -81,8 +81,8 @@ class HostSockets:
         self._sought: set[CookieSelector] = set()
         """Cookies that a search for is to begin."""
         self._rules: dict[tuple[Selector, int], _Rule] = {}
-        self._wanted: dict[Match, int] = {}
-        """How many selectors and users share a match."""
+        self._wanted: dict[Match, list[_Rule]] = {}
+        """Who share a match: it leads to the most urgent of their bands."""
         self._census = Census(cgroups)
         self._meant: Mapping[Maker, Makers] = {}
         self._latest: Mapping[Maker, Makers] = {}
@@ -213,17 +213,18 @@ class HostSockets:
         before, rule.matches = rule.matches, matches
         if self._teller is None:
             return
-        for match in matches:
-            if match not in before:
-                self._wanted[match] = self._wanted.get(match, 0) + 1
-            if not self._teller.rules.put(match, *rule.place) and self._seldom("rules"):
+        wanted, now = set(matches), self._wanted
+        for match in dict.fromkeys((*before, *matches)):
+            share = now[match] = [r for r in now.get(match, ()) if r is not rule]
+            if match in wanted:
+                share.append(rule)
+            if not share:
+                del now[match]
+                self._teller.rules.drop(match)
+                continue
+            bands, lanes, expires = zip(*(r.place for r in share), strict=True)
+            if not self._teller.rules.put(match, min(bands), max(lanes), max(expires)) and self._seldom("rules"):
                 log.warning("the kernel's table of rules is full; connections are placed after their first bytes")
-        for match in before:
-            if match not in matches:
-                self._wanted[match] -= 1
-                if not self._wanted[match]:
-                    del self._wanted[match]
-                    self._teller.rules.drop(match)
 
     def descends(self, pid: int, ancestor: int) -> bool:
         """See Sockets."""

@@ -236,9 +236,12 @@ class Connections:
                 "raise limits.max_connections_per_user, or complete transfers that are done",
                 exhausted=True,
             )
+        if slot is None and cookie and (found := self.keys.slot_of(cookie)) is not None and self.table.lent[found]:
+            slot = found  # the kernel's choice, of which we are still to hear
         if slot is not None:
             lane, band = int(self.table.lane[slot]), int(self.table.band[slot])
             self.table.adopt(slot)
+            self.table.expires_ns[slot] = max(int(self.table.expires_ns[slot]), int(expires * NS))
             self._lent -= 1
         else:
             lane, band = 0, self._default

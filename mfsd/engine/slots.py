@@ -31,6 +31,10 @@ class TableFullError(Exception):
 class KeyMap(Protocol):
     """The two hash maps that lead a packet to its slot."""
 
+    def slot_of(self, cookie: int) -> int | None:
+        """The slot that packets of the socket with this SO_COOKIE are led to, by whomever."""
+        ...
+
     def add_cookie(self, cookie: int, slot: int) -> None:
         """Match the local socket with this SO_COOKIE."""
         ...
@@ -54,6 +58,10 @@ class MemoryKeys:
     def __init__(self) -> None:
         self.cookies: dict[int, int] = {}
         self.tuples: dict[Endpoints, int] = {}
+
+    def slot_of(self, cookie: int) -> int | None:
+        """See KeyMap."""
+        return self.cookies.get(cookie)
 
     def add_cookie(self, cookie: int, slot: int) -> None:
         """See KeyMap."""

@@ -46,6 +46,8 @@ class Watches:
         self._lanes = lanes
         self._by_peer: dict[Address | None, list[Watch]] = {}
         """By exact remote address; None: those that name none."""
+        self._same: dict[tuple[Selector, int], list[Watch]] = {}
+        """Those that the kernel can't tell apart: several sessions of a user may name the same."""
         self._to_look: dict[Selector, None] = {}
         """Selectors whose open connections are to be searched for."""
         self._looking: set[Selector] = set()
@@ -74,12 +76,19 @@ class Watches:
             self._books.everybody.selectors += 1
             watch = session.watches[selector] = Watch(session, selector, since=now, band=-1)
             self._by_peer.setdefault(_peer(selector), []).append(watch)
+            self._same.setdefault((selector, session.only), []).append(watch)
             self._to_look[selector] = None
         if watch.band != band or watch.expires < expires:
             # Told well ahead of time, so that a watch in constant use is not told again and again.
             watch.band, watch.expires = band, expires + (expires - now)
-            self._sockets.watch(selector, session.only, band, self._lanes, int(watch.expires * NS))
+            self._tell(selector, session.only)
         return watch
+
+    def _tell(self, selector: Selector, only: int) -> None:
+        """The kernel does what is best for those who share a selector, for as long as any of them wants it."""
+        same = self._same[selector, only]
+        band, expires = min(w.band for w in same), max(w.expires for w in same)
+        self._sockets.watch(selector, only, band, self._lanes, int(expires * NS))
 
     def _bound(self, session: Session) -> None:
         user, everybody = session.user, self._books.everybody
@@ -105,7 +114,13 @@ class Watches:
         if not self._by_peer[peer]:
             del self._by_peer[peer]
         self._to_look.pop(watch.selector, None)
-        self._sockets.unwatch(watch.selector, watch.session.only)
+        key = watch.selector, watch.session.only
+        self._same[key].remove(watch)
+        if self._same[key]:
+            self._tell(*key)
+        else:
+            del self._same[key]
+            self._sockets.unwatch(*key)
 
     def expired(self, now: float) -> list[Watch]:
         """Those that nothing has used for their time to live, and that no mark holds."""

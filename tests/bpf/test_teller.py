@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -307,6 +308,39 @@ def test_without_a_free_slot_the_daemon_is_told_all_the_same(bench: Bench) -> No
         for pair in pairs:
             for s in pair:
                 s.close()
+
+
+def test_what_is_put_together_is_not_mixed_up_with_what_interrupts_it(netns_pair: NetnsPair) -> None:
+    """On one processor connections are opened while packets that timers let out establish and end others."""
+    rounds, at_once = 20, 150
+    for namespace, device in ((netns_pair.a, netns_pair.dev_a), (netns_pair.b, netns_pair.dev_b)):
+        netns_pair.run(namespace, f"tc qdisc add dev {device} root tbf rate 10mbit burst 2000 latency 2s")
+    with contextlib.ExitStack() as stack:
+        classifier = stack.enter_context(LibbpfLoader().open_classifier(2 * rounds * at_once))
+        bench = Bench(classifier, stack.enter_context(Teller(classifier)), netns_pair)
+        bench.teller.lend(range(ROWS // 2, rounds * at_once))
+        server = stack.enter_context(listener(bench))
+        server.listen(2 * at_once)
+        server.settimeout(60)
+        assert bench.teller.rules.put(to(bench, server.getsockname()[1]), band=3, lanes=4, expires_ns=2**62)
+
+        def connect() -> list[socket.socket]:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # of this thread
+            opened = [socket.socket() for _ in range(at_once)]
+            for s in opened:
+                s.setblocking(False)
+                assert s.connect_ex(server.getsockname()) == errno.EINPROGRESS
+            return opened
+
+        for _ in range(rounds):
+            opened = bench.inside(bench.pair.a, connect)
+            accepted = [server.accept()[0] for _ in opened]
+            rows = {cookie_of(s): bench.row(cookie_of(s)) for s in opened}
+            told = {e.sock.cookie: e.slot for e in bench.teller.events() if e.kind == _abi.EVENT_MATCHED}
+            for s in (*opened, *accepted):
+                s.close()
+            assert None not in rows.values()
+            assert told == rows
 
 
 def test_more_rules_for_a_peer_than_the_kernel_looks_at(bench: Bench) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from support.harness import MSS, FakeSocket, Host, peer
 
 from mfsd.ground.model import (
+    CookieSelector,
     MarkHint,
     PortRange,
     ProcessSelector,
@@ -53,6 +54,49 @@ def test_a_connection_that_is_quicker_than_its_hint_is_what_the_last_one_was() -
     h.tick(3.0)
     h.tick()
     assert h.counted[0] == 2
+
+
+def test_a_selector_of_two_sessions_ends_with_the_second() -> None:
+    """And the kernel puts new connections where the more urgent one of the two wants them."""
+    h = Host()
+    first = h.socket(1)
+    rule, other = peer(first), h.engine.session("another", h.now)
+    h.engine.apply(h.session, MarkHint(rule, Stage.COLLECTIVE), h.now)
+    h.engine.apply(other, MarkHint(rule, Stage.P2D), h.now)
+    h.tick()
+
+    def begins(cookie: int) -> str:
+        s = FakeSocket(cookie, first.endpoints)
+        h.kernel.connect(s)
+        return h.band(s)
+
+    assert begins(2) == "level 0"
+    h.engine.end_session(h.session, h.now)
+    assert begins(3) == h.bands.bands[h.engine.steering.band_of(Stage.P2D)].name
+    h.tick()
+    assert {h.band(s) for s in h.kernel.sockets} == {begins(4)}
+    h.engine.end_session(other, h.now)
+    assert not h.kernel.rules
+
+
+def test_a_hint_that_is_heard_before_the_connection_that_it_names() -> None:
+    """The kernel has put that by a rule; it stays where it is, and its slot is not lost."""
+    h = Host()
+    h.engine.apply(h.session, MarkHint(peer(h.socket(0)), Stage.KV_REUSE), h.now)
+    h.tick()
+    for i in range(200):
+        s = h.socket(i + 1)
+        slot = h.keys.cookies[s.cookie]
+        h.transfer(f"t{i}", CookieSelector(s.cookie), 100 * MSS, stage=Stage.COLLECTIVE)
+        assert h.band(s) == "level 1"
+        h.tick(0.01)
+        assert h.keys.cookies[s.cookie] == slot
+        assert h.band(s) == "level 0"
+        h.send(s, 100 * MSS)
+        h.kernel.close(s)
+        h.tick(0.01)
+    assert h.counted[0] == 200
+    assert h.table.taken == 1
 
 
 def test_a_mark_follows_a_selector_over_reconnects() -> None:
