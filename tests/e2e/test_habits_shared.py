@@ -110,6 +110,8 @@ def test_connections_on_one_host_closed_behind_their_last_byte(daemon: Daemon, c
             with dial(own, address="127.0.0.1") as s:
                 named = s if by == "socket" else tuple_of("127.0.0.1", PORT)
                 client.transfer(f"t{i}", named, 256 * KIB, stage=Stage.P2D, request="r")
+                if not i:
+                    assert client.flush(5)  # from then on the kernel knows
                 s.sendall(bytes(256 * KIB))
         settled(daemon, (20, 0, 0))
 
