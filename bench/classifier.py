@@ -24,7 +24,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from bench.parts.host import THERE, namespaces
 from bench.parts.testrun import run_packet, upcoming_cookies
 from mfsd.client import cookie_of
@@ -189,6 +189,7 @@ def throughput(c: Classifier) -> list[Figure]:
 
 def main() -> None:
     """Measure and report."""
+    parser(__doc__).parse_args()
     with BpfObject(object_path("empty")) as obj:
         obj.load()
         empty_fd = obj.program_fd("mfsd_empty")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from bench.parts.host import daemon
 from mfsd.client import Client, Stage, tuple_of
 
@@ -78,6 +78,7 @@ def measure(what: str) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    parser(__doc__).parse_args()
     write(
         "client",
         [

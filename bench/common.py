@@ -7,7 +7,9 @@ Compare figures of one run with each other: that is what ``baseline`` and ``rati
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -44,6 +46,12 @@ class Figure:
         """Make a figure with a target; decides ``met``."""
         met = value <= target if want == "at most" else value >= target
         return cls(name, value, unit, target=target, met=met, **kwargs)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark's command line; --help says what its module says. One without options parses it all the same."""
+    name = f"python -m bench.{Path(sys.argv[0]).stem}"
+    return argparse.ArgumentParser(name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def write(name: str, figures: Sequence[Figure]) -> Path:

@@ -10,14 +10,12 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from bench.parts.host import daemon, namespaces
 from mfsd.client import Client, Stage, tuple_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import psutil
+    from bench.parts.host import Daemon
 
 IDLE_S = 10.0
 CONNECTIONS = 1000
@@ -26,34 +24,33 @@ SCRAPE_S = 5.0
 """Between two scrapes, as the target has it."""
 
 
-def cpu_percent(process: psutil.Process, seconds: float) -> float:
+def cpu_percent(mfsd: Daemon, seconds: float) -> float:
     """Share of one core over a while, per cent."""
-    before = process.cpu_times()
+    before = mfsd.cpu_s
     time.sleep(seconds)
-    after = process.cpu_times()
-    return 100 * (after.user + after.system - before.user - before.system) / seconds
+    return 100 * (mfsd.cpu_s - before) / seconds
 
 
-def scrapes(endpoint: Path, process: psutil.Process) -> float:
+def scrape_s(mfsd: Daemon) -> float:
     """Seconds of processor time that a scrape costs the daemon, less what it takes anyway."""
-    idle = cpu_percent(process, IDLE_S)
-    before, begin = process.cpu_times(), time.monotonic()
+    idle = cpu_percent(mfsd, IDLE_S)
+    before, begin = mfsd.cpu_s, time.monotonic()
     for _ in range(SCRAPES):
         with socket.socket(socket.AF_UNIX) as reader:
-            reader.connect(str(endpoint))
+            reader.connect(str(mfsd.folder / "mfsd.sock.metrics"))
             reader.sendall(b"GET /metrics HTTP/1.0\r\nAccept: application/openmetrics-text; version=1.0.0\r\n\r\n")
             while reader.recv(1 << 16):
                 pass
-    after = process.cpu_times()
-    taken = after.user + after.system - before.user - before.system - idle / 100 * (time.monotonic() - begin)
+    taken = mfsd.cpu_s - before - idle / 100 * (time.monotonic() - begin)
     return taken / SCRAPES
 
 
 def main() -> None:
     """Run and write build/bench/daemon.json."""
+    parser(__doc__).parse_args()
     with namespaces() as (a, _), daemon(namespace=a, rate="1gbit") as mfsd, Client(target=mfsd.target) as client:
         time.sleep(2)
-        idle = cpu_percent(mfsd.process, IDLE_S)
+        idle = cpu_percent(mfsd, IDLE_S)
         rss = mfsd.process.memory_info().rss / 1e6
         # Sockets of this namespace: the daemon looks them up in its own, so they count as elsewhere and are matched by
         # tuple; what it costs to hold them is the same.
@@ -63,8 +60,8 @@ def main() -> None:
             client.transfer(f"t{i}", there, 1 << 30, stage=Stage.P2D, request="r")
         assert client.flush(10)
         time.sleep(2)
-        busy = cpu_percent(mfsd.process, IDLE_S)
-        scrape = 100 * scrapes(mfsd.folder / "mfsd.sock.metrics", mfsd.process) / SCRAPE_S
+        busy = cpu_percent(mfsd, IDLE_S)
+        scrape = 100 * scrape_s(mfsd) / SCRAPE_S
         figures = [
             Figure.against("rss_idle_mb", rss, "MB", target=120, want="at most"),
             Figure.against("cpu_idle_percent", idle, "% of a core", target=2, want="at most"),

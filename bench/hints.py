@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 import numpy as np
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from mfsd.client import cookie_of
 from mfsd.client.introduction import introduced
 from mfsd.daemon import devices
@@ -375,11 +375,11 @@ def _stream_figures(suffix: str, pairs: list[tuple[float, float]]) -> list[Figur
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("role", nargs="?", choices=["serve", "echo"], help=argparse.SUPPRESS)
-    parser.add_argument("directory", nargs="?", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    line = parser(__doc__)
+    line.add_argument("--rounds", type=int, default=5)
+    line.add_argument("role", nargs="?", choices=["serve", "echo"], help=argparse.SUPPRESS)
+    line.add_argument("directory", nargs="?", type=Path, help=argparse.SUPPRESS)
+    args = line.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if args.role:
         # The mask that was inherited is the client's.

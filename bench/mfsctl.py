@@ -12,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from bench.parts.host import daemon
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def median_ms(argv: Sequence[str]) -> float:
 
 def main() -> None:
     """Run and write build/bench/mfsctl.json."""
+    parser(__doc__).parse_args()
     with daemon() as mfsd:
         socket = mfsd.target.removeprefix("unix:")
         status = median_ms([sys.executable, "-m", "mfsd.cli", "--socket", socket, "status"])

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from mfsd.ground import tables
 from mfsd.lab.sim.cases import LOADS, SMALL, Shape, brute_force, draw
 from mfsd.lab.sim.decide import simulate
@@ -174,6 +174,7 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     """Measure and report."""
+    parser(__doc__).parse_args()
     counts = measure()
     shares = {kind: table(counts, (kind,)) for kind in KINDS}
     for kind, rows in shares.items():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from mfsd.daemon.memory import keep_freed
 from mfsd.ground.bands import LEVEL_NEW, LEVEL_SCAVENGER
 from mfsd.policy.registry import DEFAULT, make_policy, names
@@ -134,6 +134,7 @@ def median_ms(run: Callable[[], object], repeat: int) -> float:
 
 def main() -> None:
     """Measure and report."""
+    parser(__doc__).parse_args()
     keep_freed()  # otherwise page faults of large temporaries are measured, not the policy
     rng = np.random.default_rng(1)
     small, large = state(rng, 10_000, 1_000, 64, 4), state(rng, 100_000, 10_000, 256, 4)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 import numpy as np
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from mfsd.client import Client, Stage, tuple_of
 from mfsd.lab.hosts.machine import take_precedence
 from mfsd.lab.hosts.net import LabError
@@ -105,6 +105,7 @@ def measure() -> dict[str, list[float]]:
 
 def main() -> None:
     """See the module."""
+    parser(__doc__).parse_args()
     try:
         take_precedence()
         found = measure()

@@ -20,7 +20,6 @@ sockets.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import resource
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from bench.parts.host import HERE, THERE, daemon, namespaces
 from mfsd.client import Client, Stage, cookie_of
 from mfsd.client.introduction import introduced
@@ -190,14 +189,13 @@ def phase(a: str, seconds: float) -> dict[str, Any]:
     """All of it against one daemon."""
     with daemon(namespace=a, rate=RATE) as mfsd, introduced(mfsd.target) as channel, inside(a):
         time.sleep(2)
-        before, began = mfsd.process.cpu_times(), time.monotonic()
+        before, began = mfsd.cpu_s, time.monotonic()
         calls = unary(channel, seconds)
-        after, took = mfsd.process.cpu_times(), time.monotonic() - began
+        busy = 100 * (mfsd.cpu_s - before) / (time.monotonic() - began)
         said = status(channel)
         assert not said.notices, said.notices
         with Client(target=mfsd.target) as client:
             kept, each = (wrong_share(channel, client, kept=k) for k in (True, False))
-        busy = 100 * (after.user + after.system - before.user - before.system) / took
         return {"calls": calls, "tick": said.tick_p99_ms, "kept": kept, "each": each, "cpu": busy}
 
 
@@ -237,10 +235,10 @@ def main() -> None:
     elif sys.argv[1:2] == ["crowd"]:
         crowd(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--sockets", type=int, default=SOCKETS)
-        parser.add_argument("--seconds", type=float, default=SECONDS)
-        args = parser.parse_args()
+        line = parser(__doc__)
+        line.add_argument("--sockets", type=int, default=SOCKETS)
+        line.add_argument("--seconds", type=float, default=SECONDS)
+        args = line.parse_args()
         print(f"load of the machine before: {os.getloadavg()[0]:.2f}")
         write("sockets", measure(args.sockets, args.seconds))
 

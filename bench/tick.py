@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.common import Figure, write
+from bench.common import Figure, parser, write
 from mfsd.daemon.keys import KernelKeys
 from mfsd.daemon.memory import keep_freed
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
@@ -221,6 +221,7 @@ def measure(n: int) -> tuple[float, float, float, float]:
 
 def main() -> None:
     """Run and write build/bench/tick.json."""
+    parser(__doc__).parse_args()
     keep_freed()  # as the daemon does
     figures = []
     for n in COUNTS:

@@ -35,6 +35,12 @@ class Daemon:
     target: str
     process: psutil.Process
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of processor that it has taken."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
 
 def ip(*words: str) -> None:
     """Run the ip command."""

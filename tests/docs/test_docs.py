@@ -174,3 +174,15 @@ def parameters() -> Iterator[list[str]]:
 def test_every_parameter_has_its_default() -> None:
     rows = table((ROOT / "docs/policies.md").read_text(), "## Parameters")
     assert rows == list(parameters())
+
+
+@pytest.mark.parametrize("name", sorted({p.stem for p in (ROOT / "bench").glob("*.py")} - {"__init__", "common"}))
+def test_a_benchmark_that_is_asked_for_help_does_not_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(f"bench.{name}").main
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert "--help" in capsys.readouterr().out
