@@ -134,8 +134,8 @@ BATCHES: Final[dict[str, Callable[[int], Iterator[list[pb.Hint]]]]] = {
 }
 
 
-def _attack(target: str, name: str, until: float, done: Any) -> None:
-    """In a process of its own; ``done`` counts its calls, so that an attack that was none is noticed."""
+def run(target: str, name: str, until: float, done: Any) -> None:
+    """One attack, in a process of its own; ``done.value`` counts its calls, so that one that was none is noticed."""
     listener = socket.create_server(("127.0.0.1", 0))
     "".encode("idna")  # looked up while this user may still read the library
     if os.geteuid() == 0:
@@ -178,19 +178,15 @@ def honest(target: str, seconds: float) -> list[float]:
         with introduced(target) as channel:
             stub = hints_pb2_grpc.HintsStub(channel)
             until = time.monotonic() + seconds
-            for n in itertools.count():
-                began = time.monotonic()
-                if began >= until:
-                    return out
+            while (began := time.monotonic()) < until:
+                name = f"t{len(out)}"
                 hints = [
-                    _request("r"),
-                    _transfer(f"t{n}", cookie),
-                    pb.Hint(cancellation=pb.Cancellation(transfer_id=f"t{n}")),
-                ]
+                    _request("r"), _transfer(name, cookie), pb.Hint(cancellation=pb.Cancellation(transfer_id=name)),
+                ]  # fmt: skip
                 reply = stub.Send(pb.HintBatch(session="honest", hints=hints))
                 assert reply.accepted == 3, reply
                 out.append((time.monotonic() - began) * 1000)
-    raise AssertionError("unreachable")
+    return out
 
 
 def open_to_all(mfsd: Daemon) -> None:
@@ -249,7 +245,7 @@ def main(seconds: float, only: tuple[str, ...]) -> None:
         for attack in only or ATTACKS:
             spawn = multiprocessing.get_context("spawn")
             done = spawn.Value("Q", 0)
-            hostile = spawn.Process(target=_attack, args=(mfsd.target, attack, time.time() + seconds + 1.5, done))
+            hostile = spawn.Process(target=run, args=(mfsd.target, attack, time.time() + seconds + 1.5, done))
             hostile.start()
             time.sleep(1.0)
             took = honest(mfsd.target, seconds)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Final
+from typing import Final, Literal
 
 import click
 import numpy as np
@@ -56,12 +56,18 @@ def figures(
     p99 = percentile(fast, 99)
     plain_repeated = percentile([t.retransmitted / GSO_SEGMENTS for t in plain], 99)
 
-    def figure(name: str, value: float, unit: str, target: float, want: str, baseline: float | None = None) -> Figure:
-        ratio = value / baseline if baseline else None
+    def figure(
+        name: str,
+        value: float,
+        unit: str,
+        target: float,
+        want: Literal["at most", "at least"],
+        base: float | None = None,
+    ) -> Figure:
+        ratio = value / base if base else None
         if suffix:
-            return Figure(name + suffix, value, unit, baseline, ratio)
-        met = value <= target if want == "at most" else value >= target
-        return Figure(name, value, unit, baseline, ratio, target, met)
+            return Figure(name + suffix, value, unit, base, ratio)
+        return Figure.against(name, value, unit, target=target, want=want, baseline=base, ratio=ratio)
 
     out = [
         Figure(f"plain_p50_ms{suffix}", plain_p50, "ms"),

@@ -24,6 +24,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -125,9 +126,9 @@ class Soak:
         if how is not signal.SIGKILL and code not in (0, -how):
             self.problems.append(f"ended with {code} on {how.name}")
         if how is signal.SIGTERM or self.chance.random() < 0.5:
-            self.restored(how is signal.SIGTERM)
+            self.restored(already=how is signal.SIGTERM)
 
-    def restored(self, already: bool) -> None:  # noqa: FBT001 - said by the one caller
+    def restored(self, *, already: bool) -> None:
         """Restore, unless the daemon has done so at its end; the device must be as it was found."""
         if not already:
             words = ["ip", "netns", "exec", self.a, sys.executable, "-m", "mfsd.cli"]
@@ -172,11 +173,7 @@ def attacked(soak: Soak, until: float) -> subprocess.Popen[str] | None:
 
 def hints(target: str, attack: str, seconds: str) -> None:
     """Be a process that sends hostile hints, as another user."""
-
-    class Count:
-        value = 0
-
-    hostile._attack(target, attack, time.time() + float(seconds), Count())  # noqa: SLF001 - a part of the benchmark
+    hostile.run(target, attack, time.time() + float(seconds), SimpleNamespace(value=0))
 
 
 @contextlib.contextmanager
