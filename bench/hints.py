@@ -82,20 +82,20 @@ CORE: Final = "MFSD_BENCH_CORE"
 class Echo(hints_pb2_grpc.HintsServicer):
     """The same messages, and nothing done about them."""
 
-    async def Send(self, request: pb.HintBatch, context: Any) -> pb.HintReply:  # noqa: ARG002, N802 - as generated
+    async def Send(self, request: pb.HintBatch, context: Any) -> pb.HintReply:
         return self._reply(request)
 
     @staticmethod
     def _reply(request: pb.HintBatch) -> pb.HintReply:
         return pb.HintReply(seq=request.seq, accepted=len(request.hints) + len(request.transfers.ids))
 
-    async def Stream(  # type: ignore[override]  # noqa: N802 - as generated; grpc.aio takes writers, too
+    async def Stream(  # type: ignore[override]  # grpc.aio takes writers, too
         self, request_iterator: AsyncIterator[pb.HintBatch], context: Any
     ) -> None:
         async for request in request_iterator:
             await context.write(self._reply(request))
 
-    async def Advise(self, request: pb.AdviseRequest, context: Any) -> pb.AdviseReply:  # noqa: N802 - as generated
+    async def Advise(self, request: pb.AdviseRequest, context: Any) -> pb.AdviseReply:
         del request, context
         return pb.AdviseReply()
 

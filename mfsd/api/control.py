@@ -53,11 +53,11 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.Status:  # noqa: ARG002, N802 - as generated
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.Status:
         """See the proto; so are the others."""
         return await self._status()
 
-    async def ListConnections(  # noqa: N802 - as generated
+    async def ListConnections(
         self,
         request: pb.ListConnectionsRequest,
         context: Context,
@@ -68,7 +68,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         except HintError as e:
             await errors.abort(context, e)
 
-    async def ListTransfers(  # noqa: N802 - as generated
+    async def ListTransfers(
         self,
         request: pb.ListTransfersRequest,
         context: Context,
@@ -79,7 +79,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         except HintError as e:
             await errors.abort(context, e)
 
-    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchReply]:  # noqa: N802 - as generated
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchReply]:
         """Status every interval, until the client hangs up."""
         interval = request.interval_us or WATCH_DEFAULT_US
         if interval < WATCH_MIN_US:
@@ -105,7 +105,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             self._views[connections] = now, view
         return view
 
-    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:  # noqa: N802 - as generated
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:
         """Why one connection or transfer is where it is."""
         engine, now = self._daemon.engine, self._clock()
         target = request.WhichOneof("target")
@@ -123,11 +123,11 @@ class ControlService(control_pb2_grpc.ControlServicer):
             await _not_found(context, f"no {target} {value!r}; it may be finished: list connections or transfers")
         return found
 
-    async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.Metrics:  # noqa: ARG002, N802 - as generated
+    async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.Metrics:
         """All metrics."""
         return pb.Metrics(text=await self._daemon.metrics())
 
-    async def Trace(self, request: pb.TraceRequest, context: Context) -> pb.RequestTrace:  # noqa: N802 - as generated
+    async def Trace(self, request: pb.TraceRequest, context: Context) -> pb.RequestTrace:
         """Where the time of one request went."""
         found = trace.of_request(self._daemon.engine, self._clock(), request.request_id, request.session)
         if found is None:
@@ -136,19 +136,19 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     # --- acting -------------------------------------------------------------------------------------------------------
 
-    async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.Status:  # noqa: ARG002, N802 - as generated
+    async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.Status:
         """Stop steering, keep hints and qdiscs."""
         self._daemon.engine.pause()
         self._daemon.steering_changed()
         return await self._status()
 
-    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.Status:  # noqa: ARG002, N802 - as generated
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.Status:
         """Undo Pause."""
         self._daemon.engine.resume()
         self._daemon.steering_changed()
         return await self._status()
 
-    async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.Status:  # noqa: N802 - as generated
+    async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.Status:
         """Observe or enforce."""
         mode = MODES.get(request.mode)
         if mode is None:
@@ -156,16 +156,16 @@ class ControlService(control_pb2_grpc.ControlServicer):
         await self._daemon.set_mode(mode)
         return await self._status()
 
-    async def GetPlan(self, request: pb.GetPlanRequest, context: Context) -> pb.Plan:  # noqa: N802 - as generated
+    async def GetPlan(self, request: pb.GetPlanRequest, context: Context) -> pb.Plan:
         """What enforcing would change, or has changed."""
         return pb.Plan(devices=await self._daemon.plans(await self._named(request.device, context)))
 
-    async def Restore(self, request: pb.RestoreRequest, context: Context) -> pb.RestoreReply:  # noqa: N802 - as generated
+    async def Restore(self, request: pb.RestoreRequest, context: Context) -> pb.RestoreReply:
         """Put the qdiscs back."""
         restored, problems = await self._daemon.restore(await self._named(request.device, context))
         return pb.RestoreReply(restored=restored, problems=problems)
 
-    async def ListRules(self, request: pb.ListRulesRequest, context: Context) -> pb.ListRulesReply:  # noqa: N802 - as generated
+    async def ListRules(self, request: pb.ListRulesRequest, context: Context) -> pb.ListRulesReply:
         """Rules, and what they say of connections."""
         if request.port > PORT_MAX:
             await _invalid(context, "port", f"{request.port} is no port", f"1 to {PORT_MAX}")
@@ -175,7 +175,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             await _not_found(context, f"no TCP connection of this host has {what}")
         return messages.rules(self._daemon, verdicts)
 
-    async def Record(self, request: pb.RecordRequest, context: Context) -> AsyncIterator[pb.RecordReply]:  # noqa: ARG002, N802 - as generated
+    async def Record(self, request: pb.RecordRequest, context: Context) -> AsyncIterator[pb.RecordReply]:
         """Hints and decisions as they happen."""
         engine = self._daemon.engine
         recorders = engine.books.recorders
@@ -192,7 +192,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         finally:
             recorders.remove(recorder)
 
-    async def SetLogLevel(self, request: pb.SetLogLevelRequest, context: Context) -> pb.SetLogLevelReply:  # noqa: N802 - as generated
+    async def SetLogLevel(self, request: pb.SetLogLevelRequest, context: Context) -> pb.SetLogLevelReply:
         """Log more, or less."""
         if request.level not in LEVELS:
             await _invalid(context, "level", f"unknown level {request.level}", "use LOG_LEVEL_DEBUG (1) to ERROR (4)")

@@ -134,7 +134,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             self._ticks.poke(waiting=alone)
         return answer
 
-    async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:  # noqa: N802 - as generated
+    async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:
         """What paths can bear."""
         try:
             self._peer(context)
@@ -317,7 +317,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             )
         return found
 
-    async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - named by the proto
+    async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:
         """Unary call; see proto/mfsd/v1/hints.proto."""
         try:
             peer = self._peer(context)
@@ -327,7 +327,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         except (HintError, errors.Refused) as e:
             await errors.abort(context, e)
 
-    async def Stream(  # type: ignore[override]  # noqa: N802 - named by the proto; grpc.aio takes writers, too
+    async def Stream(  # type: ignore[override]  # grpc.aio takes writers, too
         self, request_iterator: AsyncIterable[pb.HintBatch], context: Context
     ) -> None:
         """Streaming call: one reply per batch, in order, and events in between."""

@@ -99,7 +99,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    async def Stream(  # type: ignore[override]  # noqa: N802 - as generated; grpc.aio takes writers, too
+    async def Stream(  # type: ignore[override]  # grpc.aio takes writers, too
         self, request_iterator: AsyncIterator[pb.HintBatch], context: Context
     ) -> None:
         """See the proto. A batch is answered when it has been applied, so that the peer knows how long it took."""
@@ -125,7 +125,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
             if session is not None:
                 self._left(session)
 
-    async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:  # noqa: N802 - as generated
+    async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:
         """One batch; the session ends when it has been silent for GRACE_S."""
         name, host = await self._who(context)
         session = await self._session(name, request.session, context)
@@ -136,7 +136,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         finally:
             self._left(session)
 
-    async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:  # noqa: N802 - as generated
+    async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:
         """What our paths can bear."""
         await self._who(context)
         try:
