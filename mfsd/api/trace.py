@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mfsd.engine.engine import Engine
     from mfsd.engine.records import Request
-    from mfsd.ground.bands import Ladder
+    from mfsd.engine.steering import Steering
 
     Interval = tuple[float, float]
 
@@ -49,7 +49,7 @@ def of_request(engine: Engine, now: float, name: str, session: str = "") -> pb.R
         seconds=end - begin,
         slack_s=deadline - end if deadline < INF else None,
         spent=_spent(every, begin, end),
-        held_back_s=_held_back(every, begin, end, engine.steering.ladder),
+        held_back_s=_held_back(every, begin, end, engine.steering),
         transfers=sorted(shown, key=lambda t: t.announced_s),
     )
 
@@ -97,13 +97,13 @@ def _spent(transfers: Sequence[EndedTransfer], begin: float, end: float) -> pb.S
     return pb.Spent(elsewhere_s=max(end - begin - either, 0.0), queue_s=max(either - on_wire, 0.0), wire_s=on_wire)
 
 
-def _held_back(transfers: Sequence[EndedTransfer], begin: float, end: float, ladder: Ladder) -> float:
+def _held_back(transfers: Sequence[EndedTransfer], begin: float, end: float, steering: Steering) -> float:
     """Seconds in which some were under way, and none of them in the band of unhinted traffic or above it."""
-    default = ladder.plan.default.index
+    default = steering.bands.default.index
     forward: list[Interval] = []
     for t in transfers:
         since, levels = zip(*[(t.created, t.first_level), *t.path, (t.ended, t.first_level)], strict=True)
-        band = ladder.bands(np.array(levels, dtype=np.int16))
+        band = steering.ladder.bands(np.array(levels, dtype=np.int16))
         spans = zip(pairwise(since), band.tolist(), strict=False)
         forward += [(a, min(b, t.ended)) for (a, b), place in spans if place <= default]
     busy = _length(_union((t.created, t.ended) for t in transfers), begin, end)

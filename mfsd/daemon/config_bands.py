@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 def bands_of(config: Config, policy: Policy) -> Bands:
     """The bands that a configuration asks for, with the default band where the policy wants it. Raises ValueError."""
-    plan = _bands(config, default_after=0)
+    bands = _bands(config, default_after=0)
     # A policy with more levels than there are bands counts in its own levels; the ladder says where those end.
-    steps = Ladder(plan, policy.levels).band_of.tolist()
+    steps = Ladder(bands, policy.levels).band_of.tolist()
     return _bands(config, default_after=len(set(steps[: policy.default_after])))
 
 
@@ -52,15 +52,15 @@ def dscp_of(config: Config) -> dict[str, int]:
     if given.keys().isdisjoint(CLASSES):
         return dict(given)
     policy = policy_of(config)
-    plan = bands_of(config, policy)
-    classes = Ladder(plan, policy.levels).classes(policy.classes)
-    return {b.name: given[urgency] for b, urgency in zip(plan.bands, classes, strict=True) if urgency in given}
+    bands = bands_of(config, policy)
+    classes = Ladder(bands, policy.levels).classes(policy.classes)
+    return {b.name: given[urgency] for b, urgency in zip(bands.bands, classes, strict=True) if urgency in given}
 
 
-def marks_in_words(dscp: Mapping[str, int], plan: Bands) -> list[str]:
+def marks_in_words(dscp: Mapping[str, int], bands: Bands) -> list[str]:
     """What is written into packets, a sentence per code point, in the order of the bands."""
     names: dict[int, list[str]] = {}
-    for band in plan.bands:
+    for band in bands.bands:
         if band.name in dscp:
             names.setdefault(dscp[band.name], []).append(band.name)
     return [f"DSCP {code} into packets of {', '.join(marked)}" for code, marked in names.items()]

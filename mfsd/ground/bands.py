@@ -210,32 +210,32 @@ class Bands:
 
 
 class Ladder:
-    """Puts ``policy_levels`` levels onto the level bands of a plan, order preserved.
+    """Puts ``policy_levels`` levels onto the level bands, order preserved.
 
     With at least as many bands as levels, level i is level band i. With fewer, the first level keeps a band of its own
     (it is where lateness costs most) and the others are split as evenly as they go, the remainder falling on the
     lowest bands, so that merging coarsens the far end first.
     """
 
-    def __init__(self, plan: Bands, policy_levels: int) -> None:
-        bands = [b.index for b in plan.level_bands]
+    def __init__(self, bands: Bands, policy_levels: int) -> None:
+        steps = [b.index for b in bands.level_bands]
         if policy_levels < 1:
             raise ValueError(f"policy_levels = {policy_levels}: must be at least 1")
-        self.plan = plan
+        self._bands = bands
         self.policy_levels = policy_levels
         self.band_of: npt.NDArray[np.uint8] = np.array(
-            [bands[step] for step in _steps(policy_levels, len(bands))], dtype=np.uint8
+            [steps[step] for step in _steps(policy_levels, len(steps))], dtype=np.uint8
         )
         """Band index per policy level."""
-        self.above: npt.NDArray[np.intp] = np.array([*self.band_of, plan.scavenger.index])
+        self.above: npt.NDArray[np.intp] = np.array([*self.band_of, bands.scavenger.index])
         """The same, and the scavenger's at the end, as indices."""
         # Of every int16, the negative ones at the end as an index has it.
         self._of_any = np.full(1 << 16, self.band_of[0])
         self._of_any[: 1 << 15] = self.band_of[-1]
         self._of_any[:policy_levels] = self.band_of
-        self._of_any[LEVEL_NONE] = plan.default.index
-        self._of_any[LEVEL_BACKGROUND] = plan.background.index
-        self._of_any[LEVEL_SCAVENGER] = plan.scavenger.index
+        self._of_any[LEVEL_NONE] = bands.default.index
+        self._of_any[LEVEL_BACKGROUND] = bands.background.index
+        self._of_any[LEVEL_SCAVENGER] = bands.scavenger.index
 
     def bands(self, levels: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
         """Band index per element; a level beyond the last uses the last, and what is no level has its own band."""
@@ -249,13 +249,13 @@ class Ladder:
         """
         if len(classes.levels) != self.policy_levels:
             raise ValueError(f"{len(classes.levels)} classes for {self.policy_levels} levels")
-        plan = self.plan
-        out = [Urgency.URGENT] * len(plan)
+        bands = self._bands
+        out = [Urgency.URGENT] * len(bands)
         for level in reversed(range(self.policy_levels)):
             out[self.band_of[level]] = classes.levels[level]
-        out[plan.default.index] = classes.default
-        out[plan.background.index] = classes.background
-        out[plan.scavenger.index] = classes.scavenger
+        out[bands.default.index] = classes.default
+        out[bands.background.index] = classes.background
+        out[bands.scavenger.index] = classes.scavenger
         return tuple(out)
 
 

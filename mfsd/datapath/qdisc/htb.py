@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The htb backend: strict bands with floors and lanes, paced at a configured rate (net/sched/sch_htb.c).
 
-Layout, for a plan whose band *b* stands in strict order::
+Layout, for bands *b* in strict order::
 
     6d66:            root, default class = the default band
       6d66:1         the link: rate = ceil = the device's rate
@@ -72,7 +72,7 @@ def turn(gso: int) -> int:
 
 
 def build(bands: Bands, rate: Rate, *, gso: int = 65536) -> Tree:
-    """The tree for a plan at a rate. ``gso``: largest packet the stack may hand down, in bytes.
+    """The tree for bands at a rate. ``gso``: largest packet the stack may hand down, in bytes.
 
     Raises ValueError for more bands than htb has priorities, or more lanes than minor numbers.
     """

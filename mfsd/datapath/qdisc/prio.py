@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prio backend: bands at line rate, or under a shaper when a rate is given (net/sched/sch_prio.c, sch_drr.c).
 
-Layout, for a plan whose band *b* stands in strict order::
+Layout, for bands *b* in strict order::
 
     6d67:          tbf or htb, only with a rate
       6d66:        ets where the kernel has it, else prio; N bands; whatever names no band goes to the default band
@@ -53,7 +53,7 @@ _NO_RATE: Final = b"\0" * 12
 
 
 def build(bands: Bands, rate: Rate | None, *, lanes: bool, weights: bool, gso: int = 65536, limit: int = 1000) -> Tree:
-    """The tree for a plan. ``limit``: the device's queue length, in packets.
+    """The tree for bands. ``limit``: the device's queue length, in packets.
 
     ``lanes`` False: one queue per band. ``weights``: ets, with floors, in place of prio.
 
