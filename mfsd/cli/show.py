@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from rich.console import RenderableType
+
+    from mfsd.ground.tables import Side
 
 LIMIT = click.option("--limit", type=click.IntRange(0), default=0, help="Show so many only; 0: all.")
 
@@ -51,7 +53,7 @@ def _summary(s: pb.Status) -> Iterator[str]:
     yield f"tick {s.tick_p50_ms:.2f} ms, p99 {s.tick_p99_ms:.2f} ms  memory {units.size(s.rss_bytes)}"
 
 
-BANDS: Final[list[tuple[str, Literal["left", "right"]]]] = [
+BANDS: Final[list[tuple[str, Side]]] = [
     ("band", "left"), ("class", "left"), ("lanes", "right"), ("floor", "right"), ("guaranteed", "right"),
     ("standing", "right"), ("got", "right"), ("conns", "right"), ("sent", "right"), ("packets", "right"),
     ("drops", "right"), ("queued", "right"), ("fabric", "left"), ("dscp", "right"),
@@ -85,7 +87,7 @@ def _device(d: pb.Device) -> Iterator[RenderableType]:
 
 
 def _peers(peers: Iterable[pb.Peer]) -> Iterator[RenderableType]:
-    heads: list[tuple[str, Literal["left", "right"]]] = [
+    heads: list[tuple[str, Side]] = [
         ("peer", "left"), ("configured", "right"), ("learnt", "right"), ("seen", "right"), ("used", "right"),
         ("given up", "right"), ("in time", "right"), ("raised", "right"),
     ]  # fmt: skip

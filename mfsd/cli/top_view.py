@@ -15,9 +15,8 @@ from mfsd.ground import tables, units
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from mfsd.ground.tables import Side
     from mfsd.v1 import control_pb2 as pb
-
-Side = Literal["left", "right"]
 
 SORTS: Final[dict[str, Callable[[Row], tuple[float, ...]]]] = {
     "rate": lambda r: (-r.rate, r.connection.slot),

@@ -24,7 +24,7 @@ from mfsd.ground.bands import (
 )
 
 MAX_LANES: Final = 256
-"""Minors of a band: its classids are 0xBBLL with band BB and lane LL."""
+"""Far below what classids and handles allow (datapath/qdisc/htb.py, handles.py); more only make dumps long."""
 CLASSES: Final = tuple(map(str, Urgency))
 """What ``bands.dscp`` may name besides bands."""
 

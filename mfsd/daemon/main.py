@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import os
 import resource
 import signal
 import sys
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
     from mfsd.daemon.config import Config
     from mfsd.daemon.predecessor import Predecessor
-
-EX_CONFIG: Final = 78
-"""sysexits.h; systemd shows it as CONFIG, and the unit does not restart on it."""
 
 PATIENT: Final = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 """Signals that wait for their handlers, while there are none (__main__.py)."""
@@ -121,7 +119,7 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     except configuration.ConfigError as e:
         # A file's name need not be text.
         click.echo(str(e).encode(errors="backslashreplace"), err=True)
-        sys.exit(EX_CONFIG)
+        sys.exit(os.EX_CONFIG)  # systemd shows it as CONFIG, and the unit does not restart on it
     if check_config:
         click.echo(configuration.render(config), nl=False)
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from pyroute2 import IPRoute
 
 from mfsd.datapath import tc
-from mfsd.datapath.bpf.attach import hook_users
+from mfsd.datapath.bpf.attach import ETHERNET, hook_users
 from mfsd.datapath.bpf.clsact import alive
 from mfsd.datapath.errors import EnforceError, NoDeviceError
 from mfsd.datapath.facts import QUEUE_LENGTH, read_facts
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 KNOWN: Final = {"cil_": "Cilium", "cali": "Calico"}
 """Prefixes of BPF program names -> who loads them."""
-_ETHERNET: Final = (1, 772)
-"""ARPHRD_ETHER, ARPHRD_LOOPBACK (include/uapi/linux/if_arp.h)."""
 
 
 def default_route_devices() -> list[str]:
@@ -87,7 +85,7 @@ def link_type(_: Context, name: str) -> Iterator[Finding]:
     """The classifier reads Ethernet headers."""
     with IPRoute() as ip:
         link = ip.get_links(read_facts(name).ifindex)[0]
-    if link["ifi_type"] not in _ETHERNET:
+    if link["ifi_type"] not in ETHERNET:
         yield Finding(
             f"device.link_type:{name}",
             Severity.FAIL,

@@ -38,8 +38,8 @@ TCX_EGRESS: Final = 47
 _F_BEFORE: Final = 1 << 3
 """BPF_F_BEFORE; without an anchor it means the head (kernel/bpf/mprog.c)."""
 
-_ETHERNET: Final = {1: "ARPHRD_ETHER", 772: "ARPHRD_LOOPBACK"}
-"""Hardware types (include/uapi/linux/if_arp.h) whose frames begin with an Ethernet header."""
+ETHERNET: Final = (1, 772)
+"""ARPHRD_ETHER and ARPHRD_LOOPBACK (include/uapi/linux/if_arp.h): frames that begin with an Ethernet header."""
 _NO_TCX: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)
 
 
@@ -246,7 +246,7 @@ def _explain(what: str, e: OSError) -> AttachError:
 def _check_link_type(sock: TcSocket, what: str, ifindex: int) -> None:
     """Refuse devices whose frames don't begin with an Ethernet header: the classifier would misread them."""
     link = links.by_index(sock, ifindex)
-    if link.hardware not in _ETHERNET:
+    if link.hardware not in ETHERNET:
         raise AttachError(
             what,
             f"{link.name} has no Ethernet header (hardware type {link.hardware})",
