@@ -29,17 +29,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _guard = guard.Guard()
-_client: list[Client] = []
-_client_pid = [0]
-"""Whose it is."""
+_clients: dict[int, Client] = {}
+"""By process: after a fork, the parent's is closed."""
 
 
 def default_client() -> Client:
     """The client of this process, made at the first call, and again after a fork."""
-    if not _client or _client_pid[0] != os.getpid():
-        _client[:] = [guard.client()]
-        _client_pid[0] = os.getpid()
-    return _client[0]
+    process = os.getpid()
+    if process not in _clients:
+        _clients[process] = guard.client()
+    return _clients[process]
 
 
 def mark_group(make: Callable[[], T], *, client: Client | None = None, stage: Stage = Stage.COLLECTIVE) -> T:

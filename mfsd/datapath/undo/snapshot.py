@@ -89,8 +89,22 @@ class Saved:
 
     @property
     def text(self) -> str:
-        """As tc shows it."""
-        return describe(self)
+        """One line as tc shows it; of the options those that tell one tree from another."""
+        place = "root" if self.parent == tc.TC_H_ROOT else f"parent {tc.classid(self.parent)}"
+        try:
+            values = settings(self.kind, self.type, self.options)
+        except (struct.error, KeyError):  # of a damaged note
+            values = {}
+        raw = self.options or b""
+        words = []
+        if self.kind in ("pfifo", "bfifo", "pfifo_head_drop") and len(raw) == 4:
+            words.append(f"limit {struct.unpack('=I', raw)[0]}{'b' if self.kind == 'bfifo' else 'p'}")
+        words += [f"{key} {Rate(float(int(values[key])))}" for key in ("rate", "ceil") if key in values]
+        if "default" in values:
+            words.append(f"default {int(values['default']):#x}")
+        if "prio" in values:
+            words.append(f"prio {values['prio']!r}")
+        return " ".join([self.type, self.kind, tc.classid(self.handle) if self.handle else "0:", place, *words])
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,22 +294,3 @@ def _steady(item: Saved) -> bytes | None:
     if item.kind == "htb" and item.type == "qdisc" and item.options:
         return _as_request(item)
     return item.options
-
-
-def describe(item: Saved) -> str:
-    """One line as tc shows it; of the options those that tell one tree from another."""
-    place = "root" if item.parent == tc.TC_H_ROOT else f"parent {tc.classid(item.parent)}"
-    try:
-        values = settings(item.kind, item.type, item.options)
-    except (struct.error, KeyError):  # of a damaged note
-        values = {}
-    raw = item.options or b""
-    words = []
-    if item.kind in ("pfifo", "bfifo", "pfifo_head_drop") and len(raw) == 4:
-        words.append(f"limit {struct.unpack('=I', raw)[0]}{'b' if item.kind == 'bfifo' else 'p'}")
-    words += [f"{key} {Rate(float(int(values[key])))}" for key in ("rate", "ceil") if key in values]
-    if "default" in values:
-        words.append(f"default {int(values['default']):#x}")
-    if "prio" in values:
-        words.append(f"prio {values['prio']!r}")
-    return " ".join([item.type, item.kind, tc.classid(item.handle) if item.handle else "0:", place, *words])
