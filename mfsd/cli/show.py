@@ -15,7 +15,7 @@ from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control, paged
 from mfsd.cli.errors import CliError
 from mfsd.cli.glossary import SECTIONS
-from mfsd.cli.values import DURATION
+from mfsd.cli.values import Interval
 from mfsd.ground import tables, units
 from mfsd.v1 import control_pb2 as pb
 
@@ -257,7 +257,7 @@ def transfers(g: Globals, limit: int) -> None:
 
 
 @command("watch")
-@click.option("--interval", type=DURATION, default="1s", show_default=True, help="Between updates, at least 100ms.")
+@click.option("--interval", type=Interval(0.1), default="1s", show_default=True, help="Between updates, 100ms to 24h.")
 @click.option("--connections", "with_connections", is_flag=True, help="List the connections, too.")
 @click.option("--count", type=click.IntRange(0), default=0, help="Stop after so many updates; 0: at Ctrl-C.")
 def watch(g: Globals, interval: float, *, with_connections: bool, count: int) -> None:

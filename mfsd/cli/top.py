@@ -24,7 +24,7 @@ from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import control, paged
 from mfsd.cli.errors import CliError
 from mfsd.cli.top_view import Choice, Look, at_risk, chosen_rows, screen
-from mfsd.cli.values import DURATION
+from mfsd.cli.values import Interval
 from mfsd.ground import tables
 from mfsd.v1 import control_pb2 as pb
 
@@ -90,7 +90,7 @@ def look(daemon: control_pb2_grpc.ControlStub) -> Look:
 
 
 @command("top")
-@click.option("--interval", type=DURATION, default="1s", show_default=True, help="Between looks, at least 200ms.")
+@click.option("--interval", type=Interval(0.2), default="1s", show_default=True, help="Between looks, 200ms to 24h.")
 def top(g: Globals, interval: float) -> None:
     """Levels, the busiest connections and deadlines at risk, live.
 
@@ -103,7 +103,7 @@ def top(g: Globals, interval: float) -> None:
     with control(g.socket) as daemon:  # a daemon that is not there is an error, one that goes later is not
         daemon.GetStatus(pb.GetStatusRequest(), timeout=PATIENCE_S)
     gc.enable()
-    looks = _Looks(g.socket, max(interval, 0.2))
+    looks = _Looks(g.socket, interval)
     try:
         _Screen(g.socket, looks).run()
     finally:

@@ -178,7 +178,7 @@ def _head(look: Look, before: Look | None, width: int) -> list[Text]:
     first = f"mfsd {s.version}  {mode_text(s)}  {s.policy}  up {units.duration(s.uptime_s)}"
     more = f" (first {len(look.connections)})" if len(look.connections) < s.connections else ""
     second = (
-        f"{s.connections} connections{more}  {s.transfers} transfers, {late} can't be in time  "
+        f"{units.of(s.connections, 'connection')}{more}  {units.of(s.transfers, 'transfer')}, {late} can't be in time  "
         f"met {units.count(c.deadlines_met)}  missed {units.count(c.deadlines_missed)}"
     )
     third = (

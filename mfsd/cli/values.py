@@ -17,6 +17,7 @@ _SIZE: Final = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+DAY: Final = 86_400.0
 _NUMBER: Final = re.compile(r"(?P<value>-?\d+(?:\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
 _ENDPOINT: Final = re.compile(
     r"(?:\[(?P<v6>[0-9a-fA-F:.]+(?:/\d+)?)\]|(?P<v4>[0-9.]+(?:/\d+)?)|(?P<bare>[0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9a-fA-F.]*(?:/\d+)?))?"
@@ -52,6 +53,20 @@ class _Span(_Duration):
         seconds = super().convert(value, param, ctx)
         if seconds < 0:
             self.fail(f"{value!r} is below 0; only deadlines can be in the past", param, ctx)
+        return seconds
+
+
+class Interval(_Duration):
+    """Seconds from ``least`` to DAY between one look and the next."""
+
+    def __init__(self, least: float) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Raises click.BadParameter."""
+        seconds = super().convert(value, param, ctx)
+        if not self._least <= seconds <= DAY:
+            self.fail(f"{value!r} is not from {self._least * 1000:.0f}ms to {DAY / 3600:.0f}h", param, ctx)
         return seconds
 
 

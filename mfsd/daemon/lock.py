@@ -29,6 +29,8 @@ def lock(state_dir: Path) -> IO[str]:
     try:
         state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         file = open(path, "r+", encoding="ascii", errors="replace", opener=_opened)  # noqa: SIM115 - an opener
+    except FileExistsError as e:
+        raise StartError(f'daemon.state_dir = "{state_dir}": it is no directory; choose another name') from e
     except OSError as e:
         raise StartError(f'daemon.state_dir = "{state_dir}": {e}') from e
     try:

@@ -42,6 +42,12 @@ PATIENT: Final = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 NO_THREAD: Final = "can't start new thread"
 """What Python says, in a RuntimeError."""
 
+LEAST: Final = (
+    (resource.RLIMIT_NOFILE, 64, "open files", "LimitNOFILE= in the unit, ulimit -Hn"),
+    (resource.RLIMIT_AS, 1 << 30, "bytes of address space", "LimitAS= in the unit, ulimit -v"),
+)
+"""What a daemon needs: with less, gRPC ends the process without a word that means anything."""
+
 WORKERS: Final = 4
 """Threads for what blocks: the care for devices, and now and then an answer."""
 
@@ -123,7 +129,7 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     if check_config:
         click.echo(configuration.render(config), nl=False)
         return
-    _more_descriptors()
+    _take_enough()
     faulthandler.enable(logs.STDERR)  # on an abort, which is what a watchdog does, the log shows where every thread was
     keep_freed()
     keep_turns_short()
@@ -142,8 +148,16 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
             sys.exit(f"mfsd: can't start: {str(e) or 'no memory'}: {more}")
 
 
-def _more_descriptors() -> None:
-    """Have as many as may be: the soft limit is for programs that use select(2) (systemd.exec(5))."""
+def _take_enough() -> None:
+    """Have as many descriptors as may be: the soft limit is for programs that use select(2) (systemd.exec(5)).
+
+    Exits where something is too little to run with.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for what, needs, name, where in LEAST:
+        have = resource.getrlimit(what)[0]
+        if have != resource.RLIM_INFINITY and have < needs:
+            much = f"it may have {have} {name}, and needs {needs} at least"
+            sys.exit(f"mfsd: can't start: {much}: allow it more ({where})")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.engine.endings import AT_ONCE
+from mfsd.engine.endings import ROOM
 from mfsd.engine.looked import STALLED_S, Looked
 from mfsd.engine.positions import UnknownError
 from mfsd.engine.shortfall import REST, SLACK, cut
@@ -82,12 +82,15 @@ class Delivery:
 
     def _run(self, moved: Moved, now: float) -> None:
         t = self.books.transfers
-        stream, start, end = t.live("stream"), t.live("start"), t.live("end")
-        arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered")
-        done = [t.objects[row] for row in np.flatnonzero(arrived)[:AT_ONCE]]
+        # Only those of which something has left: of very many on one connection most stand behind that.
+        front = np.maximum(moved.sent, moved.acked) + SLACK
+        under_way = np.flatnonzero(front.take(t.live("stream")) >= t.live("start"))
+        stream, start, end = (t.live(name).take(under_way) for name in ("stream", "start", "end"))
+        arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered").take(under_way)
+        done = [t.objects[row] for row in under_way[arrived][:ROOM].tolist()]
         reach = moved.sent.take(stream)
-        self._begin(reach > start)
-        rows = np.flatnonzero(~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now)))
+        self._begin(under_way[reach > start])
+        rows = under_way[~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now))]
         if len(rows) > ASK_MAX:
             # Take turns: many starved transfers may wait here for a long time.
             rows = np.roll(rows, -(self._ask_from % len(rows)))[:ASK_MAX]
@@ -95,7 +98,9 @@ class Delivery:
         asked = dict.fromkeys(t.objects[row].stream for row in rows)
         if now >= self._next_rest:
             self._next_rest = now + REST_S
-            self._confirm |= dict.fromkeys(self._resting(moved, stream[~arrived]), 0.0)
+            unfinished = np.ones(t.n, dtype=np.bool_)
+            unfinished[under_way[arrived]] = False
+            self._confirm |= dict.fromkeys(self._resting(moved, t.live("stream")[unfinished]), 0.0)
         due = [stream for stream, at in self._confirm.items() if at <= now][:ASK_MAX]
         for stream in due:
             del self._confirm[stream]
@@ -105,11 +110,11 @@ class Delivery:
         if asked:
             self._ask(asked, now)
 
-    def _begin(self, moving: npt.NDArray[np.bool_]) -> None:
-        """Note of which transfers the first byte has left. It left since the last run."""
+    def _begin(self, moving: npt.NDArray[np.intp]) -> None:
+        """Note of which transfers (rows) the first byte has left. It left since the last run."""
         t = self.books.transfers
         begun = t.live("begun")
-        new = moving & (begun == 0)
+        new = moving[begun.take(moving) == 0]
         begun[new] = np.maximum(t.live("created")[new], self._last_run)
 
     def _stalled(

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     Rows = npt.NDArray[np.int64]
 
-AT_ONCE: Final = 2048
-"""Transfers struck out in one go; some 3 ms."""
-ROOM: Final = 2 * AT_ONCE
+AT_ONCE: Final = 512
+"""Transfers struck out in one go before their bytes have arrived; some 2 ms, since those behind them move."""
+ROOM: Final = 2048
 """Of those that have arrived so many are struck out in one tick."""
 ASKED: Final = 256
 """Connections asked how far they have been written when their transfers are cancelled."""

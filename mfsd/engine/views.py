@@ -26,25 +26,32 @@ have passed the classifier but not the link, so a transfer counts as having this
 
 SHOWN: Final = 10_240
 """Transfers that a policy is shown at a time: what a tick costs must not grow with what anybody may announce."""
+BESIDE: Final = 4096
+"""Of one user where several have transfers: what one announces beyond what can be sent soon makes ticks long."""
 Rows = npt.NDArray[np.intp]
 
 
 def shown(books: Books) -> Rows | None:
     """Rows of the transfers that the policy is shown, in their order; None: all.
 
-    Where there are too many, users have even parts, and of each the oldest come first: they are sent first.
+    Where there are too many, users have even parts, but beside others no more than BESIDE, and of each the oldest come
+    first: they are sent first.
     """
     t = books.transfers
-    if t.n <= SHOWN:
+    if t.n <= BESIDE:
         return None
     owner = books.streams.owner.take(t.live("stream"))
     have = np.bincount(owner)
+    alone = np.count_nonzero(have) == 1
+    if t.n <= SHOWN and (alone or have.max() <= BESIDE):
+        return None
     most, left, room = 0, have, SHOWN
     while room >= np.count_nonzero(left) > 0:  # even parts; what one does not need is the others'
         part = room // int(np.count_nonzero(left))
         most += part
         room -= int(np.minimum(left, part).sum())
         left = np.maximum(left - part, 0)
+    most = most if alone else min(most, BESIDE)
     few = have <= most
     picked = [np.flatnonzero(few.take(owner))]
     for user in np.flatnonzero(~few):

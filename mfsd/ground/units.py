@@ -98,6 +98,11 @@ def count(n: int) -> str:
     return str(n) if abs(n) < 100_000 else _scaled(n, ("", "k", "M", "G", "T"), 1000)
 
 
+def of(n: int, what: str) -> str:
+    """So many of something, e.g. "1 transfer", "0 transfers"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def duration(seconds: float) -> str:
     """180 ms, 2.5 s, 1 h 03 min; "for ever" and "never" for the infinities."""
     if math.isinf(seconds):

@@ -156,9 +156,13 @@ def test_watch(busy: Rig) -> None:
     ran = busy.run("watch", "--count", "1", "--connections")
     assert busy.last == pb.WatchRequest(interval_us=1_000_000, connections=True)
     assert "10.0.0.1:5000 -> 10.0.0.2:6000" in ran.out
-    hasty = busy.run("watch", "--interval", "10ms")
-    assert (hasty.code, hasty.out) == (1, "")
-    assert hasty.err == "mfsctl: interval_us: 10000 us; at least 100000, or 0 for one second\n"
+    asked = busy.last
+    for interval in ("10ms", "0s", "-1s", "25h", "99999999999999h"):
+        wrong = busy.run("watch", "--interval", interval)
+        assert (wrong.code, wrong.out) == (2, "")
+        words = " ".join(wrong.err.replace("\u2502", " ").split())
+        assert f"'--interval': '{interval}' is not from 100ms to 24h" in words
+    assert busy.last is asked
 
 
 def test_explain(busy: Rig) -> None:

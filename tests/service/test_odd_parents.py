@@ -127,6 +127,30 @@ def test_as_many_descriptors_as_may_be(start: Callable[..., subprocess.Popen[byt
     assert ended(process) == 0
 
 
+@pytest.mark.parametrize(
+    ("limit", "count", "words"),
+    [
+        (resource.RLIMIT_NOFILE, 8, "8 open files, and needs 64"),
+        (resource.RLIMIT_NOFILE, 12, "12 open files, and needs 64"),
+        (resource.RLIMIT_NOFILE, 20, "20 open files, and needs 64"),
+        (resource.RLIMIT_NOFILE, 63, "63 open files, and needs 64"),
+        (resource.RLIMIT_AS, 600_000_000, "600000000 bytes of address space, and needs 1073741824"),
+    ],
+)
+def test_too_low_limits_are_named(tmp_path: Path, limit: int, count: int, words: str) -> None:
+    config = tmp_path / "mfsd.toml"
+    config.write_text(f'[daemon]\nsocket = "{tmp_path}/s"\nstate_dir = "{tmp_path}"\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "mfsd.daemon", "--config", str(config)],
+        preexec_fn=lambda: resource.setrlimit(limit, (count, count)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"mfsd: can't start: it may have {words} at least: allow it more (Limit")
+
+
 NO_THREADS = """
 import os, resource, signal, sys
 from pathlib import Path
@@ -169,3 +193,5 @@ def test_a_lock_that_is_a_link_leads_nowhere(tmp_path: Path) -> None:
     os.mkfifo(link)
     with pytest.raises(StartError, match="no regular file; remove it"):
         lock(tmp_path)
+    with pytest.raises(StartError, match='precious": it is no directory'):
+        lock(precious)

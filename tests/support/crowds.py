@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mfsd.engine.endings import AT_ONCE
+from mfsd.engine.endings import ROOM
 from mfsd.engine.settings import LimitsConfig
 from support.harness import FakeSocket, Host
 from support.work import steps
@@ -13,7 +13,7 @@ from support.work import steps
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MANY = 8 * AT_ONCE
+MANY = 8 * ROOM
 FEW = 4096
 MORE = LimitsConfig(max_transfers_per_user=1 << 20, max_transfers=1 << 20, max_mb_per_user=60_000)
 
