@@ -21,7 +21,7 @@ from mfsd.client import Client
 from mfsd.ground.model import Stage
 from mfsd.integrations.vllm import MfsdConnector
 from mfsd.integrations.vllm.backpressure import Pressure
-from mfsd.integrations.vllm.deadline import deadline_of
+from mfsd.integrations.vllm.deadline import AGREE_S, KEPT, SURE, Clocks, deadline_of
 from mfsd.integrations.vllm.state import bytes_per_token
 from mfsd.v1 import hints_pb2 as pb
 
@@ -178,6 +178,57 @@ def test_nothing_of_ours_ever_reaches_the_engine(caplog: pytest.LogCaptureFixtur
 )
 def test_where_a_deadline_comes_from(params: Any, xargs: Any, config: Any, deadline: float | None) -> None:
     assert deadline_of(params, xargs, config, 100.0, 1000) == (None if deadline is None else pytest.approx(deadline))
+
+
+def test_a_clock_that_is_set_changes_no_deadline(mine: Mine, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a host, nor between two, from the first request on if decode's is behind."""
+
+    def by(seconds: float) -> None:
+        real = time.time
+        monkeypatch.setattr("mfsd.integrations.vllm.state.time", SimpleNamespace(
+            time=lambda: real() + seconds, monotonic=time.monotonic))  # fmt: skip
+
+    def due(name: str) -> float:
+        flush(mine)
+        return deadlines(running)[name]
+
+    first = Request("p", {"do_remote_decode": True}, SimpleNamespace(extra_args={"mfsd_ttft_slo_ms": 60_000}))
+    mine.on_new_request(first)
+    by(-3600.0)
+    _, params = mine.request_finished(first, [1])
+    assert params is not None
+    assert params["mfsd_ttft_left_ms"] == pytest.approx(60_000, abs=5_000)
+    for number, behind in enumerate((3600.0, 7200.0)):
+        by(-3600.0 - behind)
+        second = Request(f"d{number}", dict(params))
+        mine.on_new_request(second)
+        assert due(second.request_id) == pytest.approx(60.0, abs=5.0)
+        by(+3600.0)
+        mine.update_state_after_alloc(second, None, 1000)  # says the deadline again
+        assert due(second.request_id) == pytest.approx(60.0, abs=5.0)
+
+
+def test_clocks_that_disagree_are_found_out() -> None:
+    clocks, now = Clocks(), 1000.0
+
+    def ahead(by: float, took: float, host: str = "p") -> float:
+        """Decode's clock by so much, of a request with 2 s left."""
+        params = {"mfsd_deadline_unix_ms": (now + 2.0) * 1e3, "mfsd_ttft_left_ms": 2e3}
+        return clocks.ahead(params, host, now + took + by)
+
+    assert ahead(-3.0, 0.01) == pytest.approx(-2.99)  # at once
+    assert [ahead(-3.0, took) for took in (0.7, 0.001)] == pytest.approx([-2.99, -2.999])
+    assert ahead(0.0, 0.01, "q") == 0.0
+    # One that is ahead when none of several has taken less than that;
+    assert [ahead(9.0, 0.2 + 0.01 * i, "r") for i in range(SURE - 1)] == [0.0] * (SURE - 1)
+    assert ahead(9.0, 0.4, "r") == pytest.approx(9.2)
+    # what took long is no other clock once one has been quick, nor what requests may always take.
+    assert [ahead(0.0, took, "q") for took in (9.0,) * SURE] == [0.0] * SURE
+    assert [ahead(0.0, AGREE_S * 0.9, "s") for _ in range(SURE)] == [0.0] * SURE
+    # Set forward, it is found out when the old ones are forgotten.
+    assert [ahead(5.0, 0.01, "q") for _ in range(KEPT)][-1] == pytest.approx(5.01)
+    # Absolute deadlines of somebody else are taken at their word.
+    assert clocks.ahead({"mfsd_deadline_unix_ms": 1.0}, "t", now) == clocks.ahead(None, "", now) == 0.0
 
 
 def test_bytes_per_token() -> None:

@@ -9,21 +9,35 @@ The first of these that there is, at the first host that knows mfsd:
     mfsd_ttft_slo_ms, mfsd_ttft_slo_ms_per_token
                             in kv_connector_extra_config: from arrival, and more for each token of the prompt
 
-From there on the absolute one goes along in kv_transfer_params. Hosts' clocks must agree to within a few milliseconds
-(NTP does); hints to daemons carry what is left.
+From there on the absolute one goes along in kv_transfer_params, with what was left of it when it went (LEFT). Within a
+host and in hints to daemons, what is left is what counts: a clock that is set changes nothing. Between hosts, clocks
+that disagree are found out by what requests seem to take (Clocks).
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DEADLINE: Final = "mfsd_deadline_unix_ms"
+LEFT: Final = "mfsd_ttft_left_ms"
+"""What was left until DEADLINE when it was passed on."""
 SLOS: Final = ("mfsd_ttft_slo_ms", "x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 PER_TOKEN: Final = "mfsd_ttft_slo_ms_per_token"  # noqa: S105 - of a prompt
+
+HOSTS_MAX: Final = 4_096
+"""Prefill hosts that are remembered; the oldest go first."""
+KEPT: Final = 32
+"""Requests of each."""
+SURE: Final = 8
+"""So many requests must have seemed to take long before their host's clock is taken to be behind ours."""
+AGREE_S: Final = 0.05
+"""And so long at least: a request may take that from a prefill host to a decode host."""
 
 
 def number(value: object) -> float | None:
@@ -62,3 +76,26 @@ def deadline_of(
     if base is None and each is None:
         return None
     return arrival + ((base or 0.0) + (each or 0.0) * prompt) / 1000
+
+
+@dataclass(slots=True)
+class Clocks:
+    """How far the clocks of prefill hosts are from ours, from what requests seem to take on the way from there."""
+
+    _took: dict[str, deque[float]] = field(default_factory=dict)
+
+    def ahead(self, params: Mapping[str, Any] | None, host: str, now: float) -> float:
+        """Seconds by which ours is ahead of that of ``host``, which passed ``params`` on; they came ``now``, unix time.
+
+        No request comes before it was sent, so one that seems to have shows a clock ahead of ours at once. That one is
+        behind is seen when several requests in a row seem to have taken long; 0 until then.
+        """
+        absolute, left = (number((params or {}).get(key)) for key in (DEADLINE, LEFT))
+        if absolute is None or left is None:
+            return 0.0
+        took = self._took.setdefault(host, deque(maxlen=KEPT))
+        if len(self._took) > HOSTS_MAX:
+            del self._took[next(iter(self._took))]
+        took.append(now - (absolute - left) / 1000)
+        least = min(took)
+        return least if least < 0.0 or (len(took) >= SURE and least > AGREE_S) else 0.0

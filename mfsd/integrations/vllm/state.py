@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from mfsd.client import Stage, tuple_of
 from mfsd.integrations import guard
-from mfsd.integrations.vllm.deadline import DEADLINE, deadline_of, number
+from mfsd.integrations.vllm.deadline import DEADLINE, LEFT, Clocks, deadline_of, number
 from mfsd.integrations.vllm.hold import Read
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def bytes_per_token(config: Any, cache: Any, extra: Mapping[str, Any]) -> float:
 @dataclass(slots=True)
 class _Known:
     deadline: float
-    """Unix time."""
+    """Monotonic seconds."""
     loading: bool = False
     """A transfer of it is announced."""
 
@@ -81,6 +81,7 @@ class Hints:
     hold: Hold | None = None
     """Reads wait for tighter ones."""
     resolver: guard.Resolver = field(default_factory=guard.Resolver)
+    clocks: Clocks = field(default_factory=Clocks)
     _known: dict[str, _Known] = field(default_factory=dict)
     _step: int = 0
     _batch: str = ""
@@ -89,24 +90,32 @@ class Hints:
 
     def arrived(self, request: Any) -> None:
         """A request is new here."""
-        deadline = self._deadline(request)
-        if deadline is None:
+        left = self._left(request)
+        if left is None:
             return
-        self._remember(request.request_id, deadline)
-        self.client.request(request.request_id, ttft_left_s=deadline - time.time())
+        self._remember(request.request_id, left)
+        self.client.request(request.request_id, ttft_left_s=left)
 
-    def _deadline(self, request: Any) -> float | None:
-        sampling = getattr(request, "sampling_params", None)
-        return deadline_of(
-            getattr(request, "kv_transfer_params", None),
+    def _left(self, request: Any) -> float | None:
+        """Seconds until its token is due; None: nobody said."""
+        known = self._known.get(request.request_id)
+        if known is not None:
+            return known.deadline - time.monotonic()
+        params, sampling = getattr(request, "kv_transfer_params", None), getattr(request, "sampling_params", None)
+        now = time.time()
+        deadline = deadline_of(
+            params,
             getattr(sampling, "extra_args", None),
             self.extra,
-            getattr(request, "arrival_time", None) or time.time(),
+            getattr(request, "arrival_time", None) or now,
             getattr(request, "num_prompt_tokens", 0),
         )
+        if deadline is None:
+            return None
+        return deadline - now + self.clocks.ahead(params, self.prefill_host(params or {}), now)
 
-    def _remember(self, request_id: str, deadline: float) -> _Known:
-        known = self._known.setdefault(request_id, _Known(deadline))
+    def _remember(self, request_id: str, left: float) -> _Known:
+        known = self._known.setdefault(request_id, _Known(time.monotonic() + left))
         if len(self._known) > KNOWN_MAX:
             del self._known[next(iter(self._known))]
         return known
@@ -117,9 +126,9 @@ class Hints:
         if self.hold is not None:
             self.hold.over(request.request_id)
         if params is not None and params.get("do_remote_prefill", True):
-            deadline = known.deadline if known is not None else self._deadline(request)
-            if deadline is not None:
-                params[DEADLINE] = round(deadline * 1000, 3)
+            left = self._left(request) if known is None else known.deadline - time.monotonic()
+            if left is not None:
+                params[DEADLINE], params[LEFT] = round((time.time() + left) * 1000, 3), round(left * 1000, 3)
             if self.ports[0]:
                 params[PORTS] = list(self.ports)
             if self.extra.get("mfsd_data_host"):
@@ -142,18 +151,16 @@ class Hints:
         if where is None:
             return
         rid = request.request_id
-        deadline = self._deadline(request)
-        known = self._known.get(rid) or self._remember(
-            rid, time.time() + NO_DEADLINE_S if deadline is None else deadline
-        )
+        left = self._left(request)
+        known = self._remember(rid, NO_DEADLINE_S if left is None else left)
         if known.loading:
             return
         known.loading = True
         host = self.prefill_host(params or {})
         if self.hold is not None and host:
-            left, now = known.deadline - time.time(), time.monotonic()
+            now = time.monotonic()
             start = functools.partial(self._announce, rid, stage, where, size)
-            self.hold.expected[rid] = Read(host, now + left, self._alone_s(host, size), now, start)
+            self.hold.expected[rid] = Read(host, known.deadline, self._alone_s(host, size), now, start)
         else:
             self._announce(rid, stage, where, size)
 
@@ -162,7 +169,7 @@ class Hints:
         if known is None:
             return
         # Again, because a daemon elsewhere may not have heard of the request; a renewal costs the same.
-        self.client.request(rid, ttft_left_s=known.deadline - time.time())
+        self.client.request(rid, ttft_left_s=known.deadline - time.monotonic())
         self.client.transfer(f"{rid}/kv", where, size, stage=stage, request=rid, interleaved=True)
 
     def _alone_s(self, host: str, size: int) -> float:
@@ -236,11 +243,11 @@ class Hints:
 
     def worth_loading(self, request: Any, params: Mapping[str, Any], tokens: int) -> bool:
         """False: the network can't bring the KV in time, as far as the daemons know, even if nothing goes before."""
-        deadline = self._deadline(request)
-        if deadline is None:
+        left = self._left(request)
+        if left is None:
             return True
         needed = self._alone_s(self.prefill_host(params), int(tokens * self.per_token))
-        return not math.isfinite(needed) or time.time() + needed <= deadline
+        return not math.isfinite(needed) or needed <= left
 
 
 def listeners(*, mooncake: bool) -> tuple[int, int]:
