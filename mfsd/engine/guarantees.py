@@ -87,12 +87,17 @@ class Guarantees:
         shares = self.shares(row) if device.floors else {}
         return {band: share * device.estimator.rate for band, share in shares.items() if band not in standing}
 
-    def granted(self) -> F8:
-        """Share of each device on the wire that the policy has guaranteed, floors of these bands included."""
-        given = (self.given(row).values() for row in range(len(self.devices)))
-        rates = (d.estimator.rate for d in self.devices)
-        shares = [sum(of) / rate if rate > 0.0 else 0.0 for of, rate in zip(given, rates, strict=True)]
-        return np.array(shares or [0.0])
+    def left(self, row: int) -> float:
+        """Share of a device's rate that collectives get while they send.
+
+        What the policy has guaranteed is gone, and others' floors as far as they are used.
+        """
+        device, bands = self.devices[row], self.bands
+        rate = device.estimator.rate
+        if not device.floors or rate <= 0.0:
+            return 1.0
+        others = np.minimum(device.estimator.band_load, bands.floors).take(bands.unlevelled).sum()
+        return 1.0 - float(others) - sum(self.given(row).values()) / rate
 
     def _asked(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
         asked = np.bincount(ladder.band_of, weights=guarantee, minlength=len(self.bands)) * (WIRE / rate)

@@ -127,7 +127,6 @@ class Steering:
         moved = self.connections.positions.moved(self.books.streams) if moved is None else moved
         views = views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now, rows)
         views.sizes = self._sizes
-        views.link.granted = self.guarantees.granted()
         return views
 
     def run(self, moved: Moved, now: float, *, steers: bool) -> None:
@@ -154,10 +153,10 @@ class Steering:
         # Last, so that no rescue waits for the counters in the device's thread.
         if now >= self._next_observe:
             self._next_observe = now + OBSERVE_S
-            for device in self.devices:
+            for row, device in enumerate(self.devices):
                 reading = device.read()
                 if reading is not None:
-                    device.estimator.observe(reading)
+                    device.estimator.observe(reading, self.guarantees.collectives, self.guarantees.left(row))
 
     def _decide(self, moved: Moved, now: float) -> F8 | None:
         """Decide the levels of all transfers; returns what levels are guaranteed."""

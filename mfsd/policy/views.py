@@ -167,8 +167,9 @@ class LinkView:
     taken: F8
     """Share of the rate that control, default, background and scavenger took lately, each at most its floor: what even
     the highest level can't have, 0..1."""
-    granted: F8
-    """Share of the rate that levels are guaranteed now, on top of floors: what decisions before this one asked for."""
+    collectives: F8
+    """Share of the time that collectives would take if they had all of the link, 0..1: each waits for its end before
+    the next one begins, and they pause for the rest of the time. 0: there are none."""
     peer_rate: F8 = field(default_factory=lambda: np.zeros(0))
     """Bytes/s of the link into each peer, shape (peers,), inf where nobody said; empty if no rate of any is known."""
 
@@ -182,7 +183,7 @@ class LinkView:
         load_above: npt.ArrayLike = 0.0,
         floor: npt.ArrayLike = 0.0,
         taken: npt.ArrayLike = 0.0,
-        granted: npt.ArrayLike = 0.0,
+        collectives: npt.ArrayLike = 0.0,
         peer_rate: npt.ArrayLike = (),
     ) -> Self:
         """As many devices as ``rate`` has elements; shares are broadcast to their shapes. Everything is copied."""
@@ -194,7 +195,7 @@ class LinkView:
             load_above=np.full((n, levels + 1), load_above, dtype=np.float64),
             floor=np.full(n, floor, dtype=np.float64),
             taken=np.full(n, taken, dtype=np.float64),
-            granted=np.full(n, granted, dtype=np.float64),
+            collectives=np.full(n, collectives, dtype=np.float64),
             peer_rate=np.array(peer_rate, dtype=np.float64),
         )
 

@@ -124,8 +124,12 @@ def test_what_is_given_is_in_bytes_and_leaves_out_what_nobody_asked_for() -> Non
     ((band, rate),) = guarantees.given(0).items()
     assert band == ladder.band_of[2]
     assert guarantees.standing(0)
-    assert guarantees.granted().tolist() == [rate / SLOW]
+    assert guarantees.left(0) == pytest.approx(1.0 - rate / SLOW)
+    device.estimator.band_load[bands.default.index] = 0.5
+    device.estimator.band_load[bands.background.index] = 0.001
+    device.estimator.band_load[band] = 0.5
+    assert guarantees.left(0) == pytest.approx(1.0 - rate / SLOW - bands.default.floor - 0.001)
     assert 0.3 * WIRE <= rate / SLOW - bands.bands[band].floor <= 0.3 * WIRE + STEP + 1e-9
     device.floors = False
     assert guarantees.given(0) == {}
-    assert guarantees.granted().tolist() == [0.0]
+    assert guarantees.left(0) == 1.0

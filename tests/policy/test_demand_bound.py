@@ -116,31 +116,46 @@ def test_a_transfer_waits_until_it_needs_half_of_the_link_and_is_guaranteed_that
     assert shares(loose) == pytest.approx([0, 0, 1.1 * 0.4 / (0.75 * 0.97 - 0.025), 0, 0], abs=1e-4)
 
 
+@pytest.mark.parametrize("due", [1.75, 1.5, 1.2, 1.0])
+@pytest.mark.parametrize("others", [0.0, 0.1])
+@pytest.mark.parametrize("work", [0.05, 0.2, 0.4, 0.6, 1.0])
+def test_beside_collectives_as_much_is_guaranteed_as_is_enough_with_their_pauses(
+    work: float, others: float, due: float
+) -> None:
+    """0.84 s of work. Collectives of ``work`` seconds with pauses of 1 - work between them."""
+    average, room = 1.05 * 0.84 / (due - 0.025), 1.0 - others  # on the wire
+    asked = min(1.1 * 0.84 / (due * 0.97 - 0.025), 0.7)
+    decision = decide(alone(0.84, due), collectives=work, taken=others)
+    if decision.level == [URGENT]:
+        return  # no time for that
+    assert decision.level == [FIRST]  # above unhinted traffic all the same
+    got = shares(decision)[FIRST]
+    assert got <= asked * (1 + 1e-4)
+    if room - average <= 0.02:
+        assert got == pytest.approx(asked, rel=1e-4)
+    elif got < asked * (1 - 1e-4):
+        slowed = work / (room - 1.05 * got)
+        gets = room - work / (slowed + 1.0 - work)
+        assert gets == pytest.approx(average, rel=1e-3) if got else gets >= average - 1e-9
+
+
 def test_what_collectives_leave_is_not_guaranteed() -> None:
-    """0.84 s of work in 1.75 s need 0.502 of the link, 0.552 with headroom."""
+    """0.84 s of work in 1.75 s are 0.511 of the link on the wire, with nothing but the fixed margin in hand."""
 
-    def granted(collectives: float, **link: Any) -> float:
-        # Nothing on level 0, collectives on level 1, KV on 2 and 3, and so much unhinted traffic that the link is full.
-        above = [0.0, 0.0, collectives, collectives, 0.9, 1.0]
-        decision = decide(alone(0.84, link.pop("due", 1.75)), load_above=above, **link)
-        assert decision.level == [FIRST]  # above unhinted traffic all the same
-        return shares(decision)[FIRST]
+    def granted(collectives: float, due: float = 1.75, **link: Any) -> float:
+        return shares(decide(alone(0.84, due), collectives=collectives, **link))[FIRST]
 
-    asked = pytest.approx(1.1 * 0.84 / (1.75 * 0.97 - 0.025), abs=1e-4)
-    assert granted(0.27) == 0.0
-    assert granted(0.39) == 0.0
-    assert granted(0.40) == asked  # 1 - 0.40 - 0.05 is less than that
-    assert granted(0.30, taken=0.11) > 0.5
-    assert granted(0.0) == asked  # nobody to spare, and who knows who comes
-    assert granted(0.1, due=1.2) == 0.7  # more than what is guaranteed before somebody is about to be too late
-    # They take less because of what is guaranteed: those that pause leave enough without it, the others don't.
-    assert granted(0.17, granted=0.6) == 0.0
-    assert granted(0.39, granted=0.6) == asked
-    policy, view = (
-        demand_bound(),
-        pv.view(alone(0.84, 1.75), net=pv.link(RATE, 5, load_above=[0, 0, 0.27, 0.27, 0.3, 1])),
-    )
-    assert "which the collectives leave: nothing is guaranteed" in " ".join(policy.explain(0, view).reasons)
+    assert granted(0.0) == pytest.approx(1.1 * 0.84 / (1.75 * 0.97 - 0.025), abs=1e-4)  # there are none
+    assert granted(0.27) == granted(0.48) == 0.0
+    assert 0.0 < granted(0.50) < 0.1
+    assert 0.1 < granted(0.45, taken=0.11) < 0.2
+    assert granted(1.0) == pytest.approx(0.84 / (1.75 - 0.025), abs=1e-3)  # they never pause
+    assert granted(0.27, 1.2) == pytest.approx(0.22, abs=0.01)
+    assert granted(0.27, 1.0) == 0.7  # as much is guaranteed before somebody is about to be too late
+    policy, net = demand_bound(), pv.link(RATE, 5, collectives=0.27)
+    texts = (" ".join(policy.explain(0, pv.view(alone(0.84, due), net=net)).reasons) for due in (1.75, 1.2))
+    assert "which the collectives leave: nothing is guaranteed" in next(texts)
+    assert "are guaranteed on its device, the collectives leave the rest." in next(texts)
 
 
 def test_it_keeps_its_guarantee_until_it_needs_much_less() -> None:

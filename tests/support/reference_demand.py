@@ -14,7 +14,7 @@ from support.reference import COLLECTIVE, KV, P2D, SCAVENGER, State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PRESENT, IN_HAND = 0.02, 0.05
+LEAST, WIRE = 0.02, 1.05
 FIRST_S, STAYS_FIRST, NEXT_S, NEAR_S, HOLD, HELD_S = 0.02, 3.0, 0.01, 0.1, 0.7, 0.25
 SHORTEST, LONGEST = 2.0**-10, 2.0**12
 
@@ -96,6 +96,10 @@ class Demand:
 
     def steady(self) -> float:
         return max((self.share(g) for g in self.groups.values() if not self.late(g)), default=0.0)
+
+    def average(self) -> float:
+        fixed = float(self.p.margin_ms) / 1e3
+        return max((g.total / (g.due - fixed) for g in self.groups.values() if g.due > fixed), default=0.0)
 
     def rush(self) -> float:
         return max((g.total / max(g.due, SHORTEST) for g in self.groups.values() if self.late(g)), default=0.0)
@@ -275,7 +279,7 @@ class Plain:
         first, others = (
             min((self.due[i] for i in needy if levels[i] == at), default=math.inf) for at in (lay.first, lay.others)
         )
-        total, rush = self._shares(device)
+        total, average, rush = self._shares(device)
         out, left = [0.0] * p.levels, max(1.0 - float(s.link.floor[device]), 0.0)
 
         def give(level: int, share: float) -> None:
@@ -287,30 +291,28 @@ class Plain:
         if lay.urgent in asks:
             give(lay.urgent, p.headroom * rush)
         short = self.lacking(device, 2, 1 / 4)
-        rest = min(p.headroom * total, min(p.most, p.most_short) if short else p.most) - out[lay.urgent]
-        if min(first, others) < math.inf and not self._spared(device, total):
+        most = min(p.most, p.most_short) if short else p.most
+        rest = min(p.headroom * total, most, self._beside(device, average, rush)) - out[lay.urgent]
+        if min(first, others) < math.inf:
             give(lay.first if first <= others else lay.others, rest)
         if overdue:
             give(lay.others, p.overdue_share)
         return out
 
-    def _spared(self, device: int, total: float) -> bool:
-        """The collectives leave enough: their share of the time as it would be without what is granted."""
-        p, lay, link = self.p, self.p.layout, self.s.link
-        above = link.load_above[device]
-        taken = max(float(above[lay.first] - above[lay.collective]), 0.0)
-        if taken < PRESENT:
-            return False
-        sending = min(taken / max(1.0 - float(link.granted[device]), PRESENT), 1.0)
-        pausing = 1.0 - sending
-        unhindered = taken / max(taken + pausing, PRESENT)
-        room = 1.0 - float(link.taken[device]) - unhindered - IN_HAND
-        return bool(p.headroom * total <= min(p.most, room))
+    def _beside(self, device: int, average: float, rush: float) -> float:
+        """What is enough beside collectives that pause, the time of one of which and its pause is 1 without it."""
+        link = self.s.link
+        room, work = max(1.0 - float(link.taken[device]), LEAST), float(link.collectives[device])
+        spare = room - WIRE * average
+        if not work or spare <= LEAST or rush > 0.0:
+            return math.inf
+        slowed = work / spare - (1.0 - work)
+        return max(room - work / max(slowed, LEAST), 0.0) / WIRE
 
     def _held_back(self, i: int) -> bool:
         return self.s.t.stage[i] in (KV, P2D) and self._by_need(i) >= self.p.layout.deferred
 
-    def _shares(self, device: int) -> tuple[float, float]:
+    def _shares(self, device: int) -> tuple[float, float, float]:
         here = self.promised_here[device]
         far = [self.promised_there[peer] for peer, d in self.there.items() if self._leads(d) == device]
 
@@ -321,7 +323,8 @@ class Plain:
         near = any(g.due - g.total / here.link.room < HELD_S for g in here.groups.values())
         own = most if most >= HOLD * self.p.defer_until or near else 0.0
         total = max(own, together(lambda d: max(d.steady(), d.rush())))
-        return total, max(here.rush(), together(lambda d: d.rush()))
+        average = max(here.average(), together(lambda d: d.average()))
+        return total, average, max(here.rush(), together(lambda d: d.rush()))
 
     def _leads(self, far: Demand) -> int:
         """Device that leads to a peer: one connection's, where they differ."""

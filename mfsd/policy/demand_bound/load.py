@@ -175,6 +175,16 @@ class Need:
         steady: F8 = self._calm.max(axis=1)
         return steady
 
+    def average(self) -> F8:
+        """Share of its rate that each link must give on average from now on, shape (links,).
+
+        With the fixed part of the margin only; what has no more than that left does not count.
+        """
+        left = self._load.due - self._margin.fixed
+        waits = left > 0.0
+        average: F8 = np.where(waits, self._load.total / np.where(waits, left, 1.0), 0.0).max(axis=1)
+        return average
+
     def rush(self) -> F8:
         """Share of its rate at which each link meets what is late, without any margin, shape (links,)."""
         if self._in_time:

@@ -22,10 +22,10 @@ from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, Decision
 if TYPE_CHECKING:
     from mfsd.policy.views import B1, F8, I2, Explanation, Views
 
-PRESENT: Final = 0.02
-"""Collectives that take less of a device are none: a guarantee costs nobody anything there, and helps if they begin."""
-IN_HAND: Final = 0.05
-"""Share of a device that the collectives must leave beyond what is needed."""
+LEAST: Final = 0.02
+"""Share of a device that is as good as none."""
+WIRE: Final = 1.05
+"""Bytes on the wire for a byte of payload, as in mfsd/engine/guarantees.py: what others take is counted there."""
 HOLD: Final = 0.7
 """A transfer that is guaranteed stays so until it needs less than this share of ``defer_until``; and see HELD_S."""
 
@@ -50,7 +50,7 @@ class DemandBound(Policy):
     for the level of those due first, so that they are served by deadline. Half of the link is enough until then, so
     deferring costs nobody a deadline that sharing the link with one competitor would meet, and the collectives lose
     only what somebody needs. More than ``most`` is taken from them only when there is nothing but the margin to spare,
-    and nothing where they leave enough by themselves, in their pauses.
+    and until then no more than is enough together with what they leave by themselves, in their pauses.
 
     A transfer that has been deferred or given up for ``max_defer`` is let through whatever it needs.
 
@@ -209,8 +209,8 @@ class DemandBound(Policy):
         rush = np.where(there[:, lay.urgent], self.headroom * verdict.rush, 0.0)
         give(lay.urgent, rush)
         most = np.where(verdict.short, min(self.most_short, self.most), self.most)
-        rest = np.minimum(self.headroom * verdict.total, most) - out[:, lay.urgent]
-        rest[self.spared(view, verdict)] = 0.0
+        rest = np.minimum(np.minimum(self.headroom * verdict.total, most), self.beside(view, verdict))
+        rest -= out[:, lay.urgent]
         give(lay.first, np.where(there[:, lay.first] & leads, rest, 0.0))
         give(lay.others, np.where(there[:, lay.others] & ~leads, rest, 0.0))
         if overdue.any():
@@ -218,19 +218,23 @@ class DemandBound(Policy):
             give(lay.others, np.where(waiting, self.overdue_share, 0.0))
         return out * link.rate[:, None]
 
-    def spared(self, view: Views, verdict: Verdict) -> B1:
-        """Devices whose collectives leave what is needed without a guarantee, shape (devices,).
+    def beside(self, view: Views, verdict: Verdict) -> F8:
+        """Share of each device that is enough beside its collectives, since they pause, shape (devices,).
 
-        A collective waits for its end before the next one begins: as long as guarantees slow them down, they take less
-        than they would without. Who sends all the time, at whatever guarantees leave, would send all the time.
+        A collective waits for its end before the next one begins, so with S seconds of the link for each and P between
+        two of them, KV that is guaranteed g of the ``room`` that others leave slows it down to X = S / (room - g), has
+        all of the room in the pause, and so gets room - S / (X + P) on average. That is to be ``average``. Collectives
+        are slowed down evenly that way, and no more than somebody needs; who sends all the time (P = 0) leaves g
+        = ``average``. Where somebody is late already, or where there are no collectives, all that is asked for is
+        given: inf.
         """
-        lay, link = self.layout, view.link
-        taken = np.maximum(link.load_above[:, lay.first] - link.load_above[:, lay.collective], 0.0)
-        sending = np.minimum(taken / np.maximum(1.0 - link.granted, PRESENT), 1.0)
-        unhindered = taken / np.maximum(taken + 1.0 - sending, PRESENT)
-        enough = np.minimum(self.most, 1.0 - link.taken - unhindered - IN_HAND)
-        spared: B1 = (taken >= PRESENT) & (self.headroom * verdict.total <= enough)
-        return spared
+        link = view.link
+        work, room = link.collectives, np.maximum(1.0 - link.taken, LEAST)  # S as a share of S + P
+        spare = room - WIRE * verdict.average
+        slowed = work / np.maximum(spare, LEAST) - (1.0 - work)
+        enough = np.maximum(room - work / np.maximum(slowed, LEAST), 0.0) / WIRE
+        given = (work <= 0.0) | (spare <= LEAST) | (verdict.rush > 0.0)
+        return np.where(given, np.inf, enough)
 
     # --- words --------------------------------------------------------------------------------------------------------
 
@@ -244,7 +248,7 @@ class DemandBound(Policy):
             verdict=verdict,
             needs=bool(self.needs(view, verdict)[row]),
             granted=float(guarantee[view.transfers.device[row], : self.layout.deferred].sum()),
-            spared=bool(self.spared(view, verdict)[view.transfers.device[row]]),
+            beside=float(self.beside(view, verdict)[view.transfers.device[row]]),
             longest=float(self.longest(view)[row]),
             layout=self.layout,
             margin=self.margin,

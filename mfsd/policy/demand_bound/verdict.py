@@ -69,6 +69,8 @@ class Verdict:
     """The link into its peer is scarcer than its device."""
     total: F8
     """Share of the device that must go to KV but for the greedy; 0 if it is so little that nobody needs a guarantee."""
+    average: F8
+    """Share of the device that must go to KV but for the greedy on average, if all goes well."""
     rush: F8
     """Share of the device that must go to what is late."""
 
@@ -109,6 +111,7 @@ class Verdict:
             layer_need=np.zeros(len(t)),
             slow=np.zeros(len(t), dtype=np.bool_),
             total=np.where((most >= calm) | (promised.spare() < HELD_S), most, 0.0),
+            average=promised.average(),
             rush=rush,
         )
         if asked.far is not None:
@@ -143,6 +146,7 @@ class Verdict:
             return np.minimum(asked / self.asked.given.rate, 1.0)
 
         self.total = np.maximum(self.total, on_devices(np.maximum(promised.steady(), promised.rush())))
+        self.average = np.maximum(self.average, on_devices(promised.average()))
         self.rush = np.maximum(self.rush, on_devices(promised.rush()))
 
 

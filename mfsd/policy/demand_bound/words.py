@@ -33,8 +33,8 @@ class Case:
     """It needs a guarantee."""
     granted: float
     """Bytes/s that its device guarantees to KV."""
-    spared: bool
-    """The collectives leave what is needed there."""
+    beside: float
+    """Share of its device that is enough beside the collectives there; inf: they count for nothing."""
     longest: float
     """Seconds that it may be held back."""
     layout: Layout
@@ -91,10 +91,11 @@ def _needed(case: Case, out: Explanation, view: Views) -> None:
         amount = "nobody knows how much of its device"
     whose = "it" if verdict.first[row] else "with what is due before it, it"
     granted = ""
-    if case.needs and case.spared and not case.granted:
+    if case.needs and not case.granted and case.beside <= 0.0:
         granted = ", which the collectives leave: nothing is guaranteed on its device"
     elif case.needs and not verdict.greedy[row]:
-        granted = f", and {units.rate(case.granted)} are guaranteed on its device"
+        rest = ", the collectives leave the rest" if case.granted < need * rate and math.isfinite(case.beside) else ""
+        granted = f", and {units.rate(case.granted)} are guaranteed on its device{rest}"
     out.reasons.append(f"{whose.capitalize()} needs {amount} to be in time{granted}.")
     if verdict.greedy[row]:
         out.reasons.append(

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the estimator learns of collectives from counters that are read every 20 ms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mfsd.engine.estimator import LinkEstimator, Reading
+
+RATE = 25e6
+BAND, BANDS = 2, 8
+
+
+def seen(work_s: float, pause_s: float, left: float, seconds: float, told: float | None = None) -> list[float]:
+    """What it says after each reading, of collectives that get ``left`` of the link while they send."""
+    estimator, offered = LinkEstimator(RATE, BANDS), np.zeros(BANDS)
+    slowed, out, at = work_s / left, [], 0.0
+    while at < seconds:
+        phase = at % (slowed + pause_s) if pause_s else 0.0
+        offered[BAND] += left * RATE * 0.001 * (phase < slowed)
+        if round(at * 1000) % 20 == 0:
+            sent = int(at * RATE)  # others take what they leave
+            estimator.observe(Reading(at, sent, 1, offered.copy()), BAND, left if told is None else told)
+            out.append(estimator.collectives)
+        at = round(at + 0.001, 3)
+    return out
+
+
+@pytest.mark.parametrize("left", [0.9, 0.5, 0.3])
+@pytest.mark.parametrize(("work_s", "pause_s"), [(0.011, 0.03), (0.01, 0.01), (0.03, 0.01)])
+def test_how_long_collectives_pause_is_seen_whatever_they_are_left(work_s: float, pause_s: float, left: float) -> None:
+    settled = seen(work_s, pause_s, left, 2.0)[50:]
+    assert np.mean(settled) == pytest.approx(work_s / (work_s + pause_s), rel=0.15)
+    assert max(settled) < 1.4 * np.mean(settled)
+
+
+def test_who_never_pauses_is_seen_soon_to_need_all_of_it() -> None:
+    after = seen(1.0, 0.0, 0.4, 1.0)
+    assert after[0] == 0.0
+    assert after[20] > 0.7
+    assert after[-1] > 0.95
+    assert seen(1.0, 0.0, 0.4, 1.0, told=0.8)[-1] < 0.5  # as far as it is told what they are left
+
+
+def test_without_collectives_there_are_none() -> None:
+    assert set(seen(0.0001, 0.03, 0.9, 1.0)) == {0.0}
+    estimator = LinkEstimator(RATE, BANDS)
+    for i in range(50):
+        estimator.observe(Reading(i * 0.02, int(i * 5e5), 1, np.full(BANDS, i * 5e5 / BANDS)))
+    assert estimator.collectives == 0.0
+    assert estimator.load > 0.9
