@@ -21,7 +21,7 @@ from mfsd.client import Client
 from mfsd.ground.model import Stage
 from mfsd.integrations.vllm import MfsdConnector
 from mfsd.integrations.vllm.backpressure import Pressure
-from mfsd.integrations.vllm.deadline import AGREE_S, KEPT, SURE, Clocks, deadline_of
+from mfsd.integrations.vllm.deadline import AGREE_S, KEPT, STEP_MOST, SURE, Clocks, Computing, deadline_of
 from mfsd.integrations.vllm.state import bytes_per_token
 from mfsd.v1 import hints_pb2 as pb
 
@@ -58,6 +58,7 @@ def test_prefill_passes_the_deadline_on_and_decode_announces_its_kv(
     assert not deadlines(running)
 
     monkeypatch.setattr(mine._mfsd(), "ports", (0, 0))
+    mine._mfsd().computing._took.append(1.0)
     second = Request("d", dict(params), None, arrived + 1)  # decode has seen nothing but what prefill has passed on
     mine.on_new_request(second)
     assert mine.get_num_new_matched_tokens(second, 0) == (1000, True)
@@ -71,8 +72,9 @@ def test_prefill_passes_the_deadline_on_and_decode_announces_its_kv(
     assert (str(selector.src), str(selector.dst)) == ("127.0.0.1", "127.0.0.1")
     assert (selector.sport.first, selector.sport.last) == tuple(PORTS)
     assert not transfer.stream.ordered
-    size = running.ask(lambda e: float(e.books.transfers.get(transfer, "size")))
+    size, due = running.ask(lambda e: [float(e.books.transfers.get(transfer, what)) for what in ("size", "deadline")])
     assert size == 1000 * PER_TOKEN
+    assert due - time.monotonic() == pytest.approx(arrived + 4 - time.time(), abs=0.5)  # a second is for computing
     assert mine.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(req_id="d")])) == "meta"
     flush(mine)
     batches = running.ask(lambda e: [len(b.requests) for s in e.books.sessions.values() for b in s.batches.values()])
@@ -229,6 +231,25 @@ def test_clocks_that_disagree_are_found_out() -> None:
     assert [ahead(5.0, 0.01, "q") for _ in range(KEPT)][-1] == pytest.approx(5.01)
     # Absolute deadlines of somebody else are taken at their word.
     assert clocks.ahead({"mfsd_deadline_unix_ms": 1.0}, "t", now) == clocks.ahead(None, "", now) == 0.0
+
+
+def test_kv_is_due_before_its_token_by_what_computing_that_takes() -> None:
+    computing = Computing()
+    assert computing.before(2.0) == 2.0  # nobody knows
+    computing.loaded("a", 10.0)
+    computing.step(10.001)  # with it
+    computing.loaded("b", 10.02)
+    computing.step(10.04)  # its token is there; and with b
+    assert computing.before(2.0) == pytest.approx(1.96)
+    computing.over("b", 10.1)
+    computing.over("b", 11.0)
+    computing.step(12.0)
+    assert computing.before(2.0) == pytest.approx(2.0 - (0.04 + 0.08) / 2)
+    computing.loaded("aborted", 13.0)
+    computing.over("aborted", 19.0)
+    assert computing.before(2.0) == pytest.approx(1.94)
+    assert computing.before(0.1) == pytest.approx(0.1 * (1 - STEP_MOST))
+    assert computing.before(-0.1) == -0.1
 
 
 def test_bytes_per_token() -> None:

@@ -17,6 +17,7 @@ that disagree are found out by what requests seem to take (Clocks).
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -38,6 +39,11 @@ SURE: Final = 8
 """So many requests must have seemed to take long before their host's clock is taken to be behind ours."""
 AGREE_S: Final = 0.05
 """And so long at least: a request may take that from a prefill host to a decode host."""
+
+STEPS: Final = 16
+"""First tokens whose computing is remembered."""
+STEP_MOST: Final = 0.25
+"""Share of what is left that may be kept for computing, at most."""
 
 
 def number(value: object) -> float | None:
@@ -99,3 +105,35 @@ class Clocks:
         took.append(now - (absolute - left) / 1000)
         least = min(took)
         return least if least < 0.0 or (len(took) >= SURE and least > AGREE_S) else 0.0
+
+
+@dataclass(slots=True)
+class Computing:
+    """How long a token takes from when its KV is here. By then KV must be, and not when the token is due."""
+
+    _since: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    """When a request's KV came, and whether it is in the step that runs."""
+    _took: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
+
+    def loaded(self, request_id: str, now: float) -> None:
+        """Its KV has come."""
+        self._since[request_id] = now, False
+
+    def step(self, now: float) -> None:
+        """Another step is put together, with all whose KV has come: the one before is over."""
+        for request_id, (_, running) in list(self._since.items()):
+            if running:
+                self.over(request_id, now)
+            else:
+                self._since[request_id] = self._since[request_id][0], True
+
+    def over(self, request_id: str, now: float) -> None:
+        """It has its token, or has ended."""
+        since, running = self._since.pop(request_id, (now, False))
+        if running:
+            self._took.append(now - since)
+
+    def before(self, left: float) -> float:
+        """Seconds until KV must be here for a token that is due in ``left``."""
+        usual = statistics.median(self._took) if self._took else 0.0
+        return left - min(usual, STEP_MOST * max(left, 0.0))

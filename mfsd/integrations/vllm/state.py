@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from mfsd.client import Stage, tuple_of
 from mfsd.integrations import guard
-from mfsd.integrations.vllm.deadline import DEADLINE, LEFT, Clocks, deadline_of, number
+from mfsd.integrations.vllm.deadline import DEADLINE, LEFT, Clocks, Computing, deadline_of, number
 from mfsd.integrations.vllm.hold import Read
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Hints:
     """Reads wait for tighter ones."""
     resolver: guard.Resolver = field(default_factory=guard.Resolver)
     clocks: Clocks = field(default_factory=Clocks)
+    computing: Computing = field(default_factory=Computing)
     _known: dict[str, _Known] = field(default_factory=dict)
     _step: int = 0
     _batch: str = ""
@@ -123,6 +124,7 @@ class Hints:
     def finished(self, request: Any, params: dict[str, Any] | None) -> None:
         """A request is over here. ``params``: what goes back to the router, which is added to."""
         known = self._known.pop(request.request_id, None)
+        self.computing.over(request.request_id, time.monotonic())
         if self.hold is not None:
             self.hold.over(request.request_id)
         if params is not None and params.get("do_remote_prefill", True):
@@ -169,8 +171,10 @@ class Hints:
         if known is None:
             return
         # Again, because a daemon elsewhere may not have heard of the request; a renewal costs the same.
-        self.client.request(rid, ttft_left_s=known.deadline - time.monotonic())
-        self.client.transfer(f"{rid}/kv", where, size, stage=stage, request=rid, interleaved=True)
+        left = known.deadline - time.monotonic()
+        self.client.request(rid, ttft_left_s=left)
+        due = self.computing.before(left)
+        self.client.transfer(f"{rid}/kv", where, size, stage=stage, request=rid, deadline_s=due, interleaved=True)
 
     def _alone_s(self, host: str, size: int) -> float:
         """Seconds that so many bytes take from a host with nothing before them, as far as the daemons know."""
@@ -210,6 +214,7 @@ class Hints:
     def loaded(self, request_ids: Iterable[str]) -> None:
         """KV has come."""
         for rid in self._no_longer_loading(request_ids):
+            self.computing.loaded(rid, time.monotonic())
             self.client.done(transfer=f"{rid}/kv")
 
     def failed(self, request_ids: Iterable[str]) -> None:
@@ -230,6 +235,7 @@ class Hints:
 
     def step(self, output: Any) -> None:
         """The scheduler has put a step together: prompts that are in it run in one forward pass."""
+        self.computing.step(time.monotonic())
         new = [r.req_id for r in getattr(output, "scheduled_new_reqs", ()) if r.req_id in self._known]
         if self._batch:
             self.client.done(batch=self._batch)
