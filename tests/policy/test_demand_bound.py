@@ -118,7 +118,7 @@ def test_a_transfer_waits_until_it_needs_half_of_the_link_and_is_guaranteed_that
 
 @pytest.mark.parametrize("due", [1.75, 1.5, 1.2, 1.0])
 @pytest.mark.parametrize("others", [0.0, 0.1])
-@pytest.mark.parametrize("work", [0.05, 0.2, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("work", [0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 1.0])
 def test_beside_collectives_as_much_is_guaranteed_as_is_enough_with_their_pauses(
     work: float, others: float, due: float
 ) -> None:
@@ -131,7 +131,7 @@ def test_beside_collectives_as_much_is_guaranteed_as_is_enough_with_their_pauses
     assert decision.level == [FIRST]  # above unhinted traffic all the same
     got = shares(decision)[FIRST]
     assert got <= asked * (1 + 1e-4)
-    if room - average <= 0.02:
+    if room - average <= 0.02 or work > 0.8:  # or they hardly pause
         assert got == pytest.approx(asked, rel=1e-4)
     elif got < asked * (1 - 1e-4):
         slowed = work / (room - 1.05 * got)
@@ -149,7 +149,7 @@ def test_what_collectives_leave_is_not_guaranteed() -> None:
     assert granted(0.27) == granted(0.46) == 0.0
     assert 0.0 < granted(0.50) < 0.1
     assert 0.1 < granted(0.45, taken=0.11) < 0.25
-    assert granted(1.0) == pytest.approx(1.1 * 0.84 / (1.75 - 0.025), abs=1e-3)  # they never pause
+    assert granted(1.0) == granted(0.8) == granted(0.0)  # they never pause, or hardly
     assert granted(0.27, 1.2) == pytest.approx(0.27, abs=0.01)
     assert granted(0.27, 1.0) == 0.7  # as much is guaranteed before somebody is about to be too late
     policy, net = demand_bound(), pv.link(RATE, 5, collectives=0.27)

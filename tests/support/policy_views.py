@@ -103,7 +103,7 @@ def random_view(
         load_above=above,
         floor=floor,
         taken=floor * rng.random(devices),
-        collectives=rng.choice([0.0, 0.1, 0.3, 0.6, 1.0], devices),
+        collectives=rng.choice([0.0, 0.1, 0.3, 0.6, 0.75, 1.0], devices),
         peer_rate=slow,
     )
     sizes = rng.lognormal(13, 2, int(rng.integers(0, 30))) if rng.random() < 0.5 else np.zeros(0)

@@ -14,7 +14,7 @@ from support.reference import COLLECTIVE, KV, P2D, SCAVENGER, State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LEAST, WIRE = 0.02, 1.05
+LEAST, MOSTLY, WIRE = 0.02, 0.8, 1.05
 FIRST_S, STAYS_FIRST, NEXT_S, NEAR_S, HOLD, HELD_S = 0.02, 3.0, 0.01, 0.1, 0.7, 0.25
 SHORTEST, LONGEST = 2.0**-10, 2.0**12
 
@@ -304,7 +304,7 @@ class Plain:
         link = self.s.link
         room, work = max(1.0 - float(link.taken[device]), LEAST), float(link.collectives[device])
         spare = room - WIRE * average * (1.0 + (self.p.headroom - 1.0) * work**2)
-        if not work or spare <= LEAST or rush > 0.0:
+        if not 0.0 < work < MOSTLY or spare <= LEAST or rush > 0.0:
             return math.inf
         slowed = work / spare - (1.0 - work)
         return max(room - work / max(slowed, LEAST), 0.0) / WIRE

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LEAST: Final = 0.02
 """Share of a device that is as good as none."""
+MOSTLY: Final = 0.8
+"""Collectives that take so much of the time count as never pausing."""
 WIRE: Final = 1.05
 """Bytes on the wire for a byte of payload, as in mfsd/engine/guarantees.py: what others take is counted there."""
 HOLD: Final = 0.7
@@ -224,16 +226,16 @@ class DemandBound(Policy):
         A collective waits for its end before the next one begins, so with S seconds of the link for each and P between
         two of them, KV that is guaranteed g of the ``room`` that others leave slows it down to X = S / (room - g), has
         all of the room in the pause, and so gets room - S / (X + P) on average. That is to be ``average``, so they are
-        slowed down evenly, and no more than somebody needs. Who sends all the time (P = 0) leaves g, which then is
-        ``average`` with ``headroom``; with pauses, in which KV goes on by itself, there is less of that. Where somebody
-        is late already, or where there are no collectives, all that is asked for is given: inf.
+        slowed down evenly, and no more than somebody needs. There is less ``headroom`` the more they pause, since KV
+        goes on by itself then. Where they hardly do, or there are none, or where somebody is late already, all that is
+        asked for is given: inf.
         """
         link = view.link
         work, room = link.collectives, np.maximum(1.0 - link.taken, LEAST)  # S as a share of S + P
         spare = room - WIRE * verdict.average * (1.0 + (self.headroom - 1.0) * work**2)
         slowed = work / np.maximum(spare, LEAST) - (1.0 - work)
         enough = np.maximum(room - work / np.maximum(slowed, LEAST), 0.0) / WIRE
-        given = (work <= 0.0) | (spare <= LEAST) | (verdict.rush > 0.0)
+        given = (work <= 0.0) | (work >= MOSTLY) | (spare <= LEAST) | (verdict.rush > 0.0)
         return np.where(given, np.inf, enough)
 
     # --- words --------------------------------------------------------------------------------------------------------
