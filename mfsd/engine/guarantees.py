@@ -90,14 +90,19 @@ class Guarantees:
     def left(self, row: int) -> float:
         """Share of a device's rate that collectives get while they send.
 
-        What the policy has guaranteed is gone, and others' floors as far as they are used.
+        What the policy has guaranteed is gone, and what others have of their floors and standing rates, as far as these
+        are used.
         """
-        device, bands = self.devices[row], self.bands
+        device = self.devices[row]
         rate = device.estimator.rate
         if not device.floors or rate <= 0.0:
             return 1.0
-        others = np.minimum(device.estimator.band_load, bands.floors).take(bands.unlevelled).sum()
-        return 1.0 - float(others) - sum(self.given(row).values()) / rate
+        kept, given = self.bands.floors.copy(), self.given(row)
+        for band, share in self.shares(row).items():
+            kept[band] = share
+        used = np.minimum(device.estimator.band_load, kept)
+        used[list(given)] = [of / rate for of in given.values()]
+        return 1.0 - float(np.delete(used, [self.collectives] if self.collectives >= 0 else []).sum())
 
     def _asked(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
         asked = np.bincount(ladder.band_of, weights=guarantee, minlength=len(self.bands)) * (WIRE / rate)

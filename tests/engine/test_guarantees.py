@@ -124,11 +124,16 @@ def test_what_is_given_is_in_bytes_and_leaves_out_what_nobody_asked_for() -> Non
     ((band, rate),) = guarantees.given(0).items()
     assert band == ladder.band_of[2]
     assert guarantees.standing(0)
-    assert guarantees.left(0) == pytest.approx(1.0 - rate / SLOW)
-    device.estimator.band_load[bands.default.index] = 0.5
-    device.estimator.band_load[bands.background.index] = 0.001
-    device.estimator.band_load[band] = 0.5
-    assert guarantees.left(0) == pytest.approx(1.0 - rate / SLOW - bands.default.floor - 0.001)
+    assert guarantees.left(0) == pytest.approx(1.0 - rate / SLOW)  # others send nothing
+    load, others = device.estimator.band_load, ladder.band_of[3]
+    load[bands.default.index], load[bands.background.index], load[band], load[others] = 0.5, 0.001, 0.5, 0.6
+    standing = guarantees.shares(0)[others]
+    assert standing > bands.bands[others].floor
+    used = rate / SLOW + bands.default.floor + 0.001 + standing
+    assert guarantees.left(0) == pytest.approx(1.0 - used)
+    guarantees.collectives = int(ladder.band_of[1])
+    load[guarantees.collectives] = 0.9
+    assert guarantees.left(0) == pytest.approx(1.0 - used)  # their own floor is no obstacle
     assert 0.3 * WIRE <= rate / SLOW - bands.bands[band].floor <= 0.3 * WIRE + STEP + 1e-9
     device.floors = False
     assert guarantees.given(0) == {}

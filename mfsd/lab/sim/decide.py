@@ -123,7 +123,8 @@ class PolicyDecider:
         weight, longer = (1.0 - math.exp(-(run.now - self._then) / tau) for tau in (LOAD_TAU_S, PAUSES_TAU_S))
         self._then = run.now
         share = run.share.get(float(self._collectives), 0.0)
-        left = 1.0 - self._granted - np.minimum(self._usage, self._floors)[self._other_bands].sum()
+        used = np.minimum(self._usage, self._floors)
+        left = 1.0 - self._granted - (used.sum() - used[self._collectives])
         self._work += longer * (share - self._work)
         self._pause += longer * (1.0 - min(share / max(left, PRESENT), 1.0) - self._pause)
         self._usage *= 1.0 - weight
