@@ -303,7 +303,7 @@ class Plain:
         """What is enough beside collectives that pause, the time of one of which and its pause is 1 without it."""
         link = self.s.link
         room, work = max(1.0 - float(link.taken[device]), LEAST), float(link.collectives[device])
-        spare = room - WIRE * average * (1.0 + (self.p.headroom - 1.0) * work**2)
+        spare = room - WIRE * average * (1.0 + (float(self.p.headroom) - 1.0) * work**2)
         if not 0.0 < work < MOSTLY or spare <= LEAST or rush > 0.0:
             return math.inf
         slowed = work / spare - (1.0 - work)
