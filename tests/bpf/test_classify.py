@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from support.bpf_rig import BANDS, LANES, MAJOR, classid
 from support.frames import TCP, TYPE_IP4, UDP, eth, frame4, frame6, ip4, ip6, key4, key6, shortest, tcp, udp
 
 from mfsd.datapath import _abi
@@ -17,30 +18,24 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.bpf
 
-MAJOR, LANES, BANDS = 0x10000, 4, 8
-
-
-def leaf(band: int, lane: int = 0) -> int:
-    return MAJOR + 0x10 * (band + 1) + lane
-
 
 def test_cookie_hit_obeys_the_slot_and_reads_no_ports(rig: Rig) -> None:
     rig.expect_cookie(band=5)
     r = rig.run(frame4(bytes(1000)))
-    assert (r.stat, r.priority) == (_abi.STAT_COOKIE, leaf(5))
+    assert (r.stat, r.priority) == (_abi.STAT_COOKIE, classid(5))
     assert r.bands.tolist()[:BANDS] == [0, 0, 0, 0, 0, 1, 0, 0]
 
 
 def test_cookie_comes_before_tuple(rig: Rig) -> None:
     rig.add_tuple(key4(), row=9, band=6)
     rig.expect_cookie(band=5)
-    assert rig.run(frame4()).priority == leaf(5)
+    assert rig.run(frame4()).priority == classid(5)
 
 
 def test_cookie_hit_on_something_that_is_not_ip_is_still_obeyed(rig: Rig) -> None:
     rig.expect_cookie(band=5)
     r = rig.run(eth(0x88B5, bytes(30)))
-    assert (r.stat, r.priority) == (_abi.STAT_COOKIE, leaf(5))
+    assert (r.stat, r.priority) == (_abi.STAT_COOKIE, classid(5))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +51,7 @@ def test_cookie_hit_on_something_that_is_not_ip_is_still_obeyed(rig: Rig) -> Non
 def test_tuple_hit(rig: Rig, frame: bytes, key: bytes) -> None:
     rig.add_tuple(key, band=2)
     r = rig.run(frame)
-    assert (r.stat, r.priority) == (_abi.STAT_TUPLE, leaf(2))
+    assert (r.stat, r.priority) == (_abi.STAT_TUPLE, classid(2))
 
 
 def test_tuple_must_match_in_every_field(rig: Rig) -> None:
@@ -75,13 +70,13 @@ def test_miss_leaves_packet_and_priority_alone(rig: Rig) -> None:
 @pytest.mark.parametrize("lane", [0, 1, 3, 4, 7, 65535])
 def test_lane_is_taken_modulo_the_lanes_of_the_band(rig: Rig, lane: int) -> None:
     rig.add_tuple(key4(), lane=lane)
-    assert rig.run(frame4()).priority == leaf(3, lane % LANES)
+    assert rig.run(frame4()).priority == classid(3, lane % LANES)
 
 
 def test_band_without_lanes_uses_the_first(rig: Rig) -> None:
     rig.classifier.dev["bands"]["lanes"] = 0
     rig.add_tuple(key4(), lane=9)
-    assert rig.run(frame4()).priority == leaf(3)
+    assert rig.run(frame4()).priority == classid(3)
 
 
 def test_band_without_classid_is_counted_but_not_written(rig: Rig) -> None:
@@ -123,7 +118,7 @@ def test_priority_of_somebody_else_is_kept_unless_told_otherwise(
     rig.add_tuple(key4())
     r = rig.run(frame4(), priority=before)
     assert r.stat == (_abi.STAT_TUPLE if written else _abi.STAT_FOREIGN)
-    assert r.priority == (leaf(3) if written else before)
+    assert r.priority == (classid(3) if written else before)
     assert r.slot["packets"] == 1
     assert r.bands[3] == written
 

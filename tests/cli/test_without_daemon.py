@@ -33,6 +33,10 @@ def conf(tmp_path: Path) -> Path:
     return path
 
 
+def ctl(conf: Path, *args: str) -> Ran:
+    return run("--socket", str(conf.parent / "s"), *args)
+
+
 def inside(pair: NetnsPair, *args: str) -> Ran:
     return pair.call(pair.a, lambda: run(*args))
 
@@ -83,7 +87,7 @@ def daemon(pair: NetnsPair, conf: Path, *wrap: str) -> Iterator[subprocess.Popen
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
             end = time.monotonic() + 30
-            while run("--socket", str(conf.parent / "s"), "status").code:
+            while ctl(conf, "status").code:
                 assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
                 assert time.monotonic() < end, "the daemon does not answer"
                 time.sleep(0.05)
@@ -97,7 +101,7 @@ def daemon(pair: NetnsPair, conf: Path, *wrap: str) -> Iterator[subprocess.Popen
 def test_a_daemon_in_a_pid_namespace_of_its_own_is_alive(netns_pair: NetnsPair, conf: Path) -> None:
     """The number in its note is another process's here, or nobody's."""
     with daemon(netns_pair, conf, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"):
-        assert run("--socket", str(conf.parent / "s"), "enforce").code == 0
+        assert ctl(conf, "enforce").code == 0
         ran = inside(netns_pair, "restore", "--state-dir", str(conf.parent / "state"))
         assert ran.code == 1
         assert "belongs to a running mfsd" in ran.err
@@ -111,11 +115,8 @@ def test_a_daemon_in_a_pid_namespace_of_its_own_is_alive(netns_pair: NetnsPair, 
 
 @pytest.mark.bpf
 def test_marks_by_class_follow_the_policy(netns_pair: NetnsPair, conf: Path) -> None:
-    def ctl(*args: str) -> Ran:
-        return run("--socket", str(conf.parent / "s"), *args)
-
     def marks() -> list[tuple[int, str]]:
-        bands = ctl("status", "--json").json["devices"][0]["bands"]
+        bands = ctl(conf, "status", "--json").json["devices"][0]["bands"]
         return [(b["dscp"], b["urgency"]) for b in bands if b["name"].startswith("level")]
 
     text = conf.read_text().replace("[bands]\n", "[bands]\ndscp = { urgent = 46, last = 8 }\n")
@@ -126,7 +127,7 @@ def test_marks_by_class_follow_the_policy(netns_pair: NetnsPair, conf: Path) -> 
     ]
     assert inside(netns_pair, "plan", "--config", str(conf), "--json").json["devices"][0]["marks"] == words
     with daemon(netns_pair, conf) as process:
-        assert ctl("plan", "--json").json["devices"][0]["marks"] == words
+        assert ctl(conf, "plan", "--json").json["devices"][0]["marks"] == words
         assert marks() == [(46, "urgent")] * 2 + [(-1, "middle")] * 3
         conf.write_text(text + '[policy]\nname = "deadline-ladder"\n')
         process.send_signal(signal.SIGHUP)
@@ -138,37 +139,34 @@ def test_marks_by_class_follow_the_policy(netns_pair: NetnsPair, conf: Path) -> 
 
 @pytest.mark.bpf
 def test_a_real_daemon(netns_pair: NetnsPair, conf: Path) -> None:
-    def ctl(*args: str) -> Ran:
-        return run("--socket", str(conf.parent / "s"), *args)
-
     found = netns_pair.run(netns_pair.a, "tc qdisc show dev v0")
     with daemon(netns_pair, conf) as process:
-        assert ctl("status", "--json").json["mode"] == "MODE_OBSERVE"
-        assert [d["device"] for d in ctl("plan", "--json").json["devices"]] == ["v0"]
-        assert ctl("enforce").out.startswith("mode: enforce\n")
-        device = ctl("status", "--json").json["devices"][0]
+        assert ctl(conf, "status", "--json").json["mode"] == "MODE_OBSERVE"
+        assert [d["device"] for d in ctl(conf, "plan", "--json").json["devices"]] == ["v0"]
+        assert ctl(conf, "enforce").out.startswith("mode: enforce\n")
+        device = ctl(conf, "status", "--json").json["devices"][0]
         assert (device["name"], device["backend"], device["attach"]) == ("v0", "htb", "tcx")
         assert "htb 6d66:" in netns_pair.run(netns_pair.a, "tc qdisc show dev v0")
-        assert ctl("pause", "--json").json["paused"] is True
-        assert ctl("resume", "--json").json["paused"] is False
-        assert ctl("hint", "request", "r1", "--ttft-left", "60s", "--ttl", "60s").code == 0
+        assert ctl(conf, "pause", "--json").json["paused"] is True
+        assert ctl(conf, "resume", "--json").json["paused"] is False
+        assert ctl(conf, "hint", "request", "r1", "--ttft-left", "60s", "--ttl", "60s").code == 0
         to = ("--from", "10.77.0.1:5000", "--to", "10.77.0.2:6000")
-        sent = ctl("hint", "transfer", "t1", "--request", "r1", "--stage", "p2d", "--bytes", "10MB", *to)
+        sent = ctl(conf, "hint", "transfer", "t1", "--request", "r1", "--stage", "p2d", "--bytes", "10MB", *to)
         assert sent.code == 0, sent.err
-        (transfer,) = ctl("transfers", "--json").json["transfers"]
+        (transfer,) = ctl(conf, "transfers", "--json").json["transfers"]
         assert (transfer["id"], transfer["bytes"]) == ("t1", "10000000")
-        (connection,) = ctl("connections", "--json").json["connections"]
+        (connection,) = ctl(conf, "connections", "--json").json["connections"]
         assert connection["endpoints"] == "10.77.0.1:5000 -> 10.77.0.2:6000"
-        assert ctl("explain", "t1").code == ctl("explain", "--slot", str(transfer["slot"])).code == 0
-        assert ctl("explain", "nobody").code == 1
-        wrong = ctl("hint", "transfer", "t2", "--request", "r1", "--stage", "p2d", "--bytes", "-1", *to)
+        assert ctl(conf, "explain", "t1").code == ctl(conf, "explain", "--slot", str(transfer["slot"])).code == 0
+        assert ctl(conf, "explain", "nobody").code == 1
+        wrong = ctl(conf, "hint", "transfer", "t2", "--request", "r1", "--stage", "p2d", "--bytes", "-1", *to)
         assert wrong.code == 1
         assert "transfer.bytes" in wrong.err
-        assert ctl("hint", "cancel", "request", "r1").code == 0
-        assert ctl("transfers").out == "no transfers\n"
-        assert ctl("watch", "--count", "2", "--interval", "100ms").code == 0
+        assert ctl(conf, "hint", "cancel", "request", "r1").code == 0
+        assert ctl(conf, "transfers").out == "no transfers\n"
+        assert ctl(conf, "watch", "--count", "2", "--interval", "100ms").code == 0
         # A device that is not configured is not found; a doctor finds the running daemon.
-        assert ctl("plan", "other").code == 1
+        assert ctl(conf, "plan", "other").code == 1
         checked = inside(netns_pair, "doctor", "--config", str(conf), "--json")
         ids = {f["id"]: f["severity"] for f in checked.json["findings"]}
         assert (ids["state.socket"], ids["state.notes:v0"], ids["device.hooks:v0"]) == ("ok", "ok", "ok")
@@ -179,8 +177,8 @@ def test_a_real_daemon(netns_pair: NetnsPair, conf: Path) -> None:
 
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert ctl("status").code == 3
-        assert "nobody listens" in ctl("status").err
+        assert ctl(conf, "status").code == 3
+        assert "nobody listens" in ctl(conf, "status").err
         checked = inside(netns_pair, "doctor", "--config", str(conf), "--json")
         ids = {f["id"]: f["severity"] for f in checked.json["findings"]}
         assert (ids["state.socket"], ids["state.notes:v0"]) == ("info", "warn")

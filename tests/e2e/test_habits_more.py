@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.netns
 
-TCP_FASTOPEN, TCP_FASTOPEN_CONNECT = 23, 30
+TCP_FASTOPEN_CONNECT = 30
+"""include/uapi/linux/tcp.h; Python has no name for it."""
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import pytest
+from support.namespaces import ip
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Stage, tuple_of
@@ -100,11 +101,6 @@ class World:
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
-
-
-def ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
 
 
 def answers(target: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from support.rig import RATE_MBIT, Daemon, Flow, class_bytes, flows, running
 from support.waiting import wait_for
 
-from mfsd.client import Client, cookie_of, tuple_of
+from mfsd.client import Client, tuple_of
 from mfsd.ground.model import Event, EventKind, Stage
 from mfsd.lab.hosts.tcp import tcp_info
 
@@ -27,12 +27,6 @@ LINK = RATE_MBIT * 125_000
 MB = 1_000_000
 
 
-def band_of(daemon: Daemon, flow: Flow) -> str:
-    """Band of a connection as the daemon tells it; empty if it is not known."""
-    cookie = cookie_of(flow.sender)
-    return next((c.band for c in daemon.connections() if c.cookie == cookie), "")
-
-
 BUSY = 6
 """Saturating connections: together they keep the queue filled although their sender is one Python process."""
 
@@ -43,7 +37,7 @@ def occupy(daemon: Daemon, client: Client, late: Flow, busy: list[Flow]) -> None
         client.mark(flow.sender, Stage.KV_REUSE)
     client.mark(late.sender, Stage.P2D)
     assert client.flush(5)
-    wait_for(lambda: band_of(daemon, late) == "level 4", "deferral")
+    wait_for(lambda: daemon.band_of(late) == "level 4", "deferral")
     for flow in busy:
         flow.saturate()
     wait_for(lambda: sum(f.received for f in busy) > 5 * MB, "the link to be busy")
@@ -65,7 +59,7 @@ def test_each_stage_lands_in_its_queue(daemon: Daemon, v6: bool) -> None:  # noq
             for i, stage in enumerate(stages):
                 client.transfer(f"t{i}", opened[i].sender, MB, stage=stage, request="r")
             assert client.flush(5)
-            wait_for(lambda: band_of(daemon, opened[2]) == "level 4", "P2D to be deferred")
+            wait_for(lambda: daemon.band_of(opened[2]) == "level 4", "P2D to be deferred")
             before = daemon.bands()
             for flow in opened:
                 flow.sender.sendall(bytes(MB))
@@ -128,7 +122,7 @@ def test_a_transfer_rises_as_its_deadline_nears(daemon: Daemon) -> None:
         seen: list[str] = []
 
         def risen() -> bool:
-            seen.append(band_of(daemon, late))
+            seen.append(daemon.band_of(late))
             return seen[-1] in ("level 2", "level 3")
 
         wait_for(risen, "promotion")
@@ -147,7 +141,7 @@ def test_without_rescue_the_same_promotion_stalls(netns_pair: NetnsPair, tmp_pat
         time.sleep(0.3)
         client.mark(late.sender, Stage.COLLECTIVE)
         assert client.flush(5)
-        wait_for(lambda: band_of(daemon, late) == "level 0", "re-classification")
+        wait_for(lambda: daemon.band_of(late) == "level 0", "re-classification")
         assert late.rate(0.4) < 0.5 * LINK
 
 
@@ -156,8 +150,8 @@ def test_expired_hints_let_go(daemon: Daemon) -> None:
         client.request("r", ttft_left_s=0.3, ttl_s=0.3)
         client.transfer("t", flow.sender, 50 * MB, stage=Stage.P2D, request="r", ttl_s=0.3)
         assert client.flush(5)
-        wait_for(lambda: band_of(daemon, flow).startswith(("level", "scav")), "the hint to act")
-        wait_for(lambda: band_of(daemon, flow) == "", "the hint to expire")
+        wait_for(lambda: daemon.band_of(flow).startswith(("level", "scav")), "the hint to act")
+        wait_for(lambda: daemon.band_of(flow) == "", "the hint to expire")
         before = daemon.bands()["default"].bytes
         flow.sender.sendall(bytes(MB))
         wait_for(lambda: flow.received == MB, "arrival")
@@ -168,7 +162,7 @@ def test_a_stopped_daemon_harms_nobody_and_takes_up_again(daemon: Daemon) -> Non
     with flows(daemon.pair, 1) as (flow,), daemon.client() as client:
         client.mark(flow.sender, Stage.COLLECTIVE)
         assert client.flush(5)
-        wait_for(lambda: band_of(daemon, flow) == "level 0", "the mark to act")
+        wait_for(lambda: daemon.band_of(flow) == "level 0", "the mark to act")
         daemon.send_signal(signal.SIGSTOP)
         try:
             time.sleep(1.3)  # heartbeat_timeout_ms is 1000
@@ -189,7 +183,7 @@ def test_a_new_socket_with_old_ports_inherits_nothing(daemon: Daemon) -> None:
     with daemon.client() as client:
         client.mark(flow.sender, Stage.COLLECTIVE)
         assert client.flush(5)
-        wait_for(lambda: band_of(daemon, flow) == "level 0", "the mark to act")
+        wait_for(lambda: daemon.band_of(flow) == "level 0", "the mark to act")
         flow.close()
         flow = Flow.open(daemon.pair, port=6001, source_port=45_001)
         try:
@@ -223,7 +217,7 @@ def test_a_selector_by_ports_waits_for_its_socket(daemon: Daemon) -> None:
         wait_for(lambda: daemon.status().pending_selectors == 1, "the selector to be named, after a second")
         flow = Flow.open(pair, port=6105)
         try:
-            wait_for(lambda: band_of(daemon, flow) == "level 0", "the rule to find its socket")
+            wait_for(lambda: daemon.band_of(flow) == "level 0", "the rule to find its socket")
             assert daemon.status().pending_selectors == 0
         finally:
             flow.close()

@@ -13,18 +13,9 @@ import pytest
 from support.harness import MSS, Host, exact_tuple
 
 from mfsd.engine.settings import LimitsConfig
-from mfsd.ground.model import EndHint, MarkHint, PortRange, Stage, TupleSelector, What
+from mfsd.ground.model import MarkHint, PortRange, Stage, TupleSelector, What
 
 SIZE = 40 * MSS
-
-
-def counted(h: Host) -> tuple[int, int, int]:
-    c = h.engine.books.counters
-    return c.transfers_completed, c.deadlines_met, c.deadlines_missed
-
-
-def done(h: Host, name: str, what: What = What.REQUEST, *, cancelled: bool = False) -> None:
-    h.engine.apply(h.session, EndHint(what, name, cancelled), h.now)
 
 
 def test_a_transfer_begins_where_its_worker_stood_although_the_hint_came_later() -> None:
@@ -51,7 +42,7 @@ def test_many_that_are_announced_together_behind_their_bytes_begin_where_their_w
     for i in range(1, 4):
         h.transfer(f"t{i}", s, SIZE, position=1 + i * SIZE)
     h.tick(0.001)
-    assert counted(h)[0] == 4
+    assert h.counted[0] == 4
     h.transfer("next", s, SIZE, position=1 + 4 * SIZE)
     h.tick(2.0)
     h.tick(2.0)
@@ -83,12 +74,12 @@ def test_hints_by_addresses_that_come_while_their_bytes_go_are_made_good_once_al
     h.tick(0.001)
     assert list(h.session.transfers) == ["t1", "t2"]
     for i in range(3):
-        done(h, f"r{i}")
+        h.done(f"r{i}", What.REQUEST)
     for name in ("t1", "t2"):  # had their worker not said so
         h.session.transfers[name].handed_over = False
     s.last_ack_ms = 1500
     h.tick(1.5)
-    assert counted(h) == (3, 3, 0)  # in time, although it was found out later
+    assert h.counted == (3, 3, 0)  # in time, although it was found out later
 
 
 def test_bytes_that_a_worker_has_written_of_a_cancelled_transfer_are_not_the_next_ones() -> None:
@@ -100,7 +91,7 @@ def test_bytes_that_a_worker_has_written_of_a_cancelled_transfer_are_not_the_nex
     h.tick(0.001)
     h.send(s, 10 * MSS)
     s.unsent_plus_unacked = s.notsent = 10 * MSS  # more of it is in the socket
-    done(h, "a", What.TRANSFER, cancelled=True)
+    h.done("a", cancelled=True)
     s.unsent_plus_unacked = s.notsent = 0
     h.send(s, 10 * MSS)
     h.send(s, SIZE - 1)
@@ -108,7 +99,7 @@ def test_bytes_that_a_worker_has_written_of_a_cancelled_transfer_are_not_the_nex
     assert list(h.session.transfers) == ["b"]
     h.send(s, 1)
     h.tick(0.001)
-    assert counted(h)[0] == 2 - 1
+    assert h.counted[0] == 2 - 1
 
 
 def test_what_was_written_when_the_word_of_a_cancellation_came_may_have_been_the_next_ones() -> None:
@@ -119,13 +110,13 @@ def test_what_was_written_when_the_word_of_a_cancellation_came_may_have_been_the
         h.transfer(name, s, SIZE)
     h.tick(0.001)
     s.unsent_plus_unacked = s.notsent = SIZE  # all of b: nothing was written of a
-    done(h, "a", What.TRANSFER, cancelled=True)
+    h.done("a", cancelled=True)
     s.unsent_plus_unacked = s.notsent = 0
     h.send(s, SIZE)
     h.tick(0.001)
     h.tick(1.5)
     h.tick(0.1)
-    assert counted(h)[0] == 1
+    assert h.counted[0] == 1
 
 
 def test_the_name_of_a_request_that_is_done_is_free_before_its_bytes_have_arrived() -> None:
@@ -135,12 +126,12 @@ def test_the_name_of_a_request_that_is_done_is_free_before_its_bytes_have_arrive
         h.request("same", 5.0)
         h.transfer(f"t{i}", s, SIZE, request="same")
         h.send(s, SIZE, acked=False)
-        done(h, "same")
+        h.done("same", What.REQUEST)
     h.tick(0.001)
-    assert counted(h) == (0, 0, 0)
+    assert h.counted == (0, 0, 0)
     h.ack(s, 10 * SIZE)
     h.tick(0.3)
-    assert counted(h) == (10, 10, 0)
+    assert h.counted == (10, 10, 0)
     assert not h.engine.books.requests.n
     assert not h.session.user.bytes
 
@@ -152,10 +143,10 @@ def test_a_request_that_is_done_and_expires_before_its_bytes_have_arrived_is_cou
     h.request("r", 0.1, ttl=0.2)
     h.transfer("t", s, SIZE, request="r")
     h.send(s, SIZE, acked=False)
-    done(h, "r")
+    h.done("r", What.REQUEST)
     for _ in range(5):
         h.tick(0.2)
-    assert counted(h) == (0, 0, 1)
+    assert h.counted == (0, 0, 1)
     assert list(h.session.requests) == ["other"]
     assert h.engine.books.requests.n == 1
 
@@ -187,7 +178,7 @@ def test_the_first_hint_of_a_connection_by_addresses_may_come_behind_several_tra
     assert len(h.session.transfers) == 3
     h.tick(1.5)
     h.tick(0.1)
-    assert counted(h)[0] == 3
+    assert h.counted[0] == 3
 
 
 def test_a_hint_by_addresses_that_comes_while_the_one_before_it_is_not_acknowledged_yet() -> None:
@@ -209,7 +200,7 @@ def test_a_hint_by_addresses_that_comes_while_the_one_before_it_is_not_acknowled
     s.last_ack_ms = 1500
     h.tick(1.5)
     h.tick(0.1)
-    assert counted(h)[0] == 4
+    assert h.counted[0] == 4
 
 
 @pytest.mark.parametrize("closes", [False, True], ids=["one connection", "one each"])
@@ -241,4 +232,4 @@ def test_however_late_hints_by_addresses_are_nothing_is_missing_in_the_end(seed:
     s.last_ack_ms = 1500
     for _ in range(20):
         h.tick(0.1)
-    assert counted(h)[0] == count
+    assert h.counted[0] == count

@@ -15,6 +15,7 @@ from support import policy_views as pv
 
 from mfsd.ground.bands import LEVEL_BACKGROUND, LEVEL_NEW, LEVEL_NONE, LEVEL_SCAVENGER
 from mfsd.policy import registry
+from mfsd.policy.base import place
 
 if TYPE_CHECKING:
     from mfsd.policy.views import I2, Views
@@ -157,11 +158,6 @@ def test_nothing_is_pruned_when_all_is_feasible(seed: int) -> None:
     assert not arrangement.pruned.any()
 
 
-def _in_words(level: int) -> str:
-    words = {LEVEL_NONE: "default", LEVEL_BACKGROUND: "background", LEVEL_SCAVENGER: "scavenger"}
-    return f"the {words[level]} band" if level in words else f"level {level}"
-
-
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(seed=seeds)
 def test_explanations_exist_and_agree_with_the_level(seed: int) -> None:
@@ -174,7 +170,7 @@ def test_explanations_exist_and_agree_with_the_level(seed: int) -> None:
             shown = {LEVEL_SCAVENGER: -2, LEVEL_BACKGROUND: -3}
             assert why.figures["level"] == shown.get(level[row], level[row])
             assert len(why.reasons) >= 2
-            assert any(_in_words(level[row]) in s for s in why.reasons), why.reasons
+            assert any(place(level[row]) in s for s in why.reasons), why.reasons
             assert all(s.endswith(".") and "nan" not in s for s in why.reasons), why.reasons
             assert not any(math.isnan(x) for x in why.figures.values()), why.figures
 

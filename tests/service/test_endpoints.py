@@ -41,6 +41,13 @@ def status(target: str) -> pb.Status:
         return control_pb2_grpc.ControlStub(channel).GetStatus(pb.GetStatusRequest(), timeout=5)
 
 
+def lets_in(path: Path) -> bool:
+    try:
+        return bool(status(f"unix:{path}"))
+    except (OSError, grpc.RpcError):
+        return False
+
+
 def test_a_socket_on_which_another_daemon_listens_is_left_to_it(running: Running, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -104,14 +111,7 @@ def test_who_opens_connections_without_end_keeps_nobody_out(few_files: Path) -> 
         wait_for(lambda: len(held) > FILES)
         log = few_files.parent / "log"
         wait_for(lambda: b"too many connections" in log.read_bytes())
-
-        def let_in() -> bool:
-            try:
-                return bool(status(f"unix:{few_files}"))
-            except (OSError, grpc.RpcError):
-                return False
-
-        wait_for(let_in)
+        wait_for(lambda: lets_in(few_files))
     finally:
         over.set()
         thread.join()
@@ -145,15 +145,8 @@ def test_a_process_of_the_daemons_own_user_keeps_nobody_out_either(few_files: Pa
         try:
             assert other.stdout is not None
             assert other.stdout.readline() == b"held\n"
-
-            def let_in() -> bool:
-                try:
-                    return bool(status(f"unix:{few_files}"))
-                except (OSError, grpc.RpcError):
-                    return False
-
             for _ in range(3):
-                wait_for(let_in)
+                wait_for(lambda: lets_in(few_files))
         finally:
             other.kill()
 

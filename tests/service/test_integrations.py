@@ -15,7 +15,7 @@ import pytest
 from support.waiting import WAIT_S
 
 from mfsd.client import Client, cookie_of
-from mfsd.ground.model import CookieSelector, Stage
+from mfsd.ground.model import Stage
 from mfsd.integrations.mooncake import HintedEngine, HintedStore, Owner
 from mfsd.integrations.nixl import HintedAgent, Peer, with_request
 from mfsd.integrations.torch import mark_group
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from support.daemons import Running
 
-    from mfsd.engine.engine import Engine as Engine_
 
 MB = 1_000_000
 
@@ -72,11 +71,7 @@ def test_what_a_group_connects_is_marked_and_nothing_else(running: Running, clie
     mark_group(connect, client=client, stage=Stage.BACKGROUND)
     assert client.flush(WAIT_S)
 
-    def read(e: Engine_) -> dict[int, Stage]:
-        marks = [m for s in e.books.sessions.values() for m in s.marks.values()]
-        return {m.selector.cookie: m.stage for m in marks if isinstance(m.selector, CookieSelector)}
-
-    marks = running.ask(read)
+    marks = running.marks()
     assert {c for c, stage in marks.items() if stage is Stage.COLLECTIVE} == set(group)
     assert not set(before) & set(marks)
     assert list(marks.values()).count(Stage.BACKGROUND) == 2

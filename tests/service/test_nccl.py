@@ -18,7 +18,7 @@ import psutil
 import pytest
 from support.waiting import wait_for
 
-from mfsd.ground.model import CookieSelector, Stage
+from mfsd.ground.model import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -172,15 +172,7 @@ def driver(request: pytest.FixtureRequest, programs: tuple[Path, Path], running:
     one = Driver(*programs, request.param, running.target)
     yield one
     assert one.close() == 0
-    wait_for(lambda: not marks(running))
-
-
-def marks(running: Running) -> dict[int, Stage]:
-    def read(e: Engine) -> dict[int, Stage]:
-        found = [m for s in e.books.sessions.values() for m in s.marks.values()]
-        return {m.selector.cookie: m.stage for m in found if isinstance(m.selector, CookieSelector)}
-
-    return running.ask(read)
+    wait_for(lambda: not running.marks())
 
 
 def sizes(running: Running) -> list[tuple[Stage, float, bool]]:
@@ -194,9 +186,9 @@ def sizes(running: Running) -> list[tuple[Stage, float, bool]]:
 def test_a_communicators_connections_are_marked_and_its_collectives_told(driver: Driver, running: Running) -> None:
     assert driver.mask & (1 << 1 | 1 << 2 | 1 << 3) == 1 << 1 | 1 << 2 | 1 << 3
     assert driver.do("b") == "begun 1 1 0"  # the operation of another process is none of ours
-    wait_for(lambda: set(marks(running)) == {driver.near, driver.far})
-    assert set(marks(running).values()) == {Stage.COLLECTIVE}
-    assert driver.before not in marks(running)
+    wait_for(lambda: set(running.marks()) == {driver.near, driver.far})
+    assert set(running.marks().values()) == {Stage.COLLECTIVE}
+    assert driver.before not in running.marks()
     assert driver.do("e") == "ended"
     driver.do("b")
     # AllReduce of 2 MiB among 4 ranks sends 2 * 3/4 of it, spread over two connections.
@@ -205,9 +197,9 @@ def test_a_communicators_connections_are_marked_and_its_collectives_told(driver:
     driver.do("e")
     wait_for(lambda: all(done for _, _, done in sizes(running)))
     late = int(driver.do("n").split()[1])
-    wait_for(lambda: marks(running).get(late) is Stage.COLLECTIVE)
+    wait_for(lambda: running.marks().get(late) is Stage.COLLECTIVE)
     assert driver.do("f") == "finalized 0"
-    wait_for(lambda: not marks(running))
+    wait_for(lambda: not running.marks())
 
 
 def test_a_helper_that_is_gone_or_never_was_costs_nothing(programs: tuple[Path, Path], running: Running) -> None:

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 
 from mfsd.daemon.config import parse
 from mfsd.daemon.daemon import Daemon
+from mfsd.ground.model import CookieSelector, Stage
 from mfsd.v1 import control_pb2_grpc, hints_pb2, hints_pb2_grpc
 from support.waiting import WAIT_S
 
@@ -70,6 +71,15 @@ class Running:
             return question(self.daemon.engine)
 
         return asyncio.run_coroutine_threadsafe(answer(), self.loop).result(WAIT_S)
+
+    def marks(self) -> dict[int, Stage]:
+        """Stage of each connection that is marked by its cookie."""
+
+        def read(engine: Engine) -> dict[int, Stage]:
+            found = [m for s in engine.books.sessions.values() for m in s.marks.values()]
+            return {m.selector.cookie: m.stage for m in found if isinstance(m.selector, CookieSelector)}
+
+        return self.ask(read)
 
     def stop(self) -> None:
         """Idempotent."""

@@ -135,7 +135,6 @@ class Seen:
     """None where there are no ports."""
     later_fragment: bool = False
     pure_ack: bool = False
-    ip_offset: int = 0
 
 
 class CutShort(Exception):  # noqa: N818 - not an error of anybody, it is what the reader found
@@ -170,10 +169,10 @@ def _read4(frame: bytes, at: int) -> Seen:
     take(frame, at, size)
     offset, more = int.from_bytes(head[6:8], "big") & 0x1FFF, bool(head[6] & 0x20)
     if offset:
-        return Seen(later_fragment=True, ip_offset=at)
+        return Seen(later_fragment=True)
     end = at + int.from_bytes(head[2:4], "big")
     addresses = (ip_address(head[12:16]), ip_address(head[16:20]))
-    return _ports(frame, at, at + size, end, head[9], addresses, fragment=more)
+    return _ports(frame, at + size, end, head[9], addresses, fragment=more)
 
 
 def _read6(frame: bytes, at: int) -> Seen:
@@ -189,22 +188,20 @@ def _read6(frame: bytes, at: int) -> Seen:
         if proto == FRAGMENT:
             field = int.from_bytes(ext[2:4], "big")
             if field >> 3:
-                return Seen(later_fragment=True, ip_offset=at)
+                return Seen(later_fragment=True)
             fragment |= bool(field & 1)
         l4 += 8 if proto == FRAGMENT else 8 + 8 * ext[1]
         proto = ext[0]
     end = at + 40 + int.from_bytes(head[4:6], "big")
-    return _ports(frame, at, l4, end, proto, addresses, fragment=fragment)
+    return _ports(frame, l4, end, proto, addresses, fragment=fragment)
 
 
-def _ports(
-    frame: bytes, ip: int, l4: int, end: int, proto: int, addresses: tuple[Address, Address], *, fragment: bool
-) -> Seen:
+def _ports(frame: bytes, l4: int, end: int, proto: int, addresses: tuple[Address, Address], *, fragment: bool) -> Seen:
     if proto not in (TCP, UDP):
-        return Seen(ip_offset=ip)
+        return Seen()
     sport, dport = struct.unpack("!HH", take(frame, l4, 4))
     pure_ack = False
     if proto == TCP and not fragment and l4 + 14 <= len(frame) and len(frame) <= 14 + 8 + 40 + 64 + 60:
         size, flags = frame[l4 + 12] // 16 * 4, frame[l4 + 13]
         pure_ack = flags & ~(PSH | ECE | CWR) == ACK and l4 + size == end
-    return Seen(Endpoints(addresses[0], sport, addresses[1], dport, proto), False, pure_ack, ip)
+    return Seen(Endpoints(addresses[0], sport, addresses[1], dport, proto), False, pure_ack)

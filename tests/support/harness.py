@@ -347,9 +347,9 @@ class Host:
         hint = TransferHint(name, request, "", stage, layer, size, selector, **more)
         self.engine.apply(self.session, hint, self.now)
 
-    def done(self, name: str, what: What = What.TRANSFER) -> None:
+    def done(self, name: str, what: What = What.TRANSFER, *, cancelled: bool = False) -> None:
         """Its worker says so."""
-        self.engine.apply(self.session, EndHint(what, name), self.now)
+        self.engine.apply(self.session, EndHint(what, name, cancelled), self.now)
 
     @property
     def counted(self) -> tuple[int, int, int]:

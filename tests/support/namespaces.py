@@ -84,16 +84,16 @@ def joined_namespaces() -> Iterator[NetnsPair]:
     here = _devices()
     try:
         for name in (pair.a, pair.b):
-            _ip("netns", "add", name)
-            _ip("-n", name, "link", "set", "lo", "up")
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
         queues = ["numtxqueues", "4", "numrxqueues", "4"]
         peer = ["peer", "name", pair.dev_b, *queues, "netns", pair.b]
-        _ip("-n", pair.a, "link", "add", pair.dev_a, *queues, "type", "veth", *peer)
+        ip("-n", pair.a, "link", "add", pair.dev_a, *queues, "type", "veth", *peer)
         ends = [(pair.a, pair.dev_a, pair.addr_a, pair.addr6_a), (pair.b, pair.dev_b, pair.addr_b, pair.addr6_b)]
         for name, dev, v4, v6 in ends:
-            _ip("-n", name, "addr", "add", f"{v4}/24", "dev", dev)
-            _ip("-n", name, "addr", "add", f"{v6}/64", "dev", dev, "nodad")
-            _ip("-n", name, "link", "set", dev, "up")
+            ip("-n", name, "addr", "add", f"{v4}/24", "dev", dev)
+            ip("-n", name, "addr", "add", f"{v6}/64", "dev", dev, "nodad")
+            ip("-n", name, "link", "set", dev, "up")
         yield pair
         for name in (pair.a, pair.b):
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout
@@ -106,7 +106,8 @@ def joined_namespaces() -> Iterator[NetnsPair]:
     assert _devices() == here, "the test changed the devices of its own namespace"
 
 
-def _ip(*words: str) -> None:
+def ip(*words: str) -> None:
+    """Run iproute2's ip; fails where it does."""
     done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
     assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
 

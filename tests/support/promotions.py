@@ -7,7 +7,6 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.client import cookie_of
 from mfsd.ground.model import Stage
 from support.rig import Daemon, Flow, flows, running
 from support.waiting import wait_for
@@ -49,12 +48,6 @@ class GuestDaemon(Daemon):
         self.config.write_text(f"{before}{device}[policy]{after}")
 
 
-def level_of(daemon: Daemon, flow: Flow) -> str:
-    """Band of a connection as the daemon tells it; empty if it is not known."""
-    cookie = cookie_of(flow.sender)
-    return next((c.band for c in daemon.connections() if c.cookie == cookie), "")
-
-
 def promotion_ms(daemon: Daemon, client: Client, late: Flow, busy: list[Flow], link: int) -> float:
     """From the hint to the first 50 ms in which the promoted flow gets half of the link; WATCH_S if none is.
 
@@ -62,7 +55,7 @@ def promotion_ms(daemon: Daemon, client: Client, late: Flow, busy: list[Flow], l
     """
     client.mark(late.sender, Stage.P2D)
     assert client.flush(30)
-    wait_for(lambda: level_of(daemon, late) == "level 4", "deferral", LONG_S)
+    wait_for(lambda: daemon.band_of(late) == "level 4", "deferral", LONG_S)
     seen = sum(f.received for f in busy)
     wait_for(lambda: sum(f.received for f in busy) - seen > link, "a second of starvation", LONG_S)
     begin = time.monotonic()
@@ -98,7 +91,7 @@ def compare(
                 client.mark(flow.sender, Stage.KV_REUSE)
             client.mark(late.sender, Stage.P2D)
             assert client.flush(30)
-            wait_for(lambda: all(level_of(mfsd, f) for f in (late, *busy)), "all hints to hold", LONG_S)
+            wait_for(lambda: all(mfsd.band_of(f) for f in (late, *busy)), "all hints to hold", LONG_S)
             for flow in (*busy, late):
                 flow.saturate(600)
             # The first starves all sockets anew and is not counted.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
-from mfsd.client import Client
+from mfsd.client import Client, cookie_of
 from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc as rpc
@@ -129,6 +129,11 @@ rate = "{RATE_MBIT}mbit"
         """ListConnections."""
         reply = self.control(lambda c: c.ListConnections(pb.ListConnectionsRequest(), timeout=WAIT_S / 4))
         return list(reply.connections)
+
+    def band_of(self, flow: Flow) -> str:
+        """Band of a flow as the daemon tells it; empty if it is not known."""
+        cookie = cookie_of(flow.sender)
+        return next((c.band for c in self.connections() if c.cookie == cookie), "")
 
     def client(self, **more: Any) -> Client:
         """A client SDK session."""

@@ -8,7 +8,7 @@ import secrets
 import subprocess
 from typing import TYPE_CHECKING, Final
 
-from support.namespaces import NetnsPair
+from support.namespaces import NetnsPair, ip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,21 +24,16 @@ def wired_namespaces() -> Iterator[NetnsPair]:
     ends = ((pair.a, pair.dev_a, pair.addr_a, pair.addr6_a), (pair.b, pair.dev_b, pair.addr_b, pair.addr6_b))
     try:
         for name, dev, v4, v6 in ends:
-            _ip("netns", "add", name)
-            _ip("link", "set", dev, "netns", name)
-            _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "addr", "add", f"{v4}/24", "dev", dev)
-            _ip("-n", name, "addr", "add", f"{v6}/64", "dev", dev, "nodad")
-            _ip("-n", name, "link", "set", dev, "up")
+            ip("netns", "add", name)
+            ip("link", "set", dev, "netns", name)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "addr", "add", f"{v4}/24", "dev", dev)
+            ip("-n", name, "addr", "add", f"{v6}/64", "dev", dev, "nodad")
+            ip("-n", name, "link", "set", dev, "up")
         yield pair
     finally:
         for name, dev, _, _ in ends:
             for words in (("-n", name, "link", "set", dev, "netns", "1"), ("netns", "del", name)):
                 subprocess.run(["ip", *words], check=False, capture_output=True)
     for dev in CARDS:
-        _ip("link", "show", dev)
-
-
-def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+        ip("link", "show", dev)

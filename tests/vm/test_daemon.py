@@ -15,7 +15,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from support.promotions import LONG_S, RATE_MBIT, WATCH_S, GuestDaemon, compare, level_of
+from support.promotions import LONG_S, RATE_MBIT, WATCH_S, GuestDaemon, compare
 from support.rig import Daemon, Flow, flows, running, tc_state
 from support.waiting import wait_for
 
@@ -88,7 +88,7 @@ def grown_by_stage(daemon: Daemon, opened: list[Flow]) -> dict[str, int]:
             client.mark(opened[0].sender, Stage.COLLECTIVE)
             client.mark(opened[1].sender, Stage.P2D)
             assert client.flush(30)
-            wait_for(lambda: level_of(daemon, opened[1]) == "level 4", "P2D to be deferred", LONG_S)
+            wait_for(lambda: daemon.band_of(opened[1]) == "level 4", "P2D to be deferred", LONG_S)
             first = daemon.bands()
             for flow in opened:
                 flow.sender.sendall(bytes(MB // 2))
@@ -298,7 +298,7 @@ def test_programs_of_others_stay_and_go_on(
         client = stack.enter_context(daemon.client())
         client.mark(flow.sender, Stage.COLLECTIVE)
         assert client.flush(30)
-        wait_for(lambda: level_of(daemon, flow) == "level 0", "the mark", LONG_S)
+        wait_for(lambda: daemon.band_of(flow) == "level 0", "the mark", LONG_S)
         seen = hits(pair)
         flow.sender.sendall(bytes(MB // 2))
         wait_for(lambda: daemon.bands()["level 0"].bytes >= MB // 2, "our classifier to run", LONG_S)
