@@ -23,7 +23,7 @@ from mfsd.doctor.leftovers import answers
 from mfsd.host.bridges import netfilter_sees
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from mfsd.daemon.config import DeviceConfig
     from mfsd.datapath.bpf.attach import HookUser
@@ -234,9 +234,9 @@ def queue_length(_: Context, name: str) -> Iterator[Finding]:
 
 def hooks(_: Context, name: str) -> Iterator[Finding]:
     """Others that see the packets before or after."""
-    device = read_facts(name)
+    index = read_facts(name).ifindex
     try:
-        everybody = hook_users(device.ifindex)
+        users = hook_users(index)
     except OSError as e:
         yield Finding(
             f"device.hooks:{name}",
@@ -247,27 +247,31 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
             "run mfsctl doctor as root",
         )
         return
-    if any(u.hook == "tcx" and not u.name for u in everybody):
-        yield Finding(
-            f"device.hooks:{name}",
+    with tc.TcSocket() as sock:
+        kinds = {q.kind for q in sock.tree(index)[0]}
+    yield _on_the_hook(name, users, kinds)
+
+
+def _on_the_hook(name: str, users: Sequence[HookUser], kinds: set[str]) -> Finding:
+    """What it means that these are there, in this order, beside qdiscs of these kinds."""
+    check = f"device.hooks:{name}"
+    if any(u.hook == "tcx" and not u.name for u in users):
+        return Finding(
+            check,
             Severity.INFO,
             f"Can't see whose programs hang on the egress of {name}",
-            ", ".join(map(str, everybody)),
+            ", ".join(map(str, users)),
             "the kernel tells names to CAP_SYS_ADMIN only; one of them is mfsd's own where it runs",
             "run mfsctl doctor as root, outside of containers",
         )
-        return
-    users = [u for u in everybody if not u.ours]
-    if not users:
-        yield Finding(f"device.hooks:{name}", Severity.OK, f"Nobody else's programs hang on the egress of {name}")
-        return
-    owners = sorted({owner for u in users if (owner := _owner(u))})
-    seen = ", ".join(map(str, users))
-    with tc.TcSocket() as sock:
-        kinds = {q.kind for q in sock.tree(device.ifindex)[0]}
+    others = [u for u in users if not u.ours]
+    if not others:
+        return Finding(check, Severity.OK, f"Nobody else's programs hang on the egress of {name}")
+    owners = sorted({owner for u in others if (owner := _owner(u))})
+    seen = ", ".join(map(str, others))
     if "Cilium" in owners and "fq" in kinds:
-        yield Finding(
-            f"device.hooks:{name}",
+        return Finding(
+            check,
             Severity.WARN,
             f"Cilium's bandwidth manager seems to work on {name}",
             f"{seen}; fq at the root",
@@ -275,25 +279,24 @@ def hooks(_: Context, name: str) -> Iterator[Finding]:
             "(kubernetes.io/egress-bandwidth) and BBR's pacing for pods don't hold",
             "switch it off (bandwidthManager.enabled=false), or leave mfsd in observe mode on this node",
         )
-        return
-    first = next((n for n, u in enumerate(everybody) if u.ours), None)
-    if first:
-        yield Finding(
-            f"device.hooks:{name}",
+    named = f" ({', '.join(owners)})" if owners else ""
+    position = next((n for n, u in enumerate(users) if u.ours), None)
+    if position:
+        return Finding(
+            check,
             Severity.WARN,
-            f"Other programs run before mfsd's classifier on {name}" + (f" ({', '.join(owners)})" if owners else ""),
-            ", ".join(map(str, everybody)),
+            f"Other programs run before mfsd's classifier on {name}{named}",
+            ", ".join(map(str, users)),
             "what they take, or let through for good, never gets to the classifier and is not steered. A running mfsd "
             "goes to the head once; who is there now has come back, or can't be passed (tcx comes before clsact)",
             "have them run after it: detach and attach them anew, clsact filters with a priority above 1",
         )
-        return
-    yield Finding(
-        f"device.hooks:{name}",
+    return Finding(
+        check,
         Severity.INFO,
-        f"Other programs hang on the egress of {name}" + (f" ({', '.join(owners)})" if owners else ""),
+        f"Other programs hang on the egress of {name}{named}",
         seen,
-        ("mfsd's classifier runs first" if first == 0 else "mfsd's classifier will run first, when it is there,")
+        ("mfsd's classifier runs first" if position == 0 else "mfsd's classifier will run first, when it is there,")
         + " and lets them run after it. A program that writes skb->priority after it undoes what mfsd has decided; one "
         "that redirects packets takes them past the qdiscs",
         "check `mfsctl status` (packets per band) under load",
