@@ -54,7 +54,7 @@ class Page:
 
 def _text(help_: str | None) -> str:
     r"""Help of click as Markdown: what follows a line of its own with \b is set as it is."""
-    out, fenced = [], False
+    out = []
     for block in inspect.cleandoc(help_ or "").split("\n\n"):
         fenced = block.startswith("\b")
         lines = block.removeprefix("\b").strip("\n")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 from rich.text import Text
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-SLOW_S = 60.0
+SLOW_S: Final = 60.0
 """For calls that change qdiscs, which may have hundreds of classes."""
 CONFIG = click.option("--config", metavar="FILE", help="The configuration, for use without a daemon.")
 DEVICE = click.argument("device", default="", required=False)

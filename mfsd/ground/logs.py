@@ -146,7 +146,7 @@ class Flood:
 def to_journal(stream: str) -> bool:
     """Whether stderr is the journal. ``stream``: JOURNAL_STREAM, "device:inode" (systemd.exec(5))."""
     try:
-        stat = os.fstat(2)
+        stat = os.fstat(STDERR)
     except OSError:
         return False
     return stream == f"{stat.st_dev}:{stat.st_ino}"

@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
+from typing import Final
 
-_NS: int = 1_000_000_000
+_NS: Final = 1_000_000_000
 
 
 @functools.cache

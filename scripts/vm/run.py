@@ -172,16 +172,15 @@ def _collect(run: Run, outcome: guest.Outcome, work: Path, to: Path) -> None:
     """Take over one guest's results."""
     shutil.copytree(outcome.results, to)
     shutil.copy(work / "console.txt", to)
-    run.seconds = max(run.seconds, round(outcome.seconds))
+    run.seconds = round(outcome.seconds)
     junit = to / "junit.xml"
     if not outcome.booted:
         run.problems.append(f"the guest did not boot; see {to}/console.txt")
     elif not junit.exists() or outcome.status is None:
         run.problems.append(f"the tests did not end (status {outcome.status}); see {to}/pytest.txt")
     else:
-        cases = read_cases(junit)
-        run.cases += cases
-        if outcome.status != 0 and not any(c.outcome == "failed" for c in cases):
+        run.cases = read_cases(junit)
+        if outcome.status != 0 and not run.count("failed"):
             run.problems.append(f"pytest ended with status {outcome.status}; see {to}/pytest.txt")
     if (to / "doctor.txt").exists():
         run.doctor = (to / "doctor.txt").read_text(errors="replace").splitlines()

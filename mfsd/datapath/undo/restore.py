@@ -168,7 +168,7 @@ def _put_back(sock: TcSocket, state: State) -> tuple[list[str], bool]:
     if ours or state.restoring:
         # From the first message on it is not our tree any more. A full disk must not keep us from it.
         with contextlib.suppress(EnforceError):
-            state = notes.save(state_dir_of(state), replace(state, restoring=True))
+            state = notes.save(_state_dir(state), replace(state, restoring=True))
         messages = state.before.replay(state.ifindex) if ours or not state.before.by_kernel else []
         if not ours and root.handle:
             messages.insert(0, tc.delete_root(state.ifindex))
@@ -202,7 +202,7 @@ def _queue_length(sock: TcSocket, state: State) -> None:
         links.set_txqlen(sock, state.ifindex, 0)
 
 
-def state_dir_of(state: State) -> Path:
+def _state_dir(state: State) -> Path:
     """Where its note is. Raises ValueError when it was never written."""
     if state.path is None:
         raise ValueError("no note")
