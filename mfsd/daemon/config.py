@@ -18,7 +18,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 
 from mfsd.daemon import config_files
 from mfsd.daemon.bands_section import BandsConfig
-from mfsd.daemon.config_endpoints import MetricsConfig, metrics_problems
 from mfsd.daemon.config_rules import RuleConfig, RulesConfig
 from mfsd.daemon.config_rules import problems as rule_problems
 from mfsd.daemon.config_text import example, explain, key, render, shown, toml
@@ -35,6 +34,7 @@ from mfsd.daemon.config_values import (
     UserName,
     loopback,
 )
+from mfsd.daemon.metrics_section import MetricsConfig, metrics_problems
 from mfsd.daemon.network_section import NetworkConfig
 from mfsd.datapath import _abi
 from mfsd.engine.settings import LimitsConfig, RescueConfig, Section, TenantsConfig, as_tuple, setting

@@ -16,7 +16,7 @@ from prometheus_client import make_wsgi_app
 
 from mfsd.api import pem
 from mfsd.api.server import ServerError
-from mfsd.daemon.config_endpoints import OFF, SUFFIX, UNIX
+from mfsd.daemon.metrics_section import OFF, SUFFIX, UNIX
 from mfsd.ground.units import host_port
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from mfsd.daemon.config_endpoints import MetricsConfig
+    from mfsd.daemon.metrics_section import MetricsConfig
 
 PATIENCE_S: Final = 10.0
 """For a client to say what it wants, and to take the answer."""
