@@ -25,7 +25,6 @@ import os
 import resource
 import selectors
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from bench.parts.host import HERE, THERE, daemon, namespaces
 from mfsd.client import Client, Stage, cookie_of
 from mfsd.client.introduction import introduced
 from mfsd.lab.hosts.enter import inside
+from mfsd.lab.hosts.tcp import reset_at_close
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2_grpc
 from mfsd.v1 import hints_pb2 as pb
 
@@ -59,8 +59,6 @@ TRANSFERS: Final = 400
 RATE: Final = "2gbit"
 EACH: Final = 2500
 """Connections that one pair of processes holds, within the usual limit of descriptors."""
-RESET: Final = struct.pack("ii", 1, 0)
-"""SO_LINGER: leave no TIME_WAIT behind."""
 
 
 # --- other processes --------------------------------------------------------------------------------------------------
@@ -99,7 +97,7 @@ def crowd(namespace: str, number: int, count: int) -> None:
             s = socket.socket()
             # A connection's ports are free again for the next one with another peer only; so name them.
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            reset_at_close(s)
             s.bind((f"127.0.1.{number + 1}", 1024 + i))
             s.connect((HERE, HELD + number))
             held.append(s)
@@ -139,7 +137,7 @@ def elsewhere(channel: grpc.Channel) -> int:
 def dial() -> socket.socket:
     """A connection to the other namespace; the calling thread is in the daemon's."""
     s = socket.create_connection((THERE, PORT))
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    reset_at_close(s)
     return s
 
 

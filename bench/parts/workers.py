@@ -20,7 +20,6 @@ import os
 import select
 import selectors
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mfsd.client import Client, Stage
 from mfsd.client.selectors import tuple_of
 from mfsd.lab.hosts.enter import enter
+from mfsd.lab.hosts.tcp import reset_at_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 PORT: Final = 6000
 HOSTILE_UID: Final = 65_534
 HONEST_UID: Final = 1002
-RESET: Final = struct.pack("ii", 1, 0)
 CHUNK: Final = bytes(1 << 20)
 STEP_S: Final = 0.01
 
@@ -44,7 +43,7 @@ STEP_S: Final = 0.01
 def dial(there: str) -> socket.socket:
     """A connection that is reset when it is closed."""
     s = socket.create_connection((there, PORT))
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    reset_at_close(s)
     s.setblocking(False)
     return s
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.lab.hosts.child import Child, parent
 from mfsd.lab.hosts.enter import enter, inside
-from mfsd.lab.hosts.tcp import CHUNK, prepare
+from mfsd.lab.hosts.tcp import CHUNK, prepare, reset_at_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,7 +134,7 @@ class Player:
         """Forget timers and reset all connections: what TCP still has of them is thrown away."""
         self._timers.clear()
         for flow in self._flows.values():
-            flow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset_at_close(flow.sock)
             flow.sock.close()
         self._flows.clear()
 

@@ -8,7 +8,6 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.client import Stage, cookie_of
+from mfsd.lab.hosts.tcp import reset_at_close
 from mfsd.v1 import control_pb2 as pb
 from support.rig import RATE_MBIT
 from support.waiting import WAIT_S, wait_for
@@ -96,8 +96,7 @@ class Sink:
             if sock.fileno() >= 0:
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(sock)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                sock.close()
+                close_hard(sock)
 
     def close(self) -> None:
         self._stop.set()
@@ -144,7 +143,7 @@ def dial(
 
 def close_hard(sock: socket.socket) -> None:
     """By a reset, which leaves no TIME_WAIT."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset_at_close(sock)
     sock.close()
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
-import os
 import secrets
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from mfsd.lab.hosts.enter import inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-CLONE_NEWNET: Final = 0x40000000
 T = TypeVar("T")
 
 
@@ -24,12 +23,6 @@ def in_thread(function: Callable[[], T]) -> T:
     """Run a function in a thread of its own, whatever it does to that one; its exception comes back, too."""
     with concurrent.futures.ThreadPoolExecutor(1) as one:
         return one.submit(function).result()
-
-
-def _setns(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 @dataclass(frozen=True)
@@ -45,18 +38,7 @@ class NetnsPair:
     addr6_a: str = "fd77::1"
     addr6_b: str = "fd77::2"
 
-    @contextlib.contextmanager
-    def inside(self, name: str) -> Iterator[None]:
-        """The calling thread is in a namespace meanwhile. What it opens there stays there."""
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        target = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _setns(target)
-            yield
-        finally:
-            _setns(home)
-            os.close(target)
-            os.close(home)
+    inside = staticmethod(inside)
 
     def call(self, name: str, function: Callable[[], T]) -> T:
         """Run a function in a namespace, in a thread of its own; its exception comes back, too."""

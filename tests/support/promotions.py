@@ -48,33 +48,30 @@ class GuestDaemon(Daemon):
         self.config.write_text(f"{before}{device}[policy]{after}")
 
 
-def promotion_ms(daemon: Daemon, client: Client, late: Flow, busy: list[Flow], link: int) -> float:
-    """From the hint to the first 50 ms in which the promoted flow gets half of the link; WATCH_S if none is.
-
-    ``link`` is in bytes/s.
-    """
+def promotion_ms(daemon: Daemon, client: Client, late: Flow, busy: list[Flow]) -> float:
+    """From the hint to the first 50 ms in which the promoted flow gets half of the link; WATCH_S if none is."""
     client.mark(late.sender, Stage.P2D)
     assert client.flush(30)
     wait_for(lambda: daemon.band_of(late) == "level 4", "deferral", LONG_S)
     seen = sum(f.received for f in busy)
-    wait_for(lambda: sum(f.received for f in busy) - seen > link, "a second of starvation", LONG_S)
+    wait_for(lambda: sum(f.received for f in busy) - seen > LINK, "a second of starvation", LONG_S)
     begin = time.monotonic()
     client.mark(late.sender, Stage.COLLECTIVE)
     while time.monotonic() - begin < WATCH_S:
         time.sleep(0.02)
         recent = [(at - begin, n) for at, n in list(late.arrivals) if at >= begin]
         for at, _ in recent:
-            if sum(n for t, n in recent if at <= t < at + 0.05) >= 0.5 * link * 0.05:
+            if sum(n for t, n in recent if at <= t < at + 0.05) >= 0.5 * LINK * 0.05:
                 return at * 1000
     return WATCH_S * 1000
 
 
 def compare(
-    pair: NetnsPair, folder: Path, record: Callable[[str, object], None], link: int = LINK, **daemon: Any
+    pair: NetnsPair, folder: Path, record: Callable[[str, object], None], **daemon: Any
 ) -> dict[bool, list[float]]:
     """Latencies in ms with (True) and without rescue; both and the ratio of their medians go into the report.
 
-    Ratios within one guest, because the processors are emulated. ``link`` is in bytes/s.
+    Ratios within one guest, because the processors are emulated.
     """
     out: dict[bool, list[float]] = {}
     for enabled in (True, False):
@@ -95,8 +92,8 @@ def compare(
             for flow in (*busy, late):
                 flow.saturate(600)
             # The first starves all sockets anew and is not counted.
-            promotion_ms(mfsd, client, late, busy, link)
-            times = out[enabled] = [promotion_ms(mfsd, client, late, busy, link) for _ in range(TRIALS)]
+            promotion_ms(mfsd, client, late, busy)
+            times = out[enabled] = [promotion_ms(mfsd, client, late, busy) for _ in range(TRIALS)]
             record(f"{'rescue' if enabled else 'plain'}_ms", [round(t) for t in times])
             counters = mfsd.status().counters
             assert counters.promotions >= TRIALS

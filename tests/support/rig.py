@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import grpc
 
 from mfsd.client import Client, cookie_of
 from mfsd.client.introduction import introduced
+from mfsd.lab.hosts.tcp import reset_at_close
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc as rpc
 from mfsd.v1 import hints_pb2 as hints
@@ -314,10 +314,9 @@ class Flow:
     def close(self) -> None:
         """Reset the connection: what is queued is thrown away."""
         self._stop.set()
-        linger = struct.pack("ii", 1, 0)
         for s in (self.sender, self.receiver):
             with contextlib.suppress(OSError):
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                reset_at_close(s)
             s.close()
         for thread in self._threads:
             thread.join(timeout=WAIT_S / 4)

@@ -14,6 +14,9 @@ from mfsd.datapath.errors import LoaderError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+SOCK_CREATE: Final = 2
+SOCK_OPS: Final = 3
+"""enum bpf_attach_type, of cgroups."""
 # Numbers of Linux 5.2, the same on every architecture but alpha (include/uapi/asm-generic/unistd.h).
 _FSOPEN: Final = 430
 _FSCONFIG: Final = 431

@@ -19,7 +19,7 @@ import numpy as np
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
-from mfsd.datapath.bpf.cgroup import attach
+from mfsd.datapath.bpf.cgroup import SOCK_CREATE, SOCK_OPS, attach
 from mfsd.datapath.bpf.keys import address_of, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import SHARED_MAPS, Mapped
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
 CREATE: Final = "mfsd_socket"
 CONNECT: Final = "mfsd_connection"
-_CGROUP_SOCK_CREATE: Final = 2
-_CGROUP_SOCK_OPS: Final = 3
-"""enum bpf_attach_type."""
 _OWN_MAPS: Final = ("mfsd_socks", "mfsd_ends", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost")
 EVENTS_AT_ONCE: Final = 1024
 
@@ -86,7 +83,7 @@ class Teller:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
-            self._links = attach(zip(self._programs, (_CGROUP_SOCK_CREATE, _CGROUP_SOCK_OPS), strict=True))
+            self._links = attach(zip(self._programs, (SOCK_CREATE, SOCK_OPS), strict=True))
             self.netns = _netns_cookie()
             undo.pop_all()
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
-from mfsd.datapath.bpf.cgroup import attach
+from mfsd.datapath.bpf.cgroup import SOCK_OPS, attach
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import Mapped
 from mfsd.datapath.errors import LoaderError
@@ -40,7 +40,6 @@ ADOPT: Final = "mfsd_adopt"
 WAKE: Final = "mfsd_wake"
 _SHARED: Final = ("mfsd_host", "mfsd_slots", "mfsd_cookies")
 _OWN: Final = ("mfsd_yield", "mfsd_paths", "mfsd_adopted")
-_CGROUP_SOCK_OPS: Final = 3
 _TRACE_ITER: Final = 28
 """enum bpf_attach_type."""
 
@@ -75,7 +74,7 @@ class Yielding:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
-            self._fds += attach([(self._give, _CGROUP_SOCK_OPS)])
+            self._fds += attach([(self._give, SOCK_OPS)])
             undo.pop_all()
 
     def _load(self, classifier: Classifier) -> None:

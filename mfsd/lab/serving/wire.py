@@ -19,7 +19,7 @@ import numpy as np
 
 from mfsd.client import Cookie, cookie_of
 from mfsd.lab.hosts.enter import inside
-from mfsd.lab.hosts.tcp import CHUNK, prepare, queued
+from mfsd.lab.hosts.tcp import CHUNK, prepare, queued, reset_at_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -235,5 +235,5 @@ class Ends:
 
 def _reset(sock: socket.socket) -> None:
     """Close without draining: nobody wants the bytes, and the next run must find an empty network."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+    reset_at_close(sock)
     sock.close()
