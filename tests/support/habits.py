@@ -115,7 +115,6 @@ class Sink:
 
 def dial(
     pair: NetnsPair,
-    port: int = PORT,
     *,
     source_port: int = 0,
     v6: bool = False,
@@ -132,7 +131,7 @@ def dial(
         before(s)
         s.settimeout(WAIT_S)
         try:
-            s.connect((address or (pair.addr6_b if v6 else pair.addr_b), port))
+            s.connect((address or (pair.addr6_b if v6 else pair.addr_b), PORT))
         except OSError:
             s.close()
             raise

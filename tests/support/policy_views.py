@@ -42,13 +42,12 @@ def columns(v: Views) -> dict[str, bytes]:
     return {f"{k} {f.name}": getattr(p, f.name).tobytes() for k, p in parts.items() for f in dataclasses.fields(p)}
 
 
-def random_view(
-    rng: np.random.Generator, n: int, *, requests_n: int = 12, batches_n: int = 4, devices: int = 1, levels: int = 8
-) -> Views:
+def random_view(rng: np.random.Generator, n: int, *, requests_n: int = 12, devices: int = 1, levels: int = 8) -> Views:
     """A consistent state: transfers point at requests, requests at batches; time 0 lies among the deadlines.
 
     In about half of them the rates of some links into peers are known; a device's own rate may not be.
     """
+    batches_n = 4
     b = batches(
         batches_n,
         layers=rng.integers(1, 40, batches_n),
