@@ -27,6 +27,8 @@ KNOWN_S = 1.0
 """When the link's load, an average over 0.1 s, shows all that a crowd takes."""
 SURPRISED = [Job(1.0, math.exp(-2.75)), Job(1.0, math.exp(-3.28125))]
 """At a load of 4 the second alone is just in time on an empty link, and not beside a crowd."""
+EDGE = [*[Job(1.0, 1.0)] * 4, Job(1.0, math.exp(0.0078125)), Job(math.exp(2.0), 1.0)]
+"""At a load of 4 the fifth comes right behind 10 ms of work: at each tick among what is next, or not."""
 crowds = st.sampled_from(list(CROWDS))
 
 
@@ -191,6 +193,7 @@ def test_collectives_that_pause_lose_nothing_to_who_needs_half_of_the_link() -> 
 @settings(max_examples=30)
 @given(_sets(12), st.sampled_from([0.5, 0.9, 1.5, 4.0]), crowds)
 @example(SURPRISED, 4.0, "a bulk transfer")
+@example(EDGE, 4.0, "nobody")
 def test_without_surprises_promotions_are_few_and_verdicts_stand(jobs: list[Job], load: float, crowd: str) -> None:
     """Who gets more than it needs waits again, but not often; lost once at most; the lost come back if others leave.
 

@@ -205,10 +205,10 @@ class Plain:
         links = [d for d in (self.promised_here[here], far) if d is not None and i in d.link.rows]
         return any(d.is_late(i) or (self.was(i, "urgent") and d.is_late(i, 2.0)) for d in links)
 
-    def among(self, i: int, seconds: float, *, longer: bool = False) -> bool:
-        """Among the first: of its device, or of a scarcer link into its peer."""
+    def among(self, i: int, seconds: float, longer: float, *levels: str) -> bool:
+        """Among the first: of its device, until ``longer`` from these levels, or of a scarcer link into its peer."""
         here, *far = self.links(i)
-        stays = longer and self.was(i, "urgent", "first") and here.before(i, well=True) < seconds * STAYS_FIRST
+        stays = self.was(i, *levels) and here.before(i, well=True) < longer
         return here.before(i) < seconds or stays or any(d.before(i) < seconds for d in far if d.need(i) > here.need(i))
 
     def needs(self, i: int) -> bool:
@@ -251,10 +251,11 @@ class Plain:
             return SCAVENGER
         if math.isfinite(self.due[i]):
             needs = self.needs(i)
-            if needs and self.late(i) and self.among(i, NEXT_S):
+            if needs and self.late(i) and self.among(i, NEXT_S, NEXT_S, "urgent"):
                 return int(lay.urgent)
             if needs or self.laxity(i) < NEAR_S or self.layer_need(i) >= p.defer_until or math.isinf(s.rate(i)):
-                return int(lay.first if s.t.stage[i] != KV and self.among(i, FIRST_S, longer=True) else lay.others)
+                among = self.among(i, FIRST_S, STAYS_FIRST * FIRST_S, "urgent", "first")
+                return int(lay.first if s.t.stage[i] != KV and among else lay.others)
         return self._deferred(i)
 
     def _deferred(self, i: int) -> int:

@@ -27,7 +27,7 @@ STAYS_FIRST: Final = 3.0
 """Whoever is due first stays so until so many times that is due before it."""
 NEXT_S: Final = 0.01
 """Work that is let past the collectives at a time. Its transfers share what there is instead of going one by one, so
-that it must be well below the margin."""
+that it must be well below the margin. Whoever is urgent stays so while nothing moves but time."""
 
 SHORT: Final = 2, 1 / 4
 """A device is short if so many stage-3 transfers on it can't be in time, and such a share of all that it has. With
@@ -90,14 +90,16 @@ class Verdict:
         if some:
             due = np.where(greedy, np.inf, asked.due)
             promised = Need(Load.of(t.device, due, t.left, rate), margin, room)
-        rush, late, first = promised.rush(), promised.late(), before < FIRST_S
+        rush, late, first, following = promised.rush(), promised.late(), before < FIRST_S, before < NEXT_S
         most = np.maximum(promised.steady(), rush)
         # Whoever was urgent, or due first, stays so for longer.
         if was_urgent.any():
             late |= promised.later() & was_urgent
         was_first |= was_urgent
         if was_first.any():
-            first |= (asked.load.well_before() < STAYS_FIRST * FIRST_S) & was_first
+            well_before = asked.load.well_before()
+            following |= (well_before < NEXT_S) & was_urgent
+            first |= (well_before < STAYS_FIRST * FIRST_S) & was_first
         out = cls(
             asked=asked,
             lost=lost,
@@ -106,7 +108,7 @@ class Verdict:
             greedy=greedy,
             late=late & ~greedy if some else late,
             first=first,
-            next=before < NEXT_S,
+            next=following,
             laxity=here.laxity(),
             layer_need=np.zeros(len(t)),
             slow=np.zeros(len(t), dtype=np.bool_),
