@@ -17,6 +17,7 @@ struct mfsd_rule abi_rule;
 struct mfsd_rules_of abi_rules_of;
 struct mfsd_yield abi_yield;
 struct mfsd_path_key abi_path_key;
+struct mfsd_peer_clock abi_peer_clock;
 struct mfsd_path abi_path;
 struct mfsd_adopted abi_adopted;
 

@@ -57,6 +57,14 @@ struct tcp_options_received {
 	__u16 saw_tstamp : 1;
 };
 
+struct minmax_sample {
+	__u32 v;
+};
+
+struct minmax {
+	struct minmax_sample s[3];
+};
+
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u8 tcp_usec_ts : 1;
@@ -65,6 +73,8 @@ struct tcp_sock {
 	__u32 snd_ssthresh;
 	__u32 packets_out;
 	__u64 tcp_mstamp;
+	__u64 tcp_wstamp_ns;
+	struct minmax rtt_min;
 	struct tcp_options_received rx_opt;
 	__u8 bpf_sock_ops_cb_flags;
 };

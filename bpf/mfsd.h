@@ -227,6 +227,14 @@ struct mfsd_path_key {
 	__u8 pad[7]; /* 0 */
 };
 
+/* What a peer's clock (TSval) shows: see yield_clock.h. Microseconds that wrap. [kernel] */
+struct mfsd_peer_clock {
+	__u32 behind_us; /* own clock minus its, at least */
+	__u32 next_us;	 /* the same, in this period */
+	__u32 since;	 /* beginning of the period; 0: nothing is known */
+	__u32 raised_at;
+};
+
 /* What is known of a path, and what its connections may send: see yield.h. Microseconds of CLOCK_MONOTONIC. [kernel] */
 struct mfsd_path {
 	__u64 slice_at;	  /* beginning of the slice that is being sampled */
@@ -236,7 +244,6 @@ struct mfsd_path {
 	__u64 calm_until; /* when the share may change again */
 	__u64 lost_at;
 	__u64 epoch_at; /* beginning of the count flows_now */
-	__u64 clock_at; /* when clock_us was last lowered or raised */
 	__u64 samples;	  /* since the path is known, and so are the next three */
 	__u64 delay_sum;  /* their queue */
 	__u64 steered_us; /* time that steps were taken for */
@@ -253,8 +260,11 @@ struct mfsd_path {
 	__u32 flows; /* connections heard from in the last epoch */
 	__u32 flows_now;
 	__u32 epoch;
-	__u32 clock_us; /* own clock minus the peer's, at least */
+	__u32 back_us;	 /* that the last two ACKs have waited on their way back, at least */
+	__u32 last_back_us; /* the same of the last */
 	__u32 regretted; /* the share was cut for a loss that may have been none */
+	struct mfsd_peer_clock clock;
+	__u32 pad;
 };
 
 #endif /* MFSD_H */

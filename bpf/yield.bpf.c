@@ -25,12 +25,13 @@
  * (tcp_cwnd_test).
  *
  * The round trip counts the queue of the ACKs, too. By the peer's clock in the ACKs (TSval) we know how much longer than
- * at best they have been under way, and take that off: a busy way back must not slow down a free way out.
+ * at best they have been under way (yield_clock.h), and take that off: a busy way back must not slow down a free way out.
  *
  * Needs BTF, Linux 6.4 (links), cubic in the kernel, and to load it CAP_PERFMON besides the two that the classifier
  * takes. Loaded with the classifier's maps.
  */
 #include "yield_socket.h"
+#include "yield_clock.h"
 
 #define ALLOW		1
 #define TCP_ESTABLISHED 1
@@ -39,9 +40,6 @@
 #define TCP_LAST_ACK	9
 #define TCP_NODELAY	1
 #define CB_FLAGS	1008 /* TCP_BPF_SOCK_OPS_CB_FLAGS, since 6.11 */
-#define TICK_US		1000	/* of TSval (TCP_TS_HZ) */
-#define SKEW		8192	/* clocks drift by less than one in so many */
-#define SAME_CLOCK_US	1000000
 
 /* --- the algorithm --------------------------------------------------------------------------------------------- */
 
@@ -59,7 +57,9 @@ void BPF_PROG(mfsd_init, struct sock *sk)
 	m->band = MFSD_BAND_KEEP;
 	m->epoch = 0;
 	m->paced = 0;
-	m->own_clock = 0;
+	m->ahead_us = 0;
+	m->clocks = CLOCK_OF_PEER;
+	m->clock.since = 0;
 }
 
 /* Right before something is sent. */
@@ -81,7 +81,7 @@ __u32 BPF_PROG(mfsd_send, struct sock *sk)
 	most = most_of(y, m->class);
 	floor = y->floor[m->band & (MFSD_MAX_BANDS - 1)];
 	rate = rate_of(p, tp->mss_cache, most);
-	window = (__u64)p->share * p->part / UNIT / UNIT;
+	window = window_of(p, tp->tcp_mstamp);
 	if (rate) {
 		/* Without anything a sleeper would not notice that the queue is gone. */
 		least = y->rate / PROBES / (p->flows + p->flows_now + 1);
@@ -94,7 +94,7 @@ __u32 BPF_PROG(mfsd_send, struct sock *sk)
 	} else if (window < 2) {
 		window = 2;
 	}
-	least = tp->mss_cache ? floor * (p->base_us + p->delay_us) / 1000000 / tp->mss_cache : 0;
+	least = tp->mss_cache ? floor * (p->base_us + p->delay_us + late_of(p, tp->tcp_mstamp)) / 1000000 / tp->mss_cache : 0;
 	if (p->base_us != NEVER && window < least)
 		window = at_most(least, MAX_SHARE);
 	tp->snd_cwnd = window;
@@ -102,41 +102,36 @@ __u32 BPF_PROG(mfsd_send, struct sock *sk)
 	return 2;
 }
 
-/* How much longer than at best the ACK was under way, as far as its coarse time stamp tells. */
-static __always_inline __u32 back_of(struct tcp_sock *tp, struct mfsd_path *p, struct mine *m)
+/* What the ACK has waited on its way back; it may be by `tick` more. */
+static __always_inline __u32 back_of(struct tcp_sock *tp, struct mfsd_path *p, struct mine *m, __u32 delay, __u32 *tick)
 {
-	__u64 now = tp->tcp_mstamp;
-	__u32 behind, skew, tick = TICK_US;
-	__s32 late;
+	__u32 now = tp->tcp_mstamp, behind, back, since = p->base_since;
+	struct mfsd_peer_clock c;
 
-	if (!BPF_CORE_READ_BITFIELD(tp, rx_opt.saw_tstamp))
+	*tick = TICK_US;
+	if (m->clocks == CLOCK_ODD || !BPF_CORE_READ_BITFIELD(tp, rx_opt.saw_tstamp))
 		return 0;
 	if (bpf_core_field_exists(tp->tcp_usec_ts) && BPF_CORE_READ_BITFIELD(tp, tcp_usec_ts))
-		tick = 1;
-	behind = (__u32)now - tp->rx_opt.rcv_tsval * tick; /* wraps with the stamp, and so do differences */
-	if (m->own_clock) {
-		late = behind - m->clock_us;
-		if (late < 0)
-			m->clock_us = behind;
-		return late > (__s32)tick ? late - tick : 0;
+		*tick = 1;
+	behind = now - tp->rx_opt.rcv_tsval * *tick; /* wraps with the stamp, and so do differences */
+	if (m->clocks == CLOCK_OF_PEER) {
+		c = p->clock;
+		if (c.since && behind - c.behind_us + SAME_CLOCK_US > 2 * SAME_CLOCK_US) {
+			m->clocks = CLOCK_OWN;
+			return 0;
+		}
+		back = waited(&c, since, now, behind, delay, *tick);
+		p->clock = c;
+	} else {
+		c = m->clock;
+		back = waited(&c, since, now, behind, delay, *tick);
+		m->clock = c;
 	}
-	if (p->clock_at == p->base_since) /* the first */
-		p->clock_us = behind;
-	late = behind - p->clock_us;
-	if (late > SAME_CLOCK_US || late < -SAME_CLOCK_US) {
-		m->own_clock = 1; /* since 2026, kernels may have an offset for every connection */
-		m->clock_us = behind;
+	if (back == NEVER) {
+		m->clocks = CLOCK_ODD;
 		return 0;
 	}
-	skew = (now - p->clock_at) / SKEW;
-	if (late < 0) {
-		p->clock_us = behind;
-		p->clock_at = now;
-	} else if (skew) {
-		p->clock_us += skew;
-		p->clock_at = now;
-	}
-	return late > (__s32)tick ? late - tick : 0;
+	return back;
 }
 
 static __always_inline void count_flow(struct mfsd_path *p, struct mine *m, __u64 now)
@@ -162,6 +157,7 @@ void BPF_PROG(mfsd_acked, struct sock *sk, const struct ack_sample *sample)
 	struct mine *m = MINE(tp);
 	struct mfsd_path *p;
 	__s32 trip = sample->rtt_us;
+	__u32 delay, back, tick;
 
 	if (!y || !settle(tp, y))
 		return;
@@ -173,8 +169,11 @@ void BPF_PROG(mfsd_acked, struct sock *sk, const struct ack_sample *sample)
 	if (!p)
 		return;
 	count_flow(p, m, tp->tcp_mstamp);
-	if (trip > 0)
-		heard(p, tp->tcp_mstamp, trip, back_of(tp, p, m), sample->pkts_acked < 2, most_of(y, m->class));
+	if (trip <= 0 || (__u32)tp->tcp_mstamp - trip == m->ahead_us)
+		return;
+	delay = trip - base_of(p, tp->tcp_mstamp, trip);
+	back = back_of(tp, p, m, delay, &tick);
+	heard(p, tp->tcp_mstamp, delay - back, back, tick, sample->pkts_acked < 2, most_of(y, m->class));
 }
 
 SEC("struct_ops/mfsd_avoid")

@@ -22,6 +22,10 @@
  * A yielding connection sends two at a time instead: its next packet would come too late to spare it the receiver's
  * delayed ACK of 40 ms.
  *
+ * ACKs may be late (yield_clock.h): then round trips are longer, and what a connection has in flight with them, so that
+ * it sends as fast as without (window_of). A window of so many packets must not leave at once, or it would be a queue:
+ * these connections are paced whatever they have in flight. And they grow less boldly, since it shows later.
+ *
  * Times are microseconds, windows UNIT-ths of packets, unless a name says otherwise.
  */
 #ifndef MFSD_YIELD_H
@@ -39,6 +43,7 @@
 
 #define GROUP 4		   /* least samples of a step */
 #define SLICE_US 200	   /* least time between two steps; the least delay of it counts: noise only ever adds */
+#define SLICE_BACK 8	   /* ... and one in so many of what ACKs wait on their way back */
 #define BASE_US 30000000   /* a base round trip is forgotten after one or two of these */
 #define PROBE_US 5000000   /* without an empty queue for so long, we make room to see the base */
 #define PROBE_PACES 6
@@ -48,6 +53,7 @@
 #define LIMIT 1792	   /* of the target, above which we yield */
 #define TRACK 100	   /* gain of the share around its target */
 #define GROW 256	   /* ... and in an empty queue */
+#define BACK_GROW 2	   /* ... as long as ACKs are late by at most so many targets */
 #define ADD 16		   /* what every share grows by in a pace */
 #define ONSET 16	   /* of the share, lost at every onset of yielding ... */
 #define FADE_US 1000000	   /* ... and the time in which it fades while it goes on: who stays is not asked to come back */
@@ -77,7 +83,29 @@ static __always_inline __u32 pace_of(const struct mfsd_path *p, __u32 most)
 
 	if (p->share < FEW)
 		gap = at_most(trip * UNIT / (p->share + 1) / 2, 4 * most);
-	return trip + gap + 1;
+	return trip + p->back_us + gap + 1;
+}
+
+/* Growth in an empty queue. What is seen a long way back later must not be a queue by then. */
+static __always_inline __u64 grow_of(const struct mfsd_path *p, __u32 most)
+{
+	return p->back_us > BACK_GROW * most ? (__u64)GROW * BACK_GROW * most / p->back_us : GROW;
+}
+
+/* How late ACKs are, as far as that is news. */
+static __always_inline __u32 late_of(const struct mfsd_path *p, __u64 now)
+{
+	return now - p->slice_at < EPOCH_US ? p->back_us : 0;
+}
+
+/* Packets that one connection may have in flight: more than its part of the share while ACKs are late. */
+static __always_inline __u64 window_of(const struct mfsd_path *p, __u64 now)
+{
+	__u64 window = (__u64)p->share * p->part / UNIT;
+
+	if (p->base_us != NEVER)
+		window += window * late_of(p, now) / (p->base_us + p->target_us + 1);
+	return at_most(window / UNIT, MAX_SHARE / UNIT);
 }
 
 /*
@@ -87,7 +115,7 @@ static __always_inline __u32 pace_of(const struct mfsd_path *p, __u32 most)
 static __always_inline void be_calm(struct mfsd_path *p, __u64 now, __u32 most)
 {
 	__u64 calm = CALM_TRIPS * (__u64)(p->base_us + most);
-	__u64 until = now + (p->part > PART_CALM ? calm * PART_CALM / p->part : calm);
+	__u64 until = now + p->back_us + (p->part > PART_CALM ? calm * PART_CALM / p->part : calm);
 
 	if (until > p->calm_until)
 		p->calm_until = until;
@@ -96,7 +124,7 @@ static __always_inline void be_calm(struct mfsd_path *p, __u64 now, __u32 most)
 static __always_inline void yield_to(struct mfsd_path *p, __u64 now, __u64 dt, __u32 delay, __u32 most)
 {
 	__u64 part = p->part, share = p->share, gain, step;
-	__u32 trip = p->base_us + most + 1, limit = (__u64)most * LIMIT / UNIT;
+	__u32 trip = p->base_us + p->back_us + most + 1, limit = (__u64)most * LIMIT / UNIT;
 
 	if (!p->yielding) {
 		p->yielding = 1;
@@ -133,7 +161,7 @@ static __always_inline void share_out(struct mfsd_path *p, __u64 now, __u64 dt, 
 	if (delay <= target) {
 		gain = gain * (target - delay) / target;
 		if (delay < target / 4)
-			gain += (__u64)GROW * (target / 4 - delay) / (target / 4);
+			gain += grow_of(p, most) * (target / 4 - delay) / (target / 4);
 		step = share * gain * dt / UNIT / pace;
 		share += step < share / 4 ? step : share / 4;
 	} else {
@@ -191,24 +219,26 @@ static __always_inline __u32 base_of(struct mfsd_path *p, __u64 now, __u32 trip)
 }
 
 /*
- * A round trip of `trip`, `back` of which a queue on the way back has taken. `lone`: the ACK is for one packet, which
- * the receiver may have kept to itself for a while. Several CPUs may be at it; a sample that gets lost is no loss, but
- * only one of them takes the step.
+ * A round trip has taken `delay` longer than the base, and `back` on top, which its ACK has waited. In the course of a
+ * `tick`, `back` goes from a tick too little to what it is, and `delay` with it: so a slice is that long. `lone`: the ACK
+ * is for one packet, which the receiver may have kept to itself for a while. Several CPUs may be at it; a sample that
+ * gets lost is no loss, but only one of them takes the step.
  */
-static __always_inline void heard(struct mfsd_path *p, __u64 now, __u32 trip, __u32 back, int lone, __u32 most)
+static __always_inline void heard(struct mfsd_path *p, __u64 now, __u32 delay, __u32 back, __u32 tick, int lone, __u32 most)
 {
-	__u32 delay = trip - base_of(p, now, trip);
+	__u32 slice = back ? tick + back / SLICE_BACK : SLICE_US;
 	__u64 begun = p->slice_at;
 
-	delay -= back < delay ? back : delay;
 	if (lone && delay > p->delay_us)
 		return;
 	p->samples += 1;
 	p->delay_sum += delay;
+	p->back_us = at_most(back, p->last_back_us); /* one alone may be a fit of the receiver's */
+	p->last_back_us = back;
 	if (delay < p->least_us)
 		p->least_us = delay;
 	p->in_group += 1;
-	if (p->in_group < GROUP || now - begun < SLICE_US ||
+	if (p->in_group < GROUP || now - begun < slice ||
 	    __sync_val_compare_and_swap(&p->slice_at, begun, now) != begun)
 		return;
 	delay = p->least_us;
@@ -226,7 +256,7 @@ static __always_inline void heard(struct mfsd_path *p, __u64 now, __u32 trip, __
  */
 static __always_inline void lost(struct mfsd_path *p, __u64 now, __u32 most)
 {
-	if (now - p->lost_at < p->base_us + p->delay_us + most)
+	if (now - p->lost_at < p->base_us + p->delay_us + p->back_us + most)
 		return;
 	p->lost_at = now;
 	p->share -= p->share / LOSS;
@@ -252,10 +282,15 @@ static __always_inline __u64 rate_of(const struct mfsd_path *p, __u32 mss, __u32
 {
 	__u64 window = (__u64)p->share * p->part / UNIT;
 	__u32 trip, error, follow, target = p->target_us;
+	int back = p->back_us > most;
 
-	if (p->base_us == NEVER || window > MANY || p->delay_us <= most / 2)
+	if (p->base_us == NEVER)
 		return 0;
-	if (window >= FEW) {
+	if (back && window >= FEW) {
+		trip = (p->base_us + target) / 5 * 4; /* a little faster than the window lets it */
+	} else if (!back && (p->delay_us <= most / 2 || window > MANY)) {
+		return 0;
+	} else if (window >= FEW) {
 		trip = (p->base_us + p->delay_us) / 2; /* only to spread out what the window lets through */
 	} else {
 		trip = p->base_us + most;

@@ -70,12 +70,13 @@ extern __u32 tcp_reno_undo_cwnd(struct sock *sk) __ksym;
 /* Our part of icsk_ca_priv, behind cubic's. */
 struct mine {
 	__u64 hinted_at;
-	__u32 epoch;	/* of the path, in which we were counted last */
-	__u32 clock_us; /* as mfsd_path's, of a peer that has another clock for every connection */
+	struct mfsd_peer_clock clock; /* as mfsd_path's, of a peer that has another one for every connection */
+	__u32 epoch; /* of the path, in which we were counted last */
+	__u32 ahead_us; /* time stamp that packets got before it was due; 0: none */
 	__u8 class;
 	__u8 band;
 	__u8 paced; /* by us */
-	__u8 own_clock;
+	__u8 clocks; /* enum clocks */
 	__u8 cubic; /* is what it ran before */
 };
 
@@ -147,9 +148,10 @@ static __always_inline struct mfsd_path *path_of(struct tcp_sock *tp)
 	p = MFSD_LOOKUP(mfsd_paths, &key);
 	if (p)
 		return p;
-	fresh.slice_at = fresh.base_since = fresh.epoch_at = fresh.clock_at = tp->tcp_mstamp;
+	fresh.slice_at = fresh.base_since = fresh.epoch_at = tp->tcp_mstamp;
 	fresh.empty_at = tp->tcp_mstamp > PROBE_US ? tp->tcp_mstamp - PROBE_US + PROBE_US / 5 : 0;
-	fresh.base_us = fresh.base_next_us = fresh.least_us = NEVER;
+	fresh.base_us = tp->rtt_min.s[0].v; /* NEVER before the first; a way that is full would not show it now */
+	fresh.base_next_us = fresh.least_us = NEVER;
 	fresh.share = FIRST_SHARE;
 	fresh.part = UNIT;
 	fresh.epoch = 1;
@@ -174,6 +176,9 @@ static __always_inline void pace(struct tcp_sock *tp, __u64 rate)
 		sk->sk_pacing_status = PACING_NEEDED;
 		m->paced = 1;
 	} else if (m->paced) {
+		/* What is sent in the rest of a gap is stamped with its end all the same: its round trip looks short. */
+		if (tp->tcp_wstamp_ns > tp->tcp_mstamp * 1000)
+			m->ahead_us = tp->tcp_wstamp_ns / 1000;
 		sk->sk_pacing_status = PACING_NONE;
 		m->paced = 0;
 	}
@@ -187,7 +192,8 @@ static __always_inline void hurry(struct tcp_sock *tp, const struct mfsd_yield *
 
 	pace(tp, 0);
 	if (p && p->base_us != NEVER && tp->mss_cache)
-		window = y->rate * (p->base_us + 2 * (__u64)y->target_us) / 1000000 / tp->mss_cache;
+		window = y->rate * (p->base_us + late_of(p, tp->tcp_mstamp) + 2 * (__u64)y->target_us) / 1000000 /
+			 tp->mss_cache;
 	tp->snd_cwnd = window < INITIAL_WINDOW ? INITIAL_WINDOW : window;
 	tp->snd_ssthresh = INFINITE;
 }
@@ -228,8 +234,7 @@ static __always_inline void move(struct tcp_sock *tp, __u8 band)
 	to->base_next_us = from->base_next_us;
 	to->base_since = from->base_since;
 	to->empty_at = from->empty_at;
-	to->clock_us = from->clock_us;
-	to->clock_at = from->clock_at;
+	to->clock = from->clock;
 }
 
 /* Looks what the socket is now, and makes it that. 0 when it is not ours any more, or not yet. */

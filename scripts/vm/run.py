@@ -46,7 +46,7 @@ BUILD: Final = ROOT / "build" / "vm"
 SELECTION: Final = ("tests/bpf", "tests/enforce", "tests/vm", "tests/e2e")
 """What needs a kernel. Pure Python is the same everywhere: `make test` is enough."""
 BATCHES: Final = {
-    "yield": ("tests/bpf/test_yielding.py", "tests/e2e/test_network.py"),
+    "yield": ("tests/bpf/test_yielding.py", "tests/bpf/test_yielding_way.py", "tests/e2e/test_network.py"),
     "daemon": ("tests/vm/test_daemon.py", "tests/vm/test_wire.py"),
     "qdiscs": ("tests/vm/test_bcc.py", "tests/vm/test_mq.py", "tests/vm/test_prio.py", "tests/vm/test_roots.py"),
     "bpf": ("tests/bpf",),

@@ -6,134 +6,28 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import threading
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import pytest
-from support.privileges import CAP_PERFMON, DAEMON, call_with
+from support.privileges import DAEMON, call_with
 from support.waiting import wait_for
+from support.yielders import CHUNK, FIRST, RATE, SECOND, URGENT, Bench, algorithm_of, needs_it
 
-from mfsd.client import Fd, cookie_of, give_way
+from mfsd.client import Fd, give_way
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf import yielding
-from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import LoaderError
-from mfsd.host import clock
-from mfsd.lab.hosts.tcp import queued, tcp_info
+from mfsd.lab.hosts.tcp import queued
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from support.namespaces import NetnsPair
 
-    from mfsd.datapath.bpf.loader import Classifier
 
-PATIENCE_S: Final = 20.0
-URGENT: Final = 1
-FIRST: Final = 5
-SECOND: Final = 6
-RATE: Final = 100_000_000 // 8
-FOREVER: Final = 2**63
 AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
-CHUNK: Final = bytes(1 << 16)
 NEVER: Final = 0xFFFFFFFF
-
-needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"this kernel has no yield: {yielding.missing()}")
-
-
-class Bench:
-    """A classifier's tables, the algorithm, and connections from one namespace to the other."""
-
-    def __init__(self, classifier: Classifier, loaded: Yielding, pair: NetnsPair) -> None:
-        self.classifier, self.yielding, self.pair = classifier, loaded, pair
-        self._stack = contextlib.ExitStack()
-        self._rows = iter(range(classifier.rows))
-        self._row: dict[socket.socket, int] = {}
-        host = classifier.host
-        host["abi_version"], host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
-        self.live()
-        settings = loaded.settings
-        settings["rate"], settings["target_us"] = RATE, 3000
-        settings["class_of"][0, [FIRST, SECOND]] = _abi.YIELD_FIRST, _abi.YIELD_SECOND
-
-    def live(self) -> None:
-        self.classifier.host["heartbeat_ns"], self.classifier.host["timeout_ns"] = clock.monotonic_ns(), 3600 * 10**9
-
-    def connect(self, family: int = socket.AF_INET, algorithm: str = "") -> socket.socket:
-        """A connection whose other end reads everything."""
-        address = self.pair.addr_b if family == socket.AF_INET else self.pair.addr6_b
-        server = self.pair.call(self.pair.b, lambda: socket.create_server((address, 0), family=family))
-        client = self.pair.call(self.pair.a, lambda: socket.socket(family, socket.SOCK_STREAM))
-        if algorithm:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, algorithm.encode())
-        with server:
-            client.connect(server.getsockname()[:2])
-            peer, _ = server.accept()
-        drain = threading.Thread(target=_drain, args=(peer,))
-        drain.start()
-        self._stack.callback(drain.join)
-        self._stack.callback(client.close)
-        return client
-
-    def hint(self, sock: socket.socket, band: int) -> None:
-        row = self._row.get(sock)
-        if row is None:
-            row = self._row[sock] = next(self._rows)
-            self.classifier.slots["expires_ns"][row] = FOREVER
-            self.classifier.slots["band"][row] = band
-            self.classifier.cookies.add(cookie_key(cookie_of(sock)), row)
-        self.classifier.slots["band"][row] = band
-
-    def forget(self, sock: socket.socket) -> None:
-        self.classifier.slots["expires_ns"][self._row[sock]] = 0
-
-    def sends_until(self, sock: socket.socket, holds: Callable[[], bool]) -> None:
-        """Send, and wait for what is to come of it."""
-        until = time.monotonic() + PATIENCE_S
-        while not holds():
-            assert time.monotonic() < until, algorithm_of(sock)
-            sock.sendall(CHUNK)
-
-    def becomes(self, sock: socket.socket, algorithm: str) -> None:
-        self.sends_until(sock, lambda: algorithm_of(sock) == algorithm)
-
-    def stays(self, sock: socket.socket, algorithm: str) -> None:
-        """As a yardstick, another connection gets the algorithm meanwhile."""
-        other = self.connect()
-        self.hint(other, FIRST)
-        before = tcp_info(sock).acked
-        self.sends_until(sock, lambda: tcp_info(sock).acked - before > 10 * len(CHUNK))
-        self.becomes(other, self.yielding.name)
-        assert algorithm_of(sock) == algorithm
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-def _drain(peer: socket.socket) -> None:
-    with peer, contextlib.suppress(ConnectionError):
-        while peer.recv(1 << 20):
-            pass
-
-
-def algorithm_of(sock: socket.socket) -> str:
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
-
-
-@pytest.fixture
-def bench(netns_pair: NetnsPair) -> Iterator[Bench]:
-    with contextlib.ExitStack() as stack:
-        classifier = stack.enter_context(call_with(DAEMON, lambda: LibbpfLoader().open_classifier(64)))
-        loaded = stack.enter_context(call_with(DAEMON | {CAP_PERFMON}, lambda: Yielding(classifier)))
-        made = Bench(classifier, loaded, netns_pair)
-        yield made
-        made.close()
 
 
 @pytest.fixture
@@ -346,43 +240,3 @@ def test_who_sleeps_hears_of_its_promotion(bench: Bench, nodelay: int) -> None:
     bench.pair.call(bench.pair.a, bench.yielding.wake)
     wait_for(lambda: not queued(sock), "what it had left")
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == nodelay
-
-
-def _share(first: socket.socket, second: socket.socket, seconds: float = 1.5) -> float:
-    """Of the first of two that send all they can, once they have settled."""
-    ends = threading.Event()
-
-    def send(sock: socket.socket) -> None:
-        while not ends.is_set():
-            sock.sendall(CHUNK)
-
-    threads = [threading.Thread(target=send, args=(s,)) for s in (first, second)]
-    for thread in threads:
-        thread.start()
-    time.sleep(seconds)
-    before = np.array([tcp_info(first).acked, tcp_info(second).acked])
-    time.sleep(seconds)
-    grown: Any = np.array([tcp_info(first).acked, tcp_info(second).acked]) - before
-    ends.set()
-    for thread in threads:
-        thread.join()
-    return float(grown[0] / grown.sum())
-
-
-@needs_it
-@pytest.mark.bpf
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> None:
-    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
-    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} root tbf rate 100mbit burst 20kb latency 50ms")
-    one, other = bench.connect(family, "cubic"), bench.connect(family, "cubic")
-    plain = _share(one, other)
-    bench.hint(other, FIRST)
-    bench.hint(one, URGENT)
-    assert _share(one, other) > max(0.85, plain)
-    assert algorithm_of(other) == bench.yielding.name
-    bench.hint(other, URGENT)  # both are cubic again
-    bench.hint(one, FIRST)
-    assert _share(one, other) < 0.15
-    left = tcp_info(one).acked
-    bench.sends_until(one, lambda: tcp_info(one).acked > left + 20 * len(CHUNK))  # with nobody about it has the link

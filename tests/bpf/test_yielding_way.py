@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What connections that yield make of the way there and of the way back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from support.yielders import CHUNK, FAMILIES, FIRST, URGENT, acked, algorithm_of, filled, needs_it, rtt_us, share
+
+from mfsd.datapath import _abi
+from mfsd.lab.hosts.tcp import tcp_info
+
+if TYPE_CHECKING:
+    from support.yielders import Bench
+
+LINK: Final = "root tbf rate 100mbit burst 20kb latency 50ms"
+BACK: Final = 4
+"""Connections on the way back."""
+FULL_US: Final = 10_000
+"""A round trip that long has met a queue."""
+
+
+@needs_it
+@pytest.mark.bpf
+@pytest.mark.parametrize("family", FAMILIES)
+def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> None:
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
+    one, other = bench.connect(family, "cubic"), bench.connect(family, "cubic")
+    plain = share(one, other)
+    bench.hint(other, FIRST)
+    bench.hint(one, URGENT)
+    assert share(one, other) > max(0.85, plain)
+    assert algorithm_of(other) == bench.yielding.name
+    bench.hint(other, URGENT)  # both are cubic again
+    bench.hint(one, FIRST)
+    assert share(one, other) < 0.15
+    left = tcp_info(one).acked
+    bench.sends_until(one, lambda: tcp_info(one).acked > left + 20 * len(CHUNK))  # with nobody about it has the link
+
+
+@needs_it
+@pytest.mark.bpf
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_way_does_not_hide_how_long_it_is_without_queue(bench: Bench, family: int) -> None:
+    """It is deferred when others have filled the queue already, and has had a round trip before that."""
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
+    other, late = bench.connect(family, "cubic"), bench.connect(family, "cubic")
+    with filled(other):
+        bench.sends_until(late, lambda: rtt_us(late) > FULL_US)
+        bench.hint(late, FIRST)
+        bench.sends_until(late, lambda: bool(bench.yielding.paths()[1]["samples"].any()))
+        (path,) = bench.yielding.paths()[1]
+    assert path["base_us"] < FULL_US
+
+
+@needs_it
+@pytest.mark.bpf
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_busy_way_back_is_no_queue_and_hides_none(bench: Bench, family: int) -> None:
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    for name, device in ((bench.pair.a, bench.pair.dev_a), (bench.pair.b, bench.pair.dev_b)):
+        bench.pair.run(name, f"tc qdisc add dev {device} {LINK}")
+    one, other = bench.connect(family, "cubic"), bench.connect(family, "cubic")
+    bench.hint(one, FIRST)
+    with filled(one):
+        alone = acked(one)
+        with filled(*(bench.connect(family, "cubic", back=True) for _ in range(BACK))):
+            beside = acked(one, seconds=4.0)  # as long as no clock's error may add up
+            assert rtt_us(one) > FULL_US, "the way back is full"
+            assert beside[0] / 4.0 > 0.6 * alone[0] / 1.5
+            with filled(other):
+                there = acked(one, other)
+            assert there[0] < 0.3 * there.sum(), "it yields all the same"
+    assert algorithm_of(one) == bench.yielding.name
