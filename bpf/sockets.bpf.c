@@ -349,12 +349,13 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, struct mfsd_event *
 		e->slot = *slot;
 		tell(e); /* else the daemon finds out when it looks after its connections */
 	}
+	e->rule = bpf_ktime_get_ns() / 1000000;
 	if (e->acked || e->flags != MFSD_EVENT_ACTIVE) /* else nobody has answered, and it may be connected once more */
 		bpf_map_update_elem(&mfsd_ends, &e->cookie, e, BPF_ANY);
 	bpf_map_delete_elem(&mfsd_socks, &e->cookie);
 }
 
-/* A draft that is free, until its `taken` is cleared. */
+/* One that is free, until `taken` is cleared. */
 static __always_inline struct draft *take_draft(void)
 {
 #pragma unroll
@@ -395,5 +396,4 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 	d->taken = 0;
 	return ALLOW;
 }
-
 MFSD_LICENSE("GPL");

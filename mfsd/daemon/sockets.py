@@ -20,7 +20,7 @@ import structlog
 
 from mfsd.daemon.meant import listed_of, made, maker_of, matches, rows_of
 from mfsd.datapath import _abi
-from mfsd.engine.sockets import Closed, End, Established, Event, Found, Socket
+from mfsd.engine.sockets import ON_THE_WAY_S, Closed, End, Established, Event, Found, Socket
 from mfsd.ground.logs import Seldom
 from mfsd.ground.model import (
     CookieSelector,
@@ -30,6 +30,7 @@ from mfsd.ground.model import (
     Selector,
     TupleSelector,
 )
+from mfsd.host import clock
 from mfsd.host.makers import Census, Makers
 from mfsd.host.sockets import SocketResolver
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mfsd.datapath.bpf.rules import Match
+    from mfsd.datapath.bpf.teller import Event as Ended
     from mfsd.datapath.bpf.teller import Teller, Told
     from mfsd.engine.sockets import Progress
     from mfsd.ground.model import Endpoints
@@ -144,7 +146,7 @@ class HostSockets:
         event = None if self._teller is None else self._teller.end_of(cookie)
         if event is None:
             return None
-        return End(self._socket(event.sock), event.acked, event.clean, event.active)
+        return self._end(event)
 
     def exact(self, selector: TupleSelector) -> Socket | None:
         """See Sockets."""
@@ -177,8 +179,8 @@ class HostSockets:
 
     def look(self, selectors: Sequence[Selector]) -> None:
         """See Sockets."""
-        wanted = list(selectors)
-        self._search("listing sockets", lambda: self._look(wanted), lambda: self._not_found(wanted))
+        wanted, since = list(selectors), clock.monotonic() - ON_THE_WAY_S
+        self._search("listing sockets", lambda: self._look(wanted, since), lambda: self._not_found(wanted))
 
     def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None] | None:
         """See Sockets."""
@@ -321,12 +323,13 @@ class HostSockets:
             if self._teller.find(listed.cookie) is None:
                 self._teller.add(listed.cookie, listed.endpoints, listed.uid)
 
-    def _look(self, selectors: list[Selector]) -> None:
+    def _look(self, selectors: list[Selector], since: float) -> None:
         makers = {m for s in selectors if (m := maker_of(s)) is not None}
         if makers - self._latest.keys():
             self._look_for(makers | self._latest.keys())
         found = self._from_directory(selectors) if self._teller is not None else self._from_listing(selectors)
-        self._answers.extend(Found(s, f) for s, f in zip(selectors, found, strict=True))
+        over = [] if self._teller is None else [self._end(e) for e in self._teller.ends_since(int(since * 1000))]
+        self._answers.extend(Found(s, f, over) for s, f in zip(selectors, found, strict=True))
         self._wake()
 
     def _from_listing(self, selectors: Sequence[Selector]) -> list[list[Socket]]:
@@ -368,6 +371,9 @@ class HostSockets:
             self._asked.bound_to(told.cookie, told.bound)
         here = told.netns == self._teller.netns
         return Socket(told.cookie, told.endpoints, told.uid, told.pid, here, told.tid, told.cgroup)
+
+    def _end(self, event: Ended) -> End:
+        return End(self._socket(event.sock), event.acked, event.clean, event.active)
 
     def _failed(self, what: str, error: Exception) -> None:
         if self._seldom(what):

@@ -12,13 +12,14 @@ from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.model import INF, CookieSelector, Stage, TupleSelector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.delivery import Delivery
     from mfsd.engine.records import Connection, Mark, Session, Stream, Watch
     from mfsd.engine.settings import LimitsConfig
+    from mfsd.engine.sockets import End
     from mfsd.engine.watches import Watches
     from mfsd.ground.model import Selector
 
@@ -186,6 +187,17 @@ class Carriage:
             if watch.stream.queue and position is None:
                 self.late.found(watch.stream, conn, at)
         self.connections.note_rest(conn, now, linger=True)
+
+    def look_back(self, watch: Watch, ended: Iterable[End], now: float) -> None:
+        """These connections were over before the hint that opened a watch was heard."""
+        watch.looked_back = True
+        stream = watch.stream
+        if stream is not None and stream.queue:
+            for end in ended:
+                watch.seen = True
+                if end.socket.cookie in self.connections.by_cookie:
+                    continue  # it was still there when it was looked for
+                self.late.over(stream, float(end.acked - end.clean - end.active), now)
 
     def put_on(self, mark: Mark, conn: Connection, band: int, now: float) -> None:
         """The mark counts for a connection, whose packets leave the default band at once."""

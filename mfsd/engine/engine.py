@@ -235,6 +235,9 @@ class Engine:
             else:
                 for watch in self.watches.found(event.selector):
                     self._found(watch, event.sockets, now)
+                    if not watch.looked_back:
+                        over = [e for e in event.ended if self.watches.means(watch, e.socket)]
+                        self.carriage.look_back(watch, over, now)
         for conn, position in self.connections.positions.placed():
             self._place(conn, position)
         self.connections.lend()

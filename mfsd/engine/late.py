@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from mfsd.engine.locating import SYN
 from mfsd.engine.shortfall import SLACK
 from mfsd.engine.slots import NS
+from mfsd.engine.sockets import ON_THE_WAY_S
 from mfsd.ground.model import INF
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ SHARE: Final = 0.9
 """Of a transfer's bytes: so many must have gone unannounced just before its hint for it to be suspected."""
 LATELY_S: Final = 5.0
 """How long ago that may have been."""
-ON_THE_WAY_S: Final = 0.25
-"""How long a hint is on its way at most: whatever has moved since may be its."""
 WAITED_S: Final = 0.05
 """A worker that has announced bytes and not begun to write them for so long had written them before. One that announces
 several transfers one right after the other has not."""
@@ -95,6 +94,12 @@ class Lateness:
         if at < INF and self.connections.positions.sent_ago(conn) < ON_THE_WAY_S:
             stream.debt += at if at > SYN else 0.0
             self.delivery.doubt(stream)
+
+    def over(self, stream: Stream, payload: float, now: float) -> None:
+        """A connection with so many bytes was over before its stream was opened: perhaps transfers announced by now."""
+        self.books.streams.note_parted(stream, now)
+        stream.debt += payload
+        self.delivery.doubt(stream)
 
     def _was_late(self, transfer: Transfer, offset: float, now: float) -> bool:
         """Nothing has moved since it was announced, though it had the time to; its stream is at ``offset``."""

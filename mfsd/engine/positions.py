@@ -185,9 +185,11 @@ class Positions:
         return written
 
     def sent_ago(self, conn: Connection) -> float:
-        """Seconds since a connection has sent data, as far as anybody can tell; inf: nobody can."""
+        """Seconds since a connection has sent data, as far as anybody can tell; inf: nobody can. 0 of one just over."""
         position = self._ask_one(conn)
-        return INF if position is None else position.sent_ago_s
+        if position is None:
+            return INF
+        return 0.0 if position.over else position.sent_ago_s
 
     def _ask_one(self, conn: Connection) -> Position | None:
         """Where one stands; None: nobody knows."""

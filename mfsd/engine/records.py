@@ -241,6 +241,8 @@ class Watch:
     """It has matched something."""
     looked: bool = False
     """The connections that were open when it was opened have been looked for."""
+    looked_back: bool = False
+    """And those that had just ended."""
     conns: set[Connection] = field(default_factory=set)
 
     @property

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -122,6 +122,10 @@ class Established:
     """It was opened from here."""
 
 
+ON_THE_WAY_S: Final = 0.25
+"""How long a hint is on its way at most: whatever has moved since may be its."""
+
+
 @dataclass(frozen=True, slots=True)
 class Closed:
     """A connection with a slot is over."""
@@ -153,6 +157,8 @@ class Found:
     selector: Selector
     sockets: Sequence[Socket] | None
     """None: the search has failed, and is to be tried again."""
+    ended: Sequence[End] = ()
+    """All those that ended since ON_THE_WAY_S before ``look`` and had no slot, whatever the selector."""
 
 
 Event = Established | Closed | Found

@@ -106,10 +106,14 @@ class Streams:
 
     def part(self, stream: Stream, conn: Connection, position: float, moved_at: float) -> None:
         """A member is gone; it has come as far as ``position``, and has sent something last at ``moved_at``."""
-        self._parted[stream.index] = max(self._parted[stream.index], moved_at)
+        self.note_parted(stream, moved_at)
         joined = float(self.members.get(stream.members[conn], "joined"))
         self._gone[stream.index] += max(position - joined, 0.0)
         self._leave(stream, conn)
+
+    def note_parted(self, stream: Stream, moved_at: float) -> None:
+        """What is gone has sent something at ``moved_at``."""
+        self._parted[stream.index] = max(self._parted[stream.index], moved_at)
 
     def _leave(self, stream: Stream, conn: Connection) -> None:
         self.members.remove(stream.members.pop(conn))

@@ -169,10 +169,11 @@ class Watches:
         """The watches that mean a connection."""
         for peer in (socket.endpoints.dst, None):
             for watch in self._by_peer.get(peer, ()):
-                if self._means(watch, socket):
+                if self.means(watch, socket):
                     yield watch
 
-    def _means(self, watch: Watch, socket: Socket) -> bool:
+    def means(self, watch: Watch, socket: Socket) -> bool:
+        """Whether a watch means a connection."""
         selector, e = watch.selector, socket.endpoints
         if not self.may(watch, socket):
             return False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 from support.harness import MSS, FakeSocket, Host, peer
 
 from mfsd.ground.model import (
@@ -54,6 +55,36 @@ def test_a_connection_that_is_quicker_than_its_hint_is_what_the_last_one_was() -
     h.tick(3.0)
     h.tick()
     assert h.counted[0] == 2
+
+
+@pytest.mark.parametrize("others", [0, 15])
+def test_connections_that_were_over_before_the_first_hint_by_addresses(others: int) -> None:
+    """Nobody can say which transfers they were of; so their bytes are made good once no more come."""
+    h = Host()
+    first = h.socket(1, active=True)
+    rule, stranger = peer(first), h.socket(99, dst="10.0.0.9")
+    for s in (first, stranger):
+        h.send(s, 100 * MSS)
+        h.kernel.close(s)
+    h.request("r", 60.0)
+    h.transfer("t", rule, 100 * MSS)
+    h.tick(0.01)
+    for i in range(others):
+        s = FakeSocket(i + 2, first.endpoints)
+        h.transfer(f"t{i}", rule, 100 * MSS)
+        h.kernel.connect(s)
+        h.tick(0.01)
+        h.send(s, 100 * MSS)
+        h.kernel.close(s)
+        h.tick(0.01)
+    assert h.counted[0] == others
+    for _ in range(30):
+        h.tick(0.1)
+    assert h.counted[0] == others + 1
+    h.transfer("u", rule, 100 * MSS)
+    for _ in range(30):
+        h.tick(0.1)
+    assert h.counted[0] == others + 1
 
 
 def test_a_selector_of_two_sessions_ends_with_the_second() -> None:

@@ -86,6 +86,8 @@ class FakeKernel:
         self.rules: dict[tuple[Selector, int], tuple[int, int, int]] = {}
         self.lent: list[int] = []
         self.ends: dict[int, End] = {}
+        self.lately: list[End] = []
+        """Of those without a slot, the ones that the next search may tell of."""
         self.senders: list[FakeSocket] = []
         """Unconnected ones."""
         self.descendants: dict[int, set[int]] = {}
@@ -126,7 +128,8 @@ class FakeKernel:
 
     def look(self, selectors: Sequence[Selector]) -> None:
         for selector in selectors:
-            self._events.append(Found(selector, [s.told for s in self.sockets if self._matches(selector, s)]))
+            found = [s.told for s in self.sockets if self._matches(selector, s)]
+            self._events.append(Found(selector, found, list(self.lately)))
 
     def progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, FakeSocket | None]:
         known = {s.cookie: s for s in self.sockets}
@@ -181,6 +184,8 @@ class FakeKernel:
             self.ends[sock.cookie] = End(sock.told, sock.bytes_acked + clean, clean, sock.active)
         if sock.cookie in self._keys.cookies:
             self._events.append(Closed(sock.cookie, sock.bytes_acked + clean, clean, sock.active))
+        elif sock.cookie in self.ends:
+            self.lately.append(self.ends[sock.cookie])
 
     def vanish(self, sock: FakeSocket) -> None:
         """A connection is gone, and the event is lost."""

@@ -132,6 +132,13 @@ class Teller:
         value = self._ends.lookup(cookie.to_bytes(8, "little"))
         return None if value is None else _event(value)
 
+    def ends_since(self, ms: int) -> list[Event]:
+        """How connections without a slot have ended since then, ms of the kernel's clock. Milliseconds; any thread."""
+        _, rows = syscall.map_dump(self._ends.fd, np.dtype(np.uint64), _abi.EVENT_DTYPE, _abi.ENDS)
+        later = (rows["rule"] - np.uint32(ms & 0xFFFFFFFF)).view(np.int32) >= 0
+        chosen = rows[later & (rows["slot"] == _abi.NO_SLOT)]
+        return list({int(row["cookie"]): _event(row.tobytes()) for row in chosen}.values())
+
     def add(self, cookie: int, endpoints: Endpoints, uid: int) -> None:
         """Enter a connection that is older than we are; of its maker nothing but the user is known."""
         sock = np.zeros((), dtype=_abi.SOCK_DTYPE)
