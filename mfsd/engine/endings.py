@@ -317,8 +317,9 @@ class Endings:
     def closed(self, conn: Connection, acked: float, now: float, *, clean: bool) -> None:
         """End a connection; the peer has acknowledged payload up to ``acked``, which was all if ``clean``."""
         reason = "its connection was closed before all had arrived" if clean else "its connection was reset"
+        moved_at = self.connections.positions.moved_at(conn) or now  # no shaped device has seen a packet of it
         for stream in list(conn.streams):
-            self.books.streams.part(stream, conn, acked, self.connections.positions.moved_at(conn))
+            self.books.streams.part(stream, conn, acked, moved_at)
             self._after(stream, now, reason, clean=clean)
         for watch in list(conn.watches):
             # Its selector named this connection; the next one with these ports may be anybody's.

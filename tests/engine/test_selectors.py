@@ -35,10 +35,12 @@ def test_one_selector_for_one_connection_after_another() -> None:
     assert not h.session.transfers
 
 
-def test_a_connection_that_is_quicker_than_its_hint_is_what_the_last_one_was() -> None:
+@pytest.mark.parametrize("shaped", [True, False])
+def test_a_connection_that_is_quicker_than_its_hint_is_what_the_last_one_was(*, shaped: bool) -> None:
     h = Host()
     first = h.socket(1)
     h.kernel.close(first)
+    h.kernel.lately.clear()
     rule = peer(first)
     h.request("r", 60.0)
     h.transfer("t0", rule, 100 * MSS)
@@ -47,7 +49,10 @@ def test_a_connection_that_is_quicker_than_its_hint_is_what_the_last_one_was() -
         h.kernel.connect(s)
         h.tick(0.01)
         assert h.band(s).startswith("level"), i
-        h.send(s, 100 * MSS)
+        if shaped:
+            h.send(s, 100 * MSS)
+        else:
+            s.bytes_acked += 100 * MSS  # to this host itself, say
         h.kernel.close(s)
         h.tick(0.01)
     assert h.counted[0] == 1

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_POSITION: Final = struct.Struct("=Q")
 _HEADER: Final = struct.Struct("=II")
 _BUSY: Final = 1 << 31
 """BPF_RINGBUF_BUSY_BIT: being written."""
@@ -27,12 +26,16 @@ class Ring:
         self._consumer = mmap.mmap(fd, _PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         # The data are mapped twice in a row, so that no record is cut in two.
         self._producer = mmap.mmap(fd, _PAGE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=_PAGE)
-        (self._at,) = _POSITION.unpack_from(self._consumer)
+        # Each read and written at once. struct.pack_into() writes zeros first, and to the kernel, which reads it any
+        # time, the ring would be full.
+        self._consumed = memoryview(self._consumer).cast("Q")
+        self._produced = memoryview(self._producer)[:8].cast("Q")
+        self._at = self._consumed[0]
 
     @property
     def waiting(self) -> bool:
         """There is something to read."""
-        return bool(_POSITION.unpack_from(self._producer)[0] != self._at)
+        return self._produced[0] != self._at
 
     def read(self, most: int) -> Iterator[bytes]:
         """Up to ``most`` records, oldest first; each is free for the kernel once the next is asked for."""
@@ -48,9 +51,11 @@ class Ring:
             if not length & _DISCARD:
                 yield data[start + 8 : start + 8 + size]
             self._at += 8 + (size + 7 & ~7)
-            _POSITION.pack_into(self._consumer, 0, self._at)
+            self._consumed[0] = self._at
 
     def close(self) -> None:
         """Idempotent."""
+        self._consumed.release()
+        self._produced.release()
         self._consumer.close()
         self._producer.close()
