@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import math
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Final
 
 import grpc
 
+from mfsd.client.complaints import Complaints
 from mfsd.client.introduction import Introduction
 from mfsd.ground.wire import PATHS_MAX, TOKEN
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
@@ -51,12 +53,22 @@ class Advice:
         return (self.device_queued + size) / self.rate if self.rate else math.inf
 
 
+def _no_address(text: object) -> str:
+    """What stands for an address and is none; empty: it is one."""
+    try:
+        ipaddress.ip_address(text if isinstance(text, str) else "")
+    except ValueError:
+        return str(text) or "(nothing)"
+    return ""
+
+
 class Advisor:
     """Keeps answers for the paths that somebody asks for. Thread-safe."""
 
     def __init__(self, target: str) -> None:
         self._target = target
         self._lock = threading.Lock()
+        self._complaints = Complaints()
         self._wanted: dict[tuple[str, str], float] = {}
         self._known: dict[tuple[str, str], tuple[float, Advice]] = {}
         self._wake = threading.Event()
@@ -68,6 +80,9 @@ class Advisor:
         now, path = time.monotonic(), (dst, source)
         with self._lock:
             new = path not in self._wanted
+            if new and (wrong := _no_address(dst) or (source and _no_address(source))):
+                self._complaints.once("address", "no advice about %r: it is no IP address", wrong)
+                return None
             if new and len(self._wanted) >= PATHS_MAX:
                 return None
             self._wanted[path] = now

@@ -8,6 +8,7 @@ fails; the thread keeps trying, and tells a daemon that appears what is alive th
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import secrets
 import socket
@@ -70,7 +71,8 @@ class Client:
     """Sends this process's hints to the daemon of its host. Thread-safe; never blocks; never raises for lack of one.
 
     ``session`` names the process to the daemon, unique among its sessions (default: host, pid and a random part).
-    ``target`` is a gRPC address; "" sends nothing; None: the environment's MFSD_TARGET, else the default socket.
+    ``target`` is a gRPC address, or the path of the daemon's socket; "" sends nothing; None: the environment's
+    MFSD_TARGET, else the default socket.
     ``queue`` bounds the hints that wait for the background thread: when it is full the oldest goes (``stats.dropped``).
     ``batch`` is how many hints a message takes at most. ``on_event`` and ``on_rejected`` are called from the background
     thread and must return soon; for a connection that can't be hinted ``on_rejected`` is called at once, from yours.
@@ -92,6 +94,10 @@ class Client:
     ) -> None:
         if target is None:
             target = os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
+        if target.startswith("/"):
+            target = f"unix:{target}"
+        if session is not None and (not isinstance(session, str) or session.startswith(("unix:", "/"))):
+            raise ValueError(f"session = {session!r}: must be a name; where the daemon listens is target=...")
         self.session = session or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(6)}"
         self._link: Link | None = None
         self._events = Events(on_event)
@@ -112,7 +118,7 @@ class Client:
         ``compute_left_s`` is the compute still ahead of the first token, 0 if unknown. ``ttl_s`` is how long after the
         deadline the daemon may forget the request, 0 for its default.
         """
-        self._say(RequestHint(request_id, time.monotonic() + ttft_left_s, batch, compute_left_s, ttl_s))
+        self._say(RequestHint(request_id, _at(time.monotonic(), ttft_left_s), batch, compute_left_s, ttl_s))
 
     def batch(
         self,
@@ -124,7 +130,8 @@ class Client:
         layer_compute_s: float = 0.0,
     ) -> None:
         """Announce which requests execute together, and what is known of the forward pass (0: unknown)."""
-        self._say(BatchHint(batch_id, list(requests), layers, current_layer, layer_compute_s))
+        why = f"requests: {requests!r} is one string; give a list of them" if isinstance(requests, str) else ""
+        self._say(BatchHint(batch_id, list(requests), layers, current_layer, layer_compute_s), why)
 
     def layer(self, batch_id: str, current_layer: int, *, compute_done: bool = False) -> None:
         """Say that a batch starts a layer (0-based), or that its forward pass has ended."""
@@ -156,8 +163,8 @@ class Client:
         named, now = name(connection), time.monotonic()
         hint = TransferHint(
             transfer_id, request, batch, stage, layer, size, named.selector,
-            INF if deadline_s is None else now + deadline_s, ttl_s, not interleaved, named.position,
-            INF if max_defer_s is None else now + max_defer_s,
+            INF if deadline_s is None else _at(now, deadline_s), ttl_s, not interleaved, named.position,
+            INF if max_defer_s is None else _at(now, max_defer_s),
         )  # fmt: skip
         self._say(hint, named.fault)
 
@@ -179,11 +186,11 @@ class Client:
                 t.layer,
                 t.size,
                 named.selector,
-                INF if t.deadline_s is None else now + t.deadline_s,
+                INF if t.deadline_s is None else _at(now, t.deadline_s),
                 t.ttl_s,
                 not t.interleaved,
                 named.position,
-                INF if t.max_defer_s is None else now + t.max_defer_s,
+                INF if t.max_defer_s is None else _at(now, t.max_defer_s),
             )
             if why := named.fault or fault(hint):
                 self._refuse(hint, why)
@@ -221,6 +228,8 @@ class Client:
         for what, one in named:
             if one:
                 self._say(EndHint(what, one, cancelled))
+        if not (transfer or request or batch):
+            self._refuse(EndHint(What.TRANSFER, "", cancelled), "transfer: is empty; name a transfer, request or batch")
 
     def _say(self, hint: Hint, why_not: str = "") -> None:
         if why := why_not or fault(hint):
@@ -237,8 +246,8 @@ class Client:
     def advice(self, peer: str, *, source: str = "") -> Advice | None:
         """What the path to a host can bear, and how long bytes take: to choose where to decode, or to recompute.
 
-        ``source``: the sending host, if that is another one. Never waits: what is told is a fraction of a second old,
-        and None until a daemon has said something, which the first question makes it do.
+        ``peer`` is an IP address; ``source``: the sending host's, if that is another one. Never waits: what is told is
+        a fraction of a second old, and None until a daemon has said something, which the first question makes it do.
         """
         return None if self._advisor is None else self._advisor.get(peer, source)
 
@@ -254,10 +263,12 @@ class Client:
 
         False when it has not within ``timeout`` seconds.
         """
+        _not_nan(timeout)
         return self._link is None or self._link.flush(timeout)
 
     def close(self, timeout: float = 0.2) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the background thread. Idempotent."""
+        _not_nan(timeout)
         link, self._link = self._link, None
         if link is not None:
             link.close(timeout)
@@ -276,6 +287,19 @@ class Client:
         link, self._link, self._advisor = self._link, None, None
         if link is not None:
             link.forked()
+
+
+def _at(now: float, seconds: float) -> float:
+    """When so many seconds are over. What is no number stays what it is, and is refused with its name."""
+    try:
+        return now + seconds
+    except TypeError:
+        return seconds
+
+
+def _not_nan(timeout: float) -> None:
+    if math.isnan(timeout):  # Condition would wait for ever
+        raise ValueError("timeout: nan is no number of seconds")
 
 
 def _need_threads() -> None:

@@ -21,6 +21,7 @@ from mfsd.ground.model import (
     RequestHint,
     RuleSelector,
     Selector,
+    Stage,
     TransferHint,
     TupleSelector,
     What,
@@ -43,10 +44,18 @@ AGES: Final = 1e12
 """Seconds; microseconds of it still fit the wire."""
 _PLAIN: Final = {
     "str": ("", "a string"),
-    "int": (0, "a whole number within 64 bits"),
+    "int": (0, "a whole number, not below 0"),
     "float": (0.0, "a finite number of seconds"),
+    "Stage": (Stage.NONE, "a Stage, such as Stage.P2D"),
+    "list[str]": ([], "a list of strings"),
 }
 """By type of a field: what can be written, and what is meant."""
+_CALLED: Final = {
+    "request_id": "request", "batch_id": "batch", "target_layer": "layer", "ttl": "ttl_s", "deadline": "deadline_s",
+    "hold_until": "max_defer_s", "compute_left": "compute_left_s", "layer_compute": "layer_compute_s",
+    "request_ids": "requests",
+}  # fmt: skip
+"""Fields by what the parameters of Client's calls are called, where that differs."""
 
 
 @dataclass(slots=True)
@@ -69,6 +78,7 @@ def fault(hint: Hint) -> str:
             plain = hint.id + hint.request_id + hint.batch_id
             fine = not (hint.size >> 62 or hint.target_layer >> 32) and 0 <= hint.ttl < AGES
             fine = fine and all(-AGES < at < AGES or at == INF for at in (hint.deadline, hint.hold_until))
+            fine = fine and type(hint.stage) is Stage
         else:
             plain, fine = hint.id if isinstance(hint, EndHint) else "", isinstance(hint, EndHint)
         if fine and type(plain) is str and plain.isascii():
@@ -87,8 +97,14 @@ def _trial(hint: Hint) -> str:
         plain, meant = _PLAIN.get(str(one.type), (None, ""))
         changed: dict[str, Any] = {one.name: plain}
         if meant and _error(replace(hint, **changed)) is None:
-            return f"{one.name}: {getattr(hint, one.name)!r} can't be sent ({error}); give {meant}"
+            return f"{_parameter(hint, one.name)}: {getattr(hint, one.name)!r} can't be sent ({error}); give {meant}"
     return f"{type(hint).__name__} can't be sent: {error}"
+
+
+def _parameter(hint: Hint, field: str) -> str:
+    if field == "deadline" and isinstance(hint, RequestHint):
+        return "ttft_left_s"
+    return _CALLED.get(field, field)
 
 
 def _error(hint: Hint) -> Exception | None:
@@ -97,6 +113,11 @@ def _error(hint: Hint) -> Exception | None:
     except Exception as e:  # noqa: BLE001 - whatever a number or a name is mistaken for
         return e
     return None
+
+
+def writable(hints: list[Hint]) -> list[Hint]:
+    """Those that can be written: one that can't must not take others with it."""
+    return [hint for hint in hints if _error(hint) is None]
 
 
 def split(hints: list[Hint]) -> Batch:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 
 from mfsd.client.complaints import Complaints
-from mfsd.client.encode import Batch, encode_batch, split
+from mfsd.client.encode import Batch, encode_batch, split, writable
 from mfsd.client.introduction import Introduction, NotWelcomeError
 from mfsd.client.ledger import Ledger
 from mfsd.client.way import Way, pause
@@ -333,7 +333,11 @@ class Link:
                 batch = self._take(stream)
                 out = self._message(stream, batch)
                 now = stream.sent[out.seq] + self._transit
-            encode_batch(batch, now, out)  # takes long, and callers need the lock
+            try:
+                encode_batch(batch, now, out)  # takes long, and callers need the lock
+            except Exception:  # a hint that ``fault`` should have found: the stream, and all who come after, go on
+                log.exception("a hint can't be sent")
+                out = self._message_again(stream, batch, out.seq, now)
             yield out
 
     def _catch_up(self, epoch: int) -> None:
@@ -370,6 +374,16 @@ class Link:
             self._stats.sent += len(batch.hints)
         out = hints_pb2.HintBatch(session=self._session, seq=stream.seq)
         stream.sent[stream.seq] = time.monotonic()
+        return out
+
+    def _message_again(self, stream: _Stream, batch: Batch, seq: int, now: float) -> hints_pb2.HintBatch:
+        """The same message with those of its hints that can be written."""
+        kept = Batch(writable(batch.hints), len(batch.hints))
+        with self._changed:
+            stream.unanswered[seq] = kept
+            self._stats.dropped += len(batch.hints) - len(kept.hints)
+        out = hints_pb2.HintBatch(session=self._session, seq=seq)
+        encode_batch(kept, now, out)
         return out
 
 

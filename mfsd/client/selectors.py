@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import operator
 import os
 import socket
 import struct
@@ -14,10 +15,11 @@ import termios
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, SupportsIndex
 
 from mfsd.ground.model import (
     CookieSelector,
+    HintError,
     HintSelector,
     ProcessSelector,
     TupleSelector,
@@ -86,21 +88,34 @@ def tuple_of(
 
     Raises ValueError for what is no address or port, or could never match.
     """
-    return tuple_selector(dst, _ports(dport), src, _ports(sport), protocol)
+    return tuple_selector(dst, _ports("dst_port", dport), src, _ports("src_port", sport), protocol)
 
 
 def process_peer(pid: int, remote: str = "", port: int | tuple[int, int] = 0) -> ProcessSelector:
     """TCP sockets of a process towards an address or prefix (empty: any). Raises ValueError."""
-    return process_selector(pid, remote, _ports(port))
+    return process_selector(_whole("pid", pid), remote, _ports("remote_port", port))
 
 
-def _ports(ports: int | tuple[int, int]) -> tuple[int, int]:
-    return ports if isinstance(ports, tuple) else (ports, ports)
+def _ports(parameter: str, ports: int | tuple[int, int]) -> tuple[int, int]:
+    first, last = ports if isinstance(ports, tuple) and len(ports) == 2 else (ports, ports)
+    return _whole(parameter, first), _whole(parameter, last)
+
+
+def _whole(parameter: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        meant = "the number of a process" if parameter == "pid" else "a port, (first, last), or 0 for any"
+        raise HintError(parameter, f"{value!r} is no whole number", f"give {meant}") from None
 
 
 def name(connection: Connection) -> Named:
     """What the daemon is told. Raises OSError for a closed socket, TypeError for what is no connection."""
-    if isinstance(connection, (CookieSelector, TupleSelector, ProcessSelector)):
+    if isinstance(connection, CookieSelector):
+        cookie: Any = connection.cookie
+        fine = isinstance(cookie, SupportsIndex) and 0 < operator.index(cookie) < 1 << 64
+        return Named(connection, fault="" if fine else f"cookie: {cookie!r} is none; give Cookie(cookie_of(sock))")
+    if isinstance(connection, (TupleSelector, ProcessSelector)):
         return Named(connection)
     if isinstance(connection, Fd):
         with borrowed(connection.number) as sock:

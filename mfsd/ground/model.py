@@ -203,9 +203,8 @@ def port_range(field_name: str, first: int, last: int = 0) -> PortRange:
         return PortRange()
     last = last or first
     if not 0 <= first <= last <= PORT_MAX:
-        raise HintError(
-            field_name, f"{first}..{last} is no port range", f"first <= last <= {PORT_MAX}; last 0: exactly first"
-        )
+        shown = f"{first} is no port" if first == last else f"{first}..{last} is no port range"
+        raise HintError(field_name, shown, f"first <= last <= {PORT_MAX}; last 0: exactly first")
     return PortRange(first, last)
 
 

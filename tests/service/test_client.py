@@ -14,6 +14,7 @@ from support.daemons import Running, connected
 from support.waiting import wait_for
 
 from mfsd.client import Client, Cookie, EventKind, Rejected, Stage, Transfer, cookie_of, process_peer, tuple_of
+from mfsd.client.encode import COLUMNS
 from mfsd.ground.model import (
     Event,
     RequestHint,
@@ -107,18 +108,29 @@ def test_rejections_reach_the_worker(running: Running) -> None:
 NONSENSE: list[tuple[str, Callable[[Client], None]]] = [
     ("size: 1180591620717411303424", lambda c: c.transfer("a", Cookie(1), 1 << 70, stage=Stage.P2D, request="r")),
     ("size: 1.5", lambda c: c.transfer("b", Cookie(1), 1.5, stage=Stage.P2D, request="r")),  # type: ignore[arg-type]
-    ("target_layer: -1", lambda c: c.transfer("c", Cookie(1), 1, stage=Stage.P2D, request="r", layer=-1)),
-    ("ttl: nan", lambda c: c.transfer("d", Cookie(1), 1, stage=Stage.P2D, request="r", ttl_s=math.nan)),
-    ("deadline: nan", lambda c: c.transfer("e", Cookie(1), 1, stage=Stage.P2D, request="r", deadline_s=math.nan)),
+    ("layer: -1", lambda c: c.transfer("c", Cookie(1), 1, stage=Stage.P2D, request="r", layer=-1)),
+    ("ttl_s: nan", lambda c: c.transfer("d", Cookie(1), 1, stage=Stage.P2D, request="r", ttl_s=math.nan)),
+    ("deadline_s: nan", lambda c: c.transfer("e", Cookie(1), 1, stage=Stage.P2D, request="r", deadline_s=math.nan)),
     ("id: 7", lambda c: c.transfer(7, Cookie(1), 1, stage=Stage.P2D, request="r")),  # type: ignore[arg-type]
-    ("request_id: '\\udc80'", lambda c: c.transfer("f", Cookie(1), 1, stage=Stage.P2D, request="\udc80")),
+    ("request: '\\udc80'", lambda c: c.transfer("f", Cookie(1), 1, stage=Stage.P2D, request="\udc80")),
     ("size: 0.5", lambda c: c.transfers([Transfer("g", Cookie(1), 0.5, Stage.P2D, "r")])),  # type: ignore[arg-type]
-    ("deadline: inf", lambda c: c.request("x", ttft_left_s=math.inf)),
-    ("ttl: inf", lambda c: c.request("x", ttft_left_s=1.0, ttl_s=math.inf)),
+    ("ttft_left_s: inf", lambda c: c.request("x", ttft_left_s=math.inf)),
+    ("ttl_s: inf", lambda c: c.request("x", ttft_left_s=1.0, ttl_s=math.inf)),
     ("layers: -4", lambda c: c.batch("b", [], layers=-4)),
-    ("BatchHint", lambda c: c.batch("b", [1], layers=4)),  # type: ignore[list-item]
+    ("requests: [1]", lambda c: c.batch("b", [1], layers=4)),  # type: ignore[list-item]
     ("current_layer: 0.5", lambda c: c.layer("b", 0.5)),  # type: ignore[arg-type]
     ("id: 7", lambda c: c.done(transfer=7)),  # type: ignore[arg-type]
+    ("stage: 'p2d'", lambda c: c.transfer("h", Cookie(1), 1, stage="p2d", request="r")),  # type: ignore[arg-type]
+    ("stage: 'p2d'", lambda c: c.mark(Cookie(1), "p2d")),  # type: ignore[arg-type]
+    ("ttft_left_s: '1'", lambda c: c.request("x", ttft_left_s="1")),  # type: ignore[arg-type]
+    ("ttft_left_s: None", lambda c: c.request("x", ttft_left_s=None)),  # type: ignore[arg-type]
+    ("max_defer_s: '1'", lambda c: c.transfers([Transfer("i", Cookie(1), 1, Stage.P2D, "r", max_defer_s="1")])),  # type: ignore[arg-type]
+    ("cookie: 0", lambda c: c.transfer("j", Cookie(0), 1, stage=Stage.BACKGROUND)),
+    ("cookie: 18446744073709551616", lambda c: c.transfers([Transfer("k", Cookie(1 << 64), 1, Stage.BACKGROUND)])),
+    ("cookie: -1", lambda c: c.mark(Cookie(-1), Stage.COLLECTIVE)),
+    ("requests: 'r1'", lambda c: c.batch("b", "r1")),
+    ("transfer: is empty", lambda c: c.done()),
+    ("transfer: is empty", lambda c: c.cancel(transfer="")),
 ]
 
 
@@ -138,6 +150,39 @@ def test_what_can_not_be_sent_is_refused_and_stops_nothing_else(
         daemon = daemon or start()
         assert client.flush(20)
         assert known(daemon, "transfers") == {"t"}
+
+
+def test_a_hint_that_can_not_be_written_after_all_takes_no_other_with_it(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mfsd.client.client.fault", lambda _: "")  # as if one more kind of nonsense had been forgotten
+    with Client(target=running.target) as client:
+        many = [Transfer(f"t{i}", Cookie(1), 1, Stage.BACKGROUND) for i in range(COLUMNS)]
+        many[3] = Transfer("odd", Cookie(1), 1, "odd")  # type: ignore[arg-type]
+        client.transfers(many)
+        client.request("odd", ttft_left_s=math.nan)
+        client.request("r", ttft_left_s=5.0)
+        assert client.flush(20)
+        assert client.stats.dropped == 2
+        assert known(running, "transfers") == {t.id for t in many} - {"odd"}
+        assert known(running, "requests") == {"r"}
+
+
+def test_nan_is_no_time_to_wait(running: Running) -> None:
+    with Client(target=running.target) as client:
+        for wait in (client.flush, client.close):
+            with pytest.raises(ValueError, match="timeout: nan"):
+                wait(math.nan)
+        assert client.flush(20)
+
+
+def test_where_the_daemon_listens_may_be_a_path_and_is_no_session(running: Running) -> None:
+    path = running.target.removeprefix("unix:")
+    with Client(target=path) as client:
+        assert client.flush(20)
+    for wrong in (path, running.target, 7):
+        with pytest.raises(ValueError, match=r"session = .*target="):
+            Client(wrong)  # type: ignore[arg-type]
 
 
 def test_events_reach_the_worker_and_a_faulty_callback_does_no_harm(running: Running) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -134,3 +135,13 @@ def test_nothing_is_known_of_a_path_without_devices(running: Running) -> None:
         while time.monotonic() < end:
             assert client.advice("10.0.0.7") is None
             time.sleep(0.02)
+
+
+def test_who_asks_about_a_name_is_told_once_that_it_is_no_address(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Client(target=running.target) as client, caplog.at_level(logging.WARNING, "mfsd.client"):
+        for peer, source in (("decode-1", ""), ("10.0.0.7", "prefill-1"), ("", ""), (None, "")):
+            for _ in range(3):
+                assert client.advice(peer, source=source) is None  # type: ignore[arg-type]
+        assert [r.message for r in caplog.records] == ["no advice about 'decode-1': it is no IP address"]
