@@ -12,7 +12,7 @@ from rich.text import Text
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
-from mfsd.cli.errors import CliError, Exit, UnreachableError
+from mfsd.cli.errors import CliError, Exit, HangingError, UnreachableError
 from mfsd.cli.show import mode_text
 from mfsd.ground import tables
 from mfsd.v1 import control_pb2 as pb
@@ -165,17 +165,27 @@ def restore(g: Globals, device: str, config: str | None, state_dir: Path | None,
 
 
 def _restore(g: Globals, device: str, config: str | None, state_dir: Path | None, *, delete: bool) -> pb.RestoreReply:
+    hangs = False
     if state_dir is None and not delete:
         try:
             with control(g.socket) as daemon:
                 return daemon.Restore(pb.RestoreRequest(device=device), timeout=SLOW_S)
         except UnreachableError as e:
+            hangs = isinstance(e, HangingError)
             if not g.json:
                 click.echo(f"{e.format_message()}\nrestoring from its notes instead", err=True)
+    elif state_dir is not None and not state_dir.is_dir():
+        raise CliError(f"--state-dir {state_dir}: there is no such folder")
     from mfsd.cli import offline as without_daemon  # noqa: PLC0415 - brings numpy and pyroute2, needed here only
 
     try:
         where = state_dir or without_daemon.read_config(config, needed=False).daemon.state_dir
     except CliError as e:
         raise CliError(f"{e.format_message()}; or say where the notes are with --state-dir") from None
-    return without_daemon.restore(where, device, delete=delete)
+    answer = without_daemon.restore(where, device, delete=delete)
+    if hangs and not answer.restored and not answer.problems:
+        answer.problems.append(
+            f"mfsd at {g.socket} does not answer, and there are no notes of it in {where}: end it, or say where they "
+            "are with --state-dir"
+        )
+    return answer

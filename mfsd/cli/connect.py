@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
-from mfsd.cli.errors import CliError, NotPermittedError, UnreachableError
+from mfsd.cli.errors import CliError, HangingError, NotPermittedError, UnreachableError
 from mfsd.client.introduction import introduced, who_may
 from mfsd.v1 import control_pb2_grpc
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 TIMEOUT_S: Final = 10.0
 _PROBE_S: Final = 3.0
+_OPTIONS: Final = [
+    ("grpc.enable_http_proxy", 0),
+    # As long as an attempt to connect may take, too (20 s by default): of a daemon that hangs one is told so sooner.
+    ("grpc.min_reconnect_backoff_ms", 5000),
+]
 
 
 def _unix_path(target: str) -> str | None:
@@ -42,7 +47,7 @@ def _channel(target: str) -> Iterator[grpc.Channel]:
         _probe(path)
     address = str(target) if path is None else f"unix:{Path(path).absolute()}"
     credentials = _credentials(getattr(target, "tls", {}) if path is None else {})
-    with introduced(address, options=[("grpc.enable_http_proxy", 0)], credentials=credentials) as channel:
+    with introduced(address, options=_OPTIONS, credentials=credentials) as channel:
         yield channel
 
 
@@ -115,9 +120,9 @@ def translated(target: str) -> Iterator[None]:
 
 def _explain(code: grpc.StatusCode, details: str, target: str) -> CliError:
     words: dict[grpc.StatusCode, Callable[[], CliError]] = {
-        grpc.StatusCode.UNAVAILABLE: lambda: UnreachableError(f"no answer from mfsd at {target}: {details}"),
-        grpc.StatusCode.DEADLINE_EXCEEDED: lambda: UnreachableError(
-            f"mfsd at {target} has not answered in {TIMEOUT_S:g} s; see its log (journalctl -u mfsd)"
+        grpc.StatusCode.UNAVAILABLE: lambda: HangingError(f"no answer from mfsd at {target}: {details}"),
+        grpc.StatusCode.DEADLINE_EXCEEDED: lambda: HangingError(
+            f"mfsd at {target} has not answered in time; see its log (journalctl -u mfsd)"
         ),
         grpc.StatusCode.PERMISSION_DENIED: lambda: NotPermittedError(f"mfsd refuses: {details}"),
         grpc.StatusCode.UNAUTHENTICATED: lambda: NotPermittedError(f"mfsd does not know you: {details}"),

@@ -38,6 +38,10 @@ class UnreachableError(CliError):
     exit_code = int(Exit.UNREACHABLE)
 
 
+class HangingError(UnreachableError):
+    """Somebody listens there, but does not answer."""
+
+
 class NotPermittedError(CliError):
     """The user may not do this."""
 

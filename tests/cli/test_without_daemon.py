@@ -80,6 +80,12 @@ def test_nothing_to_restore(netns_pair: NetnsPair, conf: Path, tmp_path: Path) -
     assert "nothing to put back" in named.err
 
 
+def test_notes_that_are_nowhere(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    ran = inside(netns_pair, "restore", "--state-dir", str(tmp_path / "none"))
+    assert ran.code == 1
+    assert f"--state-dir {tmp_path / 'none'}: there is no such folder" in ran.err
+
+
 @contextlib.contextmanager
 def daemon(pair: NetnsPair, conf: Path, *wrap: str) -> Iterator[subprocess.Popen[bytes]]:
     """A real mfsd in namespace a; killed in the end if it still runs."""
@@ -135,6 +141,19 @@ def test_marks_by_class_follow_the_policy(netns_pair: NetnsPair, conf: Path) -> 
         while marks() != [(46, "urgent")] + [(-1, "middle")] * 4:
             assert time.monotonic() < end
             time.sleep(0.05)
+
+
+@pytest.mark.bpf
+def test_of_a_daemon_that_hangs_nothing_is_said_to_be_restored(netns_pair: NetnsPair, conf: Path) -> None:
+    elsewhere = conf.parent / "elsewhere.toml"
+    elsewhere.write_text(conf.read_text().replace("/state", "/elsewhere"))
+    (conf.parent / "elsewhere").mkdir()
+    with daemon(netns_pair, conf) as process:
+        process.send_signal(signal.SIGSTOP)
+        ran = inside(netns_pair, "--socket", str(conf.parent / "s"), "restore", "--config", str(elsewhere))
+        assert ran.code == 1, ran.out
+        assert "does not answer, and there are no notes of it in" in ran.err
+        assert "--state-dir" in ran.err
 
 
 @pytest.mark.bpf

@@ -85,9 +85,9 @@ def test_a_search_that_takes_long_delays_no_reply_for_long(
     sockets: Any = running.daemon.engine.connections.sockets
     look = sockets._look
 
-    def slowly(selectors: list[Selector]) -> None:
+    def slowly(selectors: list[Selector], since: float) -> None:
         assert goes_on.wait(WAIT_S)
-        look(selectors)
+        look(selectors, since)
 
     monkeypatch.setattr(sockets, "_look", slowly)
     began = time.monotonic()
