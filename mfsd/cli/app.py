@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 import click
 from click.shell_completion import CompletionItem
 
+from mfsd import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -176,6 +178,7 @@ def with_globals(f: Callable[..., None]) -> Callable[..., None]:
 @_json_option()
 @_socket_option()
 @_tls_options()
+@click.version_option(__version__, message="mfsctl %(version)s", help="Print the version of mfsctl, and end.")
 def mfsctl(socket_: str | None, *, json_: bool, **tls: str | None) -> None:
     """Operate mfsd: see what it does, plan, steer, undo."""
     del socket_, json_, tls  # read by with_globals

@@ -30,14 +30,14 @@ def version(g: Globals, *, client: bool) -> None:
         return
     click.echo(f"mfsctl {__version__}")
     if not client:
-        click.echo(f"mfsd {daemon}" if daemon is not None else f"mfsd: {why}")
+        click.echo(why if daemon is None else f"mfsd {daemon}")
 
 
 def _daemon_version(socket: str) -> tuple[str | None, str]:
     import os  # noqa: PLC0415 - see below
 
     if "/" in socket and not os.path.exists(socket.removeprefix("unix:")):  # noqa: PTH110 - pathlib costs 10 ms here
-        return None, f"not running (no socket {socket})"
+        return None, f"mfsd is not running (no socket {socket})"
     # gRPC takes 0.2 s to import, so only where somebody may answer.
     from mfsd.cli.connect import TIMEOUT_S, control  # noqa: PLC0415 - see above
     from mfsd.cli.errors import CliError  # noqa: PLC0415 - see above

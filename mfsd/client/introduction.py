@@ -175,5 +175,6 @@ def who_may(path: str) -> str:
         user = pwd.getpwuid(os.geteuid()).pw_name
     text = f" (owner {owner}, group {group}, mode {stat.S_IMODE(info.st_mode):04o})"
     if info.st_mode & stat.S_IWGRP and info.st_gid not in (os.getegid(), *os.getgroups()):
-        text += f": join the group (usermod -aG {group} {user}) and start it again"
+        joins = f"join the group (usermod -aG {group} {user}) and start it again"
+        text += f": {joins if info.st_gid else 'it is for root until daemon.socket_group names a group'}"
     return text

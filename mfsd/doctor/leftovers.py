@@ -12,6 +12,7 @@ from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Namespace, State, Unreadable
 from mfsd.datapath.undo.restore import without_note
 from mfsd.doctor.finding import Finding, Severity
+from mfsd.ground.wire import BESIDE
 from mfsd.host import clock
 
 if TYPE_CHECKING:
@@ -107,6 +108,20 @@ def _knock(path: Path) -> int:
         return s.connect_ex(str(path))
 
 
+def _hangs(path: Path) -> bool:
+    """Whoever listens on the socket that gives tokens says nothing. False where there is none."""
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(3)
+        try:
+            s.connect(f"{path}{BESIDE}")
+            s.recv(1)
+        except TimeoutError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
 def stale_socket(context: Context) -> Iterator[Finding]:
     """A socket file without a daemon."""
     path = context.config.daemon.socket
@@ -114,7 +129,16 @@ def stale_socket(context: Context) -> Iterator[Finding]:
         yield Finding("state.socket", Severity.INFO, "mfsd is not running", f"there is no socket {path}")
         return
     code = _knock(path)
-    if code == 0:
+    if code == 0 and _hangs(path):
+        yield Finding(
+            "state.socket",
+            Severity.FAIL,
+            "mfsd hangs",
+            f"{path} takes connections, and nobody says anything",
+            "hints are lost, and nothing is promoted",
+            "look at its log (journalctl -u mfsd), and restart it (systemctl restart mfsd)",
+        )
+    elif code == 0:
         yield Finding("state.socket", Severity.OK, "mfsd is running", f"{path} answers")
     elif code == errno.ECONNREFUSED:
         yield Finding(

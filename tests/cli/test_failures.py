@@ -81,7 +81,7 @@ def test_not_permitted(rig: Rig, closed: str) -> None:
     rig.socket.parent.chmod(0o700)
     assert done.returncode == 4, done.stdout + done.stderr
     assert done.stdout.startswith("mfsctl: you may not use")
-    assert ("usermod -aG root" if closed == "socket" else "its folder is closed") in done.stdout
+    assert ("daemon.socket_group" if closed == "socket" else "its folder is closed") in done.stdout
     assert "root may" in done.stdout
 
 

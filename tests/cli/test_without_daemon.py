@@ -154,6 +154,8 @@ def test_of_a_daemon_that_hangs_nothing_is_said_to_be_restored(netns_pair: Netns
         assert ran.code == 1, ran.out
         assert "does not answer, and there are no notes of it in" in ran.err
         assert "--state-dir" in ran.err
+        findings = inside(netns_pair, "doctor", "--config", str(conf), "--json").json["findings"]
+        assert [f["severity"] for f in findings if f["id"] == "state.socket"] == ["fail"]
 
 
 @pytest.mark.bpf

@@ -185,7 +185,7 @@ client.close()
     assert out.split() == ["False"]
     (line,) = err.splitlines()
     assert line.startswith(f"WARNING no hints are sent: this process may not use {daemon.socket}")
-    assert "join the group (usermod -aG root nobody)" in line
+    assert "it is for root until daemon.socket_group names a group" in line
 
 
 FORKS = """

@@ -72,7 +72,7 @@ client.close()
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("closed", ["socket", "folder"])
+@pytest.mark.parametrize("closed", ["socket", "group", "folder"])
 def test_who_may_not_use_the_socket_is_told_once(running: Running, closed: str) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to become somebody else")
@@ -81,6 +81,8 @@ def test_who_may_not_use_the_socket_is_told_once(running: Running, closed: str) 
         outer.chmod(0o755)
     if closed == "folder":
         folder.chmod(0o750)
+    elif closed == "group":
+        os.chown(running.socket, -1, 12_345)
     done = subprocess.run(
         [*within_reach(), sys.executable, "-c", NOT_IN_THE_GROUP, str(running.socket)],
         capture_output=True,
@@ -91,7 +93,9 @@ def test_who_may_not_use_the_socket_is_told_once(running: Running, closed: str) 
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"WARNING no hints are sent: this process may not use {running.socket}")
     if closed == "socket":
-        assert line.endswith("join the group (usermod -aG root nobody) and start it again")
+        assert line.endswith("it is for root until daemon.socket_group names a group")
+    elif closed == "group":
+        assert line.endswith("join the group (usermod -aG 12345 nobody) and start it again")
     else:
         assert line.endswith("its folder is closed")
 
