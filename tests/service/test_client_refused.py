@@ -17,6 +17,7 @@ from support.waiting import WAIT_S, wait_for
 from mfsd.client import Client, Rejected, Stage, tuple_of
 from mfsd.client.selectors import IPPROTO_MPTCP
 from mfsd.ground.model import Endpoints
+from mfsd.ground.wire import BESIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +83,7 @@ def test_who_may_not_use_the_socket_is_told_once(running: Running, closed: str) 
     if closed == "folder":
         folder.chmod(0o750)
     elif closed == "group":
-        os.chown(running.socket, -1, 12_345)
+        os.chown(f"{running.socket}{BESIDE}", -1, 12_345)
     done = subprocess.run(
         [*within_reach(), sys.executable, "-c", NOT_IN_THE_GROUP, str(running.socket)],
         capture_output=True,
