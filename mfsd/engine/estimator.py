@@ -8,24 +8,18 @@ that needs a rate (MLU, give-up, RED's feasibility) asks here; two estimators wo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.policy.usage import LOAD_TAU_S, Pauses
+
 MIN_BUSY_S: Final = 0.010
 """Busy time to gather before it counts as one sample: shorter ones measure the granularity of GSO packets."""
 GAIN: Final = 0.25
 """Weight of a new sample in the exponential average."""
-LOAD_TAU_S: Final = 0.100
-"""Time constant of the load average (rho)."""
-PAUSES_TAU_S: Final = 0.2
-"""Time constant of how long collectives send and pause: that of several of them, though one that is slowed down by a
-guarantee takes longer."""
-PRESENT: Final = 0.02
-"""Collectives that take less of the rate are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +52,7 @@ class LinkEstimator:
     """Share of the last interval's capacity that was used, 0..1."""
     band_load: npt.NDArray[np.float64] = field(init=False)
     """Shape (bands,): share of the rate that each band offered lately."""
-    _work: float = 0.0
-    """Share of the rate that collectives took lately."""
-    _pause: float = 1.0
-    """Share of the time in which they did not send."""
+    pauses: Pauses = field(default_factory=Pauses)
     _last: tuple[float, int, bool] | None = None
     _band_bytes: npt.NDArray[np.float64] | None = None
     _busy_s: float = 0.0
@@ -101,19 +92,8 @@ class LinkEstimator:
                 weight = 1.0 - np.exp(-dt / LOAD_TAU_S)
                 self.band_load += weight * (np.minimum(share, 1.0) - self.band_load)
                 if collectives >= 0:
-                    self._pauses(float(share[collectives]), left, 1.0 - math.exp(-dt / PAUSES_TAU_S))
+                    self.pauses.observe(float(share[collectives]), left, dt)
         self._last, self._band_bytes = (now, sent, busy), band_bytes.copy()
-
-    def _pauses(self, share: float, left: float, weight: float) -> None:
-        """Collectives took this ``share`` of the rate: who gets ``left`` of it sends for share / left of the time."""
-        sending = min(share / max(left, PRESENT), 1.0)
-        self._work += weight * (min(share, 1.0) - self._work)
-        self._pause += weight * (1.0 - sending - self._pause)
-
-    @property
-    def collectives(self) -> float:
-        """Share of the time that collectives would take if they had all of the link, and pause for the rest, 0..1."""
-        return self._work / (self._work + self._pause) if self._work >= PRESENT else 0.0
 
     @property
     def load(self) -> float:

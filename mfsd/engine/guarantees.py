@@ -14,6 +14,7 @@ import numpy as np
 
 from mfsd.engine.rescue import DRAIN
 from mfsd.ground.bands import HINTED
+from mfsd.policy.usage import WIRE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from mfsd.ground.bands import Bands, Ladder
     from mfsd.policy.views import F8
 
-WIRE: Final = 1.05
-"""Bytes on the wire for a byte of payload: 1514 for 1448 at an MTU of 1500, less with larger ones."""
 STEP: Final = 0.02
 """Shares are rounded up to multiples of this."""
 DEBT_S: Final = 0.02
@@ -102,7 +101,9 @@ class Guarantees:
             kept[band] = share
         used = np.minimum(device.estimator.band_load, kept)
         used[list(given)] = [of / rate for of in given.values()]
-        return 1.0 - float(np.delete(used, [self.collectives] if self.collectives >= 0 else []).sum())
+        if self.collectives >= 0:
+            used[self.collectives] = 0.0
+        return 1.0 - float(used.sum())
 
     def _asked(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
         asked = np.bincount(ladder.band_of, weights=guarantee, minlength=len(self.bands)) * (WIRE / rate)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from mfsd.ground.model import Endpoints, Maker, Selector, TupleSelector
 
+ON_THE_WAY_S: Final = 0.25
+"""How long a hint is on its way at most: whatever has moved since may be its."""
+
 
 @dataclass(frozen=True, slots=True)
 class Socket:
@@ -120,10 +123,6 @@ class Established:
     """The kernel has taken this slot for it, or found it there; None: neither."""
     active: bool
     """It was opened from here."""
-
-
-ON_THE_WAY_S: Final = 0.25
-"""How long a hint is on its way at most: whatever has moved since may be its."""
 
 
 @dataclass(frozen=True, slots=True)

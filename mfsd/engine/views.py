@@ -215,6 +215,6 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
         load_above=np.minimum(above.take(ladder.above, axis=1), 1.0),
         floor=floors.sum(axis=1),
         taken=np.minimum(load, floors).take(bands.unlevelled, axis=1).sum(axis=1),
-        collectives=np.array([e.collectives for e in estimators] or [0.0]),
+        collectives=np.array([e.pauses.collectives for e in estimators] or [0.0]),
         peer_rate=connections.peers.rate,
     )

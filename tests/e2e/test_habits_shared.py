@@ -41,6 +41,16 @@ MSG_ZEROCOPY = 0x4000000
 # --- several sessions -------------------------------------------------------------------------------------------------
 
 
+def begin_as_collectives(daemon: Daemon, sink: Sink) -> None:
+    """New connections are in the most urgent band from their first packet on."""
+    grown = Grown(daemon)
+    for _ in range(20):
+        with dial(daemon.pair) as s:
+            s.sendall(bytes(64 * KIB))
+    wait_for(lambda: sink.received == 20 * 64 * KIB, "arrival")
+    assert grown.wrong(20 * 64 * KIB, right="level 0") <= WRONG
+
+
 @pytest.mark.parametrize("first_ends", [True, False], ids=["the first ends", "the second ends"])
 def test_two_workers_name_the_same(daemon: Daemon, client: Client, sink: Sink, *, first_ends: bool) -> None:
     """Ranks of one model reach the same peer; one of them ends, and the other's connections begin where they should."""
@@ -50,12 +60,7 @@ def test_two_workers_name_the_same(daemon: Daemon, client: Client, sink: Sink, *
         for c in (other, client) if first_ends else (client, other):
             c.mark(there, Stage.COLLECTIVE)
             assert c.flush(5)
-    grown = Grown(daemon)
-    for _ in range(20):
-        with dial(daemon.pair) as s:
-            s.sendall(bytes(64 * KIB))
-    wait_for(lambda: sink.received == 20 * 64 * KIB, "arrival")
-    assert grown.wrong(20 * 64 * KIB, right="level 0") <= WRONG
+    begin_as_collectives(daemon, sink)
 
 
 def test_two_workers_name_the_same_for_other_purposes(daemon: Daemon, client: Client, sink: Sink) -> None:
@@ -66,12 +71,7 @@ def test_two_workers_name_the_same_for_other_purposes(daemon: Daemon, client: Cl
         assert client.flush(5)
         other.mark(there, Stage.BACKGROUND)
         assert other.flush(20)
-        grown = Grown(daemon)
-        for _ in range(20):
-            with dial(daemon.pair) as s:
-                s.sendall(bytes(64 * KIB))
-        wait_for(lambda: sink.received == 20 * 64 * KIB, "arrival")
-        assert grown.wrong(20 * 64 * KIB, right="level 0") <= WRONG
+        begin_as_collectives(daemon, sink)
 
 
 def test_marked_connections_that_are_hinted_one_by_one(daemon: Daemon, client: Client, sink: Sink) -> None:

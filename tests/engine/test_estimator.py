@@ -22,7 +22,7 @@ def seen(work_s: float, pause_s: float, left: float, seconds: float, told: float
         if round(at * 1000) % 20 == 0:
             sent = int(at * RATE)  # others take what they leave
             estimator.observe(Reading(at, sent, 1, offered.copy()), BAND, left if told is None else told)
-            out.append(estimator.collectives)
+            out.append(estimator.pauses.collectives)
         at = round(at + 0.001, 3)
     return out
 
@@ -48,5 +48,5 @@ def test_without_collectives_there_are_none() -> None:
     estimator = LinkEstimator(RATE, BANDS)
     for i in range(50):
         estimator.observe(Reading(i * 0.02, int(i * 5e5), 1, np.full(BANDS, i * 5e5 / BANDS)))
-    assert estimator.collectives == 0.0
+    assert estimator.pauses.collectives == 0.0
     assert estimator.load > 0.9

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from support.harness import FakeDevice
 
 from mfsd.engine.estimator import LinkEstimator
-from mfsd.engine.guarantees import MOST_STANDING, REPEAT_S, STEP, WIRE, Guarantees, draining
+from mfsd.engine.guarantees import MOST_STANDING, REPEAT_S, STEP, Guarantees, draining
 from mfsd.ground.bands import HINTED, Bands, Ladder
+from mfsd.policy.usage import WIRE
 
 RATE = 1e12
 """So fast that no standing rate is needed."""

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.client import Stage, tuple_of
 from mfsd.integrations import guard
@@ -30,12 +30,6 @@ KNOWN_MAX: Final = 65_536
 """Requests that are remembered; the oldest go first."""
 NO_DEADLINE_S: Final = 30.0
 """Where nobody has said when a token is due, KV must not be late for ever: it counts as due in so long."""
-
-
-class Request(Protocol):
-    """Of vllm.v1.request.Request what is used."""
-
-    request_id: str
 
 
 def extra_config(config: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mfsd.ground.bands import (
     SCAVENGER_FLOOR,
 )
 from mfsd.lab.sim.singlelink import Case, Order, Outcome, Run
+from mfsd.policy.usage import LOAD_TAU_S, Pauses
 from mfsd.policy.views import COLLECTIVE, BatchView, LinkView, RequestView, TransferView, Views
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from mfsd.policy.base import Policy
     from mfsd.policy.views import I2, I4
 
-LOAD_TAU_S: Final = 0.1
-PAUSES_TAU_S: Final = 0.2
-PRESENT: Final = 0.02
-"""Time constant of the load average, as in mfsd/engine/estimator.py."""
 OTHERS: Final = 3
 """Default, background and scavenger; what the control band carries is not simulated."""
 
@@ -84,7 +81,7 @@ class PolicyDecider:
         self._usage = np.zeros(levels + OTHERS)
         self._granted = 0.0
         self._collectives = int(self._bands(policy.unannounced()[[COLLECTIVE]])[0])
-        self._work, self._pause = 0.0, 1.0
+        self._pauses = Pauses()
         self._then = 0.0
 
     def order(self, run: Run) -> Order:
@@ -120,13 +117,12 @@ class PolicyDecider:
 
     def _account(self, run: Run) -> None:
         """Load per band since the last decision; rates are constant in between."""
-        weight, longer = (1.0 - math.exp(-(run.now - self._then) / tau) for tau in (LOAD_TAU_S, PAUSES_TAU_S))
-        self._then = run.now
+        seconds, self._then = run.now - self._then, run.now
+        weight = 1.0 - math.exp(-seconds / LOAD_TAU_S)
         share = run.share.get(float(self._collectives), 0.0)
         used = np.minimum(self._usage, self._floors)
         left = 1.0 - self._granted - (used.sum() - used[self._collectives])
-        self._work += longer * (share - self._work)
-        self._pause += longer * (1.0 - min(share / max(left, PRESENT), 1.0) - self._pause)
+        self._pauses.observe(share, left, seconds)
         self._usage *= 1.0 - weight
         for band, share in run.share.items():
             self._usage[int(band)] += weight * share
@@ -198,7 +194,7 @@ class PolicyDecider:
             load_above=np.minimum(above[self._above], 1.0),
             floor=self._floors.sum(),
             taken=np.minimum(self._usage, self._floors)[others].sum(),
-            collectives=self._work / (self._work + self._pause) if self._work >= PRESENT else 0.0,
+            collectives=self._pauses.collectives,
         )
 
     def _compute_left(self, run: Run, b: int) -> float:

@@ -17,6 +17,7 @@ from mfsd.policy.demand_bound.verdict import HELD_S, NEAR_S, Verdict
 from mfsd.policy.demand_bound.words import Case, explain
 from mfsd.policy.parts import buckets, pick
 from mfsd.policy.parts.params import option
+from mfsd.policy.usage import WIRE
 from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, Decision
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ LEAST: Final = 0.02
 """Share of a device that is as good as none."""
 MOSTLY: Final = 0.8
 """Collectives that take so much of the time count as never pausing."""
-WIRE: Final = 1.05
-"""Bytes on the wire for a byte of payload, as in mfsd/engine/guarantees.py: what others take is counted there."""
 HOLD: Final = 0.7
 """A transfer that is guaranteed stays so until it needs less than this share of ``defer_until``; and see HELD_S."""
 
