@@ -13,7 +13,7 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from mfsd.daemon.config_text import shown_key
+from mfsd.daemon.config_text import shown_key, toml
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +29,10 @@ IDENTITY: Final = {"device": "name", "peer": "network", "rule": "name"}
 """Key that tells the entries of a list of sections apart."""
 _PART: Final = re.compile(r"\.?(?:\"(?:[^\"\\]|\\.)*\"|[^.\[\"]+)|\[\d+\]")
 """One step of a place: a key or an index."""
+_AT: Final = re.compile(r"at line (\d+),")
+"""Where TOML's errors say that they are."""
+_BARE: Final = re.compile(r"\s*([\w.-]+)\s*=\s*([A-Za-z0-9/][^\"'#=]*?)\s*(?:#.*)?")
+"""A key with a text that stands in no quotes."""
 
 
 class UnreadableError(ValueError):
@@ -126,7 +130,17 @@ def _toml(text: str) -> dict[str, Any]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.count(".") > MAX_DOTS and not line.lstrip().startswith("#"):
             raise ValueError(f"nested too deeply (at line {number}): more than {MAX_DOTS} dots in one line")
-    return tomllib.loads(text)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{e}{_advice(text, str(e))}") from e
+
+
+def _advice(text: str, error: str) -> str:
+    """What is most often wrong with the line that an error names."""
+    at = _AT.search(error)
+    bare = _BARE.fullmatch(text.split("\n")[int(at[1]) - 1]) if at else None
+    return f"; a text stands in quotes: {shown_key(bare[1])} = {toml(bare[2])}" if bare else ""
 
 
 def read(path: Path, *, again: bool = False) -> Merged:

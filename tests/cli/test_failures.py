@@ -132,3 +132,8 @@ def test_words_that_are_no_text(rig: Rig, args: tuple[bytes, ...]) -> None:
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.endswith(b"is not UTF-8\n")
     assert done.stderr.count(b"\n") == 1
+
+
+def test_a_command_that_is_not_one_but_near() -> None:
+    assert run("statu").err.endswith("Error: No such command 'statu'. Did you mean 'status'?\n")
+    assert run("xyzzy").err.endswith("Error: No such command 'xyzzy'.\n")

@@ -283,6 +283,9 @@ def test_load_names_the_file(tmp_path: Path) -> None:
     path.write_text("[daemon\n")
     with pytest.raises(ConfigError, match=f"{path}: is not TOML: "):
         load(path)
+    path.write_text("[daemon]\nmode = enforce  # not observe\n")
+    with pytest.raises(ConfigError, match=r'\(at line 2, column 8\); a text stands in quotes: mode = "enforce"$'):
+        load(path)
     path.write_text("[daemon]\nslots = 1\ntick_ms = 0\n")
     with pytest.raises(ConfigError) as e:
         load(path)
