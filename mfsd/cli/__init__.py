@@ -12,6 +12,8 @@ import gc
 import os
 import sys
 
+from mfsd import WHEEL
+
 
 def main() -> None:
     """Entry point of ``mfsctl``; exits with one of `mfsd.cli.errors.Exit`."""
@@ -22,7 +24,7 @@ def main() -> None:
     try:
         from mfsd.cli.app import mfsctl  # noqa: PLC0415 - importing mfsd.cli must not cost more than its name
     except ModuleNotFoundError as e:
-        sys.exit(f"mfsctl: {e}; an install for workers has none of it: pip install 'mfsd[daemon]'")
+        sys.exit(f"mfsctl: {e}; an install for workers has none of it: pip install '{WHEEL}[daemon]'")
 
     _stand_in()
     odd = next((word for word in sys.argv if not word.isascii() and "\udc80" <= max(word) <= "\udcff"), None)

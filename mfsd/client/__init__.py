@@ -7,7 +7,7 @@
         sock.sendall(...)
         mfsd.done(transfer="r1/l0")
 
-Needs grpcio and protobuf only (``pip install mfsd``), and no privileges.
+Needs grpcio and protobuf only (the wheel without extras), and no privileges.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ os.close(_fd)
 
 import sys
 
+from mfsd import WHEEL
 from mfsd.daemon.predecessor import Predecessor
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     try:
         from mfsd.daemon.main import main as run  # noqa: PLC0415 - it takes a second on a busy machine
     except ModuleNotFoundError as e:
-        sys.exit(f"mfsd: {e}; an install for workers has no daemon: pip install 'mfsd[daemon]'")
+        sys.exit(f"mfsd: {e}; an install for workers has no daemon: pip install '{WHEEL}[daemon]'")
     run(obj=predecessor)
 
 

@@ -175,5 +175,5 @@ def test_the_command_line_names_what_can_be_chosen() -> None:
 
 def test_without_the_extra_the_transports_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else object())
-    with pytest.raises(LabError, match=r"^torch not installed: pip install 'mfsd\[transports\]'"):
+    with pytest.raises(LabError, match=r"^torch not installed: in a clone, pip install -e '\.\[transports\]'"):
         real.check_extra()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.daemons import Running
 
+from mfsd import WHEEL
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -59,6 +61,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     wheels = folder / "wheels"
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", wheels)
     (wheel,) = wheels.iterdir()
+    assert wheel.name == WHEEL
     assert wheel.stat().st_size < 1_000_000
     for name in BROUGHT:
         repack(name, wheels)
@@ -97,7 +100,8 @@ def test_the_daemons_programs_say_what_is_missing(
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{program}: No module named ")
-    assert line.endswith("pip install 'mfsd[daemon]'")
+    # Its file: the name may be somebody else's in a package index.
+    assert line.endswith(f"pip install '{WHEEL}[daemon]'")
 
 
 def test_wheel_and_sdist_carry_what_is_compiled_and_are_the_same_again(tmp_path: Path) -> None:

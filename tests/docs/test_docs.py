@@ -6,11 +6,11 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 from pydantic import BaseModel
+from support.documents import DOCS, FENCE, LINK, PRESENT, ROOT, SPAN, anchors, code, named, spans, table
 
 from mfsd.cli.app import COMMANDS
 from mfsd.daemon import config
@@ -20,59 +20,17 @@ from mfsd.policy import registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-DOCS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-PRESENT: Final = [path for path in DOCS if path.name != "CHANGELOG.md"]
-"""Those that say how things are; the change log also names what is gone."""
 TOP: Final = ("mfsd", "bpf", "proto", "systemd", "tests", "scripts", "bench", "packaging", "docs", ".ci")
 MOST: Final = 400
 """Lines of a file."""
-
-_FENCE: Final = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_SPAN: Final = re.compile(r"`([^`\n]+)`")
-_LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _DESCRIBED: Final = re.compile(r"default ('[^']*'|[^,]+), ([^:]+): (.+)")
-
-
-def named(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def anchors(text: str) -> set[str]:
-    """Of the headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
-
-
-def spans(path: Path) -> list[str]:
-    """What stands in backticks outside of blocks."""
-    return _SPAN.findall(_FENCE.sub("", path.read_text()))
-
-
-def code(path: Path) -> str:
-    """Blocks, fenced or indented, and what stands in backticks."""
-    text = path.read_text()
-    fenced = [body for _, body in _FENCE.findall(text)]
-    indented = [line for line in _FENCE.sub("", text).splitlines() if line.startswith("    ")]
-    return "\n".join([*fenced, *indented, *spans(path)])
-
-
-def table(text: str, heading: str) -> list[list[str]]:
-    """Rows of the first table below a heading, without its head."""
-    lines = text[text.index(f"\n{heading}\n") :].splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    rows = []
-    for line in lines[first + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
-    return rows
 
 
 @pytest.mark.parametrize("path", DOCS, ids=named)
 def test_links_lead_somewhere(path: Path) -> None:
-    for link in _LINK.findall(path.read_text()):
+    for link in LINK.findall(path.read_text()):
         assert not re.match(r"\w+:", link), f"{link}: name what is elsewhere, or have `make docs` look for it"
         file, _, anchor = link.partition("#")
         target = path.parent / file if file else path
@@ -132,7 +90,7 @@ def test_keys_of_the_configuration_that_are_named_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PRESENT, ids=named)
 def test_examples_of_the_configuration_are_accepted(path: Path, tmp_path: Path) -> None:
-    blocks = [body for language, body in _FENCE.findall(path.read_text()) if language == "toml"]
+    blocks = [body for language, body in FENCE.findall(path.read_text()) if language == "toml"]
     for i, block in enumerate(blocks):
         file = tmp_path / f"{i}.toml"
         file.write_text(block)
@@ -142,7 +100,7 @@ def test_examples_of_the_configuration_are_accepted(path: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("path", PRESENT, ids=named)
 def test_what_examples_import_of_mfsd_is_there(path: Path) -> None:
-    for language, body in _FENCE.findall(path.read_text()):
+    for language, body in FENCE.findall(path.read_text()):
         for node in ast.walk(ast.parse(body)) if language == "python" else ():
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mfsd":
                 module = importlib.import_module(node.module or "")
@@ -151,10 +109,10 @@ def test_what_examples_import_of_mfsd_is_there(path: Path) -> None:
 
 def test_every_policy_is_compared() -> None:
     rows = table((ROOT / "docs/policies.md").read_text(), "## All of them")
-    names = [name for row in rows for name in _SPAN.findall(row[0])]
+    names = [name for row in rows for name in SPAN.findall(row[0])]
     assert sorted(names) == sorted(registry.names())
     for row in rows:
-        least = [str(registry.make_policy(name).least_levels) for name in _SPAN.findall(row[0])]
+        least = [str(registry.make_policy(name).least_levels) for name in SPAN.findall(row[0])]
         assert row[3] == ", ".join(dict.fromkeys(least)), row[0]
 
 

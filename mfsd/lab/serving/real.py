@@ -51,7 +51,7 @@ def check_extra() -> None:
     missing = [name for name in ("torch", "mooncake") if importlib.util.find_spec(name) is None]
     if missing:
         raise LabError(
-            f"{' and '.join(missing)} not installed: pip install 'mfsd[transports]' (--extra-index-url "
+            f"{' and '.join(missing)} not installed: in a clone, pip install -e '.[transports]' (--extra-index-url "
             "https://download.pytorch.org/whl/cpu spares torch's 5 GB of CUDA; Debian also needs libibverbs1 libnuma1)"
         )
 
