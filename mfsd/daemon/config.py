@@ -151,7 +151,9 @@ class DeviceConfig(Section):
         ..., "The device.", allowed="the name of a network device: 1 to 15 characters, no '/' and no space"
     )
     backend: Literal["auto", "htb", "prio"] = setting(
-        "auto", "Qdisc that enforces the bands. auto: htb when a rate is given, else prio."
+        "auto",
+        "Qdisc that enforces the bands. auto: htb when a rate is given and bands.levels is at most "
+        f"{MAX_HTB_LEVELS}, else prio, which is ets where the kernel has that.",
     )
     rate: RateValue | None = setting(
         None,

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 
 VERDICTS_MAX: Final = 32
 """Connections that are explained at once."""
+CAP_SYS_PTRACE: Final = 19
+"""include/uapi/linux/capability.h. Without it /proc/PID/exe of other users' processes can't be read (proc(5))."""
+HIDDEN: Final = (
+    "executable: which programs other users' processes run is hidden from the daemon without CAP_SYS_PTRACE; name them "
+    "by unit, user or ports, or give it that (systemctl edit mfsd)"
+)
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +62,7 @@ class Rules:
         for state in wanted:
             unknown = state.selector.maker.cgroup and not self._cgroups
             problem = state.problem or ("cgroup v2 can't be read here" if unknown else "") or self._mark(state, now)
+            problem = problem or (HIDDEN if state.selector.maker.executable and not _sees_programs() else "")
             if problem:
                 log.warning("rule", name=state.name, problem=problem)
             self.states.append(replace(state, problem=problem))
@@ -121,6 +128,13 @@ def cgroup_root(undo: contextlib.ExitStack) -> Path | None:
         return None
     undo.callback(os.close, fd)
     return Path(f"/proc/self/fd/{fd}")
+
+
+def _sees_programs() -> bool:
+    """Those of all users. Capabilities are this thread's, which are the process's."""
+    status = Path("/proc/thread-self/status").read_text(encoding="ascii", errors="replace")
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(mask, 16) >> CAP_SYS_PTRACE & 1)
 
 
 def _single(maker: Maker) -> dict[str, Maker]:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 CAPABILITIES: Final = {
     12: ("CAP_NET_ADMIN", "hooks and qdiscs can't be changed"),
     39: ("CAP_BPF", "the classifier can't be loaded"),
-    19: ("CAP_SYS_PTRACE", "selectors by pid work for processes of the daemon's own user only"),
+    19: (
+        "CAP_SYS_PTRACE",
+        "rules by executable and, for connections older than the daemon, selectors by process name its own user's only",
+    ),
 }
 """Bit (include/uapi/linux/capability.h) -> name, and what is missing without it."""
 YIELDING: Final = {38: ("CAP_PERFMON", "deferred connections don't yield in the network")}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from support.daemons import Api, Running, connected
+from support.privileges import DAEMON, call_with
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import cookie_of
@@ -126,3 +127,16 @@ def test_rules_change_with_a_reload(start: Callable[..., Running], tmp_path: Pat
         assert stage(one) == 3
         reload("")
         wait_for(lambda: (stage(one), stage(two)) == (0, 0))
+
+
+def test_a_rule_by_executable_is_named_where_the_programs_of_others_are_hidden(
+    start: Callable[..., Running], reach: Callable[[Running], Api]
+) -> None:
+    """The unit gives the daemon two capabilities, with which /proc/PID/exe of other users' processes can't be read."""
+    by_program = {"name": "program", "stage": "collective", "executable": "python*"}
+    running = call_with(DAEMON, lambda: start(rule=[by_program, rule("port", 7)]))
+    stubs = reach(running)
+    program, port = listed(stubs).rules
+    assert "CAP_SYS_PTRACE" in program.problem
+    assert not port.problem
+    assert f"rule 'program' names nothing: {program.problem}" in stubs.control.GetStatus(pb.GetStatusRequest()).notices
