@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from typing import Literal, TextIO
+    from typing import Literal
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.text import Text
@@ -49,22 +49,20 @@ class Line:
         return Text(self.text, self.style)
 
 
-def columns(stream: TextIO | None = None) -> int | None:
-    """Columns to fit a text into, 40 to 99; None: it is for no terminal, so don't wrap. ``stream``: default stdout."""
-    stream = stream or sys.stdout
-    if not stream.isatty():
+def columns() -> int | None:
+    """Columns to fit a text into, 40 to 99; None: it is for no terminal, so don't wrap."""
+    if not sys.stdout.isatty():
         return None
-    return max(_NARROWEST, min(os.get_terminal_size(stream.fileno()).columns, WIDEST))
+    return max(_NARROWEST, min(os.get_terminal_size(sys.stdout.fileno()).columns, WIDEST))
 
 
-def console(*, err: bool = False) -> Console:
+def console() -> Console:
     """Where tables go; colours and lines only on a terminal, and no colours with NO_COLOR (no-color.org)."""
     from rich.console import Console  # noqa: PLC0415 - see the module
 
-    stream = sys.stderr if err else sys.stdout
-    width = columns(stream)
+    width = columns()
     tty = None if width else False  # None: rich finds out what the terminal can do
-    return Console(file=stream, width=width or _WHOLE, highlight=False, emoji=False, force_terminal=tty)
+    return Console(file=sys.stdout, width=width or _WHOLE, highlight=False, emoji=False, force_terminal=tty)
 
 
 def write(*parts: RenderableType) -> None:

@@ -72,10 +72,10 @@ class Rate:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def _scaled(value: float, units: Sequence[str], step: float) -> str:
+def _scaled(value: float, units: Sequence[str]) -> str:
     n = 0
-    while abs(value) >= step * 0.9995 and n < len(units) - 1:
-        value /= step
+    while abs(value) >= 999.5 and n < len(units) - 1:
+        value /= 1000
         n += 1
     text = f"{value:.0f}" if n == 0 or abs(value) >= 99.95 else f"{value:.3g}"
     return f"{text} {units[n]}"
@@ -83,19 +83,19 @@ def _scaled(value: float, units: Sequence[str], step: float) -> str:
 
 def size(octets: float) -> str:
     """1.5 MB; decimal, as link rates are."""
-    return _scaled(octets, ("B", "kB", "MB", "GB", "TB", "PB"), 1000)
+    return _scaled(octets, ("B", "kB", "MB", "GB", "TB", "PB"))
 
 
 def rate(bytes_per_s: float, nothing: str = "-") -> str:
     """940 Mbit/s; ``nothing`` for 0, by default what stands for unknown."""
     if not bytes_per_s:
         return nothing
-    return _scaled(bytes_per_s * 8, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"), 1000)
+    return _scaled(bytes_per_s * 8, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"))
 
 
 def count(n: int) -> str:
     """12345, then 1.23 M."""
-    return str(n) if abs(n) < 100_000 else _scaled(n, ("", "k", "M", "G", "T"), 1000)
+    return str(n) if abs(n) < 100_000 else _scaled(n, ("", "k", "M", "G", "T"))
 
 
 def of(n: int, what: str) -> str:

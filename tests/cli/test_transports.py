@@ -46,10 +46,10 @@ class Tree:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(f"{text}\n")
 
-    def port(self, link: str, netdev: str, *, state: str = "4: ACTIVE", layer: str = "Ethernet", sent: int = 0) -> None:
+    def port(self, link: str, netdev: str, *, state: str = "4: ACTIVE", sent: int = 0) -> None:
         base = f"sys/class/infiniband/{link}/ports/1"
         for name, value in {
-            "state": state, "phys_state": "5: LinkUp", "link_layer": layer, "rate": "100 Gb/sec (4X EDR)",
+            "state": state, "phys_state": "5: LinkUp", "link_layer": "Ethernet", "rate": "100 Gb/sec (4X EDR)",
             "gid_attrs/ndevs/0": netdev, "counters/port_xmit_data": str(sent // 4), "counters/port_rcv_data": "0",
         }.items():  # fmt: skip
             self.put(f"{base}/{name}", value)

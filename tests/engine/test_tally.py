@@ -18,12 +18,10 @@ from mfsd.engine.tally import SECONDS, TRANSFERS_KEPT, Exemplar, Histogram, Tall
 from mfsd.ground.model import INF, CookieSelector, Stage
 
 
-def ended(
-    t: Tally, name: str, now: float, *, delivered: bool = True, owner: str = "r", uid: int = 0, **values: float
-) -> None:
+def ended(t: Tally, name: str, now: float, *, delivered: bool = True, uid: int = 0, **values: float) -> None:
     """A transfer of which the columns say this, struck out."""
     session = Session("s", uid=uid)
-    request = Request(owner, session)
+    request = Request("r", session)
     stream = Streams().open(session, CookieSelector(1), None)
     transfer = Transfer(name, session, Stage.P2D, request, None, stream)
     columns: Deferred[Transfer] = Deferred(TRANSFER_COLUMNS)

@@ -25,9 +25,9 @@ def hint(number: int, stage: int, size: int, due: float | None, *, at: float = 0
     return out | more
 
 
-def written(path: Path, *events: dict[str, Any], rate: float = RATE, policy: str = "fair") -> Path:
+def written(path: Path, *events: dict[str, Any], rate: float = RATE) -> Path:
     with recording.Writer(path, 1 << 20) as writer:
-        writer.write([recording.head("0.2.0", policy, {}, 5, {"eth0": rate}), *map(recording.line, events)])
+        writer.write([recording.head("0.2.0", "fair", {}, 5, {"eth0": rate}), *map(recording.line, events)])
     return path
 
 

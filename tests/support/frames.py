@@ -85,23 +85,15 @@ def fragment6(following: int, offset: int = 0, *, more: bool = False) -> bytes:
     return struct.pack("!BBHI", following, 0, offset << 3 | more, 99)
 
 
-def tcp(
-    payload: bytes = b"",
-    *,
-    flags: int = ACK,
-    options: bytes = b"",
-    sport: int = SPORT,
-    dport: int = DPORT,
-    seq: int = 1,
-) -> bytes:
+def tcp(payload: bytes = b"", *, flags: int = ACK, options: bytes = b"", seq: int = 1) -> bytes:
     """TCP segment; checksum left 0, nobody looks."""
     offset = (5 + len(options) // 4) << 4
-    return struct.pack("!HHIIBBHHH", sport, dport, seq % 2**32, 1, offset, flags, 64, 0, 0) + options + payload
+    return struct.pack("!HHIIBBHHH", SPORT, DPORT, seq % 2**32, 1, offset, flags, 64, 0, 0) + options + payload
 
 
-def udp(payload: bytes = b"", *, sport: int = SPORT, dport: int = DPORT) -> bytes:
+def udp(payload: bytes = b"") -> bytes:
     """UDP datagram."""
-    return struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload
+    return struct.pack("!HHHH", SPORT, DPORT, 8 + len(payload), 0) + payload
 
 
 def frame4(payload: bytes = bytes(100), *, vlans: tuple[int, ...] = (), **kwargs: object) -> bytes:

@@ -151,19 +151,19 @@ def program(want: Filter) -> bytes:
     A result other than 0 and -1 is the classid, 0 means no match (net/sched/cls_bpf.c, cls_bpf_classify).
     """
     out = [
-        _insn(0x61, 0, 1, _PRIORITY, 0),  # r0 = ctx->priority
-        _insn(0x77, 0, 0, 0, 16),  # r0 >>= 16
+        _insn(0x61, 1, _PRIORITY, 0),  # r0 = ctx->priority
+        _insn(0x77, 0, 0, 16),  # r0 >>= 16
     ]
     for major, classid in want.classes:
-        out += [_insn(0x55, 0, 0, 2, major), _insn(0xB4, 0, 0, 0, classid), _insn(0x95, 0, 0, 0, 0)]
-    out += [_insn(0xB4, 0, 0, 0, want.otherwise), _insn(0x95, 0, 0, 0, 0)]
+        out += [_insn(0x55, 0, 2, major), _insn(0xB4, 0, 0, classid), _insn(0x95, 0, 0, 0)]
+    out += [_insn(0xB4, 0, 0, want.otherwise), _insn(0x95, 0, 0, 0)]
     return b"".join(out)
 
 
-def _insn(code: int, dst: int, src: int, offset: int, value: int) -> bytes:
-    """One struct bpf_insn."""
+def _insn(code: int, src: int, offset: int, value: int) -> bytes:
+    """One struct bpf_insn; what it writes is r0."""
     signed = value - (1 << 32) if value > 0x7FFFFFFF else value
-    return struct.pack("=BBhi", code, dst | src << 4, offset, signed)
+    return struct.pack("=BBhi", code, src << 4, offset, signed)
 
 
 def load_program(want: Filter) -> int:
