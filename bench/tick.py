@@ -10,7 +10,7 @@ A tick includes everything that the daemon does in one: delivery, house-keeping 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,7 @@ from mfsd.ground.model import (
     TransferHint,
     TupleSelector,
 )
+from mfsd.host.sockets import TcpProgress
 from mfsd.policy.registry import DEFAULT, make_policy
 
 if TYPE_CHECKING:
@@ -57,25 +58,12 @@ LIMITS = LimitsConfig(max_connections_per_user=16_384)
 """All connections are one user's."""
 
 
-@dataclass(frozen=True)
-class Simulated:
-    """TCP's word on a socket that exists only here."""
-
-    bytes_acked: int = 0
-    busy_us: int = 0
-    rwnd_limited_us: int = 0
-    sndbuf_limited_us: int = 0
-    app_limited: bool = False
-    slow_start: bool = False
-    queued: int = 0
-    holes: bool = False
-    window_full: bool = False
-    unsent_plus_unacked: int = 1 << 40
-    notsent: int = 1 << 40
-    total_retrans: int = 0
-    rto_us: int = 200_000
-    last_ack_ms: int = 0
-    last_sent_ms: int = 0
+BUSY = TcpProgress(
+    bytes_acked=0, unsent_plus_unacked=1 << 40, notsent=1 << 40, total_retrans=0, rto_us=200_000, last_ack_ms=0,
+    last_sent_ms=0, busy_us=0, rwnd_limited_us=0, sndbuf_limited_us=0, app_limited=False, slow_start=False, queued=0,
+    holes=False, window_full=False,
+)  # fmt: skip
+"""TCP's word on a socket that exists only here."""
 
 
 class SimulatedSockets:
@@ -114,8 +102,8 @@ class SimulatedSockets:
     def look(self, selectors: Sequence[Selector]) -> None:
         raise NotImplementedError(selectors)
 
-    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> dict[int, Simulated]:
-        return {cookie: Simulated(busy_us=self.busy_us) for cookie, _ in sockets}
+    def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> dict[int, TcpProgress]:
+        return {cookie: replace(BUSY, busy_us=self.busy_us) for cookie, _ in sockets}
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
         raise NotImplementedError(selector, uid, band, lanes, expires_ns)
