@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from bench.common import Figure, parser, write
 from bench.parts.host import THERE, namespaces
-from bench.parts.testrun import run_packet, upcoming_cookies
+from bench.parts.testrun import FOREVER, describe, run_packet, upcoming_cookies
 from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.attach import attach
@@ -52,7 +52,6 @@ CHUNK: Final = 1 << 20
 
 SRC, DST = ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("10.0.0.2")
 SPORT, DPORT = 40000, 5001
-FOREVER: Final = 2**63
 
 
 def full_segment() -> bytes:
@@ -64,12 +63,8 @@ def full_segment() -> bytes:
 
 
 def set_up(c: Classifier) -> None:
-    """Describe a live daemon, a device with eight bands of four lanes, and many connections."""
-    c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
-    c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
-    c.dev["major"], c.dev["n_bands"] = 0x10000, 8
-    c.dev["bands"]["classid"][0, :8] = [0x10010 + 0x10 * b for b in range(8)]
-    c.dev["bands"]["lanes"], c.dev["bands"]["dscp"] = 4, _abi.DSCP_KEEP
+    """Describe a daemon, a device, and many connections."""
+    describe(c)
     c.slots["expires_ns"][:FILLED], c.slots["band"], c.slots["lane"] = FOREVER, 3, 2
     for i in range(FILLED):
         c.cookies.add(cookie_key(FOREVER + i), i)

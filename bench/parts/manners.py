@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from bench.common import Figure
 from bench.parts.host import HERE, THERE, namespaces
+from bench.parts.testrun import FOREVER, live
 from mfsd.client import cookie_of
 from mfsd.daemon.network_section import NetworkConfig
 from mfsd.datapath import _abi
@@ -27,7 +28,6 @@ from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.ground.units import Rate
-from mfsd.host import clock
 from mfsd.lab.hosts.enter import inside
 from mfsd.lab.hosts.tcp import CHUNK, CONGESTION, queued, tcp_info
 
@@ -50,7 +50,6 @@ BACK: Final = 4
 """Connections on the way back."""
 URGENT: Final = 1
 DEFERRED: Final = 5
-FOREVER: Final = 2**63
 SHAPE: Final = f"root tbf rate {int(RATE.bits_per_s)}bit burst 20kb latency 50ms"
 
 
@@ -60,9 +59,7 @@ class Ends:
     def __init__(self, hosts: tuple[str, str], stack: contextlib.ExitStack, classifier: Classifier) -> None:
         self.hosts, self.classifier, self._stack = hosts, classifier, stack
         self._row = 0
-        host = classifier.host
-        host["abi_version"], host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
-        host["heartbeat_ns"], host["timeout_ns"] = clock.monotonic_ns(), 3600 * 10**9
+        live(classifier)
 
     def connect(self, algorithm: str, *, back: bool = False) -> socket.socket:
         """From the first to the second, or ``back``."""

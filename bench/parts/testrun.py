@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a tc program on one packet without a device (BPF_PROG_TEST_RUN), for benchmarks and tests.
+"""A classifier without daemon and device (BPF_PROG_TEST_RUN), for benchmarks and tests.
 
 The kernel (net/bpf/test_run.c, bpf_prog_test_run_skb) makes an skb of the bytes, which must be an Ethernet frame, and
 a fresh socket for it; converts the fields below into the skb; runs the program; and converts them back.
@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from mfsd.client import cookie_of
+from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
+from mfsd.host import clock
 
+if TYPE_CHECKING:
+    from mfsd.datapath.bpf.loader import Classifier
+
+FOREVER: Final = 2**63
+"""Of ``expires_ns``."""
+MAJOR: Final = 0x10000
+BANDS: Final = 8
+LANES: Final = 4
 SK_BUFF: Final = np.dtype(
     {
         "names": ["len", "mark", "priority", "ifindex", "wire_len", "gso_segs", "gso_size"],
@@ -25,6 +35,25 @@ SK_BUFF: Final = np.dtype(
     }
 )
 """The fields of struct __sk_buff (include/uapi/linux/bpf.h) that matter here."""
+
+
+def live(c: Classifier) -> None:
+    """As a daemon that enforces, and shows so for an hour."""
+    c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
+    c.host["heartbeat_ns"], c.host["timeout_ns"] = clock.monotonic_ns(), 3600 * 10**9
+
+
+def classid(band: int, lane: int = 0) -> int:
+    """Leaf of a band on the device of ``describe``."""
+    return MAJOR + 0x10 * (band + 1) + lane
+
+
+def describe(c: Classifier) -> None:
+    """A live daemon, and a device with BANDS bands of LANES lanes."""
+    live(c)
+    c.dev["major"], c.dev["n_bands"], c.dev["control_band"] = MAJOR, BANDS, 0
+    c.dev["bands"]["classid"][0, :BANDS] = [classid(b) for b in range(BANDS)]
+    c.dev["bands"]["lanes"], c.dev["bands"]["dscp"] = LANES, _abi.DSCP_KEEP
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import pytest
 from pyroute2 import IPRoute, netns
 from support.hooks import METHODS, TCX, Method, Namespace, has_tcx, index, runs, traces
 
+from bench.parts.testrun import FOREVER
 from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
@@ -115,7 +116,7 @@ def test_cookie_of_a_real_socket_is_matched(ns: Namespace, classifier: Classifie
 
     def go() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            classifier.slots["expires_ns"][5] = 2**63
+            classifier.slots["expires_ns"][5] = FOREVER
             classifier.cookies.add(cookie_key(cookie_of(s)), 5)
             s.sendto(b"x" * 100, ("10.9.0.2", 9))
 

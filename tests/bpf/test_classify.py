@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from support.bpf_rig import BANDS, LANES, MAJOR, classid
 from support.frames import TCP, TYPE_IP4, UDP, eth, frame4, frame6, ip4, ip6, key4, key6, shortest, tcp, udp
 
+from bench.parts.testrun import BANDS, LANES, MAJOR, classid
 from mfsd.datapath import _abi
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from support.bpf_rig import classid
 from support.frames import (
     ACK,
     CWR,
@@ -35,6 +34,7 @@ from support.frames import (
     udp,
 )
 
+from bench.parts.testrun import classid
 from mfsd.datapath import _abi
 
 if TYPE_CHECKING:

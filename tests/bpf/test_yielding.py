@@ -14,6 +14,7 @@ from support.privileges import DAEMON, call_with
 from support.waiting import wait_for
 from support.yielders import CHUNK, FIRST, RATE, SECOND, URGENT, Bench, algorithm_of, needs_it
 
+from bench.parts.testrun import live
 from mfsd.client import Fd, give_way
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
@@ -100,7 +101,7 @@ def test_without_a_sign_of_life_everything_goes_back(bench: Bench, default: str)
     bench.becomes(sock, bench.yielding.name)
     bench.classifier.host["heartbeat_ns"], bench.classifier.host["timeout_ns"] = 1, 1
     bench.becomes(sock, default)
-    bench.live()
+    live(bench.classifier)
     bench.becomes(sock, bench.yielding.name)
 
 
@@ -116,7 +117,7 @@ def test_nothing_is_left_when_it_is_closed_in_mid_flight(bench: Bench, default: 
     assert name not in AVAILABLE.read_text().split()
     bench.classifier.host["heartbeat_ns"], bench.classifier.host["timeout_ns"] = 1, 1
     bench.becomes(sock, default)
-    bench.live()
+    live(bench.classifier)
     with Yielding(bench.classifier) as next_one:
         assert next_one.name == name
         bench.yielding = next_one

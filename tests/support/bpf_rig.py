@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from bench.parts.testrun import Ran, run_packet, upcoming_cookies
+from bench.parts.testrun import BANDS, FOREVER, Ran, describe, run_packet, upcoming_cookies
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.keys import cookie_key
 
@@ -19,17 +18,8 @@ if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier
 
 ROWS: Final = 512
-MAJOR: Final = 0x10000
-BANDS: Final = 8
-LANES: Final = 4
-FOREVER: Final = 2**63
 EXCLUSIVE: Final = _abi.STAT_NOT_IP + 1
 """Every packet is in exactly one of the first so many counters."""
-
-
-def classid(band: int, lane: int = 0) -> int:
-    """Leaf of a band on the bench's device."""
-    return MAJOR + 0x10 * (band + 1) + lane
 
 
 @dataclass
@@ -70,12 +60,8 @@ class Rig:
                 keys.delete(key)
         c.slots[:] = 0
         c.dev[:] = 0
-        c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
-        c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
-        c.dev["major"], c.dev["n_bands"], c.dev["control_band"] = MAJOR, BANDS, 0
+        describe(c)
         c.dev["default_band"] = BANDS
-        c.dev["bands"]["classid"][0, :BANDS] = [classid(b) for b in range(BANDS)]
-        c.dev["bands"]["lanes"], c.dev["bands"]["dscp"] = LANES, _abi.DSCP_KEEP
 
     def slot(self, row: int, **fields: int) -> None:
         """Fill the user half of a row; by default band 3, never expiring."""

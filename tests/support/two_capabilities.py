@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.parts.testrun import FOREVER, live
 from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
@@ -38,12 +39,11 @@ def check_capabilities() -> None:
 
 def describe(c: Classifier) -> None:
     """A live daemon in enforce mode and a device with one band; by mmap."""
-    c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
-    c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
+    live(c)
     c.dev["major"], c.dev["n_bands"], c.dev["control_band"] = 0x10000, 1, 1
     c.dev["bands"]["classid"][0, 0], c.dev["bands"]["lanes"] = 0x10010, 1
     c.dev["bands"]["dscp"] = _abi.DSCP_KEEP
-    c.slots["expires_ns"][ROW] = 2**63
+    c.slots["expires_ns"][ROW] = FOREVER
 
 
 def steers(c: Classifier, sender: socket.socket, address: str) -> None:

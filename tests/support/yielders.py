@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pytest
 
+from bench.parts.testrun import FOREVER, live
 from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import yielding
 from mfsd.datapath.bpf.keys import cookie_key
-from mfsd.host import clock
 from mfsd.lab.hosts.tcp import tcp_info
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ URGENT: Final = 1
 FIRST: Final = 5
 SECOND: Final = 6
 RATE: Final = 100_000_000 // 8
-FOREVER: Final = 2**63
 CHUNK: Final = bytes(1 << 16)
 FAMILIES: Final = [socket.AF_INET, socket.AF_INET6]
 
@@ -49,15 +48,10 @@ class Bench:
         self._stack = contextlib.ExitStack()
         self._rows = iter(range(classifier.rows))
         self._row: dict[socket.socket, int] = {}
-        host = classifier.host
-        host["abi_version"], host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
-        self.live()
+        live(classifier)
         settings = loaded.settings
         settings["rate"], settings["target_us"] = RATE, 3000
         settings["class_of"][0, [FIRST, SECOND]] = _abi.YIELD_FIRST, _abi.YIELD_SECOND
-
-    def live(self) -> None:
-        self.classifier.host["heartbeat_ns"], self.classifier.host["timeout_ns"] = clock.monotonic_ns(), 3600 * 10**9
 
     def connect(self, family: int = socket.AF_INET, algorithm: str = "", *, back: bool = False) -> socket.socket:
         """A connection whose other end reads everything; from the second namespace to the first if ``back``."""

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from support.bpf_rig import Rig
 from support.frames import frame4, frame6, key4, key6
 from support.privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
 
-from bench.parts.testrun import run_packet
+from bench.parts.testrun import FOREVER, describe, run_packet
 from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
@@ -44,26 +45,11 @@ def loader() -> BccLoader:
     return BccLoader()
 
 
-def live(c: Classifier) -> Classifier:
-    """As a daemon would have it: enforce, eight bands of four lanes."""
-    c.host["abi_version"], c.host["flags"] = _abi.ABI_VERSION, _abi.HOST_ENFORCE
-    c.host["heartbeat_ns"], c.host["timeout_ns"] = time.monotonic_ns(), 3600 * 10**9
-    c.dev["major"], c.dev["n_bands"], c.dev["control_band"] = 0x10000, 8, 0
-    c.dev["bands"]["classid"][0, :8] = [0x10010 + 0x10 * b for b in range(8)]
-    c.dev["bands"]["lanes"], c.dev["bands"]["dscp"] = 4, _abi.DSCP_KEEP
-    return c
-
-
 @pytest.fixture
 def classifier(loader: BccLoader) -> Iterator[Classifier]:
     with loader.open_classifier(64) as c:
-        yield live(c)
-
-
-def hint(c: Classifier, key: bytes, row: int, **fields: int) -> None:
-    for name, value in ({"expires_ns": 2**63, "band": 3} | fields).items():
-        c.slots[name][row] = value
-    c.tuples.add(key, row)
+        describe(c)
+        yield c
 
 
 def test_both_loaders_give_the_same_verdicts(loader: BccLoader) -> None:
@@ -79,9 +65,9 @@ def test_both_loaders_give_the_same_verdicts(loader: BccLoader) -> None:
 
     def fates(which: Loader) -> list[Any]:
         with which.open_classifier(64) as c:
-            live(c)
-            hint(c, key4(), 7, lane=2)
-            hint(c, key6(), 8, band=5)
+            describe(c)
+            Rig(c).add_tuple(key4(), lane=2)
+            Rig(c).add_tuple(key6(), 8, band=5)
             ran = [run_packet(c.prog_fd, frame, **more) for frame, more in packets]
             slots = c.slots[["bytes", "packets", "acked", "sent", "origin", "ifindex"]].tolist()
             out = [(r.verdict, r.priority, r.packet) for r in ran]
@@ -91,7 +77,7 @@ def test_both_loaders_give_the_same_verdicts(loader: BccLoader) -> None:
 
 
 def test_a_hinted_packet_is_sent_to_its_lane(classifier: Classifier) -> None:
-    hint(classifier, key4(), 7, lane=3, band=2)
+    Rig(classifier).add_tuple(key4(), lane=3, band=2)
     assert run_packet(classifier.prog_fd, frame4()).priority == 0x10033
     assert classifier.slots["packets"][7] == 1
     assert classifier.stats()[_abi.STAT_TUPLE] == 1
@@ -113,7 +99,7 @@ def test_tables_have_the_size_asked_for(loader: BccLoader, rows: int) -> None:
 def test_two_devices_share_the_host(loader: BccLoader, classifier: Classifier) -> None:
     with loader.open_classifier(64, classifier) as two:
         two.dev[:] = classifier.dev
-        hint(classifier, key4(), 7)
+        Rig(classifier).add_tuple(key4())
         for c in (classifier, two):
             assert run_packet(c.prog_fd, frame4()).priority == 0x10040
         assert two.slots["packets"][7] == 2
@@ -146,7 +132,7 @@ def test_it_works_on_a_device(netns_pair: NetnsPair, classifier: Classifier) -> 
             (user,) = hook_users(index)
             assert user.ours
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-                classifier.slots["expires_ns"][5] = 2**63
+                classifier.slots["expires_ns"][5] = FOREVER
                 classifier.cookies.add(cookie_key(cookie_of(s)), 5)
                 for _ in range(3):
                     s.sendto(b"x" * 100, (pair.addr_b, 9))
