@@ -29,7 +29,7 @@ from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.ground.units import Rate
 from mfsd.lab.hosts.enter import inside
-from mfsd.lab.hosts.tcp import CHUNK, CONGESTION, queued, tcp_info
+from mfsd.lab.hosts.tcp import CHUNK, CONGESTION, algorithm_of, queued, tcp_info
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,9 +134,8 @@ def costs() -> list[Figure]:
                         took = _slice(senders[name])
                         if i >= 0:  # the first rounds warm up
                             seen[name].append(took)
-                running = senders["urgent"].getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
-                if running.decode() != loaded.name:
-                    raise RuntimeError(f"the urgent connection ran {running.decode()}: not what is measured")
+                if (running := algorithm_of(senders["urgent"])) != loaded.name:
+                    raise RuntimeError(f"the urgent connection ran {running}: not what is measured")
     out = []
     for name in ("unhinted", "urgent"):
         pairs = list(zip(seen[name], seen["plain"], strict=True))

@@ -6,28 +6,27 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 from support.privileges import DAEMON, call_with
 from support.waiting import wait_for
-from support.yielders import CHUNK, FIRST, RATE, SECOND, URGENT, Bench, algorithm_of, needs_it
+from support.yielders import CHUNK, FIRST, RATE, SECOND, URGENT, Bench, needs_it
 
 from bench.parts.testrun import live
 from mfsd.client import Fd, give_way
+from mfsd.client.manners import AVAILABLE
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import LoaderError
-from mfsd.lab.hosts.tcp import queued
+from mfsd.lab.hosts.tcp import algorithm_of, queued
 
 if TYPE_CHECKING:
     from support.namespaces import NetnsPair
 
 
-AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 NEVER: Final = 0xFFFFFFFF
 
 

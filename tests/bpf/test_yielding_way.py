@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from support.yielders import CHUNK, FAMILIES, FIRST, URGENT, acked, algorithm_of, filled, needs_it, rtt_us, share
+from support.yielders import CHUNK, FAMILIES, FIRST, URGENT, acked, filled, needs_it, rtt_us, share
 
 from mfsd.datapath import _abi
-from mfsd.lab.hosts.tcp import tcp_info
+from mfsd.lab.hosts.tcp import algorithm_of, tcp_info
 
 if TYPE_CHECKING:
     from support.yielders import Bench

@@ -6,36 +6,33 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 from support.manager import managed
 from support.privileges import SETPRIV
-from support.rig import Daemon, Flow, flows, running
+from support.rig import Daemon, flows, running
 from support.waiting import WAIT_S, wait_for
+from support.yielders import needs_it
 
 from mfsd.client import Stage, cookie_of
+from mfsd.client.manners import AVAILABLE
 from mfsd.daemon.predecessor import HOST
 from mfsd.datapath.bpf import yielding
+from mfsd.lab.hosts.tcp import algorithm_of
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from support.namespaces import NetnsPair
 
 ON: Final = '[network]\nyield = "on"\nreplace = true\n'
 """The rig's connections choose cubic, which may not be the default here."""
 MOVED: Final = 4_000_000
 """Bytes that a connection sends between two daemons: a sixth of a second at the link's rate."""
-AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
 pytestmark = pytest.mark.netns
-needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"this kernel has no yield: {yielding.missing()}")
-
-
-def algorithm(flow: Flow) -> str:
-    return flow.sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
 
 
 def ours() -> set[str]:
@@ -57,7 +54,7 @@ def test_from_the_hint_to_the_socket_and_back(netns_pair: NetnsPair, tmp_path: P
                 client.mark(flow.sender, Stage.P2D)
             assert client.flush(WAIT_S)
             for flow in (*older, *newer):
-                wait_for(lambda flow=flow: algorithm(flow) in ours(), "yielding")  # type: ignore[misc]
+                wait_for(lambda flow=flow: algorithm_of(flow.sender) in ours(), "yielding")  # type: ignore[misc]
             rows = wait_for(lambda: daemon.status().yielding, "a row of the band")
             assert [(row.band, row.hosts) for row in rows] == [("level 4", 1)]
             request = pb.ExplainRequest(cookie=cookie_of(newer[0].sender))
@@ -71,11 +68,11 @@ def test_from_the_hint_to_the_socket_and_back(netns_pair: NetnsPair, tmp_path: P
             client.mark(newer[0].sender, Stage.COLLECTIVE)
             assert client.flush(WAIT_S)
             wait_for(lambda: not daemon.status().yielding or daemon.connections()[0].level == 0, "the promotion")
-            assert algorithm(newer[0]) in ours()  # whose urgent part is cubic
+            assert algorithm_of(newer[0].sender) in ours()  # whose urgent part is cubic
             daemon.end(end)
             wait_for(lambda: ours() == before, "the algorithm to go")
             for flow in (*older, *newer):
-                wait_for(lambda flow=flow: algorithm(flow) == "cubic", "cubic again")  # type: ignore[misc]
+                wait_for(lambda flow=flow: algorithm_of(flow.sender) == "cubic", "cubic again")  # type: ignore[misc]
 
 
 @needs_it
@@ -90,19 +87,19 @@ def test_over_a_restart_they_go_on_yielding(netns_pair: NetnsPair, tmp_path: Pat
             client.mark(flow.sender, Stage.P2D)
             assert client.flush(WAIT_S)
             flow.saturate(600)
-            name = wait_for(lambda: algorithm(flow) in ours() and algorithm(flow), "yielding")
+            name = wait_for(lambda: algorithm_of(flow.sender) in ours() and algorithm_of(flow.sender), "yielding")
             wait_for(lambda: set(manager.stored) >= {HOST}, "the descriptors to be stored")
             daemon.end(signal.SIGUSR1)
             assert name not in ours()
             arrived = flow.received
             wait_for(lambda: flow.received > arrived + MOVED, "traffic without a daemon")
-            assert algorithm(flow) == name
+            assert algorithm_of(flow.sender) == name
             daemon.start()
-            wait_for(lambda: algorithm(flow) in ours() - before, "the next one's")
+            wait_for(lambda: algorithm_of(flow.sender) in ours() - before, "the next one's")
             wait_for(lambda: daemon.status().yielding, "a row of the band")
         daemon.end(signal.SIGTERM)
         wait_for(lambda: ours() == before, "the algorithm to go")
-        wait_for(lambda: algorithm(flow) == "cubic", "cubic again")
+        wait_for(lambda: algorithm_of(flow.sender) == "cubic", "cubic again")
 
 
 def test_without_the_capability_it_runs_without(netns_pair: NetnsPair, tmp_path: Path) -> None:
@@ -125,5 +122,5 @@ def test_off_is_off(daemon: Daemon) -> None:
         assert client.flush(WAIT_S)
         opened[0].saturate()
         wait_for(lambda: daemon.bands()["level 4"].bytes > 1_000_000, "deferred traffic")
-        assert algorithm(opened[0]) == "cubic"
+        assert algorithm_of(opened[0].sender) == "cubic"
         assert not daemon.status().yielding

@@ -18,7 +18,7 @@ from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import yielding
 from mfsd.datapath.bpf.keys import cookie_key
-from mfsd.lab.hosts.tcp import tcp_info
+from mfsd.lab.hosts.tcp import algorithm_of, tcp_info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,10 +111,6 @@ def _drain(peer: socket.socket) -> None:
     with peer, contextlib.suppress(ConnectionError):
         while peer.recv(1 << 20):
             pass
-
-
-def algorithm_of(sock: socket.socket) -> str:
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
 
 
 @contextlib.contextmanager

@@ -32,6 +32,11 @@ def prepare(sock: socket.socket) -> socket.socket:
     return sock
 
 
+def algorithm_of(sock: socket.socket) -> str:
+    """Name of the congestion control that a connection runs now."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
 def reset_at_close(sock: socket.socket) -> None:
     """Have its close send a reset: what is on its way is thrown away, and nothing stays in TIME_WAIT."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
