@@ -181,6 +181,14 @@ def test_contributors_are_told_every_target_and_tier() -> None:
     assert {t for row in table(text, "## Tiers of tests") for t in SPAN.findall(row[0])} == tiers
 
 
+def test_symptoms_are_quoted_as_they_are_printed() -> None:
+    rows = table("\n" + (ROOT / "docs/troubleshooting.md").read_text(), "# Troubleshooting")
+    quoted = [q for row in rows for q in re.findall(r'"([^"]+)"', row[0])]
+    pieces = [p for q in quoted for p in re.split(r"\.\.\.|\d+", q) if len(p) > 4]
+    assert pieces
+    assert not [p for p in pieces if p.strip() not in source("mfsd")]
+
+
 def test_policy_parameters_that_are_named_exist() -> None:
     """Where another page names one with the policy's section in front of it, or says that it is the policy's."""
     text = (ROOT / "docs/policies.md").read_text()
