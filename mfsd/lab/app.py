@@ -71,8 +71,8 @@ def _type(meta: Any, hint: Any) -> Any:
         return RateType()
     if meta.get("choices") or get_origin(hint) is Literal:
         return click.Choice(meta.get("choices") or get_args(hint))
-    kind = {int: click.IntRange, float: click.FloatRange}.get(hint)
-    return kind(meta["at_least"], meta["at_most"]) if kind else hint
+    kind, limits = {int: click.IntRange, float: click.FloatRange}.get(hint), (meta["at_least"], meta["at_most"])
+    return kind(*limits) if kind and limits != (None, None) else hint
 
 
 def _settings(preset: str, *names: str, several: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -297,7 +297,7 @@ def real(out: Path, arms: Sequence[str], seed: Sequence[int], **given: Any) -> N
 @_out()
 @click.option("--python", "interpreter", type=click.Path(path_type=Path, dir_okay=False), required=True,
               help="Interpreter of an environment with vLLM for the CPU, NIXL and grpcio.")  # fmt: skip
-@click.option("--quick", is_flag=True, help="Two competitors, four requests, two kills: about four minutes.")
+@click.option("--quick", is_flag=True, help="Two competitors, four requests, two kills: about three minutes.")
 @click.option("--requests", type=click.IntRange(1, 1000), help=f"Of each cell.  [default: {Plan().requests}]")
 @click.option("--kills", type=click.IntRange(0, 1000), help=f"Of the daemon.  [default: {Plan().kills}]")
 @click.option("--seed", type=click.IntRange(0), default=Plan().seed, show_default=True, help="Of the requests.")

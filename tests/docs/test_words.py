@@ -101,6 +101,11 @@ def test_options_that_are_named_exist(path: Path) -> None:
     assert not set(_OPTION.findall(text)) - every
 
 
+def test_help_is_for_people() -> None:
+    for name, command in [*OURS.items(), *LABS.items(), ("mfsd", daemon)]:
+        assert not re.search(r"None|Final|<class", command.get_help(click.Context(command))), name
+
+
 def test_the_command_reference_has_every_option() -> None:
     """Of each command in its section, those of all commands once."""
     text = (ROOT / "docs/mfsctl.md").read_text()
