@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import json
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -15,11 +16,14 @@ import click
 import pytest
 from support.documents import DOCS, FENCE, LINK, PRESENT, ROOT, SPAN, anchors, code, named, spans, table
 
+from mfsd.cli import show
 from mfsd.cli.app import TLS, mfsctl
 from mfsd.client import Client
 from mfsd.daemon.main import main as daemon
+from mfsd.ground import tables
 from mfsd.ground.metrics import METRICS
 from mfsd.lab.app import main as lab
+from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,6 +123,19 @@ def test_the_command_reference_has_every_option() -> None:
         section = next(s for s in sections if begin.match(s))
         missing += [f"mfsctl {name} {o}" for o in options(command) - common if o not in section]
     assert not missing
+
+
+def test_examples_have_todays_columns_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/mfsctl.md").read_text()
+    (example,) = re.findall(r'^\{"transfers": \[.*?^\]\}', text, re.MULTILINE | re.DOTALL)
+    (shown,) = json.loads(example)["transfers"]
+    assert {f.name for f in pb.TransferState.DESCRIPTOR.fields} - set(shown) == {"rli"}  # which stage 3 has not
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    tables.write(*show.render_connections([pb.Connection()]), show.render_transfers([pb.TransferState()]))
+    heads = capsys.readouterr().out.splitlines()[::2]
+    heads.append(" ".join(name for name, _ in show.BANDS))
+    assert len(heads) == 3
+    assert not [h for h in heads if " ".join(h.split()) not in lines]
 
 
 @pytest.mark.parametrize("path", PRESENT, ids=named)
