@@ -11,7 +11,6 @@ import collections
 import contextlib
 import select
 import socket
-import struct
 import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from mfsd.lab.hosts.child import Child, parent
 from mfsd.lab.hosts.enter import enter, inside
+from mfsd.lab.hosts.sink import HEAD, read_all
 from mfsd.lab.hosts.tcp import CHUNK, prepare
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ SO_SNDBUFFORCE: Final = 32
 """include/uapi/asm-generic/socket.h; Python has no name for it."""
 SEND_BUFFER: Final = 4 << 20
 """Bytes: a full connection stays full at 1 Gbit/s while its filler waits 30 ms for a processor."""
-HEAD: Final = struct.Struct("=I")
-"""The first bytes on a connection: its index."""
 
 
 def lanes_for(flows: int) -> int:
@@ -65,7 +63,7 @@ class Bulk:
                     s = stack.enter_context(prepare(socket.socket(socket.AF_INET, socket.SOCK_STREAM)))
                     s.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
                     s.connect((self._sink.address, self._port))
-                    s.sendall(HEAD.pack(i))
+                    s.sendall(HEAD.pack(i))  # its index
                     self.sockets.append(s)
             fds = [s.fileno() for s in self.sockets]
             # It ends before the receiver, whose end would reset its connections.
@@ -94,35 +92,22 @@ class Bulk:
 
 def receive(pipe: Connection, n: int, port: int) -> None:
     """Accept and read until the pipe is closed."""
-    server = prepare(socket.create_server(("", port), backlog=n + 1))
-    poll = select.epoll()
-    poll.register(server, select.EPOLLIN)
-    poll.register(pipe, select.EPOLLIN)
-    known: dict[int, tuple[socket.socket, int]] = {}
-    buffer, counts, watched = bytearray(CHUNK), [0] * n, -1
+    counts, watched = [0] * n, -1
     arrivals: list[tuple[int, int]] = []
-    pipe.send("listening")
-    while True:
-        for fd, _ in poll.poll():
-            if fd == pipe.fileno():
-                wanted = pipe.recv()
-                if wanted is None:
-                    pipe.send((counts, arrivals))
-                else:
-                    watched, arrivals = wanted, []
-            elif fd == server.fileno():
-                connection, _ = server.accept()
-                (index,) = HEAD.unpack(connection.recv(HEAD.size, socket.MSG_WAITALL))
-                known[connection.fileno()] = connection, index
-                poll.register(connection, select.EPOLLIN)
-            else:
-                connection, index = known[fd]
-                with contextlib.suppress(ConnectionError):
-                    # MSG_TRUNC: throw the bytes away without copying them, tcp(7).
-                    size = connection.recv_into(buffer, CHUNK, socket.MSG_TRUNC)
-                    counts[index] += size
-                    if index == watched:
-                        arrivals.append((time.monotonic_ns(), size))
+
+    def read(_sock: socket.socket, index: int, size: int) -> None:
+        counts[index] += size
+        if index == watched:
+            arrivals.append((time.monotonic_ns(), size))
+
+    def said(index: int | None) -> None:
+        nonlocal watched, arrivals
+        if index is None:
+            pipe.send((counts, arrivals))
+        else:
+            watched, arrivals = index, []
+
+    read_all(pipe, port, read, said)
 
 
 def fill(pipe: Connection, fds: list[int]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from mfsd.lab.hosts.child import Child, parent
 from mfsd.lab.hosts.enter import enter, inside
+from mfsd.lab.hosts.sink import HEAD, read_all
 from mfsd.lab.hosts.tcp import CHUNK, prepare, reset_at_close
 
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
 
 PORT: Final = 7001
 ANSWER_S: Final = 10.0
-HEAD: Final = struct.Struct("=Q")
-"""The first bytes on a connection: after how many of those that follow the receiver tells the time, again and again."""
 TIME: Final = struct.Struct("=Q")
-"""What it tells: monotonic ns."""
+"""What the receiver tells: monotonic ns. A connection's number is after how many bytes it does so, again and again."""
 NS: Final = 1e-9
 
 
@@ -141,37 +140,16 @@ class Player:
 
 def receive(pipe: Connection) -> None:
     """Accept, read and tell the time until the pipe is closed."""
-    server = prepare(socket.create_server(("", PORT), backlog=64))
-    poll, buffer = select.epoll(), bytearray(CHUNK)
-    poll.register(server, select.EPOLLIN)
-    poll.register(pipe, select.EPOLLIN)
-    known: dict[int, tuple[socket.socket, int]] = {}
-    counts: dict[int, int] = collections.defaultdict(int)
-    pipe.send("listening")
-    while True:
-        for fd, _ in poll.poll():
-            if fd == pipe.fileno():
-                pipe.recv()  # its end
-            elif fd == server.fileno():
-                sock, _ = server.accept()
-                (unit,) = HEAD.unpack(sock.recv(HEAD.size, socket.MSG_WAITALL))
-                known[sock.fileno()] = sock, unit
-                poll.register(sock, select.EPOLLIN)
-            else:
-                sock, unit = known[fd]
-                try:
-                    # MSG_TRUNC: throw the bytes away without copying them, tcp(7).
-                    size = sock.recv_into(buffer, CHUNK, socket.MSG_TRUNC)
-                    now = TIME.pack(time.monotonic_ns())
-                    counts[fd] += size
-                    while size and counts[fd] >= unit:
-                        counts[fd] -= unit
-                        sock.send(now)
-                except ConnectionError:
-                    size = 0
-                if not size:
-                    del known[fd], counts[fd]
-                    sock.close()
+    counts: dict[socket.socket, int] = collections.defaultdict(int)
+
+    def read(sock: socket.socket, unit: int, size: int) -> None:
+        now = TIME.pack(time.monotonic_ns())
+        counts[sock] += size
+        while size and counts[sock] >= unit:
+            counts[sock] -= unit
+            sock.send(now)
+
+    read_all(pipe, PORT, read, lambda _: None)
 
 
 def main() -> None:
