@@ -117,13 +117,10 @@ def listed_of(
         inside = frozenset(members(meant.folders))
         pids = inside if pids is None else pids & inside
     inodes = None if pids is None else {i for pid in pids for i in _inodes(pid)}
-    sport = selector.sport if isinstance(selector, RuleSelector) else PortRange()
     return [
         s
         for s in every
-        if s.endpoints.sport in sport
-        and s.endpoints.dport in selector.dport
-        and (selector.remote is None or s.endpoints.dst in selector.remote)
+        if selector.covers(s.endpoints)
         and (inodes is None or s.inode in inodes)
         and (maker.uid < 0 or s.uid == maker.uid)
     ]

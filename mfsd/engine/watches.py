@@ -178,26 +178,11 @@ class Watches:
         if not self.may(watch, socket):
             return False
         if isinstance(selector, TupleSelector):
-            return (
-                selector.dst == e.dst
-                and selector.src in (None, e.src)
-                and e.sport in selector.sport
-                and e.dport in selector.dport
-                and e.protocol == selector.protocol
-            )
+            return selector.covers(e)
         if isinstance(selector, ProcessSelector):
-            return (
-                e.dport in selector.dport
-                and (selector.remote is None or e.dst in selector.remote)
-                and self._sockets.descends(socket.pid, selector.pid)
-            )
+            return selector.covers(e) and self._sockets.descends(socket.pid, selector.pid)
         if isinstance(selector, RuleSelector):
-            return (
-                e.sport in selector.sport
-                and e.dport in selector.dport
-                and (selector.remote is None or e.dst in selector.remote)
-                and self._sockets.made_by(socket, selector.maker)
-            )
+            return selector.covers(e) and self._sockets.made_by(socket, selector.maker)
         return isinstance(selector, CookieSelector) and selector.cookie == socket.cookie
 
 

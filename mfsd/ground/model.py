@@ -107,6 +107,16 @@ class TupleSelector:
         """True when it names one connection, so that the classifier can match it without a local socket."""
         return self.src is not None and self.sport.exact and self.dport.exact
 
+    def covers(self, e: Endpoints) -> bool:
+        """Whether a connection with these endpoints is meant."""
+        return (
+            self.dst == e.dst
+            and self.src in (None, e.src)
+            and e.sport in self.sport
+            and e.dport in self.dport
+            and e.protocol == self.protocol
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessSelector:
@@ -115,6 +125,10 @@ class ProcessSelector:
     pid: int
     remote: Network | None
     dport: PortRange
+
+    def covers(self, e: Endpoints) -> bool:
+        """Whether a connection with these endpoints is meant, if the process has it."""
+        return e.dport in self.dport and (self.remote is None or e.dst in self.remote)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +159,10 @@ class RuleSelector:
     remote: Network | None = None
     sport: PortRange = PortRange()
     dport: PortRange = PortRange()
+
+    def covers(self, e: Endpoints) -> bool:
+        """Whether a connection with these endpoints is meant, if it is the maker's."""
+        return e.sport in self.sport and e.dport in self.dport and (self.remote is None or e.dst in self.remote)
 
 
 HintSelector = CookieSelector | TupleSelector | ProcessSelector

@@ -198,24 +198,11 @@ class FakeKernel:
     def _matches(self, selector: Selector, s: FakeSocket) -> bool:
         if isinstance(selector, CookieSelector):
             return s.cookie == selector.cookie
-        if isinstance(selector, TupleSelector):
-            e = s.endpoints
-            return (
-                selector.dst == e.dst
-                and selector.src in (None, e.src)
-                and e.sport in selector.sport
-                and e.dport in selector.dport
-                and e.protocol == selector.protocol
-            )
+        if not selector.covers(s.endpoints):
+            return False
         if isinstance(selector, RuleSelector):
-            e = s.endpoints
-            return (
-                e.sport in selector.sport
-                and e.dport in selector.dport
-                and (selector.remote is None or e.dst in selector.remote)
-                and self.made_by(s.told, selector.maker)
-            )
-        return self.descends(s.pid, selector.pid) and (selector.remote is None or s.endpoints.dst in selector.remote)
+            return self.made_by(s.told, selector.maker)
+        return isinstance(selector, TupleSelector) or self.descends(s.pid, selector.pid)
 
 
 @dataclass
