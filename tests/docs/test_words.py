@@ -33,8 +33,8 @@ PAGES: Final = [path for path in PRESENT if path.parent != ROOT]
 """Those of docs/."""
 LONG: Final = 300
 """Lines of a page from which on it has a table of contents."""
-OTHERS: Final = {"--kv-transfer-config", "--strict"}
-"""Options of programs that are not ours: vLLM, mypy."""
+OTHERS: Final = {"--kv-transfer-config", "--strict", "--set-file"}
+"""Options of programs that are not ours: vLLM, mypy, Helm."""
 BENCHES: Final = sorted({p.stem for p in (ROOT / "bench").glob("*.py")} - {"__init__", "common"})
 SCRIPTS: Final = ("scripts/vm/run.py", "scripts/vllm_handoff.py", "tests/monitoring/picture.py")
 

@@ -16,7 +16,8 @@ import mfsd
 from mfsd.daemon import config as configuration
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "packaging" / "kubernetes"
-TLS: Final = {"metrics": {"tlsSecret": "metrics", "port": 9999}, "ptrace": True, "nodeSelector": {"gpu": "yes"},
+TLS: Final = {"metrics": {"tlsSecret": "metrics", "port": 9999}, "ptrace": True, "socketGroup": 3_000_000,
+              "nodeSelector": {"gpu": "yes"},
               "tolerations": [{"operator": "Exists"}], "imagePullSecrets": [{"name": "mine"}]}  # fmt: skip
 VERSIONS: Final = ("1.29", "1.33", "1.36")
 
@@ -59,6 +60,13 @@ def test_it_asks_for_the_hosts_network_and_two_capabilities() -> None:
     assert (security["privileged"], security["allowPrivilegeEscalation"]) == (False, False)
     assert security["capabilities"] == {"drop": ["ALL"], "add": ["BPF", "NET_ADMIN"]}
     assert container["image"] == f"mfsd:{mfsd.__version__}"
+
+
+@pytest.mark.parametrize(("values", "group"), [({}, 0), (TLS, 3_000_000)], ids=["default", "tls"])
+def test_the_socket_is_for_the_group_of_the_workers(values: dict[str, Any], group: int) -> None:
+    """It is made with the daemon's own, which without CAP_CHOWN may give it to no other one."""
+    (container,) = objects(render(values))["DaemonSet"]["spec"]["template"]["spec"]["containers"]
+    assert container["securityContext"]["runAsGroup"] == group
 
 
 def test_mfsd_takes_the_configuration(tmp_path: Path) -> None:
