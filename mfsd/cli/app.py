@@ -27,7 +27,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "connections": ("show", "Connections that mfsd knows, most urgent first."),
     "transfers": ("show", "Transfers that are not finished, most urgent first."),
     "watch": ("show", "Status again and again."),
-    "top": ("top", "Levels, the busiest connections and deadlines at risk, live."),
+    "top": ("top", "Bands, the busiest connections and deadlines at risk, live."),
     "rules": ("rules", "Rules of the configuration, and what they say of a connection."),
     "explain": ("show", "Why a connection or transfer is at its level."),
     "trace": ("stats", "Where the time of a request went."),

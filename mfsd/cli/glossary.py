@@ -34,8 +34,8 @@ COUNTERS: Final = {
     "hints_rejected": "hints that were refused; the client was told why",
     "transfers_completed": "transfers whose bytes were all sent, or that were reported complete",
     "transfers_expired": "transfers forgotten without completion",
-    "promotions": "times a connection was lifted to a more urgent level",
-    "rescues": "promotions whose packets sat in a starved queue and were purged, to be sent anew at once",
+    "promotions": "times a connection was lifted to a more urgent band",
+    "rescues": "promotions whose packets sat in a starved queue and were let out, or purged and sent anew",
     "deadlines_met": "requests that were complete before their deadline",
     "deadlines_missed": "requests that were not",
     "demotions": "times a user's urgent traffic was demoted because it went beyond its budget",
@@ -55,7 +55,7 @@ DEVICE: Final = {
 BAND: Final = {
     "index": "place in the strict order, 0 is served first",
     "name": "control: pure ACKs and other tiny packets; level n: hinted traffic, 0 most urgent; default: everything "
-    "without a hint; scavenger: requests that are given up",
+    "without a hint; background: what nobody waits for; scavenger: requests that are given up",
     "classid": "its class (of lane 0) in tc's notation",
     "lanes": "leaf queues; connections are spread over them so that a rescue purges nobody else's packets",
     "guaranteed_bytes_per_s": "rate that the policy has the band guaranteed now; 0: nothing, so it has its floor, "

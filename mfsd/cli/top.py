@@ -92,7 +92,7 @@ def look(daemon: control_pb2_grpc.ControlStub) -> Look:
 @command("top")
 @click.option("--interval", type=Interval(0.2), default="1s", show_default=True, help="Between looks, 200ms to 24h.")
 def top(g: Globals, interval: float) -> None:
-    """Levels, the busiest connections and deadlines at risk, live.
+    """Bands, the busiest connections and deadlines at risk, live.
 
     Keys sort, filter and explain; h lists them. For programs: `mfsctl watch --json`.
     """
