@@ -24,6 +24,8 @@ from mfsd.datapath.errors import LoaderError
 from mfsd.lab.hosts.tcp import algorithm_of, queued
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from support.namespaces import NetnsPair
 
 
@@ -119,9 +121,7 @@ def test_nothing_is_left_when_it_is_closed_in_mid_flight(bench: Bench, default: 
     live(bench.classifier)
     with Yielding(bench.classifier) as next_one:
         assert next_one.name == name
-        bench.yielding = next_one
-        next_one.settings["class_of"][0, FIRST] = _abi.YIELD_FIRST
-        next_one.settings["rate"], next_one.settings["target_us"] = RATE, 3000
+        bench.obey(next_one)
         bench.pair.call(bench.pair.a, next_one.adopt)
         bench.becomes(sock, name)  # also what the one before has given back
         bench.classifier.host["heartbeat_ns"], bench.classifier.host["timeout_ns"] = 1, 1
@@ -145,56 +145,52 @@ def test_two_daemons_do_not_meddle(bench: Bench, default: str) -> None:
             one.becomes(sock, default)
 
 
+@contextlib.contextmanager
+def deaf(pair: NetnsPair) -> Iterator[Bench]:
+    """A bench whose algorithm has gone: nobody is told of the next connections."""
+    with LibbpfLoader().open_classifier(64) as classifier, Yielding(classifier) as early:
+        bench = Bench(classifier, early, pair)
+        early.close()
+        with contextlib.closing(bench):
+            yield bench
+
+
 @needs_it
 @pytest.mark.bpf
 def test_connections_that_are_older_are_looked_for(netns_pair: NetnsPair) -> None:
-    with contextlib.ExitStack() as stack:
-        classifier = stack.enter_context(LibbpfLoader().open_classifier(64))
-        early = stack.enter_context(Yielding(classifier))
-        bench = Bench(classifier, early, netns_pair)
-        stack.callback(bench.close)
-        early.close()  # nobody is told of the next connection
+    with deaf(netns_pair) as bench:
         sock = bench.connect()
         default = algorithm_of(sock)
-        late = stack.enter_context(Yielding(classifier))
-        bench.yielding = late
-        late.settings["class_of"][0, FIRST], late.settings["rate"] = _abi.YIELD_FIRST, RATE
-        late.settings["target_us"] = 3000
-        bench.hint(sock, FIRST)
-        bench.stays(sock, default)
-        switched, _ = netns_pair.call(netns_pair.a, late.adopt)
-        assert switched == 1
-        assert algorithm_of(sock) == late.name
-        bench.forget(sock)
-        bench.becomes(sock, default)
+        with Yielding(bench.classifier) as late:
+            bench.obey(late)
+            bench.hint(sock, FIRST)
+            bench.stays(sock, default)
+            switched, _ = netns_pair.call(netns_pair.a, late.adopt)
+            assert switched == 1
+            assert algorithm_of(sock) == late.name
+            bench.forget(sock)
+            bench.becomes(sock, default)
 
 
 @needs_it
 @pytest.mark.bpf
 def test_a_worker_hands_over_a_connection_that_nobody_tells_of(netns_pair: NetnsPair) -> None:
     """Without any privileges; of another namespace the daemon can't look for it."""
-    with contextlib.ExitStack() as stack:
-        classifier = stack.enter_context(LibbpfLoader().open_classifier(64))
-        early = stack.enter_context(Yielding(classifier))
-        bench = Bench(classifier, early, netns_pair)
-        stack.callback(bench.close)
-        early.close()
+    with deaf(netns_pair) as bench:
         sock, choice = bench.connect(algorithm="cubic"), bench.connect(algorithm="reno")
         assert not call_with(frozenset(), lambda: give_way(sock)), "nobody yields here"
-        late = stack.enter_context(Yielding(classifier))
-        bench.yielding = late
-        late.settings["class_of"][0, FIRST], late.settings["rate"] = _abi.YIELD_FIRST, RATE
-        late.settings["target_us"] = 3000
-        bench.hint(sock, FIRST)
-        bench.stays(sock, "cubic")
-        for _ in range(2):
-            assert call_with(frozenset(), lambda: give_way(Fd(sock.fileno())))
-        assert algorithm_of(sock) == late.name
-        bench.stays(sock, late.name)
-        assert not call_with(frozenset(), lambda: give_way(choice))
-        assert algorithm_of(choice) == "reno"
-        bench.forget(sock)
-        bench.becomes(sock, "cubic")
+        with Yielding(bench.classifier) as late:
+            bench.obey(late)
+            bench.hint(sock, FIRST)
+            bench.stays(sock, "cubic")
+            for _ in range(2):
+                assert call_with(frozenset(), lambda: give_way(Fd(sock.fileno())))
+            assert algorithm_of(sock) == late.name
+            bench.stays(sock, late.name)
+            assert not call_with(frozenset(), lambda: give_way(choice))
+            assert algorithm_of(choice) == "reno"
+            bench.forget(sock)
+            bench.becomes(sock, "cubic")
 
 
 @needs_it

@@ -22,6 +22,7 @@ from mfsd.datapath.qdisc.tree import Group, Node
 from mfsd.datapath.undo.restore import NOTE_STAYS, restore_all
 
 if TYPE_CHECKING:
+    from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
     from mfsd.datapath.qdisc.tree import Tree
 
 pytestmark = pytest.mark.netns
@@ -149,15 +150,20 @@ def test_the_commands_of_a_plan_make_the_same_tree(bench: Bench) -> None:
         assert e.restore() == []
 
 
-def test_a_successor_adopts_the_tree(bench: Bench) -> None:
-    bench.tc("qdisc add dev DEV root handle 5: pfifo limit 77")
-    before = bench.shown()
+def with_backlog(bench: Bench) -> tuple[DeviceEnforcer, tuple[int, int]]:
+    """A tree that is slow, and what waits in its third band (bytes, packets)."""
     first = bench.enforcer("100kbit")
     first.apply()
     bench.receiver()
     bench.send(first.band_maps()[1][0], 300)
     bench.send(first.band_maps()[2][0], 5)
-    held = first.backlog(2, 0)
+    return first, first.backlog(2, 0)
+
+
+def test_a_successor_adopts_the_tree(bench: Bench) -> None:
+    bench.tc("qdisc add dev DEV root handle 5: pfifo limit 77")
+    before = bench.shown()
+    first, held = with_backlog(bench)
     assert held[1] >= 4
     first.purge([(4, 1)])
     first.close()
@@ -175,12 +181,7 @@ def test_a_successor_adopts_the_tree(bench: Bench) -> None:
 
 
 def test_a_new_rate_is_written_into_the_living_tree(bench: Bench) -> None:
-    first = bench.enforcer("100kbit")
-    first.apply()
-    bench.receiver()
-    bench.send(first.band_maps()[1][0], 300)
-    bench.send(first.band_maps()[2][0], 5)
-    held = first.backlog(2, 0)
+    _, held = with_backlog(bench)
     second = bench.enforcer("200kbit")
     assert any("replace" in step.command for step in second.plan().steps)
     second.apply()
@@ -191,12 +192,7 @@ def test_a_new_rate_is_written_into_the_living_tree(bench: Bench) -> None:
 
 def test_a_largest_packet_that_changed_meanwhile_is_written_into_the_living_tree(bench: Bench) -> None:
     before = bench.shown()
-    first = bench.enforcer("100kbit")
-    first.apply()
-    bench.receiver()
-    bench.send(first.band_maps()[1][0], 300)
-    bench.send(first.band_maps()[2][0], 5)
-    held = first.backlog(2, 0)
+    first, held = with_backlog(bench)
     first.close()
     bench.pair.run(bench.pair.a, f"ip link set {bench.dev} gso_max_size 32768")
     second = bench.enforcer("100kbit")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -40,9 +40,19 @@ def mark(h: Host, sock: FakeSocket, session: Session | None = None, stage: Stage
     h.engine.apply(session or h.session, MarkHint(CookieSelector(sock.cookie), stage), h.now)
 
 
-def saturated(h: Host) -> None:
+def saturated(**more: Any) -> Host:
+    h = Host(**more)
     for device in h.devices:
         device.estimator.band_load[1] = 1.0
+    return h
+
+
+def two(h: Host) -> tuple[FakeSocket, FakeSocket]:
+    """Connections of A and of B, marked."""
+    both = h.socket(1, uid=A), h.socket(2, uid=B)
+    for sock in both:
+        mark(h, sock)
+    return both
 
 
 def run(h: Host, seconds: float, shares: dict[FakeSocket, float]) -> list[dict[FakeSocket, str]]:
@@ -61,8 +71,7 @@ def time_above(seen: list[dict[FakeSocket, str]], sock: FakeSocket) -> float:
 
 
 def test_a_single_tenant_has_the_whole_link() -> None:
-    h = Host()
-    saturated(h)
+    h = saturated()
     one, other = h.socket(1, uid=A), h.socket(2, uid=A)
     mark(h, one)
     mark(h, other)
@@ -73,11 +82,8 @@ def test_a_single_tenant_has_the_whole_link() -> None:
 
 
 def test_beside_another_each_has_its_even_part() -> None:
-    h = Host()
-    saturated(h)
-    greedy, modest = h.socket(1, uid=A), h.socket(2, uid=B)
-    mark(h, greedy)
-    mark(h, modest)
+    h = saturated()
+    greedy, modest = two(h)
     seen = run(h, 10.0, {greedy: 0.9, modest: 0.1})
     assert time_above(seen, modest) == 1.0
     assert 0.45 <= time_above(seen, greedy) * 0.9 <= 0.55
@@ -91,8 +97,7 @@ def test_beside_another_each_has_its_even_part() -> None:
 
 
 def test_who_is_demoted_is_told_once_and_when_it_is_over() -> None:
-    h = Host()
-    saturated(h)
+    h = saturated()
     greedy, modest = h.socket(1, uid=A), h.socket(2, uid=B)
     other = h.engine.session("other", h.now)
     mark(h, greedy)
@@ -107,9 +112,7 @@ def test_who_is_demoted_is_told_once_and_when_it_is_over() -> None:
 
 def test_a_link_with_room_limits_nobody() -> None:
     h = Host()
-    greedy, modest = h.socket(1, uid=A), h.socket(2, uid=B)
-    mark(h, greedy)
-    mark(h, modest)
+    greedy, modest = two(h)
     assert time_above(run(h, 5.0, {greedy: 0.7, modest: 0.1}), greedy) == 1.0
 
 
@@ -121,17 +124,13 @@ def test_a_fixed_share_holds_always() -> None:
 
 
 def test_without_even_parts_nobody_is_limited() -> None:
-    h = Host(tenants=TenantsConfig(even=False))
-    saturated(h)
-    greedy, modest = h.socket(1, uid=A), h.socket(2, uid=B)
-    mark(h, greedy)
-    mark(h, modest)
+    h = saturated(tenants=TenantsConfig(even=False))
+    greedy, modest = two(h)
     assert time_above(run(h, 5.0, {greedy: 0.9, modest: 0.1}), greedy) == 1.0
 
 
 def test_what_stands_below_unhinted_traffic_is_free() -> None:
-    h = Host()
-    saturated(h)
+    h = saturated()
     bulk, modest = h.socket(1, uid=A), h.socket(2, uid=B)
     mark(h, bulk, stage=Stage.BACKGROUND)
     mark(h, modest)
@@ -140,8 +139,7 @@ def test_what_stands_below_unhinted_traffic_is_free() -> None:
 
 
 def test_the_owner_of_the_socket_pays_whoever_hints() -> None:
-    h = Host()
-    saturated(h)
+    h = saturated()
     router = h.engine.session("router", h.now, pid=1, uid=5)
     greedy, modest = h.socket(1, uid=A), h.socket(2, uid=B)
     mark(h, greedy, router)
@@ -163,8 +161,7 @@ def test_a_socket_that_is_found_later_is_its_owners() -> None:
 
 def test_short_lives_are_no_way_out() -> None:
     """Connections that come and go between two counts are paid for, too."""
-    h = Host(slots=4096)
-    saturated(h)
+    h = saturated(slots=4096)
     modest = h.socket(100_000, uid=B)
     mark(h, modest)
     sent = 0.0
@@ -183,19 +180,15 @@ def test_short_lives_are_no_way_out() -> None:
 
 
 def test_nothing_is_demoted_while_packets_are_not_steered() -> None:
-    h = Host()
+    h = saturated()
     h.engine.set_mode(Mode.OBSERVE)
-    saturated(h)
-    greedy, modest = h.socket(1, uid=A), h.socket(2, uid=B)
-    mark(h, greedy)
-    mark(h, modest)
+    greedy, modest = two(h)
     run(h, 3.0, {greedy: 0.9, modest: 0.1})
     assert h.engine.books.counters.demotions == 0
 
 
 def test_on_one_device_beyond_the_budget_on_the_other_not() -> None:
-    h = Host(devices=2)
-    saturated(h)
+    h = saturated(devices=2)
     greedy, modest = h.socket(1, uid=A), h.socket(2, uid=B)
     elsewhere, there = h.socket(3, uid=A, dst="10.0.1.2"), h.socket(4, uid=B, dst="10.0.1.2")
     for sock in (greedy, modest, elsewhere, there):

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from support.vllm import Connector, Request, transfers
 from support.waiting import WAIT_S
 
 from mfsd.integrations.vllm import MfsdConnector
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Callable, Iterator
+
     from support.daemons import Running
+
+    from mfsd.integrations.vllm.hold import Hold
 
 
 @dataclass
@@ -77,7 +82,25 @@ class _Pull(Connector):
 
 
 class Pull(Pulls, _Pull):
-    pass
+    @property
+    def held(self) -> Hold:
+        """Reads that wait, and those that are on their way."""
+        hold = self._mfsd().hold
+        assert hold is not None
+        return hold
+
+
+@pytest.fixture
+def make(running: Running) -> Iterator[Callable[..., Pull]]:
+    """Makes connectors that hold reads back; keyword arguments are of their configuration."""
+    with contextlib.ExitStack() as stack:
+
+        def made(policy: str = "recompute", **extra: object) -> Pull:
+            pull = Pull({"mfsd_target": running.target, "mfsd_hold": True} | extra, policy)
+            stack.callback(pull.shutdown)
+            return pull
+
+        yield made
 
 
 def results(pull: Pull) -> tuple[set[str], set[str], set[int]]:
@@ -85,92 +108,73 @@ def results(pull: Pull) -> tuple[set[str], set[str], set[int]]:
     return out.finished_recving, out.failed_recving, pull.get_block_ids_with_load_errors()
 
 
-def test_loose_reads_wait_for_tight_ones_and_start_when_those_are_over(running: Running) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True})
-    try:
-        pull.expect("loose", 60.0, 10)
-        assert pull.step() == ["loose"]
-        pull.expect("tight", 1.0, 20)
-        pull.expect("looser", 90.0, 30)
-        pull.expect("later", 5.0, 40)
-        assert pull.step() == ["tight"]  # never held back by what is due later, though that is on its way
-        pull._mfsd().client.flush(WAIT_S)
-        assert {t.id for t in transfers(running)} == {"loose/kv", "tight/kv"}
-        assert pull.step() == []
-        pull.update_connector_output(SimpleNamespace(finished_recving={"tight"}))
-        assert pull.step() == ["later"]
-        pull.update_connector_output(SimpleNamespace(finished_recving={"later"}))
-        assert pull.step() == []
-        pull.update_connector_output(SimpleNamespace(failed_recving={"loose"}))
-        assert pull.step() == ["looser"]
-        assert results(pull) == (set(), set(), set())
-    finally:
-        pull.shutdown()
+def test_loose_reads_wait_for_tight_ones_and_start_when_those_are_over(
+    running: Running, make: Callable[..., Pull]
+) -> None:
+    pull = make()
+    pull.expect("loose", 60.0, 10)
+    assert pull.step() == ["loose"]
+    pull.expect("tight", 1.0, 20)
+    pull.expect("looser", 90.0, 30)
+    pull.expect("later", 5.0, 40)
+    assert pull.step() == ["tight"]  # never held back by what is due later, though that is on its way
+    pull._mfsd().client.flush(WAIT_S)
+    assert {t.id for t in transfers(running)} == {"loose/kv", "tight/kv"}
+    assert pull.step() == []
+    pull.update_connector_output(SimpleNamespace(finished_recving={"tight"}))
+    assert pull.step() == ["later"]
+    pull.update_connector_output(SimpleNamespace(finished_recving={"later"}))
+    assert pull.step() == []
+    pull.update_connector_output(SimpleNamespace(failed_recving={"loose"}))
+    assert pull.step() == ["looser"]
+    assert results(pull) == (set(), set(), set())
 
 
-def test_a_read_that_waits_is_started_when_it_can_wait_no_longer(running: Running) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True})
-    try:
-        pull.expect("tight", 1.0, 10)
-        pull.expect("loose", 60.0, 20)
-        assert pull.step() == ["tight"]
-        hold = pull._mfsd().hold
-        assert hold is not None
-        hold.waiting["loose"].alone_s = 31.0
-        assert pull.step() == ["loose"]
-        pull.expect("looser", 90.0, 30)
-        assert pull.step() == []
-        hold.waiting["looser"].since -= 10.0
-        assert pull.step() == ["looser"]
-    finally:
-        pull.shutdown()
+def test_a_read_that_waits_is_started_when_it_can_wait_no_longer(make: Callable[..., Pull]) -> None:
+    pull = make()
+    pull.expect("tight", 1.0, 10)
+    pull.expect("loose", 60.0, 20)
+    assert pull.step() == ["tight"]
+    pull.held.waiting["loose"].alone_s = 31.0
+    assert pull.step() == ["loose"]
+    pull.expect("looser", 90.0, 30)
+    assert pull.step() == []
+    pull.held.waiting["looser"].since -= 10.0
+    assert pull.step() == ["looser"]
 
 
-def test_what_is_aborted_while_it_waits_or_can_t_be_in_time_is_reported_as_failed(running: Running) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True, "mfsd_recompute": True})
-    try:
-        pull.expect("tight", 1.0, 10)
-        aborted = pull.expect("aborted", 60.0, 20)
-        pull.expect("hopeless", 70.0, 30)
-        assert pull.step() == ["tight"]
-        pull.request_finished(aborted, [])
-        hold = pull._mfsd().hold
-        assert hold is not None
-        hold.waiting["hopeless"].alone_s = 71.0
-        assert pull.step() == []
-        told = pull._connector_metadata.reqs_to_recv
-        assert {n: (e.local_block_ids, e.awaiting_kvs) for n, e in told.items()} == dict.fromkeys(
-            ("aborted", "hopeless"), (([],), False)
-        )  # the prefill host hears that it may free their blocks
-        assert results(pull) == ({"aborted", "hopeless"}, {"aborted", "hopeless"}, {20, 21, 30, 31})
-        assert results(pull) == (set(), set(), set())
-        assert not hold.waiting
-    finally:
-        pull.shutdown()
+def test_what_is_aborted_while_it_waits_or_can_t_be_in_time_is_reported_as_failed(make: Callable[..., Pull]) -> None:
+    pull = make(mfsd_recompute=True)
+    pull.expect("tight", 1.0, 10)
+    aborted = pull.expect("aborted", 60.0, 20)
+    pull.expect("hopeless", 70.0, 30)
+    assert pull.step() == ["tight"]
+    pull.request_finished(aborted, [])
+    pull.held.waiting["hopeless"].alone_s = 71.0
+    assert pull.step() == []
+    told = pull._connector_metadata.reqs_to_recv
+    assert {n: (e.local_block_ids, e.awaiting_kvs) for n, e in told.items()} == dict.fromkeys(
+        ("aborted", "hopeless"), (([],), False)
+    )  # the prefill host hears that it may free their blocks
+    assert results(pull) == ({"aborted", "hopeless"}, {"aborted", "hopeless"}, {20, 21, 30, 31})
+    assert results(pull) == (set(), set(), set())
+    assert not pull.held.waiting
 
 
-def test_nothing_is_given_up_where_vllm_would_fail_the_request(running: Running) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True, "mfsd_recompute": True}, "fail")
-    try:
-        pull.expect("tight", 1.0, 10)
-        pull.expect("hopeless", 70.0, 30)
-        hold = pull._mfsd().hold
-        assert hold is not None
-        hold.expected["hopeless"].alone_s = 71.0
-        assert pull.step() == ["tight", "hopeless"]
-    finally:
-        pull.shutdown()
+def test_nothing_is_given_up_where_vllm_would_fail_the_request(make: Callable[..., Pull]) -> None:
+    pull = make("fail", mfsd_recompute=True)
+    pull.expect("tight", 1.0, 10)
+    pull.expect("hopeless", 70.0, 30)
+    pull.held.expected["hopeless"].alone_s = 71.0
+    assert pull.step() == ["tight", "hopeless"]
 
 
-def test_reads_start_whatever_fails_in_holding_them(running: Running, caplog: pytest.LogCaptureFixture) -> None:
-    pull = Pull({"mfsd_target": running.target, "mfsd_hold": True})
-    try:
-        pull.expect("tight", 1.0, 10)
-        pull.expect("loose", 60.0, 20)
-        hold = pull._mfsd().hold
-        assert hold is not None
-        hold.expected["tight"].deadline = "soon"  # type: ignore[assignment]  # nobody can sort that
-        assert sorted(pull.step()) == ["loose", "tight"]
-        assert "holding reads back" in caplog.text
-    finally:
-        pull.shutdown()
+def test_reads_start_whatever_fails_in_holding_them(
+    make: Callable[..., Pull], caplog: pytest.LogCaptureFixture
+) -> None:
+    pull = make()
+    pull.expect("tight", 1.0, 10)
+    pull.expect("loose", 60.0, 20)
+    pull.held.expected["tight"].deadline = "soon"  # type: ignore[assignment]  # nobody can sort that
+    assert sorted(pull.step()) == ["loose", "tight"]
+    assert "holding reads back" in caplog.text

@@ -44,14 +44,18 @@ class Bench:
     """A classifier's tables, the algorithm, and connections from one namespace to the other."""
 
     def __init__(self, classifier: Classifier, loaded: Yielding, pair: NetnsPair) -> None:
-        self.classifier, self.yielding, self.pair = classifier, loaded, pair
+        self.classifier, self.pair = classifier, pair
         self._stack = contextlib.ExitStack()
         self._rows = iter(range(classifier.rows))
         self._row: dict[socket.socket, int] = {}
         live(classifier)
-        settings = loaded.settings
-        settings["rate"], settings["target_us"] = RATE, 3000
-        settings["class_of"][0, [FIRST, SECOND]] = _abi.YIELD_FIRST, _abi.YIELD_SECOND
+        self.obey(loaded)
+
+    def obey(self, loaded: Yielding) -> None:
+        """From now on the algorithm is this one."""
+        self.yielding = loaded
+        loaded.settings["rate"], loaded.settings["target_us"] = RATE, 3000
+        loaded.settings["class_of"][0, [FIRST, SECOND]] = _abi.YIELD_FIRST, _abi.YIELD_SECOND
 
     def connect(self, family: int = socket.AF_INET, algorithm: str = "", *, back: bool = False) -> socket.socket:
         """A connection whose other end reads everything; from the second namespace to the first if ``back``."""
