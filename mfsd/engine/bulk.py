@@ -21,9 +21,7 @@ from mfsd.ground.model import INF, HintError, Selector, Stage, TransferHint
 if TYPE_CHECKING:
     from mfsd.engine.ledger import Ledger
     from mfsd.engine.records import Batch, Request, Session, Stream
-
-I4 = npt.NDArray[np.int32]
-F8 = npt.NDArray[np.float64]
+    from mfsd.policy.views import F8, I4
 
 _STAGES: Final = list(Stage)
 _SHARED: Final = ("ids", "owners", "selectors")

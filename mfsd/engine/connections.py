@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mfsd.engine.sockets import End, Sockets
     from mfsd.ground.bands import Bands
     from mfsd.ground.model import Address
+    from mfsd.policy.views import F8
 
-F8 = npt.NDArray[np.float64]
 MarkKind = tuple[Stage, float, bool]
 """(stage, due_in, gives_way) of a mark."""
 

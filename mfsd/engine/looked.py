@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.records import Connection, Position, Stream, Transfer
+    from mfsd.policy.views import B1, F8
 
 STALLED_S: Final = 1.0
 """A stream that has sent nothing for so long, shortly before the end of a transfer, is asked whether that was all: then
 its size was announced too large. Workers that pause within a transfer, to compute a layer, are quicker."""
 
-F8 = npt.NDArray[np.float64]
-B1 = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
 

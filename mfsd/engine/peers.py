@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from mfsd.engine.sockets import Progress
     from mfsd.ground.model import Address
-
-F8 = npt.NDArray[np.float64]
+    from mfsd.policy.views import F8
 
 SEEN_S: Final = 30.0
 """What was seen counts for at least so long, and for AGE_S more at most."""

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
     from mfsd.engine.records import Connection
     from mfsd.engine.sockets import Progress, Sockets
-
-F8 = npt.NDArray[np.float64]
+    from mfsd.policy.views import F8
 
 
 class UnknownError(Exception):

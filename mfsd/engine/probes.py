@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from mfsd.engine.connections import Connections
     from mfsd.engine.records import Connection
     from mfsd.engine.sockets import Progress
-
-F8 = npt.NDArray[np.float64]
+    from mfsd.policy.views import F8
 
 LEAST_S: Final = 0.010
 MOST_S: Final = 0.25

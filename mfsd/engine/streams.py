@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from mfsd.engine.records import Connection, Session, Watch
     from mfsd.ground.model import Selector
+    from mfsd.policy.views import F8
 
-F8 = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 

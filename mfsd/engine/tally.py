@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from mfsd.engine.columns import Deferred
     from mfsd.engine.records import Request, Transfer
-
-F8 = npt.NDArray[np.float64]
+    from mfsd.policy.views import F8
 
 SECONDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets of what takes time."""

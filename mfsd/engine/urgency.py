@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mfsd.engine.records import Connection, Mark, Session, Stream
     from mfsd.engine.settings import TenantsConfig
     from mfsd.ground.bands import Bands
+    from mfsd.policy.views import F8
 
 METER_S: Final = 0.02
 """How often is counted."""
@@ -47,8 +48,6 @@ NOBODY_YET: Final = -2
 """No user: whose a column is before it is anybody's."""
 DT_MAX: Final = 1.0
 """Nothing is earned for longer pauses between two counts."""
-
-F8 = npt.NDArray[np.float64]
 
 
 class Use(NamedTuple):
