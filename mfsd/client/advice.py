@@ -67,7 +67,7 @@ class Advisor:
 
     def __init__(self, target: str) -> None:
         self._target = target
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # may be taken again, by a signal's handler
         self._complaints = Complaints()
         self._wanted: dict[tuple[str, str], float] = {}
         self._known: dict[tuple[str, str], tuple[float, Advice]] = {}

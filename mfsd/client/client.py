@@ -8,6 +8,7 @@ fails; the thread keeps trying, and tells a daemon that appears what is alive th
 from __future__ import annotations
 
 import atexit
+import logging
 import math
 import os
 import secrets
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Final
 from mfsd.client.advice import Advice, Advisor
 from mfsd.client.encode import fault
 from mfsd.client.events import Events
-from mfsd.client.link import Link, Rejected, Stats
+from mfsd.client.link import Link
+from mfsd.client.outcome import Rejected, Stats
 from mfsd.client.selectors import Connection, Named, name
 from mfsd.ground.model import (
     INF,
@@ -48,6 +50,8 @@ TARGET_VARIABLE: Final = "MFSD_TARGET"
 """Environment variable that replaces the default target; empty: send no hints at all."""
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+log = logging.getLogger("mfsd.client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class Client:
     def __init__(
         self,
         session: str | None = None,
-        target: str | None = None,
+        target: str | os.PathLike[str] | None = None,
         *,
         queue: int = 65_536,
         batch: int = 256,
@@ -94,12 +98,15 @@ class Client:
     ) -> None:
         if target is None:
             target = os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
+        target = os.fspath(target)
         if target.startswith("/"):
             target = f"unix:{target}"
         if session is not None and (not isinstance(session, str) or session.startswith(("unix:", "/"))):
             raise ValueError(f"session = {session!r}: must be a name; where the daemon listens is target=...")
         self.session = session or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(6)}"
         self._link: Link | None = None
+        self._inherited = False
+        """It was another process's, of which this one is a fork, and nobody has used it here yet."""
         self._events = Events(on_event)
         self._advisor: Advisor | None = None
         if target:
@@ -196,8 +203,8 @@ class Client:
                 self._refuse(hint, why)
             else:
                 hints.append(hint)
-        if self._link is not None and hints:
-            self._link.put(*hints)
+        if hints:
+            self._put(*hints)
 
     def done(self, *, transfer: str = "", request: str = "", batch: str = "") -> None:
         """Say that all bytes of a transfer, or of all that a request or batch owns, have been handed to the socket."""
@@ -234,8 +241,15 @@ class Client:
     def _say(self, hint: Hint, why_not: str = "") -> None:
         if why := why_not or fault(hint):
             self._refuse(hint, why)
-        elif self._link is not None:
-            self._link.put(hint)
+        else:
+            self._put(hint)
+
+    def _put(self, *hints: Hint) -> None:
+        if self._link is not None:
+            self._link.put(*hints)
+        elif self._inherited:
+            self._inherited = False
+            log.warning("no hints are sent by process %d: its client is that of its parent; make one here", os.getpid())
 
     # --- the way back -------------------------------------------------------------------------------------------------
 
@@ -285,7 +299,10 @@ class Client:
 
     def _forked(self) -> None:
         link, self._link, self._advisor = self._link, None, None
+        self._events = Events(None)  # somebody may have held the old one's lock
+        self._events.close()
         if link is not None:
+            self._inherited = True
             link.forked()
 
 

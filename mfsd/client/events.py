@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
+    from typing import Self
 
     from mfsd.ground.model import Event
 
@@ -23,8 +25,8 @@ class Events:
 
     def __init__(self, callback: Callable[[Event], None] | None) -> None:
         self._callback = callback
-        self._lock = threading.Lock()
-        self._listeners: set[_Listener] = set()
+        self._lock = threading.RLock()  # may be taken again, by a signal's handler
+        self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
         self._over = False
 
     def tell(self, event: Event) -> None:
@@ -36,22 +38,13 @@ class Events:
         if self._callback is not None:
             self._callback(event)
 
-    async def listen(self) -> AsyncIterator[Event]:
+    def listen(self) -> Listener:
         """Events from now on, until ``close``."""
-        listener = _Listener()
+        listener = Listener()
         with self._lock:
-            if self._over:
-                return
+            listener.over = self._over
             self._listeners.add(listener)
-        try:
-            while not (listener.over and not listener.waiting):
-                await listener.happened.wait()
-                listener.happened.clear()
-                while listener.waiting:
-                    yield listener.waiting.popleft()
-        finally:
-            with self._lock:
-                self._listeners.discard(listener)
+        return listener
 
     def close(self) -> None:
         """End all listening. Idempotent."""
@@ -59,25 +52,49 @@ class Events:
             self._over = True
             listeners = list(self._listeners)
         for listener in listeners:
-            listener.over = True
-            listener.wake()
+            listener.end()
 
 
-class _Listener:
-    """One who waits, in the loop that runs where it is made."""
+class Listener:
+    """An iterator of what has happened since it was made, for one task; it stops when the client is closed."""
 
     def __init__(self) -> None:
-        self.waiting: deque[Event] = deque(maxlen=KEPT)
-        self.happened = asyncio.Event()
         self.over = False
-        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[Event] = deque(maxlen=KEPT)
+        self._wanted: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        """Who waits for the next one, if somebody does."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        happened = asyncio.Event()
+        self._wanted = asyncio.get_running_loop(), happened
+        while not self._waiting:
+            if self.over and not self._waiting:  # in this order: nothing is put once it is over
+                raise StopAsyncIteration
+            await happened.wait()
+            happened.clear()
+        return self._waiting.popleft()
+
+    async def aclose(self) -> None:
+        """Stop. Idempotent."""
+        self._waiting.clear()
+        self.end()
 
     def put(self, event: Event) -> None:
         """From any thread."""
-        self.waiting.append(event)
-        self.wake()
+        if not self.over:
+            self._waiting.append(event)
+            self._wake()
 
-    def wake(self) -> None:
-        """From any thread; nothing when the loop is over."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.happened.set)
+    def end(self) -> None:
+        """From any thread: what waits is told still, and nothing else. Idempotent."""
+        self.over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wanted is not None:
+            loop, happened = self._wanted
+            with contextlib.suppress(RuntimeError):  # the loop is over
+                loop.call_soon_threadsafe(happened.set)

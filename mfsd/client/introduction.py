@@ -156,7 +156,13 @@ def _probe(path: str) -> None:
 def _knock(sock: socket.socket, path: str) -> None:
     try:
         sock.connect(path)
-    except PermissionError:
+    except OSError as e:
+        if e.errno is None:  # Python's own word
+            raise NotWelcomeError(
+                errno.ENAMETOOLONG, f"{path}: too long for a socket's path; 107 bytes at most"
+            ) from None
+        if e.errno not in (errno.EACCES, errno.EPERM):
+            raise
         raise NotWelcomeError(errno.EACCES, f"this process may not use {path}{who_may(path)}") from None
 
 

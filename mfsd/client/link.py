@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -22,6 +23,7 @@ from mfsd.client.complaints import Complaints
 from mfsd.client.encode import Batch, encode_batch, split, writable
 from mfsd.client.introduction import Introduction, NotWelcomeError
 from mfsd.client.ledger import Ledger
+from mfsd.client.outcome import Rejected, Stats, call_back
 from mfsd.client.way import Way, pause
 from mfsd.ground.model import Event, EventKind, Hint
 from mfsd.ground.wire import TOKEN
@@ -38,33 +40,12 @@ GATHER: Final = 64
 """Without a daemon so many hints are entered at once: waking a thread for each would cost more than they do."""
 TRIPS: Final = 32
 """Round trips of which the shortest counts."""
+SLICE: Final = 32
+"""Hints that are gone through without letting callers in: what they need takes a fifth of a millisecond at most."""
+BREATH_S: Final = 50e-6
+"""Between two slices: long enough for who waits to wake up."""
 
 log = logging.getLogger("mfsd.client")
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A hint that the daemon did not take, and why (field, problem, fix)."""
-
-    hint: Hint
-    message: str
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts since the client was made."""
-
-    connected: bool = False
-    queued: int = 0
-    """Waiting now."""
-    sent: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    dropped: int = 0
-    """Gave way to newer ones because the queue (or the list of what is alive) was full."""
-    announced_again: int = 0
-    """Said to a daemon that had lost them."""
-    connects: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +90,7 @@ class Link:
         self._queue_max = queue
         self._gather = min(GATHER, (queue + 1) // 2)
         self._stats = Stats()
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()  # may be taken again: by a signal's handler, or what a collector deletes
         self._closing = False
         self._ledger = Ledger(queue)
         self._epoch = 0
@@ -145,7 +126,7 @@ class Link:
         with self._changed:
             self._stats.rejected += 1
         self._complaints.once(why.partition(":")[0], "mfsd can't take a hint: %s", why)
-        _call(self._on_rejected, Rejected(hint, why))
+        call_back(self._on_rejected, Rejected(hint, why))
 
     def stats(self) -> Stats:
         """A copy."""
@@ -246,17 +227,25 @@ class Link:
     def _idle(self, seconds: float) -> None:
         """Wait before the next attempt; what is said meanwhile goes to the ledger."""
         until = time.monotonic() + seconds
-        with self._changed:
-            while not self._closing and (left := until - time.monotonic()) > 0:
-                if len(self._queue) >= self._gather:
-                    self._absorb()
-                self._changed.wait(left)
-            self._absorb()
+        while not self._closing and (left := until - time.monotonic()) > 0:
+            with self._changed:
+                if not self._closing and len(self._queue) < self._gather:
+                    self._changed.wait(left)
+            if len(self._queue) >= self._gather:
+                self._absorb()
+        self._absorb()
 
     def _absorb(self) -> None:
+        """Enter what is queued now. What comes meanwhile stays, and is sent after it."""
+        for _ in range(0, len(self._queue), SLICE):
+            with self._changed:
+                self._absorb_some()
+            time.sleep(BREATH_S)
+
+    def _absorb_some(self) -> None:
         # Only a daemon that knows nothing can be told from the ledger alone; the same one also needs the ends.
         now = time.monotonic()
-        while self._queue:
+        for _ in range(min(len(self._queue), SLICE)):
             hint = self._queue.popleft()
             self._ledger.enter(hint, now)
             if self._epoch:
@@ -286,11 +275,11 @@ class Link:
             self._changed.notify_all()
         for r in rejected:
             self._complaints.seldom("mfsd rejects a hint: %s", r.message)
-            _call(self._on_rejected, r)
+            call_back(self._on_rejected, r, BaseException)
         for e in reply.events:
             kind = EventKind(e.kind) if e.kind in _KINDS else None
             if kind is not None:  # a newer daemon may know kinds that we don't
-                _call(self._on_event, Event(kind, e.request_id, e.transfer_id, e.reason))
+                call_back(self._on_event, Event(kind, e.request_id, e.transfer_id, e.reason), BaseException)
 
     def _broken(self, stream: _Stream, error: grpc.RpcError) -> None:
         # What a call raises is an RpcError and a Call at the same time, which the stubs can't express.
@@ -320,9 +309,7 @@ class Link:
         yield self._message(stream, Batch([], 0))
         with self._changed:
             self._changed.wait_for(lambda: stream.epoch or stream.over)
-            if not stream.over:
-                self._catch_up(stream.epoch)
-                self._changed.notify_all()
+        self._catch_up(stream)
         while True:
             with self._changed:
                 self._changed.wait_for(
@@ -340,14 +327,24 @@ class Link:
                 out = self._message_again(stream, batch, out.seq, now)
             yield out
 
-    def _catch_up(self, epoch: int) -> None:
-        """Find out what this daemon has not heard yet. The lock is held."""
-        if epoch == self._epoch:
+    def _catch_up(self, stream: _Stream) -> None:
+        """Find out what this daemon has not heard yet."""
+        if stream.epoch == self._epoch:
             return  # what it has not answered is in _again
-        self._epoch = epoch
-        self._again = deque(self._ledger.alive(time.monotonic()))
-        if self._stats.connects > 1:
-            self._stats.announced_again += len(self._again)
+        alive = self._ledger.alive(time.monotonic())  # which changes only when the stream is over, and by us
+        found: deque[Hint] = deque()
+        while True:
+            with self._changed:
+                if stream.over:
+                    return
+                before = len(found)
+                found.extend(islice(alive, SLICE))
+                if len(found) == before:
+                    self._epoch, self._again = stream.epoch, found
+                    self._stats.announced_again += len(found) if self._stats.connects > 1 else 0
+                    self._changed.notify_all()
+                    return
+            time.sleep(BREATH_S)
 
     def _take(self, stream: _Stream) -> Batch:
         """The next hints to send, oldest first. The lock is held."""
@@ -388,12 +385,3 @@ class Link:
 
 
 _KINDS: Final = {int(k) for k in EventKind}
-
-
-def _call(callback: Callable[[Any], None] | None, argument: object) -> None:
-    """A faulty callback must not end the thread."""
-    if callback is not None:
-        try:
-            callback(argument)
-        except Exception:
-            log.exception("callback of the mfsd client failed")
