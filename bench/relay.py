@@ -88,11 +88,12 @@ def measure() -> dict[str, list[float]]:
             client, name = (relayed, f"relayed-{i}") if i % 2 else (straight, f"straight-{i}")
             said[name] = time.monotonic()
             client.transfer(name, where, SIZE, stage=Stage.P2D, request="r")
-            time.sleep(PACE_S)
+            time.sleep(PACE_S / 2)  # what is said just before a hint would have the daemon tick when that one comes
             if i >= KEPT:  # what is taken back before it has left would never be heard of
                 old = i - KEPT
                 way, kind = (relayed, "relayed") if old % 2 else (straight, "straight")
                 way.cancel(transfer=f"{kind}-{old}")
+            time.sleep(PACE_S / 2)
         heard.close()
         missing = [name for name in said if name not in heard.at]
         if missing:
