@@ -115,7 +115,7 @@ struct mfsd_event {
 	__u64 acked; /* CLOSED: tcpi_bytes_acked at the end */
 	__u32 kind;  /* enum mfsd_event_kind */
 	__u32 slot;  /* or MFSD_NO_SLOT */
-	__u32 rule;  /* MATCHED: index of the rule; of an end that is remembered: when, ms */
+	__u32 rule;  /* MATCHED: index of the rule; CLOSED, and an end that is remembered: when, ms */
 	__u32 flags; /* enum mfsd_event_flags */
 	struct mfsd_sock sock;
 };

@@ -7,7 +7,9 @@
  * namespace:
  *
  *   mfsd_socket	(sock_create) runs in the process that makes a socket and notes who that is in the socket's own
- *			storage. Accepted sockets inherit the note of the one that listened (BPF_F_CLONE).
+ *			storage. Accepted sockets inherit the note of the one that listened (BPF_F_CLONE). Those that are
+ *			older than the daemon have none, nor those of the kernel's own, as under an MPTCP listener: whose
+ *			they are the daemon finds out.
  *   mfsd_connection	(sock_ops) runs when a connection is made, by either side, and at every change of its state.
  *
  * When a connection is made: it goes into the directory (mfsd_socks), by which a hint's cookie leads to its addresses
@@ -20,11 +22,7 @@
  * all. Then it leaves the directory. Nothing is said of connections that no hint and no rule names, but how they ended is
  * remembered for a while (mfsd_ends): the hint may be on its way.
  *
- * Why not the tracepoint inet_sock_set_state, which would do much of this: programs on it need CAP_PERFMON, see no
- * socket storage, and a BPF link on a cgroup goes with the daemon just as well. sock_ops needs CAP_NET_ADMIN, which we
- * have anyway. Where there is no cgroup v2, the daemon asks inet_diag as it did before.
- *
- * Loaded with the classifier's maps. Needs Linux 6.1 (bpf_get_current_pid_tgid() in sock_create).
+ * docs/architecture.md says why by these hooks. Needs Linux 6.1 (bpf_get_current_pid_tgid() in sock_create).
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
@@ -79,7 +77,7 @@ struct draft {
 	struct in6_addr nobody; /* stays zero: the peer of rules that name none */
 	__u32 index;
 	__u8 band; /* of event.rule */
-	__u8 overflow; /* there are more rules than are looked at */
+	__u8 unsure; /* the daemon must say: there are more rules than are looked at, or nobody knows who made it */
 	__u32 taken;
 };
 #define DRAFTS 8
@@ -169,17 +167,21 @@ static __always_inline __u64 another(__u64 wanted, __u64 id)
  * Arithmetic instead of branches: the verifier goes both ways at each, and into what a mispredicted one would do, for
  * every rule of a list.
  */
-static __always_inline int names(const struct mfsd_rule *r, const struct mfsd_sock *sock)
+static __always_inline int leads(const struct mfsd_rule *r, const struct mfsd_sock *sock)
 {
 	__u64 off = r->used ^ 1;
 
 	off |= outside(MFSD_NET16(sock->key.sport), r->sport_first, r->sport_last);
 	off |= outside(MFSD_NET16(sock->key.dport), r->dport_first, r->dport_last);
 	off |= differs(sock->key.daddr, r->daddr, r->dmask) | differs(sock->key.saddr, r->saddr, r->smask);
-	off |= another(r->pid, sock->owner.pid) | another(r->uid, sock->owner.uid) | another(r->tid, sock->owner.tid);
-	if (off)
+	return !off;
+}
+
+static __always_inline int means(const struct mfsd_rule *r, const struct mfsd_owner *owner)
+{
+	if (another(r->pid, owner->pid) | another(r->uid, owner->uid) | another(r->tid, owner->tid))
 		return 0;
-	return !r->cgroup || r->cgroup == sock->owner.cgroup;
+	return !r->cgroup || r->cgroup == owner->cgroup;
 }
 
 #define WORDS (sizeof(struct mfsd_rules_of) / sizeof(__u16))
@@ -204,7 +206,11 @@ static long consider(__u32 i, struct look *look)
 	MFSD_HIDE(at);
 	d->index = ((const __u16 *)list)[at & (WORDS - 1)];
 	r = MFSD_LOOKUP(mfsd_rules, &d->index);
-	if (r && names(r, &d->event.sock) && (d->event.rule == MFSD_NO_RULE || r->band < d->band)) {
+	if (!r || !leads(r, &d->event.sock))
+		return 0;
+	if (!means(r, &d->event.sock.owner)) {
+		d->unsure |= !d->event.sock.owner.pid;
+	} else if (d->event.rule == MFSD_NO_RULE || r->band < d->band) {
 		d->event.rule = d->index;
 		d->band = r->band;
 	}
@@ -222,7 +228,7 @@ static __always_inline void best_of(const struct mfsd_rules_of *list, struct dra
 	if (!list)
 		return;
 	if (list->n > MFSD_RULES_PER_PEER)
-		d->overflow = 1;
+		d->unsure = 1;
 	bpf_loop(MFSD_RULES_PER_PEER, consider, &look, 0);
 }
 
@@ -252,13 +258,8 @@ static __always_inline __u32 take_slot(struct draft *d, const struct mfsd_rule *
 	slot->lane = r->lanes > 1 ? 1 + (__u16)(d->event.cookie % (r->lanes - 1)) : 0;
 	slot->band = r->band;
 	slot->flags = 0;
-	slot->bytes = 0;
-	slot->packets = 0;
-	slot->last_ns = 0;
-	slot->acked = 0;
-	slot->sent = 0;
-	slot->origin = 0;
-	slot->ifindex = 0;
+	slot->bytes = slot->packets = slot->last_ns = slot->acked = slot->sent = 0;
+	slot->origin = slot->ifindex = 0;
 	slot->expires_ns = r->expires_ns;
 	if (bpf_map_update_elem(&mfsd_cookies, &d->event.cookie, &d->index, BPF_NOEXIST)) {
 		give_back(&d->index);
@@ -309,8 +310,7 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct draft *
 			bpf_map_delete_elem(&mfsd_cookies, &e->cookie); /* it goes on by its tuple */
 		return;
 	}
-	e->rule = MFSD_NO_RULE;
-	d->overflow = 0;
+	d->unsure = 0;
 	list = MFSD_LOOKUP(mfsd_rules_of, (struct in6_addr *)e->sock.key.daddr);
 	best_of(list, d);
 	list = MFSD_LOOKUP(mfsd_rules_of, &d->nobody);
@@ -320,7 +320,7 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct draft *
 		r = MFSD_LOOKUP(mfsd_rules, &e->rule);
 		if (r)
 			e->slot = take_slot(d, r);
-	} else if (!d->overflow) {
+	} else if (!d->unsure) {
 		return;
 	}
 	e->kind = MFSD_EVENT_MATCHED;
@@ -337,19 +337,21 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, struct mfsd_event *
 
 	describe(ctx, &e->sock);
 	e->flags = sock ? sock->flags : 0;
+	if (sock && !e->sock.owner.pid)
+		e->sock.owner = sock->owner; /* as the daemon has found it */
 	e->kind = MFSD_EVENT_CLOSED;
 	e->acked = ctx->bytes_acked;
 	/* Only a peer that has acknowledged our FIN brings a connection to these states; the FIN comes after all data. */
 	if (ctx->snd_una == ctx->snd_nxt &&
 	    (was == TCP_FIN_WAIT2 || was == TCP_TIME_WAIT || was == TCP_LAST_ACK || was == TCP_CLOSING))
 		e->flags |= MFSD_EVENT_CLEAN;
+	e->rule = bpf_ktime_get_ns() / 1000000;
 	slot = MFSD_LOOKUP(mfsd_cookies, &e->cookie);
 	e->slot = MFSD_NO_SLOT;
 	if (slot) {
 		e->slot = *slot;
 		tell(e); /* else the daemon finds out when it looks after its connections */
 	}
-	e->rule = bpf_ktime_get_ns() / 1000000;
 	if (e->acked || e->flags != MFSD_EVENT_ACTIVE) /* else nobody has answered, and it may be connected once more */
 		bpf_map_update_elem(&mfsd_ends, &e->cookie, e, BPF_ANY);
 	bpf_map_delete_elem(&mfsd_socks, &e->cookie);
@@ -375,9 +377,8 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 	struct mfsd_event *e;
 	struct draft *d;
 
-	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_STATE_CB)
-		return ALLOW;
-	if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] != TCP_CLOSE)
+	if (op == BPF_SOCK_OPS_STATE_CB ? ctx->args[1] != TCP_CLOSE :
+	    op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
 		return ALLOW;
 	d = take_draft();
 	if (!d)

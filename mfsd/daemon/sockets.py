@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 FAMILIES_S: Final = 1.0
 """How often it is looked for whom selectors mean: descendants of a process, processes of a name, cgroups."""
+STRANGERS_S: Final = 2.5
+"""For so long after a connection of which nobody knows who made it, sockets are looked through for theirs, too. Who
+accepts it has it by then."""
 KNOWN_MAX: Final = 65_536
 """Sockets remembered from listings where the kernel doesn't tell."""
 
@@ -91,6 +94,8 @@ class HostSockets:
         """The thread's last answer, which replaces the former."""
         self._next_families = 0.0
         self._families: Future[None] | None = None
+        self._strangers_until = 0.0
+        """Until then connections may turn out to be theirs of whom the kernel could not tell who made them."""
         """The last search for whom selectors mean."""
         self._lost = 0
         """Events that the kernel had no room for, of which we know."""
@@ -121,9 +126,11 @@ class HostSockets:
         if self._teller is not None and self._teller.waiting:
             for event in self._teller.events():
                 if event.kind == _abi.EVENT_CLOSED:
-                    out.append(Closed(event.sock.cookie, event.acked, event.clean, event.active))
+                    out.append(Closed(event.sock.cookie, event.acked, event.clean, event.active, event.at))
                 else:
-                    out.append(Established(self._socket(event.sock), event.slot, event.active))
+                    if not event.sock.pid:
+                        self._strangers_until = time.monotonic() + STRANGERS_S
+                    out.append(Established(self._socket(event.sock, self._asked), event.slot, event.active))
         if self._teller is not None and self._teller.lost != self._lost and not self._teller.waiting:
             self._lost = self._teller.lost
             self.look(list(dict.fromkeys(selector for selector, _ in self._rules)))
@@ -139,7 +146,7 @@ class HostSockets:
                 self._seek(cookie)
             return self._known.get(cookie)
         told = self._teller.find(cookie)
-        return None if told is None else self._socket(told)
+        return None if told is None else self._socket(told, self._asked)
 
     def end_of(self, cookie: int) -> End | None:
         """See Sockets."""
@@ -171,11 +178,7 @@ class HostSockets:
 
     def user(self, socket: Socket) -> int:
         """See Sockets."""
-        try:
-            return self._asked.owner(socket.endpoints, socket.cookie)
-        except OSError as e:
-            self._failed("looking up a socket", e)
-            return -1
+        return self._user(self._asked, socket.endpoints, socket.cookie)
 
     def look(self, selectors: Sequence[Selector]) -> None:
         """See Sockets."""
@@ -254,9 +257,11 @@ class HostSockets:
         now = time.monotonic()
         if now >= self._next_families and (self._families is None or self._families.done()):
             self._next_families = now + FAMILIES_S
-            makers = {m for s, _ in self._rules if (m := maker_of(s)) is not None}
-            if makers:
-                self._families = self._search("looking for processes", lambda: self._look_for(makers))
+            theirs = {s: m for s, _ in self._rules if (m := maker_of(s)) is not None}
+            if theirs:
+                self._families = self._search("looking for processes", lambda: self._look_for(theirs.values()))
+            if theirs and now < self._strangers_until:
+                self.look(list(theirs))
 
     def _look_for(self, makers: Iterable[Maker]) -> None:
         found = self._census.look(set(makers))
@@ -281,7 +286,7 @@ class HostSockets:
     def named(self, cookie: int, port: int) -> list[Socket]:
         """Connections with a cookie, or with a port at either end. A search, for other threads than the loop's."""
         if self._teller is not None:
-            every = [self._socket(told) for told in self._teller.told(*self._teller.all())]
+            every = [self._socket(told, self._diag) for told in self._teller.told(*self._teller.all())]
         else:
             every = [_listed(s) for s in self._diag.all()]
         return [s for s in every if s.cookie == cookie or (port and port in (s.endpoints.sport, s.endpoints.dport))]
@@ -356,7 +361,7 @@ class HostSockets:
         for selector in selectors:
             picked = rows_of(selector, rows)
             maker = maker_of(selector)
-            found = [self._socket(t) for t in self._teller.told(cookies[picked], rows[picked])]
+            found = [self._socket(t, self._diag) for t in self._teller.told(cookies[picked], rows[picked])]
             if isinstance(selector, ProcessSelector | RuleSelector) and maker is not None:
                 found = [s for s in found if self.made_by(s, maker)]
                 # Of connections that are older than we are, the directory does not know whose they are.
@@ -365,15 +370,24 @@ class HostSockets:
             out.append(found)
         return out
 
-    def _socket(self, told: Told) -> Socket:
+    def _socket(self, told: Told, diag: SocketResolver | None = None) -> Socket:
+        """``diag``: what TCP is asked by whose it is, where nobody has noted that."""
         assert self._teller is not None  # noqa: S101 - for the type checker
         if told.bound:
             self._asked.bound_to(told.cookie, told.bound)
         here = told.netns == self._teller.netns
-        return Socket(told.cookie, told.endpoints, told.uid, told.pid, here, told.tid, told.cgroup)
+        uid = told.uid if told.uid >= 0 or not here or diag is None else self._user(diag, told.endpoints, told.cookie)
+        return Socket(told.cookie, told.endpoints, uid, told.pid, here, told.tid, told.cgroup)
+
+    def _user(self, diag: SocketResolver, endpoints: Endpoints, cookie: int) -> int:
+        try:
+            return diag.owner(endpoints, cookie)
+        except OSError as e:
+            self._failed("looking up a socket", e)
+            return -1
 
     def _end(self, event: Ended) -> End:
-        return End(self._socket(event.sock), event.acked, event.clean, event.active)
+        return End(self._socket(event.sock), event.acked, event.clean, event.active, event.at)
 
     def _failed(self, what: str, error: Exception) -> None:
         if self._seldom(what):

@@ -209,8 +209,10 @@ class Connections:
     def end_of(self, conn: Connection) -> End | None:
         """How one that is searched for has ended, unless its socket may be about to be connected once more."""
         end = self.sockets.end_of(conn.cookie) if conn in self._unlocated else None
-        if end is None or (end.active and self.positions.unplaced(conn)) or conn.only not in (-1, end.socket.uid):
+        if end is None or (end.active and self.positions.unplaced(conn)):
             return None
+        if -1 not in (conn.only, end.socket.uid) and conn.only != end.socket.uid:
+            return None  # somebody else's
         return end
 
     def too_many(self, conn: Connection) -> bool:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 JUDGE_S: Final = 20e-6
 """Looking through one transfer of a stream takes a twentieth of that."""
+HELD_UP_S: Final = 0.02
+"""After so long without a run what has arrived is dated by the packets that told of it."""
 LOOK_MAX: Final = 16_384
 """Transfers looked through per tick, or those of one stream if it has more."""
 ASK_MAX: Final = 64
@@ -106,9 +108,23 @@ class Delivery:
             del self._confirm[stream]
         asked |= dict.fromkeys(due) | self._overdue(now)
         if done:
-            self.endings.deliver([(done, now)], now)
+            self.endings.deliver([(done, now)] if now - self._last_run < HELD_UP_S else self._dated(done, now), now)
         if asked:
             self._ask(asked, now)
+
+    def _dated(self, done: list[Transfer], now: float) -> list[tuple[list[Transfer], float]]:
+        """What has arrived, by stream, and when: by the last packet, if what it knew of acknowledgements was enough."""
+        by_stream: dict[Stream, list[Transfer]] = {}
+        for transfer in done:
+            by_stream.setdefault(transfer.stream, []).append(transfer)
+        acked, t = self.connections.table.acked, self.books.transfers
+        out: list[tuple[list[Transfer], float]] = []
+        for stream, some in by_stream.items():
+            told = self.books.streams.offset(stream, lambda conn: float(acked[conn.slot])) + SLACK
+            last = max((self.connections.positions.moved_at(c) for c in stream.members), default=now)
+            out.append(([x for x in some if t.get(x, "end") <= told], min(max(last, self._last_run), now)))
+            out.append(([x for x in some if t.get(x, "end") > told], now))
+        return out
 
     def _begin(self, moving: npt.NDArray[np.intp]) -> None:
         """Note of which transfers (rows) the first byte has left. It left since the last run."""

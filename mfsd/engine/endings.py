@@ -314,13 +314,13 @@ class Endings:
 
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def closed(self, conn: Connection, acked: float, now: float, *, clean: bool) -> None:
-        """End a connection; the peer has acknowledged payload up to ``acked``, which was all if ``clean``."""
+    def closed(self, conn: Connection, acked: float, now: float, *, clean: bool, at: float = INF) -> None:
+        """End a connection; the peer had acknowledged payload up to ``acked`` ``at`` its end, all if ``clean``."""
         reason = "its connection was closed before all had arrived" if clean else "its connection was reset"
         moved_at = self.connections.positions.moved_at(conn) or now  # no shaped device has seen a packet of it
         for stream in list(conn.streams):
             self.books.streams.part(stream, conn, acked, moved_at)
-            self._after(stream, now, reason, clean=clean)
+            self._after(stream, now, reason, clean=clean, at=at)
         for watch in list(conn.watches):
             # Its selector named this connection; the next one with these ports may be anybody's.
             if exact_endpoints(watch.selector) is not None and watch.mark is None and not watch.stream_in_use:
@@ -334,7 +334,7 @@ class Endings:
         """
         end = self.connections.sockets.end_of(conn.cookie)
         if end is not None:  # it had no slot yet, or there was no room for the event
-            self.closed(conn, float(end.acked - end.clean), now, clean=end.clean)
+            self.closed(conn, float(end.acked - end.clean), now, clean=end.clean, at=end.at)
             return True
         if self.connections.sockets.tells and not conn.missing:
             conn.missing = True
@@ -345,8 +345,8 @@ class Endings:
         self.closed(conn, acked, now, clean=clean)
         return True
 
-    def _after(self, stream: Stream, now: float, reason: str, *, clean: bool) -> None:
-        """A member of a stream is gone: see what can still come of its transfers."""
+    def _after(self, stream: Stream, now: float, reason: str, *, clean: bool, at: float = INF) -> None:
+        """A member of a stream is gone, since ``at``: see what can still come of its transfers."""
         transfers = self.books.transfers
         offset = self.books.streams.offset(stream, self.connections.positions.acked_by)
         rows = transfers.rows(stream.queue)
@@ -367,7 +367,7 @@ class Endings:
                 done.append(transfer)
             elif not alive and final:
                 over.append(transfer)
-        self.end(done, now, delivered_at=now)
+        self.end(done, now, delivered_at=min(at, now))
         for transfer in over[-EVENTS_KEPT:]:
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.CONNECTION_GONE, owner, transfer.id, reason))

@@ -229,7 +229,7 @@ class Engine:
                     # Nobody has answered: it was never established, and its process may connect it again.
                     self.connections.unlocate(conn)
                 elif conn is not None:
-                    self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean)
+                    self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean, at=event.at)
             elif event.sockets is None:
                 self.watches.failed(event.selector, now)
             else:
@@ -253,7 +253,7 @@ class Engine:
         """A connection was over before anybody had named it."""
         if self.connections.positions.place(conn):
             self._place(conn, 0.0)
-        self.endings.closed(conn, float(end.acked - end.clean), now, clean=end.clean)
+        self.endings.closed(conn, float(end.acked - end.clean), now, clean=end.clean, at=end.at)
 
     def _place(self, conn: Connection, position: float) -> None:
         for stream in conn.streams:
@@ -262,6 +262,8 @@ class Engine:
     def _established(self, event: Established, now: float) -> None:
         expires = now + self.ledger.admission.limits.default_ttl_s
         watches = list(self.watches.matching(event.socket))
+        if event.slot is None and not watches:
+            return  # the kernel did not know whose it is, and it is nobody's who has named it
         session = watches[0].session if watches else None
         try:
             conn = self.connections.of_socket(event.socket, expires, event.slot, session=session)

@@ -136,6 +136,8 @@ class Closed:
     """All that was written has been acknowledged, the FIN included."""
     active: bool
     """As in Established."""
+    at: float
+    """When, s; what it had acknowledged was so by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,8 @@ class End:
     acked: int
     clean: bool
     active: bool
-    """The three as in Closed and Established."""
+    at: float
+    """The four as in Closed."""
 
 
 @dataclass(frozen=True, slots=True)

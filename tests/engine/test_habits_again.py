@@ -273,7 +273,7 @@ def test_a_connection_that_is_closed_with_half_of_a_transfer_written(*, told: bo
         h.kernel.close(s)
     else:
         h.kernel.vanish(s)
-        h.kernel.ends[1] = End(s.told, s.bytes_acked + 1, clean=True, active=True)
+        h.kernel.ends[1] = End(s.told, s.bytes_acked + 1, clean=True, active=True, at=h.now)
     h.tick(0.01)
     h.tick(1.0)
     assert [(e.kind, e.reason) for e in h.session.events] == [
@@ -293,3 +293,27 @@ def test_a_worker_that_ended_before_any_connection_of_its_selector() -> None:
     h.engine.end_session(session, h.now)
     h.tick(0.1)
     assert h.counted == (0, 0, 1)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_arrives_while_the_daemon_is_held_up_arrived_when_it_did(*, ends: bool) -> None:
+    """Known by a later packet, or by the end of the connection."""
+    h = Host()
+    s = h.socket(1)
+    for name, left in (("late", 0.5), ("r", 1.0)):
+        h.request(name, left)
+        h.transfer(f"t{name}", s, 10 * MSS, request=name)
+    h.tick()
+    for _ in range(2):
+        h.now += 0.7 / 2
+        h.send(s, 10 * MSS)
+    if ends:
+        h.kernel.close(s)
+    else:
+        h.send(s, MSS)
+    h.now += 1.0
+    h.done("late", What.REQUEST)
+    h.done("r", What.REQUEST)
+    h.tick()
+    h.tick(0.3)
+    assert h.counted == (2, 1, 1)

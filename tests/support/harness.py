@@ -34,7 +34,7 @@ from mfsd.ground.model import (
 from mfsd.policy.registry import make_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mfsd.daemon.config import PeerConfig
     from mfsd.engine.device import Rescue
@@ -81,7 +81,7 @@ class FakeKernel:
 
     tells = True
 
-    def __init__(self, table: FlowTable, keys: MemoryKeys) -> None:
+    def __init__(self, table: FlowTable, keys: MemoryKeys, clock: Callable[[], float]) -> None:
         self.sockets: list[FakeSocket] = []
         self.rules: dict[tuple[Selector, int], tuple[int, int, int]] = {}
         self.lent: list[int] = []
@@ -95,7 +95,7 @@ class FakeKernel:
         """Cookies of the sockets that somebody of a description has made."""
         self.asked = 0
         """Sockets asked for TCP's word."""
-        self._table, self._keys = table, keys
+        self._table, self._keys, self._clock = table, keys, clock
         self._events: list[Event] = []
 
     # what the engine calls
@@ -181,9 +181,9 @@ class FakeKernel:
             sock.bytes_acked += sock.unsent_plus_unacked
             sock.unsent_plus_unacked = 0
         if clean or sock.bytes_acked or not sock.active:
-            self.ends[sock.cookie] = End(sock.told, sock.bytes_acked + clean, clean, sock.active)
+            self.ends[sock.cookie] = End(sock.told, sock.bytes_acked + clean, clean, sock.active, self._clock())
         if sock.cookie in self._keys.cookies:
-            self._events.append(Closed(sock.cookie, sock.bytes_acked + clean, clean, sock.active))
+            self._events.append(Closed(sock.cookie, sock.bytes_acked + clean, clean, sock.active, self._clock()))
         elif sock.cookie in self.ends:
             self.lately.append(self.ends[sock.cookie])
 
@@ -265,7 +265,7 @@ class Host:
         self.bands = Bands.build(5, default_after=chosen.default_after, lanes=lanes, level_floors=floors)
         self.table = FlowTable(memory_rows(slots))
         self.keys = MemoryKeys()
-        self.kernel = FakeKernel(self.table, self.keys)
+        self.kernel = FakeKernel(self.table, self.keys, lambda: self.now)
         self.devices = [FakeDevice(LinkEstimator(rate, len(self.bands))) for _ in range(devices)]
         self.device = self.devices[0] if self.devices else FakeDevice(LinkEstimator(rate, len(self.bands)))
         self.connections = Connections(

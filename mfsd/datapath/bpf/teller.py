@@ -28,6 +28,7 @@ from mfsd.datapath.bpf.rules import Rules
 from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.errors import LoaderError
 from mfsd.ground.model import Endpoints
+from mfsd.host import clock
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Event:
     acked: int
     active: bool
     clean: bool
+    at: float
+    """When it was closed, on the kernel's clock, s; never too early."""
 
 
 class Teller:
@@ -188,6 +191,7 @@ def _event(record: bytes) -> Event:
         acked=int(row["acked"]),
         active=bool(flags & _abi.EVENT_ACTIVE),
         clean=bool(flags & _abi.EVENT_CLEAN),
+        at=clock.monotonic() - (((clock.monotonic_ns() // 1_000_000 - int(row["rule"])) & 0xFFFFFFFF) - 1) / 1000,
     )
 
 
