@@ -133,6 +133,8 @@ def test_those_of_others_stay_theirs(netns_pair: NetnsPair, tmp_path: Path) -> N
         assert w.hear() == ["listens"]
         with running(daemon):
             admit(daemon)
+            w.say()
+            assert w.hear() == ["True"]
             stranger = LISTENS.replace("7000", "7001")
             with worker(daemon, stranger, str(socket.IPPROTO_TCP), "user", "addresses") as other:
                 assert other.hear() == ["listens"]

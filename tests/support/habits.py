@@ -49,14 +49,14 @@ class Sink:
             s.setblocking(False)
             return s
 
-        self._listener = pair.call(pair.b, listen)
+        self.listener = pair.call(pair.b, listen)
         self.accepted: list[socket.socket] = []
         self.received = 0
         self.paused = False
         """Nothing is read meanwhile, so that windows close."""
         self._stop = threading.Event()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self.listener, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -64,7 +64,7 @@ class Sink:
         while not self._stop.is_set():
             for key, _ in self._selector.select(0.05):
                 sock: Any = key.fileobj
-                if sock is self._listener:
+                if sock is self.listener:
                     self._accept()
                 elif not self.paused:
                     self._read(sock)
@@ -73,7 +73,7 @@ class Sink:
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            new, _ = self._listener.accept()
+            new, _ = self.listener.accept()
             new.setblocking(False)
             self.accepted.append(new)
             self._selector.register(new, selectors.EVENT_READ)
@@ -101,7 +101,7 @@ class Sink:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-        self._listener.close()
+        self.listener.close()
         for sock in self.accepted:
             sock.close()
         self._selector.close()
