@@ -129,17 +129,21 @@ class Identities:
         return self._peers.get(token)
 
     async def serve(self, listener: socket.socket) -> None:
-        """Serve a listening socket until ``close``, which closes it."""
+        """Serve a listening socket until ``close``, which closes it, or another one takes its place."""
         listener.listen(BACKLOG)
+        self._stop_listening()
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._accept)
 
-    def close(self) -> None:
-        """Stop, and hang up. Idempotent."""
+    def _stop_listening(self) -> None:
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
             self._listener = None
+
+    def close(self) -> None:
+        """Stop, and hang up. Idempotent."""
+        self._stop_listening()
         for transport in self.open:
             transport.abort()
 

@@ -25,6 +25,8 @@ from mfsd.api.identity import UCRED
 from mfsd.ground.logs import Seldom
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from mfsd.api.identity import Identities
 
 LOOK_S: Final = 1.0
@@ -43,8 +45,9 @@ log = structlog.get_logger(__name__)
 class Room:
     """Looks after the connections of one socket. For one thread at a time."""
 
-    def __init__(self, path: str, identities: Identities) -> None:
-        self._path = path
+    def __init__(self, bound: Container[str], identities: Identities) -> None:
+        """``bound``: names that the socket has been bound with."""
+        self._bound = bound
         self._identities = identities
         self._looks = 0
         self._seen: dict[int, int] = {}
@@ -102,7 +105,7 @@ class Room:
             return None
         try:
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if sock.family != socket.AF_UNIX or listens or sock.getsockname() != self._path:
+            if sock.family != socket.AF_UNIX or listens or sock.getsockname() not in self._bound:
                 return None
             pid, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
             return uid, pid if self._identities.rights.superuser(uid) else 0

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon's endpoints: hints, control, health, reflection on a unix socket and, if wanted, on TCP.
 
-Beside the unix socket, with the same permissions, there is the one that says who is who (identity.py).
+Beside the unix socket, with the same permissions, there is the one that says who is who (identity.py). A socket whose
+file somebody has deleted is made again (places.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import grp
-import os
+import asyncio
 import socket
-import stat
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
+import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mfsd.api import pem
 from mfsd.api.access import HINTS, Access
 from mfsd.api.identity import beside
+from mfsd.api.places import Places, ServerError, aside
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2_grpc
 
 if TYPE_CHECKING:
@@ -38,12 +38,13 @@ CALLS: Final = 128
 _KEEPALIVE: Final = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
 """A client on another machine that is gone without a word is noticed, and what it said with it."""
 
+LOOK_S: Final = 5.0
+"""How often sockets are looked for."""
+
 _untyped_health: Any = health
 """The package has no stubs, and mypy's view of what it re-exports changes with the state of its cache."""
 
-
-class ServerError(RuntimeError):
-    """An endpoint can't be opened."""
+log = structlog.get_logger(__name__)
 
 
 class Where(Protocol):
@@ -57,6 +58,11 @@ class Where(Protocol):
     @property
     def socket_group(self) -> str | None:
         """Group that may use it; None: the daemon's own."""
+        ...
+
+    @property
+    def operator_group(self) -> str | None:
+        """Group that may use what is for operators; None: nobody else."""
         ...
 
     @property
@@ -81,7 +87,7 @@ class Where(Protocol):
 
 
 class Server:
-    """One gRPC server with all services."""
+    """All services on one gRPC server, and on another one where the socket's file was lost meanwhile."""
 
     def __init__(
         self,
@@ -92,24 +98,37 @@ class Server:
     ) -> None:
         self._config = config
         self._identities = identities
-        self._bound: dict[Path, int] = {}
-        """Sockets of ours and their inodes: somebody may put another one in the place of one."""
-        options = [("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", CALLS), *_KEEPALIVE]
-        self._server = grpc.aio.server(interceptors=[Access(identities)], options=options)
-        hints_pb2_grpc.add_HintsServicer_to_server(hints, self._server)
-        control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
+        self._hints, self._control = hints, control
+        self.places = Places(config)
+        self.others: dict[Path, Callable[[], object]] = {}
+        """Sockets that somebody else serves, and how to make them again, in a thread. Raises ServerError."""
+        self.problems: list[str] = []
+        """Why sockets can't be reached."""
         self._health = _untyped_health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (HINTS, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
+        self._server = self._made()
+        self._second: grpc.aio.Server | None = None
+        """Serves whoever comes since the first one's socket is to be found no more, which keeps those that it has."""
+
+    def _made(self) -> grpc.aio.Server:
+        options = [("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", CALLS), *_KEEPALIVE]
+        server = grpc.aio.server(interceptors=[Access(self._identities)], options=options)
+        hints_pb2_grpc.add_HintsServicer_to_server(self._hints, server)
+        control_pb2_grpc.add_ControlServicer_to_server(self._control, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((HINTS, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    @property
+    def bound(self) -> frozenset[str]:
+        """What the kernel calls the socket of the services: by the name that it was made with."""
+        return frozenset((str(self._config.socket), str(aside(self._config.socket))))
 
     async def start(self) -> None:
         """Open the endpoints and serve. Raises ServerError. The caller holds the daemon's lock."""
         path = self._config.socket
         # First, so that whoever finds the other one finds this.
         await self._identities.serve(self._listen(beside(path)))
-        self._bind(path, lambda: self._server.add_insecure_port(f"unix:{path}"))
+        self.places.make(path, lambda where: self._server.add_insecure_port(f"unix:{where}"))
         if self._config.listen is not None:
             try:
                 credentials = self._credentials()
@@ -126,6 +145,40 @@ class Server:
         for name in ("", HINTS, CONTROL):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
+    async def keep(self) -> None:
+        """See again and again to it that clients find the sockets, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.mend()
+
+    async def mend(self) -> None:
+        """Make those sockets again whose files somebody has deleted. What is in the place of one is a problem."""
+        problems = []
+        for path in self.places.lost():
+            try:
+                await self._again(path)
+            except ServerError as e:
+                problems.append(f"nobody can reach mfsd there any more: {e}")
+            else:
+                log.warning("somebody has deleted a socket; it is there again", path=str(path))
+        if problems and problems != self.problems:
+            log.warning("sockets", problems=problems)
+        self.problems = problems
+
+    async def _again(self, path: Path) -> None:
+        if path in self.others:
+            await asyncio.to_thread(self.others[path])
+            return
+        if path != self._config.socket:
+            await self._identities.serve(self._listen(path))
+            return
+        server = self._made()
+        self.places.make(path, lambda where: server.add_insecure_port(f"unix:{where}"))
+        await server.start()
+        if self._second is not None:
+            await self._second.stop(0)
+        self._second = server
+
     def _credentials(self) -> grpc.ServerCredentials | None:
         """Those of mutual TLS; None: plain TCP. Raises PemError."""
         c = self._config
@@ -139,81 +192,17 @@ class Server:
     def _listen(self, path: Path) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._bind(path, lambda: listener.bind(str(path)))
+            self.places.make(path, lambda where: listener.bind(str(where)))
         except BaseException:
             listener.close()
             raise
         listener.setblocking(False)
         return listener
 
-    def bind_for_operators(self, path: Path, bind: Callable[[], object]) -> None:
-        """Make a unix socket with ``bind`` that operators may use. Raises ServerError."""
-        self._bind(path, bind, "operator_group")
-
-    def _bind(
-        self, path: Path, bind: Callable[[], object], key: Literal["socket_group", "operator_group"] = "socket_group"
-    ) -> None:
-        try:
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            _remove_stale(path)
-            # Nobody else may connect before the group is set.
-            before = os.umask(0o177)
-            try:
-                bind()
-            finally:
-                os.umask(before)
-            self._bound[path] = path.lstat().st_ino
-            group: str | None = getattr(self._config, key)
-            self._set_group(path, key, group)
-            path.chmod(0o660 if group is not None or key == "socket_group" else 0o600)
-        except (OSError, RuntimeError) as e:
-            raise ServerError(f'daemon.socket = "{path}": {e}') from e
-
-    def _set_group(self, path: Path, key: str, name: str | None) -> None:
-        """``key``: of the configuration, which has the name."""
-        if name is None:
-            return
-        try:
-            gid = grp.getgrnam(name).gr_gid
-        except KeyError:
-            raise ServerError(f'daemon.{key} = "{name}": there is no such group on this host') from None
-        try:
-            os.chown(path, -1, gid)
-        except PermissionError as e:
-            raise ServerError(
-                f'daemon.{key} = "{name}": mfsd may not give its socket to this group; make its user a member '
-                "(SupplementaryGroups= in the unit)"
-            ) from e
-
     async def stop(self) -> None:
         """Say NOT_SERVING, let short calls finish, close the endpoints."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(STOP_S)
+        with self.places.of_others_kept():
+            await asyncio.gather(*(server.stop(STOP_S) for server in (self._server, self._second) if server))
         self._identities.close()
-        for path, inode in self._bound.items():
-            with contextlib.suppress(OSError):
-                if path.lstat().st_ino == inode:
-                    path.unlink()
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove the socket of a daemon that was killed. The caller's lock is on a directory, of which others have others.
-
-    Raises FileExistsError where somebody listens, or there is no socket.
-    """
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError("there is a file of this name that is no socket; remove it or choose another name")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except BlockingIOError:  # it listens, and has much to do
-            pass
-    raise FileExistsError("somebody listens there: another mfsd? Stop it, or choose another name")
+        self.places.clear()

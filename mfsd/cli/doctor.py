@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""doctor: the checks of mfsd.doctor, as text."""
+"""doctor: the checks of mfsd.doctor, and what a running daemon has noticed, as text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from rich.text import Text
 from mfsd import doctor as checks
 from mfsd.cli import output
 from mfsd.cli.app import Globals, command
-from mfsd.cli.errors import Exit
+from mfsd.cli.connect import TIMEOUT_S, control
+from mfsd.cli.errors import CliError, Exit, UnreachableError
 from mfsd.cli.offline import read_config
 from mfsd.ground import tables
+from mfsd.v1 import control_pb2 as pb
 
 STYLES: Final = {
     checks.Severity.OK: "green",
@@ -34,13 +36,31 @@ def doctor(g: Globals, devices: tuple[str, ...], config: str | None, *, everythi
 
     Changes nothing and needs no daemon. Ends with exit code 1 if there is a failure.
     """
-    findings = checks.run(devices, read_config(config, needed=False))
+    settings = read_config(config, needed=False)
+    findings = checks.run(devices, settings) + told(str(settings.daemon.socket))
     if g.json:
         output.print_json({"findings": [dataclasses.asdict(f) for f in findings]})
     else:
         _print(findings, everything=everything)
     if any(f.severity is checks.Severity.FAIL for f in findings):
         raise click.exceptions.Exit(Exit.BAD_NEWS)
+
+
+def told(target: str) -> list[checks.Finding]:
+    """What a running daemon itself has noticed; nothing where none answers, which `state.socket` says."""
+    try:
+        with control(target) as daemon:
+            notices = daemon.GetStatus(pb.GetStatusRequest(), timeout=TIMEOUT_S).notices
+    except UnreachableError:
+        return []
+    except CliError as e:
+        words = "Can't ask mfsd what it has noticed", e.format_message(), "whether all is well with it is unknown"
+        return [checks.Finding("daemon.notices", checks.Severity.INFO, *words)]
+    meaning, fix = "mfsd can't mend this by itself, or has not yet", "see mfsctl status, and docs/troubleshooting.md"
+    return [
+        checks.Finding(f"daemon.notices:{n}", checks.Severity.WARN, "mfsd has noticed something", text, meaning, fix)
+        for n, text in enumerate(notices, 1)
+    ] or [checks.Finding("daemon.notices", checks.Severity.OK, "mfsd has noticed nothing odd", target)]
 
 
 def _print(findings: list[checks.Finding], *, everything: bool) -> None:

@@ -126,13 +126,14 @@ class Daemon:
                 await self._server.start()
                 if self._relay is not None:
                     await self._relay.start()
-                self._exposition.start(self._server.bind_for_operators)
+                self._exposition.start(self._server.places)
+                self._server.others = {self._exposition.path: lambda: self._exposition.again(self._server.places)}
                 self.ticker.start()
                 if self.devices.teller is not None:
                     asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
-                room = Room(str(self.config.daemon.socket), self._identities)
-                work = (self._care.succeed(), self._care.keep_looking(), self._keep_status(), room.keep())
-                self._tasks = [asyncio.create_task(w) for w in work]
+                room = Room(self._server.bound, self._identities)
+                work = self._care.succeed(), self._care.keep_looking(), self._keep_status()
+                self._tasks = [asyncio.create_task(w) for w in (*work, room.keep(), self._server.keep())]
                 self._supervisor.tell(f"READY=1\n{self._status_line()}")
                 log.info("ready", version=mfsd.__version__, socket=str(self.config.daemon.socket))
                 self.ready.set()
@@ -318,7 +319,7 @@ class Daemon:
         out = [f"engine: the last tick failed: {self.ticker.failure}"] if self.ticker.failure else []
         out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
-        out += self.devices.problems
+        out += self.devices.problems + self._server.problems
         out += bridges.notices(p.name for p in self.all_devices)
         out += [p for p in (self.devices.teller_problem, self.devices.network.problem) if p]
         out += [] if self._relay is None else self._relay.notices()

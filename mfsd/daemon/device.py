@@ -84,6 +84,8 @@ class Device:
         """Why the last access to the qdiscs failed; empty when it did not."""
         self.given_up = ""
         """Why the qdiscs are not to be installed again unasked: somebody replaced them. Empty when they may be."""
+        self.lost: list[str] = []
+        """What could not be put back, since somebody had replaced it."""
         self.put_back = False
         """The qdiscs were put back on request, and are not to be installed again unasked either."""
         self.was = 0

@@ -252,7 +252,8 @@ class Devices:
             return enforcer.remarks()
         # The classifier first, here and below, so that no packet is sent to classes that are about to go.
         device.put_in_force(None)
-        for problem in enforcer.restore():
+        device.lost = enforcer.restore()
+        for problem in device.lost:
             log.warning("after the root was replaced", device=device.name, problem=problem)
         enforcer.close()
         if not sure:  # too much has happened to tell
@@ -264,7 +265,7 @@ class Devices:
     def retry(self) -> None:
         """Forget that enforcement was given up."""
         for device in self.all:
-            device.given_up, device.put_back = "", False
+            device.given_up, device.put_back, device.lost = "", False, []
 
     def plans(self, names: Sequence[str]) -> list[tuple[Device, DevicePlan | DatapathError]]:
         """What enforcing would do, or has done."""
@@ -309,6 +310,8 @@ class Devices:
             if shape is not None:
                 drain(shape.enforcer)
                 return shape.enforcer.restore()
+            if device.given_up and device.lost:
+                return device.lost
             return leftovers.undo(self._sock, self.config.daemon.state_dir, device.ifindex, device.name)
         except (OSError, DatapathError) as e:
             return [f"{device.name}: {e}"]

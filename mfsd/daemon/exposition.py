@@ -15,16 +15,16 @@ import structlog
 from prometheus_client import make_wsgi_app
 
 from mfsd.api import pem
-from mfsd.api.server import ServerError
+from mfsd.api.places import ServerError
 from mfsd.daemon.metrics_section import OFF, SUFFIX, UNIX
 from mfsd.ground.units import host_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from prometheus_client import CollectorRegistry
 
+    from mfsd.api.places import Places
     from mfsd.daemon.metrics_section import MetricsConfig
 
 PATIENCE_S: Final = 10.0
@@ -105,18 +105,19 @@ class Exposition:
     def __init__(self, config: MetricsConfig, api: Path, registry: CollectorRegistry) -> None:
         """``api``: daemon.socket, beside which ours lies."""
         self._config = config
-        self._path = api.with_name(f"{api.name}{SUFFIX}")
+        self.path = api.with_name(f"{api.name}{SUFFIX}")
+        """Of the unix socket."""
         self._registry = registry
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self, bind: Callable[[Path, Callable[[], object]], None]) -> None:
-        """Open it. ``bind(path, how)`` makes a unix socket for operators. Raises ServerError."""
+    def start(self, places: Places) -> None:
+        """Open it. Raises ServerError."""
         listen = self._config.listen
         if listen == OFF:
             return
         if listen == UNIX:
-            bind(self._path, lambda: self._open(_UnixServer, str(self._path)))
+            places.make(self.path, lambda where: self._open(_UnixServer, str(where)), "operator_group")
         else:
             try:
                 self._open(_Server if ":" not in host_port(listen)[0] else _Server6, host_port(listen))
@@ -165,9 +166,11 @@ class Exposition:
             server.shutdown()
         server.hurry()
         server.server_close()
-        if self._config.listen == UNIX:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+
+    def again(self, places: Places) -> None:
+        """Open it once more. Raises ServerError."""
+        self.close()
+        self.start(places)
 
 
 class _Server6(_Server):

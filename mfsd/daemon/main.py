@@ -19,7 +19,7 @@ import click
 import structlog
 
 import mfsd
-from mfsd.api.server import ServerError
+from mfsd.api.places import ServerError
 from mfsd.daemon import config as configuration
 from mfsd.daemon import config_files
 from mfsd.daemon.daemon import Daemon

@@ -46,6 +46,7 @@ class DeviceFacts:
     ifname: str
     ifindex: int
     up: bool
+    carrier: bool
     kind: str
     txqlen: int
     tx_queues: int
@@ -82,6 +83,7 @@ def _facts(link: Link) -> DeviceFacts:
         ifname=link.name,
         ifindex=link.ifindex,
         up=link.up,
+        carrier=link.carrier,
         kind=link.kind,
         txqlen=link.txqlen,
         tx_queues=queues or link.tx_queues,

@@ -41,6 +41,7 @@ _INFO: Final = struct.Struct("=BBHiII")
 """struct ifinfomsg: family, pad, hardware type, index, flags, change mask."""
 _U32: Final = struct.Struct("=I")
 _IFF_UP: Final = 1
+_IFF_LOWER_UP: Final = 1 << 16
 _NAME_MAX: Final = 15
 _ALT_NAME_MAX: Final = 127
 _NAMED: Final = 20
@@ -56,6 +57,8 @@ class Link:
     ifindex: int
     name: str
     up: bool
+    carrier: bool
+    """Somebody is at the other end of the cable; only of a device that is up."""
     hardware: int
     """Type of its frames, ARPHRD_* in include/uapi/linux/if_arp.h."""
     kind: str
@@ -133,6 +136,7 @@ def _link(m: nl.Message) -> Link:
         ifindex=ifindex,
         name=_text(found.get(_IFNAME, b"")),
         up=bool(flags & _IFF_UP),
+        carrier=bool(flags & _IFF_LOWER_UP),
         hardware=hardware,
         kind=_text(kind),
         txqlen=number(_TXQLEN),

@@ -65,6 +65,17 @@ def exists(_: Context, name: str) -> list[Finding]:
             )
         ]
     kind = f" ({device.kind})" if device.kind else ""
+    if device.up and not device.carrier:
+        return [
+            Finding(
+                f"device.exists:{name}",
+                Severity.WARN,
+                f"{name} has no carrier",
+                f"index {device.ifindex}{kind}",
+                "nothing leaves by it",
+                "look at the cable, or at whatever is at its other end",
+            )
+        ]
     if device.up:
         return [
             Finding(f"device.exists:{name}", Severity.OK, f"{name} is there and up", f"index {device.ifindex}{kind}")

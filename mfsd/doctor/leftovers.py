@@ -7,7 +7,9 @@ import errno
 import socket
 from typing import TYPE_CHECKING, Final
 
+from mfsd.daemon.config import LOCK
 from mfsd.datapath import links, tc
+from mfsd.datapath.owner import locked
 from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Namespace, State, Unreadable
 from mfsd.datapath.undo.restore import without_note
@@ -108,6 +110,14 @@ def _knock(path: Path) -> int:
         return s.connect_ex(str(path))
 
 
+def _runs(state_dir: Path) -> bool:
+    """A daemon has locked the folder, as far as may be seen."""
+    try:
+        return locked(state_dir / LOCK)
+    except OSError:
+        return False
+
+
 def _hangs(path: Path) -> bool:
     """Whoever listens on the socket that gives tokens says nothing. False where there is none."""
     with socket.socket(socket.AF_UNIX) as s:
@@ -125,6 +135,18 @@ def _hangs(path: Path) -> bool:
 def stale_socket(context: Context) -> Iterator[Finding]:
     """A socket file without a daemon."""
     path = context.config.daemon.socket
+    both = path, path.with_name(f"{path.name}{BESIDE}")
+    gone = [p for p in both if _knock(p) in (errno.ENOENT, errno.ECONNREFUSED)]
+    if gone and _runs(context.config.daemon.state_dir):
+        yield Finding(
+            "state.socket",
+            Severity.FAIL,
+            "mfsd runs, but can't be reached",
+            f"nobody listens on {' nor '.join(map(str, gone))}",
+            "no hints, and no mfsctl; what it has decided stays in force as long as it lives",
+            "it makes again within seconds what was deleted, unless something else is there: remove that",
+        )
+        return
     if not path.exists():
         yield Finding("state.socket", Severity.INFO, "mfsd is not running", f"there is no socket {path}")
         return

@@ -21,8 +21,8 @@ from support.rig import as_user
 from support.waiting import wait_for
 
 from mfsd.api.identity import Identities
+from mfsd.api.places import ServerError
 from mfsd.api.room import EACH, Room
-from mfsd.api.server import ServerError
 from mfsd.client.introduction import introduced
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
@@ -173,7 +173,7 @@ def test_the_newest_connections_beyond_a_users_part_are_hung_up_on(tmp_path: Pat
         except BlockingIOError:
             return False
 
-    with socket.socket(socket.AF_UNIX) as listener, contextlib.closing(Room(str(path), Identities(4))) as room:
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.closing(Room({str(path)}, Identities(4))) as room:
         listener.bind(str(path))
         listener.listen(64)
         path.chmod(0o777)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 from support.nics import add_w, end, governed, rename, root, sh
 
+from mfsd import doctor
 from mfsd.datapath import facts as device_facts
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.facts import QUEUE_LENGTH
 from mfsd.datapath.qdisc import enforcer
 from mfsd.datapath.undo.notes import Owner
+from mfsd.doctor import Context
 from mfsd.ground.model import Mode
 from mfsd.ground.units import Rate
 
@@ -211,6 +213,44 @@ def test_a_queue_length_that_was_changed_is_named_and_kept(make: Make) -> None:
     assert "its queue length was changed to 555" in devices.all[0].notice
     end(devices)
     assert "qlen 555" in sh("ip link show v0")
+
+
+def test_a_device_that_is_down_or_has_no_carrier_is_named(make: Make, netns_pair: NetnsPair) -> None:
+    devices = make("v0")
+    for command, back, words in (
+        (f"ip -n {netns_pair.b} link set v1 down", f"ip -n {netns_pair.b} link set v1 up", "it has no carrier"),
+        ("ip link set v0 down", "ip link set v0 up", "it is down"),
+    ):
+        sh(command)
+        devices.care(Mode.ENFORCE)
+        assert words in devices.all[0].notice
+        assert words.split()[-1] in doctor.device.exists(Context((), devices.config), "v0")[0].title
+        sh(back)
+        devices.care(Mode.ENFORCE)
+        assert (root("v0"), devices.all[0].notice) == ("htb", "")
+    end(devices)
+
+
+@pytest.mark.parametrize("what", ["del dev v0 root", "replace dev v0 root handle 7: pfifo limit 33"])
+def test_a_root_that_somebody_replaced_stays_and_restore_says_what_is_lost(make: Make, what: str) -> None:
+    sh("tc qdisc replace dev v0 root handle 9: pfifo limit 77")
+    devices = make("v0")
+    sh(f"tc qdisc {what}")
+    now = root("v0")
+    for _ in range(2):
+        devices.care(Mode.ENFORCE)
+        assert (root("v0"), devices.all[0].enforced) == (now, False)
+        assert "somebody replaced the root qdisc" in devices.all[0].notice
+    for _ in range(2):
+        restored, problems = devices.restore(["v0"])
+        assert (restored, root("v0"), len(problems)) == ([], now, 1)
+        assert "it was left alone. Before mfsd: qdisc pfifo 9: root limit 77p" in problems[0]
+    devices.retry()
+    devices.care(Mode.ENFORCE)
+    assert (root("v0"), devices.all[0].notice) == ("htb", "")
+    assert devices.restore(["v0"]) == (["v0"], [])
+    assert root("v0") == now
+    devices.close()
 
 
 def test_a_queue_length_of_nothing_comes_back(make: Make) -> None:

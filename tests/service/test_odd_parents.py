@@ -155,14 +155,15 @@ NO_THREADS = """
 import os, resource, signal, sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry
-from mfsd.daemon.config import MetricsConfig
+from mfsd.api.places import Places
+from mfsd.daemon.config import DaemonConfig, MetricsConfig
 from mfsd.daemon.exposition import Exposition
 from mfsd.daemon.main import workers
 os.setgid(65534), os.setuid(65534)
 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 signal.alarm(30)
 metrics = Exposition(MetricsConfig(), Path(sys.argv[1]), CollectorRegistry())
-for begin in (workers, lambda: metrics.start(lambda _, bind: bind())):
+for begin in (workers, lambda: metrics.start(Places(DaemonConfig()))):
     try:
         begin()
     except RuntimeError as e:

@@ -42,6 +42,8 @@ def remarks(made: DeviceFacts, now: DeviceFacts, rate: Rate | None) -> list[str]
     out = []
     if not now.up:
         out.append("it is down")
+    elif not now.carrier:
+        out.append("it has no carrier: nothing leaves by it")
     if now.txqlen != (made.txqlen or QUEUE_LENGTH):
         out.append(f"its queue length was changed to {now.txqlen}; mfsd's queues keep theirs")
     if rate is None and now.speed is None and made.speed is not None:

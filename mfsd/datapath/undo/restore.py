@@ -163,7 +163,8 @@ def _put_back(sock: TcSocket, state: State) -> tuple[list[str], bool]:
         return [], True
     if not ours and root.handle not in _left_by_us(state):
         text = f"{root.kind} {tc.classid(root.handle)}"
-        return [f"{link.name}: somebody replaced mfsd's root by {text}; it was left alone"], True
+        was = "; ".join(state.before.lines())
+        return [f"{link.name}: somebody replaced mfsd's root by {text}; it was left alone. Before mfsd: {was}"], True
     problems: list[str] = []
     if ours or state.restoring:
         # From the first message on it is not our tree any more. A full disk must not keep us from it.
