@@ -55,12 +55,12 @@ def told(target: str) -> list[checks.Finding]:
         return []
     except CliError as e:
         words = "Can't ask mfsd what it has noticed", e.format_message(), "whether all is well with it is unknown"
-        return [checks.Finding("daemon.notices", checks.Severity.INFO, *words)]
+        return [checks.Finding("state.notices", checks.Severity.INFO, *words)]
     meaning, fix = "mfsd can't mend this by itself, or has not yet", "see mfsctl status, and docs/troubleshooting.md"
     return [
-        checks.Finding(f"daemon.notices:{n}", checks.Severity.WARN, "mfsd has noticed something", text, meaning, fix)
+        checks.Finding(f"state.notices:{n}", checks.Severity.WARN, "mfsd has noticed something", text, meaning, fix)
         for n, text in enumerate(notices, 1)
-    ] or [checks.Finding("daemon.notices", checks.Severity.OK, "mfsd has noticed nothing odd", target)]
+    ] or [checks.Finding("state.notices", checks.Severity.OK, "mfsd has noticed nothing odd", target)]
 
 
 def _print(findings: list[checks.Finding], *, everything: bool) -> None:

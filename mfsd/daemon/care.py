@@ -38,6 +38,8 @@ class Care:
         self._supervisor = supervisor
         self._predecessor = devices.predecessor
         self._turn = asyncio.Lock()
+        self.failure = ""
+        """Why devices could not be looked after; empty when they could."""
 
     async def do(self, work: Callable[[], T]) -> T:
         """Run blocking work on devices."""
@@ -62,9 +64,12 @@ class Care:
             await asyncio.sleep(CARE_S)
             try:
                 await self.look()
-            except Exception:  # devices must be looked after next time all the same
+            except Exception as e:  # devices must be looked after next time all the same
+                self.failure = f"looking after the devices failed: {type(e).__name__}: {e}".rstrip(": ")
                 if seldom("care"):
                     log.exception("looking after the devices failed")
+            else:
+                self.failure = ""
 
     async def succeed(self) -> None:
         """Once its clients have had time to come back, take over from the daemon before."""

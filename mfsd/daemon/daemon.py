@@ -317,6 +317,7 @@ class Daemon:
     def notices(self) -> list[str]:
         """Things an operator should know, most important first."""
         out = [f"engine: the last tick failed: {self.ticker.failure}"] if self.ticker.failure else []
+        out += [self._care.failure] if self._care.failure else []
         out += [f"{p.name}: {p.notice}" for p in self.all_devices if p.notice]
         out += [f"{p.name}: {p.failure}" for p in self.all_devices if p.failure]
         out += self.devices.problems + self._server.problems

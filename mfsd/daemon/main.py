@@ -69,6 +69,15 @@ def workers() -> ThreadPoolExecutor:
     return pool
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    async def shutdown_default_executor(self, *_: float | None) -> None:
+        """Nothing: the process waits for its threads when it ends.
+
+        asyncio would start one more to wait for them, and wait for that without end where it is there, but has no
+        memory to begin with.
+        """
+
+
 async def _serve(config: Config, path: Path | None, predecessor: Predecessor | None, over: threading.Event) -> None:
     """Run a daemon; ``over`` is set when it has ended as it should."""
     asyncio.get_running_loop().set_default_executor(workers())
@@ -136,7 +145,8 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     over = threading.Event()
     try:
         logs.configure(config.daemon.log_format, config.daemon.log_level)
-        asyncio.run(_serve(config, path, predecessor, over))
+        with asyncio.Runner(loop_factory=_Loop) as runner:
+            runner.run(_serve(config, path, predecessor, over))
     except (StartError, ServerError, RelayError, DatapathError, OSError) as e:
         log.critical("can't start", reason=str(e))
         sys.exit(1)

@@ -109,7 +109,7 @@ def test_somebody_else_who_listens_there_stays_when_the_daemon_ends(running: Run
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(running.socket))
         other.listen()
-        wait_for(lambda: "somebody listens there" in " ".join(running.daemon.notices()))
+        wait_for(lambda: "somebody listens there" in " ".join(running.state.notices()))
         running.stop()
         assert answers(running.socket)
     running.socket.unlink()
@@ -118,7 +118,7 @@ def test_somebody_else_who_listens_there_stays_when_the_daemon_ends(running: Run
 def test_what_the_daemon_has_noticed_is_a_finding(running: Running, tmp_path: Path) -> None:
     config = tmp_path / "mfsd.toml"
     config.write_text(f'[daemon]\nsocket = "{running.socket}"\nstate_dir = "{tmp_path}"\n')
-    assert "daemon.notices:1" in findings(config)
-    assert "no [[device]] is configured" in findings(config)["daemon.notices:1"]
+    assert "state.notices:1" in findings(config)
+    assert "no [[device]] is configured" in findings(config)["state.notices:1"]
     running.stop()
-    assert not [name for name in findings(config) if name.startswith("daemon.")]
+    assert not [name for name in findings(config) if name.startswith("state.notices")]

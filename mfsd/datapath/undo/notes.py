@@ -207,7 +207,7 @@ def _load(path: Path, name: re.Match[str]) -> State | Unreadable:
     regular = path.is_file() or not path.exists()  # a pipe would be waited for
     if regular:
         with path.open("rb") as file:
-            raw = file.read(_LARGEST + 1)
+            raw = file.read(min(os.fstat(file.fileno()).st_size, _LARGEST) + 1)
     try:
         if not regular:
             raise ValueError("no regular file")  # noqa: TRY301 - as what it says may be wrong, too
