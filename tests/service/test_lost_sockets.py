@@ -109,7 +109,7 @@ def test_somebody_else_who_listens_there_stays_when_the_daemon_ends(running: Run
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(running.socket))
         other.listen()
-        wait_for(lambda: "somebody listens there" in " ".join(running.state.notices()))
+        wait_for(lambda: "somebody listens there" in " ".join(running.daemon.notices()))
         running.stop()
         assert answers(running.socket)
     running.socket.unlink()
