@@ -144,7 +144,7 @@ def test_metrics_findings_and_variables_that_are_named_exist(path: Path) -> None
     names = set(re.findall(r"\bmfsd_[a-z][a-z_]*\b", text)) - {m.full_name for m in METRICS}
     assert not [n for n in names if n not in source("bpf", "mfsd/integrations")]
     ids = r'"((?:kernel|loader|privileges|host|tcp|paths|state|device)\.\w+)'
-    findings = set(re.findall(ids, source("mfsd/doctor")))
+    findings = set(re.findall(ids, source("mfsd/doctor", "mfsd/cli")))
     rooms = "|".join(sorted({f.partition(".")[0] for f in findings} - {"device"}))
     asked = re.findall(rf"(?<![\w./])((?:{rooms})\.[a-z_]+)(?![\w./(])", text)
     assert not [f for f in asked if f not in findings and not f.endswith((".pem", ".key"))]
