@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from pyroute2 import IPRoute, netns
 from support.hooks import METHODS, TCX, Method, Namespace, has_tcx, index, runs, traces
+from support.waiting import wait_for
 
 from bench.parts.testrun import FOREVER
 from mfsd.client import cookie_of
@@ -330,10 +331,7 @@ def test_tcx_link_goes_with_the_process(ns: Namespace) -> None:
     )
     assert done.stdout == "attached\n", done.stderr
     i = index(ns)
-    deadline = time.monotonic() + 30
-    while ns.run(lambda: hook_users(i)):  # the kernel may free the link a moment later
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not ns.run(lambda: hook_users(i)), "the link to go")  # the kernel may free it a moment later
 
 
 @METHODS

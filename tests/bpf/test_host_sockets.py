@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from support.privileges import DAEMON, call_with
-from support.waiting import WAIT_S
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.daemon import sockets
 from mfsd.daemon.sockets import HostSockets
@@ -168,10 +168,7 @@ def test_a_child_stays_of_the_family_when_its_parent_ends(worker: Worker) -> Non
     worker.popen.wait()
     assert families.look([worker.popen.pid])[worker.popen.pid] == {child}
     os.kill(child, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while families.look([worker.popen.pid])[worker.popen.pid]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not families.look([worker.popen.pid])[worker.popen.pid])
     families.close()
 
 
@@ -222,19 +219,13 @@ def cgroup() -> Iterator[Path]:
     inner.mkdir(parents=True)
     yield inner
     for folder in (inner, unit):
-        wait_until_gone(folder)
+        wait_for(lambda folder=folder: gone(folder), f"an empty {folder}")  # type: ignore[misc]
 
 
-def wait_until_gone(folder: Path) -> None:
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            folder.rmdir()
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        else:
-            return
+def gone(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return not folder.exists()
 
 
 def test_a_process_is_told_by_its_cgroup(host: HostSockets, worker: Worker, cgroup: Path) -> None:

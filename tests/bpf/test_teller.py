@@ -8,7 +8,6 @@ import errno
 import ipaddress
 import os
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 import pytest
 from support.privileges import DAEMON, call_with
+from support.waiting import wait_for
 
 from mfsd.client.selectors import cookie_of
 from mfsd.datapath import _abi
@@ -25,6 +25,7 @@ from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.rules import Match
 from mfsd.datapath.bpf.teller import Teller
 from mfsd.ground.model import Endpoints, PortRange
+from mfsd.lab.hosts.tcp import reset_at_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +39,6 @@ pytestmark = [pytest.mark.bpf, pytest.mark.netns]
 
 T = TypeVar("T")
 ROWS: Final = 64
-LINGER_NOW: Final = struct.pack("ii", 1, 0)
 
 
 class Bench:
@@ -255,7 +255,7 @@ def test_a_reset_is_no_clean_end(bench: Bench) -> None:
         client, accepted = joined(bench, server)
         client.sendall(bytes(100))
         assert accepted.recv(1)
-        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOW)
+        reset_at_close(accepted)
         accepted.close()
         _, end = bench.events(2)
         assert (end.kind, end.clean) == (_abi.EVENT_CLOSED, False)
@@ -279,11 +279,8 @@ def test_how_connections_ended_that_nobody_named_is_remembered(bench: Bench, *, 
                 theirs.recv(1)
                 theirs.close()
             else:
-                ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOW)
-        deadline = time.monotonic() + 10
-        while (end := bench.teller.end_of(cookie)) is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-    assert end is not None
+                reset_at_close(ours)
+        end = wait_for(lambda: bench.teller.end_of(cookie), "its end")
     assert (end.clean, end.active, end.sock.pid) == (clean, opened, os.getpid())
     assert end.acked == 1000 + opened + clean
     assert not bench.teller.events()

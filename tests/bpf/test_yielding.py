@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -21,7 +20,7 @@ from mfsd.datapath.bpf.libbpf import LibbpfLoader
 from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import LoaderError
-from mfsd.lab.hosts.tcp import algorithm_of, queued
+from mfsd.lab.hosts.tcp import algorithm_of, queued, reset_at_close
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,7 +215,7 @@ def test_who_sleeps_hears_of_its_promotion(bench: Bench, nodelay: int) -> None:
     """Its next packet is due in half an hour, and nothing is in flight: nothing else would tell it."""
     bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
     sock = bench.connect(algorithm="cubic")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))  # if it fails: no half an hour's end
+    reset_at_close(sock)  # if it fails: no half an hour's end
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(CHUNK))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, nodelay)
     bench.hint(sock, FIRST)

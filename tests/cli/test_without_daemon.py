@@ -7,11 +7,11 @@ import contextlib
 import signal
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 from support.ctl import Ran, run
+from support.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,11 +92,12 @@ def daemon(pair: NetnsPair, conf: Path, *wrap: str) -> Iterator[subprocess.Popen
     argv = ["ip", "netns", "exec", pair.a, *wrap, sys.executable, "-m", "mfsd.daemon", "--config", str(conf)]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
-            end = time.monotonic() + 30
-            while ctl(conf, "status").code:
+
+            def answers() -> bool:
                 assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-                assert time.monotonic() < end, "the daemon does not answer"
-                time.sleep(0.05)
+                return not ctl(conf, "status").code
+
+            wait_for(answers, "an answer")
             yield process
         finally:
             process.kill()
@@ -112,10 +113,8 @@ def test_a_daemon_in_a_pid_namespace_of_its_own_is_alive(netns_pair: NetnsPair, 
         assert ran.code == 1
         assert "belongs to a running mfsd" in ran.err
         assert "htb" in netns_pair.run(netns_pair.a, "tc qdisc show dev v0 root")
-    end = time.monotonic() + 30
-    while inside(netns_pair, "restore", "--state-dir", str(conf.parent / "state")).code:
-        assert time.monotonic() < end, "it is dead, and taken for alive"
-        time.sleep(0.05)
+    put_back = "restore", "--state-dir", str(conf.parent / "state")
+    wait_for(lambda: not inside(netns_pair, *put_back).code, "its death to be noticed")
     assert "htb" not in netns_pair.run(netns_pair.a, "tc qdisc show dev v0 root")
 
 
@@ -137,10 +136,7 @@ def test_marks_by_class_follow_the_policy(netns_pair: NetnsPair, conf: Path) -> 
         assert marks() == [(46, "urgent")] * 2 + [(-1, "middle")] * 3
         conf.write_text(text + '[policy]\nname = "deadline-ladder"\n')
         process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 30
-        while marks() != [(46, "urgent")] + [(-1, "middle")] * 4:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_for(lambda: marks() == [(46, "urgent")] + [(-1, "middle")] * 4)
 
 
 @pytest.mark.bpf

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.waiting import wait_for
 
 from mfsd.host.processes import Families, ProcessGoneError, alive, start_time
 
@@ -104,9 +105,7 @@ def test_a_descendant_whose_parents_have_gone_before_anybody_looked(depth: int) 
             popen.stdin.write("\n")
             popen.stdin.flush()
             last = int(popen.stdout.readline())
-            deadline = time.monotonic() + 20
-            while depth > 1 and Path(f"/proc/{last}/stat").read_text().split()[3] == str(popen.pid):
-                assert time.monotonic() < deadline
+            wait_for(lambda: depth == 1 or Path(f"/proc/{last}/stat").read_text().split()[3] != str(popen.pid))
             time.sleep(0.05)
             assert last in families.look([popen.pid])[popen.pid]
             assert last in families.look([popen.pid])[popen.pid], "nor is it forgotten"

@@ -6,14 +6,15 @@ from __future__ import annotations
 import ipaddress
 import socket
 import subprocess
-import time
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
+from support.waiting import wait_for
 
 from mfsd.client import cookie_of
 from mfsd.ground.model import CookieSelector, Endpoints, PortRange, TupleSelector
 from mfsd.host import inet_diag
+from mfsd.lab.hosts.tcp import reset_at_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,12 +47,9 @@ def told(progress: TcpProgress | None) -> TcpProgress:
     return progress
 
 
-def wait_for(get: Callable[[], T], good: Callable[[T], bool]) -> T:
-    end = time.monotonic() + 20
-    while not good(value := get()):
-        assert time.monotonic() < end, value
-        time.sleep(0.01)
-    return value
+def first(get: Callable[[], T], good: Callable[[T], bool]) -> T:
+    """That is good."""
+    return wait_for(lambda: value if good(value := get()) else None)
 
 
 @pytest.mark.parametrize(("host", "family"), HOSTS)
@@ -68,9 +66,7 @@ def test_acked_bytes_are_exact(net: Net, resolver: SocketResolver, host: str, fa
         left = size
         while left:
             left -= len(accepted.recv(left))
-        assert (
-            wait_for(lambda: progress(resolver, client), lambda p: not p.unsent_plus_unacked).bytes_acked == 1 + total
-        )
+        assert first(lambda: progress(resolver, client), lambda p: not p.unsent_plus_unacked).bytes_acked == 1 + total
     assert progress(resolver, accepted).bytes_acked == 0
     state = progress(resolver, client)
     assert state.notsent == 0
@@ -87,14 +83,14 @@ def test_what_the_peer_does_not_read_stays_queued(net: Net, resolver: SocketReso
         try:
             written += client.send(b"x" * 65536)
         except BlockingIOError:
-            state = wait_for(lambda: progress(resolver, client), lambda p: p.notsent > 0)
+            state = first(lambda: progress(resolver, client), lambda p: p.notsent > 0)
             break
     assert state.bytes_acked - 1 + state.unsent_plus_unacked == written
     assert 0 < state.notsent <= state.unsent_plus_unacked
     left = written
     while left:
         left -= len(accepted.recv(1 << 20))
-    done = wait_for(lambda: progress(resolver, client), lambda p: not p.unsent_plus_unacked)
+    done = first(lambda: progress(resolver, client), lambda p: not p.unsent_plus_unacked)
     assert done.bytes_acked == 1 + written
 
 
@@ -104,12 +100,12 @@ def test_sockets_that_are_gone_are_absent(net: Net, resolver: SocketResolver) ->
     asked = [(cookie_of(c), endpoints(c)) for c, _ in pairs]
     assert set(resolver.tcp_progress(asked)) == {c for c, _ in asked}
     reset, closed, shut = pairs[0], pairs[1], pairs[2]
-    reset[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    reset_at_close(reset[0])
     reset[0].close()
     closed[0].close()  # TIME_WAIT
     closed[1].close()
     shut[0].shutdown(socket.SHUT_WR)  # once the FIN is acknowledged, too, bytes acked (SYN and FIN) can be asked for
-    alive = wait_for(lambda: resolver.tcp_progress(asked), lambda found: told(found[asked[2][0]]).bytes_acked == 2)
+    alive = first(lambda: resolver.tcp_progress(asked), lambda found: told(found[asked[2][0]]).bytes_acked == 2)
     assert set(alive) == {c for c, _ in asked[1:]}
     assert [c for c, progress in alive.items() if progress is None] == [asked[1][0]], "over, and all acknowledged"
 
@@ -118,7 +114,7 @@ def test_a_reused_tuple_is_another_socket(net: Net, resolver: SocketResolver) ->
     server = net.listen("127.0.0.1")
     client, accepted = net.connect(server, "127.0.0.1")
     old, where = cookie_of(client), endpoints(client)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    reset_at_close(client)
     client.close()
     accepted.close()
     again = socket.socket()
@@ -138,7 +134,7 @@ def test_more_lookups_than_fit_into_a_batch(net: Net, resolver: SocketResolver) 
         client.sendall(b"y" * n)
     asked = [(cookie_of(c), endpoints(c)) for c, _ in pairs]
     gone = [(c ^ 1 << 40, e) for c, e in asked]
-    found = wait_for(
+    found = first(
         lambda: resolver.tcp_progress([x for both in zip(asked, gone, strict=True) for x in both]),
         lambda got: not any(told(p).unsent_plus_unacked for p in got.values()),
     )
@@ -186,5 +182,5 @@ def test_a_window_is_full_while_all_of_it_is_queued(net: Net, resolver: SocketRe
     assert not progress(resolver, client).window_full
     client.setblocking(False)
     client.send(b"x" * 65536)
-    state = wait_for(lambda: progress(resolver, client), lambda p: p.window_full)
+    state = first(lambda: progress(resolver, client), lambda p: p.window_full)
     assert state.notsent > 0

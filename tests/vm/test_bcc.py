@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import pytest
 from support.bpf_rig import Rig
 from support.frames import frame4, frame6, key4, key6
 from support.privileges import CAP_BPF, CAP_NET_ADMIN, DAEMON, call_with, do_all_with_two
+from support.waiting import wait_for
 
 from bench.parts.testrun import FOREVER, describe, run_packet
 from mfsd.client import cookie_of
@@ -136,10 +136,7 @@ def test_it_works_on_a_device(netns_pair: NetnsPair, classifier: Classifier) -> 
                 classifier.cookies.add(cookie_key(cookie_of(s)), 5)
                 for _ in range(3):
                     s.sendto(b"x" * 100, (pair.addr_b, 9))
-            deadline = time.monotonic() + 20
-            while classifier.slots["packets"][5] < 3:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_for(lambda: bool(classifier.slots["packets"][5] >= 3))
         assert hook_users(index) == []
         assert pair.run(pair.a, "tc qdisc show") == before
 
