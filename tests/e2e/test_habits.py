@@ -29,7 +29,7 @@ from support.habits import (
     transfers,
 )
 from support.rig import Daemon, running
-from support.waiting import wait_for
+from support.waiting import WAIT_FACTOR, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, tuple_of
 
@@ -362,7 +362,7 @@ def test_a_daemon_killed_when_a_transfer_is_nearly_through(netns_pair: NetnsPair
     with running(Daemon(netns_pair, tmp_path)) as daemon, daemon.client(on_event=seen.append) as client:
         with dial(netns_pair) as s:
             assert client.flush(20)
-            client.request("r", ttft_left_s=size / (24 * MB) + 4)
+            client.request("r", ttft_left_s=size / (24 * MB) + 4 * WAIT_FACTOR)
             client.transfer("t", s, size, stage=Stage.P2D, request="r")
             assert client.flush(5)
             s.sendall(bytes(size * 99 // 100))
