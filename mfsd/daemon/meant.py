@@ -12,7 +12,6 @@ import numpy as np
 
 from mfsd.datapath.bpf.rules import Match, masked
 from mfsd.ground.model import CookieSelector, HintError, Maker, PortRange, ProcessSelector, RuleSelector, TupleSelector
-from mfsd.host.makers import members
 from mfsd.host.sockets import process_sockets
 
 if TYPE_CHECKING:
@@ -107,20 +106,20 @@ def _within(
 def listed_of(
     selector: ProcessSelector | RuleSelector, every: Iterable[Listed], meaning: Callable[[Maker], Makers]
 ) -> list[Listed]:
-    """Which sockets of a listing a selector means. Which thread made them it does not say."""
+    """Which sockets of a listing a selector means.
+
+    It says which cgroup made them, and who has them now as far as others' processes may be looked at; not the thread.
+    """
     maker = maker_of(selector) or Maker()
     meant = meaning(maker)
     if meant.tids is not None:
         return []
-    pids = meant.pids
-    if meant.cgroups is not None:
-        inside = frozenset(members(meant.folders))
-        pids = inside if pids is None else pids & inside
-    inodes = None if pids is None else {i for pid in pids for i in _inodes(pid)}
+    inodes = None if meant.pids is None else {i for pid in meant.pids for i in _inodes(pid)}
     return [
         s
         for s in every
         if selector.covers(s.endpoints)
         and (inodes is None or s.inode in inodes)
+        and (meant.cgroups is None or s.cgroup in meant.cgroups)
         and (maker.uid < 0 or s.uid == maker.uid)
     ]

@@ -395,4 +395,4 @@ class HostSockets:
 
 
 def _listed(found: Listed) -> Socket:
-    return Socket(found.cookie, found.endpoints, found.uid, 0, here=True)
+    return Socket(found.cookie, found.endpoints, found.uid, 0, here=True, cgroup=found.cgroup)

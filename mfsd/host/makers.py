@@ -34,8 +34,6 @@ class Makers:
     tids: frozenset[int] | None = None
     cgroups: frozenset[int] | None = None
     """Ids."""
-    folders: frozenset[str] = frozenset()
-    """Of these cgroups."""
 
 
 @dataclass(slots=True)
@@ -80,16 +78,15 @@ class Census:
         if maker.executable:
             pids = {p for p in (every if pids is None else pids) if _runs(p, maker.executable)}
         cgroups = frozenset(groups) if maker.cgroup else None
-        folders = frozenset(groups.values())
         if not maker.thread:
-            return Makers(None if pids is None else frozenset(pids), None, cgroups, folders)
+            return Makers(None if pids is None else frozenset(pids), None, cgroups)
         among = set(every) if pids is None else pids
         if maker.cgroup:
             among &= set(members(groups.values()))
         if maker.uid >= 0:
             among = {p for p in among if every.get(p) == maker.uid}
         tids = frozenset(t for p in among for t in self._named(p, maker.thread, before))
-        return Makers(None if pids is None else frozenset(among), tids, cgroups, folders)
+        return Makers(None if pids is None else frozenset(among), tids, cgroups)
 
     def _named(self, pid: int, pattern: str, before: dict[tuple[int, int], _Thread]) -> Iterator[int]:
         """Threads of a process whose names match."""

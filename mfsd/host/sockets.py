@@ -58,6 +58,8 @@ class Socket:
     endpoints: Endpoints
     uid: int
     inode: int
+    cgroup: int = 0
+    """Id of the cgroup (v2) of who made it, of `SocketResolver.all` alone; 0: the kernel does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +160,8 @@ class SocketResolver:
     def all(self) -> Iterator[Socket]:
         """Every TCP socket that has, or may yet get, bytes to send."""
         for family in (socket.AF_INET, socket.AF_INET6):
-            for row in self._diag.dump(family, socket.IPPROTO_TCP, _SENDING):
-                yield self._socket(row, socket.IPPROTO_TCP)
+            for row, cgroup in self._diag.with_cgroups(family, socket.IPPROTO_TCP, _SENDING):
+                yield self._socket(row, socket.IPPROTO_TCP, cgroup)
 
     def tcp_progress(self, sockets: Iterable[tuple[int, Endpoints]]) -> dict[int, TcpProgress | None]:
         """Progress by cookie of TCP sockets given as (cookie, endpoints); those that are gone are absent.
@@ -262,11 +264,11 @@ class SocketResolver:
                 for n in index.match(row):
                     out[n][row.cookie] = self._socket(row, protocol)
 
-    def _socket(self, row: Row, protocol: int) -> Socket:
+    def _socket(self, row: Row, protocol: int, cgroup: int = 0) -> Socket:
         if row.ifindex:
             self.bound_to(row.cookie, row.ifindex)
         src, dst = ipaddress.ip_address(row.src), ipaddress.ip_address(row.dst)
-        return Socket(row.cookie, Endpoints(src, row.sport, dst, row.dport, protocol), row.uid, row.inode)
+        return Socket(row.cookie, Endpoints(src, row.sport, dst, row.dport, protocol), row.uid, row.inode, cgroup)
 
 
 class _Index:

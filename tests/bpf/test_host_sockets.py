@@ -247,6 +247,30 @@ def test_a_process_is_told_by_its_cgroup(host: HostSockets, worker: Worker, cgro
         worker.end()
 
 
+def test_older_connections_are_told_by_cgroup_without_looking_into_processes(
+    netns_pair: NetnsPair, worker: Worker, cgroup: Path
+) -> None:
+    """As after a restart of the daemon: with the unit's two capabilities, what others' processes have is hidden."""
+    unit, other = rule_of(cgroup=f"*/{cgroup.parent.name}"), rule_of(cgroup="/no-such/*")
+    own, _ = worker.connects()
+    process = RuleSelector(Maker(pid=own))
+    (cgroup / "cgroup.procs").write_text(f"{worker.popen.pid}\n")
+    try:
+        _, inside = worker.connects()
+
+        def make() -> HostSockets:
+            return HostSockets(None, cgroups=mounted_at())
+
+        host = netns_pair.call(netns_pair.a, lambda: call_with(DAEMON, make))
+        with contextlib.closing(host):
+            host.look([unit, other, process])
+            events = until(host, lambda seen: sum(isinstance(e, Found) for e in seen) >= 3)
+        told = {e.selector: [s.cookie for s in e.sockets or ()] for e in events if isinstance(e, Found)}
+        assert told == {unit: [inside], other: [], process: []}
+    finally:
+        worker.end()
+
+
 THREADS: Final = """
 import ctypes, socket, sys, threading
 host, port = sys.argv[1:]
