@@ -166,14 +166,20 @@ class Link:
     # --- our thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        channel = self._way.channel(self._target)
-        stub = hints_pb2_grpc.HintsStub(channel)
+        channel: grpc.Channel | None = None
+        shown: grpc.ChannelCredentials | None = None
         reached = time.monotonic()
         try:
             while not self._closing:
                 stream = _Stream()
                 if (token := self._introduce()) is not None:
-                    self._converse(stub, stream, token)
+                    credentials = None if self._way.credentials is None else self._way.credentials()
+                    if channel is not None and credentials is not shown:
+                        channel.close()
+                        channel = None
+                    if channel is None:  # one for all attempts: it waits longer each time for who is slow
+                        channel, shown = self._way.channel(self._target, credentials), credentials
+                    self._converse(hints_pb2_grpc.HintsStub(channel), stream, token)
                 if stream.epoch:
                     reached = time.monotonic()
                 elif time.monotonic() - reached > AWAY_S:
@@ -184,7 +190,8 @@ class Link:
                 self._idle(longest * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, hides nothing
         finally:
             self._introduction.close()
-            channel.close()
+            if channel is not None:
+                channel.close()
 
     def _introduce(self) -> str | None:
         """Our token, empty without one; None: there is no daemon to talk to."""

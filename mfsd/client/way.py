@@ -23,8 +23,8 @@ CHANNEL_BACKOFF_S: Final = (0.05, 1.0)
 class Way:
     """How a link gets to a daemon."""
 
-    credentials: grpc.ChannelCredentials | None = None
-    """None: a plain channel."""
+    credentials: Callable[[], grpc.ChannelCredentials] | None = None
+    """Asked before each attempt: others than before are shown from then on. None: a plain channel."""
     options: tuple[tuple[str, Any], ...] = ()
     """Of the channel, besides the usual ones."""
     correct: bool = False
@@ -32,7 +32,7 @@ class Way:
     drops: Callable[[Hint, float], bool] | None = None
     """Hints that are not sent any more."""
 
-    def channel(self, target: str) -> grpc.Channel:
+    def channel(self, target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
         """A new one."""
         first, most = CHANNEL_BACKOFF_S if target.startswith("unix:") else BACKOFF_S
         options = [
@@ -42,9 +42,9 @@ class Way:
             ("grpc.enable_http_proxy", 0),
             *self.options,
         ]
-        if self.credentials is None:
+        if credentials is None:
             return grpc.insecure_channel(target, options)
-        return grpc.secure_channel(target, self.credentials, options)
+        return grpc.secure_channel(target, credentials, options)
 
 
 def pause(away: float) -> float:

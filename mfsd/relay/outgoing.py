@@ -202,7 +202,7 @@ class Outgoing:
     def _say(self, peer: Peer, hint: Hint) -> None:
         link = self._links.get(peer)
         if link is None:
-            way = Way(self._credentials(), peer.options, correct=True, drops=self._late)
+            way = Way(self._credentials, peer.options, correct=True, drops=self._late)
             link = self._links[peer] = Link(self._name, peer.target, QUEUE, FULL, self._heard, None, way)
         # Links go by this process's clock, the engine by the kernel's: in a time namespace they differ.
         ahead = time.monotonic() - self._clock()

@@ -18,6 +18,7 @@ from mfsd.ground.model import Maker, MarkHint, PortRange, RuleSelector, Stage
 from mfsd.ground.units import host_port
 from mfsd.relay.incoming import Incoming, RelayError
 from mfsd.relay.outgoing import Outgoing
+from mfsd.relay.papers import Papers
 from mfsd.relay.table import LOOK_UP_S, Table
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
@@ -64,37 +65,33 @@ class Relay:
 
         table = Table(config.peers)
         name = f"{socket.gethostname()}:{engine.epoch:x}"
-        self.outgoing = Outgoing(table, name, self._channel_credentials, soon, clock)
+        self.outgoing = Outgoing(table, name, self._credentials, soon, clock)
         self.incoming = Incoming(engine, decoder, poke, self.outgoing.has, clock=clock)
         self.incoming.allow = config.allow
         self._task: asyncio.Task[None] | None = None
         self._seldom = Seldom()
+        self._papers: Papers
+        """From ``start`` on."""
+        self._shown: grpc.ChannelCredentials
+        """By the channels below; the same."""
         self._channels: dict[Peer, grpc.aio.Channel] = {}
         self._advice: dict[tuple[Address, Address], tuple[float, pb.Advice]] = {}
         self.port = 0
         """Where hints are taken; 0: nowhere."""
 
-    def _read(self, name: str) -> bytes:
-        path = getattr(self.config, name)
-        try:
-            return bytes(path.read_bytes())
-        except OSError as e:
-            raise RelayError(f'relay.{name} = "{path}": can\'t be read: {e.strerror}') from e
-
-    def _channel_credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(self._read("ca"), self._read("key"), self._read("cert"))
+    def _credentials(self) -> grpc.ChannelCredentials:
+        return self._papers.for_channels()
 
     async def start(self) -> None:
         """Look peers up, and open the endpoint. Raises RelayError."""
         c = self.config
-        files = {name: (f"relay.{name}", getattr(c, name)) for name in ("cert", "key", "ca")}
         try:
-            chain, private, roots = pem.trio(files["cert"], files["key"], files["ca"])
+            self._papers = Papers(*((f"relay.{name}", getattr(c, name)) for name in ("cert", "key", "ca")))
         except pem.PemError as e:
             raise RelayError(str(e)) from e
+        self._shown = self._credentials()
         if self.config.listen is not None:
-            credentials = grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=True)
-            self.port = await self.incoming.serve(self.config.listen, credentials)
+            self.port = await self.incoming.serve(self.config.listen, self._papers.for_server())
             log.info("relay", listen=self.config.listen, allow=list(self.config.allow))
         if self.config.peers:
             await self._look_up()
@@ -115,6 +112,7 @@ class Relay:
 
     async def _look_up(self) -> None:
         table = await asyncio.to_thread(self.outgoing.table.look_up)
+        before, self._shown = self._shown, await asyncio.to_thread(self._credentials)
         for problem in table.problems:
             if self._seldom(problem):
                 log.warning("relay", problem=problem)
@@ -122,7 +120,7 @@ class Relay:
         for link in gone:
             await asyncio.to_thread(link.close, 0.0)  # joins its thread
         here = {*table.peers.values()}
-        for peer in [p for p in self._channels if p not in here]:
+        for peer in [p for p in self._channels if p not in here or self._shown is not before]:
             await self._channels.pop(peer).close(ADVICE_S)  # somebody may be asking
 
     async def _keep_looking_up(self) -> None:
@@ -142,7 +140,7 @@ class Relay:
             return known if peer is not None else pb.Advice()
         channel = self._channels.get(peer)
         if channel is None:
-            channel = grpc.aio.secure_channel(peer.target, self._channel_credentials(), peer.options)
+            channel = grpc.aio.secure_channel(peer.target, self._shown, peer.options)
             self._channels[peer] = channel
         try:
             request = pb.AdviseRequest(paths=[pb.Path(dst=str(dst))])

@@ -85,7 +85,7 @@ class World:
                 subprocess.Popen(["ip", "netns", "exec", self.names[host], *command], stdout=log, stderr=log)
             )
 
-    def daemon(self, host: str, relay: str) -> str:
+    def daemon(self, host: str, relay: str, wrap: tuple[str, ...] = ()) -> str:
         """Start mfsd; where its socket is."""
         folder = self.folder / host
         folder.mkdir()
@@ -93,7 +93,7 @@ class World:
         config.write_text(
             f'[daemon]\nsocket = "{folder}/mfsd.sock"\nstate_dir = "{folder}"\n[relay]\n{relay}', encoding="utf-8"
         )
-        self.run(host, sys.executable, "-m", "mfsd.daemon", "--config", str(config))
+        self.run(host, *wrap, sys.executable, "-m", "mfsd.daemon", "--config", str(config))
         wait_for(lambda: answers(f"unix:{folder}/mfsd.sock"), f"{host} to serve")
         return f"unix:{folder}/mfsd.sock"
 
@@ -191,3 +191,35 @@ def test_hints_reach_who_is_there_on_time_whatever_the_others_do(world: World, t
         assert set(due(targets["parted"])) == {"first"}
         assert not due(targets["impostor"])
         assert not due(waits)
+
+
+def test_names_are_followed_to_where_they_lead(world: World, tmp_path: Path) -> None:
+    """As of a headless service whose pod has been replaced by another one, elsewhere."""
+    authority = Authority(tmp_path / "ca")
+    places = {peer: f"10.78.{n}.2" for n, peer in enumerate(PEERS[:2])}
+    targets = {}
+    for peer, address in places.items():
+        papers = authority.papers("sender.test")  # for the name, not for an address
+        targets[peer] = world.daemon(peer, f'listen = "{address}:{PORT}"\nallow = ["waits.test"]\n{papers.toml}')
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"{places['good']} sender.test\n")
+    wrap = ("unshare", "--mount", "sh", "-ec", f'mount --bind {hosts} /etc/hosts; exec "$@"', "sh")
+    waits = world.daemon("waits", f'peers = ["sender.test:{PORT}"]\n{authority.papers("waits.test").toml}', wrap)
+    with Client(target=waits) as client:
+        client.request("r", ttft_left_s=120.0)
+
+        def says(n: int, peer: str, name: str) -> None:
+            where = tuple_of(f"10.78.{n}.1", 0, places[peer], 6000)
+            client.transfer(name, where, MB, stage=Stage.P2D, request="r")
+            assert client.flush(WAIT_S)
+
+        says(0, "good", "a/first")
+        wait_for(functools.partial(first_due, targets["good"]), "the first one to hear")
+        hosts.write_text(f"{places['slow']} sender.test\n")  # in place: the file is what is mounted
+        tried = iter(range(1000))
+
+        def arrives() -> bool:
+            says(1, "slow", f"b/{next(tried)}")
+            return bool(due(targets["slow"]))
+
+        wait_for(arrives, "the second one to hear", 3 * WAIT_S)

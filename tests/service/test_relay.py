@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -279,6 +280,65 @@ def test_a_server_that_is_not_who_it_should_be_gets_no_hints(tmp_path: Path, aut
             assert not transfers(hosts.sender)
     finally:
         hosts.stop()
+
+
+@pytest.fixture
+def renewable(tmp_path: Path) -> Iterator[tuple[Hosts, Callable[[Papers, str], Papers]]]:
+    """Hosts with papers of their own, and what puts others, of another authority, in the place of some of these."""
+    before, after = Authority(tmp_path / "before"), Authority(tmp_path / "after")
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+
+    def renew(old: Papers, name: str) -> Papers:
+        new = after.papers(name, SENDER, WAITER)
+        for file in ("ca", "key", "cert"):  # not at once: for a while they don't belong together
+            getattr(old, file).write_bytes(getattr(new, file).read_bytes())
+        return new
+
+    made = []
+    for name, address in (("sender.test", SENDER), ("waiter.test", WAITER)):
+        papers = before.papers(name, address)
+        ca = folder / f"{name}.ca"  # each host has a file of its own
+        ca.write_bytes(papers.ca.read_bytes())
+        made.append(replace(papers, ca=ca))
+    hosts = Hosts(folder, *made)
+    yield hosts, renew
+    hosts.stop()
+
+
+def test_who_waits_shows_and_believes_what_its_files_say_when_it_connects(
+    renewable: tuple[Hosts, Callable[[Papers, str], Papers]],
+) -> None:
+    """As when all certificates are renewed under an authority of their own, and the sender's daemon starts again."""
+    hosts, renew = renewable
+    with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
+        client.request("r", ttft_left_s=60.0)
+        client.transfer("before", from_sender(sends), MB, stage=Stage.P2D, request="r")
+        wait_for(lambda: len(transfers(hosts.sender)) == 1)
+        hosts.sender.stop()
+        renew(hosts.papers, "sender.test")
+        hosts.sender = hosts.start_sender()
+        wait_for(lambda: any("no connection to" in n for n in hosts.waiter.daemon.notices()))
+        renew(hosts.own, "waiter.test")
+        client.transfer("after", from_sender(sends), MB, stage=Stage.P2D, request="r")
+        wait_for(lambda: len(transfers(hosts.sender)) == 2)
+
+
+def test_who_sends_shows_and_believes_what_its_files_say_when_somebody_connects(
+    renewable: tuple[Hosts, Callable[[Papers, str], Papers]],
+) -> None:
+    hosts, renew = renewable
+    request = pb.Hint(request=pb.Request(id="r", ttft_left_us=1_000_000))
+    old = replace(hosts.papers, ca=hosts.folder / "old.ca")
+    old.ca.write_bytes(hosts.papers.ca.read_bytes())
+    certificate = hosts.papers.cert.read_bytes()
+    hosts.papers.cert.write_bytes(b"no certificate")
+    assert send(hosts, hosts.own, request).accepted == 1  # that of before stays in use
+    hosts.papers.cert.write_bytes(certificate)
+    theirs = replace(renew(hosts.own, "waiter.test"), ca=hosts.own.ca)
+    assert code(lambda: send(hosts, theirs, request)) is grpc.StatusCode.UNAVAILABLE
+    renew(hosts.papers, "sender.test")
+    assert send(hosts, theirs, request).accepted == 1
 
 
 def test_the_configuration_says_what_is_missing() -> None:
