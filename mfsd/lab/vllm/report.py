@@ -16,7 +16,7 @@ from mfsd.lab.results.figures import percentiles_ms
 from mfsd.lab.results.report import Section
 from mfsd.lab.vllm.engine import NICE as ENGINE_NICE
 from mfsd.lab.vllm.engine import PROGRESS_US, TOKEN
-from mfsd.lab.vllm.hosts import RATE, Arm
+from mfsd.lab.vllm.hosts import PACKET, RATE, Arm
 from mfsd.lab.vllm.play import EXCHANGE, GAP_S, PAUSE_S, SIZES, SLACKS, Beside, Outcome
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def settings(found: Found) -> list[tuple[str, str, str]]:
         ("failed", "", "No token within a minute, or another one than prefill's."),
         ("engines", "vLLM on the CPU, dummy weights", "A Llama with the KV of Llama-3-8B and little to compute."),
         ("transport", "NIXL, UCX, TCP", f"One connection; its progress thread looks every {PROGRESS_US} us."),
+        ("packets", f"{PACKET >> 10} KiB", "At most, before segmentation; 64 KiB take a quarter of an exchange."),
         ("congestion", CONGESTION, "Congestion control of all connections."),
         ("nice", f"{NICE}; engines {NICE + ENGINE_NICE}", "Of the processes."),
         ("seed", str(found.plan.seed), "Of requests and arrivals."),
