@@ -25,7 +25,7 @@ from mfsd.daemon import config_files
 from mfsd.daemon.daemon import Daemon
 from mfsd.daemon.lock import StartError
 from mfsd.daemon.memory import keep_freed
-from mfsd.daemon.turns import keep_turns_short
+from mfsd.daemon.turns import collect, keep_turns_short
 from mfsd.datapath.errors import DatapathError
 from mfsd.ground import logs
 from mfsd.relay.incoming import RelayError
@@ -93,11 +93,13 @@ async def _serve(config: Config, path: Path | None, predecessor: Predecessor | N
     loop.set_exception_handler(_rarely(logs.Seldom()))
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
+    collecting = loop.create_task(collect(lambda: daemon.engine.idle))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PATIENT)
         await daemon.run()
         over.set()
     finally:
+        collecting.cancel()
         signal.pthread_sigmask(signal.SIG_BLOCK, PATIENT)
 
 

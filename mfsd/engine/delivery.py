@@ -253,8 +253,7 @@ class Delivery:
         sent = self.books.streams.offset(stream, self.connections.positions.sent_by)
         past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
-            for x in past:
-                cut(self.books, x, sent)
+            cut(self.books, past, sent)
             return past
         if past:
             self.confirm(stream)
@@ -275,9 +274,11 @@ class Delivery:
                 self._confirm[transfer.stream] = 0.0
             else:
                 nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
+        short: dict[Stream, list[Transfer]] = {}
         for transfer in nowhere:
             if transfer.left:
-                reached = self.books.streams.offset(transfer.stream, self.connections.positions.sent_by)
-                cut(self.books, transfer, reached)
+                short.setdefault(transfer.stream, []).append(transfer)
+        for stream, some in short.items():
+            cut(self.books, some, self.books.streams.offset(stream, self.connections.positions.sent_by))
         if nowhere:
             self.endings.end(nowhere, now, delivered_at=now)

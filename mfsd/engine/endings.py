@@ -12,7 +12,7 @@ import numpy as np
 
 from mfsd.engine.columns import GONE
 from mfsd.engine.records import EVENTS_KEPT
-from mfsd.engine.shortfall import REST, SLACK, cut, is_short, lacks
+from mfsd.engine.shortfall import REST, SLACK, cut, lacks, short
 from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.model import INF, CookieSelector, Event, EventKind
 
@@ -111,11 +111,11 @@ class Endings:
 
     def _deliver(self, ended: list[Transfer], at: list[float], now: float) -> None:
         """What workers had written of these has arrived, and when: all of it, but for those who ended before that."""
-        short = {t for t in ended if t.left and is_short(self.books, t)}
-        if short:
-            self._end(list(short), now, None, lost=True)
-            at = [when for t, when in zip(ended, at, strict=True) if t not in short]
-            ended = [t for t in ended if t not in short]
+        lost = dict.fromkeys(short(self.books, ended))
+        if lost:
+            self._end(list(lost), now, None, lost=True)
+            at = [when for t, when in zip(ended, at, strict=True) if t not in lost]
+            ended = [t for t in ended if t not in lost]
         self._end(ended, now, at, lost=False)
 
     def _end(self, ended: list[Transfer], now: float, delivered_at: list[float] | None, *, lost: bool) -> None:
@@ -347,26 +347,24 @@ class Endings:
 
     def _after(self, stream: Stream, now: float, reason: str, *, clean: bool, at: float = INF) -> None:
         """A member of a stream is gone, since ``at``: see what can still come of its transfers."""
-        transfers = self.books.transfers
+        transfers, queue = self.books.transfers, list(stream.queue)
         offset = self.books.streams.offset(stream, self.connections.positions.acked_by)
-        rows = transfers.rows(stream.queue)
-        start, end = transfers.live("start")[rows].tolist(), transfers.live("end")[rows].tolist()
+        rows = transfers.rows(queue)
+        start, end = transfers.live("start")[rows], transfers.live("end")[rows]
+        cut(self.books, (x for x in queue if x.left), offset)
+        missing, size = end - offset, end - start
+        handed = np.fromiter((x.handed_over for x in queue), np.bool_, len(queue))
+        late = np.fromiter((x.maybe_late for x in queue), np.bool_, len(queue))
         alive = bool(stream.members)
         one = stream.watch is None or exact_endpoints(stream.selector) is not None
-        done, over = [], []
-        for transfer, began, ends in zip(stream.queue, start, end, strict=True):
-            if transfer.left:
-                cut(self.books, transfer, offset)
-            # The others of a selector may bring what is missing, unless that is so little that it was never written.
-            final = one or transfer.handed_over or ends - offset <= REST * (ends - began)
-            # All that was written has arrived: all of what was said to have been, however late it was announced.
-            begun = (began < offset or transfer.maybe_late) and final
-            begun = begun and not lacks(transfer, ends - offset, ends - began)
-            whole = not alive and clean and (transfer.handed_over or begun)
-            if ends <= offset + SLACK or whole:
-                done.append(transfer)
-            elif not alive and final:
-                over.append(transfer)
+        # The others of a selector may bring what is missing, unless that is so little that it was never written.
+        final = handed | (missing <= REST * size) | one
+        # All that was written has arrived: all of what was said to have been, however late it was announced.
+        begun = ((start < offset) | late) & final & ~lacks(queue, missing, size)
+        whole = (handed | begun) & (not alive and clean)
+        arrived = (missing <= SLACK) | whole
+        done = [x for x, is_done in zip(queue, arrived.tolist(), strict=True) if is_done]
+        over = [x for x, is_over in zip(queue, (~arrived & final & (not alive)).tolist(), strict=True) if is_over]
         self.end(done, now, delivered_at=min(at, now))
         for transfer in over[-EVENTS_KEPT:]:
             owner = transfer.request.id if transfer.request else ""

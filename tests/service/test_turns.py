@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from typing import TYPE_CHECKING
 
+import pytest
+
 from mfsd.api.turns import LINES, REST, TURN_S, Lines
+from mfsd.daemon import turns
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-
-    import pytest
 
 HOSTILE, HONEST = 1, 2
 MANY = 50
@@ -96,3 +99,40 @@ def test_users_that_say_nothing_more_are_forgotten() -> None:
         asyncio.run(batches(lines, uid, 1, 0.0, done))
     assert len(lines._lines) <= LINES + 1
     assert REST > 1  # others have more of the loop than whoever says most
+
+
+class Knot:
+    """Garbage that only a collection finds."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.mark.parametrize(("idle", "most"), [(True, turns.QUIET), (False, turns.BUSY)])
+def test_old_garbage_is_collected_sooner_while_nobody_waits(
+    monkeypatch: pytest.MonkeyPatch, *, idle: bool, most: int
+) -> None:
+    monkeypatch.setattr(turns, "LOOK_S", 0.0)
+    before = gc.get_threshold()
+
+    async def left(collections: int) -> bool:
+        gc.collect()
+        knot: Knot | None = Knot()
+        seen = weakref.ref(knot)
+        for _ in range(2):
+            gc.collect(1)  # it is old now
+        knot = None
+        for _ in range(collections - 2):
+            gc.collect(1)
+        task = asyncio.create_task(turns.collect(lambda: idle))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task.cancel()
+        return seen() is not None
+
+    try:
+        gc.set_threshold(0)
+        assert asyncio.run(left(most))
+        assert not asyncio.run(left(most + 1))
+    finally:
+        gc.set_threshold(*before)
