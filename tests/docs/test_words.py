@@ -18,11 +18,18 @@ from support.documents import DOCS, FENCE, LINK, PRESENT, ROOT, SPAN, anchors, c
 
 from mfsd.cli import show
 from mfsd.cli.app import TLS, mfsctl
+from mfsd.cli.top import ROWS_MAX
 from mfsd.client import Client
 from mfsd.daemon.main import main as daemon
-from mfsd.ground import tables
+from mfsd.datapath import _abi
+from mfsd.engine.settings import LimitsConfig
+from mfsd.engine.tally import REQUESTS_KEPT
+from mfsd.ground import bands, tables
 from mfsd.ground.metrics import METRICS
 from mfsd.lab.app import main as lab
+from mfsd.policy.demand_bound.policy import DemandBound
+from mfsd.relay import outgoing
+from mfsd.relay.table import PEERS_MAX
 from mfsd.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -220,3 +227,32 @@ def test_policy_parameters_that_are_named_exist() -> None:
         like = re.compile(r"max_defer_\w+_s|defer_\w+|most_\w+|overdue_\w+|margin_\w+")
         asked += [s for s in spans(path) if like.fullmatch(s)]
         assert not set(asked) - names - {"name"}, path
+
+
+QUOTED: Final = {
+    "README.md": [f"takes at most {bands.MAX_HTB_LEVELS} levels", f"`bands.levels`, up to {bands.MAX_LEVELS}"],
+    "docs/policies.md": [f"at most {bands.MAX_HTB_LEVELS} with htb, {bands.MAX_LEVELS} with prio and ets"],
+    "docs/architecture.md": [
+        f"htb has {bands.HTB_PRIOS} priorities, hence at most {bands.MAX_HTB_LEVELS} levels;",
+        f"prio and ets have {bands.PRIO_BANDS} bands, hence at most {bands.MAX_LEVELS}.",
+        f"control {bands.CONTROL_FLOOR:.0%}, default {bands.DEFAULT_FLOOR:.0%}, each level".replace("%", " %"),
+        f"each level {bands.LEVEL_FLOOR:.0%}, background {bands.BACKGROUND_FLOOR:.0%},".replace("%", " %"),
+        f"scavenger {bands.SCAVENGER_FLOOR:.0%} (`[bands]`)".replace("%", " %"),
+        f"Together they may take {bands.MAX_FLOORS * 100:g} % at most",
+        f"the ends of the last {_abi.ENDS:,} of all connections",
+    ],
+    "docs/client.md": [
+        f"how the last {_abi.ENDS:,} ended",
+        f"`limits.default_ttl_s`, {LimitsConfig().default_ttl_s:g} s",
+        f"mfsd holds stage 1 and 3 back for {DemandBound(name='').max_defer_kv_s:g} s at most",
+    ],
+    "docs/relay.md": [f"{outgoing.QUEUE:,} hints per peer", f"There are {PEERS_MAX} addresses at most"],
+    "docs/mfsctl.md": [f"looks at the most urgent {ROWS_MAX:,}", f"of the latest {REQUESTS_KEPT:,} that are"],
+}
+"""Limits and defaults, as the pages say them."""
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_limits_and_defaults_are_todays(name: str) -> None:
+    text = " ".join((ROOT / name).read_text().split())
+    assert not [q for q in QUOTED[name] if q not in text]
