@@ -27,6 +27,7 @@ from mfsd.client.outcome import Rejected, Stats
 from mfsd.client.selectors import Connection, Named, name
 from mfsd.ground.model import (
     INF,
+    Address,
     BatchHint,
     EndHint,
     Event,
@@ -257,13 +258,13 @@ class Client:
         """What the daemon tells from now on, in the running event loop, until ``close``: ``async for e in ...``."""
         return self._events.listen()
 
-    def advice(self, peer: str, *, source: str = "") -> Advice | None:
+    def advice(self, peer: str | Address, *, source: str | Address = "") -> Advice | None:
         """What the path to a host can bear, and how long bytes take: to choose where to decode, or to recompute.
 
         ``peer`` is an IP address; ``source``: the sending host's, if that is another one. Never waits: what is told is
         a fraction of a second old, and None until a daemon has said something, which the first question makes it do.
         """
-        return None if self._advisor is None else self._advisor.get(peer, source)
+        return None if self._advisor is None else self._advisor.get(str(peer), str(source or ""))
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ class Papers:
         self._files = cert, key, ca
         self._lock = threading.Lock()
         self._seldom = Seldom()
+        self._stamps = [_stamp(path) for _, path in self._files]
+        """When they were read last."""
         self._read: tuple[bytes, bytes, bytes] | None = None
         self._take(pem.trio(*self._files))
         self._served = self._server
@@ -38,12 +40,17 @@ class Papers:
             self._server = grpc.ssl_server_certificate_configuration([(private, chain)], roots)
 
     def _renew(self) -> None:
-        """Read the files. What is no certificate with its key is none yet. The lock is held."""
+        """Read the files if need be. What is no certificate with its key is none yet. The lock is held."""
+        stamps = [_stamp(path) for _, path in self._files]
+        if stamps == self._stamps:  # as a rule; whoever connects makes us look
+            return
         try:
             self._take(pem.trio(*self._files))
         except pem.PemError as e:
             if self._seldom(str(e)):
                 log.warning("relay: the certificate of before stays in use", problem=str(e))
+        else:
+            self._stamps = stamps
 
     def for_channels(self) -> grpc.ChannelCredentials:
         """To show to servers; the same object until the files have changed."""
@@ -67,3 +74,12 @@ class Papers:
                 return None
             self._served = self._server
             return self._server
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes with a file; nothing: it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import threading
 import time
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import pytest
@@ -145,3 +146,7 @@ def test_who_asks_about_a_name_is_told_once_that_it_is_no_address(
             for _ in range(3):
                 assert client.advice(peer, source=source) is None  # type: ignore[arg-type]
         assert [r.message for r in caplog.records] == ["no advice about 'decode-1': it is no IP address"]
+        assert client.advice(ip_address("10.0.0.9"), source=ip_address("10.0.0.7")) is None
+        assert client._advisor is not None
+        assert ("10.0.0.9", "10.0.0.7") in client._advisor._wanted
+        assert len(caplog.records) == 1
