@@ -93,7 +93,8 @@ class DaemonConfig(Section):
     )
     operator_group: GroupName | None = setting(
         None,
-        "Group whose members may use mfsctl: see everything, pause, restore. Besides root and the daemon's own user.",
+        "Group whose members, if they are in the socket's, too, may use mfsctl: see everything, pause, restore. "
+        "Besides root and the daemon's own user.",
         allowed="the name of a group",
     )
     trusted_users: Annotated[tuple[UserName, ...], BeforeValidator(as_tuple)] = setting(
