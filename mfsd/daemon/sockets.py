@@ -49,8 +49,7 @@ if TYPE_CHECKING:
 FAMILIES_S: Final = 1.0
 """How often it is looked for whom selectors mean: descendants of a process, processes of a name, cgroups."""
 STRANGERS_S: Final = 2.5
-"""For so long after a connection of which nobody knows who made it, sockets are looked through for theirs, too. Who
-accepts it has it by then."""
+"""How long it is looked for who holds a connection of which nobody knows who made it: it is accepted by then."""
 KNOWN_MAX: Final = 65_536
 """Sockets remembered from listings where the kernel doesn't tell."""
 
@@ -376,7 +375,9 @@ class HostSockets:
         if told.bound:
             self._asked.bound_to(told.cookie, told.bound)
         here = told.netns == self._teller.netns
-        uid = told.uid if told.uid >= 0 or not here or diag is None else self._user(diag, told.endpoints, told.cookie)
+        uid = told.uid
+        if uid < 0 and here and diag is not None and (uid := self._user(diag, told.endpoints, told.cookie)) >= 0:
+            self._teller.own(told.cookie, uid)
         return Socket(told.cookie, told.endpoints, uid, told.pid, here, told.tid, told.cgroup)
 
     def _user(self, diag: SocketResolver, endpoints: Endpoints, cookie: int) -> int:

@@ -141,6 +141,42 @@ def test_who_made_a_socket_counts_not_who_holds_it(bench: Bench) -> None:
     assert accepted.pid == os.getpid()
 
 
+@pytest.mark.parametrize("rule", ["user", "anybody", "elsewhere"])
+def test_of_a_listener_that_is_older_nobody_knows_who_made_it(netns_pair: NetnsPair, rule: str) -> None:
+    """A rule that says whose it must be decides nothing; the daemon is told, and enters whose it is."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(netns_pair.call(netns_pair.b, lambda: socket.create_server(("0.0.0.0", 0))))  # noqa: S104
+        classifier = stack.enter_context(call_with(DAEMON, lambda: LibbpfLoader().open_classifier(ROWS)))
+        bench = Bench(classifier, stack.enter_context(call_with(DAEMON, lambda: Teller(classifier))), netns_pair)
+        port, peer = server.getsockname()[1], ipaddress.ip_network(netns_pair.addr_a)
+        sports = PortRange(port + 1, port + 1) if rule == "elsewhere" else PortRange(port, port)
+        uid = -1 if rule == "anybody" else 12345
+        assert bench.teller.rules.put(Match(None, peer, sports, PortRange(), uid=uid), 1, 2, 2**62)
+        client, accepted = joined(bench, server)
+        with client, accepted:
+            cookie = cookie_of(accepted)
+            if rule == "elsewhere":
+                time.sleep(0.1)
+                assert not bench.teller.events()
+            else:
+                (event,) = bench.events(1)
+                assert (event.kind, event.sock.cookie, event.sock.uid) == (_abi.EVENT_MATCHED, cookie, -1)
+                assert (event.slot is None) == (rule == "user")
+            bench.teller.own(cookie, 1000)
+            told = bench.teller.find(cookie)
+            assert told is not None
+            assert (told.pid, told.uid) == (0, 1000)
+        client.close()
+        accepted.close()
+        deadline = time.monotonic() + 10
+        while (end := bench.teller.end_of(cookie)) is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert end is not None
+        assert end.sock.uid == 1000
+        bench.teller.own(cookie, 1001)
+        assert bench.teller.find(cookie) is None
+
+
 def test_a_connection_that_a_rule_names_has_a_slot_before_it_has_sent_a_byte(bench: Bench) -> None:
     with listener(bench) as server:
         port = server.getsockname()[1]

@@ -176,7 +176,7 @@ def test_odd_packets(daemon: Daemon, client: Client, odd: str, by: str) -> None:
             s = stack.enter_context(dial(pair, v6=v6, before=ODD[odd]))
         except OSError as e:
             if e.errno in (errno.ENOPROTOOPT, errno.ENOENT):
-                pytest.skip(f"this kernel has not that: {e}")
+                pytest.skip(f"this kernel has no such option: {e}")
             raise
         grown = Grown(daemon)
         three_in_turn(daemon, client, s if by == "socket" else tuple_of(pair.addr6_b if v6 else pair.addr_b, PORT), s)

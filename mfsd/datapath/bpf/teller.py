@@ -149,6 +149,19 @@ class Teller:
         sock["netns"], sock["owner"]["pid"], sock["owner"]["uid"] = self.netns, _abi.ANY_ID, uid
         self._socks.update(cookie.to_bytes(8, "little"), sock.tobytes())
 
+    def own(self, cookie: int, uid: int) -> None:
+        """Enter whose a connection is of which the directory does not know who made it. No error if it is over."""
+        key = cookie.to_bytes(8, "little")
+        value = self._socks.lookup(key)
+        if value is None:
+            return
+        sock = np.frombuffer(value, dtype=_abi.SOCK_DTYPE).copy()
+        sock["owner"]["pid"], sock["owner"]["uid"] = _abi.ANY_ID, uid
+        self._socks.update(key, sock.tobytes())
+        if self._ends.lookup(key) is not None:  # it ended meanwhile: nobody else would take it out
+            with contextlib.suppress(FileNotFoundError):
+                self._socks.delete(key)
+
     def all(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[Any]]:
         """The whole directory: cookies and SOCK_DTYPE rows. Some milliseconds; from any thread."""
         return syscall.map_dump(self._socks.fd, np.dtype(np.uint64), _abi.SOCK_DTYPE, _abi.SOCKETS)
