@@ -93,9 +93,9 @@ class HostSockets:
         """The thread's last answer, which replaces the former."""
         self._next_families = 0.0
         self._families: Future[None] | None = None
+        """The last search for whom selectors mean."""
         self._strangers_until = 0.0
         """Until then connections may turn out to be theirs of whom the kernel could not tell who made them."""
-        """The last search for whom selectors mean."""
         self._lost = 0
         """Events that the kernel had no room for, of which we know."""
         self._seldom = Seldom()
