@@ -89,6 +89,8 @@ class Ticker:
         """When there were hints last, on the loop's clock."""
         self._gathering = False
         """The next tick waits for hints to stop coming."""
+        self._asked = False
+        """There have been hints since the last tick, which pay for the next one."""
         self._budget, self._spare = Bucket(BURST_S, clock()), Bucket(BURST_S, clock())
         """Seconds of processor for ticks: at SHARE, and at QUIET_SHARE."""
         self.count = 0
@@ -118,6 +120,7 @@ class Ticker:
         if self._stopped:
             return
         self._refill(self._clock())
+        self._asked = True
         now = self._poked = self._loop.time()
         self._latest = min(self._latest, now if self._budget.left > 0 else now - self._budget.left / SHARE)
         due = self._latest
@@ -159,7 +162,8 @@ class Ticker:
             if now < min(quiet, self._latest):
                 self._schedule_at(min(quiet, self._latest))  # more hints have come
                 return
-        now, worked = self._clock(), time.thread_time()
+        now, worked, asked = self._clock(), time.thread_time(), self._asked
+        self._asked = False
         try:
             self._engine.tick(now)
         except Exception as e:
@@ -176,9 +180,10 @@ class Ticker:
         took = self._clock() - now
         self.busy_s += took
         self._refill(now + took)
-        worked = time.thread_time() - worked  # others that take the processor away are not to be paid for
-        self._budget.left -= worked
-        self._spare.left -= worked
+        if asked:  # what comes anyway, every millisecond while a rescue may be due, is no hint's to pay for
+            worked = time.thread_time() - worked  # nor are others that take the processor away
+            self._budget.left -= worked
+            self._spare.left -= worked
         self._took.append((now, took))
         if not self._stopped:
             # Never more than half of the time, however long one takes: others have their turn in between.

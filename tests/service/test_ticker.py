@@ -105,6 +105,7 @@ def test_once_hints_have_stopped_coming_they_get_their_tick() -> None:
     engine = Engine(busy_s=0.02)
 
     async def body(ticker: Ticker, _beats: list[float]) -> None:
+        ticker.poke()
         await until(lambda: engine.ticks == 1)
         engine.busy_s = 0.0
         await asyncio.sleep(0.05)  # the budget is at -15 ms, and needs 150 ms; the other one is above zero
@@ -115,6 +116,21 @@ def test_once_hints_have_stopped_coming_they_get_their_tick() -> None:
         assert engine.ticks == 1
         assert ticker._due <= ticker._poked + QUIET_S
         await until(lambda: engine.ticks == 2)
+
+    run(engine, NEVER, body)
+
+
+def test_hints_do_not_pay_for_ticks_that_nobody_asked_for() -> None:
+    """Such as those of a rescue that may be due, which come every millisecond."""
+    engine = Engine(busy_s=0.005, rescue_due=True)
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        await until(lambda: engine.ticks == 10)
+        engine.rescue_due = False
+        await until(lambda: engine.ticks == 11)
+        ticker.poke()
+        assert ticker._latest <= ticker._poked
+        await until(lambda: engine.ticks == 12)
 
     run(engine, NEVER, body)
 
