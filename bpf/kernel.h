@@ -72,11 +72,19 @@ struct tcp_sock {
 	__u32 snd_cwnd;
 	__u32 snd_ssthresh;
 	__u32 packets_out;
+	__u32 write_seq;
+	__u32 snd_nxt;
 	__u64 tcp_mstamp;
 	__u64 tcp_wstamp_ns;
 	struct minmax rtt_min;
 	struct tcp_options_received rx_opt;
 	__u8 bpf_sock_ops_cb_flags;
+};
+
+struct sk_buff {
+	struct sock *sk;
+	__u32 priority;
+	__u64 skb_mstamp_ns;
 };
 
 struct ack_sample {

@@ -264,6 +264,8 @@ struct mfsd_path {
 	__u32 last_back_us; /* the same of the last */
 	__u32 regretted; /* the share was cut for a loss that may have been none */
 	struct mfsd_peer_clock clock;
+	__u32 held;	 /* samples of this slice of connections that had more to send than they might, and not for our bands */
+	__u32 paired_at; /* last ACK for more than one packet */
 	__u32 pad;
 };
 

@@ -32,6 +32,8 @@
  */
 #include "yield_socket.h"
 #include "yield_clock.h"
+#include "yield_here.h"
+#include "yield_who.h"
 
 #define ALLOW		1
 #define TCP_ESTABLISHED 1
@@ -39,6 +41,7 @@
 #define TCP_CLOSE_WAIT	8
 #define TCP_LAST_ACK	9
 #define TCP_NODELAY	1
+#define SELDOM_SHIFT	20   /* of ns: a millisecond */
 #define CB_FLAGS	1008 /* TCP_BPF_SOCK_OPS_CB_FLAGS, since 6.11 */
 
 /* --- the algorithm --------------------------------------------------------------------------------------------- */
@@ -52,7 +55,8 @@ void BPF_PROG(mfsd_init, struct sock *sk)
 	cubictcp_init(sk);
 	before = bpf_sk_storage_get(&mfsd_before, TCP(sk), 0, 0);
 	m->cubic = !before || !before->name[0] || is_cubic(before->name); /* who has chosen us runs cubic else */
-	m->hinted_at = TCP(sk)->tcp_mstamp;
+	m->chosen = !before || !before->name[0];
+	m->hinted_ms = m->urgent_ms = ms_of(TCP(sk));
 	m->class = MFSD_YIELD_NOT;
 	m->band = MFSD_BAND_KEEP;
 	m->epoch = 0;
@@ -134,6 +138,22 @@ static __always_inline __u32 back_of(struct tcp_sock *tp, struct mfsd_path *p, s
 	return back;
 }
 
+/* A packet goes to its device; only those that the classifier has put into a band name a qdisc. */
+SEC("tp_btf/net_dev_start_xmit")
+int BPF_PROG(mfsd_left, struct sk_buff *skb)
+{
+	struct before *before;
+	struct sock *sk;
+
+	if (!(skb->priority >> 16))
+		return 0;
+	sk = skb->sk;
+	before = sk ? bpf_sk_storage_get(&mfsd_before, sk, 0, 0) : 0;
+	if (before && before->standing == OURS)
+		note_left(before, skb->skb_mstamp_ns / 1000, bpf_ktime_get_ns() / 1000);
+	return 0;
+}
+
 static __always_inline void count_flow(struct mfsd_path *p, struct mine *m, __u64 now)
 {
 	__u64 began = p->epoch_at;
@@ -157,22 +177,29 @@ void BPF_PROG(mfsd_acked, struct sock *sk, const struct ack_sample *sample)
 	struct mine *m = MINE(tp);
 	struct mfsd_path *p;
 	__s32 trip = sample->rtt_us;
-	__u32 delay, back, tick;
+	__u32 delay, back, tick, here;
 
-	if (!y || !settle(tp, y))
-		return;
+	if (!m->hinted_ms)
+		return; /* before mfsd_init, see settle() */
 	if (m->class == MFSD_YIELD_NOT) {
-		cubictcp_acked(sk, sample);
+		cubictcp_acked(sk, sample); /* what it has become is asked when it sends */
 		return;
 	}
+	if (!y || !settle(tp, y) || m->class == MFSD_YIELD_NOT)
+		return;
 	p = path_of(tp);
 	if (!p)
 		return;
 	count_flow(p, m, tp->tcp_mstamp);
 	if (trip <= 0 || (__u32)tp->tcp_mstamp - trip == m->ahead_us)
 		return;
+	here = waited_here(tp, (__u32)tp->tcp_mstamp - trip);
+	if (here < (__u32)trip)
+		trip -= here;
 	delay = trip - base_of(p, tp->tcp_mstamp, trip);
 	back = back_of(tp, p, m, delay, &tick);
+	if ((__s32)(tp->write_seq - tp->snd_nxt) >= (__s32)tp->mss_cache && here < HERE * most_of(y, m->class))
+		p->held += 1;
 	heard(p, tp->tcp_mstamp, delay - back, back, tick, sample->pkts_acked < 2, most_of(y, m->class));
 }
 
@@ -235,53 +262,13 @@ struct tcp_congestion_ops mfsd_yielding = {
 
 /* --- who gets it ----------------------------------------------------------------------------------------------- */
 
-static __always_inline int deferred(__u64 cookie)
-{
-	struct mfsd_yield *y = config();
-	__u64 now = bpf_ktime_get_ns(); /* the coarse one is not for iterators */
-	int dead;
-
-	return y && cookie && governed(now, &dead) && class_of(y, band_of(cookie, now)) != MFSD_YIELD_NOT;
-}
-
-/*
- * Whether a socket is to get our algorithm; `tp` is the same socket as the one that `before` is about. Who has asked for
- * another algorithm than its namespace's default has a reason. Who has asked for the default may as well have been given
- * back to it by a daemon before.
- */
-static __always_inline int wanted(struct before *before, struct tcp_sock *tp)
-{
-	struct mfsd_yield *y = config();
-
-	if (before->standing == SETTLED && !before->name[0] && y && !(y->flags & MFSD_YIELD_REPLACE) &&
-	    BPF_CORE_READ_BITFIELD(tp, inet_conn.icsk_ca_setsockopt) &&
-	    tp->inet_conn.icsk_ca_ops != tp->inet_conn.icsk_inet.sk.__sk_common.skc_net.net->ipv4.tcp_congestion_control)
-		before->standing = FOREIGN;
-	return before->standing == SETTLED;
-}
-
-/* As the loader has put it there, which the compiler must not know better. */
-static __always_inline void own_name(__u64 *name)
-{
-	name[0] = *(const volatile __u64 *)&mfsd_name[0];
-	name[1] = *(const volatile __u64 *)&mfsd_name[sizeof(__u64)];
-}
-
-/* What it runs now; if that is a former daemon's yielding, what that had found is not known. */
-static __always_inline void tidy(struct before *before)
-{
-	if (before->name[0] == 'm' && before->name[1] == 'f' && before->name[2] == 's' && before->name[3] == 'd' &&
-	    before->name[4] == '_')
-		__builtin_memcpy(before->name, "cubic", sizeof("cubic"));
-}
-
 SEC("sockops")
 int mfsd_mannered(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct before *before;
 	struct tcp_sock *tp;
-	__u64 ours[NAME_LEN / sizeof(__u64)];
+	__u64 ours[NAME_LEN / sizeof(__u64)], now = bpf_ktime_get_ns();
 
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
@@ -289,11 +276,14 @@ int mfsd_mannered(struct bpf_sock_ops *ctx)
 		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
 		break;
 	case BPF_SOCK_OPS_RTT_CB:
+		/* Where round trips are short, one in a millisecond will do. */
+		if (now >> SELDOM_SHIFT == (now - (__u64)ctx->args[0] * 1000) >> SELDOM_SHIFT)
+			return ALLOW;
 		break;
 	default:
 		return ALLOW;
 	}
-	if (!sk || !deferred(bpf_get_socket_cookie(ctx)))
+	if (!sk || !deferred(bpf_get_socket_cookie(ctx), now))
 		return ALLOW;
 	before = bpf_sk_storage_get(&mfsd_before, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	tp = bpf_skc_to_tcp_sock(sk);
@@ -331,7 +321,7 @@ int mfsd_adopt(struct bpf_iter__tcp *ctx)
 		if (bpf_setsockopt(tp, SOL_TCP, CB_FLAGS, &flags, sizeof(flags)))
 			adopted->deaf += 1;
 	}
-	if (!deferred(sk->skc_cookie.counter))
+	if (!deferred(sk->skc_cookie.counter, bpf_ktime_get_ns()))
 		return 0;
 	before = bpf_sk_storage_get(&mfsd_before, tp, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!before || !wanted(before, tp))
@@ -345,16 +335,6 @@ int mfsd_adopt(struct bpf_iter__tcp *ctx)
 		adopted->switched += 1;
 	}
 	return 0;
-}
-
-static __always_inline int runs_ours(struct tcp_sock *tp)
-{
-	__u64 ours[NAME_LEN / sizeof(__u64)], name[NAME_LEN / sizeof(__u64)];
-
-	own_name(ours);
-	if (bpf_core_read(name, sizeof(name), &tp->inet_conn.icsk_ca_ops->name))
-		return 0;
-	return name[0] == ours[0] && name[1] == ours[1];
 }
 
 /*
@@ -373,7 +353,7 @@ int mfsd_wake(struct bpf_iter__tcp *ctx)
 		    sk->skc_state != TCP_CLOSE_WAIT && sk->skc_state != TCP_LAST_ACK))
 		return 0;
 	tp = bpf_skc_to_tcp_sock(sk);
-	if (!tp || !runs_ours(tp) || MINE(tp)->class == MFSD_YIELD_NOT || deferred(sk->skc_cookie.counter))
+	if (!tp || !runs_ours(tp) || MINE(tp)->class == MFSD_YIELD_NOT || deferred(sk->skc_cookie.counter, bpf_ktime_get_ns()))
 		return 0;
 	if (bpf_getsockopt(tp, SOL_TCP, TCP_NODELAY, &was, sizeof(was)) ||
 	    bpf_setsockopt(tp, SOL_TCP, TCP_NODELAY, &on, sizeof(on)) || was)

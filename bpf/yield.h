@@ -44,6 +44,7 @@
 #define GROUP 4		   /* least samples of a step */
 #define SLICE_US 200	   /* least time between two steps; the least delay of it counts: noise only ever adds */
 #define SLICE_BACK 8	   /* ... and one in so many of what ACKs wait on their way back */
+#define LONE_US 50000	   /* longer than receivers keep an ACK to themselves */
 #define BASE_US 30000000   /* a base round trip is forgotten after one or two of these */
 #define PROBE_US 5000000   /* without an empty queue for so long, we make room to see the base */
 #define PROBE_PACES 6
@@ -62,6 +63,7 @@
 #define PROBES 1000	   /* share of the link that sleepers of one path take all the same: one in so many */
 #define CALM_TRIPS 60	   /* for so many round trips nobody learns after a part of PART_CALM or less */
 #define PART_CALM (UNIT / 10)
+#define HERE 4		   /* targets that packets wait in our own bands, above which it is not the share that holds them back */
 #define LOSS 8		   /* of the share, at a loss */
 #define STRENGTH 250	   /* packets of one connection in the queue, in the target */
 
@@ -158,6 +160,8 @@ static __always_inline void share_out(struct mfsd_path *p, __u64 now, __u64 dt, 
 		return;
 	dt = at_most(dt, 8 * pace);
 	gain = (__u64)TRACK * target / pace;
+	if (delay <= target && !p->held)
+		return; /* who has nothing to send does not learn how much it might */
 	if (delay <= target) {
 		gain = gain * (target - delay) / target;
 		if (delay < target / 4)
@@ -221,15 +225,18 @@ static __always_inline __u32 base_of(struct mfsd_path *p, __u64 now, __u32 trip)
 /*
  * A round trip has taken `delay` longer than the base, and `back` on top, which its ACK has waited. In the course of a
  * `tick`, `back` goes from a tick too little to what it is, and `delay` with it: so a slice is that long. `lone`: the ACK
- * is for one packet, which the receiver may have kept to itself for a while. Several CPUs may be at it; a sample that
- * gets lost is no loss, but only one of them takes the step.
+ * is for one packet, which the receiver may have kept to itself for a while; where there are no others, as of receivers
+ * that acknowledge every packet, it counts. Several CPUs may be at it; a sample that gets lost is no loss, but only one
+ * of them takes the step.
  */
 static __always_inline void heard(struct mfsd_path *p, __u64 now, __u32 delay, __u32 back, __u32 tick, int lone, __u32 most)
 {
 	__u32 slice = back ? tick + back / SLICE_BACK : SLICE_US;
 	__u64 begun = p->slice_at;
 
-	if (lone && delay > p->delay_us)
+	if (!lone)
+		p->paired_at = now;
+	else if (delay > p->delay_us && (__u32)now - p->paired_at < LONE_US)
 		return;
 	p->samples += 1;
 	p->delay_sum += delay;
@@ -247,6 +254,7 @@ static __always_inline void heard(struct mfsd_path *p, __u64 now, __u32 delay, _
 	if (delay == NEVER)
 		return;
 	steer(p, now, begun, delay, most);
+	p->held = 0;
 }
 
 /*

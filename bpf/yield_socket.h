@@ -18,6 +18,7 @@
 #define AF_INET		2
 #define SOL_TCP		6
 #define TCP_CONGESTION	13
+#define LEFT		8    /* packets whose wait is remembered */
 #define NAME_LEN	16   /* TCP_CA_NAME_MAX */
 #define NON_RESTRICTED	1    /* TCP_CONG_NON_RESTRICTED */
 #define PACING_NONE	0    /* enum sk_pacing */
@@ -25,7 +26,8 @@
 #define PACING_FQ	2
 #define INFINITE	0x7fffffff /* TCP_INFINITE_SSTHRESH */
 #define INITIAL_WINDOW	10
-#define UNHINTED_US	5000000 /* without a slot for so long, a connection goes back to what it ran before */
+#define UNHINTED_MS	5000 /* without a slot for so long, a connection goes back to what it ran before ... */
+#define URGENT_MS	1000 /* ... and so it does when it has not been deferred for so long, if we hear when it is again */
 #define CUBIC_WORDS	8 /* of icsk_ca_priv are cubic's; the rest is ours */
 
 /* The classifier's; the loader puts them in place. */
@@ -44,10 +46,12 @@ enum standing {
 	FOREIGN, /* has chosen its algorithm itself */
 };
 
-/* What a socket was before we came. */
+/* What a socket was before we came, and how long its last packets have waited in this host's bands. */
 struct before {
 	char name[NAME_LEN];
 	__u32 standing;
+	__u32 last; /* of the packets */
+	__u64 left[LEFT]; /* when TCP sent it (us, upper half), and how long until it left (us) */
 };
 
 struct {
@@ -69,7 +73,8 @@ extern __u32 tcp_reno_undo_cwnd(struct sock *sk) __ksym;
 
 /* Our part of icsk_ca_priv, behind cubic's. */
 struct mine {
-	__u64 hinted_at;
+	__u32 hinted_ms; /* never 0 */
+	__u32 urgent_ms; /* since when it is not deferred, if it is not */
 	struct mfsd_peer_clock clock; /* as mfsd_path's, of a peer that has another one for every connection */
 	__u32 epoch; /* of the path, in which we were counted last */
 	__u32 ahead_us; /* time stamp that packets got before it was due; 0: none */
@@ -78,6 +83,7 @@ struct mine {
 	__u8 paced; /* by us */
 	__u8 clocks; /* enum clocks */
 	__u8 cubic; /* is what it ran before */
+	__u8 chosen; /* by itself: nobody would put it under our algorithm once more */
 };
 
 #define TCP(sk) ((struct tcp_sock *)(sk))
@@ -148,6 +154,7 @@ static __always_inline struct mfsd_path *path_of(struct tcp_sock *tp)
 	p = MFSD_LOOKUP(mfsd_paths, &key);
 	if (p)
 		return p;
+	fresh.paired_at = tp->tcp_mstamp - LONE_US;
 	fresh.slice_at = fresh.base_since = fresh.epoch_at = tp->tcp_mstamp;
 	fresh.empty_at = tp->tcp_mstamp > PROBE_US ? tp->tcp_mstamp - PROBE_US + PROBE_US / 5 : 0;
 	fresh.base_us = tp->rtt_min.s[0].v; /* NEVER before the first; a way that is full would not show it now */
@@ -237,26 +244,36 @@ static __always_inline void move(struct tcp_sock *tp, __u8 band)
 	to->clock = from->clock;
 }
 
+static __always_inline __u32 ms_of(const struct tcp_sock *tp)
+{
+	return (__u32)(tp->tcp_mstamp / 1000) | 1;
+}
+
 /* Looks what the socket is now, and makes it that. 0 when it is not ours any more, or not yet. */
 static __always_inline int settle(struct tcp_sock *tp, const struct mfsd_yield *y)
 {
-	__u64 now = tp->tcp_mstamp, now_ns = now * 1000;
+	__u64 now_ns = tp->tcp_mstamp * 1000;
 	__u8 band = MFSD_BAND_KEEP, class;
 	struct mine *m = MINE(tp);
+	__u32 now = ms_of(tp);
 	int dead;
 
-	if (!m->hinted_at)
+	if (!m->hinted_ms)
 		return 0; /* has chosen us before it was connected, and this is the acknowledgement of its SYN: before mfsd_init */
 	if (governed(now_ns, &dead))
 		band = band_of(tp->inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter, now_ns);
 	class = class_of(y, band);
 	if (band != MFSD_BAND_KEEP)
-		m->hinted_at = now;
+		m->hinted_ms = now;
+	if (class != MFSD_YIELD_NOT || m->class != MFSD_YIELD_NOT)
+		m->urgent_ms = now;
 	if (m->class != MFSD_YIELD_NOT && class != MFSD_YIELD_NOT && band != m->band)
 		move(tp, band);
 	if (m->class != MFSD_YIELD_NOT && class == MFSD_YIELD_NOT)
 		hurry(tp, y);
-	if (class == MFSD_YIELD_NOT && (dead || !m->cubic || now - m->hinted_at > UNHINTED_US) && !give_back(tp))
+	if (class == MFSD_YIELD_NOT &&
+	    (dead || !m->cubic || now - m->hinted_ms > UNHINTED_MS || (!m->chosen && now - m->urgent_ms > URGENT_MS)) &&
+	    !give_back(tp))
 		return 0;
 	if (m->class != MFSD_YIELD_NOT && class == MFSD_YIELD_NOT)
 		cubictcp_init((struct sock *)tp);

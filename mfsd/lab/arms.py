@@ -46,8 +46,6 @@ class Arm:
     """The daemons know the rate of the decode hosts' links ([[peer]])."""
     yields: bool = False
     """Deferred connections yield in the network (network.yield)."""
-    target: float = 1.0
-    """Queue that they keep (network.target_ms), over the default for the slowest link."""
     background: float = 0.0
     """Unhinted bytes from every prefill host to every decode host, together this share of a decode host's link."""
 
@@ -55,11 +53,11 @@ class Arm:
     def daemon(self) -> tuple[Any, ...]:
         """Arms with the same value can share running daemons."""
         return (self.policy, tuple(sorted(self.params.items())), self.levels, self.tick_ms, self.floors, self.classes,
-                self.peers, self.yields, self.target)  # fmt: skip
+                self.peers, self.yields)  # fmt: skip
 
 
 def _arm(name: str, title: str, policy: str, **more: Any) -> Arm:
-    own = ("levels", "tick_ms", "faults", "floors", "classes", "peers", "yields", "target", "background")
+    own = ("levels", "tick_ms", "faults", "floors", "classes", "peers", "yields", "background")
     known = {k: more.pop(k) for k in own if k in more}
     return Arm(name, title, policy, more, **known)
 
@@ -109,9 +107,8 @@ _FIT: Final = (
     _arm("two-class-floors", "two-class with a floor for KV", "two-class", floors=(0.0, 0.1)),
 )
 _YIELD: Final = (
-    # 64 connections with short transfers meet at a decode host's port (docs/network.md, "How long a queue").
-    _own("yield", "yielding in the network", yields=True, target=2.0),
-    _arm("two-class-yield", "two-class, yielding in the network", "two-class", yields=True, target=2.0),
+    _own("yield", "yielding in the network", yields=True),
+    _arm("two-class-yield", "two-class, yielding in the network", "two-class", yields=True),
 )
 _SENSITIVITY: Final = (
     _arm("mfs-k3", "MFS, K = 3 levels", "mfs", levels=3),

@@ -98,7 +98,7 @@ class Network:
         self._runs += 1
         s, hosts = self.settings, self.fabric.hosts
         slowest = min((s.rate_of(name) for name in s.hosts), key=lambda rate: rate.bytes_per_s)
-        target_ms = configuration.parse({}).network.target_s(slowest) * 1000 * arm.target
+        target_ms = configuration.parse({}).network.target_s(slowest) * 1000
         tables = {
             "daemon": {"tick_ms": arm.tick_ms, "idle_tick_ms": max(100.0, arm.tick_ms)},
             "policy": {"name": arm.policy, **arm.params},

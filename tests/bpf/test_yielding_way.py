@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from support.yielders import Bench
 
 LINK: Final = "root tbf rate 100mbit burst 20kb latency 50ms"
+IN_A_BAND: Final = 1 << 16 | 1
+"""A packet's priority once the classifier has chosen a band: the class of a qdisc, not one of 0 to 15."""
 BACK: Final = 4
 """Connections on the way back."""
 FULL_US: Final = 10_000
@@ -43,6 +46,18 @@ def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> Non
 @needs_it
 @pytest.mark.bpf
 @pytest.mark.parametrize("family", FAMILIES)
+def test_receivers_that_acknowledge_every_packet_are_heard(bench: Bench, family: int) -> None:
+    """Their ACKs are all for one packet, as are those that a receiver has kept to itself for a while."""
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
+    one, other = bench.connect(family, "cubic"), bench.connect(family, "cubic", quick=True)
+    bench.hint(other, FIRST)
+    assert share(one, other) > 0.85
+
+
+@needs_it
+@pytest.mark.bpf
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_full_way_does_not_hide_how_long_it_is_without_queue(bench: Bench, family: int) -> None:
     """It is deferred when others have filled the queue already, and has had a round trip before that."""
     bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
@@ -54,6 +69,31 @@ def test_a_full_way_does_not_hide_how_long_it_is_without_queue(bench: Bench, fam
         bench.sends_until(late, lambda: bool(bench.yielding.paths()[1]["samples"].any()))
         (path,) = bench.yielding.paths()[1]
     assert path["base_us"] < FULL_US
+
+
+@needs_it
+@pytest.mark.bpf
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_waits_in_a_band_of_this_host_has_met_no_queue(bench: Bench, family: int) -> None:
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
+    other, late = bench.connect(family, "cubic"), bench.connect(family, "cubic")
+    late.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, IN_A_BAND)
+    with filled(other):
+        bench.sends_until(late, lambda: rtt_us(late) > FULL_US)
+        bench.hint(late, FIRST)
+        bench.becomes(late, bench.yielding.name)
+        bench.sends_until(late, lambda: bool(bench.yielding.paths()[1]["samples"].any()))
+        for _ in range(2):  # what left before it was deferred is not known
+            (before,) = bench.yielding.paths()[1]
+            trips, sent = [], tcp_info(late).acked
+            while tcp_info(late).acked < sent + 20 * len(CHUNK):
+                late.sendall(CHUNK)
+                trips.append(rtt_us(late))
+        (path,) = bench.yielding.paths()[1]
+    trip = sum(trips) / len(trips)
+    assert trip > FULL_US / 2, "the queue is long"
+    assert path["delay_sum"] - before["delay_sum"] < trip / 4 * (path["samples"] - before["samples"])
 
 
 @needs_it

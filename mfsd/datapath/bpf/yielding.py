@@ -41,6 +41,7 @@ WAKE: Final = "mfsd_wake"
 _SHARED: Final = ("mfsd_host", "mfsd_slots", "mfsd_cookies")
 _OWN: Final = ("mfsd_yield", "mfsd_paths", "mfsd_adopted")
 _TRACE_ITER: Final = 28
+_TRACE_RAW_TP: Final = 23
 """enum bpf_attach_type."""
 
 
@@ -75,6 +76,7 @@ class Yielding:
             undo.callback(self.close)
             self._load(classifier)
             self._fds += attach([(self._give, SOCK_OPS)])
+            self._fds.append(syscall.link_create(self._left, 0, _TRACE_RAW_TP, 0))
             undo.pop_all()
 
     def _load(self, classifier: Classifier) -> None:
@@ -95,7 +97,8 @@ class Yielding:
                 self._give, self._adopt = obj.program_fd(GIVE), obj.program_fd(ADOPT)
                 maps = {name: obj.map_fd(name) for name in _OWN}
                 self._wake = obj.program_fd(WAKE)
-                self._fds += [self._give, self._adopt, self._wake, *maps.values()]
+                self._left = obj.program_fd("mfsd_left")
+                self._fds += [self._give, self._adopt, self._wake, self._left, *maps.values()]
                 break
         else:
             raise LoaderError("registering the congestion control", f"{NAMES} daemons have theirs already")
