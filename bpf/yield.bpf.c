@@ -8,11 +8,12 @@
  *
  *   deferred	It keeps the queue at the bottleneck below a target, and gets out of the way of whoever does not: that
  *		is yield.h. Connections to the same peer are steered together, by what any of them has felt.
- *   urgent	Cubic, by the kernel's own functions, if the socket ran cubic before. It stays with us, so that it yields
- *		from the next packet on when it is deferred again, as connections that carry message after message are.
- *   neither	No slot for a while, or a socket that ran something else than cubic and is not deferred: it is given back
- *		to the algorithm that it had. That is also what becomes of all of them at their next packet when the
- *		daemon is dead (its heartbeat in mfsd_host is too old). So nobody keeps our code longer than needed.
+ *   urgent	Cubic, by the kernel's own functions, if the socket ran cubic before. It stays with us for a second, so that
+ *		it yields from the next packet on when it is deferred again, as connections that carry message after message
+ *		are; for good if it has chosen us itself, as nobody might put it under us again.
+ *   neither	No slot for a while, urgent for longer, or a socket that ran something else than cubic and is not deferred:
+ *		it is given back to the algorithm that it had. That is also what becomes of all of them at their next packet
+ *		when the daemon is dead (its heartbeat in mfsd_host is too old). So nobody keeps our code longer than needed.
  *
  * Who gets it: connections that are deferred, and nobody else. mfsd_mannered (sock_ops, at the root of the cgroups)
  * looks when a connection is made and then once per round trip; mfsd_adopt (an iterator) looks at those that are older
@@ -26,6 +27,7 @@
  *
  * The round trip counts the queue of the ACKs, too. By the peer's clock in the ACKs (TSval) we know how much longer than
  * at best they have been under way (yield_clock.h), and take that off: a busy way back must not slow down a free way out.
+ * Nor must what packets wait in our own bands (yield_here.h).
  *
  * Needs BTF, Linux 6.4 (links), cubic in the kernel, and to load it CAP_PERFMON besides the two that the classifier
  * takes. Loaded with the classifier's maps.

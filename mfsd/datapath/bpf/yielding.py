@@ -38,6 +38,7 @@ OPS: Final = "mfsd_yielding"
 GIVE: Final = "mfsd_mannered"
 ADOPT: Final = "mfsd_adopt"
 WAKE: Final = "mfsd_wake"
+LEFT: Final = "mfsd_left"
 _SHARED: Final = ("mfsd_host", "mfsd_slots", "mfsd_cookies")
 _OWN: Final = ("mfsd_yield", "mfsd_paths", "mfsd_adopted")
 _TRACE_ITER: Final = 28
@@ -76,7 +77,10 @@ class Yielding:
             undo.callback(self.close)
             self._load(classifier)
             self._fds += attach([(self._give, SOCK_OPS)])
-            self._fds.append(syscall.link_create(self._left, 0, _TRACE_RAW_TP, 0))
+            try:
+                self._fds.append(syscall.link_create(self._left, 0, _TRACE_RAW_TP, 0))
+            except OSError as e:
+                raise LoaderError("watching when packets leave", str(e), FIX) from e
             undo.pop_all()
 
     def _load(self, classifier: Classifier) -> None:
@@ -97,7 +101,7 @@ class Yielding:
                 self._give, self._adopt = obj.program_fd(GIVE), obj.program_fd(ADOPT)
                 maps = {name: obj.map_fd(name) for name in _OWN}
                 self._wake = obj.program_fd(WAKE)
-                self._left = obj.program_fd("mfsd_left")
+                self._left = obj.program_fd(LEFT)
                 self._fds += [self._give, self._adopt, self._wake, self._left, *maps.values()]
                 break
         else:
