@@ -46,18 +46,6 @@ def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> Non
 @needs_it
 @pytest.mark.bpf
 @pytest.mark.parametrize("family", FAMILIES)
-def test_receivers_that_acknowledge_every_packet_are_heard(bench: Bench, family: int) -> None:
-    """Their ACKs are all for one packet, as are those that a receiver has kept to itself for a while."""
-    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
-    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
-    one, other = bench.connect(family, "cubic"), bench.connect(family, "cubic", quick=True)
-    bench.hint(other, FIRST)
-    assert share(one, other) > 0.85
-
-
-@needs_it
-@pytest.mark.bpf
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_full_way_does_not_hide_how_long_it_is_without_queue(bench: Bench, family: int) -> None:
     """It is deferred when others have filled the queue already, and has had a round trip before that."""
     bench.yielding.settings["flags"] = _abi.YIELD_REPLACE

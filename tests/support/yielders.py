@@ -57,13 +57,8 @@ class Bench:
         loaded.settings["rate"], loaded.settings["target_us"] = RATE, 3000
         loaded.settings["class_of"][0, [FIRST, SECOND]] = _abi.YIELD_FIRST, _abi.YIELD_SECOND
 
-    def connect(
-        self, family: int = socket.AF_INET, algorithm: str = "", *, back: bool = False, quick: bool = False
-    ) -> socket.socket:
-        """A connection whose other end reads everything; from the second namespace to the first if ``back``.
-
-        ``quick``: the other end acknowledges every packet.
-        """
+    def connect(self, family: int = socket.AF_INET, algorithm: str = "", *, back: bool = False) -> socket.socket:
+        """A connection whose other end reads everything; from the second namespace to the first if ``back``."""
         pair = self.pair
         here, there = (pair.b, pair.a) if back else (pair.a, pair.b)
         four, six = (pair.addr_a, pair.addr6_a) if back else (pair.addr_b, pair.addr6_b)
@@ -75,7 +70,7 @@ class Bench:
         with server:
             client.connect(server.getsockname()[:2])
             peer, _ = server.accept()
-        reader = threading.Thread(target=_drain, args=(peer,), kwargs={"quick": quick})
+        reader = threading.Thread(target=_drain, args=(peer,))
         reader.start()
         self._stack.callback(reader.join)
         self._stack.callback(client.close)
@@ -116,11 +111,10 @@ class Bench:
         self._stack.close()
 
 
-def _drain(peer: socket.socket, *, quick: bool) -> None:
+def _drain(peer: socket.socket) -> None:
     with peer, contextlib.suppress(ConnectionError):
         while peer.recv(1 << 20):
-            if quick:  # TCP forgets it after some packets, tcp(7)
-                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            pass
 
 
 @contextlib.contextmanager
