@@ -65,6 +65,7 @@ _LOOKS: Final = (
 )
 _LIFECYCLE: Final = "tests/e2e/test_lifecycle.py::test_"
 LEFT_OUT: Final = {
+    "tests/bpf/test_path.py": _NO_KERNEL,
     "tests/bpf/test_peer_clock.py": _NO_KERNEL,
     "tests/e2e/test_steering.py::test_a_transfer_rises_as_its_deadline_nears": _LOOKS,
     "tests/e2e/test_habits_who.py": _NO_KERNEL,
