@@ -153,7 +153,7 @@ class Carriage:
         stream.stage = stage
         for conn in stream.members:
             if self.connections.carries(conn, stage):
-                self.connections.leave_default(conn, self.band_of(stage))
+                self._leave_default(conn, self.band_of(stage))
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -203,4 +203,8 @@ class Carriage:
         """The mark counts for a connection, whose packets leave the default band at once."""
         mark.conns.add(conn)
         self.connections.set_mark(conn, mark, now, on=True)
-        self.connections.leave_default(conn, band)
+        self._leave_default(conn, band)
+
+    def _leave_default(self, conn: Connection, band: int) -> None:
+        if self.connections.leave_default(conn, band):
+            self.delivery.rescuer.hinted(conn)

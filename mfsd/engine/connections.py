@@ -375,10 +375,15 @@ class Connections:
         self.rest_since[conn.slot] = INF
         return conn.band == self._default
 
-    def leave_default(self, conn: Connection, band: int) -> None:
-        """Packets of a connection that was unhinted so far go to a band at once; the next tick decides what is best."""
-        if conn.band == self._default:
+    def leave_default(self, conn: Connection, band: int) -> bool:
+        """Packets of a connection that was unhinted so far go to a band at once; the next tick decides what is best.
+
+        Returns whether it was.
+        """
+        unhinted = conn.band == self._default
+        if unhinted:
             conn.band = self.table.band[conn.slot] = band
+        return unhinted
 
     def device_of(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Index of the device that the last packet of each slot left by; 0 before the first, and for slot -1."""

@@ -18,6 +18,8 @@ from mfsd.policy.usage import LOAD_TAU_S, Pauses
 
 MIN_BUSY_S: Final = 0.010
 """Busy time to gather before it counts as one sample: shorter ones measure the granularity of GSO packets."""
+PASSING: Final = 0.05
+"""Share of the rate: less that is above the collectives is none."""
 GAIN: Final = 0.25
 """Weight of a new sample in the exponential average."""
 
@@ -91,7 +93,8 @@ class LinkEstimator:
                 share = np.maximum(band_bytes - self._band_bytes, 0.0) / (dt * self.rate)
                 weight = 1.0 - np.exp(-dt / LOAD_TAU_S)
                 self.band_load += weight * (np.minimum(share, 1.0) - self.band_load)
-                if collectives >= 0:
+                # What passes the collectives takes all it can get, so what they send meanwhile says nothing of pauses.
+                if collectives >= 0 and share[:collectives].sum() <= PASSING:
                     self.pauses.observe(float(share[collectives]), left, dt)
         self._last, self._band_bytes = (now, sent, busy), band_bytes.copy()
 

@@ -16,7 +16,8 @@ for nothing, and never by others:
 * all that a connection may have on its way may be stuck: the whole of a short message, or as much as the congestion
   window of a new connection allows. Nothing new is sent behind it then, and only the retransmission timer (200 ms)
   repairs a purge. So the band is given a share of the link until the lane must be empty, where that doesn't take too
-  long and the device hasn't done so too much; what is left then is purged.
+  long; what is left then is purged. Where the device has done so too much lately it waits a little for that;
+* what a connection sent before it was hinted is in the default band, which all share: that is let out, never purged.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd.engine.beginnings import Beginnings
 from mfsd.engine.device import Rescue
 from mfsd.engine.slots import NS
+from mfsd.engine.windows import Windows
 from mfsd.ground.bands import HINTED, Bands
 from mfsd.ground.bucket import Bucket
 
@@ -48,9 +51,8 @@ TOLD_S: Final = 0.05
 """So long it may take until the device does so."""
 DRAIN_S: Final = 0.04
 """What there is to let out must take no longer from then on."""
-DUTY: Final = 1 / 3
-"""Share of the time in which a device lets out, at most: it takes from what others are guaranteed. Each tenant that
-needs rescues has an even part of it, so that whoever flips connections between levels uses up its own."""
+PATIENT_S: Final = 0.1
+"""So long after its promotion may be waited until the device lets out again: past it a purge costs less."""
 SILENT_S: Final = 0.05
 """Longer than any queue that TCP small queues allow takes to drain at the rates we shape."""
 
@@ -63,6 +65,8 @@ class _Stuck:
     since: float
     until: float | None = None
     """When its lane must have been let out; None: nobody has looked whether it can be."""
+    again: float = 0.0
+    """When to look at it again, since it could not be let out yet."""
     retransmitted: int | None = None
     """Segments that TCP had sent again when somebody looked."""
 
@@ -97,17 +101,21 @@ class Rescuer:
 
     _let_out: list[tuple[Connection, float]] = field(default_factory=list)
     """Who has left its old band that way, and when it was promoted."""
-    _windows: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
-    """By row of the device and tenant: until when it lets out for that one, and when it may begin to again."""
+    _windows: Windows = field(default_factory=Windows)
     retransmitted: int = 0
     """Segments that TCP has sent again within AFTER_S of rescues."""
     _after: dict[Connection, tuple[float, int]] = field(default_factory=dict)
     """When to look how many a connection has sent again, and how many it had before."""
 
+    beginnings: Beginnings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.beginnings = Beginnings(self.devices, self.connections, self.bands)
+
     @property
     def waiting(self) -> bool:
         """A rescue may be due within ``stall``: tick soon."""
-        return bool(self._stuck)
+        return bool(self._stuck) or self.beginnings.waiting
 
     def draining(self, now: float) -> set[tuple[int, int]]:
         """Bands that must be let out now, and their devices' rows: (row, band)."""
@@ -115,7 +123,12 @@ class Rescuer:
             (self._device(conn), band)
             for (conn, band), late in self._stuck.items()
             if late.until is not None and late.until > now
-        }
+        } | self.beginnings.draining(now)
+
+    def hinted(self, conn: Connection) -> None:
+        """A connection leaves the default band, in which what it has sent so far may be stuck."""
+        if self.devices and self.config.enabled and self._purgeable(conn):
+            self.beginnings.add(conn)
 
     def promoted(self, conn: Connection, was_band: int, now: float) -> None:
         """A connection left a band for a more urgent one."""
@@ -136,16 +149,18 @@ class Rescuer:
         for spec in self.bands.bands:
             self._stuck.pop((conn, spec.index), None)
         self._after.pop(conn, None)
+        self.beginnings.forget(conn)
 
     def run(self, now: float) -> None:
         """Order the rescues that are due."""
         if self._after:
             self._look_after(now)
-        if not self._stuck:
-            return
         stall_s = self.config.stall_ms / 1000
+        self._let_beginnings_out(now, stall_s)
         due: dict[int, list[_Late]] = {}
         for (conn, band), stuck in list(self._stuck.items()):
+            if now < stuck.again or conn in self.beginnings:
+                continue
             index = self._device(conn)
             if not self.devices[index].enforced or conn.band == band:  # it is back: what it sends now belongs there
                 del self._stuck[conn, band]
@@ -154,13 +169,32 @@ class Rescuer:
                 if self.devices[index].empty(band, conn.lane):
                     del self._stuck[conn, band]
                     self._let_out.append((conn, stuck.since))
+                    self._ended(index, now)
                 continue
             silent = now - self.connections.table.last_ns[conn.slot] / NS
             if silent < stall_s and now - stuck.since < stall_s:
                 continue  # it was moving a moment ago: look again in a moment
+            if stuck.until is None and self.devices[index].empty(band, conn.lane):
+                del self._stuck[conn, band]  # there was nothing
+                continue
             due.setdefault(index, []).append((conn, stuck))
         for index, late in due.items():
             self._order(index, late, now)
+
+    def _let_beginnings_out(self, now: float, stall_s: float) -> None:
+        # Those that wait were looked at a tick ago, so whose default band is empty is known by now.
+        before = self.beginnings.waiting
+        for row in self.beginnings.run(now, stall_s, DRAIN):
+            self._ended(row, now)
+        if before:
+            until = now + TOLD_S + DRAIN_S
+            for row, conn in self.beginnings.stuck():
+                if self._windows.ask(row, conn.tenant, self._tenants(row), now, until) <= now:
+                    self.beginnings.let_out(row, until)
+
+    def _ended(self, index: int, now: float) -> None:
+        if not any(row == index for row, _ in self.draining(now)):
+            self._windows.end(index, now)
 
     def _look_after(self, now: float) -> None:
         due = [conn for conn, (at, _) in self._after.items() if now >= at]
@@ -180,8 +214,13 @@ class Rescuer:
             if conn in told:
                 late.retransmitted = told[conn].total_retrans
                 takes_s = self._emptied_in(index, late.band, told[conn])
-                if takes_s <= DRAIN_S and self._may_let_out(index, conn.tenant, now, now + TOLD_S + takes_s):
-                    late.until = now + TOLD_S + takes_s
+                if takes_s <= DRAIN_S:
+                    until = now + TOLD_S + takes_s
+                    begins = self._windows.ask(index, conn.tenant, self._tenants(index), now, until)
+                    if begins <= now:
+                        late.until = until
+                    elif begins < late.since + PATIENT_S:
+                        late.until, late.again = None, begins
         orders = []
         for conn, late in own:
             if late.until is None or late.until > now:
@@ -201,16 +240,6 @@ class Rescuer:
             return np.inf
         others = np.count_nonzero((table.band[: table.high] == band) & table.used[: table.high])
         return under_way * (1 + int(others)) / (DRAIN * rate)
-
-    def _may_let_out(self, index: int, tenant: int, now: float, until: float) -> bool:
-        """It has not done so for this tenant for too long, or does anyway."""
-        self._windows = {key: window for key, window in self._windows.items() if now < window[1]}
-        if any(until <= end for (row, _), (end, _) in self._windows.items() if row == index):
-            return True
-        if (index, tenant) in self._windows:
-            return False
-        self._windows[index, tenant] = until, now + (until - now) * self._tenants(index) / DUTY
-        return True
 
     def _tenants(self, index: int) -> int:
         """How many have needed rescues of a device lately."""

@@ -110,7 +110,7 @@ class Progress(Protocol):
 
     @property
     def window_full(self) -> bool:
-        """Nothing new may be sent until something is acknowledged: the congestion window is full."""
+        """Nothing new is sent until something is acknowledged: too little of the congestion window is free."""
         ...
 
 

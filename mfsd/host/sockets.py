@@ -76,7 +76,7 @@ class TcpProgress:
     gave too little when the rate was measured last; ``slow_start``: no loss or delay has ended it yet; ``queued`` is
     the memory of packets that are below TCP and have not left the host's queues; ``holes``: something was lost or
     overtaken, so that ``bytes_acked`` stands still until it has arrived and then jumps; ``window_full``: nothing new
-    may be sent until something is acknowledged.
+    is sent until something is acknowledged, since too little of the window is free.
     """
 
     bytes_acked: int
@@ -210,7 +210,7 @@ class SocketResolver:
                 tcp.snd_cwnd < tcp.snd_ssthresh,
                 answer.queued,
                 tcp.ca_state in inet_diag.HOLES,
-                tcp.unacked - tcp.sacked - tcp.lost + tcp.retrans >= tcp.snd_cwnd,
+                tcp.window_full,
             )
         return out
 

@@ -43,6 +43,17 @@ def test_who_never_pauses_is_seen_soon_to_need_all_of_it() -> None:
     assert seen(1.0, 0.0, 0.4, 1.0, told=0.8)[-1] < 0.5  # as far as it is told what they are left
 
 
+def test_what_passes_collectives_does_not_make_them_pause() -> None:
+    """They never do, and for half a second something above them leaves them next to nothing."""
+    estimator, offered = LinkEstimator(RATE, BANDS), np.zeros(BANDS)
+    for i in range(100):
+        passing = 50 <= i < 75
+        offered[[BAND - 1, BAND]] += RATE * 0.02 * np.array([0.95, 0.05] if passing else [0.0, 1.0])
+        estimator.observe(Reading(i * 0.02, int(i * 0.02 * RATE), 1, offered.copy()), BAND)
+        if i >= 40:
+            assert estimator.pauses.collectives > 0.95
+
+
 def test_without_collectives_there_are_none() -> None:
     assert set(seen(0.0001, 0.03, 0.9, 1.0)) == {0.0}
     estimator = LinkEstimator(RATE, BANDS)

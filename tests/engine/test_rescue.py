@@ -205,6 +205,43 @@ def test_who_flips_connections_takes_no_more_than_a_share_of_the_time_from_other
     assert 0 < let_out <= 0.4 * ticks
 
 
+def test_a_lane_that_is_let_out_soon_makes_room_for_the_next_one() -> None:
+    """Two are promoted 60 ms apart: the first took 10 ms of the device's time, so it may do so again."""
+    h = Host(slots=64, lanes=32)
+    for cookie in (1, 2):
+        _, place = deferred(h, cookie, left=0.15, more=0)
+        while h.device.guaranteed.get(place[0], 0.0) < DRAIN:
+            assert h.device.purged == []
+            h.tick(0.005)
+        h.tick(0.005)
+        h.device.queued[place] = 0
+        h.tick(0.005)
+        h.tick(0.005)
+        assert h.device.guaranteed.get(place[0], 0.0) < DRAIN
+    assert h.device.purged == []
+    assert h.engine.books.counters.rescues == 2
+
+
+def test_a_lane_that_cannot_be_let_out_yet_waits_for_its_turn() -> None:
+    """The second one is promoted 5 ms after the first one's lane is empty."""
+    h = Host(slots=64, lanes=32)
+    (_, first), (_, second) = (deferred(h, cookie, left=left, more=0) for cookie, left in ((1, 0.16), (2, 0.18)))
+    while h.device.guaranteed.get(first[0], 0.0) < DRAIN:
+        h.tick(0.005)
+    for _ in range(2):
+        h.tick(0.005)
+    h.device.queued[first] = 0
+    turns = 0
+    while h.device.queued[second]:
+        h.tick(0.005)
+        let_out = h.device.guaranteed.get(second[0], 0.0) >= DRAIN
+        turns += let_out
+        if turns > 2:
+            h.device.queued[second] = 0
+        assert h.now < 1001.0
+    assert h.device.purged == []
+
+
 def test_a_lane_that_many_share_the_band_with_is_purged() -> None:
     h = Host(slots=64, lanes=32)
     for cookie in range(2, 22):

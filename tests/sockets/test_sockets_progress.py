@@ -184,3 +184,13 @@ def test_a_window_is_full_while_all_of_it_is_queued(net: Net, resolver: SocketRe
     client.send(b"x" * 65536)
     state = first(lambda: progress(resolver, client), lambda p: p.window_full)
     assert state.notsent > 0
+
+
+@pytest.mark.parametrize(
+    ("window", "unacked", "lost", "full"),
+    [(20, 20, 0, True), (20, 14, 0, True), (20, 13, 0, False), (20, 20, 10, False), (10, 7, 0, True), (1, 1, 0, True)],
+)
+def test_a_window_is_full_while_tcp_waits_for_more_of_it(*, window: int, unacked: int, lost: int, full: bool) -> None:
+    """It leaves what is free until that is a third of the window. A purge then frees nothing but a timer's time."""
+    tcp = inet_diag.Tcp(*(0,) * len(inet_diag.Tcp._fields))._replace(snd_cwnd=window, unacked=unacked, lost=lost)
+    assert tcp.window_full == full
