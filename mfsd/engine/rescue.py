@@ -47,10 +47,8 @@ if TYPE_CHECKING:
 
 DRAIN: Final = 0.25
 """Share of a device that bands get to let out what a purge would cost a timeout."""
-TOLD_S: Final = 0.05
-"""So long it may take until the device does so."""
 DRAIN_S: Final = 0.04
-"""What there is to let out must take no longer from then on."""
+"""What there is to let out must take no longer from when the device does so."""
 PATIENT_S: Final = 0.1
 """So long after its promotion may be waited until the device lets out again: past it a purge costs less."""
 SILENT_S: Final = 0.05
@@ -187,9 +185,9 @@ class Rescuer:
         for row in self.beginnings.run(now, stall_s, DRAIN):
             self._ended(row, now)
         if before:
-            until = now + TOLD_S + DRAIN_S
             for row, conn in self.beginnings.stuck():
-                if self._windows.ask(row, conn.tenant, self._tenants(row), now, until) <= now:
+                begins, until = self._windows.ask(row, conn.tenant, self._tenants(row), now, DRAIN_S)
+                if begins <= now:
                     self.beginnings.let_out(row, until)
 
     def _ended(self, index: int, now: float) -> None:
@@ -215,8 +213,7 @@ class Rescuer:
                 late.retransmitted = told[conn].total_retrans
                 takes_s = self._emptied_in(index, late.band, told[conn])
                 if takes_s <= DRAIN_S:
-                    until = now + TOLD_S + takes_s
-                    begins = self._windows.ask(index, conn.tenant, self._tenants(index), now, until)
+                    begins, until = self._windows.ask(index, conn.tenant, self._tenants(index), now, takes_s)
                     if begins <= now:
                         late.until = until
                     elif begins < late.since + PATIENT_S:

@@ -9,6 +9,8 @@ from typing import Final
 DUTY: Final = 1 / 3
 """Share of the time in which a device lets out, at most. Each tenant that needs rescues has an even part of it, so that
 whoever flips connections between levels uses up its own."""
+TOLD_S: Final = 0.05
+"""So long it may take until the device does so."""
 
 
 @dataclass(slots=True)
@@ -32,19 +34,21 @@ class Windows:
 
     _of: dict[tuple[int, int], _Window] = field(default_factory=dict)
 
-    def ask(self, row: int, tenant: int, tenants: int, now: float, until: float) -> float:
-        """From when on a device may let out for a tenant: ``now``, if it has not done so too much, or does anyway.
+    def ask(self, row: int, tenant: int, tenants: int, now: float, takes_s: float) -> tuple[float, float]:
+        """From when on a device may let out for a tenant (``now``, if it may), and until when it would.
 
-        ``until``: how long it would; ``tenants``: how many have needed rescues lately.
+        ``takes_s``: how long that takes; ``tenants``: how many have needed rescues lately. It may where it has not done
+        so too much, or does anyway for long enough.
         """
         self._of = {key: window for key, window in self._of.items() if now < window.again}
-        if any(until <= window.until for (at, _), window in self._of.items() if at == row):
-            return now
-        before = self._of.get((row, tenant))
+        open_until = max((w.until for (at, _), w in self._of.items() if at == row), default=now)
+        if now + takes_s < open_until:
+            return now, open_until
+        until, before = now + TOLD_S + takes_s, self._of.get((row, tenant))
         if before is not None:
-            return before.again
+            return before.again, until
         self._of[row, tenant] = _Window(now, until, DUTY / tenants)
-        return now
+        return now, until
 
     def end(self, row: int, now: float) -> None:
         """A device has nothing to let out any more: the next windows may begin the sooner."""
