@@ -30,6 +30,9 @@ CROWDS: dict[str, tuple[Crowd, ...]] = {
     "a saturating collective": (Crowd(Stage.COLLECTIVE),),
     "a bulk transfer": (Crowd(Stage.NONE),),
     "four bulk transfers": (Crowd(Stage.NONE, 4),),
+    "sixteen bulk transfers": (Crowd(Stage.NONE, 16),),
+    "all of stage 1": (Crowd(Stage.KV_REUSE),),
+    "all stages": (Crowd(Stage.KV_REUSE, 2), Crowd(Stage.COLLECTIVE), Crowd(Stage.P2D, 2), Crowd(Stage.BACKGROUND)),
     "background": (Crowd(Stage.BACKGROUND, 4),),
     "everybody": (Crowd(Stage.COLLECTIVE), Crowd(Stage.NONE), Crowd(Stage.BACKGROUND)),
 }
