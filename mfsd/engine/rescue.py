@@ -22,6 +22,7 @@ for nothing, and never by others:
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from socket import IPPROTO_TCP
 from typing import TYPE_CHECKING, Final
@@ -49,6 +50,8 @@ DRAIN: Final = 0.25
 """Share of a device that bands get to let out what a purge would cost a timeout."""
 DRAIN_S: Final = 0.04
 """What there is to let out must take no longer from when the device does so."""
+TIMER_S: Final = 0.25
+"""The same where others would have to wait for nothing: what a purge costs, a timeout of 200 ms and a slow start."""
 PATIENT_S: Final = 0.1
 """So long after its promotion may be waited until the device lets out again: past it a purge costs less."""
 SILENT_S: Final = 0.05
@@ -207,12 +210,13 @@ class Rescuer:
         own = [one for one in stuck if self._own(*one, now)]
         new = self._allowed(index, [(conn, late) for conn, late in own if late.until is None], now)
         told = self.connections.positions.tcp([conn for conn, _ in new]) if new and self.devices[index].floors else {}
+        left = Counter(band for _, band in self._stuck)
         for conn, late in new:
             late.until = now
             if conn in told:
                 late.retransmitted = told[conn].total_retrans
-                takes_s = self._emptied_in(index, late.band, told[conn])
-                if takes_s <= DRAIN_S:
+                takes_s, most_s = self._emptied_in(index, late.band, told[conn], left[late.band])
+                if takes_s <= most_s:
                     begins, until = self._windows.ask(index, conn.tenant, self._tenants(index), now, takes_s)
                     if begins <= now:
                         late.until = until
@@ -229,14 +233,18 @@ class Rescuer:
         if orders:
             self.devices[index].rescue(orders)
 
-    def _emptied_in(self, index: int, band: int, tcp: Progress) -> float:
-        """Seconds that it takes to let a lane out, and as much from all others of its band; inf: a purge is better."""
+    def _emptied_in(self, index: int, band: int, tcp: Progress, left: int) -> tuple[float, float]:
+        """Seconds that it takes to let a lane out, and as much from all others of its band, and how long it may take.
+
+        inf: a purge is better. ``left``: how many have left the band and may be stuck there. Where those are most of
+        it, what is let out is theirs, so it may take as long as the timers that purges would wait for.
+        """
         rate, table = self.devices[index].estimator.rate, self.connections.table
         under_way = tcp.unsent_plus_unacked - tcp.notsent
         if rate <= 0.0 or not under_way or not (tcp.notsent == 0 or tcp.window_full):
-            return np.inf
-        others = np.count_nonzero((table.band[: table.high] == band) & table.used[: table.high])
-        return under_way * (1 + int(others)) / (DRAIN * rate)
+            return np.inf, DRAIN_S
+        others = int(np.count_nonzero((table.band[: table.high] == band) & table.used[: table.high]))
+        return under_way * (left + others) / (DRAIN * rate), TIMER_S if left > others else DRAIN_S
 
     def _tenants(self, index: int) -> int:
         """How many have needed rescues of a device lately."""

@@ -242,6 +242,26 @@ def test_a_lane_that_cannot_be_let_out_yet_waits_for_its_turn() -> None:
     assert h.device.purged == []
 
 
+def test_a_crowd_that_is_promoted_together_is_let_out_together() -> None:
+    """130 kB of each of forty: 166 ms at a quarter of the link, all of it theirs. Purges would cost all a timeout."""
+    h = Host(slots=64, lanes=64)
+    places = [deferred(h, cookie, left=0.3, more=0)[1] for cookie in range(1, 41)]
+    band = places[0][0]
+    while h.device.guaranteed.get(band, 0.0) < DRAIN:
+        h.tick(0.002)
+    begin = h.now
+    for place in places:
+        while h.now < begin + 130_000 / (DRAIN * 125e6):
+            h.tick(0.002)
+            assert h.device.guaranteed.get(band, 0.0) >= DRAIN
+        begin += 130_000 / (DRAIN * 125e6)
+        h.device.queued[place] = 0
+    for _ in range(100):
+        h.tick(0.002)
+    assert h.device.purged == []
+    assert h.device.guaranteed.get(band, 0.0) < DRAIN
+
+
 def test_a_lane_that_many_share_the_band_with_is_purged() -> None:
     h = Host(slots=64, lanes=32)
     for cookie in range(2, 22):
