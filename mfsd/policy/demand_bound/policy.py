@@ -62,7 +62,7 @@ class DemandBound(Policy):
     levels: int = 5
     defer_until: float = option(0.5, "share of its link from which on a transfer is guaranteed it", low=0.05, high=1.0)
     most: float = option(
-        0.8, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
+        0.7, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
     )
     most_short: float = option(
         0.4, "the same where a quarter can't be in time, so that the passes all wait for go on", low=0.0, high=1.0
