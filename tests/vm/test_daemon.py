@@ -183,6 +183,7 @@ def test_traffic_of_a_vlan_on_a_governed_lower_device(
 
 BRIDGED = """
 ip link add br0 type bridge; ip link set v0 master br0; ip link set p0 master br0; ip link set br0 up; ip link set p0 up
+sysctl -qw net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0
 """
 ROUTED = """
 ip addr add 10.79.0.1/24 dev p0; ip addr add fd79::1/64 dev p0 nodad; ip link set p0 up
