@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import policy_views as pv
 
@@ -160,6 +160,7 @@ def test_nothing_is_pruned_when_all_is_feasible(seed: int) -> None:
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(seed=seeds)
+@example(seed=1045)  # given up, and let through
 def test_explanations_exist_and_agree_with_the_level(seed: int) -> None:
     for name, params in POLICIES:
         policy = registry.make_policy(name, 13, params)

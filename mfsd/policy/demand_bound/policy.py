@@ -241,16 +241,18 @@ class DemandBound(Policy):
 
     def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
         verdict = self.judge(view)
+        needs = self.needs(view, verdict)
         guarantee = self.evaluate(view).guarantee
         assert guarantee is not None  # noqa: S101 (for mypy)
         case = Case(
             row=row,
             level=level,
             verdict=verdict,
-            needs=bool(self.needs(view, verdict)[row]),
+            needs=bool(needs[row]),
             granted=float(guarantee[view.transfers.device[row], : self.layout.deferred].sum()),
             beside=float(self.beside(view, verdict)[view.transfers.device[row]]),
             longest=float(self.longest(view)[row]),
+            let_through=bool(self.overdue(view, self._levels(view, verdict, needs))[row]),
             layout=self.layout,
             margin=self.margin,
             defer_until=self.defer_until,

@@ -37,6 +37,8 @@ class Case:
     """Share of its device that is enough beside the collectives there; inf: they count for nothing."""
     longest: float
     """Seconds that it may be held back."""
+    let_through: bool
+    """It has been for so long."""
     layout: Layout
     margin: Margin
     defer_until: float
@@ -55,8 +57,7 @@ def explain(case: Case, out: Explanation, view: Views) -> None:
         out.reasons.append(f"It is a collective: {where}{above}.")
         return
     held_until = case.longest - (view.now - float(view.transfers.created[row]))
-    let_through = held_until <= 0 and not case.needs and not case.deferred
-    if let_through:
+    if case.let_through:
         out.reasons.append(
             f"It has been held back for {units.duration(case.longest)}, as long as it may be: it is let through on "
             f"{where}, above unhinted traffic."
@@ -64,11 +65,11 @@ def explain(case: Case, out: Explanation, view: Views) -> None:
     if verdict.lost[row]:
         _lost(case, out, view)
     elif math.isinf(verdict.asked.due[row]):
-        below = "" if let_through else f": {where}, below unhinted traffic"
+        below = "" if case.let_through else f": {where}, below unhinted traffic"
         out.reasons.append(f"It has no deadline that can be met{below}.")
     else:
         _needed(case, out, view)
-        _place(case, out, view, let_through=let_through)
+        _place(case, out, view)
     if case.deferred and held_until > 0:
         out.figures["held_back_until_s"] = held_until
         out.reasons.append(f"It is let through in {units.duration(held_until)} whatever it needs.")
@@ -103,7 +104,7 @@ def _needed(case: Case, out: Explanation, view: Views) -> None:
         )
 
 
-def _place(case: Case, out: Explanation, view: Views, *, let_through: bool) -> None:
+def _place(case: Case, out: Explanation, view: Views) -> None:
     row, verdict, where = case.row, case.verdict, place(case.level)
     laxity = units.duration(max(float(verdict.laxity[row]), 0.0))
     if case.level == case.layout.urgent and verdict.late[row] and verdict.next[row]:
@@ -114,7 +115,7 @@ def _place(case: Case, out: Explanation, view: Views, *, let_through: bool) -> N
     elif case.needs:
         why = "It is due first" if verdict.first[row] else "Others are due before it"
         out.reasons.append(f"{why}: {where}, above unhinted traffic.")
-    elif not case.deferred and not let_through:
+    elif not case.deferred and not case.let_through:
         if verdict.layer_need[row] >= case.defer_until:
             why = "The layer that it feeds is about to start"
         elif view.link.rate[view.transfers.device[row]] <= 0:
