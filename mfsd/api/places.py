@@ -88,16 +88,17 @@ class Places:
     @contextlib.contextmanager
     def of_others_kept(self) -> Iterator[None]:
         """What is not ours is aside for a moment, in which gRPC removes whatever socket is there."""
-        moved = [path for path in self.lost() if path.exists()]
-        for path in moved:
+        # Not where sockets are made: gRPC removes those names, too.
+        moved = {path: path.with_name(f".{path.name}.kept") for path in self.lost() if path.exists()}
+        for path, kept in moved.items():
             with contextlib.suppress(OSError):
-                path.replace(aside(path))
+                path.replace(kept)
         try:
             yield
         finally:
-            for path in moved:
+            for path, kept in moved.items():
                 with contextlib.suppress(OSError):
-                    aside(path).replace(path)
+                    kept.replace(path)
 
     def clear(self) -> None:
         """Remove what is ours."""

@@ -104,8 +104,12 @@ def test_what_is_in_the_place_of_a_socket_is_named_and_left(
     assert "state.socket" not in findings(config)
 
 
-def test_somebody_else_who_listens_there_stays_when_the_daemon_ends(running: Running) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "after it was made again"])
+def test_somebody_else_who_listens_there_stays_when_the_daemon_ends(running: Running, *, again: bool) -> None:
     running.socket.unlink()
+    if again:
+        wait_for(lambda: answers(running.socket))
+        running.socket.unlink()
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(running.socket))
         other.listen()
