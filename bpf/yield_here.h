@@ -6,8 +6,8 @@
  * often as others of this host have their turn, and begin again late when its own has come: that leaves the way idle.
  *
  * TCP stamps a packet when it hands it down (skb_mstamp_ns); a tracepoint says when it goes to its device. The last few
- * that were put into a band are remembered in the socket's storage, and looked up by that stamp when they are acknowledged. Of a packet that goes
- * to several devices, as a VLAN's, the last counts; of several with one stamp, too.
+ * that were put into a band are remembered in the socket's storage, and looked up by that stamp when they are
+ * acknowledged. Of a packet that goes to several devices, as a VLAN's, the last counts; of several with one stamp, too.
  */
 #ifndef MFSD_YIELD_HERE_H
 #define MFSD_YIELD_HERE_H

@@ -25,11 +25,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.ground.bucket import Bucket
-from mfsd.ground.wire import BESIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from mfsd.engine.records import Session
 
@@ -59,11 +57,6 @@ USERS: Final = 4
 """So many users may have as many connections as one; all together no more."""
 PART: Final = 5
 """One connection for so many descriptors at most, of which it takes two; half of these for one process."""
-
-
-def beside(socket_path: Path) -> Path:
-    """The socket that belongs to a daemon's."""
-    return socket_path.with_name(f"{socket_path.name}{BESIDE}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from grpc_reflection.v1alpha import reflection
 
 from mfsd.api import pem
 from mfsd.api.access import HINTS, Access
-from mfsd.api.identity import beside
 from mfsd.api.places import Places, ServerError, aside
+from mfsd.ground.wire import beside
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2_grpc
 
 if TYPE_CHECKING:

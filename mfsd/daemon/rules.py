@@ -18,6 +18,7 @@ from mfsd.daemon.meant import made
 from mfsd.datapath.bpf.cgroup import open_root
 from mfsd.datapath.errors import LoaderError
 from mfsd.ground.model import INF, HintError, Maker, MarkHint, PortRange, RuleSelector, Stage
+from mfsd.host.privileges import CAP_SYS_PTRACE, effective
 
 if TYPE_CHECKING:
     import contextlib
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 VERDICTS_MAX: Final = 32
 """Connections that are explained at once."""
-CAP_SYS_PTRACE: Final = 19
-"""include/uapi/linux/capability.h. Without it /proc/PID/exe of other users' processes can't be read (proc(5))."""
 HIDDEN: Final = (
     "executable: which programs other users' processes run is hidden from the daemon without CAP_SYS_PTRACE; name them "
     "by unit, user or ports, or give it that (systemctl edit mfsd)"
@@ -133,8 +132,7 @@ def cgroup_root(undo: contextlib.ExitStack) -> Path | None:
 def _sees_programs() -> bool:
     """Those of all users. Capabilities are this thread's, which are the process's."""
     status = Path("/proc/thread-self/status").read_text(encoding="ascii", errors="replace")
-    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(mask, 16) >> CAP_SYS_PTRACE & 1)
+    return bool((effective(status) or 0) >> CAP_SYS_PTRACE & 1)
 
 
 def _single(maker: Maker) -> dict[str, Maker]:

@@ -14,7 +14,7 @@ from mfsd.datapath.undo import notes
 from mfsd.datapath.undo.notes import Namespace, State, Unreadable
 from mfsd.datapath.undo.restore import without_note
 from mfsd.doctor.finding import Finding, Severity
-from mfsd.ground.wire import BESIDE
+from mfsd.ground.wire import beside
 from mfsd.host import clock
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _hangs(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(3)
         try:
-            s.connect(f"{path}{BESIDE}")
+            s.connect(str(beside(path)))
             s.recv(1)
         except TimeoutError:
             return True
@@ -135,7 +135,7 @@ def _hangs(path: Path) -> bool:
 def stale_socket(context: Context) -> Iterator[Finding]:
     """A socket file without a daemon."""
     path = context.config.daemon.socket
-    both = path, path.with_name(f"{path.name}{BESIDE}")
+    both = path, beside(path)
     gone = [p for p in both if _knock(p) in (errno.ENOENT, errno.ECONNREFUSED)]
     if gone and _runs(context.config.daemon.state_dir):
         yield Finding(

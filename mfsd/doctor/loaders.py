@@ -16,6 +16,7 @@ from mfsd.datapath.bpf.teller import Teller
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import DatapathError, LoaderError
 from mfsd.doctor.finding import Finding, Severity
+from mfsd.host.privileges import CAP_SYS_PTRACE, effective
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 CAPABILITIES: Final = {
     12: ("CAP_NET_ADMIN", "hooks and qdiscs can't be changed"),
     39: ("CAP_BPF", "the classifier can't be loaded"),
-    19: (
+    CAP_SYS_PTRACE: (
         "CAP_SYS_PTRACE",
         "rules by executable and, for connections older than the daemon, selectors by process name its own user's only",
     ),
@@ -46,17 +47,9 @@ _LISTED: Final = (
 )
 
 
-def effective(context: Context) -> int | None:
-    """Mask of effective capabilities."""
-    for line in (context.read("proc/self/status") or "").splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return None
-
-
 def capabilities(context: Context) -> Iterator[Finding]:
     """Of this process, which may have others than the daemon."""
-    mask = effective(context)
+    mask = effective(context.read("proc/self/status") or "")
     if mask is None:
         return
     wanted = CAPABILITIES if context.config.network.mode == "off" else CAPABILITIES | YIELDING
@@ -150,7 +143,7 @@ def bcc(_: Context) -> Iterator[Finding]:
 
 def _may_load(context: Context) -> bool:
     """CAP_BPF (or CAP_SYS_ADMIN) and CAP_NET_ADMIN are there."""
-    mask = effective(context) or 0
+    mask = effective(context.read("proc/self/status") or "") or 0
     return bool((mask >> 39 & 1 or mask >> _ALL & 1) and mask >> 12 & 1)
 
 

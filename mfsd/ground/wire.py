@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TOKEN: Final = "mfsd-token"  # noqa: S105 - its name
 """Metadata of a call: who makes it (mfsd/api/identity.py)."""
@@ -15,3 +18,8 @@ INTERLEAVED: Final = 1
 """Bit of TransferColumns.flags."""
 PATHS_MAX: Final = 256
 """Of one question for advice."""
+
+
+def beside(socket_path: Path) -> Path:
+    """The socket that gives tokens, which belongs to a daemon's."""
+    return socket_path.with_name(f"{socket_path.name}{BESIDE}")

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-from pathlib import Path
 from typing import Final
 
 import pytest
+from support.native import library
 
-BPF: Final = Path(__file__).parents[2] / "bpf"
 SOURCE: Final = """
-#include <stddef.h>
-#define __always_inline inline
 #include "yield.h"
 static struct mfsd_path p;
 void begin(__u64 now)
@@ -58,12 +54,7 @@ class Way:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The header as a library."""
-    folder = tmp_path_factory.mktemp("path")
-    (folder / "path.c").write_text(SOURCE)
-    argv = ["clang", "-shared", "-fPIC", "-O1", f"-I{BPF}", "-Wno-unused-function", "-o", "path.so", "path.c"]
-    done = subprocess.run(argv, cwd=folder, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "path.so"))
+    return library(SOURCE, tmp_path_factory.mktemp("path"))
 
 
 def test_acks_of_one_packet_count_where_there_are_no_others(compiled: ctypes.CDLL) -> None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import subprocess
-from pathlib import Path
 from typing import Final
 
 import pytest
+from support.native import library
 
-BPF: Final = Path(__file__).parents[2] / "bpf"
 SOURCE: Final = """
-#include <stddef.h>
-#define __always_inline inline
 #include "yield_clock.h"
 __u32 acked(struct mfsd_peer_clock *c, __u32 period, __u32 now, __u32 behind, __u32 delay, __u32 tick)
 {
@@ -36,12 +32,7 @@ class Clock(ctypes.Structure):
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The header as a library."""
-    folder = tmp_path_factory.mktemp("clock")
-    (folder / "clock.c").write_text(SOURCE)
-    argv = ["clang", "-shared", "-fPIC", "-O1", f"-I{BPF}", "-Wno-unused-function", "-o", "clock.so", "clock.c"]
-    done = subprocess.run(argv, cwd=folder, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    out = ctypes.CDLL(str(folder / "clock.so"))
+    out = library(SOURCE, tmp_path_factory.mktemp("clock"))
     out.acked.restype = ctypes.c_uint32
     return out
 

@@ -24,13 +24,18 @@ FULL_US: Final = 10_000
 """A round trip that long has met a queue."""
 
 
+def two_behind_a_fifo(bench: Bench, family: int) -> tuple[socket.socket, socket.socket]:
+    """Connections that run cubic, which a hint may replace."""
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
+    return bench.connect(family, "cubic"), bench.connect(family, "cubic")
+
+
 @needs_it
 @pytest.mark.bpf
 @pytest.mark.parametrize("family", FAMILIES)
 def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> None:
-    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
-    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
-    one, other = bench.connect(family, "cubic"), bench.connect(family, "cubic")
+    one, other = two_behind_a_fifo(bench, family)
     plain = share(one, other)
     bench.hint(other, FIRST)
     bench.hint(one, URGENT)
@@ -48,9 +53,7 @@ def test_behind_a_fifo_the_deferred_one_yields(bench: Bench, family: int) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_full_way_does_not_hide_how_long_it_is_without_queue(bench: Bench, family: int) -> None:
     """It is deferred when others have filled the queue already, and has had a round trip before that."""
-    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
-    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
-    other, late = bench.connect(family, "cubic"), bench.connect(family, "cubic")
+    other, late = two_behind_a_fifo(bench, family)
     with filled(other):
         bench.sends_until(late, lambda: rtt_us(late) > FULL_US)
         bench.hint(late, FIRST)
@@ -63,9 +66,7 @@ def test_a_full_way_does_not_hide_how_long_it_is_without_queue(bench: Bench, fam
 @pytest.mark.bpf
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_waits_in_a_band_of_this_host_has_met_no_queue(bench: Bench, family: int) -> None:
-    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
-    bench.pair.run(bench.pair.a, f"tc qdisc add dev {bench.pair.dev_a} {LINK}")
-    other, late = bench.connect(family, "cubic"), bench.connect(family, "cubic")
+    other, late = two_behind_a_fifo(bench, family)
     late.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, IN_A_BAND)
     with filled(other):
         bench.sends_until(late, lambda: rtt_us(late) > FULL_US)

@@ -15,9 +15,11 @@ import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from support.habits import KB, MB, WRONG, Grown, counted, settled, worker
+from support.habits import KB, MB, WRONG, Grown, Worker, counted, settled, worker
 from support.rig import Daemon, running
 from support.waiting import WAIT_S, wait_for
+
+from mfsd.ground.wire import beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,13 +71,15 @@ def pulled(pair: NetnsPair, size: int) -> Iterator[None]:
         assert not reader.is_alive()
 
 
-def admit(daemon: Daemon) -> None:
-    """Any user may reach the daemon's sockets."""
+def hints(daemon: Daemon, listening: Worker) -> None:
+    """It has made its listener, and says now what it has to say to the daemon, whose sockets any user may reach."""
     for folder in (daemon.folder, *daemon.folder.parents):
         if folder.stat().st_uid == os.getuid() and str(folder).startswith("/tmp/"):  # noqa: S108 - pytest's own
             folder.chmod(folder.stat().st_mode | 0o711)
-    for name in (daemon.socket, daemon.socket.with_name(daemon.socket.name + ".id")):
+    for name in (daemon.socket, beside(daemon.socket)):
         name.chmod(0o777)
+    listening.say()
+    assert listening.hear() == ["True"]
 
 
 @pytest.mark.parametrize("named", ["addresses", "process", "socket"])
@@ -92,9 +96,7 @@ def test_whose_it_is_is_found_out(netns_pair: NetnsPair, tmp_path: Path, listene
         assert w.hear() == ["listens"]
         if older:
             stack.enter_context(running(daemon))
-        admit(daemon)
-        w.say()
-        assert w.hear() == ["True"]
+        hints(daemon, w)
         with pulled(netns_pair, MB):
             cookie = int(w.hear()[1])
             if named != "socket":
@@ -115,9 +117,7 @@ def test_one_that_is_over_before_its_hint_is_heard(netns_pair: NetnsPair, tmp_pa
     with worker(daemon, LISTENS, str(socket.IPPROTO_TCP), "user", "socket") as w:
         assert w.hear() == ["listens"]
         with running(daemon):
-            admit(daemon)
-            w.say()
-            assert w.hear() == ["True"]
+            hints(daemon, w)
             with pulled(netns_pair, 100 * KB):
                 assert w.hear()[0] == "accepted"
                 w.say(str(100 * KB))
@@ -132,14 +132,11 @@ def test_those_of_others_stay_theirs(netns_pair: NetnsPair, tmp_path: Path) -> N
     with worker(daemon, LISTENS, str(socket.IPPROTO_TCP), "root", "socket") as w:
         assert w.hear() == ["listens"]
         with running(daemon):
-            admit(daemon)
-            w.say()
-            assert w.hear() == ["True"]
+            hints(daemon, w)
             stranger = LISTENS.replace("7000", "7001")
             with worker(daemon, stranger, str(socket.IPPROTO_TCP), "user", "addresses") as other:
                 assert other.hear() == ["listens"]
-                other.say()
-                assert other.hear() == ["True"]
+                hints(daemon, other)
                 with pulled(netns_pair, KB):
                     time.sleep(1)
                     assert not daemon.connections()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import resource
-import signal
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -357,9 +356,8 @@ def test_more_connections_at_once_than_events_have_room(daemon: Daemon, client: 
     assert client.flush(5)
     with contextlib.ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        daemon.send_signal(signal.SIGSTOP)
-        opened = [stack.enter_context(dial(daemon.pair)) for _ in range(3000)]
-        daemon.send_signal(signal.SIGCONT)
+        with daemon.held_up():
+            opened = [stack.enter_context(dial(daemon.pair)) for _ in range(3000)]
         wait_for(lambda: daemon.status().devices[0].bands[1].connections == 3000, "all to be marked", 10)
         assert len({s.getsockname() for s in opened}) == 3000
     wait_for(lambda: daemon.status().connections == 0, "all to be over")

@@ -45,8 +45,7 @@ def test_met_while_the_daemon_gets_no_processor(daemon: Daemon, client: Client, 
         client.request(f"k{i}", ttft_left_s=1.5)
         client.transfer(f"k{i}", kept[i % 4], 100 * KB, stage=Stage.P2D, request=f"k{i}")
     assert client.flush(5)
-    daemon.send_signal(signal.SIGSTOP)
-    try:
+    with daemon.held_up():
         for i in range(10):
             kept[i % 4].sendall(bytes(100 * KB))
             client.done(request=f"k{i}")
@@ -58,8 +57,6 @@ def test_met_while_the_daemon_gets_no_processor(daemon: Daemon, client: Client, 
             client.done(request=f"n{i}")
         wait_for(lambda: sink.received == 2 * MB, "arrival")
         time.sleep(2)
-    finally:
-        daemon.send_signal(signal.SIGCONT)
     settled(daemon, (20, 20, 0))
     for s in kept:
         s.close()
@@ -71,16 +68,13 @@ def test_missed_while_the_daemon_gets_no_processor(daemon: Daemon, client: Clien
         client.request(f"k{i}", ttft_left_s=1)
         client.transfer(f"k{i}", kept[i % 4], 100 * KB, stage=Stage.P2D, request=f"k{i}")
     assert client.flush(5)
-    daemon.send_signal(signal.SIGSTOP)
-    try:
+    with daemon.held_up():
         time.sleep(1.5)
         for i in range(8):
             kept[i % 4].sendall(bytes(100 * KB))
             client.done(request=f"k{i}")
         wait_for(lambda: sink.received == 800 * KB, "arrival")
         time.sleep(0.5)
-    finally:
-        daemon.send_signal(signal.SIGCONT)
     settled(daemon, (8, 0, 8))
     for s in kept:
         s.close()

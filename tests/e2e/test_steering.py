@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -163,13 +162,10 @@ def test_a_stopped_daemon_harms_nobody_and_takes_up_again(daemon: Daemon) -> Non
         client.mark(flow.sender, Stage.COLLECTIVE)
         assert client.flush(5)
         wait_for(lambda: daemon.band_of(flow) == "level 0", "the mark to act")
-        daemon.send_signal(signal.SIGSTOP)
-        try:
+        with daemon.held_up():
             time.sleep(1.3)  # heartbeat_timeout_ms is 1000
             flow.sender.sendall(bytes(MB))
             wait_for(lambda: flow.received == MB, "traffic to flow without a daemon")
-        finally:
-            daemon.send_signal(signal.SIGCONT)
         status = wait_for(daemon.status, "the daemon to answer again")
         assert status.devices[0].stats["stale"] > 0
         grown = daemon.bands()["level 0"].bytes

@@ -152,6 +152,15 @@ rate = "{RATE_MBIT}mbit"
         """Send a signal to the daemon."""
         os.kill(self.pid, number)
 
+    @contextlib.contextmanager
+    def held_up(self) -> Iterator[None]:
+        """The daemon gets no processor meanwhile."""
+        self.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send_signal(signal.SIGCONT)
+
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Signal, wait for the end, return the exit status."""
         assert self.process is not None
