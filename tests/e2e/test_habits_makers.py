@@ -34,6 +34,8 @@ LISTENS: Final = f"""
 import threading
 protocol, user, named = int(arguments[0]), arguments[1] == "user", arguments[2]
 if user:
+    import grpc
+    grpc.insecure_channel("unix:/nowhere").close()  # imports more of itself, from folders that may be root's alone
     os.setgroups([]); os.setgid({USER}); os.setuid({USER})
 listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
