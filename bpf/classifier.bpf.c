@@ -156,14 +156,15 @@ static __always_inline void send_to(struct __sk_buff *skb, struct scratch *s, st
 
 /*
  * Reads sequence number, acknowledgement and data offset of a TCP packet into s->raw. Returns the length of all headers
- * before TCP's, 0 if they are not where they lie in nearly all packets, and nobody has parsed this one.
+ * before TCP's, 0 if they are not where they lie in nearly all packets, and nobody has parsed this one, or if what is
+ * there is not TCP: a connection's packets in a tunnel have the tunnel's headers.
  */
 static __always_inline __u32 tcp_words(struct __sk_buff *skb, struct scratch *s)
 {
 	if (s->parsed)
-		return s->h.fragment || load_l4(skb, &s->h, 4, NOTE(s, raw), 12) ? 0 : s->h.l4;
+		return s->h.fragment || s->h.proto != IPPROTO_TCP || load_l4(skb, &s->h, 4, NOTE(s, raw), 12) ? 0 : s->h.l4;
 	if (skb->protocol == MFSD_NET16(ETH_P_IP)) {
-		if (!read_linear(skb, ETH_HLEN, NOTE(s, raw), 4) || s->raw[0] != 0x45)
+		if (!read_linear(skb, ETH_HLEN, NOTE(s, raw), 12) || s->raw[0] != 0x45 || s->raw[9] != IPPROTO_TCP)
 			return 0;
 		return read_linear(skb, ETH_HLEN + IP4_LEN + 4, NOTE(s, raw), 12) ? ETH_HLEN + IP4_LEN : 0;
 	}

@@ -79,10 +79,8 @@ def test_io_uring_by_process(daemon: Daemon, client: Client, sink: Sink, ring: R
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
-@NAMED
-@pytest.mark.parametrize("kind", ["vxlan", "bridge"])
-def test_a_device_above_the_shaped_one(daemon: Daemon, client: Client, kind: str, by: str) -> None:
-    pair = daemon.pair
+def above(pair: NetnsPair, kind: str) -> None:
+    """Devices of this kind above those of the pair, with addresses of their own: 10.78.0.1 and 10.78.0.2."""
     ends = ((pair.a, pair.dev_a, pair.addr_a, pair.addr_b, 1), (pair.b, pair.dev_b, pair.addr_b, pair.addr_a, 2))
     for name, device, own, peer, host in ends:
         upper = device if kind == "bridge" and host == 2 else "upper"
@@ -96,11 +94,32 @@ def test_a_device_above_the_shaped_one(daemon: Daemon, client: Client, kind: str
             if kind == "bridge":
                 pair.run(name, f"ip link set {device} master {upper}")
         pair.run(name, f"ip addr add 10.78.0.{host}/24 dev {upper}; ip link set {upper} up")
+
+
+@NAMED
+@pytest.mark.parametrize("kind", ["vxlan", "bridge"])
+def test_a_device_above_the_shaped_one(daemon: Daemon, client: Client, kind: str, by: str) -> None:
+    pair = daemon.pair
+    above(pair, kind)
     with Sink(pair) as there, dial(pair, address="10.78.0.2") as s:
         grown = Grown(daemon)
         three_in_turn(daemon, client, s if by == "socket" else tuple_of("10.78.0.2", PORT), s)
         assert grown.wrong(3 * MB) <= WRONG
         assert there.received == 3 * MB
+
+
+def test_the_header_of_a_tunnel_says_nothing_of_the_stream(daemon: Daemon, client: Client) -> None:
+    """Connection after connection: what would be taken for a sequence number is ahead of every other one's."""
+    pair = daemon.pair
+    above(pair, "vxlan")
+    with Sink(pair):
+        for n in range(16):
+            with dial(pair, address="10.78.0.2") as s:
+                for i in range(3):
+                    client.transfer(f"{n}/{i}", tuple_of("10.78.0.2", PORT), 100 * KB, stage=Stage.P2D, request="r")
+                    assert client.flush(5)
+                    s.sendall(bytes(100 * KB))
+                    settled(daemon, (3 * n + i + 1, 0, 0))
 
 
 @NAMED
