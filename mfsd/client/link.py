@@ -24,7 +24,7 @@ from mfsd.client.encode import Batch, encode_batch, split, writable
 from mfsd.client.introduction import Introduction, NotWelcomeError
 from mfsd.client.ledger import Ledger
 from mfsd.client.outcome import Rejected, Stats, call_back
-from mfsd.client.way import Way, pause
+from mfsd.client.way import Held, Way, pause
 from mfsd.ground.model import Event, EventKind, Hint
 from mfsd.ground.wire import TOKEN
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
@@ -166,20 +166,15 @@ class Link:
     # --- our thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        channel: grpc.Channel | None = None
-        shown: grpc.ChannelCredentials | None = None
+        held = Held(self._way, self._target)
         reached = time.monotonic()
         try:
             while not self._closing:
                 stream = _Stream()
-                if (token := self._introduce()) is not None:
-                    credentials = None if self._way.credentials is None else self._way.credentials()
-                    if channel is not None and credentials is not shown:
-                        channel.close()
-                        channel = None
-                    if channel is None:  # one for all attempts: it waits longer each time for who is slow
-                        channel, shown = self._way.channel(self._target, credentials), credentials
-                    self._converse(hints_pb2_grpc.HintsStub(channel), stream, token)
+                try:
+                    self._attempt(stream, held)
+                except Exception as e:  # noqa: BLE001 - whatever it is: a thread that ended would send nothing any more
+                    self._complaints.once(f"{e!r}", "no hints are sent: %r; trying on", e)
                 if stream.epoch:
                     reached = time.monotonic()
                 elif time.monotonic() - reached > AWAY_S:
@@ -190,8 +185,11 @@ class Link:
                 self._idle(longest * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, hides nothing
         finally:
             self._introduction.close()
-            if channel is not None:
-                channel.close()
+            held.close()
+
+    def _attempt(self, stream: _Stream, held: Held) -> None:
+        if (token := self._introduce()) is not None:
+            self._converse(hints_pb2_grpc.HintsStub(held.channel()), stream, token)
 
     def _introduce(self) -> str | None:
         """Our token, empty without one; None: there is no daemon to talk to."""

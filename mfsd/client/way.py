@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mfsd.ground.model import Hint
+
+for _later in ("grpc._channel", "grpc.experimental"):
+    # What gRPC imports when the first channel is made: by then a worker that has given up its rights may not be able to
+    # read its own environment any more.
+    with contextlib.suppress(ImportError):
+        import_module(_later)
 
 BACKOFF_S: Final = (0.05, 5.0)
 """First and longest time between attempts to connect."""
@@ -45,6 +53,31 @@ class Way:
         if credentials is None:
             return grpc.insecure_channel(target, options)
         return grpc.secure_channel(target, credentials, options)
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """One channel for all attempts, since it waits longer each time for who is slow; a new one for new credentials."""
+
+    way: Way
+    target: str
+    _channel: grpc.Channel | None = None
+    _shown: grpc.ChannelCredentials | None = None
+
+    def channel(self) -> grpc.Channel:
+        """The channel to use now."""
+        credentials = None if self.way.credentials is None else self.way.credentials()
+        if self._channel is not None and credentials is not self._shown:
+            self.close()
+        if self._channel is None:
+            self._channel, self._shown = self.way.channel(self.target, credentials), credentials
+        return self._channel
+
+    def close(self) -> None:
+        """Idempotent."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
 
 def pause(away: float) -> float:

@@ -278,3 +278,44 @@ def test_a_path_that_is_too_long_is_told_at_once(caplog: pytest.LogCaptureFixtur
     assert [r.message for r in caplog.records] == [
         f"no hints are sent: {path}.id: too long for a socket's path; 107 bytes at most"
     ]
+
+
+UNREADABLE = """
+class Unreadable:
+    def find_spec(self, name, path=None, target=None):
+        if {which}:
+            raise ImportError(f"no right to read {{name}}")
+
+sys.meta_path.insert(0, Unreadable())
+hints = Client("worker", target)
+hints.advice("10.0.0.1")
+hints.request("r", ttft_left_s=60.0)
+"""
+
+
+@pytest.mark.daemon
+def test_a_worker_may_give_up_the_rights_to_read_its_environment(running: Running) -> None:
+    """After the import; gRPC itself imports much of what it needs only when the first channel is made."""
+    asks = """
+while hints.advice("127.0.0.1") is None and hints._advisor._thread.is_alive() and not hints.stats.accepted:
+    time.sleep(0.01)
+print(hints.flush(20), hints._advisor._thread.is_alive())
+"""
+    assert run(UNREADABLE.format(which="True") + asks, running.target, daemon=running) == "True True\n"
+
+
+@pytest.mark.daemon
+def test_what_no_hint_can_be_sent_for_is_told_once_and_tried_again(running: Running) -> None:
+    late = """
+sys.modules.pop("grpc._channel")
+del grpc._channel
+hints = Client("worker", target)
+hints.request("r", ttft_left_s=60.0)
+time.sleep(1)
+del sys.meta_path[0]
+print(hints.flush(20))
+"""
+    first = "import grpc\n" + UNREADABLE.format(which='name == "grpc._channel"').split("hints =")[0]
+    assert run(first + late, running.target, daemon=running).splitlines() == [
+        "no hints are sent: ImportError('no right to read grpc._channel'); trying on", "True",
+    ]  # fmt: skip
