@@ -3,19 +3,26 @@
 
 The ledger also stands in for the daemon while there is none: hints are entered, ends cancel them out, and only what is
 still alive when a daemon appears is sent. Bounded: the oldest entries go first.
+
+The process is a worker's, and Python's collector of garbage goes through whatever is kept, in the middle of the
+worker's work. What is kept of a hint is therefore a plain tuple of numbers and strings, which the collector leaves out
+once it has seen it; a hint, its selector and an entry around them would be six objects of which it never tires.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from itertools import islice
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.ground.model import (
     INF,
     BatchHint,
     EndHint,
     Hint,
+    MarkHint,
     ProgressHint,
     RequestHint,
     Selector,
@@ -29,16 +36,67 @@ if TYPE_CHECKING:
 
 DEFAULT_TTL_S: Final = 30.0
 """For hints that leave their life to the daemon; its own default."""
+SWEEP: Final = 4
+"""Entries that have expired and are dropped with each new one; more than one, so that none pile up."""
+NEVER: Final = 1 << 62
+"""A second that does not come."""
+
+_of_request: Final = attrgetter("id", "deadline", "batch_id", "compute_left", "ttl")
+_of_transfer: Final = attrgetter(
+    "id", "request_id", "batch_id", "target_layer", "size", "deadline", "ttl", "ordered", "position",
+    "hold_until",
+)  # fmt: skip
+SIZE: Final = 8
+"""Where it is in the entry of a transfer."""
+_STAGES: Final = {stage.value: stage for stage in Stage}
 
 
 @dataclass(slots=True)
-class Entry:
-    """An announced hint and when it stops to matter."""
+class Entries:
+    """What hints of one kind say, by name, the oldest first."""
 
-    hint: Hint
-    expires: float
-    gone_before: int = 0
-    """Of a transfer: what ``Ledger`` counted as ended on its connection when it was entered."""
+    kept: OrderedDict[str, tuple[Any, ...]] = field(default_factory=OrderedDict)
+    """When each stops to matter comes first."""
+    _due: dict[int, set[str]] = field(default_factory=dict)
+    """Names by the second in which they expire."""
+    _first: int = NEVER
+    """None expire before."""
+
+    def put(self, name: str, expires: float, says: tuple[Any, ...]) -> None:
+        """Enter one that is not there."""
+        second = int(min(NEVER - 1, expires))
+        self.kept[name] = (expires, *says)
+        self._due.setdefault(second, set()).add(name)
+        self._first = min(self._first, second)
+
+    def pop(self, name: str) -> tuple[Any, ...] | None:
+        """What it says; None: there is none."""
+        found = self.kept.pop(name, None)
+        if found is None:
+            return None
+        second = int(min(NEVER - 1, found[0]))
+        names = self._due[second]
+        names.discard(name)
+        if not names:
+            del self._due[second]
+        return found
+
+    def expired(self, now: float, most: int) -> list[str]:
+        """Some that expired in a second that is over, the earliest first, for the caller to drop."""
+        if self._first not in self._due:
+            self._first = min(self._due, default=NEVER)
+        return list(islice(self._due[self._first], most)) if self._first < int(now) else []
+
+
+@dataclass(slots=True)
+class _Carried:
+    """Transfers that a connection has."""
+
+    selector: Selector
+    number: int
+    count: int = 0
+    ended: int = 0
+    """Bytes of those that have ended, since there are any."""
 
 
 @dataclass(slots=True)
@@ -48,76 +106,94 @@ class Ledger:
     limit: int
     forgotten: int = 0
     """Entries given up because of the limit."""
-    _requests: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
-    _batches: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
-    _progress: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
-    _transfers: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
-    _marks: OrderedDict[Selector, Entry] = field(default_factory=OrderedDict)
-    _ended: dict[Selector, list[int]] = field(default_factory=dict)
-    """Of each connection with transfers: how many there are, and bytes of those that have ended since there are any."""
+    _requests: Entries = field(default_factory=Entries)
+    _batches: Entries = field(default_factory=Entries)
+    _progress: Entries = field(default_factory=Entries)
+    _transfers: Entries = field(default_factory=Entries)
+    _marks: OrderedDict[Selector, MarkHint] = field(default_factory=OrderedDict)
+    _carried: dict[Selector, _Carried] = field(default_factory=dict)
+    """Of each connection with transfers."""
+    _numbered: dict[int, _Carried] = field(default_factory=dict)
+    """The same by number, which is what a transfer's entry has of its connection."""
+    _next: int = 0
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self._parts())
+        return sum(len(part.kept) for part in self._parts())
 
-    def _parts(self) -> tuple[OrderedDict[str, Entry], ...]:
+    def _parts(self) -> tuple[Entries, ...]:
         # In the order in which a daemon must hear them: owners before what they own.
         return (self._requests, self._batches, self._progress, self._transfers)
 
     def enter(self, hint: Hint, now: float) -> None:
         """Take note of one hint."""
         if isinstance(hint, TransferHint):
-            owner = self._requests.get(hint.request_id)
-            due = min(hint.deadline, owner.hint.deadline if owner and isinstance(owner.hint, RequestHint) else INF)
-            self._drop(self._transfers, hint.id)
-            count = self._ended.setdefault(hint.selector, [0, 0])
-            count[0] += 1
-            self._put(self._transfers, hint.id, hint, (due if due != INF else now) + (hint.ttl or DEFAULT_TTL_S))
-            self._transfers[hint.id].gone_before = count[1]
+            self._transfer(hint, now)
         elif isinstance(hint, RequestHint):
-            self._put(self._requests, hint.id, hint, max(hint.deadline, now) + (hint.ttl or DEFAULT_TTL_S))
+            expires = max(hint.deadline, now) + (hint.ttl or DEFAULT_TTL_S)
+            self._put(self._requests, hint.id, expires, _of_request(hint), now)
         elif isinstance(hint, BatchHint):
-            self._put(self._batches, hint.id, hint, now + DEFAULT_TTL_S)
+            says = hint.id, tuple(hint.request_ids), hint.layers, hint.current_layer, hint.layer_compute
+            self._put(self._batches, hint.id, now + DEFAULT_TTL_S, says, now)
         elif isinstance(hint, ProgressHint):
-            self._put(self._progress, hint.batch_id, hint, now + DEFAULT_TTL_S)
+            at = hint.batch_id, hint.current_layer, hint.compute_done
+            self._put(self._progress, hint.batch_id, now + DEFAULT_TTL_S, at, now)
         elif isinstance(hint, EndHint):
             self._end(hint)
-        elif hint.stage is Stage.NONE:
-            self._marks.pop(hint.selector, None)
         else:
             self._marks.pop(hint.selector, None)
-            self._marks[hint.selector] = Entry(hint, INF)
+            if hint.stage is not Stage.NONE:
+                self._marks[hint.selector] = hint
             if len(self._marks) > self.limit:
                 self._marks.popitem(last=False)
                 self.forgotten += 1
 
-    def _put(self, part: OrderedDict[str, Entry], key: str, hint: Hint, expires: float) -> None:
+    def _transfer(self, hint: TransferHint, now: float) -> None:
+        owner = self._requests.kept.get(hint.request_id)
+        due = min(hint.deadline, INF if owner is None else owner[2])
+        self._drop(hint.id)
+        carried = self._carried.get(hint.selector)
+        if carried is None:
+            self._next += 1
+            carried = self._carried[hint.selector] = self._numbered[self._next] = _Carried(hint.selector, self._next)
+        carried.count += 1
+        expires = (due if due != INF else now) + (hint.ttl or DEFAULT_TTL_S)
+        stage = hint.stage.value if isinstance(hint.stage, Stage) else hint.stage  # whatever somebody takes for one
+        says = carried.number, carried.ended, stage, *_of_transfer(hint)
+        self._put(self._transfers, hint.id, expires, says, now)
+
+    def _put(self, part: Entries, name: str, expires: float, says: tuple[Any, ...], now: float) -> None:
         # A renewed entry moves to the end, so that the oldest are first.
-        part.pop(key, None)
-        part[key] = Entry(hint, expires)
-        if len(part) > self.limit:
-            self._drop(part, next(iter(part)))
+        part.pop(name)
+        part.put(name, expires, says)
+        for one in part.expired(now, SWEEP):
+            self._forget(part, one)
+        if len(part.kept) > self.limit:
+            self._forget(part, next(iter(part.kept)))
             self.forgotten += 1
 
-    def _drop(self, part: OrderedDict[str, Entry], key: str, *, done: bool = False) -> None:
-        """Forget an entry, if it is there; ``done``: the bytes of a transfer have been written."""
-        entry = part.pop(key, None)
-        if entry is None or not isinstance(entry.hint, TransferHint):
+    def _forget(self, part: Entries, name: str) -> None:
+        if part is self._transfers:
+            self._drop(name)
+        else:
+            part.pop(name)
+
+    def _drop(self, name: str, *, done: bool = False) -> None:
+        """Forget a transfer, if it is there; ``done``: its bytes have been written."""
+        entry = self._transfers.pop(name)
+        if entry is None:
             return
-        count = self._ended[entry.hint.selector]
-        count[0] -= 1
-        count[1] += entry.hint.size * done
-        if not count[0]:
-            del self._ended[entry.hint.selector]
+        carried = self._numbered[entry[1]]
+        carried.count -= 1
+        carried.ended += entry[SIZE] * done
+        if not carried.count:
+            del self._numbered[carried.number], self._carried[carried.selector]
 
     def _end(self, hint: EndHint) -> None:
         if hint.what is What.TRANSFER:
-            self._drop(self._transfers, hint.id, done=not hint.cancelled)
+            self._drop(hint.id, done=not hint.cancelled)
             return
-        if hint.what is What.REQUEST:
-            self._requests.pop(hint.id, None)
-        else:
-            self._batches.pop(hint.id, None)
-        self._progress.pop(hint.id, None)
+        (self._requests if hint.what is What.REQUEST else self._batches).pop(hint.id)
+        self._progress.pop(hint.id)
         # Its transfers stay until they are ended or expire: searching for them here would cost every completion.
 
     def alive(self, now: float) -> Iterator[Hint]:
@@ -126,34 +202,40 @@ class Ledger:
         A request's compute time and the layer of a batch are as last said: the worker's next progress corrects them.
         """
         for part in self._parts():
-            for key in [k for k, e in part.items() if e.expires < now]:
-                self._drop(part, key)
-        for entry in self._marks.values():
-            yield entry.hint
-        for part in self._parts():
-            for entry in part.values():
-                if self._orphan(entry.hint):
-                    continue
-                yield self._without_dead_owner(self._placed(entry))
+            for name in [n for n, entry in part.kept.items() if entry[0] < now]:
+                self._forget(part, name)
+        yield from self._marks.values()
+        requests, batches = self._requests.kept, self._batches.kept
+        for _, *request in requests.values():
+            yield RequestHint(*request)
+        for _, name, members, *forward in batches.values():
+            yield BatchHint(name, [r for r in members if r in requests], *forward)
+        for _, name, *progress in self._progress.kept.values():
+            if name in batches or name in requests:
+                yield ProgressHint(name, *progress)
+        for entry in self._transfers.kept.values():
+            hint = self._again(entry)
+            if hint.request_id and hint.request_id not in requests and hint.batch_id:
+                hint.request_id = ""
+            if hint.stage.ownerless or hint.request_id in requests or hint.batch_id in batches:
+                yield hint
 
-    def _placed(self, entry: Entry) -> Hint:
+    def _again(self, entry: tuple[Any, ...]) -> TransferHint:
         """A transfer begins where it was announced, or behind those before it that have been written since."""
-        hint = entry.hint
-        if isinstance(hint, TransferHint) and hint.position:
-            return replace(hint, position=hint.position + self._ended[hint.selector][1] - entry.gone_before)
-        return hint
-
-    def _orphan(self, hint: Hint) -> bool:
-        if isinstance(hint, ProgressHint):
-            return hint.batch_id not in self._batches and hint.batch_id not in self._requests
-        if isinstance(hint, TransferHint):
-            known = hint.request_id in self._requests or hint.batch_id in self._batches
-            return not known and not hint.stage.ownerless
-        return False
-
-    def _without_dead_owner(self, hint: Hint) -> Hint:
-        if isinstance(hint, TransferHint) and hint.request_id and hint.request_id not in self._requests:
-            return replace(hint, request_id="") if hint.batch_id else hint
-        if isinstance(hint, BatchHint):
-            return replace(hint, request_ids=[r for r in hint.request_ids if r in self._requests])
-        return hint
+        _, number, ended, stage, name, request, batch, layer, size, deadline, ttl, ordered, position, hold = entry
+        carried = self._numbered[number]
+        position += (carried.ended - ended) if position else 0
+        return TransferHint(
+            name,
+            request,
+            batch,
+            _STAGES.get(stage, stage),
+            layer,
+            size,
+            carried.selector,
+            deadline,
+            ttl,
+            ordered,
+            position,
+            hold,
+        )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -142,10 +143,10 @@ def test_the_ledger_knows_where_transfers_begin_whose_predecessors_have_been_wri
     assert positions(ledger) == {"other": 5000, "unknown": 0, "d": 1170}
     for name in ("d", "other", "unknown"):
         ledger.enter(EndHint(What.TRANSFER, name), 0.0)
-    assert ledger._ended == {}
+    assert ledger._carried == {}
     for n in range(20):  # those that give way, too
         announce(f"n{n}", 10, 1, cookie=n)
-    assert len(ledger._ended) == 10
+    assert len(ledger._carried) == 10
 
 
 def test_a_message_holds_what_may_be_applied_in_its_order() -> None:
@@ -193,3 +194,29 @@ def test_clients_come_back_before_a_daemon_takes_over(away: float) -> None:
     assert at + CHANNEL_BACKOFF_S[0] < away + min(least + 2 * away, most)
     # When gRPC has failed as often as there was time for, its channel waits for longer, though no longer than this.
     assert pause(away) * 2 + CHANNEL_BACKOFF_S[1] < most
+
+
+def test_the_ledger_lets_go_of_what_has_expired_though_no_daemon_restarts() -> None:
+    """Of a worker that never says done, since its transfers are seen to arrive."""
+    ledger = Ledger(limit=100_000)
+    for at in range(0, 1000, 10):
+        for n in range(20):
+            ledger.enter(RequestHint(f"r{at}.{n}", at + 1.0, ttl=5.0), float(at))
+            ledger.enter(TransferHint(f"t{at}.{n}", f"r{at}.{n}", "", Stage.P2D, 0, 1, CookieSelector(n), ttl=5.0), at)
+        assert len(ledger) <= 2 * 20 * 2
+    assert ledger.forgotten == 0
+    assert len(ledger._carried) == len(ledger._numbered) <= 20
+
+
+def test_what_the_ledger_keeps_is_nothing_to_the_collector_of_garbage() -> None:
+    """It goes through all that it tracks, in the middle of the worker's work."""
+    ledger = Ledger(limit=100_000)
+    selector = CookieSelector(1)
+    ledger.enter(TransferHint("first", "", "", Stage.COLLECTIVE, 0, 1, selector, 1e6), 0.0)
+    gc.collect()
+    before = len(gc.get_objects())
+    for n in range(1000):
+        ledger.enter(RequestHint(f"r{n}", 1e6), 0.0)
+        ledger.enter(TransferHint(f"t{n}", f"r{n}", "", Stage.P2D, 0, 1, selector, 1e6), 0.0)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100
