@@ -56,7 +56,7 @@ class _Told:
     heard: dict[str, set[Peer]] = field(default_factory=dict)
     """Who has been told of a request."""
     transfers: OrderedDict[str, Peer] = field(default_factory=OrderedDict)
-    marks: dict[Selector, Peer] = field(default_factory=dict)
+    marks: dict[Selector, tuple[Peer, MarkHint]] = field(default_factory=dict)
 
 
 class Outgoing:
@@ -110,7 +110,7 @@ class Outgoing:
         for name, peers in told.heard.items():
             for peer in peers:
                 self._say(peer, EndHint(What.REQUEST, told.prefix + name, cancelled=True))
-        for selector, peer in told.marks.items():
+        for selector, (peer, _) in told.marks.items():
             self._say(peer, MarkHint(selector, Stage.NONE))
 
     def has(self, host: Address, address: Address) -> bool:
@@ -177,7 +177,7 @@ class Outgoing:
         if hint.stage is Stage.NONE:
             told.marks.pop(hint.selector, None)
         else:
-            told.marks[hint.selector] = peer
+            told.marks[hint.selector] = peer, hint
         self._say(peer, hint)
         return True
 
@@ -234,10 +234,26 @@ class Outgoing:
         if told is not None:
             told.session.tell(replace(event, request_id=request, transfer_id=transfer))
 
+    def connected(self) -> set[Peer]:
+        """Those to whom there is a connection."""
+        return {peer for peer, link in self._links.items() if link.stats().connected}
+
     def look_after(self, table: Table) -> list[Link]:
-        """Take what names stand for now; returns the links to who is gone, for the caller to close."""
+        """Take what names stand for now; returns the links to who is gone, for the caller to close.
+
+        Who comes back hears of marks again, and of requests with their next transfer.
+        """
+        before, here = {*self.table.peers.values()}, {*table.peers.values()}
         self.table = table
-        here = {*table.peers.values()}
+        gone, new = before - here, here - before
+        for told in self._told.values() if gone or new else ():
+            for peers in told.heard.values():
+                peers.difference_update(gone)
+            for name in [n for n, peer in told.transfers.items() if peer in gone]:
+                del told.transfers[name]
+            for peer, hint in told.marks.values():
+                if peer in new:
+                    self._say(peer, hint)
         return [self._links.pop(p) for p in list(self._links) if p not in here]
 
     def states(self) -> list[str]:

@@ -111,7 +111,8 @@ class Relay:
             self._engine.apply(session, MarkHint(selector, Stage.COLLECTIVE, gives_way=True), now)
 
     async def _look_up(self) -> None:
-        table = await asyncio.to_thread(self.outgoing.table.look_up)
+        connected, now = self.outgoing.connected(), time.monotonic()
+        table = await asyncio.to_thread(self.outgoing.table.look_up, now, connected)
         before, self._shown = self._shown, await asyncio.to_thread(self._credentials)
         for problem in table.problems:
             if self._seldom(problem):

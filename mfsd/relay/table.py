@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Final
 from mfsd.ground.units import host_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from mfsd.ground.model import Address, Network
 
 LOOK_UP_S: Final = 10.0
 """How often names are looked up."""
+KEPT_S: Final = 60.0
+"""How long an address counts that its name has stopped to stand for: a headless service drops pods that restart, or
+that send their last bytes."""
 PEERS_MAX: Final = 256
 """Each has a connection and two threads."""
 
@@ -50,6 +53,8 @@ class Table:
     peers: dict[Address, Peer] = field(default_factory=dict)
     """By the address that they send from."""
     networks: list[tuple[Network, Peer]] = field(default_factory=list)
+    named: dict[Peer, float] = field(default_factory=dict)
+    """When somebody was last found under the name that leads to it."""
     problems: list[str] = field(default_factory=list)
     """Names that can't be looked up, in words."""
 
@@ -64,8 +69,11 @@ class Table:
         """The host at an address has that other one, too."""
         return host == address or any(p.address == host and address in network for network, p in self.networks)
 
-    def look_up(self) -> Table:
-        """The same with what names stand for now; what could not be looked up stays as it was."""
+    def look_up(self, now: float, connected: Collection[Peer] = ()) -> Table:
+        """The same with what names stand for now; what could not be looked up stays as it was.
+
+        So does, for KEPT_S, who is not named any more, and for as long as there is a connection to it.
+        """
         out = Table(self.entries)
         for entry in self.entries:
             place, *networks = entry.split()
@@ -78,6 +86,15 @@ class Table:
             for address in found[: PEERS_MAX - len(out.peers)]:
                 peer = out.peers[address] = Peer(address, port, "" if str(address) == host else host)
                 out.networks += [(ipaddress.ip_network(n), peer) for n in networks]
+                out.named[peer] = now
+        for peer, at in self.named.items():
+            if (
+                peer.address not in out.peers
+                and len(out.peers) < PEERS_MAX
+                and (now < at + KEPT_S or peer in connected)
+            ):
+                out.peers[peer.address], out.named[peer] = peer, at
+                out.networks += [(n, p) for n, p in self.networks if p == peer]
         out.networks.sort(key=lambda n: -n[0].prefixlen)
         return out
 

@@ -225,3 +225,5 @@ def test_names_are_followed_to_where_they_lead(world: World, tmp_path: Path) -> 
             return bool(due(targets["slow"]))
 
         wait_for(arrives, "the second one to hear", 3 * WAIT_S)
+        says(0, "good", "a/last")  # its name leads elsewhere, but it is there, and sends
+        wait_for(lambda: len(due(targets["good"])) == 2, "the first one to hear more")

@@ -7,6 +7,8 @@ import contextlib
 import socket
 import time
 from dataclasses import replace
+from functools import partial
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,6 +20,7 @@ from mfsd.client import Client, Event, EventKind, Stage, cookie_of, tuple_of
 from mfsd.client.introduction import introduced
 from mfsd.daemon.config import ConfigError, parse
 from mfsd.lab.hosts.certificates import Authority, Papers
+from mfsd.relay.table import KEPT_S, Table
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
@@ -29,6 +32,7 @@ SENDER, WAITER = "127.0.0.2", "127.0.0.1"
 pytestmark = pytest.mark.daemon
 
 MB = 1_000_000
+PORT = 5731
 
 
 def free_port() -> int:
@@ -197,6 +201,46 @@ def test_a_sender_that_restarts_hears_again_what_is_alive(hosts: Hosts) -> None:
         hosts.sender = hosts.start_sender()
         wait_for(lambda: len(transfers(hosts.sender)) == 2)
         wait_for(lambda: not any("no connection to" in n for n in hosts.waiter.daemon.notices()))
+
+
+def test_a_peer_that_was_gone_hears_again_of_marks_and_requests(hosts: Hosts) -> None:
+    """Its name did not lead to it for a while; the link that comes after knows nothing of what the one before said."""
+    marks = lambda e: [m for s in e.books.sessions.values() for m in s.marks if s.name.startswith("relay:")]  # noqa: E731
+    with connection() as (sends, _), Client(target=hosts.waiter.target) as client:
+        client.request("r", ttft_left_s=60.0)
+        client.transfer("r/kv", from_sender(sends), MB, stage=Stage.P2D, request="r")
+        client.mark(tuple_of(WAITER, 0, SENDER, 1), Stage.COLLECTIVE)
+        wait_for(lambda: transfers(hosts.sender) and hosts.sender.ask(marks))
+
+        def look_after(engine: Any, *, table: Table) -> Table:
+            before: Table = engine.elsewhere.table
+            for link in engine.elsewhere.look_after(table):
+                link.close(0.0)
+            return before
+
+        known = hosts.waiter.ask(partial(look_after, table=Table(())))
+        wait_for(lambda: not transfers(hosts.sender) and not hosts.sender.ask(marks))  # it has gone for good
+        hosts.waiter.ask(partial(look_after, table=known))
+        wait_for(lambda: hosts.sender.ask(marks))
+        client.done(transfer="r/kv")
+        client.transfer("r/more", from_sender(sends), MB, stage=Stage.P2D, request="r")
+        (name,) = wait_for(lambda: transfers(hosts.sender))
+        assert name.endswith("r/more")
+
+
+def test_who_is_not_named_any_more_counts_for_a_while() -> None:
+    """As a pod that has been told to end, and still sends; ``localhost`` is always somebody, the others never were."""
+    table = Table((f"localhost:{PORT} 10.9.0.0/24",)).look_up(0.0)
+    (here,) = [p for p in table.peers.values() if p.address.version == 4]
+    pod = replace(here, address=ip_address("127.0.0.9"))
+    table.peers[pod.address], table.named[pod] = pod, 0.0
+    table.networks.append((ip_network("10.9.1.0/24"), pod))
+    soon = table.look_up(KEPT_S - 1)
+    assert (soon.of(pod.address), soon.of(ip_address("10.9.1.1"))) == (pod, pod)
+    assert soon.look_up(KEPT_S + 1, {pod}).of(pod.address) == pod  # it is still there
+    late = soon.look_up(KEPT_S + 1)
+    assert (late.of(pod.address), late.of(ip_address("10.9.1.1"))) == (None, None)
+    assert here in late.peers.values()
 
 
 def test_advice_of_the_way_from_another_host(hosts: Hosts) -> None:
