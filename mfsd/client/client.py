@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from mfsd.client.advice import Advice, Advisor
@@ -24,7 +24,8 @@ from mfsd.client.encode import fault
 from mfsd.client.events import Events
 from mfsd.client.link import Link
 from mfsd.client.outcome import Rejected, Stats
-from mfsd.client.selectors import Connection, Named, name
+from mfsd.client.selectors import Connection, Named, name, whole
+from mfsd.client.way import where
 from mfsd.ground.model import (
     INF,
     Address,
@@ -99,13 +100,17 @@ class Client:
     ) -> None:
         if target is None:
             target = os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
-        target = os.fspath(target)
-        if target.startswith("/"):
-            target = f"unix:{target}"
+        target = where(target)
         if session is not None and (not isinstance(session, str) or session.startswith(("unix:", "/"))):
             raise ValueError(f"session = {session!r}: must be a name; where the daemon listens is target=...")
         self.session = session or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(6)}"
+        for parameter, value in (("queue", queue), ("batch", batch)):
+            whole(parameter, value, "how many hints")
+        for parameter, callback in (("on_event", on_event), ("on_rejected", on_rejected)):
+            if callback is not None and not callable(callback):
+                raise TypeError(f"{parameter}: {callback!r} can't be called; give a function of one argument, or None")
         self._link: Link | None = None
+        self._last = Stats()
         self._inherited = False
         """It was another process's, of which this one is a fork, and nobody has used it here yet."""
         self._events = Events(on_event)
@@ -138,7 +143,9 @@ class Client:
         layer_compute_s: float = 0.0,
     ) -> None:
         """Announce which requests execute together, and what is known of the forward pass (0: unknown)."""
-        why = f"requests: {requests!r} is one string; give a list of them" if isinstance(requests, str) else ""
+        why = ""
+        if isinstance(requests, str | bytes) or not hasattr(requests, "__iter__"):
+            why, requests = f"requests: {requests!r} is no list; give a list of strings", ()
         self._say(BatchHint(batch_id, list(requests), layers, current_layer, layer_compute_s), why)
 
     def layer(self, batch_id: str, current_layer: int, *, compute_done: bool = False) -> None:
@@ -177,12 +184,17 @@ class Client:
         self._say(hint, named.fault)
 
     def transfers(self, transfers: Iterable[Transfer]) -> None:
-        """Announce many at once, which costs the daemon a fraction; as ``transfer`` for each, in their order."""
+        """Announce many at once, which costs the daemon a fraction; as ``transfer`` for each, in their order.
+
+        Raises TypeError for what is no Transfer, OSError for a closed socket; nothing is announced then.
+        """
         now = time.monotonic()
         known: dict[int, tuple[Connection, Named]] = {}
         """By identity; the connection is kept so that no other one gets its number."""
         hints: list[Hint] = []
-        for t in transfers:
+        for t in (transfers,) if isinstance(transfers, Transfer) else transfers:
+            if not isinstance(t, Transfer):
+                raise TypeError(f"transfers: {t!r} is no Transfer; give Transfer(id, connection, size, stage, ...)")
             if id(t.connection) not in known:
                 known[id(t.connection)] = t.connection, name(t.connection)
             named = known[id(t.connection)][1]
@@ -270,23 +282,24 @@ class Client:
 
     @property
     def stats(self) -> Stats:
-        """What has become of the hints so far (a copy)."""
-        return self._link.stats() if self._link is not None else Stats()
+        """What has become of the hints so far (a copy); after ``close``, until then."""
+        return self._link.stats() if self._link is not None else replace(self._last)
 
     def flush(self, timeout: float = 1.0) -> bool:
         """Wait until the daemon has answered everything said so far, which it does when the kernel obeys.
 
         False when it has not within ``timeout`` seconds.
         """
-        _not_nan(timeout)
+        _seconds(timeout)
         return self._link is None or self._link.flush(timeout)
 
     def close(self, timeout: float = 0.2) -> None:
         """Send what is queued, for at most ``timeout`` seconds, and end the background thread. Idempotent."""
-        _not_nan(timeout)
+        _seconds(timeout)
         link, self._link = self._link, None
         if link is not None:
             link.close(timeout)
+            self._last = replace(link.stats(), connected=False)
         advisor, self._advisor = self._advisor, None
         if advisor is not None:
             advisor.close()
@@ -315,8 +328,12 @@ def _at(now: float, seconds: float) -> float:
         return seconds
 
 
-def _not_nan(timeout: float) -> None:
-    if math.isnan(timeout):  # Condition would wait for ever
+def _seconds(timeout: float) -> None:
+    try:
+        nan = math.isnan(timeout)  # for which Condition would wait for ever
+    except TypeError:
+        raise TypeError(f"timeout: {timeout!r} is no number of seconds") from None
+    if nan:
         raise ValueError("timeout: nan is no number of seconds")
 
 

@@ -93,19 +93,20 @@ def tuple_of(
 
 def process_peer(pid: int, remote: str = "", port: int | tuple[int, int] = 0) -> ProcessSelector:
     """TCP sockets of a process towards an address or prefix (empty: any). Raises ValueError."""
-    return process_selector(_whole("pid", pid), remote, _ports("remote_port", port))
+    return process_selector(whole("pid", pid, "the number of a process"), remote, _ports("remote_port", port))
 
 
 def _ports(parameter: str, ports: int | tuple[int, int]) -> tuple[int, int]:
     first, last = ports if isinstance(ports, tuple) and len(ports) == 2 else (ports, ports)
-    return _whole(parameter, first), _whole(parameter, last)
+    meant = "a port, (first, last), or 0 for any"
+    return whole(parameter, first, meant), whole(parameter, last, meant)
 
 
-def _whole(parameter: str, value: Any) -> int:
+def whole(parameter: str, value: Any, meant: str) -> int:
+    """A whole number of whatever type. Raises HintError, a ValueError, for what is none."""
     try:
         return operator.index(value)
     except TypeError:
-        meant = "the number of a process" if parameter == "pid" else "a port, (first, last), or 0 for any"
         raise HintError(parameter, f"{value!r} is no whole number", f"give {meant}") from None
 
 
@@ -134,6 +135,8 @@ def name(connection: Connection) -> Named:
 @contextlib.contextmanager
 def borrowed(fd: int) -> Iterator[socket.socket]:
     """A descriptor as a socket, which does not close it. Raises OSError for one that is closed."""
+    if not isinstance(fd, int):
+        raise TypeError(f"Fd({fd!r}): a descriptor is a whole number; give Fd(sock.fileno()), or the socket")
     if fd < 0:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     sock = socket.socket(fileno=fd)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +27,22 @@ BACKOFF_S: Final = (0.05, 5.0)
 """First and longest time between attempts to connect."""
 CHANNEL_BACKOFF_S: Final = (0.05, 1.0)
 """The same of gRPC within an attempt at a socket of this host, where one costs next to nothing."""
+
+log = logging.getLogger("mfsd.client")
+
+
+def where(target: str | os.PathLike[str]) -> str:
+    """A target as gRPC takes it. Raises TypeError; what gRPC will look for in vain is warned of."""
+    if not isinstance(target, str | os.PathLike):
+        raise TypeError(f"target: {target!r} is neither a path nor an address; give the path of the daemon's socket")
+    text = os.fspath(target)
+    if text.startswith("/"):
+        return f"unix:{text}"
+    if text and not text.startswith("unix") and (":" not in text or "://" in text.removeprefix("dns://")):
+        log.warning(
+            "target: %r is no absolute path and no address with a port; give one, or no hints will arrive", text
+        )
+    return text
 
 
 @dataclass(frozen=True, slots=True)

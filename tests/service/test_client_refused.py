@@ -8,13 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.others import within_reach
 from support.waiting import WAIT_S, wait_for
 
-from mfsd.client import Client, Rejected, Stage, tuple_of
+from mfsd.client import Client, Fd, Rejected, Stage, Transfer, tuple_of
 from mfsd.client.selectors import IPPROTO_MPTCP
 from mfsd.ground.model import Endpoints
 from mfsd.ground.wire import BESIDE
@@ -164,3 +164,51 @@ def test_patched_threads_are_refused_in_words() -> None:
         "mfsd.client needs real threads, but gevent has patched them: patch with thread=False"
     )
     assert said(thread=False) == "works\n"
+
+
+ANY: Any = Client
+ANY_FD: Any = Fd
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda _: ANY(target=5), "target: 5 is neither"),
+        (lambda _: ANY(target="unix:/nowhere", queue="5"), "queue: '5' is no whole number; give how many hints"),
+        (lambda _: ANY(target="unix:/nowhere", on_event=5), "on_event: 5 can't be called"),
+        (lambda c: c.flush("soon"), "timeout: 'soon' is no number of seconds"),
+        (lambda c: c.close(None), "timeout: None is no number of seconds"),
+        (
+            lambda c: c.transfer("t", ANY_FD("5"), 1, stage=Stage.BACKGROUND),
+            r"Fd\('5'\): a descriptor is a whole number",
+        ),
+        (lambda c: c.transfers([("t", 5)]), r"transfers: \('t', 5\) is no Transfer; give Transfer\("),
+    ],
+)
+def test_what_is_called_wrongly_is_told_by_its_name(call: Callable[[Any], object], words: str) -> None:
+    with Client(target="unix:/nowhere") as client, pytest.raises((TypeError, ValueError), match=words):
+        call(client)
+
+
+@pytest.mark.parametrize("requests", ["r", b"r", None, 5])
+def test_a_batch_of_no_list_is_refused_and_the_worker_goes_on(requests: Any) -> None:
+    seen: list[Rejected] = []
+    with Client(target="unix:/nowhere", on_rejected=seen.append) as client:
+        client.batch("b", requests)
+        assert [r.message for r in seen] == [f"requests: {requests!r} is no list; give a list of strings"]
+
+
+def test_one_transfer_may_be_given_for_a_list(running: Running) -> None:
+    with Client(target=running.target) as client:
+        one: Any = Transfer("t", tuple_of("10.0.0.1", 1), 5, Stage.BACKGROUND)
+        client.transfers(one)
+        assert client.flush(WAIT_S)
+    assert (client.stats.accepted, client.stats.connected) == (1, False)  # which may be asked after it is closed
+
+
+@pytest.mark.parametrize("target", ["localhost", "run/mfsd.sock", "http://localhost:80"])
+def test_a_target_that_can_not_be_is_warned_of(target: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "mfsd.client"):
+        Client(target=target).close()
+    (record,) = caplog.records
+    assert record.message.startswith(f"target: {target!r} is no absolute path")
