@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from support.daemons import Running
+from support.relays import SENDER, WAITER, Hosts
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, cookie_of, tuple_of
@@ -28,16 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-SENDER, WAITER = "127.0.0.2", "127.0.0.1"
+    from support.daemons import Running
+
 pytestmark = pytest.mark.daemon
 
 MB = 1_000_000
 PORT = 5731
-
-
-def free_port() -> int:
-    with socket.create_server((SENDER, 0)) as s:
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +49,6 @@ def papers(authority: Authority) -> Papers:
 @pytest.fixture(scope="module")
 def own(authority: Authority) -> Papers:
     return authority.papers("waiter.test", WAITER)
-
-
-class Hosts:
-    """A daemon that sends and one that waits."""
-
-    def __init__(self, folder: Path, papers: Papers, own: Papers) -> None:
-        self.folder, self.papers, self.own = folder, papers, own
-        self.port = free_port()
-        self.sender = self.start_sender()
-        (folder / "w").mkdir()
-        relay = {"peers": [f"{SENDER}:{self.port}"], **own.settings}
-        self.waiter = Running(folder / "w", relay=relay)
-
-    def start_sender(self, **more: Any) -> Running:
-        (self.folder / "s").mkdir(exist_ok=True)
-        limits = more.pop("limits", {})
-        relay = {"listen": f"{SENDER}:{self.port}", "allow": ["waiter.test"], **self.papers.settings} | more
-        return Running(self.folder / "s", relay=relay, limits=limits)
-
-    def stop(self) -> None:
-        self.waiter.stop()
-        self.sender.stop()
 
 
 @pytest.fixture
