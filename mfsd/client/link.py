@@ -102,6 +102,8 @@ class Link:
         self._transit = 0.0
         """Seconds that messages are on their way."""
         self._complaints = Complaints()
+        self.why_not = ""
+        """Why there is no connection, as gRPC puts it; of the last attempt that failed."""
         self._thread = threading.Thread(target=self._run, name="mfsd-client", daemon=True)
         self._thread.start()
 
@@ -289,6 +291,8 @@ class Link:
     def _broken(self, stream: _Stream, error: grpc.RpcError) -> None:
         # What a call raises is an RpcError and a Call at the same time, which the stubs can't express.
         code: grpc.StatusCode | None = getattr(error, "code", lambda: None)()
+        details: str = getattr(error, "details", lambda: "")() or str(error)
+        self.why_not = details
         if self._closing or code is grpc.StatusCode.CANCELLED:
             return
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and stream.epoch:
@@ -296,7 +300,6 @@ class Link:
         if code is grpc.StatusCode.UNAUTHENTICATED:
             self._introduction.close()  # and again
         elif code is not grpc.StatusCode.UNAVAILABLE:
-            details: str = getattr(error, "details", lambda: "")() or str(error)
             self._complaints.once(f"{code}{details}", "mfsd ends the stream: %s", details)
 
     def _smaller(self, stream: _Stream) -> None:

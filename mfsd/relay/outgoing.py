@@ -43,6 +43,8 @@ QUEUE: Final = 8192
 REMEMBERED: Final = 65_536
 """Transfers, and requests, of one session that are followed; the oldest go first."""
 SEPARATOR: Final = "/"
+HUNG_UP: Final = ("Socket closed", "Connection reset by peer")
+"""What gRPC says of a server that ends the connection in the midst of the handshake, and does not say why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -259,7 +261,7 @@ class Outgoing:
     def states(self) -> list[str]:
         """Peers that can't be reached, in words."""
         return [
-            f"relay: no connection to {p.name or p.address} ({p.target}); {link.stats().queued} hints wait"
+            f"relay: no connection to {p.name or p.address} ({p.target}){_cause(p, link.why_not)}"
             for p, link in self._links.items()
             if not link.stats().connected
         ]
@@ -269,3 +271,11 @@ class Outgoing:
         for link in self._links.values():
             link.close(0.0)
         self._links.clear()
+
+
+def _cause(peer: Peer, details: str) -> str:
+    """What of gRPC's words on a failure says why; empty: nothing."""
+    cause = details.rpartition("last error: ")[2].rpartition(f"{peer.target}: ")[2].removesuffix(": OK")
+    if cause.endswith(HUNG_UP):
+        cause += "; perhaps since it does not accept our certificate, which may have expired"
+    return f": {cause}" if cause else ""
