@@ -19,23 +19,18 @@ from mfsd.ground.model import INF, CookieSelector, Event, EventKind
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import numpy.typing as npt
-
     from mfsd.engine.audit import Audit
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
+    from mfsd.engine.gaps import Gaps
     from mfsd.engine.records import Connection, Mark, Request, Session, Stream, Transfer, Watch
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.watches import Watches
-
-    Rows = npt.NDArray[np.int64]
 
 AT_ONCE: Final = 512
 """Transfers struck out in one go before their bytes have arrived; some 2 ms, since those behind them move."""
 ROOM: Final = 2048
 """Of those that have arrived so many are struck out in one tick."""
-ASKED: Final = 256
-"""Connections asked how far they have been written when their transfers are cancelled."""
 
 
 @dataclass(slots=True)
@@ -44,6 +39,7 @@ class Endings:
 
     books: Books
     connections: Connections
+    gaps: Gaps
     watches: Watches
     rescuer: Rescuer
     audit: Audit
@@ -124,7 +120,7 @@ class Endings:
         by_stream: dict[Stream, list[Transfer]] = {}
         for transfer in ended:
             by_stream.setdefault(transfer.stream, []).append(transfer)
-        written = {} if delivered else self._written(by_stream)
+        written = {} if delivered else self.gaps.written(by_stream)
         for stream, some in by_stream.items():
             self._unqueue(stream, some, now, written.get(stream))
         at = np.array(delivered_at) if delivered_at is not None else now
@@ -144,20 +140,6 @@ class Endings:
             if request.completed and not request.transfers:
                 self.finish(request, now)
 
-    def _written(self, streams: Iterable[Stream]) -> dict[Stream, float]:
-        """How far streams have been written: so far bytes will go, whatever has become of their transfers.
-
-        Of connections that can't be asked, or are too many to ask, what has left them counts.
-        """
-        positions = self.connections.positions
-        told = positions.tcp(list(islice((c for s in streams for c in s.members), ASKED)))
-
-        def written(conn: Connection) -> float:
-            p = told.get(conn)
-            return positions.sent_by(conn) if p is None else float(p.bytes_acked + p.unsent_plus_unacked)
-
-        return {s: self.books.streams.offset(s, written) for s in streams}
-
     def _unqueue(self, stream: Stream, ended: list[Transfer], now: float, written: float | None) -> None:
         """Take transfers off a stream. Those that were not delivered will not come, but for what has been ``written``.
 
@@ -165,63 +147,16 @@ class Endings:
         """
         if len(ended) < len(stream.queue):
             if not stream.ordered:
-                self._uncount(stream, ended, delivered=written is None)
+                self.gaps.uncount(stream, ended, delivered=written is None)
             elif written is not None:
-                self._close_gaps(stream, ended, written)
+                self.gaps.close(stream, ended, written)
         elif stream.ordered and written is not None:
-            stream.announced -= float(self._unwritten(self.books.transfers.rows(ended), written).sum())
+            stream.announced -= float(self.gaps.unwritten(self.books.transfers.rows(ended), written).sum())
         stream.queue.remove(ended)
         for conn in list(stream.members):
             self.connections.note_rest(conn, now, linger=written is None)
         if not stream.queue and (stream.session.over or (stream.watch is None and not stream.members)):
             self._close(stream)
-
-    def _unwritten(self, rows: Rows, written: float) -> npt.NDArray[np.float64]:
-        """Bytes of these transfers, of one stream, that are beyond what has been written."""
-        t = self.books.transfers
-        out: npt.NDArray[np.float64] = t.live("end")[rows] - np.maximum(t.live("start")[rows], written)
-        return np.maximum(out, 0.0)
-
-    def _close_gaps(self, stream: Stream, ended: list[Transfer], written: float) -> None:
-        """Bytes in order: those behind the ones that will not come move forward."""
-        t = self.books.transfers
-        gone = t.rows(ended)
-        unwritten = self._unwritten(gone, written)
-        start, end = t.live("start"), t.live("end")
-        order = np.argsort(start[gone], kind="stable")
-        before = start[gone][order]
-        gaps = np.concatenate([[0.0], np.cumsum(unwritten[order])])
-        rows = np.flatnonzero(t.live("stream") == stream.index)
-        rows = rows[start[rows] > before[0]]
-        shift = gaps[np.searchsorted(before, start[rows])]
-        start[rows] -= shift
-        end[rows] -= shift
-        stream.announced -= float(gaps[-1])
-        # Or that was of the next one already, had the word come late.
-        sent = self.books.streams.offset(stream, self.connections.positions.sent_by)
-        stream.debt = max(stream.debt, written - sent)
-
-    def _uncount(self, stream: Stream, ended: list[Transfer], *, delivered: bool) -> None:
-        """Interleaved bytes: what the others have moved is what moved meanwhile, less what was these transfers'.
-
-        Of those that were not delivered that is an even share of what has moved since they were announced.
-        """
-        t = self.books.transfers
-        offset = self.books.streams.offset(stream, self.connections.positions.sent_by)
-        gone, mine = t.rows(ended), t.live("stream") == stream.index
-        mine[gone] = False
-        start, size, left = t.live("start")[gone], t.live("size")[gone], np.flatnonzero(mine)
-        if not delivered:
-            size = np.minimum(size, np.maximum(offset - start, 0.0) / len(stream.queue))
-        order = np.argsort(start, kind="stable")
-        start, size = start[order], size[order]
-        earlier = np.concatenate([[0.0], np.cumsum(size)])
-        later = np.concatenate([[0.0], np.cumsum(np.clip(np.minimum(size, offset - start), 0.0, None)[::-1])])[::-1]
-        began = t.live("start")[left]
-        at = np.searchsorted(start, began, side="right")
-        shift = np.minimum(earlier[at] + later[at], np.maximum(offset - began, 0.0))
-        t.live("start")[left] += shift
-        t.live("end")[left] += shift
 
     def _close(self, stream: Stream) -> None:
         conns = list(stream.members)

@@ -20,6 +20,7 @@ from mfsd.engine.carriage import Carriage
 from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import AT_ONCE, Endings
+from mfsd.engine.gaps import Gaps
 from mfsd.engine.ledger import Ledger
 from mfsd.engine.positions import UnknownError
 from mfsd.engine.probes import Probes
@@ -80,7 +81,8 @@ class Engine:
         connections.per_user = limits.max_connections_per_user
         self.audit = Audit(books, connections)
         self.probes = Probes(connections)
-        self.endings = Endings(books, connections, self.watches, self.rescuer, self.audit)
+        gaps = Gaps(books, connections.positions)
+        self.endings = Endings(books, connections, gaps, self.watches, self.rescuer, self.audit)
         self.delivery = Delivery(books, connections, self.rescuer, self.endings)
         self.carriage = Carriage(books, connections, self.watches, self.delivery, self.steering.band_of, limits)
         self.ledger = Ledger(books, connections, self.watches, self.delivery, self.endings, self.carriage, limits)

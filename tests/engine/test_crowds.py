@@ -223,7 +223,7 @@ def test_interleaved_bytes_are_shared_as_if_one_ended_after_the_other(
             since, own = float(t.get(one, "start")), float(t.get(one, "size"))
             began += max(min(own, offset - max(began, since)), 0.0)
         want[other] = began
-    h.engine.endings._uncount(stream, list(ended), delivered=True)
+    h.engine.endings.gaps.uncount(stream, list(ended), delivered=True)
     assert all(t.get(x, "start") == pytest.approx(want[x]) for x in stream.queue if x not in ended)
     assert all(t.get(x, "end") - t.get(x, "start") == t.get(x, "size") for x in stream.queue)
 
