@@ -27,6 +27,7 @@ from mfsd.ground.model import (
     process_selector,
     tuple_selector,
 )
+from mfsd.ground.wire import SOCKETS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,7 +177,12 @@ class Decoder:
         return self._end("completion", hint.completion, cancelled=False)
 
     def _cancellation(self, hint: hints_pb2.Hint, _now: float) -> EndHint:
-        return self._end("cancellation", hint.cancellation, cancelled=True)
+        end = self._end("cancellation", hint.cancellation, cancelled=True)
+        written = hint.cancellation.written
+        if len(written) > SOCKETS_MAX:
+            raise HintError("cancellation.written", f"names {len(written)} sockets", f"at most {SOCKETS_MAX}")
+        end.written = tuple((w.cookie, w.position) for w in written)
+        return end
 
     def _end(self, name: str, m: hints_pb2.Completion | hints_pb2.Cancellation, *, cancelled: bool) -> EndHint:
         transfer, request, batch = m.transfer_id, m.request_id, m.batch_id

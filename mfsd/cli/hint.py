@@ -254,7 +254,9 @@ def done(kind: str, id_: str) -> pb.Hint:
 @click.argument("id_", metavar="ID")
 def cancel(kind: str, id_: str) -> pb.Hint:
     """Say that a transfer, request or batch will not come."""
-    return pb.Hint(cancellation=pb.Cancellation(**{f"{kind}_id": id_}))
+    hint = pb.Hint(cancellation=pb.Cancellation())
+    setattr(hint.cancellation, f"{kind}_id", id_)
+    return hint
 
 
 @_hint("mark")

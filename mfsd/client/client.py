@@ -26,6 +26,7 @@ from mfsd.client.link import Link
 from mfsd.client.outcome import Rejected, Stats
 from mfsd.client.selectors import Connection, Named, name, whole
 from mfsd.client.way import where
+from mfsd.client.whereabouts import Whereabouts
 from mfsd.ground.model import (
     INF,
     Address,
@@ -113,6 +114,7 @@ class Client:
         self._last = Stats()
         self._inherited = False
         """It was another process's, of which this one is a fork, and nobody has used it here yet."""
+        self._whereabouts = Whereabouts()
         self._events = Events(on_event)
         self._advisor: Advisor | None = None
         if target:
@@ -181,7 +183,8 @@ class Client:
             INF if deadline_s is None else _at(now, deadline_s), ttl_s, not interleaved, named.position,
             INF if max_defer_s is None else _at(now, max_defer_s),
         )  # fmt: skip
-        self._say(hint, named.fault)
+        if self._say(hint, named.fault):
+            self._whereabouts.note(hint, named)
 
     def transfers(self, transfers: Iterable[Transfer]) -> None:
         """Announce many at once, which costs the daemon a fraction; as ``transfer`` for each, in their order.
@@ -215,6 +218,7 @@ class Client:
             if why := named.fault or fault(hint):
                 self._refuse(hint, why)
             else:
+                self._whereabouts.note(hint, named)
                 hints.append(hint)
         if hints:
             self._put(*hints)
@@ -247,15 +251,18 @@ class Client:
         named = [(What.TRANSFER, transfer), (What.REQUEST, request), (What.BATCH, batch)]
         for what, one in named:
             if one:
-                self._say(EndHint(what, one, cancelled))
+                written = self._whereabouts.end(what, one, cancelled=cancelled) if type(one) is str else ()
+                self._say(EndHint(what, one, cancelled, written))
         if not (transfer or request or batch):
             self._refuse(EndHint(What.TRANSFER, "", cancelled), "transfer: is empty; name a transfer, request or batch")
 
-    def _say(self, hint: Hint, why_not: str = "") -> None:
+    def _say(self, hint: Hint, why_not: str = "") -> bool:
+        """False: it can't be sent."""
         if why := why_not or fault(hint):
             self._refuse(hint, why)
-        else:
-            self._put(hint)
+            return False
+        self._put(hint)
+        return True
 
     def _put(self, *hints: Hint) -> None:
         if self._link is not None:

@@ -154,6 +154,8 @@ def encode(hint: Hint, now: float, out: pb.Hint) -> None:
     elif isinstance(hint, EndHint):
         end = out.cancellation if hint.cancelled else out.completion
         setattr(end, _END_FIELD[hint.what], hint.id)
+        for cookie, position in hint.written:
+            out.cancellation.written.add(cookie=cookie, position=position)
     elif isinstance(hint, RequestHint):
         r = out.request
         r.id, r.batch_id = hint.id, hint.batch_id

@@ -68,6 +68,8 @@ class Named:
     selector: HintSelector
     position: int = 0
     """Bytes written to it so far, on TCP's scale; 0: unknown."""
+    fd: int = -1
+    """Descriptor of a TCP socket; -1: not known."""
     fault: str = ""
     """Why hints of it can't take effect."""
 
@@ -159,13 +161,13 @@ def _remember(sock: socket.socket, selector: CookieSelector) -> None:
 def _of_socket(sock: Any) -> Named:
     known = _tcp.get(id(sock))
     if known is not None and known[0]() is sock:
-        return Named(known[1], _position(sock))  # which fails for a socket that is closed
+        return Named(known[1], *_position(sock))  # which fails for a socket that is closed
     selector = CookieSelector(cookie_of(sock))
     protocol = sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
     if protocol == socket.IPPROTO_TCP:
         if type(sock) is socket.socket:
             _remember(sock, selector)
-        return Named(selector, _position(sock))
+        return Named(selector, *_position(sock))
     if protocol == IPPROTO_MPTCP:
         return Named(
             selector,
@@ -191,11 +193,24 @@ thread takes it then, and a call of half a microsecond lasts until that one wait
 _asked: Final = _Asked()
 
 
-def _position(sock: Any) -> int:
-    """Bytes written, on the scale of tcpi_bytes_acked; 0: unknown. Raises OSError for a closed socket."""
+def _position(sock: Any) -> tuple[int, int]:
+    """Bytes written, 0 if unknown, and the descriptor, -1 if unknown. Raises OSError for a closed socket."""
     if not hasattr(sock, "fileno"):
-        return 0
+        return 0, -1
     number = sock.fileno()
+    return _written(number), number
+
+
+def written(number: int, cookie: int) -> int | None:
+    """Bytes written to a socket by its descriptor; None: that is not the one of this cookie any more."""
+    with contextlib.suppress(OSError), borrowed(number) as sock:
+        if cookie_of(sock) == cookie:
+            return _written(number)
+    return None
+
+
+def _written(number: int) -> int:
+    """Bytes written, on the scale of tcpi_bytes_acked; 0: unknown. Raises OSError for a closed socket."""
     unacked, acked, unsent = _info(number)
     if not unacked and not unsent:
         return acked

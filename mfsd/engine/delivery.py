@@ -90,6 +90,10 @@ class Delivery:
         stream, start, end = (t.live(name).take(under_way) for name in ("stream", "start", "end"))
         arrived = (end <= moved.acked.take(stream) + SLACK) & t.live("ordered").take(under_way)
         done = [t.objects[row] for row in under_way[arrived][:ROOM].tolist()]
+        recast = {x.stream for x in done if x.stream.recast}
+        if recast:
+            self._confirm |= dict.fromkeys(recast, 0.0)  # TCP may say since when
+            done = [x for x in done if x.stream not in recast]
         reach = moved.sent.take(stream)
         self._begin(under_way[reach > start])
         rows = under_way[~arrived & ((end <= reach) | self._stalled(reach, start, end, stream, now))]
@@ -220,11 +224,11 @@ class Delivery:
         told = {conn: position for conn, position in positions.items() if position is not None}
         known: list[Stream] = []
         for stream in asked:
-            if not stream.queue:
-                continue
-            if stream.members.keys() <= told.keys():
+            if stream.queue and stream.members.keys() <= told.keys():
                 known.append(stream)
-            else:
+                continue
+            stream.recast = False
+            if stream.queue:
                 out.append((self._drained(stream, now), now))
         if known:
             out += self._judged(Looked.at(self.books, self.connections, known, told, now), now)
@@ -243,7 +247,9 @@ class Delivery:
                 for transfer in done:
                     transfer.left = False
             else:
-                done, since = looked.chosen(i, arrived), self._last_run  # before that it would have been seen
+                # Before that it would have been seen, but for what was another one's then.
+                done, since = looked.chosen(i, arrived), 0.0 if stream.recast else self._last_run
+                stream.recast = False
             out.append((done, max(now - float(looked.moved_ago[i]), since) if quiet else now))
         return out
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.model import INF, CookieSelector, Event, EventKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from mfsd.engine.audit import Audit
     from mfsd.engine.books import Books
@@ -31,6 +32,7 @@ AT_ONCE: Final = 512
 """Transfers struck out in one go before their bytes have arrived; some 2 ms, since those behind them move."""
 ROOM: Final = 2048
 """Of those that have arrived so many are struck out in one tick."""
+NOTHING: Final[Mapping[Stream, float]] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -43,7 +45,7 @@ class Endings:
     watches: Watches
     rescuer: Rescuer
     audit: Audit
-    _more: deque[tuple[deque[Transfer], float | None, bool]] = field(default_factory=deque)
+    _more: deque[tuple[deque[Transfer], float | None, bool, Mapping[Stream, float]]] = field(default_factory=deque)
     """What ``end`` was given beyond AT_ONCE."""
     _arrived: dict[Transfer, float] = field(default_factory=dict)
     """What has arrived and is still in the books, and when."""
@@ -53,20 +55,26 @@ class Endings:
     # --- transfers ----------------------------------------------------------------------------------------------------
 
     def end(
-        self, transfers: Iterable[Transfer], now: float, *, delivered_at: float | None = None, lost: bool = False
+        self,
+        transfers: Iterable[Transfer],
+        now: float,
+        *,
+        delivered_at: float | None = None,
+        lost: bool = False,
+        told: Mapping[Stream, float] = NOTHING,
     ) -> None:
         """Take transfers out of everything, in one pass over each stream.
 
-        ``delivered_at`` None: they were not; ``lost``: though they should have been. Beyond AT_ONCE the others follow
-        at the next ticks.
+        ``delivered_at`` None: they were not; ``lost``: though they should have been; ``told``: how far streams had been
+        written, on their workers' word. Beyond AT_ONCE the others follow at the next ticks.
         """
         waiting = iter(transfers)
         ended = list(dict.fromkeys(t for t in islice(waiting, AT_ONCE) if t.row != GONE))
         more = deque(waiting)
         if more:
-            self._more.append((more, delivered_at, lost))
+            self._more.append((more, delivered_at, lost, told))
         if delivered_at is None:
-            self._end(ended, now, None, lost=lost)
+            self._end(ended, now, None, lost=lost, told=told)
         else:
             self._deliver(ended, [delivered_at] * len(ended), now)
 
@@ -81,11 +89,11 @@ class Endings:
         """A tick begins: end some more of what was too much at a time."""
         self._room = ROOM - self._strike(ROOM, now)
         if self._more:
-            transfers, delivered_at, lost = self._more[0]
+            transfers, delivered_at, lost, told = self._more[0]
             some = [transfers.popleft() for _ in range(min(AT_ONCE, len(transfers)))]
             if not transfers:
                 self._more.popleft()
-            self.end(some, now, delivered_at=delivered_at, lost=lost)
+            self.end(some, now, delivered_at=delivered_at, lost=lost, told=told)
 
     def catch_up(self, count: int, now: float) -> None:
         """Hints have come: strike out some of what has arrived, which must not wait for ticks while there are few."""
@@ -114,15 +122,23 @@ class Endings:
             ended = [t for t in ended if t not in lost]
         self._end(ended, now, at, lost=False)
 
-    def _end(self, ended: list[Transfer], now: float, delivered_at: list[float] | None, *, lost: bool) -> None:
+    def _end(
+        self,
+        ended: list[Transfer],
+        now: float,
+        delivered_at: list[float] | None,
+        *,
+        lost: bool,
+        told: Mapping[Stream, float] = NOTHING,
+    ) -> None:
         """Take them, which are in the books, out of everything. ``delivered_at``: of each; None: they were not."""
         books, delivered = self.books, delivered_at is not None
         by_stream: dict[Stream, list[Transfer]] = {}
         for transfer in ended:
             by_stream.setdefault(transfer.stream, []).append(transfer)
-        written = {} if delivered else self.gaps.written(by_stream)
+        written = {} if delivered else self.gaps.written(by_stream, told)
         for stream, some in by_stream.items():
-            self._unqueue(stream, some, now, written.get(stream))
+            self._unqueue(stream, some, now, written.get(stream), told=stream in told)
         at = np.array(delivered_at) if delivered_at is not None else now
         books.tally.ended(ended, books.transfers, at, delivered=delivered)
         for recorder in books.recorders:
@@ -130,7 +146,7 @@ class Endings:
         self.audit.ended(ended, delivered_at)
         books.strike_transfers(ended)
         if delivered_at is not None:
-            books.counters.transfers_completed += len(ended)
+            books.counters.transfers_completed += self.gaps.counted(len(ended))
             for transfer, when in zip(ended, delivered_at, strict=True):
                 if transfer.request is not None and transfer.request.delivered_at < when:
                     transfer.request.delivered_at = when
@@ -140,16 +156,18 @@ class Endings:
             if request.completed and not request.transfers:
                 self.finish(request, now)
 
-    def _unqueue(self, stream: Stream, ended: list[Transfer], now: float, written: float | None) -> None:
+    def _unqueue(self, stream: Stream, ended: list[Transfer], now: float, written: float | None, *, told: bool) -> None:
         """Take transfers off a stream. Those that were not delivered will not come, but for what has been ``written``.
 
         Those behind them move forward. ``written`` None: they were delivered.
         """
+        if written is None:
+            self.gaps.note(stream, ended)
         if len(ended) < len(stream.queue):
             if not stream.ordered:
                 self.gaps.uncount(stream, ended, delivered=written is None)
             elif written is not None:
-                self.gaps.close(stream, ended, written)
+                self.gaps.close(stream, ended, written, told=told)
         elif stream.ordered and written is not None:
             stream.announced -= float(self.gaps.unwritten(self.books.transfers.rows(ended), written).sum())
         stream.queue.remove(ended)
@@ -178,24 +196,24 @@ class Endings:
         self.books.counters.deadlines_missed += not met
         self.forget(request, now)
 
-    def forget(self, request: Request, now: float) -> None:
+    def forget(self, request: Request, now: float, told: Mapping[Stream, float] = NOTHING) -> None:
         """Strike out a request with all its transfers, and its batch if nothing else is in it."""
         batch, request.completed = request.batch, False  # else the last of its transfers would finish it once more
         if len(request.transfers) > AT_ONCE:
-            self._orphan(request, now)
+            self._orphan(request, now, told)
         else:
-            self.end(request.transfers.copy(), now)
+            self.end(request.transfers.copy(), now, told=told)
         self.books.strike_request(request)
         if batch is not None and not batch.requests and not batch.transfers:
             self.books.strike_batch(batch)
 
-    def _orphan(self, request: Request, now: float) -> None:
+    def _orphan(self, request: Request, now: float, told: Mapping[Stream, float]) -> None:
         """Too many to strike out at once: they are nobody's from now on, and end some at a time."""
         t, rows = self.books.transfers, self.books.rows_of(request)
         t.live("request")[rows] = -1
         t.live("expires")[rows] = INF
         request.completed, orphans, request.transfers = False, request.transfers, set()
-        self.end(orphans, now)
+        self.end(orphans, now, told=told)
 
     # --- sessions, watches, marks -------------------------------------------------------------------------------------
 

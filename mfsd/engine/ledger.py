@@ -31,14 +31,14 @@ from mfsd.ground.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from mfsd.engine.books import Books
     from mfsd.engine.carriage import Carriage
     from mfsd.engine.connections import Connections
     from mfsd.engine.delivery import Delivery
     from mfsd.engine.endings import Endings
-    from mfsd.engine.records import Stream
+    from mfsd.engine.records import Arrived, Stream
     from mfsd.engine.settings import LimitsConfig
     from mfsd.engine.watches import Watches
     from mfsd.ground.model import Selector
@@ -67,14 +67,16 @@ class Ledger:
         self.gathering = False
         """Cancellations that follow each other take effect together, at ``settle`` at the latest."""
         self._cancelled: dict[Transfer, None] = {}
+        self._told: dict[Stream, float] = {}
+        """How far their streams had been written then, where the worker has said so."""
         self.hear: Callable[[Iterable[Connection], float], None] = lambda _, __: None
         """Takes in what the kernel has told meanwhile, and looks whether these connections are over."""
 
     def settle(self, now: float) -> None:
         """Have gathered cancellations take effect: each alone would cost a pass over its stream."""
         if self._cancelled:
-            ended, self._cancelled = self._cancelled, {}
-            self._cancel(ended, now)
+            ended, told, self._cancelled, self._told = self._cancelled, self._told, {}, {}
+            self._cancel(ended, now, told)
 
     def apply(self, session: Session, hint: Hint, now: float) -> None:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied."""
@@ -254,9 +256,10 @@ class Ledger:
                 return
             request.completed = not hint.cancelled
             if hint.cancelled:
+                told = self._reopened(session, hint, lambda a: a.request is request)
                 streams = {t.stream for t in request.transfers}
-                self.endings.forget(request, now)
-                self._doubt(streams)
+                self.endings.forget(request, now, told)
+                self._doubt(streams | told.keys())
                 return
             self.delivery.hand_over(list(request.transfers), now)
             if session.requests.get(hint.id) is request and not request.transfers:
@@ -265,39 +268,50 @@ class Ledger:
             batch = session.batches.get(hint.id)
             if batch is not None:
                 own = [t for t in batch.transfers if t.request is None]
-                self._over(own, now, cancelled=hint.cancelled)
+                if hint.cancelled:
+                    told = self._reopened(session, hint, lambda a: a.batch is batch and a.request is None)
+                    self._cancel(own, now, told)
+                else:
+                    self.delivery.hand_over(own, now)
                 self.books.strike_batch(batch)
 
     def _end_transfer(self, session: Session, hint: EndHint, now: float) -> None:
         transfer = session.transfers.get(hint.id)
-        if hint.cancelled and self.gathering:
-            if transfer is not None:
-                self._cancelled[transfer] = None
-            else:
-                session.make_good(hint.id)
-            return
-        if self._cancelled:
+        if not hint.cancelled:
             self.settle(now)
-        if transfer is not None:
-            self._over([transfer], now, cancelled=hint.cancelled)
-        elif hint.cancelled:
+            if transfer is not None:
+                self.delivery.hand_over([transfer], now)
+        elif transfer is None:
+            self.settle(now)
             session.make_good(hint.id)
-
-    def _over(self, transfers: list[Transfer], now: float, *, cancelled: bool) -> None:
-        if cancelled:
-            self._cancel(transfers, now)
+            self._doubt(self._reopened(session, hint, lambda a: a.id == hint.id))
         else:
-            self.delivery.hand_over(transfers, now)
+            told = self.endings.gaps.told(session, hint)
+            if any(self._told.get(stream, at) != at for stream, at in told.items()):
+                self.settle(now)  # something was written between the two
+            self._cancelled[transfer] = None
+            self._told |= told
+            if not self.gathering:
+                self.settle(now)
 
-    def _cancel(self, transfers: Iterable[Transfer], now: float) -> None:
-        """The bytes of transfers will not come."""
+    def _cancel(self, transfers: Iterable[Transfer], now: float, told: Mapping[Stream, float]) -> None:
+        """The bytes of transfers will not come; ``told``: how far streams had been written, where a worker said so."""
         streams = {t.stream for t in transfers}
-        self.endings.end(transfers, now)
-        self._doubt(streams)
+        self.endings.end(transfers, now, told=told)
+        self._doubt(streams | told.keys())
+
+    def _reopened(self, session: Session, hint: EndHint, which: Callable[[Arrived], bool]) -> dict[Stream, float]:
+        """How far a worker says that streams had been written, and what had not been by then is none of these's."""
+        told = self.endings.gaps.told(session, hint)
+        for stream, at in told.items():
+            self.endings.gaps.reopen(stream, which, at)
+        return told
 
     def _doubt(self, streams: Iterable[Stream]) -> None:
         """Transfers were cancelled on these streams: what had been written may have been the next ones'."""
         for stream in streams:
+            if stream.recast:
+                self.delivery.confirm(stream)
             if stream.debt:
                 self.delivery.doubt(stream)
 

@@ -210,6 +210,16 @@ class Transfer:
         return self.request.batch if self.batch is None and self.request is not None else self.batch
 
 
+class Arrived(NamedTuple):
+    """A transfer that has arrived by what its stream has moved; its worker has not said that all was written."""
+
+    id: str
+    request: Request | None
+    batch: Batch | None
+    start: float
+    end: float
+
+
 @dataclass(slots=True, eq=False)
 class Mark:
     """A static stage for the connections of a selector."""
@@ -350,6 +360,10 @@ class Stream:
     """Size of a transfer on it that was perhaps announced after its bytes had gone (Transfer.maybe_late)."""
     stage: Stage = Stage.NONE
     """Of the transfer that was announced last."""
+    arrived: tuple[Arrived, ...] = ()
+    """The latest ones, should they turn out to have been cancelled before all of them was written."""
+    recast: bool = False
+    """What is known by now to have arrived may have done so before the last run."""
 
 
 class Position(NamedTuple):

@@ -355,6 +355,8 @@ class EndHint:
     what: What
     id: str
     cancelled: bool = False
+    written: tuple[tuple[int, int], ...] = ()
+    """(cookie, position) of the sockets that were to carry what is cancelled, when that was said."""
 
 
 @dataclass(slots=True)

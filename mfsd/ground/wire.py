@@ -16,6 +16,8 @@ BESIDE: Final = ".id"
 """Appended to the path of the daemon's socket by the one that gives tokens."""
 INTERLEAVED: Final = 1
 """Bit of TransferColumns.flags."""
+SOCKETS_MAX: Final = 256
+"""Of one cancellation, how far they had been written."""
 PATHS_MAX: Final = 256
 """Of one question for advice."""
 

@@ -187,7 +187,7 @@ class Outgoing:
         told = self._told.get(session)
         if told is None:
             return False
-        renamed = replace(hint, id=told.prefix + hint.id)
+        renamed = replace(hint, id=told.prefix + hint.id, written=())
         if hint.what is What.TRANSFER:
             peer = told.transfers.pop(hint.id, None)
             if peer is not None:

@@ -208,15 +208,43 @@ def test_pipelined_requests_of_which_some_are_taken_back(daemon: Daemon, client:
             client.request(f"q{i}", ttft_left_s=60)
             client.transfer(f"t{i}", s, 300 * KB, stage=Stage.P2D, request=f"q{i}")
         s.sendall(bytes(300 * KB))
-        client.cancel(request="q1")
-        client.cancel(request="q4")
-        s.sendall(bytes(600 * KB))
+        with daemon.held_up():
+            client.cancel(request="q1")
+            client.cancel(request="q4")
+            s.sendall(bytes(600 * KB))
+            wait_for(lambda: sink.received == 900 * KB, "arrival")
         settled(daemon, (3, 0, 0))
         assert not transfers(daemon)
         for i in range(5):
             client.done(request=f"q{i}")
         settled(daemon, (3, 3, 0))
     assert sink.received == 900 * KB
+
+
+@pytest.mark.parametrize("what", ["request", "transfer"])
+@pytest.mark.parametrize("after", [0, 30 * KB, 600 * KB])
+def test_what_is_taken_back_while_the_daemon_gets_no_processor(
+    daemon: Daemon, client: Client, sink: Sink, after: int, what: str
+) -> None:
+    """So many bytes are written before a word of that is heard; of the second one 100 KB had been."""
+    with dial(daemon.pair) as s:
+        for i in range(4):
+            client.request(f"q{i}", ttft_left_s=2)
+            client.transfer(f"t{i}", s, 300 * KB, stage=Stage.P2D, request=f"q{i}")
+        assert client.flush(5)
+        with daemon.held_up():
+            s.sendall(bytes(400 * KB))
+            client.cancel(**{what: "q1" if what == "request" else "t1"})
+            s.sendall(bytes(after))
+            wait_for(lambda: sink.received == 400 * KB + after, "arrival")
+            time.sleep(0.1)
+        s.sendall(bytes(600 * KB - after))
+        settled(daemon, (3, 0, 0))
+        assert not transfers(daemon)
+        time.sleep(2)
+        for i in (0, 2, 3):
+            client.done(request=f"q{i}")
+        settled(daemon, (3, 3, 0))
 
 
 @pytest.mark.parametrize("by", ["socket", "addresses"])

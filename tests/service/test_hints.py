@@ -33,6 +33,7 @@ from mfsd.v1.hints_pb2 import (
     Selector,
     Transfer,
     Tuple,
+    Written,
 )
 
 if TYPE_CHECKING:
@@ -134,6 +135,11 @@ CASES = [
     (Hint(completion=Completion(transfer_id="a", batch_id="b")), "completion.transfer_id", "set together with another"),
     (Hint(cancellation=Cancellation()), "cancellation.transfer_id", "is empty, and no other id"),
     (Hint(cancellation=Cancellation(request_id=LONG)), "cancellation.request_id", "257 bytes"),
+    (
+        Hint(cancellation=Cancellation(transfer_id="a", written=[Written(cookie=1)] * 257)),
+        "cancellation.written",
+        "names 257 sockets",
+    ),
     (mark(stage=7, selector=Selector(cookie=1)), "connection.stage", "unknown stage 7"),
     (mark(stage=STAGE_COLLECTIVE), "connection.selector", "is not set"),
 ]
@@ -184,8 +190,12 @@ def test_what_is_not_there_is_ended_without_a_word(api: Api) -> None:
     """It may have been seen to arrive, or have expired."""
     kinds = ("transfer_id", "request_id", "batch_id")
     ends = [Hint(completion=Completion(**{k: "nobody"})) for k in kinds]
-    ends += [Hint(cancellation=Cancellation(**{k: "nobody"})) for k in kinds]
-    reply = api.send(*ends)
+    cancellations = [
+        Cancellation(transfer_id="nobody"),
+        Cancellation(request_id="nobody"),
+        Cancellation(batch_id="nobody"),
+    ]
+    reply = api.send(*ends, *(Hint(cancellation=c) for c in cancellations))
     assert (reply.accepted, len(reply.rejected)) == (6, 0)
 
 

@@ -343,6 +343,10 @@ class Host:
         """Its worker says so."""
         self.engine.apply(self.session, EndHint(what, name, cancelled), self.now)
 
+    def cancel(self, name: str, sock: FakeSocket, position: int, what: What = What.TRANSFER) -> None:
+        """Its worker says so, and how far it had written."""
+        self.engine.apply(self.session, EndHint(what, name, True, ((sock.cookie, position),)), self.now)
+
     @property
     def counted(self) -> tuple[int, int, int]:
         """Transfers completed, deadlines met and missed."""

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker takes back is heard later: bytes that went meanwhile belong to those behind.
+
+The same on real sockets: tests/e2e/test_habits_times.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+from support.harness import MSS, FakeSocket, Host
+
+from mfsd.ground.model import BatchHint, CookieSelector, EndHint, Stage, TransferHint, What
+
+SIZE = 40 * MSS
+
+
+def announced(*names: str) -> tuple[Host, FakeSocket]:
+    """Transfers of a request of the same name each, one behind the other on a socket that stands at 1."""
+    h = Host()
+    s = h.socket(1)
+    for name in names:
+        h.request(name, 60.0)
+        h.transfer(name, s, SIZE, request=name, position=1)
+    return h, s
+
+
+@pytest.mark.parametrize("what", [What.TRANSFER, What.REQUEST])
+@pytest.mark.parametrize("moved", [SIZE // 2, SIZE, SIZE + SIZE // 2, 2 * SIZE])
+def test_what_is_taken_back_unwritten_leaves_its_place(what: What, moved: int) -> None:
+    """However far the two behind it have come, and whether it is still there."""
+    for seen in (False, True):
+        h, s = announced("a", "b", "c")
+        h.tick(0.001)
+        h.send(s, moved)
+        if seen:
+            h.tick(0.001)
+        h.cancel("a", s, 1, what)
+        h.tick(0.001)
+        assert sorted(h.session.transfers) == ["b", "c"][moved // SIZE :]
+        h.send(s, 2 * SIZE - moved)
+        h.tick(0.001)
+        assert not h.session.transfers
+        assert h.counted[0] == 2
+
+
+def test_what_had_been_written_of_it_still_goes_first() -> None:
+    h, s = announced("a", "b")
+    h.tick(0.001)
+    h.send(s, SIZE // 4 + SIZE - 1)  # of it a quarter, then nearly all of the next one
+    h.tick(0.001)
+    h.cancel("a", s, 1 + SIZE // 4)
+    h.tick(0.001)
+    assert list(h.session.transfers) == ["b"]
+    h.send(s, 1)
+    h.tick(0.001)
+    assert h.counted[0] == 1
+
+
+def test_one_that_was_written_as_a_whole_has_arrived() -> None:
+    h, s = announced("a", "b")
+    h.tick(0.001)
+    h.send(s, SIZE)
+    h.tick(0.001)
+    h.cancel("a", s, 1 + SIZE)
+    h.tick(0.001)
+    assert list(h.session.transfers) == ["b"]
+    h.send(s, SIZE)
+    h.tick(0.001)
+    assert h.counted[0] == 2
+
+
+def test_one_after_the_other_is_taken_back_with_bytes_in_between() -> None:
+    """In one message, as a worker's thread gathers them."""
+    h, s = announced("a", "b", "c", "d")
+    h.tick(0.001)
+    h.engine.gather(h.now, on=True)
+    h.send(s, 2 * SIZE)
+    h.cancel("a", s, 1)
+    h.cancel("c", s, 1 + SIZE)  # b has been written
+    h.engine.gather(h.now, on=False)
+    h.tick(0.001)
+    assert not h.session.transfers
+    assert h.counted[0] == 2
+
+
+def test_what_arrived_long_before_that_was_heard_is_dated_right() -> None:
+    h = Host()
+    s = h.socket(1)
+    for name, left in (("a", 60.0), ("b", 1.0)):
+        h.request(name, left)
+        h.transfer(name, s, SIZE, request=name, position=1)
+    h.tick(0.001)
+    h.send(s, SIZE)
+    h.tick(0.001)
+    for _ in range(3):
+        h.tick(0.5)
+    s.last_ack_ms = 1500
+    h.cancel("a", s, 1)
+    h.done("b", What.REQUEST)
+    h.tick(0.001)
+    h.tick(0.001)
+    assert h.counted == (1, 1, 0)
+
+
+def test_a_batch_is_taken_back() -> None:
+    h, s = announced("b")
+    h.engine.apply(h.session, BatchHint("x"), h.now)
+    a = TransferHint("a", "", "x", Stage.KV_REUSE, 0, SIZE, CookieSelector(s.cookie), position=1)
+    h.engine.apply(h.session, a, h.now)
+    h.transfer("c", s, SIZE, request="b", position=1)
+    h.tick(0.001)
+    h.send(s, 2 * SIZE)
+    h.tick(0.001)
+    h.cancel("x", s, 1 + SIZE, What.BATCH)
+    h.tick(0.001)
+    assert not h.session.transfers
+    assert h.counted[0] == 2
+
+
+def test_what_a_worker_says_of_sockets_that_it_has_not_named_is_nothing() -> None:
+    h, s = announced("a", "b")
+    h.tick(0.001)
+    h.send(s, SIZE // 2)
+    h.engine.apply(h.session, EndHint(What.TRANSFER, "a", True, ((77, 1), (s.cookie, 1 << 63))), h.now)
+    h.tick(0.001)
+    h.send(s, SIZE)
+    h.tick(0.001)
+    assert h.session.transfers.keys() <= {"b"}
