@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,10 +35,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TTL_S: Final = 30.0
 """For hints that leave their life to the daemon; its own default."""
-SWEEP: Final = 4
-"""Entries that have expired and are dropped with each new one; more than one, so that none pile up."""
-NEVER: Final = 1 << 62
-"""A second that does not come."""
+SWEEP: Final = 2
+"""Entries that are looked at with each new one, whether they have expired."""
 
 _of_request: Final = attrgetter("id", "deadline", "batch_id", "compute_left", "ttl")
 _of_transfer: Final = attrgetter(
@@ -57,35 +54,20 @@ class Entries:
 
     kept: OrderedDict[str, tuple[Any, ...]] = field(default_factory=OrderedDict)
     """When each stops to matter comes first."""
-    _due: dict[int, set[str]] = field(default_factory=dict)
-    """Names by the second in which they expire."""
-    _first: int = NEVER
-    """None expire before."""
+    _to_look_at: list[str] = field(default_factory=list)
+    """Names that were there when the present round began."""
 
-    def put(self, name: str, expires: float, says: tuple[Any, ...]) -> None:
-        """Enter one that is not there."""
-        second = int(min(NEVER - 1, expires))
-        self.kept[name] = (expires, *says)
-        self._due.setdefault(second, set()).add(name)
-        self._first = min(self._first, second)
-
-    def pop(self, name: str) -> tuple[Any, ...] | None:
-        """What it says; None: there is none."""
-        found = self.kept.pop(name, None)
-        if found is None:
-            return None
-        second = int(min(NEVER - 1, found[0]))
-        names = self._due[second]
-        names.discard(name)
+    def expired(self, now: float) -> list[str]:
+        """Some that have, for the caller to drop; each gets its turn, round after round."""
+        names, kept = self._to_look_at, self.kept
         if not names:
-            del self._due[second]
+            names = self._to_look_at = list(kept)
+        found = []
+        for _ in range(min(SWEEP, len(names))):
+            entry = kept.get(name := names.pop())
+            if entry is not None and entry[0] < now:
+                found.append(name)
         return found
-
-    def expired(self, now: float, most: int) -> list[str]:
-        """Some that expired in a second that is over, the earliest first, for the caller to drop."""
-        if self._first not in self._due:
-            self._first = min(self._due, default=NEVER)
-        return list(islice(self._due[self._first], most)) if self._first < int(now) else []
 
 
 @dataclass(slots=True)
@@ -163,23 +145,24 @@ class Ledger:
 
     def _put(self, part: Entries, name: str, expires: float, says: tuple[Any, ...], now: float) -> None:
         # A renewed entry moves to the end, so that the oldest are first.
-        part.pop(name)
-        part.put(name, expires, says)
-        for one in part.expired(now, SWEEP):
+        kept = part.kept
+        kept.pop(name, None)
+        kept[name] = (expires, *says)
+        for one in part.expired(now):
             self._forget(part, one)
-        if len(part.kept) > self.limit:
-            self._forget(part, next(iter(part.kept)))
+        if len(kept) > self.limit:
+            self._forget(part, next(iter(kept)))
             self.forgotten += 1
 
     def _forget(self, part: Entries, name: str) -> None:
         if part is self._transfers:
             self._drop(name)
         else:
-            part.pop(name)
+            part.kept.pop(name, None)
 
     def _drop(self, name: str, *, done: bool = False) -> None:
         """Forget a transfer, if it is there; ``done``: its bytes have been written."""
-        entry = self._transfers.pop(name)
+        entry = self._transfers.kept.pop(name, None)
         if entry is None:
             return
         carried = self._numbered[entry[1]]
@@ -192,8 +175,8 @@ class Ledger:
         if hint.what is What.TRANSFER:
             self._drop(hint.id, done=not hint.cancelled)
             return
-        (self._requests if hint.what is What.REQUEST else self._batches).pop(hint.id)
-        self._progress.pop(hint.id)
+        (self._requests if hint.what is What.REQUEST else self._batches).kept.pop(hint.id, None)
+        self._progress.kept.pop(hint.id, None)
         # Its transfers stay until they are ended or expire: searching for them here would cost every completion.
 
     def alive(self, now: float) -> Iterator[Hint]:
