@@ -43,7 +43,6 @@
 #define TCP_CLOSE_WAIT	8
 #define TCP_LAST_ACK	9
 #define TCP_NODELAY	1
-#define SELDOM_SHIFT	20   /* of ns: a millisecond */
 #define CB_FLAGS	1008 /* TCP_BPF_SOCK_OPS_CB_FLAGS, since 6.11 */
 
 /* --- the algorithm --------------------------------------------------------------------------------------------- */
@@ -79,6 +78,8 @@ __u32 BPF_PROG(mfsd_send, struct sock *sk)
 	__u64 rate, floor, window, least;
 	__u32 most;
 
+	if (m->class == MFSD_YIELD_NOT && m->looked == seldom(tp))
+		return 2; /* whoever is not deferred sends so often that more would cost throughput */
 	if (!y || !settle(tp, y) || m->class == MFSD_YIELD_NOT)
 		return 2;
 	p = path_of(tp);
@@ -279,7 +280,7 @@ int mfsd_mannered(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_RTT_CB:
 		/* Where round trips are short, one in a millisecond will do. */
-		if (now >> SELDOM_SHIFT == (now - (__u64)ctx->args[0] * 1000) >> SELDOM_SHIFT)
+		if (now / 1000 >> SELDOM_SHIFT == (now / 1000 - (__u64)ctx->args[0]) >> SELDOM_SHIFT)
 			return ALLOW;
 		break;
 	default:

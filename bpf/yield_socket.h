@@ -28,6 +28,7 @@
 #define INITIAL_WINDOW	10
 #define UNHINTED_MS	5000 /* without a slot for so long, a connection goes back to what it ran before ... */
 #define URGENT_MS	1000 /* ... and so it does when it has not been deferred for so long, if we hear when it is again */
+#define SELDOM_SHIFT	10   /* of us: a millisecond */
 #define CUBIC_WORDS	8 /* of icsk_ca_priv are cubic's; the rest is ours */
 
 /* The classifier's; the loader puts them in place. */
@@ -84,6 +85,7 @@ struct mine {
 	__u8 clocks; /* enum clocks */
 	__u8 cubic; /* is what it ran before */
 	__u8 chosen; /* by itself: nobody would put it under our algorithm once more */
+	__u16 looked; /* when it was looked at last, by seldom() */
 };
 
 #define TCP(sk) ((struct tcp_sock *)(sk))
@@ -249,6 +251,12 @@ static __always_inline __u32 ms_of(const struct tcp_sock *tp)
 	return (__u32)(tp->tcp_mstamp / 1000) | 1;
 }
 
+/* Changes about once in a millisecond; wraps after a minute. */
+static __always_inline __u16 seldom(const struct tcp_sock *tp)
+{
+	return tp->tcp_mstamp >> SELDOM_SHIFT;
+}
+
 /* Looks what the socket is now, and makes it that. 0 when it is not ours any more, or not yet. */
 static __always_inline int settle(struct tcp_sock *tp, const struct mfsd_yield *y)
 {
@@ -279,6 +287,7 @@ static __always_inline int settle(struct tcp_sock *tp, const struct mfsd_yield *
 		cubictcp_init((struct sock *)tp);
 	m->class = class;
 	m->band = band;
+	m->looked = seldom(tp);
 	return 1;
 }
 

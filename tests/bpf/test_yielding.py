@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -241,3 +242,20 @@ def test_who_sleeps_hears_of_its_promotion(bench: Bench, nodelay: int) -> None:
     bench.pair.call(bench.pair.a, bench.yielding.wake)
     wait_for(lambda: not queued(sock), "what it had left")
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == nodelay
+
+
+@needs_it
+@pytest.mark.bpf
+def test_made_the_default_it_is_cubic_to_all_and_goes(bench: Bench) -> None:
+    """A namespace's default outlives the daemon; who gets it then does not keep it."""
+    knob = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    bench.pair.call(bench.pair.a, lambda: knob.write_text(bench.yielding.name))
+    sock, deferred = bench.connect(), bench.connect()
+    assert algorithm_of(sock) == bench.yielding.name
+    bench.hint(deferred, FIRST)
+    bench.sends_until(deferred, lambda: bool(bench.yielding.paths()[1]["samples"].any()))
+    bench.becomes(sock, "cubic")
+    bench.yielding.close()
+    bench.classifier.host["heartbeat_ns"], bench.classifier.host["timeout_ns"] = 1, 1
+    bench.becomes(deferred, "cubic")
+    bench.becomes(bench.connect(), "cubic")
