@@ -19,6 +19,7 @@ struct mfsd_yield abi_yield;
 struct mfsd_path_key abi_path_key;
 struct mfsd_peer_clock abi_peer_clock;
 struct mfsd_path abi_path;
+struct mfsd_far abi_far;
 struct mfsd_adopted abi_adopted;
 
 enum mfsd_consts abi_consts;

@@ -28,6 +28,7 @@ enum mfsd_consts {
 	MFSD_RULES = 4096,	  /* rules that the kernel can match */
 	MFSD_RULES_PER_PEER = 30, /* of them that name one peer, or that name none */
 	MFSD_PATHS = 4096,	  /* ways to peers, by band, that are steered; the least recently used go first */
+	MFSD_FARS = 1024,	  /* peers of which it is known that their links are slower than ours; others count as not */
 	MFSD_EVENT_BYTES = 1 << 18, /* size of the ring buffer of events */
 	MFSD_NO_SLOT = 0xffffffff, /* event.slot: there was no free slot, or none is wanted */
 	MFSD_NO_RULE = 0xffffffff, /* event.rule: matched by its 5-tuple, or unmatched */
@@ -213,6 +214,13 @@ struct mfsd_yield {
 	__u8 class_of[MFSD_MAX_BANDS]; /* enum mfsd_yield_class */
 };
 
+/* The link into a peer, where it is slower than this host's own. By its address, as in mfsd_path_key. [user] */
+struct mfsd_far {
+	__u64 rate;	 /* bytes/s */
+	__u32 target_us; /* as mfsd_yield's */
+	__u32 pad;
+};
+
 /* What the last search for older connections came to. */
 struct mfsd_adopted {
 	__u32 switched; /* [kernel] put under the algorithm */
@@ -248,6 +256,7 @@ struct mfsd_path {
 	__u64 delay_sum;  /* their queue */
 	__u64 steered_us; /* time that steps were taken for */
 	__u64 yielded_us; /* of it, yielding to somebody */
+	__u64 far_rate;	  /* mfsd_far's, as of the last epoch; 0: nothing is known, and so with far_target_us */
 	__u32 base_us;	  /* round trip without queue */
 	__u32 base_next_us;
 	__u32 delay_us; /* queue, as of the last step */
@@ -266,7 +275,7 @@ struct mfsd_path {
 	struct mfsd_peer_clock clock;
 	__u32 held;	 /* samples of this slice of connections that had more to send than they might, and not for our bands */
 	__u32 paired_at; /* last ACK for more than one packet */
-	__u32 pad;
+	__u32 far_target_us;
 };
 
 #endif /* MFSD_H */

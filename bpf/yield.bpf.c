@@ -85,13 +85,13 @@ __u32 BPF_PROG(mfsd_send, struct sock *sk)
 	p = path_of(tp);
 	if (!p)
 		return 2;
-	most = most_of(y, m->class);
-	floor = y->floor[m->band & (MFSD_MAX_BANDS - 1)];
+	most = most_of(y, p, m->class);
+	floor = floor_of(y, p, m->band);
 	rate = rate_of(p, tp->mss_cache, most);
 	window = window_of(p, tp->tcp_mstamp);
 	if (rate) {
 		/* Without anything a sleeper would not notice that the queue is gone. */
-		least = y->rate / PROBES / (p->flows + p->flows_now + 1);
+		least = link_of(y, p) / PROBES / (p->flows + p->flows_now + 1);
 		if (rate < least)
 			rate = least;
 		if (rate < floor)
@@ -157,14 +157,17 @@ int BPF_PROG(mfsd_left, struct sk_buff *skb)
 	return 0;
 }
 
-static __always_inline void count_flow(struct mfsd_path *p, struct mine *m, __u64 now)
+static __always_inline void count_flow(struct tcp_sock *tp, struct mfsd_path *p, struct mine *m)
 {
-	__u64 began = p->epoch_at;
+	__u64 began = p->epoch_at, now = tp->tcp_mstamp;
+	struct mfsd_path_key key = {};
 
 	if (now - began > EPOCH_US && __sync_val_compare_and_swap(&p->epoch_at, began, now) == began) {
 		p->flows = p->flows_now;
 		p->flows_now = 0;
 		p->epoch += 1;
+		key_of(tp, &key);
+		look_far(p, &key);
 	}
 	if (m->epoch != p->epoch) {
 		m->epoch = p->epoch;
@@ -180,7 +183,7 @@ void BPF_PROG(mfsd_acked, struct sock *sk, const struct ack_sample *sample)
 	struct mine *m = MINE(tp);
 	struct mfsd_path *p;
 	__s32 trip = sample->rtt_us;
-	__u32 delay, back, tick, here;
+	__u32 delay, back, tick, here, most;
 
 	if (!m->hinted_ms)
 		return; /* before mfsd_init, see settle() */
@@ -193,17 +196,18 @@ void BPF_PROG(mfsd_acked, struct sock *sk, const struct ack_sample *sample)
 	p = path_of(tp);
 	if (!p)
 		return;
-	count_flow(p, m, tp->tcp_mstamp);
+	count_flow(tp, p, m);
 	if (trip <= 0 || (__u32)tp->tcp_mstamp - trip == m->ahead_us)
 		return;
 	here = waited_here(tp, (__u32)tp->tcp_mstamp - trip);
 	if (here < (__u32)trip)
 		trip -= here;
+	most = most_of(y, p, m->class);
 	delay = trip - base_of(p, tp->tcp_mstamp, trip);
 	back = back_of(tp, p, m, delay, &tick);
-	if ((__s32)(tp->write_seq - tp->snd_nxt) >= (__s32)tp->mss_cache && here < HERE * most_of(y, m->class))
+	if ((__s32)(tp->write_seq - tp->snd_nxt) >= (__s32)tp->mss_cache && here < HERE * most)
 		p->held += 1;
-	heard(p, tp->tcp_mstamp, delay - back, back, tick, sample->pkts_acked < 2, most_of(y, m->class));
+	heard(p, tp->tcp_mstamp, delay - back, back, tick, sample->pkts_acked < 2, most);
 }
 
 SEC("struct_ops/mfsd_avoid")
@@ -226,7 +230,7 @@ __u32 BPF_PROG(mfsd_ssthresh, struct sock *sk)
 		return cubictcp_recalc_ssthresh(sk);
 	p = path_of(tp);
 	if (p && y)
-		lost(p, tp->tcp_mstamp, most_of(y, MINE(tp)->class));
+		lost(p, tp->tcp_mstamp, most_of(y, p, MINE(tp)->class));
 	return 2;
 }
 

@@ -29,6 +29,7 @@
 #define UNHINTED_MS	5000 /* without a slot for so long, a connection goes back to what it ran before ... */
 #define URGENT_MS	1000 /* ... and so it does when it has not been deferred for so long, if we hear when it is again */
 #define SELDOM_SHIFT	10   /* of us: a millisecond */
+#define RATE_SHIFT	10   /* of bytes/s, so that products of two fit */
 #define CUBIC_WORDS	8 /* of icsk_ca_priv are cubic's; the rest is ours */
 
 /* The classifier's; the loader puts them in place. */
@@ -39,6 +40,7 @@ MFSD_HASH(mfsd_cookies, __u64, __u32, MFSD_DEFAULT_SLOTS);
 /* Our own. */
 MFSD_MMAP_ARRAY(mfsd_yield, struct mfsd_yield, 1);
 MFSD_MAP(mfsd_paths, BPF_MAP_TYPE_LRU_HASH, struct mfsd_path_key, struct mfsd_path, MFSD_PATHS, 0);
+MFSD_HASH(mfsd_far, __u8[16], struct mfsd_far, MFSD_FARS);
 MFSD_MMAP_ARRAY(mfsd_adopted, struct mfsd_adopted, 1);
 
 enum standing {
@@ -130,17 +132,31 @@ static __always_inline __u8 class_of(const struct mfsd_yield *y, __u8 band)
 	return band < MFSD_MAX_BANDS ? y->class_of[band & (MFSD_MAX_BANDS - 1)] : MFSD_YIELD_NOT;
 }
 
-static __always_inline __u32 most_of(const struct mfsd_yield *y, __u8 class)
+static __always_inline __u32 most_of(const struct mfsd_yield *y, const struct mfsd_path *p, __u8 class)
 {
-	return class == MFSD_YIELD_SECOND ? y->target_us / 2 : y->target_us;
+	__u32 target = p->far_target_us ? p->far_target_us : y->target_us;
+
+	return class == MFSD_YIELD_SECOND ? target / 2 : target;
 }
 
-static __always_inline struct mfsd_path *path_of(struct tcp_sock *tp)
+/* Bytes/s of the slower one of our link and, where it is known, the peer's. */
+static __always_inline __u64 link_of(const struct mfsd_yield *y, const struct mfsd_path *p)
+{
+	return p->far_rate && p->far_rate < y->rate ? p->far_rate : y->rate;
+}
+
+/* Bytes/s that a connection may always send: a share of our link, hence as much of a slower one. */
+static __always_inline __u64 floor_of(const struct mfsd_yield *y, const struct mfsd_path *p, __u8 band)
+{
+	__u64 floor = y->floor[band & (MFSD_MAX_BANDS - 1)];
+
+	return floor * (link_of(y, p) >> RATE_SHIFT) / ((y->rate >> RATE_SHIFT) + !(y->rate >> RATE_SHIFT));
+}
+
+static __always_inline void key_of(struct tcp_sock *tp, struct mfsd_path_key *key)
 {
 	struct sock_common *sk = &tp->inet_conn.icsk_inet.sk.__sk_common;
-	struct mfsd_path_key key = {};
-	struct mfsd_path *p, fresh = {};
-	__u32 *peer = (__u32 *)key.peer;
+	__u32 *peer = (__u32 *)key->peer;
 
 	if (sk->skc_family == AF_INET) {
 		peer[2] = MFSD_NET32(0xffff);
@@ -151,11 +167,28 @@ static __always_inline struct mfsd_path *path_of(struct tcp_sock *tp)
 		peer[2] = sk->skc_v6_daddr.in6_u.u6_addr32[2];
 		peer[3] = sk->skc_v6_daddr.in6_u.u6_addr32[3];
 	}
-	key.netns = sk->skc_net.net->net_cookie;
-	key.band = MINE(tp)->band;
+	key->netns = sk->skc_net.net->net_cookie;
+	key->band = MINE(tp)->band;
+}
+
+static __always_inline void look_far(struct mfsd_path *p, const struct mfsd_path_key *key)
+{
+	struct mfsd_far *far = MFSD_LOOKUP(mfsd_far, key->peer);
+
+	p->far_rate = far ? far->rate : 0;
+	p->far_target_us = far ? far->target_us : 0;
+}
+
+static __always_inline struct mfsd_path *path_of(struct tcp_sock *tp)
+{
+	struct mfsd_path_key key = {};
+	struct mfsd_path *p, fresh = {};
+
+	key_of(tp, &key);
 	p = MFSD_LOOKUP(mfsd_paths, &key);
 	if (p)
 		return p;
+	look_far(&fresh, &key);
 	fresh.paired_at = tp->tcp_mstamp - LONE_US;
 	fresh.slice_at = fresh.base_since = fresh.epoch_at = tp->tcp_mstamp;
 	fresh.empty_at = tp->tcp_mstamp > PROBE_US ? tp->tcp_mstamp - PROBE_US + PROBE_US / 5 : 0;
@@ -201,7 +234,8 @@ static __always_inline void hurry(struct tcp_sock *tp, const struct mfsd_yield *
 
 	pace(tp, 0);
 	if (p && p->base_us != NEVER && tp->mss_cache)
-		window = y->rate * (p->base_us + late_of(p, tp->tcp_mstamp) + 2 * (__u64)y->target_us) / 1000000 /
+		window = link_of(y, p) *
+			 (p->base_us + late_of(p, tp->tcp_mstamp) + 2 * (__u64)most_of(y, p, MFSD_YIELD_FIRST)) / 1000000 /
 			 tp->mss_cache;
 	tp->snd_cwnd = window < INITIAL_WINDOW ? INITIAL_WINDOW : window;
 	tp->snd_ssthresh = INFINITE;

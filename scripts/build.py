@@ -29,7 +29,7 @@ PROTOS = ["mfsd/v1/hints.proto", "mfsd/v1/control.proto"]
 ABI_STRUCTS = [
     "mfsd_slot", "mfsd_tuple", "mfsd_host", "mfsd_band_map", "mfsd_dev", "mfsd_counter",
     "mfsd_owner", "mfsd_sock", "mfsd_event", "mfsd_rule", "mfsd_rules_of",
-    "mfsd_yield", "mfsd_path_key", "mfsd_peer_clock", "mfsd_path", "mfsd_adopted",
+    "mfsd_yield", "mfsd_path_key", "mfsd_peer_clock", "mfsd_path", "mfsd_far", "mfsd_adopted",
 ]  # fmt: skip
 ABI_ENUMS = [
     "mfsd_consts", "mfsd_host_flags", "mfsd_dev_flags", "mfsd_stat", "mfsd_event_kind", "mfsd_event_flags",

@@ -6,9 +6,10 @@ Which bands yield follows from the bands: the levels below the default band, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import structlog
 
 from mfsd.api.operations import Way
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mfsd.datapath.bpf.loader import Classifier
     from mfsd.engine.engine import Engine
     from mfsd.ground.bands import Bands
+    from mfsd.ground.model import Address
 
 UNIT: Final = 1024
 """Of struct mfsd_path's fractions (bpf/yield.h)."""
@@ -53,6 +55,8 @@ class Network:
     """Connections have to be looked at, once or again and again."""
     _next_floors: float = 0.0
     _waker: Waker | None = None
+    _far: dict[Address, float] = field(default_factory=dict)
+    """Rates of peers' links as the kernel has them, bytes/s."""
     _promotions: int = 0
     """Of which connections have been told."""
 
@@ -120,6 +124,21 @@ class Network:
         if now >= self._next_floors:
             self._next_floors = now + FLOORS_S
             self._give_floors(self._yielding, engine)
+            self._tell_far(self._yielding, engine)
+
+    def _tell_far(self, yielding: Yielding, engine: Engine) -> None:
+        """Which peers' links are slower than ours, as far as that is known."""
+        peers = engine.connections.peers
+        slower = np.flatnonzero(peers.rate < float(yielding.settings["rate"][0])).tolist()
+        rates = {peers.address(index): float(peers.rate[index]) for index in slower[: _abi.FARS]}
+        if rates == self._far:
+            return
+        for peer in self._far.keys() - rates.keys():
+            yielding.tell_far(peer, 0.0, 0.0)
+        for peer, rate in rates.items():
+            if self._far.get(peer) != rate:
+                yielding.tell_far(peer, rate, self.config.target_s(Rate(rate)))
+        self._far = rates
 
     def _give_floors(self, yielding: Yielding, engine: Engine) -> None:
         """What each connection of a band may always send: an even part of what its band gets at least."""

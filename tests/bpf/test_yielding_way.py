@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from support.yielders import CHUNK, FAMILIES, FIRST, URGENT, acked, filled, needs_it, rtt_us, share
+from support.yielders import CHUNK, FAMILIES, FIRST, RATE, URGENT, acked, filled, needs_it, rtt_us, share
 
 from mfsd.datapath import _abi
 from mfsd.lab.hosts.tcp import algorithm_of, tcp_info
@@ -104,3 +105,21 @@ def test_a_busy_way_back_is_no_queue_and_hides_none(bench: Bench, family: int) -
                 there = acked(one, other)
             assert there[0] < 0.3 * there.sum(), "it yields all the same"
     assert algorithm_of(one) == bench.yielding.name
+
+
+@needs_it
+@pytest.mark.bpf
+def test_floors_are_shares_of_the_slower_link(bench: Bench) -> None:
+    one, other = two_behind_a_fifo(bench, socket.AF_INET)
+    peer = ipaddress.ip_address(bench.pair.addr_b)
+    bench.hint(one, FIRST)
+    bench.hint(other, URGENT)
+    bench.yielding.settings["floor"][0, FIRST] = RATE // 2
+    assert share(one, other) > 0.35
+    bench.yielding.tell_far(peer, RATE / 5, 0.004)
+    assert share(one, other) < 0.25
+    (path,) = bench.yielding.paths()[1]
+    assert (path["far_rate"], path["far_target_us"]) == (RATE // 5, 4000)
+    bench.yielding.tell_far(peer, 0.0, 0.0)
+    bench.yielding.tell_far(peer, 0.0, 0.0)
+    assert share(one, other) > 0.35

@@ -102,6 +102,18 @@ def test_over_a_restart_they_go_on_yielding(netns_pair: NetnsPair, tmp_path: Pat
         wait_for(lambda: algorithm_of(flow.sender) == "cubic", "cubic again")
 
 
+@needs_it
+def test_where_the_peers_link_is_slower_the_queue_may_be_longer(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    slower = f'[[peer]]\nnetwork = "{netns_pair.addr_b}"\nrate = "20mbit"\n'
+    made = Daemon(netns_pair, tmp_path, extra=ON + slower)
+    with running(made) as daemon, flows(netns_pair, 1) as (flow,), daemon.client() as client:
+        client.mark(flow.sender, Stage.P2D)
+        assert client.flush(WAIT_S)
+        flow.saturate(600)
+        # A quarter to all of 20 ms; 2 ms would be the own link's.
+        wait_for(lambda: any(row.target_ms >= 5.0 for row in daemon.status().yielding), "the peer's target")
+
+
 def test_without_the_capability_it_runs_without(netns_pair: NetnsPair, tmp_path: Path) -> None:
     wrap = ("setpriv", *SETPRIV)
     with running(Daemon(netns_pair, tmp_path, extra='[network]\nyield = "auto"\n', wrap=wrap)) as daemon:

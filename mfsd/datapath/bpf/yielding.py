@@ -15,11 +15,15 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import numpy as np
+
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
 from mfsd.datapath.bpf.cgroup import SOCK_OPS, attach
+from mfsd.datapath.bpf.keys import address_bytes
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import Mapped
+from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.errors import LoaderError
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mfsd.datapath.bpf.loader import Classifier
+    from mfsd.ground.model import Address
 
 NAME: Final = "mfsd_yield"
 """Of the algorithm, as TCP_CONGESTION and ss(8) call it; a further daemon's has a number behind it."""
@@ -40,7 +45,8 @@ ADOPT: Final = "mfsd_adopt"
 WAKE: Final = "mfsd_wake"
 LEFT: Final = "mfsd_left"
 _SHARED: Final = ("mfsd_host", "mfsd_slots", "mfsd_cookies")
-_OWN: Final = ("mfsd_yield", "mfsd_paths", "mfsd_adopted")
+_OWN: Final = ("mfsd_yield", "mfsd_paths", "mfsd_far", "mfsd_adopted")
+ADDRESS_BYTES: Final = 16
 _TRACE_ITER: Final = 28
 _TRACE_RAW_TP: Final = 23
 """enum bpf_attach_type."""
@@ -109,11 +115,29 @@ class Yielding:
         self._settings = Mapped.open(maps["mfsd_yield"], _abi.YIELD_DTYPE, 1)
         self._adopted = Mapped.open(maps["mfsd_adopted"], _abi.ADOPTED_DTYPE, 1)
         self.path_map = maps["mfsd_paths"]
+        self._far = BpfMap(maps["mfsd_far"], ADDRESS_BYTES, _abi.FAR_DTYPE.itemsize)
 
     @property
     def settings(self) -> npt.NDArray[Any]:
         """The kernel's own memory: shape (1,), YIELD_DTYPE. What is written takes effect at the next packet."""
         return self._settings.array
+
+    def tell_far(self, peer: Address, rate: float, target_s: float) -> None:
+        """The link into a peer is slower than ours: bytes/s, and the queue to keep there.
+
+        ``rate`` 0: that is not so any more. Known on ways in use within a fifth of a second. Raises OSError: E2BIG for
+        more than ``_abi.FARS`` peers.
+        """
+        key = address_bytes(peer)
+        if rate:
+            value: npt.NDArray[Any] = np.array([(int(rate), int(target_s * 1e6), 0)], dtype=_abi.FAR_DTYPE)
+            self._far.update(key, value.tobytes())
+            return
+        try:
+            self._far.delete(key)
+        except OSError as e:
+            if e.errno != errno.ENOENT:
+                raise
 
     def adopt(self) -> tuple[int, int]:
         """Look at all connections of the calling thread's network namespace, also those that are older than we are.
