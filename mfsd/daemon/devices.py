@@ -144,7 +144,8 @@ class Devices:
             if self.all:
                 self._care_for_all(mode)
         finally:
-            self.predecessor.retire()
+            # Else the next algorithm takes over connections that yield, one by one, and none of them has to stop.
+            self.predecessor.retire(lapse=not self.network.algorithm)
 
     def descriptors(self) -> dict[str, int | Attachment]:
         """By name, what has to outlive this process for another to take over."""

@@ -97,12 +97,17 @@ class Predecessor:
         names = {link_name(ifindex) for ifindex in ours}
         return [self._links.pop(name) for name in [n for n in self._links if n not in names]]
 
-    def retire(self) -> None:
-        """No more signs of life; links that nobody took are closed, which detaches their classifiers. Idempotent."""
+    def retire(self, *, lapse: bool = False) -> None:
+        """No more signs of life; links that nobody took are closed, which detaches their classifiers. Idempotent.
+
+        ``lapse``: connections that run its code (bpf/yield.bpf.c) find that out at once, not after the timeout.
+        """
         self._over.set()
         if self._thread is not None:
             self._thread.join()
         if self._pages is not None:
+            if lapse:
+                _WORDS.pack_into(self._pages, 0, 0, 0)
             self._pages.close()
             self._pages = None
         for fd in self._links.values():

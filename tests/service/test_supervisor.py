@@ -160,6 +160,14 @@ def test_it_is_kept_at_work_until_it_retires() -> None:
     os.close(taken)
 
 
+def test_who_still_obeys_it_can_be_told_at_once() -> None:
+    fd, pages = host_map(0)
+    predecessor = Predecessor({HOST: fd})
+    assert predecessor.at_work
+    predecessor.retire(lapse=True)
+    assert beat_of(pages) == 0
+
+
 @pytest.mark.parametrize(("age_ms", "timeout_ms"), [(1100, 1000), (60, 50)])
 def test_what_has_lapsed_stays_so(age_ms: float, timeout_ms: float) -> None:
     fd, pages = host_map(age_ms, timeout_ms)
