@@ -127,9 +127,10 @@ class Network:
             self._tell_far(self._yielding, engine)
 
     def _tell_far(self, yielding: Yielding, engine: Engine) -> None:
-        """Which peers' links are slower than ours, as far as that is known."""
+        """Which peers' links are slower than ours. What is learnt may be a share of one: too long a queue."""
         peers = engine.connections.peers
-        slower = np.flatnonzero(peers.rate < float(yielding.settings["rate"][0])).tolist()
+        configured = peers.configured[: len(peers.rate)]
+        slower = np.flatnonzero(configured & (peers.rate < float(yielding.settings["rate"][0]))).tolist()
         rates = {peers.address(index): float(peers.rate[index]) for index in slower[: _abi.FARS]}
         if rates == self._far:
             return

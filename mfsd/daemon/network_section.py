@@ -39,7 +39,7 @@ class NetworkConfig(_Keyword):  # type: ignore[misc]
     target_ms: float | None = setting(
         None,
         "Queue that deferred connections leave at a bottleneck, at most. Unset: of 33 full frames at the fastest "
-        f"device's rate, or the peer's where that is known to be slower; at least {LEAST_TARGET_MS:g} ms.",
+        f"device's rate, or the peer's where [[peer]] says that it is slower; at least {LEAST_TARGET_MS:g} ms.",
         allowed="a number from 0.1 to 100",
         ge=0.1,
         le=100.0,
