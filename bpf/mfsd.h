@@ -27,6 +27,8 @@ enum mfsd_consts {
 	MFSD_ENDS = 8192,	  /* connections that are over whose end is remembered; the least recently used go first */
 	MFSD_RULES = 4096,	  /* rules that the kernel can match */
 	MFSD_RULES_PER_PEER = 30, /* of them that name one peer, or that name none */
+	MFSD_ASKED = 4096,	  /* threads of which it is known when the daemon was to look at them */
+	MFSD_ASK_NS = 1000000000, /* how often it is, each of them */
 	MFSD_PATHS = 4096,	  /* ways to peers, by band, that are steered; the least recently used go first */
 	MFSD_FARS = 1024,	  /* peers of which it is known that their links are slower than ours; others count as not */
 	MFSD_EVENT_BYTES = 1 << 18, /* size of the ring buffer of events */
@@ -131,7 +133,7 @@ struct mfsd_rule {
 	__u16 sport_first, sport_last; /* host order, inclusive */
 	__u16 dport_first, dport_last;
 	__u16 lanes;	  /* that connections are spread over: 1 .. lanes - 1; lane 0 alone if it is 1 */
-	__u8 band;	  /* where its connections begin */
+	__u8 band;	  /* where its connections begin; MFSD_BAND_KEEP: nowhere, but the daemon is to look who made them */
 	__u8 used;
 };
 

@@ -28,6 +28,7 @@
 #include <bpf/bpf_helpers.h>
 #include "compat.h"
 #include "mfsd.h"
+#include "rules.h"
 
 #define ALLOW	       1 /* go on as if we were not here, for both program types */
 #define SOCK_STREAM    1
@@ -50,6 +51,7 @@ MFSD_MAP(mfsd_socks, BPF_MAP_TYPE_LRU_HASH, __u64, struct mfsd_sock, MFSD_SOCKET
 MFSD_MAP(mfsd_ends, BPF_MAP_TYPE_LRU_HASH, __u64, struct mfsd_event, MFSD_ENDS, 0);
 MFSD_MMAP_ARRAY(mfsd_rules, struct mfsd_rule, MFSD_RULES);
 MFSD_HASH(mfsd_rules_of, struct in6_addr, struct mfsd_rules_of, MFSD_RULES);
+MFSD_MAP(mfsd_asked, BPF_MAP_TYPE_LRU_HASH, __u32, __u64, MFSD_ASKED, 0); /* when the daemon was asked, by thread */
 struct {
 	__uint(type, BPF_MAP_TYPE_STACK);
 	__type(value, __u32);
@@ -78,7 +80,9 @@ struct draft {
 	__u32 index;
 	__u8 band; /* of event.rule */
 	__u8 unsure; /* the daemon must say: there are more rules than are looked at, or nobody knows who made it */
+	__u8 asks; /* a rule means somebody by a description, and the daemon may not have looked at this maker yet */
 	__u32 taken;
+	__u64 now;
 };
 #define DRAFTS 8
 static const __u32 draft_keys[DRAFTS] = { 0, 1, 2, 3, 4, 5, 6, 7 };
@@ -144,46 +148,6 @@ static __always_inline void describe(struct bpf_sock_ops *ctx, struct mfsd_sock 
 		__builtin_memset(&sock->owner, 0, sizeof(sock->owner));
 }
 
-static __always_inline __u64 differs(const __u8 *a, const __u8 *b, const __u8 *mask)
-{
-	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b, *m = (const __u64 *)mask;
-
-	return ((x[0] ^ y[0]) & m[0]) | ((x[1] ^ y[1]) & m[1]);
-}
-
-/* The sign bit: set unless first <= port <= last. */
-static __always_inline __u64 outside(__u64 port, __u64 first, __u64 last)
-{
-	return ((port - first) | (last - port)) & (1ULL << 63);
-}
-
-/* 0 if they are the same, or any will do. */
-static __always_inline __u64 another(__u64 wanted, __u64 id)
-{
-	return (wanted ^ MFSD_ANY_ID) * (wanted ^ id); /* of 32 bits each, so nothing overflows */
-}
-
-/*
- * Arithmetic instead of branches: the verifier goes both ways at each, and into what a mispredicted one would do, for
- * every rule of a list.
- */
-static __always_inline int leads(const struct mfsd_rule *r, const struct mfsd_sock *sock)
-{
-	__u64 off = r->used ^ 1;
-
-	off |= outside(MFSD_NET16(sock->key.sport), r->sport_first, r->sport_last);
-	off |= outside(MFSD_NET16(sock->key.dport), r->dport_first, r->dport_last);
-	off |= differs(sock->key.daddr, r->daddr, r->dmask) | differs(sock->key.saddr, r->saddr, r->smask);
-	return !off;
-}
-
-static __always_inline int means(const struct mfsd_rule *r, const struct mfsd_owner *owner)
-{
-	if (another(r->pid, owner->pid) | another(r->uid, owner->uid) | another(r->tid, owner->tid))
-		return 0;
-	return !r->cgroup || r->cgroup == owner->cgroup;
-}
-
 #define WORDS (sizeof(struct mfsd_rules_of) / sizeof(__u16))
 _Static_assert(!(WORDS & (WORDS - 1)), "a power of two");
 
@@ -210,6 +174,8 @@ static long consider(__u32 i, struct look *look)
 		return 0;
 	if (!means(r, &d->event.sock.owner)) {
 		d->unsure |= !d->event.sock.owner.pid;
+	} else if (r->band == MFSD_BAND_KEEP) {
+		d->asks = 1;
 	} else if (d->event.rule == MFSD_NO_RULE || r->band < d->band) {
 		d->event.rule = d->index;
 		d->band = r->band;
@@ -230,6 +196,18 @@ static __always_inline void best_of(const struct mfsd_rules_of *list, struct dra
 	if (list->n > MFSD_RULES_PER_PEER)
 		d->unsure = 1;
 	bpf_loop(MFSD_RULES_PER_PEER, consider, &look, 0);
+}
+
+/* Whether the daemon is to look who made a connection; once in a while for each thread. */
+static __always_inline int ask(struct draft *d)
+{
+	__u64 *asked = MFSD_LOOKUP(mfsd_asked, &d->event.sock.owner.tid);
+
+	d->now = bpf_ktime_get_ns();
+	if (asked && d->now - *asked < MFSD_ASK_NS)
+		return 0;
+	bpf_map_update_elem(&mfsd_asked, &d->event.sock.owner.tid, &d->now, BPF_ANY);
+	return 1;
 }
 
 /* Undoes take_slot(), but for the key. */
@@ -310,7 +288,7 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct draft *
 			bpf_map_delete_elem(&mfsd_cookies, &e->cookie); /* it goes on by its tuple */
 		return;
 	}
-	d->unsure = 0;
+	d->unsure = d->asks = 0;
 	list = MFSD_LOOKUP(mfsd_rules_of, (struct in6_addr *)e->sock.key.daddr);
 	best_of(list, d);
 	list = MFSD_LOOKUP(mfsd_rules_of, &d->nobody);
@@ -320,7 +298,7 @@ static __always_inline void established(struct bpf_sock_ops *ctx, struct draft *
 		r = MFSD_LOOKUP(mfsd_rules, &e->rule);
 		if (r)
 			e->slot = take_slot(d, r);
-	} else if (!d->unsure) {
+	} else if (!d->unsure && (!d->asks || !ask(d))) {
 		return;
 	}
 	e->kind = MFSD_EVENT_MATCHED;

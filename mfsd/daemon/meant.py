@@ -32,16 +32,25 @@ def matches(selector: Selector, uid: int, meaning: Callable[[Maker], Makers]) ->
         return [Match(selector.src, dst, selector.sport, selector.dport, uid=uid)]
     if isinstance(selector, ProcessSelector):
         pids = {selector.pid} | (meaning(Maker(pid=selector.pid)).pids or frozenset())
-        return [Match(None, selector.remote, PortRange(), selector.dport, pid, uid) for pid in sorted(pids)]
+        place = Match(None, selector.remote, PortRange(), selector.dport, uid=uid)
+        return [*(replace(place, pid=pid) for pid in sorted(pids)), replace(place, asks=True)]
     if isinstance(selector, CookieSelector):
         return []
     place = Match(None, selector.remote, selector.sport, selector.dport, uid=max(uid, selector.maker.uid))
+    if not described(selector.maker):
+        return [place]
+    asks = replace(place, asks=True)
     meant = meaning(selector.maker)
     if meant.tids is not None:
         # Whoever has the thread is in the process, and was looked for in the cgroup.
-        return [replace(place, tid=tid) for tid in sorted(meant.tids)]
+        return [*(replace(place, tid=tid) for tid in sorted(meant.tids)), asks]
     pairs = itertools.product(_numbers(meant.pids, -1), _numbers(meant.cgroups, 0))
-    return [replace(place, pid=pid, cgroup=cgroup) for pid, cgroup in pairs]
+    return [*(replace(place, pid=pid, cgroup=cgroup) for pid, cgroup in pairs), asks]
+
+
+def described(maker: Maker) -> bool:
+    """Whom it means has to be looked for, and may be others in a moment."""
+    return bool(maker.pid or maker.executable or maker.thread or maker.cgroup)
 
 
 def made(socket: Socket, maker: Maker, meant: Makers) -> bool:

@@ -9,7 +9,6 @@ comes from inet_diag either way.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,17 +18,11 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mfsd.daemon.meant import listed_of, made, maker_of, matches, rows_of
+from mfsd.daemon.pace import Pace
 from mfsd.datapath import _abi
 from mfsd.engine.sockets import ON_THE_WAY_S, Closed, End, Established, Event, Found, Socket
 from mfsd.ground.logs import Seldom
-from mfsd.ground.model import (
-    CookieSelector,
-    Maker,
-    ProcessSelector,
-    RuleSelector,
-    Selector,
-    TupleSelector,
-)
+from mfsd.ground.model import CookieSelector, Maker, ProcessSelector, RuleSelector, Selector, TupleSelector
 from mfsd.host import clock
 from mfsd.host.makers import Census, Makers
 from mfsd.host.sockets import SocketResolver
@@ -46,10 +39,6 @@ if TYPE_CHECKING:
     from mfsd.ground.model import Endpoints
     from mfsd.host.sockets import Socket as Listed
 
-FAMILIES_S: Final = 1.0
-"""How often it is looked for whom selectors mean: descendants of a process, processes of a name, cgroups."""
-STRANGERS_S: Final = 2.5
-"""How long it is looked for who holds a connection of which nobody knows who made it: it is accepted by then."""
 KNOWN_MAX: Final = 65_536
 """Sockets remembered from listings where the kernel doesn't tell."""
 
@@ -91,11 +80,9 @@ class HostSockets:
         self._meant: Mapping[Maker, Makers] = {}
         self._latest: Mapping[Maker, Makers] = {}
         """The thread's last answer, which replaces the former."""
-        self._next_families = 0.0
+        self._pace = Pace()
         self._families: Future[None] | None = None
         """The last search for whom selectors mean."""
-        self._strangers_until = 0.0
-        """Until then connections may turn out to be theirs of whom the kernel could not tell who made them."""
         self._lost = 0
         """Events that the kernel had no room for, of which we know."""
         self._seldom = Seldom()
@@ -128,7 +115,9 @@ class HostSockets:
                     out.append(Closed(event.sock.cookie, event.acked, event.clean, event.active, event.at))
                 else:
                     if not event.sock.pid:
-                        self._strangers_until = time.monotonic() + STRANGERS_S
+                        self._pace.makerless()
+                    elif self._census.met.stranger(event.sock.pid, event.sock.tid, event.sock.cgroup):
+                        self._pace.stranger()
                     out.append(Established(self._socket(event.sock, self._asked), event.slot, event.active))
         if self._teller is not None and self._teller.lost != self._lost and not self._teller.waiting:
             self._lost = self._teller.lost
@@ -200,7 +189,7 @@ class HostSockets:
         if rule is None:
             rule = self._rules[selector, uid] = _Rule([], (band, lanes, expires_ns))
             if maker_of(selector) is not None:
-                self._next_families = 0.0
+                self._pace.at_once()
             self._put(rule, matches(selector, uid, self._meaning))
         elif rule.place != (band, lanes, expires_ns):
             rule.place = band, lanes, expires_ns
@@ -253,17 +242,16 @@ class HostSockets:
                     again[selector] = None
             if again:
                 self.look(list(again))
-        now = time.monotonic()
-        if now >= self._next_families and (self._families is None or self._families.done()):
-            self._next_families = now + FAMILIES_S
+        if (self._families is None or self._families.done()) and self._pace.due():
             theirs = {s: m for s, _ in self._rules if (m := maker_of(s)) is not None}
             if theirs:
                 self._families = self._search("looking for processes", lambda: self._look_for(theirs.values()))
-            if theirs and now < self._strangers_until:
+            if theirs and self._pace.finds():
                 self.look(list(theirs))
 
     def _look_for(self, makers: Iterable[Maker]) -> None:
-        found = self._census.look(set(makers))
+        with self._pace:
+            found = self._census.look(set(makers))
         if found != self._latest:
             self._latest = found
             self._wake()

@@ -42,12 +42,31 @@ class _Thread:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class Met:
+    """Who was there when descriptions were looked up last. None: that did not matter."""
+
+    pids: Collection[int] | None = None
+    tids: Collection[tuple[int, int]] | None = None
+    """With their processes: threads whose names are not read again."""
+    cgroups: Collection[int] | None = None
+
+    def stranger(self, pid: int, tid: int, cgroup: int) -> bool:
+        """A thread may be meant, and nobody has looked."""
+        return (
+            (self.pids is not None and pid not in self.pids)
+            or (self.tids is not None and (pid, tid) not in self.tids)
+            or (self.cgroups is not None and cgroup not in self.cgroups)
+        )
+
+
 @dataclass(slots=True)
 class Census:
     """Looks descriptions up. For one thread at a time; ``cgroups`` is the root of cgroup v2, None: there is none."""
 
     cgroups: Path | None = None
     clock: Callable[[], float] = time.monotonic
+    met: Met = field(default_factory=Met)
     _families: Families = field(default_factory=Families)
     _threads: dict[tuple[int, int], _Thread] = field(default_factory=dict)
     """By process and thread."""
@@ -58,11 +77,21 @@ class Census:
 
     def look(self, makers: Collection[Maker]) -> dict[Maker, Makers]:
         """What each description means now."""
-        groups = self._groups({m.cgroup for m in makers if m.cgroup})
+        groups, all_groups = self._groups({m.cgroup for m in makers if m.cgroup})
         families = self._families.look({m.pid for m in makers if m.pid})
         every = _processes() if any(m.executable or m.thread for m in makers) else {}
         before, self._threads = self._threads, {}
-        return {m: self._one(m, groups.get(m.cgroup, {}), families, every, before) for m in makers}
+        found = {m: self._one(m, groups.get(m.cgroup, {}), families, every, before) for m in makers}
+        self.met = Met(
+            {*every, *self._families.living} if any(m.pid or m.executable for m in makers) else None,
+            self._settled() if any(m.thread for m in makers) else None,
+            all_groups if self.cgroups is not None and any(m.cgroup for m in makers) else None,
+        )
+        return found
+
+    def _settled(self) -> set[tuple[int, int]]:
+        now = self.clock()
+        return {one for one, thread in self._threads.items() if now - thread.since >= SETTLED_S}
 
     def _one(
         self,
@@ -108,11 +137,12 @@ class Census:
             if fnmatch.fnmatchcase(known.name, pattern):
                 yield tid
 
-    def _groups(self, patterns: Collection[str]) -> dict[str, dict[int, str]]:
-        """Cgroups by pattern: paths by id."""
+    def _groups(self, patterns: Collection[str]) -> tuple[dict[str, dict[int, str]], set[int]]:
+        """Cgroups by pattern: paths by id; and the ids of all."""
         out: dict[str, dict[int, str]] = {p: {} for p in patterns}
+        every: set[int] = set()
         if self.cgroups is None or not patterns:
-            return out
+            return out, every
         todo = [(str(self.cgroups), "", frozenset[str]())]
         while todo:
             path, name, above = todo.pop()
@@ -124,11 +154,12 @@ class Census:
                 )
             except OSError:
                 continue  # removed meanwhile
+            every.add(info.st_ino)
             matching = above | {p for p in patterns if p not in above and fnmatch.fnmatchcase(name or "/", p)}
             for pattern in matching:
                 out[pattern][info.st_ino] = path  # a cgroup's id is its inode
             todo += [(f"{path}/{one}", f"{name}/{one}", frozenset(matching)) for one in inside]
-        return out
+        return out, every
 
 
 def _processes() -> dict[int, int]:

@@ -63,6 +63,8 @@ class Families:
     def __init__(self) -> None:
         self._known: dict[int, dict[int, float]] = {}
         """Descendants' start times by ancestor."""
+        self.living: Mapping[int, float] = {}
+        """All processes, at the last look, and their start times."""
         self._forks = Forks()
         self._born: dict[int, int] = {}
         """Parent by child of what has been forked lately."""
@@ -75,7 +77,7 @@ class Families:
         """Descendants by ancestor, those of living ones only. One pass over all processes, some 10 us each."""
         ancestors = frozenset(ancestors)
         if not ancestors:
-            self._known = {}
+            self._known, self.living = {}, {}
             self._forks.close()
             return {}
         self._forks.open()
@@ -90,6 +92,7 @@ class Families:
             except ProcessGoneError:
                 continue
             children.setdefault(parent, []).append(pid)
+        self.living = living
         before, self._known = self._known, {}
         for ancestor in ancestors:
             # A child whose parent has ended belongs to init now, but it is still one of the family.

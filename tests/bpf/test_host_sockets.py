@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from ipaddress import ip_network
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from support.privileges import DAEMON, call_with
 from support.waiting import WAIT_S, wait_for
 
-from mfsd.daemon import sockets
+from mfsd.daemon import pace
 from mfsd.daemon.sockets import HostSockets
 from mfsd.datapath.bpf.cgroup import mounted_at
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
@@ -28,7 +29,6 @@ from mfsd.host.processes import Families
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from support.namespaces import NetnsPair
 
@@ -100,7 +100,7 @@ def host(
     request: pytest.FixtureRequest, netns_pair: NetnsPair, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[HostSockets]:
     """In namespace ``a``, as the daemon."""
-    monkeypatch.setattr(sockets, "FAMILIES_S", 0.05)
+    monkeypatch.setattr(pace, "FAMILIES_S", 0.05)
     with contextlib.ExitStack() as stack:
         classifier = stack.enter_context(call_with(DAEMON, lambda: LibbpfLoader().open_classifier(ROWS)))
         teller = None
@@ -199,11 +199,9 @@ def test_a_process_is_told_by_its_executable_and_by_its_user(host: HostSockets, 
     assert [open_already in answers[s] for s in (*named, *others)] == [True, True, True, False, False]
     if host.tells:
         _, later = worker.connects()
-        (event,) = [
-            e for e in until(host, lambda s: any(isinstance(e, Established) for e in s)) if isinstance(e, Established)
-        ]
+        events = until(host, lambda seen: bool(placed(seen)))
+        (event,) = [e for e in events if isinstance(e, Established) and e.slot is not None]
         assert event.socket.cookie == later
-        assert event.slot is not None
         assert all(host.made_by(event.socket, s.maker) for s in named)
         assert not any(host.made_by(event.socket, s.maker) for s in others)
 
@@ -241,7 +239,7 @@ def test_a_process_is_told_by_its_cgroup(host: HostSockets, worker: Worker, cgro
         assert not any(isinstance(e, Found) and e.selector == other and e.sockets for e in events)
         if host.tells:
             _, later = worker.connects()
-            events = until(host, lambda seen: any(isinstance(e, Established) for e in seen))
+            events = until(host, lambda seen: bool(placed(seen)))
             assert [e.socket.cookie for e in events if isinstance(e, Established) and e.slot is not None] == [later]
     finally:
         worker.end()
@@ -325,8 +323,49 @@ def test_connections_are_told_by_the_thread_that_makes_them(
         events = until(host, lambda seen: found(seen, early[0]))
         assert not found(events, early[1])
         later = connect("other"), connect("NCCL Service 0")
-        events = until(host, lambda seen: any(isinstance(e, Established) for e in seen))
-        assert [e.socket.cookie for e in events if isinstance(e, Established)] == [later[1]]
+        events = until(host, lambda seen: any(isinstance(e, Established) and e.slot is not None for e in seen))
+        assert [e.socket.cookie for e in events if isinstance(e, Established) and e.slot is not None] == [later[1]]
     finally:
         popen.kill()
         popen.communicate()
+
+
+@pytest.mark.parametrize("host", ["told"], indirect=True)
+@pytest.mark.parametrize("how", ["a child", "a program", "a unit", "a thread"])
+def test_who_has_just_started_is_looked_at_when_it_connects(
+    host: HostSockets, netns_pair: NetnsPair, worker: Worker, port: int, cgroup: Path, how: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Not when it is time to look for processes again."""
+    monkeypatch.setattr(pace, "FAMILIES_S", 600.0)
+    named = rule_of(
+        pid=worker.popen.pid if how == "a child" else 0,
+        executable=os.readlink(f"/proc/{os.getpid()}/exe") if how == "a program" else "",  # noqa: PTH115
+        cgroup=f"*/{cgroup.parent.name}/later" if how == "a unit" else "",
+        thread=Path(sys.executable).name[:15] if how == "a thread" else "",
+    )
+    host.watch(named, -1, 3, 2, 2**62)
+    host.look([named])
+    until(host, lambda seen: any(isinstance(e, Found) for e in seen))
+    assert host._families is not None
+    host._families.result(WAIT_S)
+    host.events()
+    later = Worker(netns_pair, port)
+    inner = cgroup.parent / "later"
+    inner.mkdir()
+    try:
+        (inner / "cgroup.procs").write_text(f"{later.popen.pid}\n")
+        _, cookie = worker.connects("fork") if how == "a child" else later.connects()
+        until(host, lambda seen: found(seen, cookie))
+        _, next_one = worker.connects("fork") if how == "a child" else later.connects()
+        until(host, lambda seen: found(seen, next_one) or next_one in placed(seen))
+        if how == "a unit":
+            _, last = later.connects()  # the kernel knows it by now; of programs and threads there may be too many
+            until(host, lambda seen: last in placed(seen))
+    finally:
+        later.end()
+        wait_for(lambda: gone(inner), "an empty cgroup")
+
+
+def placed(events: list[Event]) -> list[int]:
+    return [e.socket.cookie for e in events if isinstance(e, Established) and e.slot is not None]

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def joined(bench: Bench, server: socket.socket) -> tuple[socket.socket, socket.s
     return client, server.accept()[0]
 
 
-def to(bench: Bench, port: int, **more: int) -> Match:
+def to(bench: Bench, port: int, **more: Any) -> Match:
     return Match(None, ipaddress.ip_network(bench.pair.addr_b), PortRange(), PortRange(port, port), **more)
 
 
@@ -107,6 +107,29 @@ def test_nothing_is_said_of_connections_that_nobody_names(bench: Bench) -> None:
     time.sleep(0.05)
     assert not bench.teller.events()
     assert bench.teller.find(cookie) is None
+
+
+def test_a_thread_is_asked_about_once_in_a_while(bench: Bench) -> None:
+    """Where a rule is for somebody by a description, and no row says yet that this is one of them."""
+    with listener(bench) as server, contextlib.ExitStack() as stack:
+        port = server.getsockname()[1]
+
+        def connect() -> list[socket.socket]:
+            return [socket.create_connection((bench.pair.addr_b, port)) for _ in range(3)]
+
+        assert bench.teller.rules.put(to(bench, port, asks=True), 1, 2, 2**62)
+        assert bench.teller.rules.put(to(bench, port, asks=True, uid=12345), 1, 2, 2**62)
+        three = bench.inside(bench.pair.a, connect)
+        for one in three:
+            stack.enter_context(one)
+        (event,) = bench.events(1)
+        assert (event.kind, event.slot, event.sock.cookie) == (_abi.EVENT_MATCHED, None, cookie_of(three[0]))
+        assert event.sock.pid == os.getpid()
+        assert bench.teller.rules.put(to(bench, port, pid=os.getpid()), 1, 2, 2**62)
+        for one in bench.inside(bench.pair.a, connect):
+            stack.enter_context(one)
+        assert [e.slot is not None for e in bench.events(3)] == [True] * 3
+        assert not bench.teller.events()
 
 
 HEIR: Final = """

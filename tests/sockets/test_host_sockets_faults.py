@@ -15,7 +15,7 @@ from support.daemons import connected
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import cookie_of, process_peer, tuple_of
-from mfsd.daemon import sockets
+from mfsd.daemon import pace
 from mfsd.daemon.sockets import HostSockets
 from mfsd.engine.sockets import Found
 from mfsd.ground.model import Endpoints, Maker
@@ -133,13 +133,13 @@ def test_slow_searches_for_processes_do_not_pile_up(host: HostSockets, monkeypat
         go_on.wait(WAIT_S)
         return {}
 
-    monkeypatch.setattr(sockets, "FAMILIES_S", 0.0)
+    monkeypatch.setattr(pace, "FAMILIES_S", 0.0)
     monkeypatch.setattr(Census, "look", slowly)
     host.watch(process_peer(os.getpid()), -1, 3, 2, 2**62)
     for _ in range(100):
         host.events()
     wait_for(lambda: looked, "the first one")
-    monkeypatch.setattr(sockets, "FAMILIES_S", 600.0)
+    monkeypatch.setattr(pace, "FAMILIES_S", 600.0)
     host.look([tuple_of("127.0.0.1", 1)])
     go_on.set()
     answers(host)

@@ -39,6 +39,8 @@ class Match:
     uid: int = -1
     tid: int = -1
     cgroup: int = 0
+    asks: bool = False
+    """Whose it is must be said by the daemon, which may not have looked at that process yet: the kernel tells of it."""
 
     @property
     def peer(self) -> bytes:
@@ -73,6 +75,7 @@ class Rules:
 
     def put(self, match: Match, band: int, lanes: int, expires_ns: int) -> bool:
         """Make a rule, or change where it leads. False when there is no room: then nobody matches."""
+        band = _abi.BAND_KEEP if match.asks else band
         index = self._index.get(match)
         if index is not None:
             row = self._rows[index]
