@@ -97,7 +97,7 @@ def restore(state_dir: Path, device: str, *, delete: bool = False) -> pb.Restore
     try:
         results = without_note(state_dir, device or None, delete=delete)
         if not (device and results):
-            lives = locked(state_dir / LOCK)
+            lives = locked(state_dir / LOCK, state_dir)
             for name, found in restore_all(state_dir, device or None, delete=delete, lives=lives).items():
                 results[name] = results.get(name, []) + found
     except PermissionError as e:

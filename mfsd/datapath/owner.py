@@ -17,15 +17,25 @@ _GRAIN_S: Final = 0.015
 """Start times come in ticks of 10 ms, and may be shifted by less than one where a time namespace shifts the clock."""
 
 
-def locked(path: Path) -> bool:
-    """A process has locked a file, perhaps one of a pid namespace whose numbers mean nothing here. Raises OSError."""
+def locked(*paths: Path) -> bool:
+    """A process has locked one of these, perhaps one of a pid namespace whose numbers mean nothing here.
+
+    Raises OSError.
+    """
+    return any(map(_locked, paths))
+
+
+def _locked(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    finally:
+        os.close(fd)
     return False
 
 

@@ -113,7 +113,7 @@ def _knock(path: Path) -> int:
 def _runs(state_dir: Path) -> bool:
     """A daemon has locked the folder, as far as may be seen."""
     try:
-        return locked(state_dir / LOCK)
+        return locked(state_dir / LOCK, state_dir)
     except OSError:
         return False
 

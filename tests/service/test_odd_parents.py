@@ -16,8 +16,6 @@ import pytest
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client.introduction import introduced
-from mfsd.daemon.config import LOCK
-from mfsd.daemon.lock import StartError, lock
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 
@@ -181,18 +179,3 @@ def test_where_no_thread_can_be_had_nothing_is_waited_for(tmp_path: Path) -> Non
         [sys.executable, "-c", NO_THREADS, str(tmp_path / "s")], capture_output=True, text=True, check=False
     )
     assert done.stdout.splitlines() == ["can't start new thread"] * 2 + ["over"], done.stderr
-
-
-def test_a_lock_that_is_a_link_leads_nowhere(tmp_path: Path) -> None:
-    precious, link = tmp_path / "precious", tmp_path / LOCK
-    precious.write_text("kept")
-    link.symlink_to(precious)
-    with pytest.raises(StartError, match="Too many levels of symbolic links"):
-        lock(tmp_path)
-    assert precious.read_text() == "kept"
-    link.unlink()
-    os.mkfifo(link)
-    with pytest.raises(StartError, match="no regular file; remove it"):
-        lock(tmp_path)
-    with pytest.raises(StartError, match='precious": it is no directory'):
-        lock(precious)
