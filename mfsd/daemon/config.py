@@ -337,12 +337,16 @@ def _plain(value: Any) -> bool:
 def load(path: Path, *, again: bool = False) -> Config:
     """Read and check a file and its drop-ins. Raises ConfigError with every problem that can be found in one go.
 
-    ``again``: in a daemon that runs.
+    ``again``: in a daemon that runs; then files that say nothing are refused, too.
     """
     try:
         merged = config_files.read(path, again=again)
     except config_files.UnreadableError as e:
         raise ConfigError([e.problem], [e.path]) from e
+    if again and not merged.data:
+        raise ConfigError(
+            ["says nothing: is it being written? All defaults, which only observe, need a restart"], [path]
+        )
     try:
         return parse(merged.data)
     except ConfigError as e:

@@ -256,9 +256,9 @@ class Daemon:
             return
         old = self.config
         changes = reload.changes(old, new)
-        waiting = list(changes.restart)
-        waiting += await self._change(old, new, set(changes.now))
+        waiting = [*changes.restart, *await self._change(old, new, set(changes.now))]
         self._reload_problems = [f"{key}: changed in the file, takes effect at the next restart" for key in waiting]
+        self._reload_problems += reload.let_go(old, new)
         log.info("reloaded", changed=[k for k in changes.now if k not in waiting], needs_restart=waiting)
 
     def change_verbosity(self) -> None:

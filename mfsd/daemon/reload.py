@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -29,6 +31,9 @@ RELOADABLE: Final = frozenset(
 )
 """Keys that a running daemon can change, besides the sections below."""
 RELOADABLE_SECTIONS: Final = frozenset({"policy", "limits", "rescue", "tenants", "rules", "rule"})
+
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,16 @@ def changes(old: Config, new: Config) -> Changes:
                 name = f"{section}.{key}"
                 (now if section in RELOADABLE_SECTIONS or name in RELOADABLE else restart).append(name)
     return Changes(tuple(now), tuple(restart))
+
+
+def let_go(old: Config, new: Config) -> list[str]:
+    """What a running daemon no longer does because the files don't say it any more: it may have been cut off."""
+    if old.daemon.mode is new.daemon.mode or "mode" in new.daemon.model_fields_set:
+        return []
+    why = "the files don't say it any more: is one of them cut off?"
+    problem = f"daemon.mode: {new.daemon.mode.value} now, was {old.daemon.mode.value}, since {why}"
+    log.warning("reload", problem=problem)
+    return [problem]
 
 
 def _device_changes(old: Config, new: Config, now: list[str], restart: list[str]) -> None:

@@ -317,3 +317,28 @@ def test_the_rendered_view_starts_the_same_daemon(config: Path) -> None:
     assert parse({}) == Config()
     config.write_text(render(parse({"daemon": {"socket": str(config.parent / "x.sock")}})))
     assert mfsd("--check-config", "--config", config).returncode == 0
+
+
+def test_a_file_that_is_cut_off_is_not_taken_for_one_that_wants_nothing(
+    spawn: Callable[[], Process], config: Path
+) -> None:
+    """An editor, or a full disk, may leave it empty, or without its end."""
+    process, whole = spawn(), config.read_text()
+
+    def reloaded(text: str) -> pb.Status:
+        config.write_text(text)
+        process.popen.send_signal(signal.SIGHUP)
+        process.note_with("RELOADING=1")
+        process.note_with("READY=1")
+        return process.status()
+
+    assert reloaded(f'{whole}mode = "enforce"\n').mode == pb.MODE_ENFORCE
+    for nothing in ("", "# empty\n"):
+        status = reloaded(nothing)
+        assert status.mode == pb.MODE_ENFORCE
+        assert any("reload refused" in n and "says nothing" in n for n in status.notices)
+    status = reloaded(whole)
+    assert status.mode == pb.MODE_OBSERVE
+    assert any("observe now, was enforce" in n and "cut off" in n for n in status.notices)
+    status = reloaded(f'{whole}mode = "observe"\n')
+    assert not any("observe now" in n for n in status.notices)
