@@ -48,6 +48,8 @@ class Places:
         self._groups = groups
         self._made: dict[Path, int] = {}
         """Sockets of ours and their inodes: somebody may put another one in the place of one."""
+        self._rights: dict[Path, str] = {}
+        """Who may use them, as they were made."""
 
     def make(self, path: Path, bind: Callable[[Path], object], key: Key = "socket_group") -> None:
         """Make a socket with ``bind``, which is told where. Raises ServerError.
@@ -71,13 +73,23 @@ class Places:
             _set_group(where, key, group)
             where.chmod(0o660 if group is not None or key == "socket_group" else 0o600)
             where.replace(path)
-            self._made[path] = inode
+            self._made[path], self._rights[path] = inode, _rights(path)
         except (OSError, RuntimeError) as e:
             raise ServerError(f'daemon.socket = "{path}": {e}') from e
 
     def lost(self) -> list[Path]:
         """Those in whose place there is nothing of ours any more."""
         return [path for path in self._made if not self._ours(path)]
+
+    def opened(self) -> list[str]:
+        """Which of them others may use than was configured, or fewer, as somebody has changed it since."""
+        out = []
+        for path, before in self._rights.items():
+            with contextlib.suppress(OSError):  # it is lost, which is told elsewhere
+                now = _rights(path)
+                if now != before and self._ours(path):
+                    out.append(f"somebody has changed who may use {path}: it is {now}, was {before} as configured")
+        return out
 
     def _ours(self, path: Path) -> bool:
         try:
@@ -106,6 +118,12 @@ class Places:
             with contextlib.suppress(OSError):
                 if self._ours(path):
                     path.unlink()
+
+
+def _rights(path: Path) -> str:
+    """Mode, owner and group. Raises OSError."""
+    found = path.lstat()
+    return f"{stat.S_IMODE(found.st_mode):04o} {found.st_uid}:{found.st_gid}"
 
 
 def _set_group(path: Path, key: str, name: str | None) -> None:

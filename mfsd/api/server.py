@@ -103,7 +103,7 @@ class Server:
         self.others: dict[Path, Callable[[], object]] = {}
         """Sockets that somebody else serves, and how to make them again, in a thread. Raises ServerError."""
         self.problems: list[str] = []
-        """Why sockets can't be reached."""
+        """Why sockets can't be reached, or by others than should."""
         self._health = _untyped_health.aio.HealthServicer()
         self._server = self._made()
         self._second: grpc.aio.Server | None = None
@@ -161,6 +161,7 @@ class Server:
                 problems.append(f"nobody can reach mfsd there any more: {e}")
             else:
                 log.warning("somebody has deleted a socket; it is there again", path=str(path))
+        problems += self.places.opened()
         if problems and problems != self.problems:
             log.warning("sockets", problems=problems)
         self.problems = problems

@@ -126,3 +126,21 @@ def test_what_the_daemon_has_noticed_is_a_finding(running: Running, tmp_path: Pa
     assert "no [[device]] is configured" in findings(config)["state.notices:1"]
     running.stop()
     assert not [name for name in findings(config) if name.startswith("state.notices")]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_who_may_use_a_socket_is_looked_at_again(running: Running, name: str) -> None:
+    path = running.socket.parent / name
+    before = path.stat().st_mode & 0o777
+
+    def notices() -> str:
+        answer = status(running.target)
+        return "" if answer is None else " ".join(answer.notices)
+
+    wait_for(notices)
+    assert "who may use" not in notices()
+    path.chmod(0o666)
+    wait_for(lambda: f"somebody has changed who may use {path}: it is 0666" in notices())
+    assert f"was {before:04o}" in notices()
+    path.chmod(before)
+    wait_for(lambda: "who may use" not in notices())
