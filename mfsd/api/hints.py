@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
         count: int
 
-        def poke(self, *, waiting: bool = False) -> None:
-            """Hints have come: tick soon. ``waiting``: nothing more comes from there before."""
+        def poke(self, *, waiting: bool = False, who: int = ...) -> None:
+            """Hints have come: tick soon. ``waiting``: nothing more comes from there before. ``who``: has sent them."""
             ...
 
         async def ticked(self) -> None:
@@ -131,7 +131,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if session.events:
             drain(session, reply)
         if reply.accepted and answer.here:
-            self._ticks.poke(waiting=alone)
+            self._ticks.poke(waiting=alone, who=session.uid)
         return answer
 
     async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:

@@ -4,7 +4,9 @@
 A hint should be visible in the table within a millisecond or two, but a stream of 50,000 hints a second must not pay
 for a tick each. So ticks after hints are paid from budgets. While the first lasts they come at once; beyond that hints
 are gathered, so that those of a stream never buy more than ``SHARE`` of the processor. A second, larger one is for
-callers who say nothing more until they have been answered, and for ticks once hints have stopped coming.
+callers who say nothing more until they have been answered, and for ticks once hints have stopped coming. Each user has
+one of these of its own, and those who have asked for a tick share what it costs: who says very much has nobody else
+wait. All of them together have half of the time.
 """
 
 from __future__ import annotations
@@ -39,6 +41,12 @@ WAIT_S: Final = 0.02
 """How long replies wait for a tick at most; a little more than the budget ever makes hints wait."""
 SOON_S: Final = 0.001
 """Period while a rescue may be due."""
+NOBODY: Final = -2
+"""Who asks for a tick where no user does: the kernel, or who is gone."""
+LATELY_S: Final = 0.1
+"""Several users ask if one has done so within that time beside another."""
+KNOWN: Final = 64
+"""Users whose budgets are remembered, besides those who owe something."""
 KEPT_S: Final = 60.0
 """Durations are reported over the last minute."""
 KEPT_MAX: Final = 16_384
@@ -89,10 +97,14 @@ class Ticker:
         """When there were hints last, on the loop's clock."""
         self._gathering = False
         """The next tick waits for hints to stop coming."""
-        self._asked = False
-        """There have been hints since the last tick, which pay for the next one."""
-        self._budget, self._spare = Bucket(BURST_S, clock()), Bucket(BURST_S, clock())
-        """Seconds of processor for ticks: at SHARE, and at QUIET_SHARE."""
+        self._asked: dict[int, float] = {}
+        """Users who have said something since the last tick, and when last: they pay for the next one."""
+        self._budget = Bucket(BURST_S, clock())
+        """Seconds of processor for ticks, at SHARE."""
+        self._spares: dict[int, Bucket] = {}
+        """The same by user, at QUIET_SHARE."""
+        self._again = 0.0
+        """When the next tick may be, on the loop's clock, while several users ask: half of the time is for others."""
         self.count = 0
         """Ticks that succeeded."""
         self.busy_s = 0.0
@@ -115,20 +127,38 @@ class Ticker:
             self._handle.cancel()
             self._handle = None
 
-    def poke(self, *, waiting: bool = False) -> None:
-        """Hints have come: tick as soon as the budgets allow. ``waiting``: nothing more comes from there before."""
+    def poke(self, *, waiting: bool = False, who: int = NOBODY) -> None:
+        """Hints have come: tick as soon as the budgets allow.
+
+        ``waiting``: nothing more comes from there before. ``who``: the user who has sent them.
+        """
         if self._stopped:
             return
-        self._refill(self._clock())
-        self._asked = True
-        now = self._poked = self._loop.time()
+        clock = self._clock()
+        self._budget.fill(clock, SHARE, BURST_S)
+        spare = self._spare(who, clock)
+        now = self._poked = self._asked[who] = self._loop.time()
         self._latest = min(self._latest, now if self._budget.left > 0 else now - self._budget.left / SHARE)
         due = self._latest
-        if self._spare.left > 0:
-            due = min(due, now if waiting else now + QUIET_S)
+        if waiting:
+            due = min(due, now - min(spare.left, 0.0) / QUIET_SHARE)
+        elif spare.left > 0:
+            due = min(due, now + QUIET_S)
+        if any(other is not spare and clock - other.at < LATELY_S for other in self._spares.values()):
+            due = max(due, self._again)
         if self._handle is None or due < self._due:
-            self._gathering = due > now
+            self._gathering = not waiting and due > now
             self._schedule_at(due)
+
+    def _spare(self, who: int, now: float) -> Bucket:
+        """The budget of a user, up to date."""
+        spare = self._spares.get(who)
+        if spare is None:
+            if len(self._spares) >= KNOWN:
+                self._spares = {u: s for u, s in self._spares.items() if s.fill(now, QUIET_SHARE, BURST_S) < BURST_S}
+            spare = self._spares[who] = Bucket(BURST_S, now)
+        spare.fill(now, QUIET_SHARE, BURST_S)
+        return spare
 
     async def ticked(self) -> None:
         """Return after the next tick; or after WAIT_S, counted from when somebody began to wait for that tick."""
@@ -151,19 +181,15 @@ class Ticker:
         self._due = due
         self._handle = self._loop.call_at(due, self._tick)
 
-    def _refill(self, now: float) -> None:
-        self._budget.fill(now, SHARE, BURST_S)
-        self._spare.fill(now, QUIET_SHARE, BURST_S)
-
     def _tick(self) -> None:
         self._handle = None
         if self._gathering:
-            now, quiet = self._loop.time(), self._poked + QUIET_S
+            now, quiet = self._loop.time(), min(self._asked.values()) + QUIET_S  # of the first one who is
             if now < min(quiet, self._latest):
                 self._schedule_at(min(quiet, self._latest))  # more hints have come
                 return
         now, worked, asked = self._clock(), time.thread_time(), self._asked
-        self._asked = False
+        self._asked = {}
         try:
             self._engine.tick(now)
         except Exception as e:
@@ -179,11 +205,13 @@ class Ticker:
             self._beat(self._clock())
         took = self._clock() - now
         self.busy_s += took
-        self._refill(now + took)
+        self._again = self._loop.time() + took
         if asked:  # what comes anyway, every millisecond while a rescue may be due, is no hint's to pay for
             worked = time.thread_time() - worked  # nor are others that take the processor away
+            self._budget.fill(now + took, SHARE, BURST_S)
             self._budget.left -= worked
-            self._spare.left -= worked
+            for who in asked:
+                self._spare(who, now + took).left -= worked / len(asked)
         self._took.append((now, took))
         if not self._stopped:
             # Never more than half of the time, however long one takes: others have their turn in between.

@@ -80,6 +80,11 @@ class Books:
             found = self.users[uid] = User(uid)
         return found
 
+    @property
+    def shared(self) -> bool:
+        """Several users have something here."""
+        return sum(not user.idle for user in self.users.values()) > 1
+
     def charge(self, session: Session, count: int, length: int, *, transfer: bool = False) -> None:
         """Put so many entries, with names of that length together, on the account of a session's user.
 

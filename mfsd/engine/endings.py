@@ -32,6 +32,8 @@ AT_ONCE: Final = 512
 """Transfers struck out in one go before their bytes have arrived; some 2 ms, since those behind them move."""
 ROOM: Final = 2048
 """Of those that have arrived so many are struck out in one tick."""
+ROOM_BESIDE: Final = 512
+"""The same while several users have something in the books: ticks are what others wait for."""
 NOTHING: Final[Mapping[Stream, float]] = MappingProxyType({})
 
 
@@ -87,7 +89,8 @@ class Endings:
 
     def go_on(self, now: float) -> None:
         """A tick begins: end some more of what was too much at a time."""
-        self._room = ROOM - self._strike(ROOM, now)
+        room = ROOM_BESIDE if self.books.shared else ROOM
+        self._room = room - self._strike(room, now)
         if self._more:
             transfers, delivered_at, lost, told = self._more[0]
             some = [transfers.popleft() for _ in range(min(AT_ONCE, len(transfers)))]

@@ -20,7 +20,7 @@ from mfsd.engine import fair
 from mfsd.engine.columns import GONE
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.urgency import Urgency
-from mfsd.engine.views import Rows, shown, views_of
+from mfsd.engine.views import Rows, Shown, views_of
 from mfsd.ground.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
 from mfsd.ground.model import INF, Event, EventKind, Stage
 from mfsd.policy.views import LinkView, TransferView, Views
@@ -75,6 +75,7 @@ class Steering:
     _sizes: F8 = field(default_factory=lambda: np.zeros(0))
     _untold: dict[Transfer, tuple[float, float]] = field(default_factory=dict)
     """Those of whom workers are still to be told that they can't be in time, or can again; what was left, how late."""
+    _shown: Shown = field(default_factory=Shown)
     _next_observe: float = 0.0
     _next_feasible: float = 0.0
 
@@ -160,7 +161,7 @@ class Steering:
 
     def _decide(self, moved: Moved, now: float) -> F8 | None:
         """Decide the levels of all transfers; returns what levels are guaranteed."""
-        rows = shown(self.books)
+        rows = self._shown.rows(self.books, now)
         views = self.views(now, moved, rows)
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False

@@ -26,38 +26,69 @@ have passed the classifier but not the link, so a transfer counts as having this
 
 SHOWN: Final = 10_240
 """Transfers that a policy is shown at a time: what a tick costs must not grow with what anybody may announce."""
-BESIDE: Final = 4096
+BESIDE: Final = 2048
 """Of one user where several have transfers: what one announces beyond what can be sent soon makes ticks long."""
+PICK_S: Final = 0.05
+"""How often those of one who has more are picked anew, which takes as long as all else; half may end meanwhile."""
 Rows = npt.NDArray[np.intp]
 
 
-def shown(books: Books) -> Rows | None:
-    """Rows of the transfers that the policy is shown, in their order; None: all.
+class Shown:
+    """Which transfers the policy is shown.
 
     Where there are too many, users have even parts, but beside others no more than BESIDE, and of each the oldest come
     first: they are sent first.
     """
-    t = books.transfers
-    if t.n <= BESIDE:
-        return None
-    owner = books.streams.owner.take(t.live("stream"))
-    have = np.bincount(owner)
-    alone = np.count_nonzero(have) == 1
-    if t.n <= SHOWN and (alone or have.max() <= BESIDE):
-        return None
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[float, float]] = {}
+        """By user that has more: when the last one that is shown was announced, and where it starts."""
+        self._next = 0.0
+
+    def rows(self, books: Books, now: float) -> Rows | None:
+        """Rows of those that are shown, in their order; None: all."""
+        t = books.transfers
+        if t.n <= BESIDE:
+            return None
+        owner = books.streams.owner.take(t.live("stream"))
+        have = np.bincount(owner)
+        alone = np.count_nonzero(have) == 1
+        if t.n <= SHOWN and (alone or have.max() <= BESIDE):
+            return None
+        if now >= self._next:
+            self._next = now + PICK_S
+            self._last.clear()
+        most = _even(have) if alone else min(_even(have), BESIDE)
+        few = have <= most
+        picked = np.zeros(t.n, dtype=np.bool_) if alone else few.take(owner)
+        for user in np.flatnonzero(~few).tolist():
+            rows = None if alone else np.flatnonzero(owner == user)  # None: all
+            picked[self._of(user, t.live("created"), t.live("start"), rows, most)] = True
+        return np.flatnonzero(picked)
+
+    def _of(self, user: int, created: F8, start: F8, rows: Rows | None, most: int) -> Rows:
+        """The first ``most`` of a user's ``rows``, or nearly so many of them."""
+        if rows is not None:
+            created, start = created.take(rows), start.take(rows)
+        last = self._last.get(user)
+        if last is not None:
+            first = np.flatnonzero((created < last[0]) | ((created == last[0]) & (start <= last[1])))
+        if last is None or not most // 2 <= len(first) <= most:
+            first = _first(created, start, most)
+            latest = created.take(first).max()
+            self._last[user] = latest, start.take(first[created.take(first) == latest]).max()
+        return first if rows is None else rows.take(first)
+
+
+def _even(have: npt.NDArray[np.intp]) -> int:
+    """Even parts of what is shown for users who ``have`` so many; what one does not need is the others'."""
     most, left, room = 0, have, SHOWN
-    while room >= np.count_nonzero(left) > 0:  # even parts; what one does not need is the others'
+    while room >= np.count_nonzero(left) > 0:
         part = room // int(np.count_nonzero(left))
         most += part
         room -= int(np.minimum(left, part).sum())
         left = np.maximum(left - part, 0)
-    most = most if alone else min(most, BESIDE)
-    few = have <= most
-    picked = [np.flatnonzero(few.take(owner))]
-    for user in np.flatnonzero(~few):
-        rows = np.flatnonzero(owner == user)
-        picked.append(rows[_first(t.live("created")[rows], t.live("start")[rows], most)])
-    return np.sort(np.concatenate(picked))
+    return most
 
 
 def _first(created: F8, start: F8, count: int) -> Rows:

@@ -14,11 +14,11 @@ from support.harness import Host
 
 from mfsd.engine import delivery, steering
 from mfsd.engine.books import Books
-from mfsd.engine.endings import AT_ONCE, ROOM
+from mfsd.engine.endings import AT_ONCE, ROOM, ROOM_BESIDE
 from mfsd.engine.engine import CAUGHT_UP
 from mfsd.engine.records import EVENTS_KEPT, TRANSFER_COLUMNS
 from mfsd.engine.steering import FEASIBLE_S
-from mfsd.engine.views import BESIDE, SHOWN, shown
+from mfsd.engine.views import BESIDE, SHOWN, Shown
 from mfsd.ground.bands import LEVEL_NEW
 from mfsd.ground.model import (
     CookieSelector,
@@ -286,7 +286,7 @@ def test_a_policy_is_shown_so_many_at_a_time_and_of_every_user_some() -> None:
         hint = TransferHint(str(i), "r", "", Stage.P2D, 0, 1000, CookieSelector(mine.cookie))
         h.engine.apply(other, hint, h.now)
     h.tick(0.01)
-    rows, t = shown(h.engine.books), h.engine.books.transfers
+    rows, t = Shown().rows(h.engine.books, h.now), h.engine.books.transfers
     assert rows is not None
     assert len(rows) == BESIDE + 3  # beside another user
     assert all(t.get(x, "level") != LEVEL_NEW for x in other.transfers.values())
@@ -295,7 +295,7 @@ def test_a_policy_is_shown_so_many_at_a_time_and_of_every_user_some() -> None:
     assert (len(waiting), len(ahead)) == (5000, 0)  # those that are sent first are shown first
     for _ in range((SHOWN + 5000) // BESIDE):
         h.send(sock, 1000 * BESIDE)
-        for _ in range(BESIDE // ROOM + 1):
+        for _ in range(BESIDE // ROOM_BESIDE + 1):
             h.tick(0.01)
     assert sum(t.get(x, "level") == LEVEL_NEW for x in h.session.transfers.values()) == 0
 
@@ -319,7 +319,7 @@ def test_what_is_shown_is_shared_evenly(have: list[int]) -> None:
     values = [np.zeros(len(stream), dtype=kind) for kind in TRANSFER_COLUMNS.values()]
     values[list(TRANSFER_COLUMNS).index("stream")] = stream
     books.transfers.extend(objects, values)
-    rows = shown(books)
+    rows = Shown().rows(books, 0.0)
     each = SHOWN if np.count_nonzero(have) == 1 else BESIDE
     wanted = sum(min(h, each) for h in have)
     if wanted == sum(have) <= SHOWN:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mfsd.daemon.config import Config
-from mfsd.daemon.ticker import BURST_S, QUIET_S, QUIET_SHARE, SHARE, WAIT_S, Periods, Ticker
+from mfsd.daemon.ticker import BURST_S, KNOWN, QUIET_S, QUIET_SHARE, SHARE, WAIT_S, Periods, Ticker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,6 +96,65 @@ def test_who_waits_gets_a_larger_share() -> None:
         took = time.monotonic() - start
         worked = engine.ticks * engine.busy_s
         assert worked <= took * QUIET_SHARE + BURST_S + 2 * engine.busy_s
+
+    run(engine, NEVER, body)
+
+
+def test_users_pay_for_their_own_ticks() -> None:
+    """Who asks and asks has nobody else wait."""
+    engine = Engine(busy_s=0.004)
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        await until(lambda: engine.ticks == 1)
+        ticker._budget.left = -1000.0
+        ticker.poke(waiting=True, who=1)
+        await until(lambda: engine.ticks == 2)
+        ticker._spares[1].left = -1000.0
+        ticker.poke(waiting=True, who=1)
+        far = ticker._due
+        ticker.poke(waiting=True, who=2)
+        assert ticker._due <= ticker._again < far - 100  # nearly at once: half of the time is others'
+        await until(lambda: engine.ticks == 3)
+
+    run(engine, NEVER, body)
+
+
+def test_those_who_ask_for_a_tick_share_what_it_costs() -> None:
+    engine = Engine(busy_s=0.004)
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        await until(lambda: engine.ticks == 1)
+        for who in (1, 2):
+            ticker.poke(waiting=True, who=who)
+        await until(lambda: engine.ticks == 2)
+        for who in (1, 2):
+            assert BURST_S - engine.busy_s < ticker._spares[who].left <= BURST_S - engine.busy_s / 2
+
+    run(engine, NEVER, body)
+
+
+def test_nobody_keeps_another_one_gathering() -> None:
+    """One who sends and sends has not stopped; the tick of another one, who has, does not wait for that."""
+    engine = Engine()
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        await until(lambda: engine.ticks == 1)
+        ticker._budget.left = -1000.0
+        ticker.poke(who=2)
+        while engine.ticks == 1:
+            ticker.poke(who=1)
+            await asyncio.sleep(0)
+
+    run(engine, NEVER, body)
+
+
+def test_very_many_users_are_not_all_remembered() -> None:
+    engine = Engine()
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        for who in range(4 * KNOWN):
+            ticker.poke(who=who)
+        assert len(ticker._spares) <= KNOWN
 
     run(engine, NEVER, body)
 
