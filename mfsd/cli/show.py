@@ -281,7 +281,7 @@ def watch(g: Globals, interval: float, *, with_connections: bool, count: int) ->
                     output.print_json(answer, lines=True)
                     sys.stdout.flush()
                 elif live is not None:
-                    live.update(Group(*_frame(answer, with_connections)), refresh=True)
+                    live.update(Group(*map(tables.literal, _frame(answer, with_connections))), refresh=True)
                 else:
                     tables.write(*_frame(answer, with_connections), "")
                 if n == count:

@@ -157,7 +157,7 @@ def _passes(choice: Choice, *texts: str) -> bool:
 def screen(look: Look, before: Look | None, choice: Choice, problem: str, width: int, height: int) -> list[Text]:
     """Lines for a terminal of this size: at most ``height`` of at most ``width`` columns."""
     if choice.page:
-        lines = [Text(line) for line in choice.page]
+        lines = [Text(tables.printable(line)) for line in choice.page]
     else:
         lines = [*_head(look, before, width), *_bands(look, choice, width)]
         room = max(height - len(lines) - 3, 2)

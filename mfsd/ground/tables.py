@@ -46,7 +46,7 @@ class Line:
     def __rich__(self) -> Text:
         from rich.text import Text  # noqa: PLC0415 - see the module
 
-        return Text(self.text, self.style)
+        return Text(_clean(self.text), self.style)
 
 
 def columns() -> int | None:
@@ -68,7 +68,7 @@ def console() -> Console:
 def write(*parts: RenderableType) -> None:
     """Print lines and tables to stdout, without rich if all of them fit."""
     if not all(isinstance(part, (str, Line, Plain)) for part in parts):
-        console().print(*parts, sep="\n")
+        console().print(*map(literal, parts), sep="\n")
         return
     width = columns()
     plain = width is None or "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb"
@@ -80,6 +80,11 @@ def write(*parts: RenderableType) -> None:
             lines, style = _wrapped(line.text, width), "" if plain else _CODES[line.style]
         for text in lines:
             sys.stdout.write((f"\x1b[{style}m{text}\x1b[0m" if style and text else text) + "\n")
+
+
+def literal(part: RenderableType) -> RenderableType:
+    """For rich, which takes what is in brackets for markup."""
+    return Line(part) if isinstance(part, str) else part
 
 
 def _wrapped(text: str, width: int | None) -> list[str]:
@@ -115,7 +120,7 @@ def _folded(
     from rich.table import Table  # noqa: PLC0415 - see the module
 
     t = Table(
-        title=None if title is None else escape(title),
+        title=None if title is None else escape(printable(title)),
         title_justify="left",
         box=None if width is None else box.SIMPLE_HEAD,  # puts a blank between columns
         padding=(0, gap if width is None else gap - 1, 0, 0),
@@ -125,7 +130,7 @@ def _folded(
     for head, side in heads:
         t.add_column(escape(head), justify=side, overflow="fold")
     for line in rows:
-        t.add_row(*map(escape, line))
+        t.add_row(*(escape(printable(cell)) for cell in line))
     return t
 
 
@@ -218,6 +223,10 @@ def _pieces(cell: str, width: int) -> list[str]:
 def printable(cell: str) -> str:
     """Names come from anybody: none may move the cursor."""
     return cell if cell.isprintable() else "".join(c if c.isprintable() else "?" for c in cell)
+
+
+def _clean(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _width(text: str) -> int:

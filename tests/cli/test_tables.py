@@ -282,3 +282,19 @@ def test_commands_of_a_plan_on_a_terminal(columns: int) -> None:
     assert max(map(len, shown.splitlines())) <= columns
     assert len(shown.splitlines()) > 1
     assert shown.replace(" \\\n", " ").split() == COMMAND
+
+
+NAMED: Final = r"""
+from mfsd.ground import tables
+name = "evil \x1b]0;title\x07 \x1b[2J [bold]" + "x" * 60
+tables.write("a line " + name, tables.Line("line " + name, "bold"),
+             tables.table([("name", "left"), ("n", "right")], [[name, "1"]], name), f"two\nlines {name}")
+"""
+
+
+@pytest.mark.parametrize("columns", [40, 99])
+def test_names_that_need_folding_move_no_cursor_either(columns: int) -> None:
+    shown = on_a_terminal([sys.executable, "-c", NAMED], columns)
+    assert not [c for c in shown.replace("\n", "") if not c.isprintable()]
+    assert shown.count("]0;title") >= 4
+    assert "".join(shown.split()).count("[bold]") >= 4  # nor is anything in them markup
