@@ -60,24 +60,25 @@ class Shown:
             self._last.clear()
         most = _even(have) if alone else min(_even(have), BESIDE)
         few = have <= most
-        picked = np.zeros(t.n, dtype=np.bool_) if alone else few.take(owner)
+        picked = few.take(owner)
         for user in np.flatnonzero(~few).tolist():
-            rows = None if alone else np.flatnonzero(owner == user)  # None: all
-            picked[self._of(user, t.live("created"), t.live("start"), rows, most)] = True
+            picked |= self._of(user, t.live("created"), t.live("start"), owner == user, most)
         return np.flatnonzero(picked)
 
-    def _of(self, user: int, created: F8, start: F8, rows: Rows | None, most: int) -> Rows:
-        """The first ``most`` of a user's ``rows``, or nearly so many of them."""
-        if rows is not None:
-            created, start = created.take(rows), start.take(rows)
+    def _of(self, user: int, created: F8, start: F8, mine: B1, most: int) -> B1:
+        """The first ``most`` of a user's transfers (``mine``), or nearly so many of them, shape (n,)."""
         last = self._last.get(user)
         if last is not None:
-            first = np.flatnonzero((created < last[0]) | ((created == last[0]) & (start <= last[1])))
-        if last is None or not most // 2 <= len(first) <= most:
-            first = _first(created, start, most)
-            latest = created.take(first).max()
-            self._last[user] = latest, start.take(first[created.take(first) == latest]).max()
-        return first if rows is None else rows.take(first)
+            shown: B1 = mine & ((created < last[0]) | ((created == last[0]) & (start <= last[1])))
+            if most // 2 <= np.count_nonzero(shown) <= most:
+                return shown
+        rows = np.flatnonzero(mine)
+        rows = rows[_first(created.take(rows), start.take(rows), most)]
+        latest = created.take(rows).max()
+        self._last[user] = latest, start.take(rows[created.take(rows) == latest]).max()
+        shown = np.zeros(len(mine), dtype=np.bool_)
+        shown[rows] = True
+        return shown
 
 
 def _even(have: npt.NDArray[np.intp]) -> int:
