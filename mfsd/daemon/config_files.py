@@ -56,6 +56,8 @@ class Merged:
     data: dict[str, Any] = field(default_factory=dict)
     _said: dict[str, tuple[Path, str]] = field(default_factory=dict)
     """Place in ``data``, as problems write it -> file that said it last, and the place there."""
+    _entries: dict[str, tuple[list[Any], dict[str, int]]] = field(default_factory=dict)
+    """Of a list of sections in ``data``, which index has what tells its entries apart."""
 
     def add(self, path: Path) -> None:
         """One more file. Raises UnreadableError."""
@@ -87,17 +89,25 @@ class Merged:
 
     def _add_entries(self, path: Path, name: str, entries: list[Any]) -> None:
         there: list[Any] = self.data.setdefault(name, [])
-        earlier = {_identity(name, e): i for i, e in enumerate(there) if _identity(name, e) is not None}
+        whose, earlier = self._entries.get(name, (None, {}))
+        if whose is not there:
+            earlier = {key: i for i, e in enumerate(there) if (key := _identity(name, e)) is not None}
+        new: dict[str, int] = {}
         for i, entry in enumerate(entries):
-            known = earlier.get(_identity(name, entry))
+            identity = _identity(name, entry)
+            known = None if identity is None else earlier.get(identity)
             if known is None:
                 there.append({} if isinstance(entry, dict) else entry)
                 known = len(there) - 1
+                if identity is not None:
+                    new[identity] = known
             here, where = f"{name}[{i}]", f"{name}[{known}]"
             self._said[where] = (path, here)
             if isinstance(entry, dict):
                 for k, v in entry.items():
                     self._put(path, there[known], (k, v), f"{where}.{shown_key(k)}", f"{here}.{shown_key(k)}", 2)
+        earlier.update(new)
+        self._entries[name] = there, earlier
 
     def _put(
         self, path: Path, table: dict[str, Any], item: tuple[str, Any], where: str, here: str, depth: int = 1

@@ -123,3 +123,23 @@ def test_the_order_of_files(main: Path) -> None:
     for name in names:
         drop_in(main, name, "")
     assert [p.name for p in config_files.files(main)] == ["mfsd.toml", "10.toml", "2.toml", "z.toml"]
+
+
+def test_very_many_files_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each looked through the entries of all before it."""
+    looked, identity, count = [0], config_files._identity, 50
+
+    def counted(name: str, entry: object) -> str | None:
+        looked[0] += 1
+        return identity(name, entry)
+
+    monkeypatch.setattr(config_files, "_identity", counted)
+    main, folder = tmp_path / "mfsd.toml", tmp_path / "conf.d"
+    main.write_text("peer = 1\n")
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:03}.toml").write_text(f'[[peer]]\nnetwork = "10.0.{i}.0/24"\nrate = "{i + 1}gbit"\n')
+    (folder / "last.toml").write_text('[[peer]]\nnetwork = "10.0.7.0/24"\nrate = "100gbit"\n')
+    peers = config_files.read(main).data["peer"]
+    assert [p["rate"] for p in peers] == [f"{100 if i == 7 else i + 1}gbit" for i in range(count)]  # the others' places
+    assert looked[0] <= 2 * count
