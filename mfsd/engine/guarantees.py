@@ -8,6 +8,7 @@ shares are rounded up, so that a device is not told about every tick's small dif
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from mfsd.ground.bands import HINTED
 from mfsd.policy.usage import WIRE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from mfsd.engine.device import Device
     from mfsd.ground.bands import Bands, Ladder
@@ -33,6 +34,7 @@ PACKET: Final = 68_000
 """Bytes: the largest that TCP hands down, with its headers."""
 MOST_STANDING: Final = 0.08
 """Of the link, on slow ones."""
+EMPTY: Final[Mapping[tuple[int, int], float]] = MappingProxyType({})
 REPEAT_S: Final = 1.0
 """After so long a device is told again: its qdiscs may have been repaired meanwhile."""
 
@@ -47,15 +49,26 @@ class Guarantees:
     """Index of the band of collectives, which is guaranteed nothing and needs no standing rate; -1: none."""
     _told: dict[int, tuple[float, dict[int, float]]] = field(default_factory=dict)
     """When, and the share by index of the band, by row of the device."""
+    extra: list[float] = field(init=False)
+    """Share of each device that the policy has guaranteed on top of floors to all bands together."""
     _standing: dict[int, frozenset[int]] = field(default_factory=dict)
     """Bands whose share is their standing rate, by row of the device."""
 
+    def __post_init__(self) -> None:
+        self.extra = [0.0] * len(self.devices)
+
     def give(
-        self, guarantee: F8 | None, ladder: Ladder, now: float, draining: Collection[tuple[int, int]] = ()
+        self,
+        guarantee: F8 | None,
+        ladder: Ladder,
+        now: float,
+        draining: Mapping[tuple[int, int], float] = EMPTY,
     ) -> None:
         """Put ``guarantee`` in force: bytes/s on top of the floors, shape (devices, levels); None: floors only.
 
-        ``draining``: rows of devices and bands that share DRAIN of it, whatever the others are guaranteed (rescue.py).
+        ``draining``: rows of devices and bands that are let out, with the share of all that is guaranteed which their
+        connections take there with them; 0: they share DRAIN of the device, whatever the others are guaranteed
+        (rescue.py).
         """
         for row, device in enumerate(self.devices):
             rate = device.estimator.rate
@@ -64,7 +77,9 @@ class Guarantees:
             if guarantee is not None and rate > 0.0:
                 asked = self._asked(guarantee[row], rate, ladder)
                 standing = self._stand(asked, rate)
-            out = self._let_out([band for at, band in draining if at == row], asked | standing)
+            drained = {band: part for (at, band), part in draining.items() if at == row}
+            self.extra[row] = sum(share - self.bands.bands[band].floor for band, share in asked.items())
+            out = self._let_out(drained, self.extra[row], asked, standing)
             self._tell(row, out, now, frozenset(out.keys() - asked.keys()))
 
     def drain(self, now: float) -> None:
@@ -112,13 +127,25 @@ class Guarantees:
             for band in np.flatnonzero(asked)
         }
 
-    def _let_out(self, drained: Sequence[int], shares: dict[int, float]) -> dict[int, float]:
-        """Shares of bands, with DRAIN for these."""
+    def _let_out(
+        self, drained: Mapping[int, float], extra: float, asked: dict[int, float], standing: dict[int, float]
+    ) -> dict[int, float]:
+        """Shares of bands, with those that are let out."""
         if not drained:
-            return shares
+            return asked | standing
         floors = self.bands.floors.tolist()
-        out = {band: max(share * (1.0 - DRAIN), floors[band]) for band, share in shares.items()}
-        return out | {band: max(out.get(band, 0.0), floors[band], DRAIN / len(drained)) for band in drained}
+        moved = {band: max(part, min(DRAIN / extra, 1.0)) for band, part in drained.items() if part and extra > 0.0}
+        whole = max(sum(moved.values()), 1.0)
+        moved = {band: part / whole for band, part in moved.items()}
+        kept = 1.0 - sum(moved.values())
+        out = {band: floors[band] + (share - floors[band]) * kept for band, share in asked.items()} | standing
+        for band, part in moved.items():
+            out[band] = max(out.get(band, 0.0), floors[band] + extra * part)
+        others = [band for band in drained if band not in moved]
+        if not others:
+            return out
+        out = {band: max(share * (1.0 - DRAIN), floors[band]) for band, share in out.items()}
+        return out | {band: max(out.get(band, 0.0), floors[band], DRAIN / len(others)) for band in others}
 
     def _stand(self, asked: Mapping[int, float], rate: float) -> dict[int, float]:
         above = (b for b in self.bands.level_bands if b.index < self.bands.default.index)

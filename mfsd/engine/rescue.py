@@ -15,8 +15,10 @@ for nothing, and never by others:
 * each tenant has an even part of a device's rescues: whoever flips connections between levels uses up its own;
 * all that a connection may have on its way may be stuck: the whole of a short message, or as much as the congestion
   window of a new connection allows. Nothing new is sent behind it then, and only the retransmission timer (200 ms)
-  repairs a purge. So the band is given a share of the link until the lane must be empty, where that doesn't take too
-  long; what is left then is purged. Where the device has done so too much lately it waits a little for that;
+  repairs a purge, and later each time that it has gone off while they waited. So the band is given a share of the link
+  until the lane must be empty, where that doesn't take too long; what is left then is purged. Where the device has done
+  so too much lately it waits a little for that. A crowd that is promoted together takes with it what it is guaranteed:
+  that costs nobody anything, so it may take as long as the timers would. Who shares a lane is let out with it;
 * what a connection sent before it was hinted is in the default band, which all share: that is let out, never purged.
 """
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from socket import IPPROTO_TCP
+from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -32,12 +35,12 @@ import numpy as np
 from mfsd.engine.beginnings import Beginnings
 from mfsd.engine.device import Rescue
 from mfsd.engine.slots import NS
-from mfsd.engine.windows import Windows
+from mfsd.engine.windows import TOLD_S, Windows
 from mfsd.ground.bands import HINTED, Bands
 from mfsd.ground.bucket import Bucket
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
@@ -52,6 +55,8 @@ DRAIN_S: Final = 0.04
 """What there is to let out must take no longer from when the device does so."""
 TIMER_S: Final = 0.25
 """The same where others would have to wait for nothing: what a purge costs, a timeout of 200 ms and a slow start."""
+SLOW: Final = 2.0
+"""A crowd is let out for so many times as long as it should take: those who deferred it are in debt (guarantees.py)."""
 PATIENT_S: Final = 0.1
 """So long after its promotion may be waited until the device lets out again: past it a purge costs less."""
 SILENT_S: Final = 0.05
@@ -66,6 +71,8 @@ class _Stuck:
     since: float
     until: float | None = None
     """When its lane must have been let out; None: nobody has looked whether it can be."""
+    crowd: bool = False
+    """By what it and others who were promoted with it are guaranteed."""
     again: float = 0.0
     """When to look at it again, since it could not be let out yet."""
     retransmitted: int | None = None
@@ -118,13 +125,29 @@ class Rescuer:
         """A rescue may be due within ``stall``: tick soon."""
         return bool(self._stuck) or self.beginnings.waiting
 
-    def draining(self, now: float) -> set[tuple[int, int]]:
-        """Bands that must be let out now, and their devices' rows: (row, band)."""
-        return {
-            (self._device(conn), band)
-            for (conn, band), late in self._stuck.items()
-            if late.until is not None and late.until > now
-        } | self.beginnings.draining(now)
+    def draining(self, now: float) -> dict[tuple[int, int], float]:
+        """Bands that must be let out now, and their devices' rows: (row, band).
+
+        Of each, the part of those that stand with them now, as far as they take with them what they are guaranteed
+        (0..1); 0: it is let out at others' cost.
+        """
+        out = dict.fromkeys(self.beginnings.draining(now), 0.0)
+        crowds: dict[tuple[int, int], list[int]] = {}
+        for (conn, band), late in self._stuck.items():
+            if late.until is not None and late.until > now:
+                where = self._device(conn), band
+                out.setdefault(where, 0.0)
+                if late.crowd:
+                    crowds.setdefault(where, []).append(conn.band)
+        for where, bands in crowds.items():
+            out[where] = min(len(bands) / max(self._standing_on(where[0], set(bands)), 1), 1.0)
+        return out
+
+    def _standing_on(self, row: int, bands: set[int]) -> int:
+        """Connections of a device on these bands."""
+        table = self.connections.table
+        slots = np.flatnonzero(np.isin(table.band[: table.high], list(bands)) & table.used[: table.high])
+        return int(np.count_nonzero(self.connections.device_of(slots.astype(np.int32)) == row))
 
     def hinted(self, conn: Connection) -> None:
         """A connection leaves the default band, in which what it has sent so far may be stuck."""
@@ -152,8 +175,8 @@ class Rescuer:
         self._after.pop(conn, None)
         self.beginnings.forget(conn)
 
-    def run(self, now: float) -> None:
-        """Order the rescues that are due."""
+    def run(self, now: float, given: Sequence[float]) -> None:
+        """Order the rescues that are due. ``given``: share of each device that is guaranteed to all bands together."""
         if self._after:
             self._look_after(now)
         stall_s = self.config.stall_ms / 1000
@@ -180,7 +203,7 @@ class Rescuer:
                 continue
             due.setdefault(index, []).append((conn, stuck))
         for index, late in due.items():
-            self._order(index, late, now)
+            self._order(index, late, now, given[index])
 
     def _let_beginnings_out(self, now: float, stall_s: float) -> None:
         # Those that wait were looked at a tick ago, so whose default band is empty is known by now.
@@ -205,23 +228,19 @@ class Rescuer:
             if conn in told:
                 self.retransmitted += max(told[conn].total_retrans - before, 0)
 
-    def _order(self, index: int, stuck: list[_Late], now: float) -> None:
+    def _order(self, index: int, stuck: list[_Late], now: float, given: float) -> None:
         """Order as many as the device may have now; the others wait."""
         own = [one for one in stuck if self._own(*one, now)]
         new = self._allowed(index, [(conn, late) for conn, late in own if late.until is None], now)
         told = self.connections.positions.tcp([conn for conn, _ in new]) if new and self.devices[index].floors else {}
+        whole = self._whole(new, told)
         left = Counter(band for _, band in self._stuck)
         for conn, late in new:
             late.until = now
-            if conn in told:
-                late.retransmitted = told[conn].total_retrans
-                takes_s, most_s = self._emptied_in(index, late.band, told[conn], left[late.band])
-                if takes_s <= most_s:
-                    begins, until = self._windows.ask(index, conn.tenant, self._tenants(index), now, takes_s)
-                    if begins <= now:
-                        late.until = until
-                    elif begins < late.since + PATIENT_S:
-                        late.until, late.again = None, begins
+            late.retransmitted = told[conn].total_retrans if conn in told else None
+            lane = whole.get((late.band, conn.lane))
+            if lane is not None:
+                self._try_to_let_out(index, conn, late, lane, left[late.band], given, now)
         orders = []
         for conn, late in own:
             if late.until is None or late.until > now:
@@ -233,18 +252,52 @@ class Rescuer:
         if orders:
             self.devices[index].rescue(orders)
 
-    def _emptied_in(self, index: int, band: int, tcp: Progress, left: int) -> tuple[float, float]:
-        """Seconds that it takes to let a lane out, and as much from all others of its band, and how long it may take.
+    @staticmethod
+    def _whole(stuck: list[_Late], told: Mapping[Connection, Progress]) -> dict[tuple[int, int], tuple[float, float]]:
+        """Lanes in which all that somebody may have on its way is stuck.
 
-        inf: a purge is better. ``left``: how many have left the band and may be stuck there. Where those are most of
-        it, what is let out is theirs, so it may take as long as the timers that purges would wait for.
+        By band and lane: bytes that one of its band has there on average, and seconds that the timers would take.
+        """
+        there: dict[int, list[int]] = {}
+        timers: dict[tuple[int, int], float] = {}
+        for conn, late in stuck:
+            tcp = told.get(conn)
+            under_way = 0 if tcp is None else tcp.unsent_plus_unacked - tcp.notsent
+            if tcp is None or not under_way:
+                continue
+            there.setdefault(late.band, []).append(under_way)
+            if tcp.notsent == 0 or tcp.window_full:
+                lane = late.band, conn.lane
+                timers[lane] = max(timers.get(lane, TIMER_S), tcp.rto_us / 1e6)
+        return {lane: (fmean(there[lane[0]]), timer) for lane, timer in timers.items()}
+
+    def _try_to_let_out(
+        self, index: int, conn: Connection, late: _Stuck, lane: tuple[float, float], left: int, given: float, now: float
+    ) -> None:
+        """Let a lane out, and as much of all others of its band, if a purge isn't better.
+
+        ``lane``: as of ``_whole``. ``left``: how many have left the band and may be stuck there. Where those are most
+        of it, what is let out is theirs.
         """
         rate, table = self.devices[index].estimator.rate, self.connections.table
-        under_way = tcp.unsent_plus_unacked - tcp.notsent
-        if rate <= 0.0 or not under_way or not (tcp.notsent == 0 or tcp.window_full):
-            return np.inf, DRAIN_S
-        others = int(np.count_nonzero((table.band[: table.high] == band) & table.used[: table.high]))
-        return under_way * (left + others) / (DRAIN * rate), TIMER_S if left > others else DRAIN_S
+        if rate <= 0.0:
+            return
+        there, timer_s = lane
+        others = int(np.count_nonzero((table.band[: table.high] == late.band) & table.used[: table.high]))
+        octets, crowd = there * (left + others), left > others
+        if crowd and given >= DRAIN:
+            takes_s = octets / (given * rate)
+            if takes_s <= timer_s:
+                late.until, late.crowd = now + TOLD_S + SLOW * max(takes_s, TIMER_S), True
+            return
+        takes_s = octets / (DRAIN * rate)
+        if takes_s > (TIMER_S if crowd else DRAIN_S):
+            return
+        begins, until = self._windows.ask(index, conn.tenant, self._tenants(index), now, takes_s)
+        if begins <= now:
+            late.until = until
+        elif begins < late.since + PATIENT_S:
+            late.until, late.again = None, begins
 
     def _tenants(self, index: int) -> int:
         """How many have needed rescues of a device lately."""

@@ -147,7 +147,7 @@ class Steering:
             self.guarantees.drain(now)
         self.urgency.count(now, steers=steers)
         self._write(now, rescue=steers)
-        self.rescuer.run(now)
+        self.rescuer.run(now, self.guarantees.extra)
         promoted = self.rescuer.rescued()
         self.books.counters.rescues += len(promoted)
         self.books.tally.rescues += [now - at for at in promoted]

@@ -11,6 +11,7 @@ from support.harness import FakeDevice
 
 from mfsd.engine.estimator import LinkEstimator
 from mfsd.engine.guarantees import MOST_STANDING, REPEAT_S, STEP, Guarantees, draining
+from mfsd.engine.rescue import DRAIN
 from mfsd.ground.bands import HINTED, Bands, Ladder
 from mfsd.policy.usage import WIRE
 
@@ -107,6 +108,27 @@ def test_draining_puts_all_hinted_bands_before_unhinted_traffic() -> None:
     assert {bands.bands[i].role for i in device.guaranteed} == HINTED
     guarantees.give(None, Ladder(bands, 5), 0.01)
     assert device.guaranteed == {}
+
+
+@given(st.lists(st.floats(0, 0.2 * RATE), min_size=4, max_size=4), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_who_takes_along_what_it_is_guaranteed_takes_it_from_nobody(
+    asked: list[float], part: float, other: float
+) -> None:
+    bands = _bands()
+    (plain, before), (moving, after) = _one(bands), _one(bands)
+    ladder, guarantee = Ladder(bands, 5), np.array([[*asked, 0.0]])
+    plain.give(guarantee, ladder, 1.0)
+    low = [bands.level_bands[-1].index, bands.background.index]
+    moving.give(guarantee, ladder, 1.0, {(0, low[0]): part, (0, low[1]): other * (1.0 - part)})
+    extra = sum(share - bands.floors[band] for band, share in before.guaranteed.items())
+    assert moving.extra[0] == pytest.approx(extra)
+    if not extra:
+        return
+    there = sum(after.guaranteed[band] - bands.floors[band] for band in low if band in after.guaranteed)
+    above = {band: share for band, share in after.guaranteed.items() if band not in low}
+    assert all(bands.floors[band] - 1e-9 <= share <= before.guaranteed[band] + 1e-9 for band, share in above.items())
+    assert all(after.guaranteed[band] - bands.floors[band] >= min(DRAIN, extra) / 2 - 1e-9 for band in low)
+    assert there + sum(share - bands.floors[band] for band, share in above.items()) == pytest.approx(extra)
 
 
 def test_without_a_known_rate_there_is_nothing_to_share_out() -> None:
