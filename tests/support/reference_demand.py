@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LEAST, MOSTLY, WIRE = 0.02, 0.8, 1.05
+CROWD, REST = 32, 16
 FIRST_S, STAYS_FIRST, NEXT_S, NEAR_S, HOLD, HELD_S = 0.02, 3.0, 0.01, 0.1, 0.7, 0.25
 SHORTEST, LONGEST = 2.0**-10, 2.0**12
 
@@ -232,6 +233,12 @@ class Plain:
             return 0.0
         return Demand(Link(self.here[s.t.device[i]].link.rate, 1.0, rows), self.p).need(i)
 
+    def crowd(self, i: int, among: Callable[[int], bool], *was: str) -> bool:
+        """Very many connections of its device carry transfers of which this holds; fewer will do for who was there."""
+        t = self.s.t
+        mine = {int(t.conn[j]) for j in self.s.rows() if t.device[j] == t.device[i] and t.conn[j] >= 0 and among(j)}
+        return len(mine) >= (REST if self.was(i, *was) else CROWD)
+
     def level(self, i: int) -> int:
         s, p, lay = self.s, self.p, self.p.layout
         odd = s.out_of_order(i)
@@ -246,17 +253,35 @@ class Plain:
         return int(lay.others) if level >= lay.deferred and held_back_for >= longest else level
 
     def _by_need(self, i: int) -> int:
-        s, p, lay = self.s, self.p, self.p.layout
+        s, lay = self.s, self.p.layout
         if self.lost(i) and s.t.stage[i] == P2D:
             return SCAVENGER
         if math.isfinite(self.due[i]):
-            needs = self.needs(i)
-            if needs and self.late(i) and self.among(i, NEXT_S, NEXT_S, "urgent"):
+            if self._urgent(i) and not self.crowd(i, self._urgent, "others"):
                 return int(lay.urgent)
-            if needs or self.laxity(i) < NEAR_S or self.layer_need(i) >= p.defer_until or math.isinf(s.rate(i)):
-                among = self.among(i, FIRST_S, STAYS_FIRST * FIRST_S, "urgent", "first")
-                return int(lay.first if s.t.stage[i] != KV and among else lay.others)
+            if self._above(i):
+                return int(lay.first if self._first(i) and not self.crowd(i, self._first, "others") else lay.others)
         return self._deferred(i)
+
+    def _urgent(self, i: int) -> bool:
+        return self.needs(i) and self.late(i) and self.among(i, NEXT_S, NEXT_S, "urgent")
+
+    def _above(self, i: int) -> bool:
+        s, p = self.s, self.p
+        if math.isinf(self.due[i]):
+            return False
+        needs = self.needs(i) or self.laxity(i) < NEAR_S or self.layer_need(i) >= p.defer_until
+        return needs or math.isinf(s.rate(i)) or self._in_crowd(i)
+
+    def _first(self, i: int) -> bool:
+        among = math.isfinite(self.due[i]) and self.among(i, FIRST_S, STAYS_FIRST * FIRST_S, "urgent", "first")
+        return among and bool(self.s.t.stage[i] != KV) and self._above(i)
+
+    def _in_crowd(self, i: int) -> bool:
+        def waits(j: int) -> bool:
+            return math.isfinite(self.due[j]) and int(self.s.t.stage[j]) in (KV, P2D)
+
+        return waits(i) and self.crowd(i, waits, "first", "others")
 
     def _deferred(self, i: int) -> int:
         lay, levels = self.p.layout, self.p.levels
@@ -293,6 +318,8 @@ class Plain:
             give(lay.urgent, p.headroom * rush)
         short = self.lacking(device, 2, 1 / 4)
         most = min(p.most, p.most_short) if short else p.most
+        if rush > 0.0 and lay.urgent not in asks:
+            most = 1.0
         rest = min(p.headroom * total, most, self._beside(device, average, rush)) - out[lay.urgent]
         if min(first, others) < math.inf:
             give(lay.first if first <= others else lay.others, rest)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mfsd.ground.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
+from mfsd.policy.demand_bound.crowd import REST, few
 from mfsd.policy.demand_bound.layout import Layout
 from mfsd.policy.demand_bound.load import Margin
 from mfsd.policy.demand_bound.verdict import HELD_S, NEAR_S, Verdict
@@ -52,6 +53,9 @@ class DemandBound(Policy):
     deferring costs nobody a deadline that sharing the link with one competitor would meet, and the collectives lose
     only what somebody needs. More than ``most`` is taken from them only when there is nothing but the margin to spare,
     and until then no more than is enough together with what they leave by themselves, in their pauses.
+
+    Where a crowd (crowd.py) waits on a device, nobody there is deferred, and those of it who are due together are
+    guaranteed together what they need, on the level of the others.
 
     A transfer that has been deferred or given up for ``max_defer`` is let through whatever it needs.
 
@@ -151,12 +155,24 @@ class DemandBound(Policy):
         above = needs | (verdict.laxity < NEAR_S) | (verdict.layer_need >= self.defer_until)
         if (view.link.rate <= 0).any():
             above |= view.link.rate.take(t.device) <= 0  # nobody knows what it needs
+        above |= self.crowd(view, verdict)
         above &= verdict.asked.due < np.inf
-        place = lay.place(verdict.first & (t.stage != KV_REUSE))
-        level = pick.levels(above, place, self._deferred(verdict.need, t.level))
-        level = pick.levels(needs & verdict.late & verdict.next, np.int16(lay.urgent), level)
+        was = t.level == lay.others
+        first = few(view, above & verdict.first & (t.stage != KV_REUSE), was)
+        level = pick.levels(above, lay.place(first), self._deferred(verdict.need, t.level))
+        urgent = few(view, needs & verdict.late & verdict.next, was)
+        level = pick.levels(urgent, np.int16(lay.urgent), level)
         level = pick.levels(verdict.lost & (t.stage == P2D), np.int16(LEVEL_SCAVENGER), level)
         return pick.levels(t.stage == COLLECTIVE, np.int16(lay.collective), level)
+
+    def crowd(self, view: Views, verdict: Verdict) -> B1:
+        """Transfers that are part of a crowd, or of what is left of one, shape (n,): they are not deferred."""
+        t, lay = view.transfers, self.layout
+        there = verdict.asked.given.kv & (verdict.asked.due < np.inf)
+        if np.count_nonzero(there) < REST:
+            return np.zeros(len(t), dtype=np.bool_)
+        was = (t.level == lay.first) | (t.level == lay.others)
+        return there & ~few(view, there, was)
 
     def _deferred(self, need: F8, old: I2) -> I2:
         """Levels of those that can wait, shape (n,): those that need more are on the first of them."""
@@ -210,6 +226,7 @@ class DemandBound(Policy):
         rush = np.where(there[:, lay.urgent], self.headroom * verdict.rush, 0.0)
         give(lay.urgent, rush)
         most = np.where(verdict.short, min(self.most_short, self.most), self.most)
+        most = np.where((verdict.rush > 0.0) & ~there[:, lay.urgent], 1.0, most)  # a crowd that is about to be too late
         rest = np.minimum(np.minimum(self.headroom * verdict.total, most), self.beside(view, verdict))
         rest -= out[:, lay.urgent]
         give(lay.first, np.where(there[:, lay.first] & leads, rest, 0.0))
@@ -252,6 +269,7 @@ class DemandBound(Policy):
             granted=float(guarantee[view.transfers.device[row], : self.layout.deferred].sum()),
             beside=float(self.beside(view, verdict)[view.transfers.device[row]]),
             longest=float(self.longest(view)[row]),
+            crowd=bool(self.crowd(view, verdict)[row]),
             let_through=bool(self.overdue(view, self._levels(view, verdict, needs))[row]),
             layout=self.layout,
             margin=self.margin,

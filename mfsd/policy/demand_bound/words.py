@@ -37,6 +37,8 @@ class Case:
     """Share of its device that is enough beside the collectives there; inf: they count for nothing."""
     longest: float
     """Seconds that it may be held back."""
+    crowd: bool
+    """It is part of one."""
     let_through: bool
     """It has been for so long."""
     layout: Layout
@@ -113,13 +115,17 @@ def _place(case: Case, out: Explanation, view: Views) -> None:
             f"Only {laxity} are to spare for it or what is due after it, less than the margin: {where}{above}."
         )
     elif case.needs:
-        why = "It is due first" if verdict.first[row] else "Others are due before it"
+        why = (
+            "It is due first" if verdict.first[row] and case.level != case.layout.others else "Others are due before it"
+        )
         out.reasons.append(f"{why}: {where}, above unhinted traffic.")
     elif not case.deferred and not case.let_through:
         if verdict.layer_need[row] >= case.defer_until:
             why = "The layer that it feeds is about to start"
         elif view.link.rate[view.transfers.device[row]] <= 0:
             why = "Nobody knows what its device gives"
+        elif case.crowd and verdict.laxity[row] >= NEAR_S:
+            why = "It is one of very many, which are not deferred"
         else:
             why = f"It has only {laxity} to spare"
         out.reasons.append(f"{why}: {where}, above unhinted traffic.")

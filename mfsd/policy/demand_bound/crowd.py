@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crowds: so many connections that moving each of them costs more than deferring them brings.
+
+A deferred connection stands still, and its retransmission timer goes off, and doubles, while its packets wait in the
+host's own queue. A promotion out of that costs it some time; those of very many at once cost each other that. And
+whoever is beside a crowd gains little by its deferral: of plain sharing among so many there is less for one than the
+floor of unhinted traffic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mfsd.policy.views import B1, Views
+
+CROWD: Final = 32
+"""Connections of a device that are one together."""
+REST: Final = 16
+"""What is left of a crowd counts as one until there are fewer."""
+
+
+def few(view: Views, rows: B1, was: B1) -> B1:
+    """These transfers, but for crowds of them, shape (n,). ``was``: who may be of what is left of one."""
+    device = view.transfers.device
+    out: B1 = rows & ~(_crowds(view, rows, CROWD).take(device) | (_crowds(view, rows, REST).take(device) & was))
+    return out
+
+
+def _crowds(view: Views, rows: B1, least: int) -> B1:
+    """Devices on which ``least`` connections or more carry these transfers, shape (devices,)."""
+    t, devices = view.transfers, len(view.link.rate)
+    if np.count_nonzero(rows) < least:
+        return np.zeros(devices, dtype=np.bool_)
+    some = np.flatnonzero(rows & (t.conn >= 0))
+    conn = t.conn.take(some)
+    device = np.full(int(conn.max(initial=-1)) + 1, -1, dtype=np.int32)
+    device[conn] = t.device.take(some)
+    crowded: B1 = np.bincount(device[device >= 0], minlength=devices) >= least
+    return crowded
