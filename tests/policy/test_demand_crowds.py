@@ -35,6 +35,7 @@ def test_levels_and_guarantees_are_those_of_the_plain_policy(seed: int) -> None:
     t.conn = rng.permutation(2 * n)[:n].astype(np.int32)
     t.stage = rng.choice([1, 2, 3, 3, 3, 3, 4], n).astype(t.stage.dtype)
     t.request[:], t.batch[:] = -1, -1
+    view.link.collectives[: seed % 4] = 0.0
     t.deadline = rng.choice([0.2, 0.5, 2.0, 9.0], n) * rng.choice([1.0, 1.1], n)
     t.left = t.size = rng.uniform(0.01, 2.0) * RATE * rng.dirichlet(np.ones(n))
     lost = policy.judge(view).asked.lost
@@ -50,6 +51,10 @@ def test_a_crowd_is_not_deferred_though_it_has_much_time() -> None:
         decision = decide(many(count, 0.4, 9.0))
         assert set(decision.level.tolist()) == {want}
         assert shares(decision) == [0.0] * 5
+
+
+def test_beside_collectives_there_is_no_crowd() -> None:
+    assert set(decide(many(CROWD, 0.4, 9.0), collectives=0.3).level.tolist()) == {DEFERRED}
 
 
 def test_connections_count_not_transfers() -> None:

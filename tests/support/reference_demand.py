@@ -237,7 +237,7 @@ class Plain:
         """Very many connections of its device carry transfers of which this holds; fewer will do for who was there."""
         t = self.s.t
         mine = {int(t.conn[j]) for j in self.s.rows() if t.device[j] == t.device[i] and t.conn[j] >= 0 and among(j)}
-        return len(mine) >= (REST if self.was(i, *was) else CROWD)
+        return self.s.link.collectives[t.device[i]] <= 0 and len(mine) >= (REST if self.was(i, *was) else CROWD)
 
     def level(self, i: int) -> int:
         s, p, lay = self.s, self.p, self.p.layout

@@ -4,7 +4,7 @@
 A deferred connection stands still, and its retransmission timer goes off, and doubles, while its packets wait in the
 host's own queue. A promotion out of that costs it some time; those of very many at once cost each other that. And
 whoever is beside a crowd gains little by its deferral: of plain sharing among so many there is less for one than the
-floor of unhinted traffic.
+floor of unhinted traffic. Beside collectives there are no crowds: what these must lose is guaranteed by deadline.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def few(view: Views, rows: B1, was: B1) -> B1:
 
 
 def _crowds(view: Views, rows: B1, least: int) -> B1:
-    """Devices on which ``least`` connections or more carry these transfers, shape (devices,)."""
+    """Devices without collectives on which ``least`` connections or more carry these transfers, shape (devices,)."""
     t, devices = view.transfers, len(view.link.rate)
     if np.count_nonzero(rows) < least:
         return np.zeros(devices, dtype=np.bool_)
@@ -39,4 +39,4 @@ def _crowds(view: Views, rows: B1, least: int) -> B1:
     device = np.full(int(conn.max(initial=-1)) + 1, -1, dtype=np.int32)
     device[conn] = t.device.take(some)
     crowded: B1 = np.bincount(device[device >= 0], minlength=devices) >= least
-    return crowded
+    return crowded & (view.link.collectives <= 0.0)
