@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mfsd.ground.model import (
     INF,
     BatchHint,
+    CookieSelector,
     EndHint,
     Hint,
     MarkHint,
@@ -43,8 +44,8 @@ _of_transfer: Final = attrgetter(
     "id", "request_id", "batch_id", "target_layer", "size", "deadline", "ttl", "ordered", "position",
     "hold_until",
 )  # fmt: skip
-SIZE: Final = 8
-"""Where it is in the entry of a transfer."""
+REQUEST, SIZE, POSITION = 4, 7, 11
+"""Where they are in the entry of a transfer."""
 _STAGES: Final = {stage.value: stage for stage in Stage}
 
 
@@ -77,8 +78,8 @@ class _Carried:
     selector: Selector
     number: int
     count: int = 0
-    ended: int = 0
-    """Bytes of those that have ended, since there are any."""
+    reached: int = 0
+    """Position up to which those that have ended were written; 0: unknown."""
 
 
 @dataclass(slots=True)
@@ -97,6 +98,8 @@ class Ledger:
     """Of each connection with transfers."""
     _numbered: dict[int, _Carried] = field(default_factory=dict)
     """The same by number, which is what a transfer's entry has of its connection."""
+    _owned: dict[str, dict[str, None]] = field(default_factory=dict)
+    """Names of transfers by that of their request."""
     _next: int = 0
 
     def __len__(self) -> int:
@@ -140,7 +143,9 @@ class Ledger:
         carried.count += 1
         expires = (due if due != INF else now) + (hint.ttl or DEFAULT_TTL_S)
         stage = hint.stage.value if isinstance(hint.stage, Stage) else hint.stage  # whatever somebody takes for one
-        says = carried.number, carried.ended, stage, *_of_transfer(hint)
+        says = carried.number, stage, *_of_transfer(hint)
+        if hint.request_id:
+            self._owned.setdefault(hint.request_id, {})[hint.id] = None
         self._put(self._transfers, hint.id, expires, says, now)
 
     def _put(self, part: Entries, name: str, expires: float, says: tuple[Any, ...], now: float) -> None:
@@ -165,19 +170,31 @@ class Ledger:
         entry = self._transfers.kept.pop(name, None)
         if entry is None:
             return
-        carried = self._numbered[entry[1]]
+        request, carried = entry[REQUEST], self._numbered[entry[1]]
+        names = self._owned.get(request, {})
+        names.pop(name, None)
+        if not names:
+            self._owned.pop(request, None)
         carried.count -= 1
-        carried.ended += entry[SIZE] * done
+        if done and entry[POSITION]:
+            carried.reached = max(entry[POSITION], carried.reached) + entry[SIZE]
         if not carried.count:
             del self._numbered[carried.number], self._carried[carried.selector]
 
     def _end(self, hint: EndHint) -> None:
+        for cookie, position in hint.written:
+            carried = self._carried.get(CookieSelector(cookie))
+            if carried is not None:
+                carried.reached = max(carried.reached, position)
         if hint.what is What.TRANSFER:
             self._drop(hint.id, done=not hint.cancelled)
             return
+        if hint.what is What.REQUEST:
+            for name in list(self._owned.get(hint.id, ())):
+                self._drop(name, done=not hint.cancelled)
+        # Those of a batch stay until they are ended or expire.
         (self._requests if hint.what is What.REQUEST else self._batches).kept.pop(hint.id, None)
         self._progress.kept.pop(hint.id, None)
-        # Its transfers stay until they are ended or expire: searching for them here would cost every completion.
 
     def alive(self, now: float) -> Iterator[Hint]:
         """What a daemon that knows nothing needs to hear, owners first; what has expired is dropped on the way.
@@ -196,18 +213,21 @@ class Ledger:
         for _, name, *progress in self._progress.kept.values():
             if name in batches or name in requests:
                 yield ProgressHint(name, *progress)
+        reached = {number: carried.reached for number, carried in self._numbered.items()}
         for entry in self._transfers.kept.values():
-            hint = self._again(entry)
+            hint = self._again(entry, reached)
             if hint.request_id and hint.request_id not in requests and hint.batch_id:
                 hint.request_id = ""
             if hint.stage.ownerless or hint.request_id in requests or hint.batch_id in batches:
                 yield hint
 
-    def _again(self, entry: tuple[Any, ...]) -> TransferHint:
-        """A transfer begins where it was announced, or behind those before it that have been written since."""
-        _, number, ended, stage, name, request, batch, layer, size, deadline, ttl, ordered, position, hold = entry
+    def _again(self, entry: tuple[Any, ...], reached: dict[int, int]) -> TransferHint:
+        """A transfer begins where its socket stood when it was announced, or behind those before it."""
+        _, number, stage, name, request, batch, layer, size, deadline, ttl, ordered, position, hold = entry
         carried = self._numbered[number]
-        position += (carried.ended - ended) if position else 0
+        if position and ordered:
+            position = max(position, reached[number])
+            reached[number] = position + size
         return TransferHint(
             name,
             request,

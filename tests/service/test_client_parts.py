@@ -133,20 +133,38 @@ def test_the_ledger_knows_where_transfers_begin_whose_predecessors_have_been_wri
     announce("b", 50, 1000)  # behind a, of which nothing has been written yet
     announce("other", 70, 5000, cookie=2)
     announce("unknown", 70, 0, cookie=3)
-    assert positions(ledger) == {"a": 1000, "b": 1000, "other": 5000, "unknown": 0}
+    assert positions(ledger) == {"a": 1000, "b": 1100, "other": 5000, "unknown": 0}
     ledger.enter(EndHint(What.TRANSFER, "a"), 0.0)
     assert positions(ledger) == {"b": 1100, "other": 5000, "unknown": 0}
-    announce("c", 10, 1120)
+    announce("c", 10, 1120)  # 20 bytes of b have been written
     announce("d", 10, 1120)
+    assert positions(ledger) == {"b": 1100, "other": 5000, "unknown": 0, "c": 1150, "d": 1160}
     ledger.enter(EndHint(What.TRANSFER, "c", cancelled=True), 0.0)  # never written
     ledger.enter(EndHint(What.TRANSFER, "b"), 0.0)
-    assert positions(ledger) == {"other": 5000, "unknown": 0, "d": 1170}
+    assert positions(ledger) == {"other": 5000, "unknown": 0, "d": 1150}
     for name in ("d", "other", "unknown"):
         ledger.enter(EndHint(What.TRANSFER, name), 0.0)
     assert ledger._carried == {}
     for n in range(20):  # those that give way, too
         announce(f"n{n}", 10, 1, cookie=n)
     assert len(ledger._carried) == 10
+
+
+@pytest.mark.parametrize("what", [What.REQUEST, What.TRANSFER])
+@pytest.mark.parametrize("written", [1000, 1040, 1100])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_the_ledger_knows_what_requests_have_written_that_are_over(
+    what: What, written: int, *, cancelled: bool
+) -> None:
+    ledger = Ledger(limit=10)
+    for name in ("a", "b"):
+        ledger.enter(RequestHint(name, 60.0), 0.0)
+        hint = TransferHint(name, name, "", Stage.P2D, 0, 100, CookieSelector(1), position=1000)
+        ledger.enter(hint, 0.0)
+    ledger.enter(EndHint(what, "a", cancelled, ((1, written),) if cancelled else ()), 0.0)
+    assert positions(ledger) == {"b": written if cancelled else 1100}
+    ledger.enter(EndHint(what, "b", cancelled), 0.0)
+    assert (ledger._carried, ledger._owned) == ({}, {})
 
 
 def test_a_message_holds_what_may_be_applied_in_its_order() -> None:
