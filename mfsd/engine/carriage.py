@@ -60,9 +60,12 @@ class Carriage:
     ) -> Stream:
         """What carries a transfer; opened, and its connections made known, if it is the first one."""
         stream = session.streams.get(selector)
+        if isinstance(selector, CookieSelector):
+            stream = self._by_addresses(session, selector) or stream
         if stream is not None:
             if stream.watch is not None:
-                self.watches.get(session, selector, self._begins(session, selector, stage), expires, now)
+                begins = self._begins(session, stream.selector, stage)
+                self.watches.get(session, stream.selector, begins, expires, now)
         else:
             conn = self._connection(session, selector, expires)
             if conn is not None:
@@ -89,6 +92,22 @@ class Carriage:
         band, mark = self.band_of(stage), None if watch is None else watch.mark
         return band if mark is None else min(band, self.band_of(mark.stage, mark.due_in))
 
+    def _by_addresses(self, session: Session, selector: CookieSelector) -> Stream | None:
+        """The stream of this connection alone that the session has named by addresses, and that carries transfers."""
+        conn = self.connections.by_cookie.get(selector.cookie)
+        for stream in () if conn is None else conn.streams:
+            if stream.session is session and stream.watch is not None and stream.queue and len(stream.members) == 1:
+                return stream
+        return None
+
+    def _skip_others(self, stream: Stream) -> None:
+        """What the session has announced by socket on connections of a stream goes before what it announces now."""
+        for conn, member in stream.members.items():
+            for other in conn.streams:
+                if other.session is stream.session and other.watch is None and other.queue and other.ordered:
+                    until = self.books.streams.position_at(other, other.announced)
+                    self.books.streams.skip(member, self.connections.positions.sent_by(conn), until)
+
     def _connection(self, session: Session, selector: Selector, expires: float) -> Connection | None:
         """The one connection that a selector names; None: it may name several, or one still to come."""
         connections = self.connections
@@ -111,9 +130,12 @@ class Carriage:
 
         And whether as many bytes as it has went without a hint just before it.
         """
+        if stream.watch is not None and not stream.queue:
+            self._skip_others(stream)
         offset = self.late.settle(stream, offset, now)
         if not stream.ordered:
-            return offset, False
+            placed = bool(position) and len(stream.members) == 1
+            return min(offset, max(self.books.streams.offset_at(stream, position), 0.0)) if placed else offset, False
         start = self.behind(stream, position, offset)
         late = False
         if not stream.queue or start > stream.announced:
@@ -184,6 +206,7 @@ class Carriage:
             if watch.stream.stage is not Stage.NONE:
                 # The hint of what it is opened for may still be on its way. Until then it is what came before.
                 self.note(watch.stream, watch.stream.stage)
+            self._skip_others(watch.stream)
             if watch.stream.queue and position is None:
                 self.late.found(watch.stream, conn, at)
         self.connections.note_rest(conn, now, linger=True)

@@ -13,7 +13,8 @@ import numpy as np
 
 from mfsd.engine.columns import GONE
 from mfsd.engine.records import EVENTS_KEPT
-from mfsd.engine.shortfall import REST, SLACK, cut, lacks, short
+from mfsd.engine.shortfall import REST, SLACK, cut, lacks, shared_out, short
+from mfsd.engine.sockets import ON_THE_WAY_S
 from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.model import INF, CookieSelector, Event, EventKind
 
@@ -51,6 +52,9 @@ class Endings:
     """What ``end`` was given beyond AT_ONCE."""
     _arrived: dict[Transfer, float] = field(default_factory=dict)
     """What has arrived and is still in the books, and when."""
+    _closing: dict[Stream, tuple[float, str]] = field(default_factory=dict)
+    """Whose connection was closed before all was written: until when a word of it may come, and what to say
+    then."""
     _room: int = ROOM
     """Of what has arrived: so many may be struck out until the next tick."""
 
@@ -91,6 +95,8 @@ class Endings:
         """A tick begins: end some more of what was too much at a time."""
         room = ROOM_BESIDE if self.books.shared else ROOM
         self._room = room - self._strike(room, now)
+        for stream in [s for s, (until, _) in self._closing.items() if until <= now or not s.queue]:
+            self.conclude(stream, now)
         if self._more:
             transfers, delivered_at, lost, told = self._more[0]
             some = [transfers.popleft() for _ in range(min(AT_ONCE, len(transfers)))]
@@ -308,7 +314,8 @@ class Endings:
         rows = transfers.rows(queue)
         start, end = transfers.live("start")[rows], transfers.live("end")[rows]
         cut(self.books, (x for x in queue if x.left), offset)
-        missing, size = end - offset, end - start
+        size = end - start
+        missing = end - offset if stream.ordered else size - shared_out(self.books, stream, offset)
         handed = np.fromiter((x.handed_over for x in queue), np.bool_, len(queue))
         late = np.fromiter((x.maybe_late for x in queue), np.bool_, len(queue))
         alive = bool(stream.members)
@@ -322,14 +329,30 @@ class Endings:
         done = [x for x, is_done in zip(queue, arrived.tolist(), strict=True) if is_done]
         over = [x for x, is_over in zip(queue, (~arrived & final & (not alive)).tolist(), strict=True) if is_over]
         self.end(done, now, delivered_at=min(at, now))
-        for transfer in over[-EVENTS_KEPT:]:
-            owner = transfer.request.id if transfer.request else ""
-            transfer.session.tell(Event(EventKind.CONNECTION_GONE, owner, transfer.id, reason))
-        self.end(over, now, lost=True)
+        if clean and over and stream.watch is None and not stream.session.over:
+            # Their worker's last words, that it has written no more of them, may be on the way.
+            stream.closed_at = min(at, now)
+            self.gaps.closing[stream.session, stream.selector] = stream
+            self._closing[stream] = now + ON_THE_WAY_S, reason
+        else:
+            self._give_up(over, now, reason)
         if not alive and stream.watch is None and not stream.queue:
             self._close(stream)
         elif not alive and stream.watch is None and stream.session.streams.get(stream.selector) is stream:
             del stream.session.streams[stream.selector]  # it ends with the last of its transfers
+
+    def _give_up(self, over: list[Transfer], now: float, reason: str) -> None:
+        for transfer in over[-EVENTS_KEPT:]:
+            owner = transfer.request.id if transfer.request else ""
+            transfer.session.tell(Event(EventKind.CONNECTION_GONE, owner, transfer.id, reason))
+        self.end(over, now, lost=True)
+
+    def conclude(self, stream: Stream, now: float) -> None:
+        """No word of its worker is waited for any more, if one is, since its connection was closed."""
+        _, reason = self._closing.pop(stream, (0.0, ""))
+        if self.gaps.closing.get((stream.session, stream.selector)) is stream:
+            del self.gaps.closing[stream.session, stream.selector]
+            self._give_up([x for x in stream.queue if not x.handed_over], now, reason)
 
     def drop(self, conn: Connection, now: float, reason: str = "") -> None:
         """Forget a connection. Who has announced transfers on it is told the ``reason``. No error when it is gone."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mfsd.engine.books import Books
     from mfsd.engine.positions import Positions
     from mfsd.engine.records import Connection, Session, Stream, Transfer
-    from mfsd.ground.model import EndHint
+    from mfsd.ground.model import EndHint, Selector
 
     Rows = npt.NDArray[np.int64]
 
@@ -37,6 +37,8 @@ class Gaps:
 
     books: Books
     positions: Positions
+    closing: dict[tuple[Session, Selector], Stream] = field(default_factory=dict)
+    """Whose connection is over; words of their workers may be on the way."""
     _twice: int = 0
     """Transfers counted as completed that had been cancelled: what came in their place is counted when it is found."""
 
@@ -44,8 +46,9 @@ class Gaps:
         """How far streams had been written when their worker cancelled what was to go on them, on its word."""
         out: dict[Stream, float] = {}
         for cookie, position in hint.written:
-            stream = session.streams.get(CookieSelector(cookie))
-            if stream is not None and stream.ordered and len(stream.members) == 1:
+            selector = CookieSelector(cookie)
+            stream = session.streams.get(selector) or self.closing.get((session, selector))
+            if stream is not None and stream.ordered and len(stream.members) <= 1:
                 at = self.books.streams.offset_at(stream, position)
                 if at > -INF:
                     out[stream] = max(at, 0.0)

@@ -188,6 +188,8 @@ class Ledger:
         before = [t for t in map(session.transfers.get, names) if t is not None]
         if before:
             self.hear(dict.fromkeys(conn for t in before for conn in t.stream.members), now)
+            for stream in {t.stream for t in before}:
+                self.endings.conclude(stream, now)
 
     def _transfer(self, session: Session, hint: TransferHint, now: float) -> None:
         if not self.admission.has_room(session, hint.id):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.records import Queue
-from mfsd.engine.shortfall import REST, SLACK
+from mfsd.engine.shortfall import REST, SLACK, shared_out
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
@@ -132,6 +132,10 @@ class Looked:
             return
         loose = self.handed & ~self.ordered
         self.end[loose] = np.minimum(self.end[loose], self.written.take(self.of[loose]))
+        for i in np.flatnonzero(self.quiet & np.logical_or.reduceat(loose, self.first)).tolist():
+            if any(x.left for x in self.streams[i].queue):
+                part = self._part(i)
+                self.end[part] = self.start[part] + shared_out(books, self.streams[i], float(self.written[i]))
         wanted = told & self.ordered.take(self.first)
         plain = wanted & np.logical_and.reduceat(self._in_place(), self.first)
         self._clip(plain)

@@ -362,6 +362,10 @@ class Stream:
     """Of the transfer that was announced last."""
     arrived: tuple[Arrived, ...] = ()
     """The latest ones, should they turn out to have been cancelled before all of them was written."""
+    shift: float = 0.0
+    """From the position of the member that has gone last to an offset."""
+    closed_at: float = 0.0
+    """When its connection was closed by its worker; 0: it was not."""
     recast: bool = False
     """What is known by now to have arrived may have done so before the last run."""
 

@@ -109,6 +109,7 @@ class Streams:
         self.note_parted(stream, moved_at)
         joined = float(self.members.get(stream.members[conn], "joined"))
         self._gone[stream.index] += max(position - joined, 0.0)
+        stream.shift = float(self._gone[stream.index]) - position
         self._leave(stream, conn)
 
     def note_parted(self, stream: Stream, moved_at: float) -> None:
@@ -119,6 +120,18 @@ class Streams:
         self.members.remove(stream.members.pop(conn))
         conn.streams.discard(stream)
         self.slot[stream.index] = next(reversed(stream.members)).slot if stream.members else -1
+
+    def skip(self, member: Member, position: float, until: float) -> None:
+        """What a member moves from ``position``, where it is, to ``until`` does not count."""
+        joined = float(self.members.get(member, "joined"))
+        if until > max(position, joined):
+            self._gone[member.stream.index] += max(position - joined, 0.0)
+            self.members.put(member, "joined", until)
+
+    def position_at(self, stream: Stream, offset: float) -> float:
+        """Where the one member of a stream stands when the stream is at ``offset``."""
+        (member,) = stream.members.values()
+        return offset - float(self._gone[stream.index]) + float(self.members.get(member, "joined"))
 
     def rejoin(self, member: Member, position: float) -> None:
         """Correct where a member joined."""
@@ -149,7 +162,9 @@ class Streams:
         return out
 
     def offset_at(self, stream: Stream, position: float) -> float:
-        """Offset of a stream of one member where that one stands at ``position``."""
+        """Offset of a stream of one member where that one stands, or stood if it is gone, at ``position``."""
+        if not stream.members:
+            return position + stream.shift
         (member,) = stream.members.values()
         return float(self._gone[stream.index]) + position - float(self.members.get(member, "joined"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from support.harness import MSS, FakeSocket, Host
 
-from mfsd.ground.model import BatchHint, CookieSelector, EndHint, Stage, TransferHint, What
+from mfsd.ground.model import BatchHint, CookieSelector, EndHint, EventKind, Stage, TransferHint, What
 
 SIZE = 40 * MSS
 
@@ -126,3 +126,33 @@ def test_what_a_worker_says_of_sockets_that_it_has_not_named_is_nothing() -> Non
     h.send(s, SIZE)
     h.tick(0.001)
     assert h.session.transfers.keys() <= {"b"}
+
+
+@pytest.mark.parametrize("after", [0.0, 0.1])
+def test_words_that_come_behind_the_end_of_the_connection(after: float) -> None:
+    """Cancelled, done, though its size was an upper bound, or nothing."""
+    h, s = announced("a", "b", "c")
+    h.tick(0.001)
+    h.send(s, SIZE + SIZE // 2)
+    h.kernel.close(s)
+    h.tick(after)
+    h.cancel("a", s, 1, What.REQUEST)
+    h.done("b", What.REQUEST)
+    h.tick(0.001)
+    h.done("c", What.REQUEST)
+    h.tick(0.001)
+    assert h.counted == (2, 2, 0)
+    assert not h.session.streams
+
+
+def test_without_a_word_what_was_not_written_is_lost_soon() -> None:
+    h, s = announced("a", "b")
+    h.tick(0.001)
+    h.send(s, SIZE)
+    h.kernel.close(s)
+    for _ in range(3):
+        h.tick(0.2)
+    assert [(e.kind, e.transfer_id) for e in h.session.events] == [(EventKind.CONNECTION_GONE, "b")]
+    h.done("b", What.REQUEST)
+    assert h.counted == (1, 0, 1)
+    assert not h.session.transfers

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from support.harness import MSS, FakeSocket, Host, exact_tuple
+import pytest
+from support.harness import MSS, FakeSocket, Host, exact_tuple, peer
 
 from mfsd.ground.model import MarkHint, PortRange, Stage, TupleSelector
 
 RANGE = PortRange(6000, 6000)
+SIZE = 40 * MSS
 
 
 def forwarded(h: Host, sock: FakeSocket, payload: int) -> None:
@@ -120,3 +122,47 @@ def test_what_is_left_is_exact_at_rest() -> None:
     for _ in range(10):
         h.tick(0.2)
     assert h.kernel.asked - asked <= 2, "TCP is asked once, and now and then whether the connection still exists"
+
+
+def both(*order: str) -> tuple[Host, FakeSocket]:
+    """Transfers announced on one connection, by its socket or by addresses as their names say."""
+    h = Host()
+    s = h.socket(1)
+    h.request("r", 60.0)
+    by: dict[str, FakeSocket | TupleSelector] = {"sock": s, "exact": exact_tuple(s.endpoints), "range": peer(s)}
+    for i, how in enumerate(order):
+        h.transfer(f"{i}", by[how], SIZE, position=1 if how == "sock" else 0)
+        h.tick(0.001)
+        h.tick(0.3)
+    return h, s
+
+
+@pytest.mark.parametrize("other", ["exact", "range"])
+@pytest.mark.parametrize("order", ["sa", "as", "sas", "asa", "ssaa", "aass", "saas"])
+def test_one_connection_by_its_socket_and_by_addresses_carries_one_after_the_other(other: str, order: str) -> None:
+    h, s = both(*("sock" if how == "s" else other for how in order))
+    for i in range(len(order)):
+        h.send(s, SIZE - 1)
+        h.tick(0.001)
+        assert sorted(h.session.transfers) == [str(k) for k in range(i, len(order))]
+        h.send(s, 1)
+        h.tick(0.001)
+    assert not h.session.transfers
+
+
+@pytest.mark.parametrize("other", ["exact", "range"])
+def test_and_so_it_does_later(other: str) -> None:
+    """Streams that have carried something are at an offset of their own."""
+    h, s = both("sock", other)
+    h.send(s, 2 * SIZE)
+    h.tick(0.001)
+    assert not h.session.transfers
+    by: dict[str, FakeSocket | TupleSelector] = {"sock": s, "exact": exact_tuple(s.endpoints), "range": peer(s)}
+    for i, how in enumerate(("sock", other, "sock", other)):
+        h.transfer(f"{i}", by[how], SIZE, position=1 + 2 * SIZE if how == "sock" else 0)
+    for i in range(4):
+        h.send(s, SIZE - 1)
+        h.tick(0.001)
+        assert sorted(h.session.transfers) == [str(k) for k in range(i, 4)]
+        h.send(s, 1)
+        h.tick(0.001)

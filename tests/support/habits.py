@@ -206,9 +206,11 @@ def transfers(daemon: Daemon) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def worker(daemon: Daemon, body: str, *arguments: str, wrap: tuple[str, ...] = ()) -> Iterator[Worker]:
-    """A process in namespace ``a`` that runs ``body`` with a Client named ``client`` and a function ``dial``."""
-    process = Worker(daemon, body, arguments, wrap)
+def worker(
+    daemon: Daemon, body: str, *arguments: str, wrap: tuple[str, ...] = (), fds: tuple[int, ...] = ()
+) -> Iterator[Worker]:
+    """A process in namespace ``a`` that runs ``body`` with a function ``dial``; ``fds`` are its, too."""
+    process = Worker(daemon, body, arguments, wrap, fds)
     try:
         yield process
     finally:
@@ -231,7 +233,9 @@ def hear():
 class Worker:
     """See ``worker``."""
 
-    def __init__(self, daemon: Daemon, body: str, arguments: tuple[str, ...], wrap: tuple[str, ...]) -> None:
+    def __init__(
+        self, daemon: Daemon, body: str, arguments: tuple[str, ...], wrap: tuple[str, ...], fds: tuple[int, ...]
+    ) -> None:
         pair = daemon.pair
         command = [sys.executable, "-c", PRELUDE + body, f"unix:{daemon.socket}", pair.addr_b, str(PORT), *arguments]
         self.popen = pair.call(
@@ -243,6 +247,7 @@ class Worker:
                 stderr=subprocess.PIPE,
                 text=True,
                 process_group=0,
+                pass_fds=fds,
             ),
         )
 
