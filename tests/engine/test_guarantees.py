@@ -110,7 +110,7 @@ def test_draining_puts_all_hinted_bands_before_unhinted_traffic() -> None:
     assert device.guaranteed == {}
 
 
-@given(st.lists(st.floats(0, 0.2 * RATE), min_size=4, max_size=4), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+@given(st.lists(st.floats(0, 0.2 * RATE), min_size=4, max_size=4), st.floats(0.01, 0.99), st.floats(0.01, 1.0))
 def test_who_takes_along_what_it_is_guaranteed_takes_it_from_nobody(
     asked: list[float], part: float, other: float
 ) -> None:
