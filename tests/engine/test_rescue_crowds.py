@@ -9,9 +9,10 @@ from support.harness import MSS, FakeSocket, Host
 from mfsd.engine.rescue import DRAIN
 
 SLOW = 25e6
-CROWD = 100
-SIZE = 95_000
-STUCK = 24_000
+CROWD = 30
+"""No crowd to the policy, which would not defer it."""
+SIZE = 316_000
+STUCK = 80_000
 """Of each: 2.4 MB, 96 ms of the link at full rate and 384 ms at a quarter of it."""
 AFTER_S = 2.0
 """After so long without an answer retransmission timers have gone off, and doubled, some times."""
