@@ -130,12 +130,12 @@ class Looked:
         told = np.logical_or.reduceat(self.handed, self.first)
         if not told.any():
             return
-        loose = self.handed & ~self.ordered
-        self.end[loose] = np.minimum(self.end[loose], self.written.take(self.of[loose]))
-        for i in np.flatnonzero(self.quiet & np.logical_or.reduceat(loose, self.first)).tolist():
-            if any(x.left for x in self.streams[i].queue):
-                part = self._part(i)
-                self.end[part] = self.start[part] + shared_out(books, self.streams[i], float(self.written[i]))
+        loose, unsaid = self.handed & ~self.ordered, self._unsaid()
+        said = loose & ~unsaid
+        self.end[said] = np.minimum(self.end[said], self.written.take(self.of[said]))
+        for i in np.flatnonzero(self.quiet & np.logical_or.reduceat(unsaid, self.first)).tolist():
+            part = self._part(i)
+            self.end[part] = self.start[part] + shared_out(books, self.streams[i], float(self.written[i]))
         wanted = told & self.ordered.take(self.first)
         plain = wanted & np.logical_and.reduceat(self._in_place(), self.first)
         self._clip(plain)
@@ -146,6 +146,11 @@ class Looked:
             self.streams[i].announced = float(self.end[last[i]])
         t = books.transfers
         t.live("start")[self.rows], t.live("end")[self.rows] = self.start, self.end
+
+    def _unsaid(self) -> B1:
+        """Interleaved ones whose worker ended without a word: what of each went is known when all has arrived."""
+        left = np.fromiter((x.left for x in self.transfers), np.bool_, len(self.transfers))
+        return np.asarray(left & ~self.ordered)
 
     def _in_place(self) -> B1:
         """Which transfers begin where the one before them ends, and are as long as they can be. The rule, by far."""
@@ -186,7 +191,7 @@ class Looked:
     def arrived(self, created: F8, now: float) -> B1:
         """Which transfers have arrived; ``created``: when each was announced."""
         acked = self.acked.take(self.of)
-        through = self.end <= acked + SLACK
+        through = (self.end <= acked + SLACK) & ~self._unsaid()
         nearly = self.stalled.take(self.of) & (self.start < acked) & (self.end - acked <= REST * self.size)
         # Not if the daemon has been started meanwhile, and knows for a moment only.
         nearly &= created < now - STALLED_S

@@ -85,3 +85,17 @@ def test_bytes_that_went_while_their_hint_was_on_its_way_are_its() -> None:
     for _ in range(3):
         h.tick(0.3)
     assert h.counted == (3, 3, 0)
+
+
+def test_nothing_is_shared_out_before_all_has_arrived() -> None:
+    """As much has as the small one is long; the rest is on its way when the worker ends."""
+    h, s = two_reads()
+    h.send(s, SIZE)
+    h.send(s, MSS, acked=False)
+    h.engine.end_session(h.session, h.now)
+    h.tick(0.01)
+    assert h.counted == (0, 0, 0)
+    h.kernel.close(s)
+    for _ in range(3):
+        h.tick(0.3)
+    assert h.counted == (0, 0, 2)
