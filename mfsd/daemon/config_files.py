@@ -8,9 +8,11 @@ changes that one's keys.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
+from errno import EAGAIN
 from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.daemon.config_text import shown_key, toml
@@ -129,8 +131,12 @@ def _identity(name: str, entry: Any) -> str | None:
 
 
 def _read(path: Path) -> str:
-    with path.open("rb") as file:
+    # Of the kernel's files some, which call themselves regular, have no end, and whoever reads them waits for more.
+    at_once = os.O_NONBLOCK if path.is_file() else 0
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
         raw = file.read(MAX_BYTES + 1)
+    if raw is None:
+        raise BlockingIOError(EAGAIN, "there is nothing to read now")
     if len(raw) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES} bytes; is this the right file?")
     return raw.decode("utf-8-sig")  # some editors begin a file with a mark

@@ -101,6 +101,16 @@ def test_a_pipe_among_them_is_not_waited_for(main: Path) -> None:
     assert str(e.value) == f"{path}: can't be read: it is no regular file"
 
 
+@pytest.mark.root
+def test_a_file_of_the_kernel_s_without_end_is_not_waited_for(main: Path) -> None:
+    path = drop_in(main, "a.toml", "")
+    path.unlink()
+    path.symlink_to("/proc/kmsg")
+    with pytest.raises(ConfigError) as e:
+        load(main)
+    assert str(e.value).startswith(f"{path}: ")
+
+
 def test_every_file_s_problems_at_once(main: Path) -> None:
     a = drop_in(main, "a.toml", "[daemon]\nslots = 1\n")
     b = drop_in(main, "b.toml", "[rescue]\nstall_ms = -1\n")
