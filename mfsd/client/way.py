@@ -40,7 +40,7 @@ def where(target: str | os.PathLike[str]) -> str:
         return f"unix:{text}"
     if text and not text.startswith("unix") and (":" not in text or "://" in text.removeprefix("dns://")):
         log.warning(
-            "target: %r is no absolute path and no address with a port; give one, or no hints will arrive", text
+            "mfsd: target %r is no absolute path and no address with a port; give one, or no hints will arrive", text
         )
     return text
 

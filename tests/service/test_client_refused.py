@@ -211,4 +211,4 @@ def test_a_target_that_can_not_be_is_warned_of(target: str, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "mfsd.client"):
         Client(target=target).close()
     (record,) = caplog.records
-    assert record.message.startswith(f"target: {target!r} is no absolute path")
+    assert record.message.startswith(f"mfsd: target {target!r} is no absolute path")
