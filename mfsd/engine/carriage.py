@@ -133,13 +133,12 @@ class Carriage:
         if stream.watch is not None and not stream.queue:
             self._skip_others(stream)
         offset = self.late.settle(stream, offset, now)
+        placed = bool(position) and len(stream.members) == 1
         if not stream.ordered:
-            placed = bool(position) and len(stream.members) == 1
             return min(offset, max(self.books.streams.offset_at(stream, position), 0.0)) if placed else offset, False
         start = self.behind(stream, position, offset)
         late = False
         if not stream.queue or start > stream.announced:
-            placed = bool(position) and len(stream.members) == 1
             late = self.late.suspect(stream, size, start, now, placed=placed)
         if self.stands_behind(stream, position):
             for transfer in reversed(stream.queue):

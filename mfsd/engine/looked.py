@@ -130,8 +130,8 @@ class Looked:
         told = np.logical_or.reduceat(self.handed, self.first)
         if not told.any():
             return
-        loose, unsaid = self.handed & ~self.ordered, self._unsaid()
-        said = loose & ~unsaid
+        unsaid = self._unsaid()
+        said = self.handed & ~self.ordered & ~unsaid
         self.end[said] = np.minimum(self.end[said], self.written.take(self.of[said]))
         for i in np.flatnonzero(self.quiet & np.logical_or.reduceat(unsaid, self.first)).tolist():
             part = self._part(i)
