@@ -336,7 +336,11 @@ class Connections:
 
         ``linger``: more is to be expected on it, so it keeps its slot for a while.
         """
-        held = conn.watches or conn.marks or any(s.queue for s in conn.streams)
+        held = bool(conn.watches or conn.marks)
+        for stream in () if held else conn.streams:
+            if stream.queue:
+                held = True
+                break
         self.rest_since[conn.slot] = INF if held else now if linger else LONG_AGO
 
     def set_mark(self, conn: Connection, mark: Mark, now: float, *, on: bool) -> None:

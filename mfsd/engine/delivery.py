@@ -239,18 +239,19 @@ class Delivery:
         looked.correct(self.books)
         arrived = looked.arrived(self.books.transfers.live("created")[looked.rows], now)
         out: list[tuple[list[Transfer], float]] = []
-        for i, stream in enumerate(looked.streams):
-            missing, quiet = looked.missing(i), bool(looked.quiet[i])
-            if stream.debt and quiet and missing <= stream.debt + SLACK and self._rested(stream, now):
+        quiet, moved_at = looked.quiet.tolist(), (now - looked.moved_ago).tolist()
+        for i, (stream, some) in enumerate(zip(looked.streams, looked.chosen(arrived), strict=True)):
+            done = some
+            if stream.debt and quiet[i] and looked.missing(i) <= stream.debt + SLACK and self._rested(stream, now):
                 # What is missing is no more than had gone before the first of them was announced.
                 done, stream.debt, since = list(stream.queue), 0.0, 0.0
                 for transfer in done:
                     transfer.left = False
             else:
                 # Before that it would have been seen, but for what was another one's then.
-                done, since = looked.chosen(i, arrived), 0.0 if stream.recast else self._last_run
+                since = 0.0 if stream.recast else self._last_run
                 stream.recast = False
-            out.append((done, max(now - float(looked.moved_ago[i]), since) if quiet else now))
+            out.append((done, max(moved_at[i], since) if quiet[i] else now))
         return out
 
     def _drained(self, stream: Stream, now: float) -> list[Transfer]:
@@ -266,6 +267,14 @@ class Delivery:
         return []
 
     # --- what hints say about writing ---------------------------------------------------------------------------------
+
+    def written(self, transfer: Transfer, now: float) -> None:
+        """The process says that it has written the last byte of one: ``hand_over``, which is said of each."""
+        if not transfer.stream.members:
+            self.hand_over((transfer,), now)
+            return
+        transfer.left, transfer.handed_over = False, True
+        self._confirm[transfer.stream] = 0.0
 
     def hand_over(self, transfers: Iterable[Transfer], now: float, *, left: bool = False) -> None:
         """The process has written the last byte: what TCP still holds remains to be delivered.

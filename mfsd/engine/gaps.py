@@ -107,8 +107,9 @@ class Gaps:
         """These have arrived, as far as their stream has moved."""
         if stream.watch is None and stream.ordered:
             t, some = self.books.transfers, [x for x in arrived[-KEPT:] if not x.handed_over]
-            new = [Arrived(x.id, x.request, x.batch, t.get(x, "start"), t.get(x, "end")) for x in some]
-            stream.arrived = (*stream.arrived, *new)[-KEPT:]
+            if some:
+                new = [Arrived(x.id, x.request, x.batch, t.get(x, "start"), t.get(x, "end")) for x in some]
+                stream.arrived = (*stream.arrived, *new)[-KEPT:]
 
     def reopen(self, stream: Stream, cancelled: Callable[[Arrived], bool], written: float) -> None:
         """What was ``cancelled`` when its stream had been ``written`` so far was taken for arrived before that came.

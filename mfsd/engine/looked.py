@@ -7,6 +7,7 @@ As columns, and all streams together, because there may be thousands of transfer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress, pairwise
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
@@ -17,7 +18,7 @@ from mfsd.engine.shortfall import REST, SLACK, shared_out
 from mfsd.engine.slots import NS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
@@ -55,6 +56,8 @@ class Looked:
     """By transfer, as are those below."""
     handed: B1
     """The worker said that all its bytes have been written."""
+    unsaid: B1
+    """It is interleaved, and its worker ended without a word: what of it went is known when all has arrived."""
     start: F8
     end: F8
     size: F8
@@ -86,16 +89,16 @@ class Looked:
         quiet = acked + SLACK >= written
         of = np.repeat(np.arange(k), [len(s.queue) for s in streams])
         transfers = [x for s in streams for x in s.queue]
-        handed = np.fromiter((x.handed_over for x in transfers), np.bool_, len(transfers))
+        handed = _flags([x.handed_over for x in transfers])
         ordered = np.array([s.ordered for s in streams]).take(of)
         # What is handed over stands first, but for what is known to have been written before.
-        passed = handed | np.fromiter((x.passed for x in transfers), np.bool_, len(transfers))
+        passed = handed | _flags([x.passed for x in transfers])
         mixed = np.unique(of[1:][handed[1:] & ~passed[:-1] & (of[1:] == of[:-1]) & ordered[1:]])
         if len(mixed):
             for i in mixed.tolist():
                 streams[i].queue = Queue.fromkeys(sorted(streams[i].queue, key=_to_come))  # stable
             transfers = [x for s in streams for x in s.queue]
-            handed = np.fromiter((x.handed_over for x in transfers), np.bool_, len(transfers))
+            handed = _flags([x.handed_over for x in transfers])
         rows = t.rows(transfers)
         return cls(
             streams=streams,
@@ -110,6 +113,7 @@ class Looked:
             of=of,
             ordered=ordered,
             handed=handed,
+            unsaid=~ordered & _flags([x.left for x in transfers]),
             start=t.live("start")[rows],
             end=t.live("end")[rows],
             size=t.live("size")[rows],
@@ -130,12 +134,12 @@ class Looked:
         told = np.logical_or.reduceat(self.handed, self.first)
         if not told.any():
             return
-        unsaid = self._unsaid()
-        said = self.handed & ~self.ordered & ~unsaid
-        self.end[said] = np.minimum(self.end[said], self.written.take(self.of[said]))
-        for i in np.flatnonzero(self.quiet & np.logical_or.reduceat(unsaid, self.first)).tolist():
-            part = self._part(i)
-            self.end[part] = self.start[part] + shared_out(books, self.streams[i], float(self.written[i]))
+        if not self.ordered.all():
+            said = self.handed & ~self.ordered & ~self.unsaid
+            self.end[said] = np.minimum(self.end[said], self.written.take(self.of[said]))
+            for i in np.flatnonzero(self.quiet & np.logical_or.reduceat(self.unsaid, self.first)).tolist():
+                part = self._part(i)
+                self.end[part] = self.start[part] + shared_out(books, self.streams[i], float(self.written[i]))
         wanted = told & self.ordered.take(self.first)
         plain = wanted & np.logical_and.reduceat(self._in_place(), self.first)
         self._clip(plain)
@@ -146,11 +150,6 @@ class Looked:
             self.streams[i].announced = float(self.end[last[i]])
         t = books.transfers
         t.live("start")[self.rows], t.live("end")[self.rows] = self.start, self.end
-
-    def _unsaid(self) -> B1:
-        """Interleaved ones whose worker ended without a word: what of each went is known when all has arrived."""
-        left = np.fromiter((x.left for x in self.transfers), np.bool_, len(self.transfers))
-        return np.asarray(left & ~self.ordered)
 
     def _in_place(self) -> B1:
         """Which transfers begin where the one before them ends, and are as long as they can be. The rule, by far."""
@@ -191,7 +190,7 @@ class Looked:
     def arrived(self, created: F8, now: float) -> B1:
         """Which transfers have arrived; ``created``: when each was announced."""
         acked = self.acked.take(self.of)
-        through = (self.end <= acked + SLACK) & ~self._unsaid()
+        through = (self.end <= acked + SLACK) & ~self.unsaid
         nearly = self.stalled.take(self.of) & (self.start < acked) & (self.end - acked <= REST * self.size)
         # Not if the daemon has been started meanwhile, and knows for a moment only.
         nearly &= created < now - STALLED_S
@@ -199,10 +198,15 @@ class Looked:
         out: B1 = np.where(self.handed, self.quiet.take(self.of) | through, self.ordered & (through | nearly))
         return out | (~self.ordered & whole.take(self.of))  # all that was announced has moved, in whatever order
 
-    def chosen(self, i: int, which: B1) -> list[Transfer]:
-        """Of a stream's transfers ``which``, shape (n,), names."""
-        part = self._part(i)
-        return [t for t, wanted in zip(self.transfers[part], which[part].tolist(), strict=True) if wanted]
+    def chosen(self, which: B1) -> Iterator[list[Transfer]]:
+        """Of each stream's transfers those that ``which``, shape (n,), names."""
+        flags = which.tolist()
+        for begin, end in pairwise([*self.first.tolist(), len(flags)]):
+            yield list(compress(self.transfers[begin:end], flags[begin:end]))
+
+
+def _flags(values: list[bool]) -> B1:
+    return np.array(values, dtype=np.bool_)
 
 
 def _to_come(transfer: Transfer) -> bool:

@@ -62,7 +62,7 @@ class Socket:
     """Id of the cgroup (v2) of who made it, of `SocketResolver.all` alone; 0: the kernel does not tell."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take four times as long to make, and a tick may make hundreds
 class TcpProgress:
     """Where the byte stream of a TCP socket stands.
 

@@ -87,7 +87,7 @@ def test_as_one_by_one(given_cases: list[Case]) -> None:
     before = [s.announced for s in known]
     looked = Looked.at(h.engine.books, h.connections, known, positions, h.now)
     looked.correct(h.engine.books)
-    arrived = looked.arrived(t.live("created")[looked.rows], h.now)
+    chosen = list(looked.chosen(looked.arrived(t.live("created")[looked.rows], h.now)))
     for i, (case, stream) in enumerate(zip(given_cases, known, strict=True)):
         wanted = one_by_one(case)
         queue: list[Transfer] = list(stream.queue)
@@ -100,7 +100,7 @@ def test_as_one_by_one(given_cases: list[Case]) -> None:
         ]
         if not case.ordered and case.acked - wanted[0][0] >= sum(size for _, _, size, _ in case.transfers):
             done = [True] * len(done)
-        assert looked.chosen(i, arrived) == [x for x, over in zip(queue, done, strict=True) if over]
+        assert chosen[i] == [x for x, over in zip(queue, done, strict=True) if over]
         assert looked.missing(i) == wanted[-1][1] - case.acked
 
 
@@ -135,7 +135,7 @@ def test_one_that_is_nearly_through_and_stands_still_was_announced_too_large() -
     def done() -> list[Transfer]:
         looked = Looked.at(h.engine.books, h.connections, [stream], at, h.now)
         created = h.engine.books.transfers.live("created")[looked.rows]
-        return looked.chosen(0, looked.arrived(created, h.now))
+        return next(looked.chosen(looked.arrived(created, h.now)))
 
     assert done() == []
     h.now += STALLED_S + 0.1
