@@ -42,6 +42,7 @@ SELECTORS_CACHED: Final = 16_384
 """Distinct selectors to remember; the cache starts over when it is full, which costs a few microseconds each."""
 STAGES: Final = {int(s): s for s in Stage if s is not Stage.NONE}
 STAGES_TEXT: Final = "use STAGE_KV_REUSE (1), STAGE_COLLECTIVE (2), STAGE_P2D (3) or STAGE_BACKGROUND (4)"
+_TRANSFER: Final = What.TRANSFER  # looked up in its class, a member costs as much as reading a field
 OWNER_TEXT: Final = "is empty, and so is batch_id", "name the request or the batch"
 
 
@@ -159,7 +160,7 @@ class Decoder:
                 "transfer.bytes", f"{size} bytes", f"1 to {self._max_bytes} (limits.max_transfer_bytes) are allowed"
             )
         return TransferHint(
-            self._required("transfer.id", name),
+            name if name and 4 * len(name) <= self._id_bytes else self._required("transfer.id", name),
             request_id if 4 * len(request_id) <= self._id_bytes else self._id("transfer.request_id", request_id),
             batch_id if 4 * len(batch_id) <= self._id_bytes else self._id("transfer.batch_id", batch_id),
             stage,
@@ -174,7 +175,11 @@ class Decoder:
         )
 
     def _completion(self, hint: hints_pb2.Hint, _now: float) -> EndHint:
-        return self._end("completion", hint.completion, cancelled=False)
+        m = hint.completion
+        name = m.transfer_id
+        if name and 4 * len(name) <= self._id_bytes and not m.request_id and not m.batch_id:
+            return EndHint(_TRANSFER, name)  # nearly all of them
+        return self._end("completion", m, cancelled=False)
 
     def _cancellation(self, hint: hints_pb2.Hint, _now: float) -> EndHint:
         end = self._end("cancellation", hint.cancellation, cancelled=True)
@@ -187,7 +192,7 @@ class Decoder:
     def _end(self, name: str, m: hints_pb2.Completion | hints_pb2.Cancellation, *, cancelled: bool) -> EndHint:
         transfer, request, batch = m.transfer_id, m.request_id, m.batch_id
         if transfer and not request and not batch:
-            return EndHint(What.TRANSFER, self._id(f"{name}.transfer_id", transfer), cancelled)
+            return EndHint(_TRANSFER, self._id(f"{name}.transfer_id", transfer), cancelled)
         if transfer or bool(request) == bool(batch):
             problem = "is set together with another id" if transfer or request or batch else "is empty, and no other id"
             raise HintError(f"{name}.transfer_id", problem, "set exactly one of transfer_id, request_id, batch_id")

@@ -22,7 +22,7 @@ from mfsd.api.access import by_certificate, peer_of
 from mfsd.api.answers import SETTLE_S, Answer, Answers, drain
 from mfsd.api.turns import LATELY_S, Lines, Turn
 from mfsd.ground.logs import Seldom
-from mfsd.ground.model import CookieSelector, HintError, MarkHint, ProgressHint, TransferHint
+from mfsd.ground.model import HintError, MarkHint, ProgressHint, TransferHint
 from mfsd.ground.wire import LASTING
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
@@ -193,7 +193,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     def _some(self, hints: Sequence[pb.Hint], index: int, until: float, answer: Answer, now: float) -> int:
         """Apply hints from this index on, for a turn; returns the index of the next one."""
         session, reply, clock = answer.session, answer.reply, time.perf_counter
-        decode, apply = self.decoder.decode, self.engine.apply
+        decode, apply, watches = self.decoder.decode, self.engine.apply, session.watches
         while index < len(hints) and clock() < until:
             message = hints[index]
             try:
@@ -204,7 +204,7 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             except Exception as e:  # noqa: BLE001 - what one hint trips over must cost neither the others nor the stream
                 reply.rejected.add(index=index, status=self._failed(f"hints[{index}]", answer, e))
             else:
-                if isinstance(hint, (TransferHint, MarkHint)) and not isinstance(hint.selector, CookieSelector):
+                if watches and isinstance(hint, (TransferHint, MarkHint)):
                     self._note(answer, index, hint, now)
             index += 1
         return index

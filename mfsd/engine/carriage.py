@@ -60,7 +60,7 @@ class Carriage:
     ) -> Stream:
         """What carries a transfer; opened, and its connections made known, if it is the first one."""
         stream = session.streams.get(selector)
-        if isinstance(selector, CookieSelector):
+        if session.watches and isinstance(selector, CookieSelector):
             stream = self._by_addresses(session, selector) or stream
         if stream is not None:
             if stream.watch is not None:
@@ -132,7 +132,8 @@ class Carriage:
         """
         if stream.watch is not None and not stream.queue:
             self._skip_others(stream)
-        offset = self.late.settle(stream, offset, now)
+        if stream.debt and stream.queue:
+            offset = self.late.settle(stream, offset, now)
         placed = bool(position) and len(stream.members) == 1
         if not stream.ordered:
             return min(offset, max(self.books.streams.offset_at(stream, position), 0.0)) if placed else offset, False
@@ -140,7 +141,7 @@ class Carriage:
         late = False
         if not stream.queue or start > stream.announced:
             late = self.late.suspect(stream, size, start, now, placed=placed)
-        if self.stands_behind(stream, position):
+        if placed and self.stands_behind(stream, position):
             for transfer in reversed(stream.queue):
                 if transfer.passed:
                     break

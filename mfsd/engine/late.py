@@ -65,7 +65,7 @@ class Lateness:
     def earlier(self, stream: Stream, size: float) -> None:
         """The one member of a stream joined so many bytes too late."""
         (member,) = stream.members.values()
-        self.books.streams.rejoin(member, float(self.books.streams.members.get(member, "joined")) - size)
+        self.books.streams.rejoin(member, member.joined - size)
 
     def suspect(self, stream: Stream, size: float, start: float, now: float, *, placed: bool) -> bool:
         """Whether a transfer, the first of those that are unfinished, may have been announced after its bytes.

@@ -7,7 +7,7 @@ at a clock or decides a level; engine.py does the one, steering.py the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from mfsd.engine.settings import LimitsConfig
     from mfsd.engine.watches import Watches
     from mfsd.ground.model import Selector
+
+_TRANSFER: Final = What.TRANSFER
 
 
 class Ledger:
@@ -237,7 +239,8 @@ class Ledger:
             ),
         )
         session.transfers[hint.id] = transfer
-        session.make_good(hint.id, request)
+        if session.lost:
+            session.make_good(hint.id, request)
         self.books.charge(session, 1, len(hint.id), transfer=True)
         if request is not None:
             request.transfers.add(transfer)
@@ -248,7 +251,7 @@ class Ledger:
 
     def _end(self, session: Session, hint: EndHint, now: float) -> None:
         # What is not there has been retired by its bytes, or has expired and its worker was told: nothing to say.
-        if hint.what is What.TRANSFER:
+        if hint.what is _TRANSFER:
             self._end_transfer(session, hint, now)
             return
         self.settle(now)
@@ -280,9 +283,10 @@ class Ledger:
     def _end_transfer(self, session: Session, hint: EndHint, now: float) -> None:
         transfer = session.transfers.get(hint.id)
         if not hint.cancelled:
-            self.settle(now)
+            if self._cancelled:
+                self.settle(now)
             if transfer is not None:
-                self.delivery.hand_over([transfer], now)
+                self.delivery.written(transfer, now)
         elif transfer is None:
             self.settle(now)
             session.make_good(hint.id)

@@ -305,6 +305,8 @@ class Member:
 
     stream: Stream
     conn: Connection
+    joined: float
+    """As in its column."""
     row: int = -1
 
 

@@ -99,7 +99,7 @@ class Streams:
         """
         if conn in stream.members:
             return
-        member = stream.members[conn] = Member(stream, conn)
+        member = stream.members[conn] = Member(stream, conn, position)
         self.members.add(member, slot=conn.slot, stream=stream.index, joined=position)
         conn.streams.add(stream)
         self.slot[stream.index] = conn.slot
@@ -107,8 +107,7 @@ class Streams:
     def part(self, stream: Stream, conn: Connection, position: float, moved_at: float) -> None:
         """A member is gone; it has come as far as ``position``, and has sent something last at ``moved_at``."""
         self.note_parted(stream, moved_at)
-        joined = float(self.members.get(stream.members[conn], "joined"))
-        self._gone[stream.index] += max(position - joined, 0.0)
+        self._gone[stream.index] += max(position - stream.members[conn].joined, 0.0)
         stream.shift = float(self._gone[stream.index]) - position
         self._leave(stream, conn)
 
@@ -123,18 +122,18 @@ class Streams:
 
     def skip(self, member: Member, position: float, until: float) -> None:
         """What a member moves from ``position``, where it is, to ``until`` does not count."""
-        joined = float(self.members.get(member, "joined"))
-        if until > max(position, joined):
-            self._gone[member.stream.index] += max(position - joined, 0.0)
-            self.members.put(member, "joined", until)
+        if until > max(position, member.joined):
+            self._gone[member.stream.index] += max(position - member.joined, 0.0)
+            self.rejoin(member, until)
 
     def position_at(self, stream: Stream, offset: float) -> float:
         """Where the one member of a stream stands when the stream is at ``offset``."""
         (member,) = stream.members.values()
-        return offset - float(self._gone[stream.index]) + float(self.members.get(member, "joined"))
+        return offset - float(self._gone[stream.index]) + member.joined
 
     def rejoin(self, member: Member, position: float) -> None:
         """Correct where a member joined."""
+        member.joined = position
         self.members.put(member, "joined", position)
 
     def parted(self, stream: Stream) -> float:
@@ -158,7 +157,9 @@ class Streams:
         """How far one stream has come, given the position of a connection."""
         out: float = self._gone.item(stream.index)
         for conn, member in stream.members.items():
-            out += max(position(conn) - self.members.get(member, "joined"), 0.0)
+            moved = position(conn) - member.joined
+            if moved > 0.0:
+                out += moved
         return out
 
     def offset_at(self, stream: Stream, position: float) -> float:
@@ -166,7 +167,7 @@ class Streams:
         if not stream.members:
             return position + stream.shift
         (member,) = stream.members.values()
-        return float(self._gone[stream.index]) + position - float(self.members.get(member, "joined"))
+        return float(self._gone[stream.index]) + position - member.joined
 
     def totals(self, streams: Sequence[Stream], positions: Sequence[F8], of: Ints, rows: Ints) -> list[F8]:
         """How far streams have come, shape (len(streams),), for each of several kinds of ``positions`` of members.
