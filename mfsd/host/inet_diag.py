@@ -150,6 +150,8 @@ HOLES: Final = frozenset({1, 3, 4})
 APP_LIMITED: Final = 1
 """Bit of Tcp.flags."""
 _MEMORY: Final = struct.Struct("=8xI")  # SK_MEMINFO_WMEM_ALLOC, include/uapi/linux/sock_diag.h
+_INFO_LENGTH: Final = nl.ATTR.size + _TCP_INFO.size
+_MEMORY_LENGTH: Final = nl.ATTR.size + _MEMORY.size
 
 
 class Answer(NamedTuple):
@@ -317,9 +319,10 @@ def _answer(m: nl.Message) -> Answer | None:
         if m.code not in (0, errno.ENOENT, errno.ESTALE, errno.EINVAL):
             raise nl.NetlinkError(m.code, "socket lookup", m.note)
         return None
-    at, length = nl.find(m.data, m.body + _MESSAGE.size, m.end, INET_DIAG_INFO)
-    has_info = length >= nl.ATTR.size + _TCP_INFO.size
-    tcp = Tcp._make(_TCP_INFO.unpack_from(m.data, at + nl.ATTR.size)) if has_info else None
-    at, length = nl.find(m.data, m.body + _MESSAGE.size, m.end, INET_DIAG_SKMEMINFO)
-    queued = _MEMORY.unpack_from(m.data, at + nl.ATTR.size)[0] if length >= nl.ATTR.size + _MEMORY.size else 0
-    return Answer(_row(m), tcp, queued)
+    row, data = _row(m), m.data
+    (info, of_info), (memory, of_memory) = nl.find_two(
+        data, m.body + _MESSAGE.size, m.end, INET_DIAG_INFO, INET_DIAG_SKMEMINFO
+    )
+    tcp = tuple.__new__(Tcp, _TCP_INFO.unpack_from(data, info + 4)) if of_info >= _INFO_LENGTH else None  # as _row
+    queued = _MEMORY.unpack_from(data, memory + 4)[0] if of_memory >= _MEMORY_LENGTH else 0
+    return tuple.__new__(Answer, (row, tcp, queued))

@@ -200,6 +200,10 @@ def test_attributes_are_read_back_as_far_as_they_go(written: list[tuple[int, byt
         start, length = nl.find(short, 0, len(short), kind)
         first = next((p for k, p in written if k == kind), payload)
         assert (short[start + 4 : start + length] == first) if kind in whole else ((start, length) == (0, 0))
+        for other, _ in written:
+            both = nl.find_two(short, 0, len(short), kind, other)
+            wanted = nl.find(short, 0, len(short), other) if other != kind else (0, 0)
+            assert both == ((start, length), wanted)
 
 
 LYING = st.lists(
