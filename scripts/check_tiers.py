@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fail when a tier of tests that should have run did not.
 
-    check_tiers.py [--pure] REPORT
+    check_tiers.py [--pure] REPORT...
 
-A tier is a folder of tests/. Reads the JUnit report of the run: every tier must have passed tests, and a skip is
+A tier is a folder of tests/. Reads the JUnit reports of the run: every tier must have passed tests, and a skip is
 accepted only for a reason listed here, because a skipped tier looks just like a green one. Prints for each tier what
 passed, what was skipped, and the seconds that its tests took (of all processes together). ``--pure``: the report is
 that of `make check`: tiers of nothing but privileged tests have no part in it, and tools that `make setup` installs may
@@ -34,15 +34,16 @@ ELSEWHERE = ("vm", "system", "kubernetes")
 PRIVILEGED = ("bpf", "e2e")  # nothing in them runs without
 
 
-def main(report: str, *, pure: bool) -> int:
-    """Read the report, print a table, return the exit status."""
+def main(reports: list[str], *, pure: bool) -> int:
+    """Read the reports, print a table, return the exit status."""
     root = Path(__file__).resolve().parent.parent / "tests"
     tiers = sorted(p.name for p in root.iterdir() if any(p.glob("test_*.py")) and p.name not in ELSEWHERE)
     passed: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)
     problems: list[str] = []
-    for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314 - our own file
+    cases = (case for report in reports for case in ET.parse(report).getroot().iter("testcase"))  # noqa: S314 - our own
+    for case in cases:
         name = case.get("classname", "")
         tier = next((t for t in tiers if f".{t}." in f".{name}."), "?")
         seconds[tier] += float(case.get("time", "0"))
@@ -65,4 +66,5 @@ def main(report: str, *, pure: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[-1], pure="--pure" in sys.argv[1:-1]))
+    given = sys.argv[1:]
+    sys.exit(main([arg for arg in given if arg != "--pure"], pure="--pure" in given))

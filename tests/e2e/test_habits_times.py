@@ -189,7 +189,7 @@ def test_a_request_that_expires_with_half_of_it_sent(
         assert client.flush(5)
         s.sendall(bytes(MB // 2))
         settled(daemon, (0, 0, 1))
-        assert [e.kind for e in events if e.kind is EventKind.EXPIRED] == [EventKind.EXPIRED]
+        wait_for(lambda: [e.transfer_id for e in events if e.kind is EventKind.EXPIRED] == ["t"], "the word")
         s.sendall(bytes(MB // 2))
         client.done(request="q")
         client.transfer("u", s, MB, stage=Stage.P2D, request="r")
