@@ -32,9 +32,9 @@ def _told(g: Globals, answer: pb.Status) -> None:
     if g.json:
         output.print_json(answer)
         return
-    click.echo(f"mode: {mode_text(answer)}")
+    output.echo(f"mode: {mode_text(answer)}")
     for notice in answer.notices:
-        click.echo(f"! {notice}")
+        output.echo(f"! {tables.printable(notice)}")
 
 
 @command("observe")
@@ -92,10 +92,10 @@ def plan(g: Globals, device: str, config: str | None, *, offline: bool) -> None:
     else:
         for n, d in enumerate(made.devices):
             if n:
-                click.echo()
+                output.echo()
             _print_plan(d)
         if not made.devices:
-            click.echo(output.paragraph("no devices: name one in a [[device]] section of the configuration"))
+            output.echo(output.paragraph("no devices: name one in a [[device]] section of the configuration"))
     if any(d.refusals for d in made.devices):
         raise click.exceptions.Exit(Exit.BAD_NEWS)
 
@@ -106,7 +106,7 @@ def _plan(g: Globals, device: str, config: str | None, *, offline: bool) -> pb.P
             with control(g.socket) as daemon:
                 return daemon.GetPlan(pb.GetPlanRequest(device=device), timeout=SLOW_S)
         except UnreachableError as e:
-            click.echo(f"{e.format_message()}\nplanning from the configuration instead", err=True)
+            output.echo(f"{e.format_message()}\nplanning from the configuration instead", err=True)
     from mfsd.cli import offline as without_daemon  # noqa: PLC0415 - brings numpy and pyroute2, needed here only
 
     return without_daemon.plan(without_daemon.read_config(config, needed=True), device)
@@ -122,10 +122,10 @@ def _print_plan(d: pb.DevicePlan) -> None:
     if not d.refusals:
         console.print(Text("steps", style="bold"))
         for step in d.steps:
-            click.echo(output.paragraph(step.what, "  [done] " if step.done else "  "))
-            click.echo(output.shell(step.command, "    "))
+            output.echo(output.paragraph(step.what, "  [done] " if step.done else "  "))
+            output.echo(output.shell(step.command, "    "))
         if not d.steps:
-            click.echo("  nothing to do: all of it is in place")
+            output.echo("  nothing to do: all of it is in place")
     _section(console, "undo", d.undo)
 
 
@@ -133,7 +133,7 @@ def _section(console: Console, title: str, lines: Iterable[str]) -> None:
     for n, line in enumerate(lines):
         if not n:
             console.print(Text(title, style="bold"))
-        click.echo(output.paragraph(line, "  "))
+        output.echo(output.paragraph(line, "  "))
 
 
 @command("restore")
@@ -155,11 +155,11 @@ def restore(g: Globals, device: str, config: str | None, state_dir: Path | None,
         output.print_json(answer)
     else:
         for name in answer.restored:
-            click.echo(f"{name}: as it was found")
+            output.echo(f"{name}: as it was found")
         if not answer.restored and not answer.problems:
-            click.echo("nothing to restore")
+            output.echo("nothing to restore")
         for problem in answer.problems:
-            click.echo(f"mfsctl: {problem}", err=True)
+            output.echo(f"mfsctl: {problem}", err=True)
     if answer.problems:
         raise click.exceptions.Exit(Exit.BAD_NEWS)
 
@@ -173,7 +173,7 @@ def _restore(g: Globals, device: str, config: str | None, state_dir: Path | None
         except UnreachableError as e:
             hangs = isinstance(e, HangingError)
             if not g.json:
-                click.echo(f"{e.format_message()}\nrestoring from its notes instead", err=True)
+                output.echo(f"{e.format_message()}\nrestoring from its notes instead", err=True)
     elif state_dir is not None and not state_dir.is_dir():
         raise CliError(f"--state-dir {state_dir}: there is no such folder")
     from mfsd.cli import offline as without_daemon  # noqa: PLC0415 - brings numpy and pyroute2, needed here only

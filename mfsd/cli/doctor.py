@@ -66,7 +66,7 @@ def told(target: str) -> list[checks.Finding]:
 def _print(findings: list[checks.Finding], *, everything: bool) -> None:
     console = tables.console()
     for f in findings:
-        head = Text.assemble((f"{f.severity:<5}", STYLES[f.severity]), f"{f.title}  ", (f.id, "dim"))
+        head = Text.assemble((f"{f.severity:<5}", STYLES[f.severity]), f"{tables.printable(f.title)}  ", (f.id, "dim"))
         console.print(head)
         if f.severity is checks.Severity.OK and not everything:
             continue
@@ -79,4 +79,4 @@ def explain(f: checks.Finding) -> None:
     """What was seen, what it means, and what to do, below the title of a finding."""
     for label, text in (("seen", f.detail), ("means", f.meaning), ("do", f.fix)):
         if text:
-            click.echo(output.paragraph(f"{label}: {text}", " " * 5))
+            output.echo(output.paragraph(f"{label}: {text}", " " * 5))

@@ -9,6 +9,8 @@ from typing import IO, Any
 
 import click
 
+from mfsd.ground import tables
+
 
 class Exit(enum.IntEnum):
     """What a script may rely on."""
@@ -29,7 +31,7 @@ class CliError(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print ``mfsctl: message``."""
-        click.echo(f"mfsctl: {self.format_message()}", file=file or sys.stderr)
+        click.echo(f"mfsctl: {tables.printable(self.format_message())}", file=file or sys.stderr)
 
 
 class UnreachableError(CliError):

@@ -13,7 +13,8 @@ from mfsd.cli import output
 from mfsd.cli.app import Globals, with_globals
 from mfsd.cli.connect import TIMEOUT_S, hints
 from mfsd.cli.errors import Exit
-from mfsd.cli.values import DURATION, ENDPOINT, SIZE, SPAN, Endpoint
+from mfsd.cli.values import COOKIE, COUNT, DURATION, ENDPOINT, PID, SIZE, SPAN, Endpoint
+from mfsd.ground import tables
 from mfsd.ground.wire import LASTING
 from mfsd.v1 import hints_pb2 as pb
 
@@ -61,14 +62,14 @@ def _send(g: Globals, session: str, body: pb.Hint) -> None:
     else:
         for event in reply.events:
             kind = pb.Event.Kind.Name(event.kind).removeprefix("KIND_").lower().replace("_", " ")
-            click.echo(f"{event.transfer_id or event.request_id}: {kind}: {event.reason}")
+            output.echo(tables.printable(f"{event.transfer_id or event.request_id}: {kind}: {event.reason}"))
         if reply.accepted:
             click.echo("accepted")
         for matched in reply.matched:
             click.echo(_match(matched.connections))
         for rejection in reply.rejected:
             for line in _violations(rejection):
-                click.echo(f"mfsctl: rejected: {line}", err=True)
+                output.echo(f"mfsctl: rejected: {tables.printable(line)}", err=True)
     if reply.rejected:
         raise click.exceptions.Exit(Exit.BAD_NEWS)
 
@@ -119,8 +120,8 @@ def request(id_: str, ttft_left: float, batch_id: str, compute_left: float, ttl:
 @_hint("batch")
 @click.argument("id_", metavar="ID")
 @click.option("--request", "request_ids", multiple=True, help="A member; may be given several times.")
-@click.option("--layers", type=click.IntRange(0), default=0, help="Layers of the model; 0: unknown.")
-@click.option("--current-layer", type=click.IntRange(0), default=0, help="The layer that computes now.")
+@click.option("--layers", type=COUNT, default=0, help="Layers of the model; 0: unknown.")
+@click.option("--current-layer", type=COUNT, default=0, help="The layer that computes now.")
 @click.option("--layer-compute", type=SPAN, default=0.0, help="Compute time per layer.")
 def batch(id_: str, request_ids: tuple[str, ...], layers: int, current_layer: int, layer_compute: float) -> pb.Hint:
     """Announce requests that execute together."""
@@ -137,7 +138,7 @@ def batch(id_: str, request_ids: tuple[str, ...], layers: int, current_layer: in
 
 @_hint("progress")
 @click.argument("batch_id")
-@click.argument("layer", type=click.IntRange(0))
+@click.argument("layer", type=COUNT)
 @click.option("--compute-done", is_flag=True, help="The forward pass has ended.")
 def progress(batch_id: str, layer: int, *, compute_done: bool) -> pb.Hint:
     """Say that a batch has started LAYER."""
@@ -147,10 +148,10 @@ def progress(batch_id: str, layer: int, *, compute_done: bool) -> pb.Hint:
 def _selector_options(f: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--udp", is_flag=True, help="The tuple is UDP's."),
-        click.option("--pid", type=click.IntRange(1), help="Sockets of this process and its children."),
+        click.option("--pid", type=PID, help="Sockets of this process and its children."),
         click.option("--to", "to", type=ENDPOINT, help="Remote ADDRESS[:PORT[-PORT]]; with --pid also a network."),
         click.option("--from", "from_", type=ENDPOINT, help="Local [ADDRESS][:PORT[-PORT]]."),
-        click.option("--cookie", type=click.IntRange(1), help="The socket with this SO_COOKIE."),
+        click.option("--cookie", type=COOKIE, help="The socket with this SO_COOKIE."),
     ):
         f = option(f)
     return f
@@ -201,7 +202,7 @@ INTERLEAVED: Final = click.option(
 @click.option("--bytes", "octets", type=SIZE, required=True, help="Payload, e.g. 10MB.")
 @click.option("--request", "request_id", default="", help="Request that it belongs to.")
 @click.option("--batch", "batch_id", default="", help="Batch that it belongs to.")
-@click.option("--layer", type=click.IntRange(0), default=0, help="Layer that consumes or produces the data.")
+@click.option("--layer", type=COUNT, default=0, help="Layer that consumes or produces the data.")
 @click.option("--deadline", type=DURATION, default=0.0, help="Its own deadline from now; default: the request's.")
 @click.option(
     "--max-defer", type=SPAN, default=0.0, help="Longest time that it may be held back; default: the policy's."

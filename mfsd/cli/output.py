@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -34,7 +35,24 @@ def as_dict(message: Message) -> dict[str, Any]:
 def print_json(value: Message | dict[str, Any] | list[Any], *, lines: bool = False) -> None:
     """One JSON document; with ``lines`` in one line, for streams of them."""
     data = value if isinstance(value, (dict, list)) else as_dict(value)
-    click.echo(json.dumps(data, indent=None if lines else 2, ensure_ascii=False))
+    click.echo(_shown(json.dumps(data, indent=None if lines else 2, ensure_ascii=False)))
+
+
+def _shown(document: str) -> str:
+    """The same JSON, in which no name is anything that a terminal obeys, or that can't be written."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    if document.isprintable() and (unicode or document.isascii()):
+        return document
+
+    def shown(c: str) -> str:
+        return c if c == "\n" or (c.isprintable() and (unicode or c.isascii())) else json.dumps(c)[1:-1]
+
+    return "".join(map(shown, document))
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Lines for people. Names in them come from anybody: none may move the cursor."""
+    click.echo("\n".join(map(tables.printable, text.split("\n"))), err=err)
 
 
 def print_rows(name: str, rows: Sequence[Message]) -> None:
@@ -43,9 +61,11 @@ def print_rows(name: str, rows: Sequence[Message]) -> None:
     if rows:
         fields = [_field(cast("FieldDescriptor", f)) for f in rows[0].DESCRIPTOR.fields]
         texts = (
-            json.dumps(
-                {f: to_json(getattr(m, f)) for f, to_json, optional in fields if not optional or m.HasField(f)},
-                ensure_ascii=False,
+            _shown(
+                json.dumps(
+                    {f: to_json(getattr(m, f)) for f, to_json, optional in fields if not optional or m.HasField(f)},
+                    ensure_ascii=False,
+                )
             )
             for m in rows
         )

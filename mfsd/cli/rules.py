@@ -12,6 +12,7 @@ from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control
 from mfsd.cli.errors import CliError
+from mfsd.cli.values import COOKIE
 from mfsd.ground import tables, units
 from mfsd.v1 import control_pb2 as pb
 
@@ -46,12 +47,12 @@ def _print_verdicts(verdicts: Iterable[pb.RuleVerdict]) -> None:
     for v in verdicts:
         if v.cookie != last:
             last = v.cookie
-            click.echo(f"{v.connection}, cookie {v.cookie}" + (f", process {v.pid}" if v.pid else ""))
-        click.echo(output.paragraph(f"{v.rule}: {'; '.join(v.failing) or 'names it'}", "  "))
+            output.echo(f"{v.connection}, cookie {v.cookie}" + (f", process {v.pid}" if v.pid else ""))
+        output.echo(output.paragraph(f"{v.rule}: {'; '.join(v.failing) or 'names it'}", "  "))
 
 
 @command("rules")
-@click.option("--cookie", type=click.IntRange(1), help="Say of the connection of this socket (SO_COOKIE) who names it.")
+@click.option("--cookie", type=COOKIE, help="Say of the connection of this socket (SO_COOKIE) who names it.")
 @click.option("--port", type=click.IntRange(1, 65535), help="The same of connections with this port at either end.")
 @click.option("--library", is_flag=False, flag_value="", metavar="[NAME]", help="List shipped rules, or print some.")
 def rules(g: Globals, cookie: int | None, port: int | None, library: str | None) -> None:
@@ -72,7 +73,7 @@ def rules(g: Globals, cookie: int | None, port: int | None, library: str | None)
         tables.write(render_rules(answer.rules))
         for r in answer.rules:
             if r.problem:
-                click.echo(f"! {r.name}: {r.problem}")
+                output.echo(f"! {r.name}: {r.problem}")
 
 
 def _library(name: str) -> None:
@@ -83,7 +84,7 @@ def _library(name: str) -> None:
         for one, file in files.items():
             lines = file.read_text(encoding="utf-8").splitlines()[1:]
             about = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line != "#", lines))
-            click.echo(output.paragraph(about, f"{one:16}"))
+            output.echo(output.paragraph(about, f"{one:16}"))
     elif name in files:
         click.echo(files[name].read_text(encoding="utf-8"), nl=False)
     else:

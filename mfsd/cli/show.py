@@ -15,7 +15,7 @@ from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import TIMEOUT_S, control, paged
 from mfsd.cli.errors import CliError
 from mfsd.cli.glossary import SECTIONS
-from mfsd.cli.values import Interval
+from mfsd.cli.values import COOKIE, COUNT, Interval
 from mfsd.ground import tables, units
 from mfsd.v1 import control_pb2 as pb
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mfsd.ground.tables import Side
 
-LIMIT = click.option("--limit", type=click.IntRange(0), default=0, help="Show so many only; 0: all.")
+LIMIT = click.option("--limit", type=COUNT, default=0, help="Show so many only; 0: all.")
 
 
 def mode_text(status: pb.Status) -> str:
@@ -259,7 +259,7 @@ def transfers(g: Globals, limit: int) -> None:
 @command("watch")
 @click.option("--interval", type=Interval(0.1), default="1s", show_default=True, help="Between updates, 100ms to 24h.")
 @click.option("--connections", "with_connections", is_flag=True, help="List the connections, too.")
-@click.option("--count", type=click.IntRange(0), default=0, help="Stop after so many updates; 0: at Ctrl-C.")
+@click.option("--count", type=COUNT, default=0, help="Stop after so many updates; 0: at Ctrl-C.")
 def watch(g: Globals, interval: float, *, with_connections: bool, count: int) -> None:
     """Status again and again.
 
@@ -297,8 +297,8 @@ def _frame(answer: pb.WatchReply, with_connections: bool) -> list[RenderableType
 
 @command("explain")
 @click.argument("transfer_id", required=False)
-@click.option("--slot", type=click.IntRange(0), help="The connection in this row of the table.")
-@click.option("--cookie", type=click.IntRange(1), help="The connection of this socket (SO_COOKIE).")
+@click.option("--slot", type=COUNT, help="The connection in this row of the table.")
+@click.option("--cookie", type=COOKIE, help="The connection of this socket (SO_COOKIE).")
 def explain(g: Globals, transfer_id: str | None, slot: int | None, cookie: int | None) -> None:
     """Why a connection or transfer is at its level.
 
@@ -317,7 +317,7 @@ def explain(g: Globals, transfer_id: str | None, slot: int | None, cookie: int |
         output.print_json(answer)
         return
     for reason in answer.reasons:
-        click.echo(output.paragraph(reason, "- "))
+        output.echo(output.paragraph(reason, "- "))
     if answer.HasField("connection"):
         tables.write("", *render_connections([answer.connection]))
     if answer.transfers:

@@ -98,8 +98,8 @@ def trace(g: Globals, request_id: str, session: str) -> None:
     slack = ""
     if answer.HasField("slack_s"):
         slack = f", {units.duration(abs(answer.slack_s))} {'to spare' if answer.slack_s >= 0 else 'late'}"
-    click.echo(f"request {answer.request_id} of session {answer.session}: {state} after "
-               f"{units.duration(answer.seconds)}{slack}")  # fmt: skip
+    whose = tables.printable(f"request {answer.request_id} of session {answer.session}")
+    output.echo(f"{whose}: {state} after {units.duration(answer.seconds)}{slack}")
     spent = answer.spent
     for words, seconds in (
         ("in a queue (until a first byte left)", spent.queue_s),

@@ -44,8 +44,8 @@ def transports(g: Globals, seconds: float, root: Path, *, everything: bool) -> N
     shown = [f for f in report.flows if everything or (f.bytes_per_s >= 125e3 and not f.local)]
     tables.write(*_tables(report, shown))
     for f in findings:
-        click.echo()
-        click.echo(f"{f.severity:<5}{f.title}")
+        output.echo()
+        output.echo(f"{f.severity:<5}{tables.printable(f.title)}")
         if f.severity != doctor.Severity.OK:
             explain(f)
 

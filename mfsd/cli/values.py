@@ -18,6 +18,8 @@ _SIZE: Final = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 DAY: Final = 86_400.0
+_MOST: Final = 2**63 - 1
+"""Bytes; as many as the API can say."""
 _NUMBER: Final = re.compile(r"(?P<value>-?\d+(?:\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
 _ENDPOINT: Final = re.compile(
     r"(?:\[(?P<v6>[0-9a-fA-F:.]+(?:/\d+)?)\]|(?P<v4>[0-9.]+(?:/\d+)?)|(?P<bare>[0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9a-fA-F.]*(?:/\d+)?))?"
@@ -36,6 +38,8 @@ class _Duration(click.ParamType[float]):
     """Seconds from "180ms"."""
 
     name = "duration"
+    longest = 1e6 * DAY
+    """As much as the API can say."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
@@ -43,6 +47,8 @@ class _Duration(click.ParamType[float]):
         seconds = _parse(str(value), _TIME)
         if seconds is None:
             self.fail(f"{value!r} is no duration; write a number and one of {', '.join(_TIME)}, e.g. 180ms", param, ctx)
+        if abs(seconds) > self.longest:
+            self.fail(f"{value!r} is more than {self.longest / DAY:.0f} days", param, ctx)
         return seconds
 
 
@@ -58,6 +64,8 @@ class _Span(_Duration):
 
 class Interval(_Duration):
     """Seconds from ``least`` to DAY between one look and the next."""
+
+    longest = float("inf")
 
     def __init__(self, least: float) -> None:
         self._least = least
@@ -81,6 +89,8 @@ class _Size(click.ParamType[int]):
         octets = _parse(str(value), _SIZE)
         if octets is None:
             self.fail(f"{value!r} is no size; write bytes, or a number with kB, MB, GB, KiB, MiB, GiB", param, ctx)
+        if not 0 <= octets <= _MOST:
+            self.fail(f"{value!r} is not from 0 to {_MOST} bytes", param, ctx)
         return round(octets)
 
 
@@ -127,6 +137,10 @@ class _EndpointType(click.ParamType[Endpoint]):
             self.fail(f"{value!r} {e}", param, ctx)
 
 
+COUNT: Final = click.IntRange(0, 2**32 - 1)
+"""Of layers, rows and updates: as many as the API can say."""
+COOKIE: Final = click.IntRange(1, 2**64 - 1)
+PID: Final = click.IntRange(1, 2**31 - 1)
 DURATION: Final = _Duration()
 SPAN: Final = _Span()
 SIZE: Final = _Size()
