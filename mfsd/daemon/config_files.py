@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration's files: mfsd.toml, and what the files of conf.d beside it add to it or change.
 
-conf.d/*.toml are read in the order of their names. Tables are merged key by key; a later file wins. Entries of
-[[device]], [[peer]] and [[rule]] are added, except that an entry for a device, network or name that an earlier file has
-changes that one's keys.
+conf.d/*.toml are read in the order of their names, but for hidden ones, which editors leave (.#site.toml). Tables are
+merged key by key; a later file wins. Entries of [[device]], [[peer]] and [[rule]] are added, except that an entry for a
+device, network or name that an earlier file has changes that one's keys.
 """
 
 from __future__ import annotations
@@ -46,9 +46,40 @@ class UnreadableError(ValueError):
 
 
 def files(path: Path) -> list[Path]:
-    """What makes up the configuration: the file itself, if there are others it may be missing, and its drop-ins."""
-    more = sorted((path.parent / FOLDER).glob("*.toml"), key=lambda p: p.name)
-    return [path, *more] if not more or path.exists() else more
+    """What makes up the configuration: the file itself, if there are others it may be missing, and its drop-ins.
+
+    Raises UnreadableError.
+    """
+    folder = path.parent / FOLDER
+    try:
+        more = [p for p in folder.iterdir() if p.name.endswith(".toml") and not p.name.startswith(".")]
+    except FileNotFoundError:
+        more = []
+    except OSError as e:
+        if os.path.lexists(folder):
+            raise UnreadableError(f"can't be read: {e.strerror}", folder) from e
+        more = []  # nor can the file beside it
+    more.sort(key=lambda p: p.name)
+    return [path, *more] if not more or _is(path) else more
+
+
+def there(path: Path) -> bool:
+    """Whether any of them is, readable or not."""
+    try:
+        return any(map(_is, files(path)))
+    except UnreadableError:
+        return True
+
+
+def _is(path: Path) -> bool:
+    """Whether there is something of this name, whatever it is."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @dataclass
@@ -166,12 +197,12 @@ def read(path: Path, *, again: bool = False) -> Merged:
     ``again``, while others wait.
     """
     merged = Merged()
-    try:
-        all_files = files(path)
-    except OSError as e:
-        raise UnreadableError(f"can't be read: {e.strerror}", path) from e
-    for file in all_files:
-        if file.exists() and not file.is_file() and not file.is_dir() and (again or file != path):
+    for file in files(path):
+        try:
+            odd = file.exists() and not file.is_file() and not file.is_dir()
+        except OSError as e:
+            raise UnreadableError(f"can't be read: {e.strerror}", file) from e
+        if odd and (again or file != path):
             raise UnreadableError(f"can't be read{' again' if again else ''}: it is no regular file", file)
         merged.add(file)
     return merged

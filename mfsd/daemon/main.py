@@ -129,7 +129,7 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
     SIGHUP reads the configuration again, SIGTERM puts the qdiscs back and ends, SIGUSR1 ends and leaves them to the
     next mfsd, SIGUSR2 logs everything until it comes again.
     """
-    if path is None and any(f.exists() for f in config_files.files(configuration.DEFAULT_PATH)):
+    if path is None and config_files.there(configuration.DEFAULT_PATH):
         path = configuration.DEFAULT_PATH
     try:
         config = configuration.load(path) if path is not None else configuration.parse({})

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
 import pytest
+from support.rig import as_user
 
 from mfsd.daemon import config_files
 from mfsd.daemon.config import ConfigError, load
@@ -59,6 +61,43 @@ def test_without_mfsd_toml_the_drop_ins_do(main: Path) -> None:
     with pytest.raises(ConfigError, match=r"mfsd\.toml: can't be read"):
         load(main)
     drop_in(main, "a.toml", "[daemon]\ntick_ms = 9\n")
+    assert load(main).daemon.tick_ms == 9
+
+
+def test_what_editors_leave_is_none(main: Path) -> None:
+    drop_in(main, "a.toml", "[daemon]\ntick_ms = 9\n")
+    (main.parent / "conf.d" / ".#a.toml").symlink_to("somebody@host.123:456")
+    drop_in(main, ".b.toml", "[daemon]\ntick_ms = ")
+    assert load(main).daemon.tick_ms == 9
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to itself"])
+def test_what_is_no_folder_is_named(main: Path, what: str) -> None:
+    folder = main.parent / "conf.d"
+    folder.rmdir()
+    if what == "a file":
+        folder.touch()
+    else:
+        folder.symlink_to(folder)
+    with pytest.raises(ConfigError, match=r"conf\.d: can't be read"):
+        load(main)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o644, 0o311], ids=oct)
+def test_drop_ins_that_can_not_be_read_are_not_taken_for_none(main: Path, mode: int) -> None:
+    """Those of a folder that only root may read any more: without them the daemon would observe."""
+    drop_in(main, "a.toml", "[daemon]\ntick_ms = 9\n")
+    folder, root = main.parent / "conf.d", os.geteuid() == 0
+    for above in [main.parent, *main.parent.parents][:-2] if root else []:
+        above.chmod(0o755)
+    assert load(main).daemon.tick_ms == 9
+    folder.chmod(mode)
+    with (
+        as_user(65534) if root else contextlib.nullcontext(),
+        pytest.raises(ConfigError, match=r"conf\.d(/a\.toml)?: can't be read: Permission denied"),
+    ):
+        load(main)
+    folder.chmod(0o755)
     assert load(main).daemon.tick_ms == 9
 
 
