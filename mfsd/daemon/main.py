@@ -138,7 +138,10 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
         click.echo(str(e).encode(errors="backslashreplace"), err=True)
         sys.exit(os.EX_CONFIG)  # systemd shows it as CONFIG, and the unit does not restart on it
     if check_config:
-        click.echo(configuration.render(config), nl=False)
+        try:
+            click.echo(configuration.render(config), nl=False)
+        except OSError as e:
+            sys.exit(f"mfsd: {e}")
         return
     _take_enough()
     faulthandler.enable(logs.STDERR)  # on an abort, which is what a watchdog does, the log shows where every thread was

@@ -121,6 +121,10 @@ def test_check_config_prints_the_resolved_view(config: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "slots = 16384  # default" in done.stdout
     assert f'socket = "{config.parent}/run/mfsd.sock"\n' in done.stdout
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - no path is needed
+        command = [*COMMAND, "--check-config", "--config", str(config)]
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "mfsd: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize("more", [["--check-config"], []])
