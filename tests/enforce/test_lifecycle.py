@@ -380,3 +380,13 @@ def test_guarantees_are_written_into_the_living_tree_and_are_no_difference(bench
     heir.apply()
     assert heir.adopted
     assert bench.shown() == plain, "a successor begins with the floors"
+
+
+def test_of_a_tree_that_is_not_as_wanted_a_few_differences_are_named(bench: Bench) -> None:
+    """As when somebody replaces the root while it is made: all of hundreds of classes are missing."""
+    e = bench.enforcer()
+    tree = e._plan()[1]
+    assert tree is not None
+    with pytest.raises(EnforceError, match=r"is missing; and \d\d+ more") as told:
+        e._install(tree, [])
+    assert len(str(told.value)) < 600

@@ -261,6 +261,25 @@ def test_a_queue_length_of_nothing_comes_back(make: Make) -> None:
     assert "qlen" not in sh("ip link show v0")
 
 
+@pytest.mark.parametrize("queues", [1, 2, 4])
+@pytest.mark.parametrize(
+    "child", ["", "tc qdisc replace dev v0 parent 9:3 handle 13: pfifo limit 33"], ids=["", "third"]
+)
+def test_another_number_of_queues_below_an_mq_by_hand(make: Make, queues: int, child: str) -> None:
+    sh("ethtool -L v0 tx 3")
+    sh("tc qdisc replace dev v0 root handle 9: mq")
+    if child:
+        sh(child)
+    before = sh("tc qdisc show dev v0")
+    devices = make("v0")
+    sh(f"ethtool -L v0 tx {queues}")
+    devices.care(Mode.ENFORCE)
+    assert devices.restore(["v0"]) == (["v0"], [])
+    devices.close()
+    sh("ethtool -L v0 tx 3")
+    assert sorted(sh("tc qdisc show dev v0").splitlines()) == sorted(before.splitlines())
+
+
 def test_a_new_link_speed_is_followed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     real, speed = device_facts.facts_of, ["1gbit"]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from mfsd.datapath import links, tc
 from mfsd.datapath.errors import DatapathError, EnforceError
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from mfsd.datapath.qdisc.tree import Difference, Filter
     from mfsd.ground.bands import Bands, Role
     from mfsd.ground.units import Rate
+
+
+NAMED: Final = 8
+"""Of the differences between a tree as made and as wanted so many are named."""
 
 
 class DeviceEnforcer:
@@ -379,7 +383,8 @@ class DeviceEnforcer:
                 os.close(fd)
         wrong = [d.text for d in self._off(tree)]
         if wrong:
-            raise EnforceError(f"device {self.ifname}", f"the tree is not as wanted: {'; '.join(wrong)}")
+            more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+            raise EnforceError(f"device {self.ifname}", f"the tree is not as wanted: {'; '.join(wrong[:NAMED])}{more}")
 
     def _off(self, tree: Tree) -> list[Difference]:
         return care.off(self._sock, self._ifindex, tree)

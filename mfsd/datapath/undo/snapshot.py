@@ -196,18 +196,23 @@ class Snapshot:
     def like(self, now: Snapshot) -> bool:
         """``now`` is as this was: what had a handle exactly, statistics aside; what the kernel chose, in kind.
 
-        The kernel's choice can have other settings when the device's MTU has changed, and another number of queues; and
-        what it would not choose any more (net.core.default_qdisc) can only be put back with a handle.
+        The kernel's choice can have other settings when the device's MTU has changed, and another number of queues
+        (ethtool -L), also below an mq that somebody made; and what it would not choose any more
+        (net.core.default_qdisc) can only be put back with a handle.
         """
         if self.by_kernel:
             return {q.kind for q in now.qdiscs if q.kind != MQ} == self.defaults and not now.classes
         chosen = {q.parent for q in self.qdiscs if not q.handle}
-        return self._normal(chosen) == now._normal(chosen)
+        only: set[int] = set()
+        if self.root.kind == MQ:
+            only = chosen - {q.parent for q in now.qdiscs}
+            only |= {q.parent for q in now.qdiscs if not q.handle} - {q.parent for q in self.qdiscs}
+        return self._normal(chosen - only, only) == now._normal(chosen - only, only)
 
-    def _normal(self, chosen: set[int]) -> set[tuple[Any, ...]]:
-        """``chosen``: parents of qdiscs that the kernel chose."""
+    def _normal(self, chosen: set[int], only: set[int]) -> set[tuple[Any, ...]]:
+        """``chosen``: parents of qdiscs that the kernel chose; ``only``: queues that the device has not always had."""
         kinds = {(q.kind, q.parent) for q in self.qdiscs if q.parent in chosen}
-        exact = (i for i in self.items if i.type == "class" or i.parent not in chosen)
+        exact = (i for i in self.items if i.type == "class" or i.parent not in chosen | only)
         return kinds | {(i.type, i.kind, i.handle, i.parent, _steady(i)) for i in exact}
 
     def lines(self) -> tuple[str, ...]:
