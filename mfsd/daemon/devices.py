@@ -166,6 +166,8 @@ class Devices:
             for device in found:
                 self._guarded(device, lambda d: self._care(d, mode, sure=gone is not None))
             self.network.care(max(d.estimator.configured for d in self.all))
+            if self.teller is not None and self.teller.keep():
+                log.warning("somebody has taken off what tells of connections; it is there again")
 
     @staticmethod
     def _guarded(device: Device, work: Callable[[Device], None]) -> bool:

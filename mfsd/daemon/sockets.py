@@ -85,6 +85,8 @@ class HostSockets:
         """The last search for whom selectors mean."""
         self._lost = 0
         """Events that the kernel had no room for, of which we know."""
+        self._taken_off = 0
+        """How often the programs that tell had been taken off, as far as we know."""
         self._seldom = Seldom()
         self.entered: Future[None] | None = None
         """Over once the connections that are older than we are are known, as far as they are here; None: they may be
@@ -119,6 +121,10 @@ class HostSockets:
                     elif self._census.met.stranger(event.sock.pid, event.sock.tid, event.sock.cgroup):
                         self._pace.stranger()
                     out.append(Established(self._socket(event.sock, self._asked), event.slot, event.active))
+        if self._teller is not None and self._teller.taken_off != self._taken_off:
+            self._taken_off = self._teller.taken_off
+            self._search("listing sockets", self._enter_older)
+            self.look(list(dict.fromkeys(selector for selector, _ in self._rules)))
         if self._teller is not None and self._teller.lost != self._lost and not self._teller.waiting:
             self._lost = self._teller.lost
             self.look(list(dict.fromkeys(selector for selector, _ in self._rules)))

@@ -346,7 +346,10 @@ def link_detach(link_fd: int) -> None:
 
 
 def link_info(link_fd: int) -> tuple[int, int]:
-    """(id of the program, index of the device) of a TCX link. Detached, or with its device gone, it has index 0."""
+    """(id of the program, index of the device) of a TCX link; of a cgroup's with the id of that, cut to 32 bits.
+
+    Detached, or with its device gone, it has index 0.
+    """
     info = ctypes.create_string_buffer(_LINK_INFO.size)
     call(INFO_BY_FD, INFO_ATTR.pack(link_fd, _LINK_INFO.size, ctypes.addressof(info)))
     _, _, number_, _, ifindex = _LINK_INFO.unpack(info.raw)

@@ -42,6 +42,7 @@ CREATE: Final = "mfsd_socket"
 CONNECT: Final = "mfsd_connection"
 _OWN_MAPS: Final = ("mfsd_socks", "mfsd_ends", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost")
 EVENTS_AT_ONCE: Final = 1024
+HOOKS: Final = (SOCK_CREATE, SOCK_OPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,12 @@ class Teller:
         """``classifier``: whose slots and keys are used."""
         self._fds: list[int] = []
         self._links: list[int] = []
+        self.taken_off = 0
+        """How often somebody had taken the programs off: nothing is known of what was connected or closed meanwhile."""
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
-            self._links = attach(zip(self._programs, (SOCK_CREATE, SOCK_OPS), strict=True))
+            self._links = attach(zip(self._programs, HOOKS, strict=True))
             self.netns = _netns_cookie()
             undo.pop_all()
 
@@ -108,6 +111,16 @@ class Teller:
         self._lost = Mapped.open(maps["mfsd_lost"], np.dtype(np.uint64), 1)
         self.fd = maps["mfsd_events"]
         """Readable when there are events."""
+
+    def keep(self) -> bool:
+        """Hang what somebody has taken off up again; whether that was so. Raises LoaderError, OSError."""
+        off = [n for n, link in enumerate(self._links) if not syscall.link_info(link)[1]]
+        for n in off:
+            (link,) = attach([(self._programs[n], HOOKS[n])])
+            os.dup2(link, self._links[n], inheritable=False)
+            os.close(link)
+        self.taken_off += bool(off)
+        return bool(off)
 
     # --- what it says -------------------------------------------------------------------------------------------------
 
