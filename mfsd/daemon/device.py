@@ -86,6 +86,8 @@ class Device:
         """Why the qdiscs are not to be installed again unasked: somebody replaced them. Empty when they may be."""
         self.lost: list[str] = []
         """What could not be put back, since somebody had replaced it."""
+        self.asked = False
+        """Somebody has just asked for the qdiscs, whatever is on the device."""
         self.put_back = False
         """The qdiscs were put back on request, and are not to be installed again unasked either."""
         self.was = 0

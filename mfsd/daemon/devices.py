@@ -165,6 +165,7 @@ class Devices:
             self.problems = leftovers.put_back(self._sock, state_dir, ours, [d.name for d in self.all])
             for device in found:
                 self._guarded(device, lambda d: self._care(d, mode, sure=gone is not None))
+                device.asked = False
             self.network.care(max(d.estimator.configured for d in self.all))
             if self.teller is not None and self.teller.keep():
                 log.warning("somebody has taken off what tells of connections; it is there again")
@@ -259,16 +260,16 @@ class Devices:
         for problem in device.lost:
             log.warning("after the root was replaced", device=device.name, problem=problem)
         enforcer.close()
-        if not sure:  # too much has happened to tell
+        if device.asked or not sure:  # not sure: too much has happened to tell
             return self._enforce(device)
         # Whoever replaced the root wants something else there, and would do it again.
         device.given_up = "observed only: somebody replaced the root qdisc; set the mode to enforce again to retry"
         return [device.given_up]
 
     def retry(self) -> None:
-        """Forget that enforcement was given up."""
+        """Forget that enforcement was given up, also where the next look at a device would find a reason to."""
         for device in self.all:
-            device.given_up, device.put_back, device.lost = "", False, []
+            device.given_up, device.put_back, device.lost, device.asked = "", False, [], True
 
     def plans(self, names: Sequence[str]) -> list[tuple[Device, DevicePlan | DatapathError]]:
         """What enforcing would do, or has done."""

@@ -253,6 +253,20 @@ def test_a_root_that_somebody_replaced_stays_and_restore_says_what_is_lost(make:
     devices.close()
 
 
+def test_who_asks_for_the_qdiscs_before_anybody_has_noticed_that_they_are_gone_gets_them(make: Make) -> None:
+    devices = make("v0")
+    sh("tc qdisc replace dev v0 root handle 7: pfifo limit 33")
+    devices.retry()
+    devices.care(Mode.ENFORCE)
+    assert (root("v0"), devices.all[0].notice) == ("htb", "")
+    devices.care(Mode.ENFORCE)
+    sh("tc qdisc replace dev v0 root handle 7: pfifo limit 33")
+    devices.care(Mode.ENFORCE)
+    assert root("v0") == "pfifo"
+    end(devices)
+    assert root("v0") == "pfifo"
+
+
 def test_a_queue_length_of_nothing_comes_back(make: Make) -> None:
     sh("ip link set v0 txqueuelen 0")
     devices = make("v0")
