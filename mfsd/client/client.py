@@ -331,7 +331,7 @@ def _at(now: float, seconds: float) -> float:
     """When so many seconds are over. What is no number stays what it is, and is refused with its name."""
     try:
         return now + seconds
-    except TypeError:
+    except (TypeError, OverflowError):
         return seconds
 
 

@@ -79,6 +79,7 @@ def fault(hint: Hint) -> str:
             fine = not (hint.size >> 62 or hint.target_layer >> 32) and 0 <= hint.ttl < AGES
             fine = fine and all(-AGES < at < AGES or at == INF for at in (hint.deadline, hint.hold_until))
             fine = fine and type(hint.stage) is Stage
+            fine = fine and type(hint.size) is not bool and type(hint.target_layer) is not bool
         else:
             plain, fine = hint.id if isinstance(hint, EndHint) else "", isinstance(hint, EndHint)
         if fine and type(plain) is str and plain.isascii():
@@ -97,8 +98,16 @@ def _trial(hint: Hint) -> str:
         plain, meant = _PLAIN.get(str(one.type), (None, ""))
         changed: dict[str, Any] = {one.name: plain}
         if meant and _error(replace(hint, **changed)) is None:
-            return f"{_parameter(hint, one.name)}: {getattr(hint, one.name)!r} can't be sent ({error}); give {meant}"
+            said = _shown(getattr(hint, one.name))
+            return f"{_parameter(hint, one.name)}: {said} can't be sent ({error}); give {meant}"
     return f"{type(hint).__name__} can't be sent: {error}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more digits than Python prints (sys.set_int_max_str_digits)
+        return "a huge number"
 
 
 def _parameter(hint: Hint, field: str) -> str:

@@ -201,7 +201,7 @@ class Engine:
         self.hear(now)
         gone, over = self.connections.search(now)
         for conn in gone:
-            self.endings.drop(conn, now, f"no socket of this user has cookie {conn.cookie}")
+            self.endings.drop(conn, now, f"no connected socket of this user has cookie {conn.cookie}")
         for conn, end in over:
             self._over(conn, end, now)
         self.endings.go_on(now)

@@ -125,6 +125,13 @@ NONSENSE: list[tuple[str, Callable[[Client], None]]] = [
     ("ttft_left_s: '1'", lambda c: c.request("x", ttft_left_s="1")),  # type: ignore[arg-type]
     ("ttft_left_s: None", lambda c: c.request("x", ttft_left_s=None)),  # type: ignore[arg-type]
     ("max_defer_s: '1'", lambda c: c.transfers([Transfer("i", Cookie(1), 1, Stage.P2D, "r", max_defer_s="1")])),  # type: ignore[arg-type]
+    ("size: True", lambda c: c.transfer("l", Cookie(1), True, stage=Stage.BACKGROUND)),
+    ("size: False", lambda c: c.transfers([Transfer("m", Cookie(1), False, Stage.BACKGROUND)])),
+    ("layer: True", lambda c: c.transfer("n", Cookie(1), 1, stage=Stage.BACKGROUND, layer=True)),
+    ("ttft_left_s: 1000", lambda c: c.request("x", ttft_left_s=10**400)),
+    ("ttft_left_s: a huge number", lambda c: c.request("x", ttft_left_s=10**5000)),
+    ("deadline_s: 1000", lambda c: c.transfer("o", Cookie(1), 1, stage=Stage.BACKGROUND, deadline_s=10**400)),
+    ("max_defer_s: 1000", lambda c: c.transfer("p", Cookie(1), 1, stage=Stage.BACKGROUND, max_defer_s=10**400)),
     ("cookie: 0", lambda c: c.transfer("j", Cookie(0), 1, stage=Stage.BACKGROUND)),
     ("cookie: 18446744073709551616", lambda c: c.transfers([Transfer("k", Cookie(1 << 64), 1, Stage.BACKGROUND)])),
     ("cookie: -1", lambda c: c.mark(Cookie(-1), Stage.COLLECTIVE)),
