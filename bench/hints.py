@@ -158,14 +158,17 @@ class Worker:
     made: int = 0
 
     def messages(self, session: str, requests: int, size: int) -> list[bytes]:
-        """The hints of so many requests, in messages of ``size`` hints."""
+        """The hints of so many requests, in messages of ``size`` hints; nothing is left of them."""
         hints = [hint for _ in range(requests) for hint in self._request(session)]
+        hints.append(pb.Hint(cancellation=pb.Cancellation(request_id=f"{session}/r{self.made - 1}")))
         chunks = (hints[i : i + size] for i in range(0, len(hints), size))
         return [pb.HintBatch(session=session, seq=i + 1, hints=c).SerializeToString() for i, c in enumerate(chunks)]
 
     def columns(self, session: str, messages: int) -> list[bytes]:
-        """A request's transfers in each message."""
-        return [self._columns(session, seq + 1).SerializeToString() for seq in range(messages)]
+        """A request's transfers in each message; nothing is left of them."""
+        batches, end = [self._columns(session, i + 1) for i in range(messages)], pb.HintBatch(session=session)
+        end.hints.add().cancellation.request_id = f"r{self.made - 1}"
+        return [b.SerializeToString() for b in (*batches, end)]
 
     def _columns(self, session: str, seq: int) -> pb.HintBatch:
         n = self.made
@@ -237,8 +240,8 @@ async def stream(target: str, messages: list[bytes], hints: int) -> float:
 
 def by_columns(target: str, worker: Worker) -> float:
     """Transfers answered per second."""
-    messages = worker.columns("columns", COLUMN_MESSAGES)
-    return asyncio.run(stream(target, messages, COLUMN_MESSAGES * (ROWS + 2))) * ROWS / (ROWS + 2)
+    messages, hints = worker.columns("columns", COLUMN_MESSAGES), COLUMN_MESSAGES * (ROWS + 2) + 1
+    return asyncio.run(stream(target, messages, hints)) * COLUMN_MESSAGES * ROWS / hints
 
 
 @dataclass
@@ -324,7 +327,7 @@ def measure(rounds: int) -> list[Figure]:
                 place = mover.learn(a)
                 for i in range(rounds):
                     for size in PER_MESSAGE:
-                        hints = REQUESTS[size] * (2 + 2 * PER_REQUEST)
+                        hints = REQUESTS[size] * (2 + 2 * PER_REQUEST) + 1
                         messages = worker.messages("stream", REQUESTS[size], size)
                         ours = asyncio.run(stream(mfsd, messages, hints))
                         theirs = asyncio.run(stream(other, messages, hints))
