@@ -54,6 +54,8 @@ SWEEP_S: Final = 1.0
 SWEEP_BATCH: Final = 256
 CAUGHT_UP: Final = 128
 """Transfers that have arrived and are struck out beside a turn of single hints."""
+DROPPED_AT_ONCE: Final = 64
+"""Idle connections that are forgotten in one tick."""
 LINGER_S: Final = 5.0
 """A connection without transfers keeps its slot this long, since the next transfer usually follows."""
 
@@ -300,7 +302,7 @@ class Engine:
             transfer.session.tell(Event(EventKind.EXPIRED, owner, transfer.id, "not completed in its time to live"))
             self.books.counters.transfers_expired += 1
         self.endings.end(transfers, now, lost=True)
-        for request in self._expired(self.books.requests, now):
+        for request in self._expired(self.books.requests, now, AT_ONCE):
             self.endings.finish(request, now)
         for batch in self._expired(self.books.batches, now):
             if not batch.requests and not batch.transfers:
@@ -308,8 +310,11 @@ class Engine:
         self._expire_sessions(now)
         for watch in self.watches.expired(now):
             self.endings.unwatch(watch, now)
-        for conn in self.connections.idle(now, LINGER_S):
+        idle = self.connections.idle(now, LINGER_S)
+        for conn in idle[:DROPPED_AT_ONCE]:
             self.endings.drop(conn, now)
+        if len(idle) > DROPPED_AT_ONCE:
+            self._next_house = now  # the others at the next ticks
 
     def _expire_sessions(self, now: float) -> None:
         """Renew what marks hold; end the sessions of those whose end nobody sees, and, after long, of the silent."""

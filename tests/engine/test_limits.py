@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support.harness import Host
 
-from mfsd.engine.engine import LINGER_S
+from mfsd.engine.engine import DROPPED_AT_ONCE, LINGER_S
 from mfsd.engine.settings import LimitsConfig
 from mfsd.ground.model import (
     BatchHint,
@@ -46,6 +46,18 @@ def test_a_full_table_names_the_limit_and_frees_up_again() -> None:
     h.tick(LINGER_S + 0.2)
     h.transfer("c", socks[2], 10)
     assert h.table.taken == 2
+
+
+def test_very_many_idle_connections_are_forgotten_some_at_a_time() -> None:
+    h = Host(slots=256)
+    h.request("r", 5.0)
+    for i in range(DROPPED_AT_ONCE + 10):
+        h.transfer(f"t{i}", h.socket(i + 1), 10)
+    h.engine.apply(h.session, EndHint(What.REQUEST, "r", cancelled=True), h.now)
+    h.tick(LINGER_S + 0.2)
+    assert len(h.connections) == 10
+    h.tick(0.001)
+    assert not len(h.connections)
 
 
 @pytest.mark.parametrize("stage", [Stage.KV_REUSE, Stage.P2D])
