@@ -32,7 +32,7 @@ TRANSFER_COLUMNS: Final = {
     "end": "f8",
     "request": "i4",
     "batch": "i4",  # that its hint named; else it is in its request's
-    "stream": "i4",
+    "stream": "i8",  # what is looked up by in all rows at each tick; others would be widened each time
     "target_layer": "i4",
     "deadline": "f8",  # its own or its request's, whichever comes first
     "own_deadline": "f8",

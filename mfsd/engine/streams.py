@@ -53,7 +53,7 @@ class Streams:
         """When such a one moved something last, by stream."""
         self.slot: npt.NDArray[np.int32] = np.full(64, -1, dtype=np.int32)
         """Slot of the member that joined last, by stream; -1: it has none."""
-        self.owner: npt.NDArray[np.int32] = np.zeros(64, dtype=np.int32)
+        self.owner: npt.NDArray[np.intp] = np.zeros(64, dtype=np.intp)
         """Number of the user whose session has opened it, by stream."""
         self._owners: dict[int, int] = {}
 
@@ -77,7 +77,7 @@ class Streams:
                 self._gone = np.concatenate([self._gone, np.zeros(index)])
                 self._parted = np.concatenate([self._parted, np.zeros(index)])
                 self.slot = np.concatenate([self.slot, np.full(index, -1, dtype=np.int32)])
-                self.owner = np.concatenate([self.owner, np.zeros(index, dtype=np.int32)])
+                self.owner = np.concatenate([self.owner, np.zeros(index, dtype=np.intp)])
         stream = self._open[index] = Stream(session, selector, watch, index)
         self._gone[index], self._parted[index], self.slot[index] = 0.0, 0.0, -1
         self.owner[index] = self._owners.setdefault(session.user.uid, len(self._owners))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from mfsd.policy.views import B1, Views
 
 CROWD: Final = 32
@@ -24,19 +26,21 @@ REST: Final = 16
 
 def few(view: Views, rows: B1, was: B1) -> B1:
     """These transfers, but for crowds of them, shape (n,). ``was``: who may be of what is left of one."""
-    device = view.transfers.device
-    out: B1 = rows & ~(_crowds(view, rows, CROWD).take(device) | (_crowds(view, rows, REST).take(device) & was))
+    if np.count_nonzero(rows) < REST:
+        return rows
+    device, there = view.transfers.device, np.where(view.link.collectives <= 0.0, _connections(view, rows), 0)
+    rest: B1 = there >= REST
+    if not rest.any():
+        return rows
+    out: B1 = rows & ~((there >= CROWD).take(device) | (rest.take(device) & was))
     return out
 
 
-def _crowds(view: Views, rows: B1, least: int) -> B1:
-    """Devices without collectives on which ``least`` connections or more carry these transfers, shape (devices,)."""
-    t, devices = view.transfers, len(view.link.rate)
-    if np.count_nonzero(rows) < least:
-        return np.zeros(devices, dtype=np.bool_)
+def _connections(view: Views, rows: B1) -> npt.NDArray[np.intp]:
+    """How many connections of each device carry these transfers, shape (devices,)."""
+    t = view.transfers
     some = np.flatnonzero(rows & (t.conn >= 0))
     conn = t.conn.take(some)
     device = np.full(int(conn.max(initial=-1)) + 1, -1, dtype=np.int32)
     device[conn] = t.device.take(some)
-    crowded: B1 = np.bincount(device[device >= 0], minlength=devices) >= least
-    return crowded & (view.link.collectives <= 0.0)
+    return np.bincount(device[device >= 0], minlength=len(view.link.rate))
