@@ -14,10 +14,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.policy.usage import LOAD_TAU_S, Pauses
+from mfsd.policy.usage import LOAD_TAU_S, PACKET, Pauses
 
 MIN_BUSY_S: Final = 0.010
-"""Busy time to gather before it counts as one sample: shorter ones measure the granularity of GSO packets."""
+"""Busy time to gather before it counts as one sample."""
+MIN_BUSY_BYTES: Final = 8 * PACKET
+"""And bytes: fewer measure the granularity of GSO packets, of which on slow links none passes between two readings."""
+MOST_BUSY_S: Final = 1.0
+"""Busy time in which a sample counts whatever has passed: the link may be slower than anybody thinks."""
 PASSING: Final = 0.05
 """Share of the rate: less that is above the collectives is none."""
 GAIN: Final = 0.25
@@ -84,7 +88,8 @@ class LinkEstimator:
             if busy and busy_then:
                 self._busy_s += dt
                 self._busy_bytes += done
-                if self._busy_s >= MIN_BUSY_S:
+                enough = self._busy_bytes >= MIN_BUSY_BYTES and self._busy_s >= MIN_BUSY_S
+                if enough or self._busy_s >= MOST_BUSY_S:
                     sample = self._busy_bytes / self._busy_s
                     self.measured = sample if not self.measured else self.measured + GAIN * (sample - self.measured)
                     self._busy_s = self._busy_bytes = 0.0

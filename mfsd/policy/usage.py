@@ -9,6 +9,8 @@ from typing import Final
 
 WIRE: Final = 1.05
 """Bytes on the wire for a byte of payload: 1514 for 1448 at an MTU of 1500, less with larger ones."""
+PACKET: Final = 68_000
+"""Bytes: the largest that TCP hands down, with its headers."""
 LOAD_TAU_S: Final = 0.1
 """Time constant of the load average (rho)."""
 PAUSES_TAU_S: Final = 0.2

@@ -61,3 +61,17 @@ def test_without_collectives_there_are_none() -> None:
         estimator.observe(Reading(i * 0.02, int(i * 5e5), 1, np.full(BANDS, i * 5e5 / BANDS)))
     assert estimator.pauses.collectives == 0.0
     assert estimator.load > 0.9
+
+
+@pytest.mark.parametrize("mbit", [5, 20, 200, 1000])
+def test_the_rate_is_seen_though_it_passes_in_packets(mbit: int) -> None:
+    """Of 64 KB, read every 20 ms: on slow links none passes between most readings, or half a second's worth of one."""
+    rate, packet = mbit * 125_000.0, 68_000
+    estimator, seen = LinkEstimator(2 * rate, BANDS), []
+    for i in range(400):
+        at = i * 0.02
+        sent = int(at * rate / packet) * packet
+        estimator.observe(Reading(at, sent, packet, np.full(BANDS, sent / BANDS)))
+        seen.append(estimator.rate)
+    assert min(seen[150:]) > 0.85 * rate
+    assert max(seen[150:]) < 1.15 * rate
