@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The do-no-harm experiment: transfers with a deadline beside somebody who wants the same link.
 
-One host sends to another over a link of RATE. What a transfer needs and may take is given as time: ``alone`` is what
+One host sends to another over a link. What a transfer needs and may take is given as time: ``alone`` is what
 its bytes take with the link to themselves, ``due`` when they must have arrived. Four arms: ``plain``, which is TCP on a
 paced link without any daemon, and the daemon with its default policy, with mfs and with two-class. Everything goes the
 daemon's way: hints over gRPC, no waiting for the answer.
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from mfsd.lab.player import Flow
 
 RATE: Final = Rate.parse("200mbit")
-PAYLOAD: Final = RATE.bytes_per_s * EFFICIENCY
-"""Bytes/s that a TCP stream gets of the link when it has it to itself."""
+"""Of the link, unless another is wanted."""
 SETTLE_S: Final = 0.4
 """From the competitor's first byte to the first transfer: the queue is full by then."""
 LATE_S: Final = 0.1
@@ -84,6 +83,8 @@ class Wanted:
 
     alone: float
     due: float
+    said: float = 1.0
+    """What its hint says of its size, over the size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,9 @@ class Case:
     transfers: tuple[Wanted, ...]
 
     @classmethod
-    def one(cls, beside: Beside, alone: float, factor: float) -> Self:
+    def one(cls, beside: Beside, alone: float, factor: float, said: float = 1.0) -> Self:
         """One transfer, due after ``factor`` times what it takes alone; two of them beside an equal."""
-        return cls(beside, (Wanted(alone, alone * factor),) * (1 + (beside is Beside.EQUAL)))
+        return cls(beside, (Wanted(alone, alone * factor, said),) * (1 + (beside is Beside.EQUAL)))
 
     @property
     def last(self) -> float:
@@ -119,9 +120,15 @@ class Outcome:
 class Link:
     """Two hosts and the link between them under an arm. A context manager. Raises LabError."""
 
-    def __init__(self, fabric: Fabric, arm: Arm, *, yields: bool = False) -> None:
-        """``yields``: the daemon's deferred connections yield in the network (network.yield)."""
+    def __init__(
+        self, fabric: Fabric, arm: Arm, *, yields: bool = False, rate: Rate = RATE, configured: float = 1.0
+    ) -> None:
+        """``yields``: the daemon's deferred connections yield in the network (network.yield).
+
+        ``rate``: of the link; ``configured``: what the daemon is told of that.
+        """
         self.arm, self._yields = arm, yields
+        self._rate, self._configured = rate, Rate(rate.bytes_per_s * configured)
         self.governor: Governor | None = None
         self._source, self._sink = (fabric.hosts[name] for name in HOSTS)
         self._stack = contextlib.ExitStack()
@@ -130,14 +137,14 @@ class Link:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             if self.arm is Arm.PLAIN:
-                plain_link(self._source, RATE)
+                plain_link(self._source, self._rate)
                 stack.callback(remove_link, self._source)
             else:
                 tables: dict[str, Any] = {} if self.arm is Arm.DEFAULT else {"policy": {"name": self.arm.value}}
                 if self._yields:
                     tables["network"] = {"yield": "on", "replace": True}  # the lab's sockets choose cubic
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mfsd-")))
-                self.governor = stack.enter_context(Governor(self._source, directory, RATE, tables))
+                self.governor = stack.enter_context(Governor(self._source, directory, self._configured, tables))
             self._player = stack.enter_context(Player(self._source, self._sink))
             target = "" if self.governor is None else self.governor.target
             self._client = stack.enter_context(Client("noharm", target))
@@ -150,7 +157,8 @@ class Link:
     def play(self, case: Case, *, whole: bool = False) -> Outcome:
         """Play a case. ``whole``: go on until the last deadline, for what collectives take until then."""
         try:
-            return _Play(self._player, self._client, case, f"c{next(self._number)}").run(whole=whole)
+            play = _Play(self._player, self._client, case, f"c{next(self._number)}", self._rate)
+            return play.run(whole=whole)
         finally:
             self._player.clear()
             time.sleep(DRAIN_S)
@@ -165,15 +173,17 @@ HOSTS: Final = ("a", "b")
 class _Play:
     """One case on its own connections."""
 
-    def __init__(self, player: Player, client: Client, case: Case, name: str) -> None:
+    def __init__(self, player: Player, client: Client, case: Case, name: str, rate: Rate) -> None:
         self.player, self.client, self.case, self.name = player, client, case, name
+        self.payload = rate.bytes_per_s * EFFICIENCY
+        """Bytes/s that a TCP stream gets of the link when it has it to itself."""
         self.flows = [(self._flow(w.alone), w) for w in case.transfers]
         self.begun: list[float] = []
         self.exchanges: list[tuple[float, float]] = []
         """When each collective began and how long it took."""
 
     def _flow(self, seconds: float) -> Flow:
-        return self.player.connect(max(int(seconds * PAYLOAD), 1))
+        return self.player.connect(max(int(seconds * self.payload), 1))
 
     def run(self, *, whole: bool) -> Outcome:
         begin = time.monotonic() + SETTLE_S
@@ -181,7 +191,7 @@ class _Play:
         self.player.play(begin)
         for i, (flow, wanted) in enumerate(self.flows):
             self.begun.append(time.monotonic())
-            self._begin(f"{self.name}-{i}", flow, wanted.due, flow.unit)
+            self._begin(f"{self.name}-{i}", flow, wanted.due, flow.unit, wanted.said)
         begin, until = self.begun[0], self.begun[-1] + self.case.last
         self.player.play(until + LATE_S, lambda: not whole and all(f.arrivals for f, _ in self.flows))
         self.client.cancel(request=f"{self.name}-other")
@@ -195,15 +205,15 @@ class _Play:
         met = [t is not None and t <= d for t, d in zip(took, due, strict=True)]
         return Outcome(took, met, [took for at, took in self.exchanges if begin <= at <= until])
 
-    def _begin(self, name: str, flow: Flow, due: float, size: float) -> None:
+    def _begin(self, name: str, flow: Flow, due: float, size: float, said: float = 1.0) -> None:
         self.client.request(name, ttft_left_s=due)
-        self.client.transfer(name, flow.sock, int(size), stage=Stage.P2D, request=name)
+        self.client.transfer(name, flow.sock, max(int(size * said), 1), stage=Stage.P2D, request=name)
         flow.send(size)
 
     # --- competitors --------------------------------------------------------------------------------------------------
 
     def _compete(self) -> None:
-        beside, flood = self.case.beside, (self.case.last + SETTLE_S + LATE_S) * PAYLOAD * 1.5
+        beside, flood = self.case.beside, (self.case.last + SETTLE_S + LATE_S) * self.payload * 1.5
         if beside.collective:
             self._collective(DUTY.get(beside, 1.0))
         elif beside in (Beside.BULK_1, Beside.BULK_4):
