@@ -174,6 +174,7 @@ class Carriage:
         """Its connections carry this stage now, and are in its band at once; the next tick decides what is best."""
         stream.stage = stage
         for conn in stream.members:
+            self.connections.positions.beyond.forget(conn.slot)
             if self.connections.carries(conn, stage):
                 self._leave_default(conn, self.band_of(stage))
 

@@ -145,6 +145,8 @@ class Endings:
         by_stream: dict[Stream, list[Transfer]] = {}
         for transfer in ended:
             by_stream.setdefault(transfer.stream, []).append(transfer)
+        if delivered:
+            self.connections.positions.beyond.note(books, by_stream)
         written = {} if delivered else self.gaps.written(by_stream, told)
         for stream, some in by_stream.items():
             self._unqueue(stream, some, now, written.get(stream), told=stream in told)
@@ -155,15 +157,18 @@ class Endings:
         self.audit.ended(ended, delivered_at)
         books.strike_transfers(ended)
         if delivered_at is not None:
-            books.counters.transfers_completed += self.gaps.counted(len(ended))
-            for transfer, when in zip(ended, delivered_at, strict=True):
-                if transfer.request is not None and transfer.request.delivered_at < when:
-                    transfer.request.delivered_at = when
+            self._delivered(ended, delivered_at)
         for transfer in ended if lost else ():
             transfer.session.lose(transfer)
         for request in dict.fromkeys(t.request for t in ended if t.request is not None):
             if request.completed and not request.transfers:
                 self.finish(request, now)
+
+    def _delivered(self, ended: list[Transfer], at: list[float]) -> None:
+        self.books.counters.transfers_completed += self.gaps.counted(len(ended))
+        for transfer, when in zip(ended, at, strict=True):
+            if transfer.request is not None and transfer.request.delivered_at < when:
+                transfer.request.delivered_at = when
 
     def _unqueue(self, stream: Stream, ended: list[Transfer], now: float, written: float | None, *, told: bool) -> None:
         """Take transfers off a stream. Those that were not delivered will not come, but for what has been ``written``.

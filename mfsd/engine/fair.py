@@ -64,7 +64,7 @@ def decide(policy: Policy, views: Views, tenant: npt.NDArray[np.int32]) -> Decis
         most = (1.0 - views.link.floor) * views.link.rate
         given = guarantee.sum(axis=1)
         guarantee *= np.minimum(1.0, most / np.maximum(given, 1e-9))[:, None]
-    return Decision(level, guarantee, infeasible)
+    return Decision(level, guarantee, infeasible=infeasible)
 
 
 def _part(views: Views, rows: Rows, share: F8) -> Views:

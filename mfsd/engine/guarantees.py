@@ -7,6 +7,7 @@ shares are rounded up, so that a device is not told about every tick's small dif
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -15,10 +16,10 @@ import numpy as np
 
 from mfsd.engine.rescue import DRAIN
 from mfsd.ground.bands import HINTED
-from mfsd.policy.usage import WIRE
+from mfsd.policy.usage import PACKET, WIRE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mfsd.engine.device import Device
     from mfsd.ground.bands import Bands, Ladder
@@ -30,10 +31,10 @@ DEBT_S: Final = 0.02
 """Longest time for which one packet may leave a band in debt. htb keeps what a class owes as time, at the rate that it
 had when it sent (htb_accnt_tokens, net/sched/sch_htb.c), so that after one packet of PACKET a class with a tiny rate
 would wait for long for what is guaranteed to it. So bands that are guaranteed something have a standing rate, too."""
-PACKET: Final = 68_000
-"""Bytes: the largest that TCP hands down, with its headers."""
 MOST_STANDING: Final = 0.08
 """Of the link, on slow ones."""
+HALF: Final = 0.5
+"""Of what a band is guaranteed so much stays there at least, as far as a packet's debt would last too long without."""
 EMPTY: Final[Mapping[tuple[int, int], float]] = MappingProxyType({})
 REPEAT_S: Final = 1.0
 """After so long a device is told again: its qdiscs may have been repaired meanwhile."""
@@ -63,8 +64,13 @@ class Guarantees:
         ladder: Ladder,
         now: float,
         draining: Mapping[tuple[int, int], float] = EMPTY,
+        given_up: F8 | None = None,
+        rising: Iterable[int] = (),
     ) -> None:
         """Put ``guarantee`` in force: bytes/s on top of the floors, shape (devices, levels); None: floors only.
+
+        ``given_up``: the same of what is given up, shape (devices,). ``rising``: bands below unhinted traffic from
+        which somebody is to be promoted: a debt of theirs would last when they are let out.
 
         ``draining``: rows of devices and bands that are let out, with the share of all that is guaranteed which their
         connections take there with them; 0: they share DRAIN of the device, whatever the others are guaranteed
@@ -74,13 +80,17 @@ class Guarantees:
             rate = device.estimator.rate
             asked: dict[int, float] = {}
             standing: dict[int, float] = {}
+            last: dict[int, float] = {}
             if guarantee is not None and rate > 0.0:
                 asked = self._asked(guarantee[row], rate, ladder)
-                standing = self._stand(asked, rate)
+                if given_up is not None and given_up[row] > 0.0:
+                    band = self.bands.scavenger
+                    last[band.index] = _step(band.floor + float(given_up[row]) * WIRE / rate)
+                standing = self._stand(asked | last, rate, rising)
             drained = {band: part for (at, band), part in draining.items() if at == row}
             self.extra[row] = sum(share - self.bands.bands[band].floor for band, share in asked.items())
-            out = self._let_out(drained, self.extra[row], asked, standing)
-            self._tell(row, out, now, frozenset(out.keys() - asked.keys()))
+            out = last | self._let_out(row, drained, asked, standing)
+            self._tell(row, out, now, frozenset(out.keys() - asked.keys() - last.keys()))
 
     def drain(self, now: float) -> None:
         """Packets go to the default band from now on: let what is queued in the other bands leave before that."""
@@ -122,33 +132,40 @@ class Guarantees:
 
     def _asked(self, guarantee: F8, rate: float, ladder: Ladder) -> dict[int, float]:
         asked = np.bincount(ladder.band_of, weights=guarantee, minlength=len(self.bands)) * (WIRE / rate)
-        return {
-            int(band): min(float(np.ceil((asked[band] + self.bands.bands[band].floor) / STEP) * STEP), 1.0)
-            for band in np.flatnonzero(asked)
-        }
+        return {int(band): _step(float(asked[band]) + self.bands.bands[band].floor) for band in np.flatnonzero(asked)}
 
     def _let_out(
-        self, drained: Mapping[int, float], extra: float, asked: dict[int, float], standing: dict[int, float]
+        self, row: int, drained: Mapping[int, float], asked: dict[int, float], standing: dict[int, float]
     ) -> dict[int, float]:
-        """Shares of bands, with those that are let out."""
+        """Shares of bands, with those that are let out.
+
+        Whoever has taken along all that it is guaranteed sends a packet to where it stands now as soon as one has left,
+        and that must not leave its band in debt until long after.
+        """
         if not drained:
             return asked | standing
+        extra, debtless = self.extra[row], PACKET / (DEBT_S * max(self.devices[row].estimator.rate, 1.0))
         floors = self.bands.floors.tolist()
         moved = {band: max(part, min(DRAIN / extra, 1.0)) for band, part in drained.items() if part and extra > 0.0}
         whole = max(sum(moved.values()), 1.0)
         moved = {band: part / whole for band, part in moved.items()}
         kept = 1.0 - sum(moved.values())
-        out = {band: floors[band] + (share - floors[band]) * kept for band, share in asked.items()} | standing
+        out: dict[int, float] = {}
+        for band, share in asked.items():
+            own = share - floors[band]
+            out[band] = floors[band] + max(own * kept, min(own * HALF, debtless - floors[band]))
+        taken = extra - sum(share - floors[band] for band, share in out.items())
+        out |= standing
         for band, part in moved.items():
-            out[band] = max(out.get(band, 0.0), floors[band] + extra * part)
+            out[band] = max(out.get(band, 0.0), floors[band] + taken * part / (1.0 - kept))
         others = [band for band in drained if band not in moved]
         if not others:
             return out
         out = {band: max(share * (1.0 - DRAIN), floors[band]) for band, share in out.items()}
         return out | {band: max(out.get(band, 0.0), floors[band], DRAIN / len(others)) for band in others}
 
-    def _stand(self, asked: Mapping[int, float], rate: float) -> dict[int, float]:
-        above = (b for b in self.bands.level_bands if b.index < self.bands.default.index)
+    def _stand(self, asked: Mapping[int, float], rate: float, rising: Iterable[int]) -> dict[int, float]:
+        above = (b for b in self.bands.level_bands if b.index < self.bands.default.index or b.index in rising)
         waiting = [b for b in above if b.index not in asked and b.index != self.collectives]
         room = 1.0 - sum(asked.get(b.index, b.floor) for b in self.bands.bands)
         standing = min(PACKET / (DEBT_S * rate), MOST_STANDING, room / max(len(waiting), 1))
@@ -159,6 +176,10 @@ class Guarantees:
         if (told != shares or now >= when + REPEAT_S) and self.devices[row].enforced:
             self._told[row], self._standing[row] = (now, shares), standing
             self.devices[row].guarantee(shares)
+
+
+def _step(share: float) -> float:
+    return min(math.ceil(share / STEP) * STEP, 1.0)
 
 
 def draining(bands: Bands) -> dict[int, float]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.engine.beyond import Beyond
 from mfsd.engine.records import Position
 from mfsd.engine.slots import NS, FlowTable
 from mfsd.engine.streams import Moved, Streams
@@ -40,6 +41,7 @@ class Positions:
         self._unplaced: dict[Connection, None] = {}
         """Joined to streams at a position that nobody knows."""
         n = len(table)
+        self.beyond = Beyond(n)
         self._sent: F8 = np.zeros(n)
         self._acked: F8 = np.zeros(n)
         """By slot: what TCP has said when asked; the slot itself may know more by now."""
@@ -47,10 +49,12 @@ class Positions:
     def begin(self, slot: int) -> None:
         """Another connection has this slot from now on."""
         self._sent[slot] = self._acked[slot] = 0.0
+        self.beyond.forget(slot)
 
     def forget(self, conn: Connection) -> None:
         """It is gone."""
         self._unplaced.pop(conn, None)
+        self.beyond.forget(conn.slot)
 
     # --- what is known ------------------------------------------------------------------------------------------------
 

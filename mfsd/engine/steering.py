@@ -21,7 +21,7 @@ from mfsd.engine.columns import GONE
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.urgency import Urgency
 from mfsd.engine.views import Rows, Shown, views_of
-from mfsd.ground.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder
+from mfsd.ground.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder, Role
 from mfsd.ground.model import INF, Event, EventKind, Stage
 from mfsd.policy.views import LinkView, TransferView, Views
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mfsd.engine.settings import TenantsConfig
     from mfsd.engine.streams import Moved
     from mfsd.policy.base import Policy
-    from mfsd.policy.views import B1, F8, I2
+    from mfsd.policy.views import B1, F8, I2, Decision
 
 OBSERVE_S: Final = 0.02
 """How often the devices' counters are read."""
@@ -135,14 +135,16 @@ class Steering:
 
         ``steers``: packets follow the levels. Then promotions may need help; else what is queued is let out.
         """
-        guarantee = None
-        if self.books.transfers.n or self.books.arrange_wanted:
-            guarantee = self._decide(moved, now)
+        decided = None
+        if self.books.transfers.n or self.books.arrange_wanted or self._beyond(now):
+            decided = self._decide(moved, now)
         else:
             self._untold.clear()
         # Before the levels, so that whoever is promoted finds its guarantee.
         if steers:
-            self.guarantees.give(guarantee, self.ladder, now, self.rescuer.draining(now))
+            given, last = (None, None) if decided is None else (decided.guarantee, decided.given_up)
+            draining, rising = self.rescuer.draining(now), () if given is None else self._rising()
+            self.guarantees.give(given, self.ladder, now, draining, last, rising)
         else:
             self.guarantees.drain(now)
         self.urgency.count(now, steers=steers)
@@ -159,14 +161,24 @@ class Steering:
                 if reading is not None:
                     device.estimator.observe(reading, self.guarantees.collectives, self.guarantees.left(row))
 
-    def _decide(self, moved: Moved, now: float) -> F8 | None:
-        """Decide the levels of all transfers; returns what levels are guaranteed."""
+    def _rising(self) -> set[int]:
+        """Bands below unhinted traffic with transfers that are due some time."""
+        t, default = self.books.transfers, self.bands.default.index
+        due = t.live("deadline") < INF
+        bands = np.unique(self.ladder.bands(t.live("level")[due])).tolist()
+        return {b for b in bands if b > default and self.bands.bands[b].role is Role.LEVEL}
+
+    def _beyond(self, now: float) -> bool:
+        return bool(len(self.connections.positions.beyond.slots(self.connections.positions.sent(), now)))
+
+    def _decide(self, moved: Moved, now: float) -> Decision | None:
+        """Decide the levels of all transfers; returns what was decided, for what is guaranteed."""
         rows = self._shown.rows(self.books, now)
         views = self.views(now, moved, rows)
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
             self._arrange(views)
-        if not len(views.transfers):
+        if not len(views.transfers) and not views.link.beyond.any():
             return None
         new = views.transfers.size[views.transfers.level == LEVEL_NEW]
         if len(new):
@@ -180,7 +192,7 @@ class Steering:
         elif now >= self._next_feasible:
             self._next_feasible = now + FEASIBLE_S
             self._tell_infeasible(views, self.policy.infeasible(views), where)
-        return decision.guarantee
+        return decision
 
     def _tenants_of(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Whose transfers are, by slot. Beside several tenants, those without a connection yet are nobody's."""

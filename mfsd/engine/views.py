@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.policy.usage import PACKET
 from mfsd.policy.views import BatchView, LinkView, RequestView, TransferView, Views
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def views_of(
     ordered = column("ordered")
     if not ordered.all():
         _interleaved(transfers, ~ordered, stream, start, sent)
-    return Views(transfers, requests, batches, _link(connections, devices, bands, ladder), now)
+    return Views(transfers, requests, batches, _link(connections, devices, bands, ladder, now), now)
 
 
 def _interleaved(view: TransferView, interleaved: B1, of: npt.NDArray[np.int32], starts: F8, sent: F8) -> None:
@@ -234,19 +235,24 @@ def _batches(books: Books) -> BatchView:
     )
 
 
-def _link(connections: Connections, devices: Sequence[Device], bands: Bands, ladder: Ladder) -> LinkView:
+def _link(connections: Connections, devices: Sequence[Device], bands: Bands, ladder: Ladder, now: float) -> LinkView:
     estimators = [d.estimator for d in devices]
     load = np.array([e.band_load for e in estimators]) if estimators else np.zeros((1, len(bands)))
     above = np.zeros((len(load), len(bands) + 1))
     load.cumsum(axis=1, out=above[:, 1:])
     # None where the device has none; those of the levels are no obstacle to what stands on a level.
     floors = bands.floors * np.array([[d.floors] for d in devices] or [[False]])
+    rate = np.array([e.rate for e in estimators] or [0.0])
+    beyond = connections.device_of(connections.positions.beyond.slots(connections.positions.sent(), now))
     return LinkView(
-        rate=np.array([e.rate for e in estimators] or [0.0]),
+        rate=rate,
         load=np.minimum(load.sum(axis=1), 1.0),
         load_above=np.minimum(above.take(ladder.above, axis=1), 1.0),
         floor=floors.sum(axis=1),
         taken=np.minimum(load, floors).take(bands.unlevelled, axis=1).sum(axis=1),
         collectives=np.array([e.pauses.collectives for e in estimators] or [0.0]),
+        unhinted=load[:, bands.default.index],
+        beyond=np.bincount(beyond, minlength=len(rate)).astype(np.int32),
+        packet=np.where(rate > 0.0, PACKET / np.where(rate > 0.0, rate, 1.0), 0.0),
         peer_rate=connections.peers.rate,
     )

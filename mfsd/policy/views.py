@@ -170,6 +170,13 @@ class LinkView:
     collectives: F8
     """Share of the time that collectives would take if they had all of the link, 0..1: each waits for its end before
     the next one begins, and they pause for the rest of the time. 0: there are none."""
+    unhinted: F8
+    """Share of the rate that unhinted traffic offered lately, 0..1."""
+    beyond: I4
+    """Connections that go on sending when all that was announced has arrived and is not due yet, shape (devices,)."""
+    packet: F8
+    """Seconds that the largest packet takes on the device, shape (devices,): whoever is on the wire is not stopped, and
+    what can't be sent in parts comes late by that much. 0 if the rate is unknown."""
     peer_rate: F8 = field(default_factory=lambda: np.zeros(0))
     """Bytes/s of the link into each peer, shape (peers,), inf where nobody said; empty if no rate of any is known."""
 
@@ -184,6 +191,9 @@ class LinkView:
         floor: npt.ArrayLike = 0.0,
         taken: npt.ArrayLike = 0.0,
         collectives: npt.ArrayLike = 0.0,
+        unhinted: npt.ArrayLike = 0.0,
+        beyond: npt.ArrayLike = 0,
+        packet: npt.ArrayLike = 0.0,
         peer_rate: npt.ArrayLike = (),
     ) -> Self:
         """As many devices as ``rate`` has elements; shares are broadcast to their shapes. Everything is copied."""
@@ -196,6 +206,9 @@ class LinkView:
             floor=np.full(n, floor, dtype=np.float64),
             taken=np.full(n, taken, dtype=np.float64),
             collectives=np.full(n, collectives, dtype=np.float64),
+            unhinted=np.full(n, unhinted, dtype=np.float64),
+            beyond=np.full(n, beyond, dtype=np.int32),
+            packet=np.full(n, packet, dtype=np.float64),
             peer_rate=np.array(peer_rate, dtype=np.float64),
         )
 
@@ -241,6 +254,8 @@ class Decision:
     guarantee: F8 | None = None
     """Bytes/s that each level of each device must get on top of its band's floor even when levels above it are busy,
     shape (devices, levels); each device's add up to at most what ``LinkView.floor`` leaves of its rate. None: none."""
+    given_up: F8 | None = None
+    """The same for what is given up (LEVEL_SCAVENGER), shape (devices,); None: nothing."""
     infeasible: B1 | None = None
     """Transfers of requests that can't be in time, shape (n,), where the policy finds that out on its way to levels;
     None: ask ``Policy.infeasible``."""

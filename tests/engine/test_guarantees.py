@@ -45,6 +45,19 @@ def test_each_band_gets_at_least_what_its_levels_are_guaranteed(asked: list[floa
             assert share == 0.0
 
 
+def test_what_is_given_up_is_served_in_the_last_band() -> None:
+    bands = _bands()
+    guarantees, device = _one(bands)
+    guarantees.give(
+        np.array([[0.0, 0.0, 0.3 * RATE, 0.0, 0.0]]), Ladder(bands, 5), 1.0, given_up=np.array([0.2 * RATE])
+    )
+    assert 0.21 + bands.scavenger.floor <= device.guaranteed[bands.scavenger.index] <= 0.23 + bands.scavenger.floor
+    assert guarantees.extra[0] == pytest.approx(0.3 * WIRE, abs=STEP)  # nobody takes that along
+    assert bands.scavenger.index not in guarantees.standing(0)
+    guarantees.give(np.zeros((1, 5)), Ladder(bands, 5), 1.1, given_up=np.zeros(1))
+    assert device.guaranteed == {}
+
+
 def test_a_device_is_told_when_it_changes_and_once_in_a_while() -> None:
     bands = _bands()
     guarantees, device = _one(bands)
@@ -161,3 +174,28 @@ def test_what_is_given_is_in_bytes_and_leaves_out_what_nobody_asked_for() -> Non
     device.floors = False
     assert guarantees.given(0) == {}
     assert guarantees.left(0) == 1.0
+
+
+@pytest.mark.parametrize(("rate", "share"), [(2.5e6, 0.485), (25e6, 0.136), (1e9, 0.01)])
+def test_who_has_taken_along_all_that_it_is_guaranteed_is_not_in_debt_for_long(rate: float, share: float) -> None:
+    """After one packet of 68 kB: as short as half of the guarantee lets it be, and no longer than 20 ms as a rule."""
+    bands = _bands()
+    guarantees, device = _one(bands, rate)
+    low = bands.level_bands[-1].index
+    guarantees.give(np.array([[0.0, 0.0, 0.9 * rate, 0.0, 0.0]]), Ladder(bands, 5), 1.0, {(0, low): 1.0})
+    first = bands.level_bands[2].index
+    assert device.guaranteed[first] == pytest.approx(share, abs=0.01)
+    both = device.guaranteed[first] + device.guaranteed[low] - bands.floors[[first, low]].sum()
+    assert both == pytest.approx(guarantees.extra[0])
+
+
+def test_a_band_from_which_somebody_is_to_be_promoted_is_not_in_debt_for_long_either() -> None:
+    """Lanes of htb send their first packet whatever their band is allowed, and that band owes it."""
+    bands = _bands()
+    guarantees, device = _one(bands, SLOW)
+    low = bands.level_bands[-1].index
+    guarantees.give(np.zeros((1, 5)), Ladder(bands, 5), 0.0, rising={low})
+    assert device.guaranteed[low] == MOST_STANDING
+    assert low in guarantees.standing(0)
+    guarantees.give(np.zeros((1, 5)), Ladder(bands, 5), 0.1)
+    assert low not in device.guaranteed

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from mfsd.policy import registry
@@ -13,6 +14,8 @@ from mfsd.policy.demand_bound.policy import DemandBound
 from support import policy_views as pv
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from mfsd.policy.views import Decision, TransferView, Views
 
 seeds = st.integers(0, 2**32 - 1)
@@ -38,6 +41,13 @@ def alone(size: float, due: float, **columns: Any) -> TransferView:
 
 def decide(t: TransferView, policy: DemandBound | None = None, **link: Any) -> Decision:
     return (policy or demand_bound()).evaluate(pv.view(t, net=pv.link(RATE, 5, **link)))
+
+
+def same_guarantee(decision: Decision, want: npt.NDArray[np.float64], deferred: int) -> None:
+    """By device and level. What the deferred have meanwhile follows from what they need, which is exact to 1 in 32."""
+    assert decision.guarantee is not None
+    assert decision.guarantee[:, :deferred] == pytest.approx(want[:, :deferred])
+    assert decision.guarantee[:, deferred:] == pytest.approx(want[:, deferred:], rel=1 / 31)
 
 
 def shares(decision: Decision) -> list[float]:

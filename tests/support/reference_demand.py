@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LEAST, MOSTLY, WIRE = 0.02, 0.8, 1.05
+DOUBT, PACKETS = 10.0, 4
 CROWD, REST = 32, 16
 FIRST_S, STAYS_FIRST, NEXT_S, NEAR_S, HOLD, HELD_S = 0.02, 3.0, 0.01, 0.1, 0.7, 0.25
 SHORTEST, LONGEST = 2.0**-10, 2.0**12
@@ -41,6 +42,8 @@ class Link:
 
     rate: float
     room: float
+    packet: float = 0.0
+    """Seconds that the largest packet takes."""
     rows: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Row -> seconds left, bytes left."""
 
@@ -61,10 +64,10 @@ class Demand:
 
     def __init__(self, link: Link, p: Any) -> None:
         self.p, self.link, self.groups = p, link, link.groups()
+        self.fixed = max(float(p.margin_ms) / 1e3, PACKETS * link.packet)
 
     def left(self, g: Group, times: float = 1.0) -> float:
-        share, fixed = float(self.p.margin_share), float(self.p.margin_ms) / 1e3
-        return g.due * (1 - times * share) - times * fixed
+        return g.due * (1 - times * float(self.p.margin_share)) - times * self.fixed
 
     def late(self, g: Group, times: float = 1.0) -> bool:
         return g.total / self.link.room > self.left(g, times)
@@ -99,8 +102,8 @@ class Demand:
         return max((self.share(g) for g in self.groups.values() if not self.late(g)), default=0.0)
 
     def average(self) -> float:
-        fixed = float(self.p.margin_ms) / 1e3
-        return max((g.total / (g.due - fixed) for g in self.groups.values() if g.due > fixed), default=0.0)
+        late = self.fixed
+        return max((g.total / (g.due - late) for g in self.groups.values() if g.due > late), default=0.0)
 
     def rush(self) -> float:
         return max((g.total / max(g.due, SHORTEST) for g in self.groups.values() if self.late(g)), default=0.0)
@@ -113,7 +116,8 @@ class Plain:
         self.s, self.p, (self.lost_requests, self.lost_alone) = s, p, lost
         self.due = self._due()
         self.room = [1.0 - float(x) for x in s.link.taken]
-        devices = [Link(float(rate) or math.inf, room) for rate, room in zip(s.link.rate, self.room, strict=True)]
+        rates = zip(s.link.rate, self.room, s.link.packet, strict=True)
+        devices = [Link(float(rate) or math.inf, room, float(packet)) for rate, room, packet in rates]
         for i in self._waiting():
             devices[s.t.device[i]].rows[i] = self.due[i], float(s.t.left[i])
         self.here = [Demand(link, p) for link in devices]
@@ -141,7 +145,7 @@ class Plain:
     def _promised(self, of: Demand) -> Demand:
         """The same without the greedy."""
         rows = {i: asks for i, asks in of.link.rows.items() if not self.greedy(i)}
-        return Demand(Link(of.link.rate, of.link.room, rows), self.p)
+        return Demand(Link(of.link.rate, of.link.room, of.link.packet, rows), self.p)
 
     def _waiting(self) -> list[int]:
         return [i for i in self.s.rows() if math.isfinite(self.due[i])]
@@ -183,6 +187,8 @@ class Plain:
             if math.isfinite(s.far(i)):
                 link = links.setdefault(int(s.t.peer[i]), Link(s.far(i), 1.0))
                 link.rows[i] = self.due[i], float(s.t.left[i])
+        for link in links.values():
+            link.packet = float(s.link.packet[s.t.device[max(link.rows)]])
         calm = HOLD * self.p.defer_until
         return {
             peer: Demand(link, self.p)
@@ -231,7 +237,8 @@ class Plain:
                 rows[j] = layers * self.layer_s(j), float(s.t.left[j])
         if i not in rows:
             return 0.0
-        return Demand(Link(self.here[s.t.device[i]].link.rate, 1.0, rows), self.p).need(i)
+        here = self.here[s.t.device[i]].link
+        return Demand(Link(here.rate, 1.0, here.packet, rows), self.p).need(i)
 
     def crowd(self, i: int, among: Callable[[int], bool], *was: str) -> bool:
         """Very many connections of its device carry transfers of which this holds; fewer will do for who was there."""
@@ -325,7 +332,16 @@ class Plain:
             give(lay.first if first <= others else lay.others, rest)
         if overdue:
             give(lay.others, p.overdue_share)
+        collectives = s.link.collectives[device]
+        most = 1.0 if collectives >= MOSTLY else math.inf
+        if collectives >= MOSTLY or (s.link.unhinted[device] >= LEAST and collectives <= 0):
+            for wait in range(lay.deferred, p.levels):
+                doubts = [DOUBT * self.need(i) for i in mine if levels[i] == wait and self._waits(i)]
+                give(wait, min(max((x for x in doubts if x <= most), default=0.0), p.defer_until))
         return out
+
+    def _waits(self, i: int) -> bool:
+        return math.isfinite(self.due[i]) and self.s.t.stage[i] in (KV, P2D)
 
     def _beside(self, device: int, average: float, rush: float) -> float:
         """What is enough beside collectives that pause, the time of one of which and its pause is 1 without it."""

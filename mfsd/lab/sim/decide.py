@@ -104,6 +104,8 @@ class PolicyDecider:
         if self.decision.guarantee is not None:
             assured[self._level_bands] += self.decision.guarantee[0]
             self._granted = float(self.decision.guarantee[0].sum()) / run.case.rate
+        if self.decision.given_up is not None:
+            assured[-1] += self.decision.given_up[0]
         given = {float(band): rate for band, rate in enumerate(assured.tolist()) if rate}
         return Order(self._bands(self.decision.level).astype(np.float64), self._crowds, given)
 
@@ -195,6 +197,7 @@ class PolicyDecider:
             floor=self._floors.sum(),
             taken=np.minimum(self._usage, self._floors)[others].sum(),
             collectives=self._pauses.collectives,
+            unhinted=self._usage[others[0]],
         )
 
     def _compute_left(self, run: Run, b: int) -> float:

@@ -51,10 +51,14 @@ def bucket(seconds: F8) -> I4:
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """Time to keep in hand: ``fixed`` seconds and a ``share`` of the time left."""
+    """Time to keep in hand: ``fixed`` seconds, shape (links, 1) or of all links, and a ``share`` of the time left."""
 
-    fixed: float
+    fixed: float | F8
     share: float
+
+    def on(self, links: npt.NDArray[np.signedinteger]) -> Margin:
+        """That of some of the links, in this order."""
+        return self if isinstance(self.fixed, float) else Margin(self.fixed.take(links, axis=0), self.share)
 
     @property
     def twice(self) -> Margin:

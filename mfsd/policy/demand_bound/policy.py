@@ -22,12 +22,19 @@ from mfsd.policy.usage import WIRE
 from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, Decision
 
 if TYPE_CHECKING:
-    from mfsd.policy.views import B1, F8, I2, Explanation, Views
+    import numpy.typing as npt
+
+    from mfsd.policy.views import B1, F8, I2, Explanation, LinkView, Views
 
 LEAST: Final = 0.02
 """Share of a device that is as good as none."""
 MOSTLY: Final = 0.8
 """Collectives that take so much of the time count as never pausing."""
+DOUBT: Final = 10.0
+"""So many times too small or too large a size may be announced for a transfer to be no later than by plain sharing."""
+PACKETS: Final = 4
+"""Largest packets whose time is kept in hand at least: one is on the wire when somebody is promoted, and the two that
+the promoted one had in its queue are sent again."""
 HOLD: Final = 0.7
 """A transfer that is guaranteed stays so until it needs less than this share of ``defer_until``; and see HELD_S."""
 
@@ -86,8 +93,12 @@ class DemandBound(Policy):
 
     @property
     def margin(self) -> Margin:
-        """Time in hand."""
+        """Time in hand, where packets take next to none."""
         return Margin(self.margin_ms / 1e3, self.margin_share)
+
+    def margin_on(self, link: LinkView) -> Margin:
+        """Time in hand on each device: on slow ones it is that of some packets."""
+        return Margin(np.maximum(self.margin_ms / 1e3, PACKETS * link.packet)[:, None], self.margin_share)
 
     @property
     def least_levels(self) -> int:
@@ -124,7 +135,8 @@ class DemandBound(Policy):
 
     def judge(self, view: Views) -> Verdict:
         """Who can be in time, and what that takes."""
-        return Verdict.of(view, self.layout, self.margin, give_up=self.give_up, calm=HOLD * self.defer_until)
+        margin, calm = self.margin_on(view.link), HOLD * self.defer_until
+        return Verdict.of(view, self.layout, margin, give_up=self.give_up, calm=calm)
 
     def infeasible(self, view: Views) -> B1:
         """Transfers of requests that can't be in time beside the others, shape (n,)."""
@@ -139,7 +151,8 @@ class DemandBound(Policy):
         level = self._levels(view, verdict, needs)
         overdue = self.overdue(view, level)
         level = pick.levels(overdue, np.int16(self.layout.others), level)
-        return Decision(level, self._guarantee(view, verdict, needs & ~overdue, level, overdue), verdict.lost)
+        guarantee = self._guarantee(view, verdict, needs & ~overdue, level, overdue)
+        return Decision(level, guarantee, self._given_up(view, verdict, level, guarantee), verdict.lost)
 
     def needs(self, view: Views, verdict: Verdict) -> B1:
         """Transfers that need a guarantee, shape (n,)."""
@@ -207,7 +220,9 @@ class DemandBound(Policy):
         """
         lay, link, devices = self.layout, view.link, len(view.link.rate)
         asks = np.flatnonzero(needs & (level < lay.deferred))
-        if not len(asks) and not overdue.any():
+        waits = self._doubted(view, verdict, level)
+        beyond = (link.beyond > 0) & (link.collectives >= MOSTLY)
+        if not len(asks) and not overdue.any() and not len(waits) and not beyond.any():
             return np.zeros((devices, self.levels))
         cell = view.transfers.device * np.int32(self.levels) + level
         earliest = np.full(devices * self.levels, np.inf)
@@ -234,7 +249,47 @@ class DemandBound(Policy):
         if overdue.any():
             waiting = np.bincount(view.transfers.device[overdue], minlength=devices) > 0
             give(lay.others, np.where(waiting, self.overdue_share, 0.0))
+        # More than was announced: nobody knows how much it needs, but half of the link has been enough until now.
+        give(lay.others, np.where(beyond, self.defer_until, 0.0))
+        if len(waits):
+            doubt = np.zeros(devices * self.levels)
+            np.maximum.at(doubt, cell.take(waits), DOUBT * verdict.need.take(waits))
+            for wait in range(lay.deferred, self.levels):
+                give(wait, np.minimum(doubt.reshape(devices, self.levels)[:, wait], self.defer_until))
         return out * link.rate[:, None]
+
+    def _doubted(self, view: Views, verdict: Verdict, level: I2) -> npt.NDArray[np.intp]:
+        """Rows of the deferred that have a part of their device meanwhile, as by plain sharing.
+
+        As much as is enough if sizes were announced DOUBT times too small, and no more than is guaranteed them later:
+        beside unhinted traffic; beside collectives that never pause only if so much would fit, since the others would
+        only make them wait sooner. Collectives that pause leave some.
+        """
+        link = view.link
+        plain, busy = (link.unhinted >= LEAST) & (link.collectives <= 0.0), link.collectives >= MOSTLY
+        if not (plain | busy).any():
+            return np.zeros(0, dtype=np.intp)
+        waits = (level >= self.layout.deferred) & (level < self.levels) & (verdict.asked.due < np.inf)
+        waits &= verdict.asked.given.kv
+        device, fits = view.transfers.device, DOUBT * verdict.need <= 1.0
+        return np.flatnonzero(waits & (plain.take(device) | (busy.take(device) & fits)))
+
+    def _given_up(self, view: Views, verdict: Verdict, level: I2, guarantee: F8) -> F8 | None:
+        """Bytes/s for the lost, shape (devices,): what is guaranteed to nobody, up to ``defer_until``; None: nothing.
+
+        Sizes may have been announced too large, and plain sharing would have them in time. Only until they are due,
+        where few are lost, and where no collectives wait for it; beside those that never pause if there is nobody else.
+        """
+        t, link = view.transfers, view.link
+        there = (level == LEVEL_SCAVENGER) & (t.deadline > view.now)
+        if not there.any():
+            return None
+        devices = len(link.rate)
+        wait = np.bincount(t.device[there], minlength=devices)
+        single = (link.collectives >= MOSTLY) & (np.bincount(t.device[t.stage != COLLECTIVE], minlength=devices) == 1)
+        some = (wait > 0) & ~verdict.short & ((link.collectives <= 0.0) | single)
+        left = np.maximum(1.0 - link.floor, 0.0) * link.rate - guarantee.sum(axis=1)
+        return np.where(some, np.clip(left, 0.0, self.defer_until * link.rate), 0.0)
 
     def beside(self, view: Views, verdict: Verdict) -> F8:
         """Share of each device that is enough beside its collectives, since they pause, shape (devices,).
@@ -272,7 +327,7 @@ class DemandBound(Policy):
             crowd=bool(self.crowd(view, verdict)[row]),
             let_through=bool(self.overdue(view, self._levels(view, verdict, needs))[row]),
             layout=self.layout,
-            margin=self.margin,
+            margin=self.margin_on(view.link),
             defer_until=self.defer_until,
         )
         explain(case, out, view)

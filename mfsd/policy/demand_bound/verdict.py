@@ -127,6 +127,9 @@ class Verdict:
     def _far(self, view: Views, far: Far, margin: Margin, was_urgent: B1) -> None:
         """Add what the links into peers ask: to be served at their pace, not when the device would be in time."""
         rows, before = far.rows, far.load.before()
+        device = np.zeros(len(far.rate), dtype=np.int32)
+        device[far.link] = view.transfers.device.take(rows)
+        margin = margin.on(device)
         there, greedy = Need(far.load, margin, np.ones(len(far.rate))), self.greedy.take(rows)
         promised = there
         if greedy.any():
@@ -139,8 +142,6 @@ class Verdict:
         self.first[rows] |= (before < FIRST_S) & slow
         self.next[rows] |= (before < NEXT_S) & slow
         self.laxity[rows] = np.minimum(self.laxity.take(rows), there.laxity())
-        device = np.zeros(len(far.rate), dtype=np.int32)
-        device[far.link] = view.transfers.device.take(rows)
 
         def on_devices(share: F8) -> F8:
             """Share of the devices' rates that these shares of the links' are."""

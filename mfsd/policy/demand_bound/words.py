@@ -142,7 +142,7 @@ def _until_promoted(case: Case, view: Views) -> float:
     """Seconds until a deferred transfer is promoted if nothing is sent, by the figures of its device."""
     load, device = case.verdict.asked.load, int(view.transfers.device[case.row])
     due, total = (m[device, int(load.cell[case.row]) % BUCKETS :] for m in (load.due, load.total))
-    wait = (case.margin.leave(due) - total / case.defer_until) / (1.0 - case.margin.share)
+    wait = (case.margin.on(np.array([device])).leave(due) - total / case.defer_until) / (1.0 - case.margin.share)
     return max(min(float(wait.min()), float(case.verdict.laxity[case.row]) - NEAR_S), 0.0)
 
 

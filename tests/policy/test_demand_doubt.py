@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong sizes cost nobody more than plain sharing beside unhinted traffic would; links on which packets take long."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from support import policy_views as pv
+from support.demand import DEFERRED, FIRST, OTHERS, RATE, URGENT, alone, decide, demand_bound, shares
+
+from mfsd.ground.bands import LEVEL_SCAVENGER
+
+if TYPE_CHECKING:
+    from mfsd.policy.views import Decision
+
+BULK = 0.9
+"""What unhinted traffic offers."""
+
+
+def last(decision: Decision) -> float:
+    """Share of the first device that what is given up gets."""
+    return 0.0 if decision.given_up is None else float(decision.given_up[0]) / RATE
+
+
+@pytest.mark.parametrize(("work", "share"), [(0.01, 0.1 / 0.945), (0.001, 0.01 / 0.945), (0.2, 0.5)])
+def test_whoever_is_deferred_beside_unhinted_traffic_has_enough_for_ten_times_its_size(
+    work: float, share: float
+) -> None:
+    decision = decide(alone(work, 1.0), unhinted=BULK)
+    assert decision.level == [DEFERRED]
+    assert shares(decision)[DEFERRED] == pytest.approx(share, abs=1e-4)
+
+
+def test_so_has_who_is_small_beside_collectives_that_never_pause() -> None:
+    assert shares(decide(alone(0.01, 1.0), collectives=1.0))[DEFERRED] == pytest.approx(0.1 / 0.945, abs=1e-4)
+    assert shares(decide(alone(0.09, 1.0), collectives=1.0))[DEFERRED] == 0.5
+    assert shares(decide(alone(0.1, 1.0), collectives=1.0)) == [0.0] * 5  # ten times that would not fit
+
+
+def test_what_goes_beyond_what_was_announced_has_half_beside_collectives_that_never_pause() -> None:
+    nothing = alone(0.1, 1.0).take(np.zeros(0, dtype=np.intp))
+    assert shares(decide(nothing, collectives=1.0, beyond=2, floor=0.2))[OTHERS] == 0.5
+    assert shares(decide(nothing, collectives=1.0, beyond=0, floor=0.2)) == [0.0] * 5
+    assert shares(decide(nothing, collectives=0.5, beyond=1, floor=0.2)) == [0.0] * 5  # they leave some
+    beside = shares(decide(alone(0.5, 0.8), collectives=1.0, beyond=1, floor=0.2))
+    assert beside[FIRST] == pytest.approx(0.7)
+    assert beside[OTHERS] == pytest.approx(0.1)  # those who said what they need come first
+
+
+def test_who_waits_for_nobody_or_for_collectives_that_pause_is_guaranteed_nothing_meanwhile() -> None:
+    assert shares(decide(alone(0.01, 1.0), unhinted=0.0)) == [0.0] * 5
+    assert shares(decide(alone(0.01, 1.0), unhinted=BULK, collectives=0.2)) == [0.0] * 5
+
+
+def test_the_guarantees_of_those_who_need_them_come_before() -> None:
+    t = pv.transfers(2, left=np.array([0.5, 0.2]) * RATE, deadline=[0.9, 9.0], stage=3, level=[FIRST, DEFERRED])
+    decision = decide(t, unhinted=BULK, floor=0.2)
+    assert decision.level.tolist() == [FIRST, DEFERRED]
+    assert shares(decision)[FIRST] == pytest.approx(1.1 * 0.5 / (0.9 * 0.97 - 0.025), abs=1e-3)
+    assert sum(shares(decision)) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_one_that_can_not_be_in_time_has_half_of_what_nobody_is_guaranteed_until_it_is_due() -> None:
+    """Ten times too large a size makes it so."""
+    lost = decide(alone(2.0, 0.6), unhinted=BULK, floor=0.2)
+    assert lost.level == [LEVEL_SCAVENGER]
+    assert last(lost) == pytest.approx(0.5)
+    assert last(decide(alone(2.0, -0.1), unhinted=BULK)) == 0.0
+    both = decide(pv.transfers(2, left=np.array([9.0, 0.5]) * RATE, deadline=1.0, stage=3), unhinted=BULK, floor=0.2)
+    assert shares(both)[FIRST] == pytest.approx(1.1 * 0.5 / (1.0 * 0.97 - 0.025), abs=1e-3)
+    assert last(both) == pytest.approx(0.8 - shares(both)[FIRST], abs=1e-3)
+
+
+def test_where_many_are_lost_they_have_nothing_but_their_floor() -> None:
+    t = pv.transfers(4, left=np.array([9.0, 9.0, 0.1, 0.1]) * RATE, deadline=1.0, stage=3)
+    decision = decide(t, unhinted=BULK)
+    assert decision.level.tolist()[:2] == [LEVEL_SCAVENGER] * 2
+    assert last(decision) == 0.0
+
+
+def test_beside_collectives_one_that_is_lost_has_its_part_where_they_never_pause_and_nobody_else_waits() -> None:
+    assert last(decide(alone(2.0, 0.6), collectives=1.0)) == pytest.approx(0.5)
+    assert last(decide(alone(2.0, 0.6), collectives=0.5)) == 0.0
+    two = pv.transfers(2, left=np.array([9.0, 0.1]) * RATE, deadline=1.0, stage=3)
+    assert last(decide(two, collectives=1.0)) == 0.0
+
+
+def test_on_slow_links_some_packets_are_kept_in_hand() -> None:
+    """0.2 s of work; four packets of 27 ms are 0.108 s."""
+    for due, level in ((0.53, DEFERRED), (0.51, FIRST)):  # 0.2 / (0.523 * 0.97 - 0.108) = 0.5
+        assert decide(alone(0.2, due), packet=0.027).level == [level]
+    assert decide(alone(0.2, 0.51), packet=0.006).level == [DEFERRED]  # 24 ms are less than what is kept anyway
+    assert decide(alone(0.2, 0.33), packet=0.0).level == [FIRST]
+    assert decide(alone(0.2, 0.31), packet=0.027).level == [URGENT]
+    view = pv.view(alone(0.2, 0.6), net=pv.link(RATE, 5, packet=0.027))
+    wait = demand_bound().explain(0, view).figures["next_promotion_s"]
+    assert wait == pytest.approx((0.6 * 0.97 - 0.108 - 0.4) / 0.97)
