@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 COMM_MAX: Final = 15
 """Bytes of a thread's name (TASK_COMM_LEN without its 0, include/linux/sched.h)."""
+UID_MAX: Final = 2**32 - 2
+"""-1 is nobody's number; in the kernel's rules it means anybody."""
 PORTS: Final = 'a port, or a range such as "15000-17000"'
 CONDITIONS: Final = (
     "remote", "remote_ports", "local_ports", "pid", "executable", "thread", "cgroup", "unit", "user"
@@ -109,6 +111,14 @@ class RuleConfig(Section):
     def _unit(cls, value: str | None) -> str | None:
         if value is not None and ("/" in value or "." not in value):
             raise ValueError("no unit")
+        return value
+
+    @field_validator("user")
+    @classmethod
+    def _user(cls, value: str | None) -> str | None:
+        number = value if value is not None and value.isdecimal() else "0"
+        if not number.isascii() or len(number) > len(str(UID_MAX)) or int(number) > UID_MAX:
+            raise ValueError("no user")
         return value
 
     @field_validator("thread")

@@ -47,6 +47,10 @@ def problems(*rules: dict[str, Any], **sections: Any) -> list[str]:
         ),
         (KV | {"unit": "vllm"}, 'rule[0].unit = "vllm": must be the name of a unit, e.g. "vllm.service"'),
         (KV | {"user": ""}, 'rule[0].user = "": must be the name of a user'),
+        (KV | {"user": "4294967295"}, 'rule[0].user = "4294967295": must be the name of a user, or a number'),
+        (KV | {"user": "9" * 25}, f'rule[0].user = "{"9" * 25}": must be the name of a user'),
+        (KV | {"user": "9" * 5000}, 'rule[0].user = "999'),
+        (KV | {"user": "\u0661"}, 'rule[0].user = "\u0661": must be the name of a user'),
         (KV | {"pid": 1, "deadline_ms": 0.0}, "rule[0].deadline_ms = 0.0: must be a number of milliseconds above 0"),
         (KV | {"port": 1}, "rule[0].port = 1: unknown key; "),
         (
