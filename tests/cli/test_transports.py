@@ -217,3 +217,14 @@ def test_the_command_and_the_doctor(tree: Tree) -> None:
     assert none.severity is Severity.OK
     ran = run("transports", "--root", str(empty.root), "--for", "0s")
     assert "no RDMA links" in ran.out
+
+
+@pytest.mark.daemon
+def test_the_names_of_processes_move_no_cursor(tree: Tree) -> None:
+    tree.port("mlx5_0", "eth0")
+    tree.process(5, "\x1b[2J\u202evllm", NCCL_IB_TC="160")
+    ran = run("transports", "--root", str(tree.root), "--for", "0s")
+    assert "NCCL_IB_TC of ?[2J?vllm (5): DSCP 40 is mapped to no priority on eth0" in ran.out
+    as_json = run("transports", "--root", str(tree.root), "--for", "0s", "--json")
+    assert any("\x1b[2J\u202evllm" in str(value) for value in as_json.json["classes"][0].values())
+    assert [line for line in (ran.out + as_json.out).splitlines() if not line.isprintable()] == []
