@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mfsd.engine.late import Lateness
-from mfsd.engine.locating import SYN
+from mfsd.engine.locating import LOCATE_S, SYN, UNCONNECTED_S
 from mfsd.engine.shortfall import SLACK
 from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.model import INF, CookieSelector, Stage, TupleSelector
@@ -67,7 +67,7 @@ class Carriage:
                 begins = self._begins(session, stream.selector, stage)
                 self.watches.get(session, stream.selector, begins, expires, now)
         else:
-            conn = self._connection(session, selector, expires)
+            conn = self._connection(session, selector, expires, position)
             if conn is not None:
                 self.connections.note_rest(conn, now, linger=False)  # should the rest fail, nothing holds it
             watch = None
@@ -108,11 +108,13 @@ class Carriage:
                     until = self.books.streams.position_at(other, other.announced)
                     self.books.streams.skip(member, self.connections.positions.sent_by(conn), until)
 
-    def _connection(self, session: Session, selector: Selector, expires: float) -> Connection | None:
+    def _connection(self, session: Session, selector: Selector, expires: float, position: int) -> Connection | None:
         """The one connection that a selector names; None: it may name several, or one still to come."""
         connections = self.connections
         if isinstance(selector, CookieSelector):
-            return connections.of_cookie(selector.cookie, expires, session)
+            # Of one that has been written to the kernel has told, and would have told of its end.
+            new = not position and connections.sockets.tells
+            return connections.of_cookie(selector.cookie, expires, session, UNCONNECTED_S if new else LOCATE_S)
         exact = exact_endpoints(selector)
         if exact is None:
             return None

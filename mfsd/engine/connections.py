@@ -96,8 +96,8 @@ class Connections:
 
     # --- which connection ---------------------------------------------------------------------------------------------
 
-    def of_cookie(self, cookie: int, expires: float, session: Session | None = None) -> Connection:
-        """The connection with this socket cookie, made known if it was not.
+    def of_cookie(self, cookie: int, expires: float, session: Session | None = None, wait_s: float = 1.0) -> Connection:
+        """The connection with this socket cookie, made known if it was not. ``wait_s``: for who connects its socket.
 
         Raises HintError when it isn't ``session``'s to name, or the table is full.
         """
@@ -110,7 +110,7 @@ class Connections:
             if found is None:
                 # An unconnected socket, perhaps: its key works at once, and its addresses follow.
                 conn.only = -1 if session is None else session.only
-                self._unlocated.add(conn)
+                self._unlocated.add(conn, wait_s)
             else:
                 self.locate(conn, found)
         elif conn in self._unlocated or conn.endpoints is None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 LOCATE_S: Final = 1.0
 """A cookie that no socket has for so long is reported as gone."""
+UNCONNECTED_S: Final = 10.0
+"""So long where the kernel tells of sockets, if nothing was known to have been written to it when a transfer was
+announced: it may be about to be connected."""
 RETRY_S: Final = 0.1
 SILENT_S: Final = 3.0
 """So is one that has sent nothing but acknowledgements since it was hinted, and those so long ago: its socket was being
@@ -30,6 +33,8 @@ SYN: Final = 1
 class _Search:
     """The search for the socket of a cookie."""
 
+    wait_s: float
+    """How long it takes to be given up."""
     over: bool
     """It had one, which could not be connected."""
     next_try: float = 0.0
@@ -46,9 +51,9 @@ class Unlocated:
     def __contains__(self, conn: object) -> bool:
         return conn in self._searches
 
-    def add(self, conn: Connection, *, over: bool = False) -> None:
-        """Search for a socket from now on. ``over``: the one that there was could not be connected."""
-        self._searches[conn] = _Search(over)
+    def add(self, conn: Connection, wait_s: float = LOCATE_S, *, over: bool = False) -> None:
+        """Search for a socket from now on, for so long. ``over``: the one that there was could not be connected."""
+        self._searches[conn] = _Search(wait_s, over)
 
     def discard(self, conn: Connection) -> None:
         """It is found, or nobody wants to know. No error when it is not here."""
@@ -64,7 +69,9 @@ class Unlocated:
     def given_up(self, conn: Connection, now: float) -> bool:
         """A connection has not been found again; for long enough to say that it is gone."""
         search = self._searches[conn]
-        search.give_up = min(search.give_up, now + LOCATE_S)
+        search.give_up = min(search.give_up, now + search.wait_s)
+        if now > search.give_up - search.wait_s + LOCATE_S:
+            search.next_try = now + LOCATE_S
         return now >= search.give_up and (search.over or self._silent(conn.slot, now))
 
     def _silent(self, slot: int, now: float) -> bool:

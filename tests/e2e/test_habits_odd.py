@@ -113,10 +113,12 @@ def test_what_is_done_but_not_read_is_not_delivered(daemon: Daemon, client: Clie
 # --- before there is a connection -------------------------------------------------------------------------------------
 
 
-def test_a_socket_hinted_before_it_is_connected(daemon: Daemon, client: Client, sink: Sink) -> None:
+@pytest.mark.parametrize("earlier", [0.0, 2.0])
+def test_a_socket_hinted_before_it_is_connected(daemon: Daemon, client: Client, sink: Sink, earlier: float) -> None:
     def hint(s: socket.socket) -> None:
         client.transfer("t", s, MB, stage=Stage.P2D, request="r")
         assert client.flush(5)
+        time.sleep(earlier)
 
     grown = Grown(daemon)
     with dial(daemon.pair, before=hint) as s:
