@@ -226,7 +226,10 @@ static __always_inline void pace(struct tcp_sock *tp, __u64 rate)
 	}
 }
 
-/* From deferred to urgent: what the way holds, with the queue that we have kept. */
+/*
+ * From deferred to urgent: what the way holds, with the queue that we have kept. What is under way may be stuck in the band
+ * that it leaves, and nothing but what is sent behind it shows that it has been freed there (engine/rescue.py).
+ */
 static __always_inline void hurry(struct tcp_sock *tp, const struct mfsd_yield *y)
 {
 	struct mfsd_path *p = path_of(tp);
@@ -237,7 +240,7 @@ static __always_inline void hurry(struct tcp_sock *tp, const struct mfsd_yield *
 		window = link_of(y, p) *
 			 (p->base_us + late_of(p, tp->tcp_mstamp) + 2 * (__u64)most_of(y, p, MFSD_YIELD_FIRST)) / 1000000 /
 			 tp->mss_cache;
-	tp->snd_cwnd = window < INITIAL_WINDOW ? INITIAL_WINDOW : window;
+	tp->snd_cwnd = tp->packets_out + (window < INITIAL_WINDOW ? INITIAL_WINDOW : window);
 	tp->snd_ssthresh = INFINITE;
 }
 

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.privileges import DAEMON, call_with
 from support.waiting import wait_for
-from support.yielders import CHUNK, FIRST, RATE, SECOND, URGENT, Bench, needs_it
+from support.yielders import CHUNK, FIRST, SECOND, URGENT, Bench, needs_it, sleeper
 
 from bench.parts.testrun import live
 from mfsd.client import Fd, give_way
 from mfsd.client.manners import AVAILABLE
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf.libbpf import LibbpfLoader
-from mfsd.datapath.bpf.syscall import BpfMap
 from mfsd.datapath.bpf.yielding import Yielding
 from mfsd.datapath.errors import LoaderError
 from mfsd.lab.hosts.tcp import algorithm_of, queued, reset_at_close, tcp_info
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 
     from support.namespaces import NetnsPair
 
-
-NEVER: Final = 0xFFFFFFFF
+FIRST_WINDOW: Final = 10
+"""Packets of connections that know nothing of their way."""
 
 
 @pytest.fixture
@@ -152,6 +151,16 @@ def test_two_daemons_do_not_meddle(bench: Bench, default: str) -> None:
 
 
 @contextlib.contextmanager
+def jammed(pair: NetnsPair) -> Iterator[None]:
+    """Nothing leaves the first namespace meanwhile."""
+    pair.run(pair.a, f"tc qdisc add dev {pair.dev_a} root tbf rate 8bit burst 2000 limit 1mb")
+    try:
+        yield
+    finally:
+        pair.run(pair.a, f"tc qdisc del dev {pair.dev_a} root")
+
+
+@contextlib.contextmanager
 def deaf(pair: NetnsPair) -> Iterator[Bench]:
     """A bench whose algorithm has gone: nobody is told of the next connections."""
     with LibbpfLoader().open_classifier(64) as classifier, Yielding(classifier) as early:
@@ -219,29 +228,34 @@ def test_who_has_chosen_it_goes_back_to_cubic_though_the_kernel_tells_of_it(benc
 @pytest.mark.bpf
 @pytest.mark.parametrize("nodelay", [0, 1])
 def test_who_sleeps_hears_of_its_promotion(bench: Bench, nodelay: int) -> None:
-    """Its next packet is due in half an hour, and nothing is in flight: nothing else would tell it."""
-    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
-    sock = bench.connect(algorithm="cubic")
-    reset_at_close(sock)  # if it fails: no half an hour's end
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(CHUNK))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, nodelay)
-    bench.hint(sock, FIRST)
-    bench.becomes(sock, bench.yielding.name)
-    bench.sends_until(sock, lambda: bool((bench.yielding.paths()[1]["base_us"] < NEVER).any()))
-    wait_for(lambda: not queued(sock), "an idle connection")
-    (key,), (path,) = bench.yielding.paths()
-    path["share"], path["part"], path["delay_us"], path["target_us"], path["in_group"] = 1, 1, 1_000_000, 1000, 0
-    bench.yielding.settings["rate"] = 1
-    paths = BpfMap(bench.yielding.path_map, _abi.PATH_KEY_DTYPE.itemsize, _abi.PATH_DTYPE.itemsize)
-    paths.update(key.tobytes(), path.tobytes())
-    sock.sendall(CHUNK)
-    wait_for(lambda: queued(sock) < len(CHUNK), "its first packet")
-    assert queued(sock), "it is paced"
-    bench.yielding.settings["rate"] = RATE
+    """Nothing else would tell it."""
+    sock = sleeper(bench, nodelay=nodelay)
     bench.hint(sock, URGENT)
     bench.pair.call(bench.pair.a, bench.yielding.wake)
     wait_for(lambda: not queued(sock), "what it had left")
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == nodelay
+
+
+@needs_it
+@pytest.mark.bpf
+def test_a_promoted_one_may_send_behind_what_is_stuck(bench: Bench) -> None:
+    """More than its first window is: else nothing would show that it has been freed."""
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    sock = bench.connect(algorithm="cubic")
+    reset_at_close(sock)
+    bench.hint(sock, FIRST)
+    bench.becomes(sock, bench.yielding.name)
+    bench.sends_until(sock, lambda: tcp_info(sock).window > 4 * FIRST_WINDOW)
+    sock.setblocking(False)
+    with jammed(bench.pair):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.send(CHUNK)
+        stuck = wait_for(lambda: (n := tcp_info(sock).unacked) > FIRST_WINDOW and n, "packets in the qdisc")
+        bench.yielding.settings["rate"] = 1  # of a way that holds nothing
+        bench.hint(sock, URGENT)
+        bench.pair.call(bench.pair.a, bench.yielding.wake)
+        assert tcp_info(sock).window > stuck
 
 
 @needs_it

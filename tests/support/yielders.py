@@ -18,7 +18,9 @@ from mfsd.client import cookie_of
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import yielding
 from mfsd.datapath.bpf.keys import cookie_key
-from mfsd.lab.hosts.tcp import algorithm_of, tcp_info
+from mfsd.datapath.bpf.syscall import BpfMap
+from mfsd.lab.hosts.tcp import algorithm_of, queued, reset_at_close, tcp_info
+from support.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ FIRST: Final = 5
 SECOND: Final = 6
 RATE: Final = 100_000_000 // 8
 CHUNK: Final = bytes(1 << 16)
+NEVER: Final = 0xFFFFFFFF
 FAMILIES: Final = [socket.AF_INET, socket.AF_INET6]
 
 needs_it = pytest.mark.skipif(bool(yielding.missing()), reason=f"this kernel has no yield: {yielding.missing()}")
@@ -112,8 +115,9 @@ class Bench:
 
 
 def _drain(peer: socket.socket) -> None:
+    room = bytearray(1 << 20)
     with peer, contextlib.suppress(ConnectionError):
-        while peer.recv(1 << 20):
+        while peer.recv_into(room, 0, socket.MSG_TRUNC):  # thrown away uncopied
             pass
 
 
@@ -144,6 +148,29 @@ def acked(*socks: socket.socket, seconds: float = 1.5) -> npt.NDArray[np.int64]:
     time.sleep(seconds)
     grown: npt.NDArray[np.int64] = np.array([tcp_info(s).acked for s in socks]) - before
     return grown
+
+
+def sleeper(bench: Bench, *, nodelay: int = 1) -> socket.socket:
+    """A deferred connection that ran cubic. Its next packet is due in half an hour, and nothing of it is in flight."""
+    bench.yielding.settings["flags"] = _abi.YIELD_REPLACE
+    sock = bench.connect(algorithm="cubic")
+    reset_at_close(sock)  # if it fails: no half an hour's end
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(CHUNK))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, nodelay)
+    bench.hint(sock, FIRST)
+    bench.becomes(sock, bench.yielding.name)
+    bench.sends_until(sock, lambda: bool((bench.yielding.paths()[1]["base_us"] < NEVER).any()))
+    wait_for(lambda: not queued(sock), "an idle connection")
+    (key,), (path,) = bench.yielding.paths()
+    path["share"], path["part"], path["delay_us"], path["target_us"], path["in_group"] = 1, 1, 1_000_000, 1000, 0
+    bench.yielding.settings["rate"] = 1
+    paths = BpfMap(bench.yielding.path_map, _abi.PATH_KEY_DTYPE.itemsize, _abi.PATH_DTYPE.itemsize)
+    paths.update(key.tobytes(), path.tobytes())
+    sock.sendall(CHUNK)
+    wait_for(lambda: queued(sock) < len(CHUNK), "its first packet")
+    assert queued(sock), "it is paced"
+    bench.yielding.settings["rate"] = RATE
+    return sock
 
 
 def rtt_us(sock: socket.socket) -> int:

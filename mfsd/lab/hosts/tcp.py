@@ -44,7 +44,7 @@ def reset_at_close(sock: socket.socket) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TcpInfo:
-    """Counters since the connection was made."""
+    """Counters since the connection was made, and what there is of it now."""
 
     retransmitted: int
     """Segments, of MSS bytes at most."""
@@ -52,12 +52,17 @@ class TcpInfo:
     """Retransmission timeouts; always 0 before Linux 6.7, which does not count them."""
     acked: int
     """Bytes that the other end has acknowledged, and 1 for a SYN of ours."""
+    unacked: int
+    """Segments under way."""
+    window: int
+    """Congestion window, segments."""
 
 
 def tcp_info(sock: socket.socket) -> TcpInfo:
     """Ask the kernel. Raises OSError for a closed socket."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO).ljust(_INFO, b"\0")
-    return TcpInfo(*(struct.unpack_from(kind, raw, at)[0] for kind, at in (("=I", 100), ("=H", 240), ("=Q", 120))))
+    places = ("=I", 100), ("=H", 240), ("=Q", 120), ("=I", 24), ("=I", 80)
+    return TcpInfo(*(struct.unpack_from(kind, raw, at)[0] for kind, at in places))
 
 
 def queued(sock: socket.socket) -> int:
