@@ -100,6 +100,7 @@ struct tcp_congestion_ops {
 	void (*pkts_acked)(struct sock *sk, const struct ack_sample *sample);
 	__u32 (*min_tso_segs)(struct sock *sk);
 	__u32 (*undo_cwnd)(struct sock *sk);
+	void (*release)(struct sock *sk);
 	__u32 flags;
 	char name[16];
 };

@@ -254,6 +254,14 @@ __u32 BPF_PROG(mfsd_undo, struct sock *sk)
 	return TCP(sk)->snd_cwnd;
 }
 
+/* The socket gets another algorithm, perhaps the next daemon's: to that, our pacing would be the application's wish. */
+SEC("struct_ops/mfsd_release")
+void BPF_PROG(mfsd_release, struct sock *sk)
+{
+	if (MINE(TCP(sk))->paced)
+		pace(TCP(sk), 0);
+}
+
 SEC(".struct_ops")
 struct tcp_congestion_ops mfsd_yielding = {
 	.init = (void *)mfsd_init,
@@ -263,6 +271,7 @@ struct tcp_congestion_ops mfsd_yielding = {
 	.pkts_acked = (void *)mfsd_acked,
 	.min_tso_segs = (void *)mfsd_send,
 	.undo_cwnd = (void *)mfsd_undo,
+	.release = (void *)mfsd_release,
 	.flags = NON_RESTRICTED, /* workers may choose it for sockets that nobody tells us of: without a slot it is cubic */
 	.name = "mfsd_yield",
 };

@@ -16,10 +16,16 @@ static __always_inline int deferred(__u64 cookie, __u64 now)
 	return y && cookie && governed(now, &dead) && class_of(y, band_of(cookie, now)) != MFSD_YIELD_NOT;
 }
 
+/* Names of algorithms: any daemon's. */
+static __always_inline int is_yielding(const char *name)
+{
+	return name[0] == 'm' && name[1] == 'f' && name[2] == 's' && name[3] == 'd' && name[4] == '_';
+}
+
 /*
  * Whether a socket is to get our algorithm; `tp` is the same socket as the one that `before` is about. Who has asked for
  * another algorithm than its namespace's default has a reason. Who has asked for the default may as well have been given
- * back to it by a daemon before.
+ * back to it by a daemon before, and who runs yielding have been put under it.
  */
 static __always_inline int wanted(struct before *before, struct tcp_sock *tp)
 {
@@ -27,7 +33,8 @@ static __always_inline int wanted(struct before *before, struct tcp_sock *tp)
 
 	if (before->standing == SETTLED && !before->name[0] && y && !(y->flags & MFSD_YIELD_REPLACE) &&
 	    BPF_CORE_READ_BITFIELD(tp, inet_conn.icsk_ca_setsockopt) &&
-	    tp->inet_conn.icsk_ca_ops != tp->inet_conn.icsk_inet.sk.__sk_common.skc_net.net->ipv4.tcp_congestion_control)
+	    tp->inet_conn.icsk_ca_ops != tp->inet_conn.icsk_inet.sk.__sk_common.skc_net.net->ipv4.tcp_congestion_control &&
+	    !is_yielding(tp->inet_conn.icsk_ca_ops->name))
 		before->standing = FOREIGN;
 	return before->standing == SETTLED;
 }
@@ -42,8 +49,7 @@ static __always_inline void own_name(__u64 *name)
 /* What it runs now; if that is a former daemon's yielding, what that had found is not known. */
 static __always_inline void tidy(struct before *before)
 {
-	if (before->name[0] == 'm' && before->name[1] == 'f' && before->name[2] == 's' && before->name[3] == 'd' &&
-	    before->name[4] == '_')
+	if (is_yielding(before->name))
 		__builtin_memcpy(before->name, "cubic", sizeof("cubic"));
 }
 

@@ -90,7 +90,7 @@ class Devices:
         self.host.set_timeout(config.daemon.heartbeat_timeout_ms)
         try:
             self._listen(shared)
-            self.network = Network.start(config.network, bands, shared)
+            self.network = Network.start(config.network, bands, shared, self._rate)
         except BaseException:
             self.close()
             raise
@@ -147,6 +147,11 @@ class Devices:
             # Else the next algorithm takes over connections that yield, one by one, and none of them has to stop.
             self.predecessor.retire(lapse=not self.network.algorithm)
 
+    @property
+    def _rate(self) -> float:
+        """Of the fastest device, bytes/s; 0: unknown."""
+        return max(d.estimator.configured for d in self.all)
+
     def descriptors(self) -> dict[str, int | Attachment]:
         """By name, what has to outlive this process for another to take over."""
         if not self.all:
@@ -166,7 +171,7 @@ class Devices:
             for device in found:
                 self._guarded(device, lambda d: self._care(d, mode, sure=gone is not None))
                 device.asked = False
-            self.network.care(max(d.estimator.configured for d in self.all))
+            self.network.care(self._rate)
             if self.teller is not None and self.teller.keep():
                 log.warning("somebody has taken off what tells of connections; it is there again")
 

@@ -6,6 +6,7 @@ Which bands yield follows from the bands: the levels below the default band, and
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,8 @@ UNIT: Final = 1024
 """Of struct mfsd_path's fractions (bpf/yield.h)."""
 FLOORS_S: Final = 0.1
 """How often it is reckoned what connections may always send."""
+UNKNOWN: Final = Rate.parse("1gbit")
+"""For the rate of a host whose devices say none: by 0, connections would sleep for half an hour between two packets."""
 
 log = structlog.get_logger(__name__)
 
@@ -61,8 +64,8 @@ class Network:
     """Of which connections have been told."""
 
     @classmethod
-    def start(cls, config: NetworkConfig, bands: Bands, classifier: Classifier) -> Network:
-        """Load and attach it where that is wanted. Raises LoaderError where it must be."""
+    def start(cls, config: NetworkConfig, bands: Bands, classifier: Classifier, rate: float) -> Network:
+        """Load and attach it where that is wanted. ``rate``: as ``care``'s. Raises LoaderError where it must be."""
         out = cls(config, bands)
         if config.mode == "off":
             return out
@@ -77,6 +80,7 @@ class Network:
         out._waker = Waker(out._yielding.wake)
         settings = out._yielding.settings
         settings["flags"] = _abi.YIELD_REPLACE if config.replace else 0
+        out._follow(rate)  # before the first connection yields: over a restart nobody looks after devices for seconds
         for band, kind in classes_of(bands).items():
             settings["class_of"][0, band] = kind
         log.info("yielding in the network", algorithm=out._yielding.name)
@@ -92,16 +96,14 @@ class Network:
         """For plans; empty where nothing yields."""
         if self._yielding is None:
             return ""
-        rate = float(self._yielding.settings["rate"][0])
-        return config_bands.yielding_in_words(self.config, self.bands, Rate(rate) if rate else None)
+        rate = Rate(float(self._yielding.settings["rate"][0]))
+        return config_bands.yielding_in_words(self.config, self.bands, rate)
 
     def care(self, rate: float) -> None:
-        """Follow the devices' rate (bytes/s), and look at connections that the kernel does not tell of."""
+        """Follow the devices' rate (bytes/s; 0: unknown), and look at connections that the kernel does not tell of."""
         if self._yielding is None:
             return
-        settings = self._yielding.settings
-        target = self.config.target_s(Rate(rate) if rate else None)
-        settings["rate"], settings["target_us"] = int(rate), int(target * 1e6)
+        self._follow(rate)
         if not self._deaf:
             return
         try:
@@ -112,6 +114,13 @@ class Network:
         self._deaf = deaf > 0
         if switched:
             log.info("yielding", connections=switched)
+
+    def _follow(self, rate: float) -> None:
+        if self._yielding is None:
+            return
+        settings = self._yielding.settings
+        target = self.config.target_s(Rate(rate) if rate else None)
+        settings["rate"], settings["target_us"] = int(rate or UNKNOWN.bytes_per_s), int(target * 1e6)
 
     def beat(self, engine: Engine, now: float) -> None:
         """After a tick: wake who has been promoted, and say what connections may always send."""
@@ -165,6 +174,8 @@ class Network:
             self._waker.close()
             self._waker = None
         if self._yielding is not None:
+            with contextlib.suppress(OSError):
+                self._yielding.wake()  # who sleeps goes back now, and not when its next packet is due
             self._yielding.close()
             self._yielding = None
 

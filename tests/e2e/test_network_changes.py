@@ -61,3 +61,4 @@ def test_off_and_on_again_over_restarts(netns_pair: NetnsPair, tmp_path: Path) -
             wait_for(lambda: algorithm_of(flow.sender) in ours() - before, "yielding again")
         daemon.end(signal.SIGTERM)
         wait_for(lambda: ours() == before, "the algorithm to go")
+        wait_for(lambda: algorithm_of(flow.sender) == "cubic", "cubic again")
