@@ -88,7 +88,7 @@ __u32 BPF_PROG(mfsd_send, struct sock *sk)
 	most = most_of(y, p, m->class);
 	floor = floor_of(y, p, m->band);
 	rate = rate_of(p, tp->mss_cache, most);
-	window = window_of(p, tp->tcp_mstamp);
+	window = window_of(p, tp->tcp_mstamp, link_of(y, p), tp->mss_cache);
 	if (rate) {
 		/* Without anything a sleeper would not notice that the queue is gone. */
 		least = link_of(y, p) / PROBES / (p->flows + p->flows_now + 1);

@@ -47,7 +47,8 @@
 #define LONE_US 50000	   /* longer than receivers keep an ACK to themselves */
 #define BASE_US 30000000   /* a base round trip is forgotten after one or two of these */
 #define PROBE_US 5000000   /* without an empty queue for so long, we make room to see the base */
-#define PROBE_PACES 6
+#define PROBE_PACES 6	   /* ... for so long, on the way there */
+#define PROBE_BACKS 2	   /* ... and on the way back: until what is under way has come, and what is sent then */
 #define EPOCH_US 200000	   /* over which connections are counted */
 #define PART_LEAST (UNIT / 32)
 #define PART_PROBE (UNIT / 8)
@@ -100,13 +101,18 @@ static __always_inline __u32 late_of(const struct mfsd_path *p, __u64 now)
 	return now - p->slice_at < EPOCH_US ? p->back_us : 0;
 }
 
-/* Packets that one connection may have in flight: more than its part of the share while ACKs are late. */
-static __always_inline __u64 window_of(const struct mfsd_path *p, __u64 now)
+/*
+ * Packets that one connection may have in flight: more than its part of the share while ACKs are late. But by no more than
+ * a link of `rate` bytes/s carries meanwhile: where processors are late, a share is larger than it seems.
+ */
+static __always_inline __u64 window_of(const struct mfsd_path *p, __u64 now, __u64 rate, __u32 mss)
 {
-	__u64 window = (__u64)p->share * p->part / UNIT;
+	__u64 window = (__u64)p->share * p->part / UNIT, late = late_of(p, now), more;
 
-	if (p->base_us != NEVER)
-		window += window * late_of(p, now) / (p->base_us + p->target_us + 1);
+	if (p->base_us != NEVER && mss) {
+		more = window * late / (p->base_us + p->target_us + 1);
+		window += at_most(more, at_most(rate * late / 1000000 * UNIT / mss, MAX_SHARE));
+	}
 	return at_most(window / UNIT, MAX_SHARE / UNIT);
 }
 
@@ -183,7 +189,7 @@ static __always_inline void make_room(struct mfsd_path *p, __u64 now, __u32 most
 		p->room_since = now;
 	p->part = PART_PROBE;
 	be_calm(p, now, most);
-	if (now - p->room_since > PROBE_PACES * (__u64)pace_of(p, most)) {
+	if (now - p->room_since > PROBE_PACES * (__u64)(pace_of(p, most) - p->back_us) + PROBE_BACKS * (__u64)p->back_us) {
 		p->room_since = 0;
 		p->empty_at = now;
 		p->part = UNIT;
