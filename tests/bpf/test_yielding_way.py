@@ -102,7 +102,7 @@ def test_a_busy_way_back_is_no_queue_and_hides_none(bench: Bench, family: int) -
             assert rtt_us(one) > FULL_US, "the way back is full"
             assert beside[0] / 4.0 > 0.6 * alone[0] / 1.5
             with filled(other):
-                there = acked(one, other)
+                there = acked(one, other, seconds=4.0)  # where ACKs are late, cubic takes as long to get its part
             assert there[0] < 0.3 * there.sum(), "it yields all the same"
     assert algorithm_of(one) == bench.yielding.name
 
