@@ -195,7 +195,7 @@ def test_collectives_that_pause_lose_nothing_to_who_needs_half_of_the_link() -> 
 @example(SURPRISED, 4.0, "a bulk transfer")
 @example(EDGE, 4.0, "nobody")
 def test_without_surprises_promotions_are_few_and_verdicts_stand(jobs: list[Job], load: float, crowd: str) -> None:
-    """Who gets more than it needs waits again, but not often; lost once at most; the lost come back once.
+    """Who gets more than it needs waits again, but not often; who is lost comes back once at most.
 
     If others leave, or as far as they have moved meanwhile.
 
@@ -208,7 +208,7 @@ def test_without_surprises_promotions_are_few_and_verdicts_stand(jobs: list[Job]
         promotions = sum(b < a for a, b in itertools.pairwise(kept))
         assert promotions <= 4 + len(jobs)
         flips = sum(a != b for a, b in zip([False, *seen.infeasible], seen.infeasible, strict=False))
-        assert flips <= (0 if load < 1 else 2)
+        assert flips <= (0 if load < 1 else 3)
 
 
 def test_who_was_lost_for_somebody_who_is_lost_later_comes_back() -> None:
