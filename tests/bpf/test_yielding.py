@@ -23,12 +23,14 @@ from mfsd.datapath.errors import LoaderError
 from mfsd.lab.hosts.tcp import algorithm_of, queued, reset_at_close, tcp_info
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from support.namespaces import NetnsPair
 
 FIRST_WINDOW: Final = 10
 """Packets of connections that know nothing of their way."""
+STILL: Final = 20
+"""Looks in a row that show the same."""
 
 
 @pytest.fixture
@@ -160,6 +162,18 @@ def jammed(pair: NetnsPair) -> Iterator[None]:
         pair.run(pair.a, f"tc qdisc del dev {pair.dev_a} root")
 
 
+def stands(number: Callable[[], int]) -> int:
+    """A number that no longer changes."""
+    seen: list[int] = []
+
+    def still() -> bool:
+        seen.append(number())
+        return len(seen) >= STILL and len(set(seen[-STILL:])) == 1
+
+    wait_for(still, "it to stand")
+    return seen[-1]
+
+
 @contextlib.contextmanager
 def deaf(pair: NetnsPair) -> Iterator[Bench]:
     """A bench whose algorithm has gone: nobody is told of the next connections."""
@@ -251,7 +265,8 @@ def test_a_promoted_one_may_send_behind_what_is_stuck(bench: Bench) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 sock.send(CHUNK)
-        stuck = wait_for(lambda: (n := tcp_info(sock).unacked) > FIRST_WINDOW and n, "packets in the qdisc")
+        stuck = stands(lambda: tcp_info(sock).unacked)
+        assert stuck > FIRST_WINDOW
         bench.yielding.settings["rate"] = 1  # of a way that holds nothing
         bench.hint(sock, URGENT)
         bench.pair.call(bench.pair.a, bench.yielding.wake)

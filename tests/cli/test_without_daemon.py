@@ -176,7 +176,7 @@ def test_a_real_daemon(netns_pair: NetnsPair, conf: Path) -> None:
         assert connection["endpoints"] == "10.77.0.1:5000 -> 10.77.0.2:6000"
         assert ctl(conf, "explain", "t1").code == ctl(conf, "explain", "--slot", str(transfer["slot"])).code == 0
         assert ctl(conf, "explain", "nobody").code == 1
-        wrong = ctl(conf, "hint", "transfer", "t2", "--request", "r1", "--stage", "p2d", "--bytes", "-1", *to)
+        wrong = ctl(conf, "hint", "transfer", "t2", "--request", "r1", "--stage", "p2d", "--bytes", "0", *to)
         assert wrong.code == 1
         assert "transfer.bytes" in wrong.err
         assert ctl(conf, "hint", "cancel", "request", "r1").code == 0
