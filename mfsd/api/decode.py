@@ -175,11 +175,7 @@ class Decoder:
         )
 
     def _completion(self, hint: hints_pb2.Hint, _now: float) -> EndHint:
-        m = hint.completion
-        name = m.transfer_id
-        if name and 4 * len(name) <= self._id_bytes and not m.request_id and not m.batch_id:
-            return EndHint(_TRANSFER, name)  # nearly all of them
-        return self._end("completion", m, cancelled=False)
+        return self._end("completion", hint.completion, cancelled=False)
 
     def _cancellation(self, hint: hints_pb2.Hint, _now: float) -> EndHint:
         end = self._end("cancellation", hint.cancellation, cancelled=True)
@@ -192,7 +188,8 @@ class Decoder:
     def _end(self, name: str, m: hints_pb2.Completion | hints_pb2.Cancellation, *, cancelled: bool) -> EndHint:
         transfer, request, batch = m.transfer_id, m.request_id, m.batch_id
         if transfer and not request and not batch:
-            return EndHint(_TRANSFER, self._id(f"{name}.transfer_id", transfer), cancelled)
+            short = 4 * len(transfer) <= self._id_bytes
+            return EndHint(_TRANSFER, transfer if short else self._id(f"{name}.transfer_id", transfer), cancelled)
         if transfer or bool(request) == bool(batch):
             problem = "is set together with another id" if transfer or request or batch else "is empty, and no other id"
             raise HintError(f"{name}.transfer_id", problem, "set exactly one of transfer_id, request_id, batch_id")

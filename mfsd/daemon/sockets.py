@@ -124,10 +124,10 @@ class HostSockets:
         if self._teller is not None and self._teller.taken_off != self._taken_off:
             self._taken_off = self._teller.taken_off
             self._search("listing sockets", self._enter_older)
-            self.look(list(dict.fromkeys(selector for selector, _ in self._rules)))
+            self._look_again()
         if self._teller is not None and self._teller.lost != self._lost and not self._teller.waiting:
             self._lost = self._teller.lost
-            self.look(list(dict.fromkeys(selector for selector, _ in self._rules)))
+            self._look_again()
         while self._answers:
             out.append(self._answers.popleft())
         self._follow_makers()
@@ -178,6 +178,10 @@ class HostSockets:
         """See Sockets."""
         wanted, since = list(selectors), clock.monotonic() - ON_THE_WAY_S
         self._search("listing sockets", lambda: self._look(wanted, since), lambda: self._not_found(wanted))
+
+    def _look_again(self) -> None:
+        """For whatever is looked for: some of it may have gone by unseen."""
+        self.look(list(dict.fromkeys(selector for selector, _ in self._rules)))
 
     def progress(self, sockets: Sequence[tuple[int, Endpoints]]) -> Mapping[int, Progress | None] | None:
         """See Sockets."""

@@ -13,7 +13,7 @@ import numpy as np
 from mfsd.ground.model import INF
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import numpy.typing as npt
 
@@ -51,9 +51,9 @@ class Beyond:
                 end = float(books.transfers.get(last, "end"))
                 self._since[members[0].slot] = books.streams.position_at(stream, end)
 
-    def slots(self, sent: F8, now: float) -> npt.NDArray[np.int32]:
-        """Where more has left, by LEAST, before it is due. ``sent``: by slot, shape (high,)."""
-        slots = np.flatnonzero(self._until[: len(sent)] > now)
+    def slots(self, high: int, sent: Callable[[], F8], now: float) -> npt.NDArray[np.int32]:
+        """Where more has left, by LEAST, before it is due. ``sent``: by slot, shape (high,), asked if it matters."""
+        slots = np.flatnonzero(self._until[:high] > now)
         if len(slots):
-            slots = slots[sent.take(slots) > self._since.take(slots) + LEAST]
+            slots = slots[sent().take(slots) > self._since.take(slots) + LEAST]
         return slots.astype(np.int32)

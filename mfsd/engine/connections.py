@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.lanes import Lanes
-from mfsd.engine.locating import Unlocated
+from mfsd.engine.locating import LOCATE_S, Unlocated
 from mfsd.engine.ownership import own, own_now
 from mfsd.engine.peers import Peers
 from mfsd.engine.positions import Positions
@@ -96,7 +96,7 @@ class Connections:
 
     # --- which connection ---------------------------------------------------------------------------------------------
 
-    def of_cookie(self, cookie: int, expires: float, session: Session | None = None, wait_s: float = 1.0) -> Connection:
+    def of_cookie(self, cookie: int, expires: float, session: Session, wait_s: float = LOCATE_S) -> Connection:
         """The connection with this socket cookie, made known if it was not. ``wait_s``: for who connects its socket.
 
         Raises HintError when it isn't ``session``'s to name, or the table is full.
@@ -109,7 +109,7 @@ class Connections:
             conn = self._take(cookie, None, expires, session=session)
             if found is None:
                 # An unconnected socket, perhaps: its key works at once, and its addresses follow.
-                conn.only = -1 if session is None else session.only
+                conn.only = session.only
                 self._unlocated.add(conn, wait_s)
             else:
                 self.locate(conn, found)

@@ -268,14 +268,6 @@ class Delivery:
 
     # --- what hints say about writing ---------------------------------------------------------------------------------
 
-    def written(self, transfer: Transfer, now: float) -> None:
-        """The process says that it has written the last byte of one: ``hand_over``, which is said of each."""
-        if not transfer.stream.members:
-            self.hand_over((transfer,), now)
-            return
-        transfer.left, transfer.handed_over = False, True
-        self._confirm[transfer.stream] = 0.0
-
     def hand_over(self, transfers: Iterable[Transfer], now: float, *, left: bool = False) -> None:
         """The process has written the last byte: what TCP still holds remains to be delivered.
 
@@ -289,6 +281,8 @@ class Delivery:
                 self._confirm[transfer.stream] = 0.0
             else:
                 nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
+        if not nowhere:
+            return
         short: dict[Stream, list[Transfer]] = {}
         for transfer in nowhere:
             if transfer.left:

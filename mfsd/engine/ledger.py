@@ -286,7 +286,7 @@ class Ledger:
             if self._cancelled:
                 self.settle(now)
             if transfer is not None:
-                self.delivery.written(transfer, now)
+                self.delivery.hand_over((transfer,), now)
         elif transfer is None:
             self.settle(now)
             session.make_good(hint.id)

@@ -63,6 +63,10 @@ class Positions:
         high = self.table.high
         return np.maximum(self.table.sent[:high], self._sent[:high])
 
+    def goes_on(self, now: float) -> npt.NDArray[np.int32]:
+        """Slots of connections that have sent more than was announced, which is not due yet."""
+        return self.beyond.slots(self.table.high, self.sent, now)
+
     def acked(self) -> F8:
         """What the peer of each connection is known to have acknowledged, by slot; shape (high,)."""
         high = self.table.high

@@ -136,7 +136,7 @@ class Steering:
         ``steers``: packets follow the levels. Then promotions may need help; else what is queued is let out.
         """
         decided = None
-        if self.books.transfers.n or self.books.arrange_wanted or self._beyond(now):
+        if self.books.transfers.n or self.books.arrange_wanted or len(self.connections.positions.goes_on(now)):
             decided = self._decide(moved, now)
         else:
             self._untold.clear()
@@ -167,9 +167,6 @@ class Steering:
         due = t.live("deadline") < INF
         bands = np.unique(self.ladder.bands(t.live("level")[due])).tolist()
         return {b for b in bands if b > default and self.bands.bands[b].role is Role.LEVEL}
-
-    def _beyond(self, now: float) -> bool:
-        return bool(len(self.connections.positions.beyond.slots(self.connections.positions.sent(), now)))
 
     def _decide(self, moved: Moved, now: float) -> Decision | None:
         """Decide the levels of all transfers; returns what was decided, for what is guaranteed."""

@@ -243,7 +243,7 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
     # None where the device has none; those of the levels are no obstacle to what stands on a level.
     floors = bands.floors * np.array([[d.floors] for d in devices] or [[False]])
     rate = np.array([e.rate for e in estimators] or [0.0])
-    beyond = connections.device_of(connections.positions.beyond.slots(connections.positions.sent(), now))
+    beyond = connections.device_of(connections.positions.goes_on(now))
     return LinkView(
         rate=rate,
         load=np.minimum(load.sum(axis=1), 1.0),

@@ -150,8 +150,9 @@ HOLES: Final = frozenset({1, 3, 4})
 APP_LIMITED: Final = 1
 """Bit of Tcp.flags."""
 _MEMORY: Final = struct.Struct("=8xI")  # SK_MEMINFO_WMEM_ALLOC, include/uapi/linux/sock_diag.h
-_INFO_LENGTH: Final = nl.ATTR.size + _TCP_INFO.size
-_MEMORY_LENGTH: Final = nl.ATTR.size + _MEMORY.size
+_HEAD: Final = nl.ATTR.size
+_INFO_LENGTH: Final = _HEAD + _TCP_INFO.size
+_MEMORY_LENGTH: Final = _HEAD + _MEMORY.size
 
 
 class Answer(NamedTuple):
@@ -281,8 +282,8 @@ class Diag:
         out = []
         for m in self._dump(family, protocol, states):
             at, length = nl.find(m.data, m.body + _MESSAGE.size, m.end, INET_DIAG_CGROUP_ID)
-            told = length >= nl.ATTR.size + _CGROUP.size
-            out.append((_row(m), _CGROUP.unpack_from(m.data, at + nl.ATTR.size)[0] if told else 0))
+            told = length >= _HEAD + _CGROUP.size
+            out.append((_row(m), _CGROUP.unpack_from(m.data, at + _HEAD)[0] if told else 0))
         return out
 
     def algorithms(self) -> list[tuple[bytes, str]]:
@@ -323,6 +324,6 @@ def _answer(m: nl.Message) -> Answer | None:
     (info, of_info), (memory, of_memory) = nl.find_two(
         data, m.body + _MESSAGE.size, m.end, INET_DIAG_INFO, INET_DIAG_SKMEMINFO
     )
-    tcp = tuple.__new__(Tcp, _TCP_INFO.unpack_from(data, info + 4)) if of_info >= _INFO_LENGTH else None  # as _row
-    queued = _MEMORY.unpack_from(data, memory + 4)[0] if of_memory >= _MEMORY_LENGTH else 0
+    tcp = tuple.__new__(Tcp, _TCP_INFO.unpack_from(data, info + _HEAD)) if of_info >= _INFO_LENGTH else None  # as _row
+    queued = _MEMORY.unpack_from(data, memory + _HEAD)[0] if of_memory >= _MEMORY_LENGTH else 0
     return tuple.__new__(Answer, (row, tcp, queued))

@@ -127,7 +127,7 @@ def find_two(data: bytes, start: int, end: int, one: int, other: int) -> tuple[t
             first = first if first[1] else (start, length)
         elif kind == other:
             second = second if second[1] else (start, length)
-        if first[1] and second[1]:
+        if first[1] and (second[1] or one == other):
             break
         start += length + 3 & ~3
     return first, second

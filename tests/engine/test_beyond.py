@@ -13,12 +13,19 @@ def beyond(h: Host) -> int:
     return int(h.engine.steering.views(h.now).link.beyond.sum())
 
 
-def arrived(h: Host, *, more: int = MORE) -> FakeSocket:
-    """A transfer that is due in 5 s, and what goes behind it."""
+def announced(h: Host, *names: str) -> FakeSocket:
+    """Transfers that are due in 5 s."""
     s = h.socket(1)
     h.request("r", 5.0)
-    h.transfer("t", s, SIZE)
+    for name in names:
+        h.transfer(name, s, SIZE)
     h.tick()
+    return s
+
+
+def arrived(h: Host, *, more: int = MORE) -> FakeSocket:
+    """One that has arrived, and what goes behind it."""
+    s = announced(h, "t")
     h.send(s, SIZE)
     h.tick(0.01)
     assert not h.session.transfers
@@ -55,10 +62,7 @@ def test_what_is_announced_is_not_beyond() -> None:
 
 def test_whoever_says_that_it_was_all_sends_something_else_behind_it() -> None:
     h = Host()
-    s = h.socket(1)
-    h.request("r", 5.0)
-    h.transfer("t", s, SIZE)
-    h.tick()
+    s = announced(h, "t")
     h.send(s, SIZE, acked=False)
     h.done("t")
     h.ack(s, SIZE)
@@ -71,11 +75,7 @@ def test_whoever_says_that_it_was_all_sends_something_else_behind_it() -> None:
 
 def test_one_with_more_behind_it_is_not_the_last() -> None:
     h = Host()
-    s = h.socket(1)
-    h.request("r", 5.0)
-    h.transfer("a", s, SIZE)
-    h.transfer("b", s, SIZE)
-    h.tick()
+    s = announced(h, "a", "b")
     h.send(s, SIZE)
     h.tick(0.01)
     h.send(s, MORE, acked=False)

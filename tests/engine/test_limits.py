@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support.harness import Host
 
-from mfsd.engine.engine import DROPPED_AT_ONCE, LINGER_S
+from mfsd.engine.endings import AT_ONCE
+from mfsd.engine.engine import DROPPED_AT_ONCE, HOUSEKEEPING_S, LINGER_S
 from mfsd.engine.settings import LimitsConfig
 from mfsd.ground.model import (
     BatchHint,
@@ -140,6 +141,17 @@ def test_what_nobody_completes_expires() -> None:
     assert EventKind.EXPIRED in [e.kind for e in h.session.events]
     assert h.engine.books.counters.transfers_expired == 1
     assert h.engine.books.counters.deadlines_missed == 1
+
+
+def test_very_many_requests_expire_some_at_a_time() -> None:
+    h = Host()
+    for i in range(AT_ONCE + 10):
+        h.request(f"r{i}", 1.0, ttl=2.0)
+    h.tick(3.5)
+    assert h.engine.books.requests.n == 10
+    h.tick(HOUSEKEEPING_S)
+    assert h.engine.books.requests.n == 0
+    assert h.engine.books.counters.deadlines_missed == AT_ONCE + 10
 
 
 def test_the_slot_expires_in_the_kernel_with_the_hint() -> None:
