@@ -187,6 +187,7 @@ class Carriage:
         at = self.connections.positions.written(conn) if position is None else float(position)
         self.books.streams.join(stream, conn, at)
         if position is not None:
+            self.books.streams.unasked.add(stream)
             self.delivery.confirm(stream)  # part of what is to come has gone already
         if len(stream.members) == 1 and at < INF:
             stream.before = at if at > SYN else 0.0  # of accepted connections no SYN counts

@@ -76,11 +76,14 @@ class Delivery:
         """A transfer on it may have been announced after its bytes had gone: see whether the last ones never come."""
         self._doubtful[stream] = None
 
-    def run(self, moved: Moved, now: float) -> None:
-        """Retire what has arrived."""
+    def run(self, moved: Moved, now: float) -> Moved:
+        """Retire what has arrived; returns how far streams have come, as known by then."""
+        unasked = len(self.books.streams.unasked)
         if self.books.transfers.n or self._confirm:
             self._run(moved, now)
         self._last_run = now
+        learnt = len(self.books.streams.unasked) < unasked
+        return self.connections.positions.moved(self.books.streams) if learnt else moved
 
     def _run(self, moved: Moved, now: float) -> None:
         t = self.books.transfers
@@ -184,6 +187,7 @@ class Delivery:
 
     def _ask(self, wanted: Iterable[Stream], now: float) -> None:
         asked = self._some(wanted)
+        self.books.streams.unasked.difference_update(asked)
         conns = list({c: None for s in asked for c in s.members})
         try:
             positions = self.connections.positions.ask(conns)

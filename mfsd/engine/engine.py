@@ -208,7 +208,7 @@ class Engine:
             self._over(conn, end, now)
         self.endings.go_on(now)
         moved = self.connections.positions.moved(self.books.streams)
-        self.delivery.run(moved, now)
+        moved = self.delivery.run(moved, now)
         if now >= self._next_house:
             self._next_house = now + HOUSEKEEPING_S
             self._expire(now)

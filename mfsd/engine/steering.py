@@ -170,7 +170,7 @@ class Steering:
 
     def _decide(self, moved: Moved, now: float) -> Decision | None:
         """Decide the levels of all transfers; returns what was decided, for what is guaranteed."""
-        rows = self._shown.rows(self.books, now)
+        rows = self._asked(self._shown.rows(self.books, now))
         views = self.views(now, moved, rows)
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
@@ -190,6 +190,16 @@ class Steering:
             self._next_feasible = now + FEASIBLE_S
             self._tell_infeasible(views, self.policy.infeasible(views), where)
         return decision
+
+    def _asked(self, rows: Rows | None) -> Rows | None:
+        """Less those of which most may have gone already, as after a restart: they would make others late."""
+        streams = self.books.streams
+        if not streams.unasked:
+            return rows
+        asked = np.ones(streams.high, dtype=np.bool_)
+        asked[[stream.index for stream in streams.unasked]] = False
+        shown = asked.take(self.books.transfers.live("stream"))
+        return np.flatnonzero(shown) if rows is None else rows[shown.take(rows)]
 
     def _tenants_of(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Whose transfers are, by slot. Beside several tenants, those without a connection yet are nobody's."""

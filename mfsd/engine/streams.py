@@ -56,6 +56,8 @@ class Streams:
         self.owner: npt.NDArray[np.intp] = np.zeros(64, dtype=np.intp)
         """Number of the user whose session has opened it, by stream."""
         self._owners: dict[int, int] = {}
+        self.unasked: set[Stream] = set()
+        """Opened where their worker says that they stood then: nobody has asked yet how far they have come since."""
 
     def __len__(self) -> int:
         """Streams that are open."""
@@ -89,6 +91,7 @@ class Streams:
             return
         for conn in list(stream.members):
             self._leave(stream, conn)
+        self.unasked.discard(stream)
         self._open[stream.index] = None
         self._free.append(stream.index)
 

@@ -9,6 +9,7 @@ from support.harness import MSS, Host
 from mfsd.daemon.config import parse
 from mfsd.daemon.config_bands import bands_of, policy_of
 from mfsd.daemon.wiring import change_policy
+from mfsd.engine import delivery
 from mfsd.ground.bands import LEVEL_NEW
 from mfsd.ground.model import BatchHint, CookieSelector, EndHint, MarkHint, ProgressHint, Stage, What
 from mfsd.policy.registry import make_policy
@@ -181,6 +182,24 @@ def test_the_worker_hears_when_a_transfer_can_be_in_time_again() -> None:
     events = [(e.kind.name, e.request_id, e.transfer_id) for e in h.session.events]
     assert events.count(("RESTORED", "r", "t")) == 1
     assert events.index(("INFEASIBLE", "r", "t")) < events.index(("RESTORED", "r", "t"))
+
+
+def test_what_went_before_a_restart_makes_nobody_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new daemon hears full sizes and where they began, of more connections than it asks about in one tick."""
+    monkeypatch.setattr(delivery, "ASK_MAX", 3)
+    h = Host(rate=1e6)
+    socks = [h.socket(cookie) for cookie in range(1, 9)]
+    for s in socks:
+        h.send(s, 950_000)  # before this daemon
+    h.request("r", 0.8)
+    for s in socks:
+        h.transfer(str(s.cookie), s, 1_000_000, position=1)
+    levels = []
+    for _ in range(4):
+        h.tick(0.01)
+        levels.append([h.band(s) for s in socks].count("scavenger"))
+    assert not h.session.events
+    assert levels[-1] == 0
 
 
 def test_a_changed_policy_starts_from_fresh_levels() -> None:
