@@ -59,7 +59,7 @@ class Carriage:
         position: int,
     ) -> Stream:
         """What carries a transfer; opened, and its connections made known, if it is the first one."""
-        stream = session.streams.get(selector)
+        stream = session.streams.get(selector) or self.delivery.endings.waiting(session, selector, now)
         if session.watches and isinstance(selector, CookieSelector):
             stream = self._by_addresses(session, selector) or stream
         if stream is not None:
@@ -81,7 +81,7 @@ class Carriage:
                 watch.stream = stream
                 for known in watch.conns:
                     self._join(stream, known, None)
-            if conn is not None:
+            if conn is not None and not self.books.streams.resume(stream, conn):
                 self._join(stream, conn, position or None)
         self.connections.renew(stream.members, expires)
         return stream

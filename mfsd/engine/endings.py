@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mfsd.engine.records import Connection, Mark, Request, Session, Stream, Transfer, Watch
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.watches import Watches
+    from mfsd.ground.model import Selector
 
 AT_ONCE: Final = 512
 """Transfers struck out in one go before their bytes have arrived; some 2 ms, since those behind them move."""
@@ -287,6 +288,7 @@ class Endings:
         moved_at = self.connections.positions.moved_at(conn) or now  # no shaped device has seen a packet of it
         for stream in list(conn.streams):
             self.books.streams.part(stream, conn, acked, moved_at)
+            stream.over = isinstance(stream.selector, CookieSelector)
             self._after(stream, now, reason, clean=clean, at=at)
         for watch in list(conn.watches):
             # Its selector named this connection; the next one with these ports may be anybody's.
@@ -345,6 +347,14 @@ class Endings:
             self._close(stream)
         elif not alive and stream.watch is None and stream.session.streams.get(stream.selector) is stream:
             del stream.session.streams[stream.selector]  # it ends with the last of its transfers
+
+    def waiting(self, session: Session, selector: Selector, now: float) -> Stream | None:
+        """What a connection carried that was closed by its worker, whose words have not all come: here is another."""
+        stream = self.gaps.closing.get((session, selector))
+        if stream is None or not stream.queue:
+            return None
+        self._closing[stream] = now + ON_THE_WAY_S, self._closing[stream][1]
+        return stream
 
     def _give_up(self, over: list[Transfer], now: float, reason: str) -> None:
         for transfer in over[-EVENTS_KEPT:]:

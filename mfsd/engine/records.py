@@ -220,6 +220,17 @@ class Arrived(NamedTuple):
     end: float
 
 
+class Ended(NamedTuple):
+    """What was known of a stream whose one connection is over, should more be said of that."""
+
+    offset: float
+    """How far it came, and ``at`` which position of the connection that was."""
+    at: float
+    parted: float
+    announced: float
+    arrived: tuple[Arrived, ...]
+
+
 @dataclass(slots=True, eq=False)
 class Mark:
     """A static stage for the connections of a selector."""
@@ -364,6 +375,8 @@ class Stream:
     """Of the transfer that was announced last."""
     arrived: tuple[Arrived, ...] = ()
     """The latest ones, should they turn out to have been cancelled before all of them was written."""
+    over: bool = False
+    """Its one connection is over."""
     shift: float = 0.0
     """From the position of the member that has gone last to an offset."""
     closed_at: float = 0.0

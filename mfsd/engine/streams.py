@@ -12,14 +12,15 @@ scale, so nothing is counted twice and nothing depends on the size of headers.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.columns import Dense
-from mfsd.engine.records import MEMBER_COLUMNS, Member, Stream
+from mfsd.engine.records import MEMBER_COLUMNS, Ended, Member, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from mfsd.policy.views import F8
 
 Ints = npt.NDArray[np.int64]
+
+ENDED_KEPT: Final = 4096
+"""Streams whose connection is over so many, the latest, are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Streams:
         self._owners: dict[int, int] = {}
         self.unasked: set[Stream] = set()
         """Opened where their worker says that they stood then: nobody has asked yet how far they have come since."""
+        self._ended: OrderedDict[tuple[Session, Selector], Ended] = OrderedDict()
 
     def __len__(self) -> int:
         """Streams that are open."""
@@ -92,8 +97,29 @@ class Streams:
         for conn in list(stream.members):
             self._leave(stream, conn)
         self.unasked.discard(stream)
+        self._remember(stream)
         self._open[stream.index] = None
         self._free.append(stream.index)
+
+    def _remember(self, stream: Stream) -> None:
+        offset = self._gone.item(stream.index)
+        if not stream.over or not offset or stream.session.over:
+            return
+        parted = self.parted(stream)
+        new = Ended(offset, offset - stream.shift, parted, stream.announced, stream.arrived)
+        self._ended[stream.session, stream.selector] = new
+        while len(self._ended) > ENDED_KEPT or next(iter(self._ended))[0].over:
+            self._ended.popitem(last=False)
+
+    def resume(self, stream: Stream, conn: Connection) -> bool:
+        """A connection that is over is named again: what it has moved has been counted. False: that is not known."""
+        ended = self._ended.pop((stream.session, stream.selector), None)
+        if ended is None:
+            return False
+        self._gone[stream.index], self._parted[stream.index] = ended.offset, ended.parted
+        stream.announced, stream.arrived = ended.announced, ended.arrived
+        self.join(stream, conn, ended.at)
+        return True
 
     def join(self, stream: Stream, conn: Connection, position: float) -> None:
         """A connection becomes part of a stream; what it moves beyond ``position`` counts. No error if it is one.

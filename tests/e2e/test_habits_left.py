@@ -133,6 +133,34 @@ def test_one_of_two_is_taken_back_and_the_connection_is_closed_at_once(
     assert sink.received == 20 * 100 * KB
 
 
+@pytest.mark.parametrize("said", ["cancelled", "done"])
+@pytest.mark.parametrize("heard", [0, 1, 2])
+def test_the_rest_of_what_is_said_of_a_connection_is_heard_when_it_is_over(
+    daemon: Daemon, client: Client, sink: Sink, heard: int, said: str
+) -> None:
+    """The bytes of one transfer, which is the second one if the first is taken back before."""
+    for i in range(3):
+        with dial(daemon.pair) as s:
+            names = [f"a{i}", f"b{i}"]
+            for name in names[:heard]:
+                client.request(name, ttft_left_s=60)
+                client.transfer(name, s, 100 * KB, stage=Stage.P2D, request=name)
+            assert client.flush(5)
+            with daemon.held_up():
+                for name in names[heard:]:
+                    client.request(name, ttft_left_s=60)
+                    client.transfer(name, s, 100 * KB, stage=Stage.P2D, request=name)
+                if said == "cancelled":
+                    client.cancel(request=names.pop(0))
+                s.sendall(bytes(100 * KB))
+                client.done(request=names[0])
+                s.close()
+                wait_for(lambda i=i: sink.received == 100 * KB * (i + 1), "arrival")  # type: ignore[misc]
+            assert client.flush(5)
+    wait_for(lambda: not transfers(daemon), "all to be settled")
+    assert counted(daemon) == (3, 3, 0)
+
+
 def test_two_processes_share_a_connection_and_one_of_them_ends(daemon: Daemon, client: Client, sink: Sink) -> None:
     body = """
 with socket.socket(fileno=int(arguments[0])) as s, Client(target=target) as client:

@@ -6,10 +6,15 @@ The same on real sockets: tests/e2e/test_habits_times.py.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from support.harness import MSS, FakeSocket, Host
 
 from mfsd.ground.model import BatchHint, CookieSelector, EndHint, EventKind, Stage, TransferHint, What
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SIZE = 40 * MSS
 
@@ -156,3 +161,54 @@ def test_without_a_word_what_was_not_written_is_lost_soon() -> None:
     h.done("b", What.REQUEST)
     assert h.counted == (1, 0, 1)
     assert not h.session.transfers
+
+
+@pytest.mark.parametrize("heard", range(7))
+@pytest.mark.parametrize("ticks", [0, 1, 3])
+def test_a_connection_that_is_over_before_all_is_heard_of_it(heard: int, ticks: int) -> None:
+    """One is taken back before its bytes went, and the two behind it are written; so many words come in time."""
+    h = Host()
+    s = h.socket(1)
+
+    def hear(words: Iterable[str]) -> None:
+        for word in words:
+            if word == "cancel":
+                h.cancel("a", s, 1, What.REQUEST)
+            elif word in {"b is done", "c is done"}:
+                h.done(word[0], What.REQUEST)
+            else:
+                h.request(word, 60.0)
+                h.transfer(word, s, SIZE, request=word, position=1)
+            for _ in range(ticks):
+                h.tick(0.001)
+
+    words = ["a", "b", "c", "cancel", "b is done", "c is done"]
+    hear(words[:heard])
+    for _ in range(2):
+        h.send(s, SIZE)
+        h.tick(0.001)
+    h.kernel.close(s)
+    h.tick(0.001)
+    hear(words[heard:])
+    for _ in range(3):
+        h.tick(0.2)
+    assert h.counted == (2, 2, 0)
+    assert not h.session.transfers
+    assert not h.session.streams
+
+
+def test_bytes_count_once_when_more_is_announced_on_a_connection_that_is_over() -> None:
+    h, s = announced("a")
+    h.tick(0.001)
+    h.send(s, SIZE)
+    h.done("a", What.REQUEST)
+    h.tick(0.001)
+    h.kernel.close(s)
+    h.tick(0.001)
+    for name in ("b", "c"):
+        h.request(name, 1.0)
+        h.transfer(name, s, SIZE, request=name, position=1)
+        for _ in range(3):
+            h.tick(0.2)
+    h.tick(5.0)
+    assert h.counted[0] == 1
