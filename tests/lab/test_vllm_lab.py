@@ -14,13 +14,24 @@ import pytest
 from mfsd.lab.vllm import report
 from mfsd.lab.vllm.engine import Served, prompt
 from mfsd.lab.vllm.hosts import Arm
-from mfsd.lab.vllm.play import GAP_S, SIZES, SLACKS, Beside, Outcome, Request, work
+from mfsd.lab.vllm.play import (
+    GAP_S,
+    SIZES,
+    SLACKS,
+    Alone,
+    Beside,
+    Outcome,
+    Request,
+    could_alone,
+    could_in_turn,
+    work,
+)
 from mfsd.lab.vllm.suite import QUICK, Found, Plan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ALONE = {64: 0.4, 192: 1.2}
+ALONE = {64: Alone(0.4, 0.36), 192: Alone(1.2, 1.08)}
 
 
 def served(ttft: float | None, *, right: bool = True) -> Request:
@@ -31,9 +42,9 @@ def served(ttft: float | None, *, right: bool = True) -> Request:
 def test_requests_are_the_same_again_and_of_each_size_and_slack() -> None:
     first, again = (work(ALONE, 12, 1) for _ in range(2))
     assert first == again != work(ALONE, 12, 2)
-    kinds = [(r.tokens, round(r.slo / ALONE[r.tokens], 3)) for _, r in first]
+    kinds = [(r.tokens, round(r.slo / ALONE[r.tokens].ttft, 3)) for _, r in first]
     assert {kind: kinds.count(kind) for kind in kinds} == {(t, s): 3 for t in SIZES for s in SLACKS}
-    assert all(r.tight == (r.slo < ALONE[r.tokens] * SLACKS[1]) for _, r in first)
+    assert all(r.tight == (r.slo < ALONE[r.tokens].ttft * SLACKS[1]) for _, r in first)
     times = [at for at, _ in first]
     assert all(GAP_S[0] <= b - a <= GAP_S[1] for a, b in itertools.pairwise(times))
 
@@ -45,6 +56,36 @@ def test_a_request_fails_without_a_token_and_with_another_one() -> None:
     assert not served(0.9).met
     assert served(None).failed
     assert served(0.5, right=False).failed
+
+
+def asked(tokens: int, at: float, prefilled: float | None, slo: float) -> Request:
+    return Request(f"r{at:g}", tokens, slo, 0, tight=True, at=at, prefilled=prefilled)
+
+
+def test_who_could_be_in_time_alone_is_told_from_who_could_behind_those_before() -> None:
+    loose, tight = asked(192, 0.0, 0.1, 5.0), asked(64, 0.3, 0.4, 0.8)
+    assert could_alone([loose, tight], ALONE) == [True, True]
+    assert could_in_turn([loose, tight], ALONE) == [True, False]  # its read is behind a second of another one
+    assert could_in_turn([tight], ALONE) == [True]
+    tight.slo = 1.3  # the loose one's bytes are gone after 1.1 s, and its own take a third of a second
+    assert could_in_turn([loose, tight], ALONE) == [True, True]
+
+
+def test_what_prefill_took_is_not_the_network_s() -> None:
+    assert could_alone([asked(64, 0.0, 0.45, 0.8), asked(64, 0.0, 0.44, 0.8)], ALONE) == [False, True]
+    assert (
+        could_alone([asked(64, 0.0, None, 9.0)], ALONE) == could_in_turn([asked(64, 0.0, None, 9.0)], ALONE) == [False]
+    )
+
+
+def test_the_target_counts_those_alone_who_could_be_in_time() -> None:
+    out = found(0.9, 0.5, 0.015)
+    never = served(0.9)
+    never.prefilled = never.at + 0.7
+    out.cells[Arm.CONNECTOR, Beside.BULK_1].requests.append(never)
+    met, words = report.targets(out)[0]
+    assert met
+    assert "10 of 10 in time that alone could be" in words
 
 
 def found(plain: float, ours: float, busy: float) -> Found:

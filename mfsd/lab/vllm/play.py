@@ -11,13 +11,15 @@ from __future__ import annotations
 import enum
 import itertools
 import random
+import statistics
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from mfsd.lab.hosts.health import Measure
 from mfsd.lab.hosts.net import LabError
-from mfsd.lab.vllm.hosts import EXCHANGES, PREFILL, STORES
+from mfsd.lab.vllm.engine import TOKEN
+from mfsd.lab.vllm.hosts import EXCHANGES, PAYLOAD, PREFILL, STORES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,6 +59,15 @@ class Beside(enum.StrEnum):
 
 
 BULK: Final[Mapping[Beside, int]] = {Beside.BULK_1: 1, Beside.BULK_4: 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What a request takes with the link to itself, under plain TCP. Seconds."""
+
+    ttft: float
+    handed: float
+    """Of these, from prefill's answer to decode's token."""
 
 
 @dataclass(slots=True)
@@ -110,14 +121,37 @@ class Outcome:
         return sum(r.met for r in self.requests)
 
 
-def work(alone: Mapping[int, float], n: int, seed: int) -> list[tuple[float, Request]]:
+def could_alone(requests: Sequence[Request], alone: Mapping[int, Alone]) -> list[bool]:
+    """Who could have been in time with the link to itself, given what prefill took of its objective.
+
+    What the engines took is not the network's: they share two processors with everything else.
+    """
+    return [r.prefilled is not None and r.prefilled + alone[r.tokens].handed <= r.at + r.slo for r in requests]
+
+
+def could_in_turn(requests: Sequence[Request], alone: Mapping[int, Alone]) -> list[bool]:
+    """The same with the link to all of them, and nobody else on it.
+
+    Reads from one peer come one after the other (one connection carries them), in the order in which they were asked
+    for, whoever is due first: no network brings them in another one.
+    """
+    out, free = [False] * len(requests), 0.0
+    for asked, i in sorted((r.prefilled, i) for i, r in enumerate(requests) if r.prefilled is not None):
+        r = requests[i]
+        wire = r.tokens * TOKEN / PAYLOAD
+        free = max(free, asked) + wire
+        out[i] = free + max(alone[r.tokens].handed - wire, 0.0) <= r.at + r.slo
+    return out
+
+
+def work(alone: Mapping[int, Alone], n: int, seed: int) -> list[tuple[float, Request]]:
     """``n`` requests, as many of each size and slack as possible, and when each comes, in seconds from the first."""
     rng = random.Random(seed)  # noqa: S311 - a seed of requests
     kinds = list(itertools.islice(itertools.cycle(itertools.product(SIZES, SLACKS)), n))
     rng.shuffle(kinds)
     out, at = [], 0.0
     for i, (tokens, slack) in enumerate(kinds):
-        out.append((at, Request(f"r{i}", tokens, slack * alone[tokens], i, slack == SLACKS[0])))
+        out.append((at, Request(f"r{i}", tokens, slack * alone[tokens].ttft, i, slack == SLACKS[0])))
         at += rng.uniform(*GAP_S)
     return out
 
@@ -249,8 +283,8 @@ class Cell:
         self._player.at(time.monotonic() + DOWN_S, again)
 
 
-def alone(player: Player, pair: Pair) -> dict[int, float]:
-    """Seconds to the first token with the link to itself, by tokens of the prompt: the median of three.
+def alone(player: Player, pair: Pair) -> dict[int, Alone]:
+    """What a request takes with the link to itself, by tokens of the prompt: medians of three.
 
     One of each size goes before, so that the engines know each other. Raises LabError when that fails.
     """
@@ -262,5 +296,7 @@ def alone(player: Player, pair: Pair) -> dict[int, float]:
             if request.failed:
                 raise LabError(f"a request of {tokens} tokens alone on the link: token {request.token}, prefill's is "
                                f"{request.first}; the engines' logs say more")  # fmt: skip
-        out[tokens] = sorted(r.ttft or 0.0 for r in requests[1:])[1]
+        some = requests[1:]
+        handed = statistics.median((r.done or 0.0) - (r.prefilled or 0.0) for r in some)
+        out[tokens] = Alone(statistics.median(r.ttft or 0.0 for r in some), handed)
     return out

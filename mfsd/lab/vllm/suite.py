@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from mfsd.lab.player import Player
 from mfsd.lab.vllm.engines import Pair, check
 from mfsd.lab.vllm.hosts import DECODE, PREFILL, Arm, World
-from mfsd.lab.vllm.play import AFTER_S, DOWN_S, SETTLE_S, UP_S, Beside, Cell, Outcome, Request, alone, work
+from mfsd.lab.vllm.play import AFTER_S, DOWN_S, SETTLE_S, UP_S, Alone, Beside, Cell, Outcome, Request, alone, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,7 +60,8 @@ class Found:
     """What came of it."""
 
     plan: Plan
-    alone: dict[int, float]
+    alone: dict[int, Alone]
+    """By tokens of the prompt."""
     cells: dict[tuple[Arm, Beside], Outcome] = field(default_factory=dict)
     killed: Outcome | None = None
 
