@@ -50,7 +50,7 @@ class RuleConfig(Section):
         ..., "What they carry: stage 1, 2, 3 of serving, or what nobody waits for."
     )
     ordered: bool = setting(
-        True, "false: transfers that are announced on them are written in turns (UCX reads), and advance together."
+        True, "false: transfers that are announced on them are written in turns (as by Mooncake), and advance together."
     )
     deadline_ms: float | None = setting(
         None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads that wait for tighter ones: UCX writes reads of one peer in turns, so a loose one would slow a tight one down.
+"""Reads that wait for tighter ones: UCX brings those of a peer one after the other, so none passes one that began.
 
 The scheduler's side sifts what it hands to the workers (NIXL's metadata, reqs_to_recv): a read starts when no read from
 the same host that is due earlier is on its way, or when it can wait no longer. A read that has not started may still be
