@@ -48,6 +48,7 @@ class Gaps:
         for cookie, position in hint.written:
             selector = CookieSelector(cookie)
             stream = session.streams.get(selector) or self.closing.get((session, selector))
+            stream = stream or self.books.streams.ended(session, selector)
             if stream is not None and stream.ordered and len(stream.members) <= 1:
                 at = self.books.streams.offset_at(stream, position)
                 if at > -INF:
@@ -119,11 +120,12 @@ class Gaps:
         for one in [a for a in stream.arrived if cancelled(a)]:
             gap = one.end - max(one.start, written)
             if gap > SLACK:
-                t = self.books.transfers
-                start, end = t.live("start"), t.live("end")
-                rows = np.flatnonzero((t.live("stream") == stream.index) & (start > one.start))
-                start[rows] -= gap
-                end[rows] -= gap
+                if stream.queue:
+                    t = self.books.transfers
+                    start, end = t.live("start"), t.live("end")
+                    rows = np.flatnonzero((t.live("stream") == stream.index) & (start > one.start))
+                    start[rows] -= gap
+                    end[rows] -= gap
                 stream.announced -= gap
                 stream.recast = True
                 self._twice += 1

@@ -221,14 +221,12 @@ class Arrived(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """What was known of a stream whose one connection is over, should more be said of that."""
+    """A stream whose one connection is over, should more be said of that; it has no index any more."""
 
+    stream: Stream
     offset: float
-    """How far it came, and ``at`` which position of the connection that was."""
-    at: float
+    """How far it came."""
     parted: float
-    announced: float
-    arrived: tuple[Arrived, ...]
 
 
 @dataclass(slots=True, eq=False)

@@ -105,20 +105,24 @@ class Streams:
         offset = self._gone.item(stream.index)
         if not stream.over or not offset or stream.session.over:
             return
-        parted = self.parted(stream)
-        new = Ended(offset, offset - stream.shift, parted, stream.announced, stream.arrived)
-        self._ended[stream.session, stream.selector] = new
+        self._ended[stream.session, stream.selector] = Ended(stream, offset, self.parted(stream))
         while len(self._ended) > ENDED_KEPT or next(iter(self._ended))[0].over:
             self._ended.popitem(last=False)
+
+    def ended(self, session: Session, selector: Selector) -> Stream | None:
+        """One whose connection is over; it has neither transfers nor an index any more."""
+        ended = self._ended.get((session, selector))
+        return None if ended is None else ended.stream
 
     def resume(self, stream: Stream, conn: Connection) -> bool:
         """A connection that is over is named again: what it has moved has been counted. False: that is not known."""
         ended = self._ended.pop((stream.session, stream.selector), None)
         if ended is None:
             return False
-        self._gone[stream.index], self._parted[stream.index] = ended.offset, ended.parted
-        stream.announced, stream.arrived = ended.announced, ended.arrived
-        self.join(stream, conn, ended.at)
+        before, offset, parted = ended
+        self._gone[stream.index], self._parted[stream.index] = offset, parted
+        stream.announced, stream.arrived = before.announced, before.arrived
+        self.join(stream, conn, offset - before.shift)
         return True
 
     def join(self, stream: Stream, conn: Connection, position: float) -> None:
