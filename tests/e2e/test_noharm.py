@@ -55,6 +55,7 @@ WRONG: Final = [
         (Beside.BULK_1, 3.0, 10.0),
         (Beside.BULK_4, 7.0, 0.1),
         (Beside.BULK_4, 7.0, 10.0),
+        (Beside.MARK, 3.0, 0.1),
         (Beside.MARK, 3.0, 10.0),
         (Beside.LOOSER, 3.0, 10.0),
         (Beside.BACKGROUND, 3.0, 10.0),

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support import policy_views as pv
 from support.demand import DEFERRED, FIRST, OTHERS, RATE, URGENT, alone, decide, demand_bound, shares
 
@@ -31,6 +33,29 @@ def test_whoever_is_deferred_beside_unhinted_traffic_has_enough_for_ten_times_it
     decision = decide(alone(work, 1.0), unhinted=BULK)
     assert decision.level == [DEFERRED]
     assert shares(decision)[DEFERRED] == pytest.approx(share, abs=1e-4)
+
+
+@given(work=st.floats(0.05, 0.5), slack=st.floats(3.0, 10.0), beside=st.sampled_from(["bulk", "collectives"]))
+def test_whoever_is_ten_times_larger_than_announced_goes_at_a_pace_that_is_enough(
+    work: float, slack: float, beside: str
+) -> None:
+    """Until all that was announced has left, with nothing but what it is guaranteed, at ticks of 10 ms."""
+    size, due, tick = work / 10, work * slack, 0.01
+    net: dict[str, Any] = {"unhinted": BULK} if beside == "bulk" else {"collectives": 1.0}
+    sent = now = 0.0
+    while sent < size:
+        assert sent >= work * now / due - 1e-9
+        decision = decide(alone(size, due - now, left=(size - sent) * RATE), **net)
+        sent, now = sent + tick * sum(shares(decision)), now + tick
+
+
+def test_what_is_sent_counts_once() -> None:
+    """0.02 s of work announced, half of it sent, ten times that meant: 0.19 s are left."""
+    for decision in (
+        decide(alone(0.02, 1.0, left=0.01 * RATE), unhinted=BULK),
+        decide(alone(0.02, 1.0, left=0.01 * RATE), collectives=1.0),
+    ):
+        assert shares(decision)[DEFERRED] == pytest.approx(0.19 / 0.945, abs=1e-4)
 
 
 def test_so_has_who_is_small_beside_collectives_that_never_pause() -> None:

@@ -336,9 +336,17 @@ class Plain:
         most = 1.0 if collectives >= MOSTLY else math.inf
         if collectives >= MOSTLY or (s.link.unhinted[device] >= LEAST and collectives <= 0):
             for wait in range(lay.deferred, p.levels):
-                doubts = [DOUBT * self.need(i) for i in mine if levels[i] == wait and self._waits(i)]
-                give(wait, min(max((x for x in doubts if x <= most), default=0.0), p.defer_until))
+                some = [i for i in mine if levels[i] == wait and self._waits(i) and DOUBT * self.need(i) <= most]
+                give(wait, min(max((self._doubt(i) for i in some), default=0.0), p.defer_until))
         return out
+
+    def _doubt(self, i: int) -> float:
+        """If ten times as much was meant as was said."""
+        t, here = self.s.t, self.here[self.s.t.device[i]]
+        seconds = self.due[i] * (1 - float(self.p.margin_share)) - here.fixed
+        rest = DOUBT * float(t.size[i]) - max(float(t.size[i] - t.left[i]), 0.0)
+        own = rest / here.link.rate / seconds if seconds > 0 else 0.0
+        return max(DOUBT * self.need(i), own)
 
     def _waits(self, i: int) -> bool:
         return math.isfinite(self.due[i]) and self.s.t.stage[i] in (KV, P2D)

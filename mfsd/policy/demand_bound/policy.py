@@ -253,10 +253,23 @@ class DemandBound(Policy):
         give(lay.others, np.where(beyond, self.defer_until, 0.0))
         if len(waits):
             doubt = np.zeros(devices * self.levels)
-            np.maximum.at(doubt, cell.take(waits), DOUBT * verdict.need.take(waits))
+            np.maximum.at(doubt, cell.take(waits), self._doubt(view, verdict, waits))
             for wait in range(lay.deferred, self.levels):
                 give(wait, np.minimum(doubt.reshape(devices, self.levels)[:, wait], self.defer_until))
         return out * link.rate[:, None]
+
+    def _doubt(self, view: Views, verdict: Verdict, rows: npt.NDArray[np.intp]) -> F8:
+        """Share of their devices that these rows would need if sizes were announced DOUBT times too small, shape (m,).
+
+        Of each by itself what was sent counts once, not DOUBT times: what is left of what was announced comes to
+        nothing long before the transfer does.
+        """
+        t, device = view.transfers, view.transfers.device.take(rows)
+        left, size = t.left.take(rows), t.size.take(rows)
+        work = (DOUBT * size - np.maximum(size - left, 0.0)) / verdict.asked.given.rate.take(device)
+        seconds = self.margin_on(view.link).on(device).leave(verdict.asked.due.take(rows)[:, None])[:, 0]
+        own = np.where(seconds > 0.0, work / np.where(seconds > 0.0, seconds, 1.0), 0.0)
+        return np.maximum(DOUBT * verdict.need.take(rows), own)
 
     def _doubted(self, view: Views, verdict: Verdict, level: I2) -> npt.NDArray[np.intp]:
         """Rows of the deferred that have a part of their device meanwhile, as by plain sharing.
