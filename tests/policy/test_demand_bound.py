@@ -201,6 +201,15 @@ def test_where_a_third_is_lost_nobody_is_promised_more_than_an_equal_share() -> 
     assert shares(decide(t))[URGENT] == pytest.approx(1.1 * 0.0059 / 0.03, abs=1e-3)
 
 
+def test_what_is_left_of_some_that_are_lost_takes_nothing_from_the_others() -> None:
+    """They are late, and at their floor; 0.5 s of work are due in 0.75 s. Neither two of three, nor four of five."""
+    for gone in (2, 4):
+        work = np.array([0.01] * gone + [0.5]) * RATE
+        decision = decide(pv.transfers(gone + 1, left=work, deadline=[-1.0] * gone + [0.75], stage=3))
+        assert decision.level.tolist() == [LEVEL_SCAVENGER] * gone + [FIRST]
+        assert shares(decision)[FIRST] == 0.7
+
+
 def test_those_who_need_less_than_half_on_top_of_the_others_wait() -> None:
     """The second needs the link after the first, the third does not."""
     t = pv.transfers(3, left=[0.5 * RATE, 0.4 * RATE, 0.1 * RATE], deadline=[0.8, 1.8, 20.0])

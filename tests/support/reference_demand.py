@@ -137,10 +137,12 @@ class Plain:
         return bool(float(self.s.t.left[i]) / equal > self.due[i])
 
     def lacking(self, device: int, count: int, share: float) -> bool:
-        """So many stage-3 transfers of a device are lost, and such a share of all that it has."""
+        """So many stage-3 transfers of a device are lost, and such a share of all that it has, and of their work."""
         mine = [j for j in self.s.rows() if self.s.t.device[j] == device]
-        gone = sum(self.lost(j) for j in mine if self.s.t.stage[j] == P2D)
-        return gone >= count and gone >= len(mine) * share
+        late = [j for j in mine if self.s.t.stage[j] == P2D]
+        gone = [j for j in late if self.lost(j)]
+        work, lost = (sum(float(self.s.t.left[j]) for j in some) for some in (late, gone))
+        return len(gone) >= max(count, len(mine) * share) and lost >= share * work
 
     def _promised(self, of: Demand) -> Demand:
         """The same without the greedy."""

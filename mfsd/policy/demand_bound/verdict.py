@@ -30,8 +30,9 @@ NEXT_S: Final = 0.01
 that it must be well below the margin. Whoever is urgent stays so while nothing moves but time."""
 
 SHORT: Final = 2, 1 / 4
-"""A device is short if so many stage-3 transfers on it can't be in time, and such a share of all that it has. With
-fewer lost the rest still fits: sets that earliest deadline first would meet lose one to TCP, and no more for that."""
+"""A device is short if so many stage-3 transfers on it can't be in time, such a share of all that it has, and of the
+work. With fewer lost the rest still fits: sets that earliest deadline first would meet lose one to TCP, and no more for
+that. The last bytes of the lost take seconds at their floor, and are little beside the others."""
 CROWDED: Final = 4, 1 / 3
 """The same of a device that is crowded."""
 
@@ -83,9 +84,8 @@ class Verdict:
         here, before = Need(asked.load, margin, room), asked.load.before()
         was_urgent, was_first = t.level == layout.urgent, t.level == layout.first
         lost = asked.lost.rows(view) & (t.stage != BACKGROUND)
-        gone = np.bincount(t.device[lost & (t.stage == P2D)], minlength=len(rate))
         there = np.bincount(t.device, minlength=len(rate))
-        greedy = _greedy(view, asked, _lacking(gone, there, CROWDED), there)
+        greedy = _greedy(view, asked, _lacking(view, lost, there, CROWDED), there)
         promised, some = here, bool(greedy.any())
         if some:
             due = np.where(greedy, np.inf, asked.due)
@@ -103,7 +103,7 @@ class Verdict:
         out = cls(
             asked=asked,
             lost=lost,
-            short=_lacking(gone, there, SHORT),
+            short=_lacking(view, lost, there, SHORT),
             need=here.shares(),
             greedy=greedy,
             late=late & ~greedy if some else late,
@@ -153,9 +153,16 @@ class Verdict:
         self.rush = np.maximum(self.rush, on_devices(promised.rush()))
 
 
-def _lacking(gone: Counts, there: Counts, least: tuple[int, float]) -> B1:
-    """Devices on which so many transfers, and such a share of all that are ``there``, are gone, shape (devices,)."""
-    lacking: B1 = (gone >= least[0]) & (gone >= least[1] * there)
+def _lacking(view: Views, lost: B1, there: Counts, least: tuple[int, float]) -> B1:
+    """Devices on which so much of stage 3 is lost, shape (devices,); ``there``: how many transfers each has."""
+    t, devices = view.transfers, len(there)
+    late = t.stage == P2D
+    gone = late & lost
+    count = np.bincount(t.device[gone], minlength=devices)
+    lacking: B1 = (count >= least[0]) & (count >= least[1] * there)
+    if lacking.any():
+        work, of = (np.bincount(t.device[some], weights=t.left[some], minlength=devices) for some in (late, gone))
+        lacking &= of >= least[1] * work
     return lacking
 
 
