@@ -21,26 +21,24 @@ from mfsd.engine.columns import Dense, HasRow
 from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import AT_ONCE, Endings
 from mfsd.engine.gaps import Gaps
+from mfsd.engine.hearing import Hearing
 from mfsd.engine.ledger import Ledger
 from mfsd.engine.positions import UnknownError
 from mfsd.engine.probes import Probes
-from mfsd.engine.records import Session, Watch
+from mfsd.engine.records import Session
 from mfsd.engine.rescue import Rescuer
-from mfsd.engine.sockets import Closed, Established, Socket
 from mfsd.engine.steering import Steering
 from mfsd.engine.watches import Watches
 from mfsd.ground.model import Event, EventKind, HintError, Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from mfsd.engine.bulk import Bad, TransferColumns
     from mfsd.engine.connections import Connections
     from mfsd.engine.device import Device
     from mfsd.engine.elsewhere import Elsewhere
-    from mfsd.engine.records import Connection
     from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
-    from mfsd.engine.sockets import End
     from mfsd.ground.bands import Bands
     from mfsd.ground.model import Hint
     from mfsd.policy.base import Policy
@@ -88,7 +86,8 @@ class Engine:
         self.delivery = Delivery(books, connections, self.rescuer, self.endings)
         self.carriage = Carriage(books, connections, self.watches, self.delivery, self.steering.band_of, limits)
         self.ledger = Ledger(books, connections, self.watches, self.delivery, self.endings, self.carriage, limits)
-        self.ledger.hear = self._look_at
+        self.hearing = Hearing(books, connections, self.watches, self.endings, self.carriage)
+        self.ledger.hear = self.hearing.look_at
         self.mode = mode
         self.paused = False
         self.epoch = secrets.randbits(63) | 1
@@ -197,6 +196,10 @@ class Engine:
         """A promotion may need help within the stall time: tick soon."""
         return self.rescuer.waiting
 
+    def hear(self, now: float) -> None:
+        """Take in what the kernel tells of connections."""
+        self.hearing.run(now)
+
     def tick(self, now: float) -> None:
         """Do everything that time brings: house-keeping, delivery, levels, rescue."""
         self.watches.look(now)
@@ -205,7 +208,7 @@ class Engine:
         for conn in gone:
             self.endings.drop(conn, now, f"no connected socket of this user has cookie {conn.cookie}")
         for conn, end in over:
-            self._over(conn, end, now)
+            self.hearing.over(conn, end, now)
         self.endings.go_on(now)
         moved = self.connections.positions.moved(self.books.streams)
         moved = self.delivery.run(moved, now)
@@ -221,78 +224,6 @@ class Engine:
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
             self._sweep(now)
-
-    def hear(self, now: float) -> None:
-        """Take in what the kernel tells of connections."""
-        for event in self.connections.sockets.events():
-            if isinstance(event, Established):
-                self._established(event, now)
-            elif isinstance(event, Closed):
-                conn = self.connections.by_cookie.get(event.cookie)
-                if conn is not None and event.active and not event.acked and not event.clean:
-                    # Nobody has answered: it was never established, and its process may connect it again.
-                    self.connections.unlocate(conn)
-                elif conn is not None:
-                    self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean, at=event.at)
-            elif event.sockets is None:
-                self.watches.failed(event.selector, now)
-            else:
-                for watch in self.watches.found(event.selector):
-                    self._found(watch, event.sockets, now)
-                    if not watch.looked_back:
-                        over = [e for e in event.ended if self.watches.means(watch, e.socket)]
-                        self.carriage.look_back(watch, over, now)
-        for conn, position in self.connections.positions.placed():
-            self._place(conn, position)
-        self.connections.lend()
-
-    def _look_at(self, conns: Iterable[Connection], now: float) -> None:
-        self.hear(now)
-        for conn in conns:
-            end = self.connections.end_of(conn)
-            if end is not None:
-                self._over(conn, end, now)
-
-    def _over(self, conn: Connection, end: End, now: float) -> None:
-        """A connection was over before anybody had named it."""
-        if self.connections.positions.place(conn):
-            self._place(conn, 0.0)
-        self.endings.closed(conn, float(end.acked - end.clean), now, clean=end.clean, at=end.at)
-
-    def _place(self, conn: Connection, position: float) -> None:
-        for stream in conn.streams:
-            self.books.streams.rejoin(stream.members[conn], position)
-
-    def _established(self, event: Established, now: float) -> None:
-        expires = now + self.ledger.admission.limits.default_ttl_s
-        watches = list(self.watches.matching(event.socket))
-        if event.slot is None and not watches:
-            return  # the kernel did not know whose it is, and it is nobody's who has named it
-        session = watches[0].session if watches else None
-        try:
-            conn = self.connections.of_socket(event.socket, expires, event.slot, session=session)
-        except HintError:
-            return  # the table is full: it goes as default traffic
-        if self.connections.too_many(conn):
-            self.endings.drop(conn, now)
-            return
-        begin = float(event.active)  # nothing but its SYN, which TCP counts as a byte, has gone before
-        if self.connections.positions.place(conn):
-            self._place(conn, begin)
-        for watch in watches:
-            self.carriage.joined(watch, conn, begin, now)
-        self.connections.note_rest(conn, now, linger=True)
-
-    def _found(self, watch: Watch, sockets: Sequence[Socket], now: float) -> None:
-        for socket in sockets:
-            if not self.watches.may(watch, socket):
-                continue
-            try:
-                expires = now + self.ledger.admission.limits.default_ttl_s
-                conn = self.connections.of_socket(socket, expires, session=watch.session)
-            except HintError:
-                return
-            self.carriage.joined(watch, conn, None, now)
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""
