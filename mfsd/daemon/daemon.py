@@ -21,6 +21,7 @@ from mfsd.daemon import config as configuration
 from mfsd.daemon import config_bands, measures, reload, wiring
 from mfsd.daemon.care import Care
 from mfsd.daemon.devices import Devices
+from mfsd.daemon.ear import Ear
 from mfsd.daemon.exposition import Exposition
 from mfsd.daemon.lock import StartError, lock
 from mfsd.daemon.predecessor import Predecessor
@@ -79,7 +80,7 @@ class Daemon:
             undo.callback(self.devices.close)
             loop = asyncio.get_running_loop()
             self._cgroups = cgroup_root(undo)
-            self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._heard), self._cgroups)
+            self._sockets = HostSockets(self.devices.teller, lambda: _soon(loop, self._ear.hear), self._cgroups)
             undo.callback(self._sockets.close)
             self.engine = wiring.engine_of(config, self.devices, policy, self._sockets)
             self._care = Care(self.devices, self.engine, self._supervisor)
@@ -87,6 +88,7 @@ class Daemon:
             self._rules.put(config, clock.monotonic())
             # The engine's times stand in the table beside the kernel's: all of them are the kernel's.
             self.ticker = Ticker(self.engine, Periods.of(config.daemon), self._beat, clock=clock.monotonic)
+            self._ear = Ear(self.engine, self.ticker, self.devices.teller, clock.monotonic)
             self._decoder = Decoder(config.limits)
             try:
                 rights = rights_of(config.daemon)
@@ -129,8 +131,7 @@ class Daemon:
                 self._exposition.start(self._server.places)
                 self._server.others = {self._exposition.path: lambda: self._exposition.again(self._server.places)}
                 self.ticker.start()
-                if self.devices.teller is not None:
-                    asyncio.get_running_loop().add_reader(self.devices.teller.fd, self._heard)
+                self._ear.start()
                 room = Room(self._server.bound, self._identities)
                 work = self._care.succeed(), self._care.keep_looking(), self._keep_status()
                 self._tasks = [asyncio.create_task(w) for w in (*work, room.keep(), self._server.keep())]
@@ -143,8 +144,7 @@ class Daemon:
 
     async def _shut_down(self) -> None:
         self._supervisor.tell("STOPPING=1")
-        if self.devices.teller is not None:
-            asyncio.get_running_loop().remove_reader(self.devices.teller.fd)
+        self._ear.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -189,11 +189,6 @@ class Daemon:
         self._stopping.set()
 
     # --- regular work -------------------------------------------------------------------------------------------------
-
-    def _heard(self) -> None:
-        """The kernel has told of connections, or a search for some is over."""
-        self.engine.hear(clock.monotonic())
-        self.ticker.poke()
 
     def _beat(self, now: float) -> None:
         """After a successful tick: signs of life for the classifier and for systemd."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.lanes import Lanes
-from mfsd.engine.locating import LOCATE_S, Unlocated
+from mfsd.engine.locating import AT_ONCE, LOCATE_S, Unlocated
 from mfsd.engine.ownership import own, own_now
 from mfsd.engine.peers import Peers
 from mfsd.engine.positions import Positions
@@ -65,7 +65,7 @@ class Connections:
         self._by_tuple: dict[Endpoints, Connection] = {}
         self._unlocated = Unlocated(table)
         """Known by cookie only."""
-        self._strange: list[Connection] = []
+        self._strange: dict[Connection, None] = {}
         """Named by somebody whose they have turned out not to be."""
         self.positions = Positions(table, sockets)
         self.lanes = Lanes(max(b.lanes for b in bands.level_bands))
@@ -177,7 +177,7 @@ class Connections:
             self._enter_lane(conn, self.tenants.join(conn.slot, socket.uid), tcp=tcp)
         self._unseen[conn.slot] = INF
         if conn.only not in (-1, socket.uid):
-            self._strange.append(conn)
+            self._strange[conn] = None
         if conn.endpoints is None:
             self._set_endpoints(conn, socket.endpoints)
 
@@ -202,9 +202,8 @@ class Connections:
             elif (end := self.end_of(conn)) is not None:
                 over.append((conn, end))
             elif self._unlocated.given_up(conn, now):
-                self._strange.append(conn)
-        gone, self._strange = self._strange, []
-        return gone, over
+                self._strange[conn] = None
+        return [self._strange.popitem()[0] for _ in range(min(AT_ONCE, len(self._strange)))], over
 
     def end_of(self, conn: Connection) -> End | None:
         """How one that is searched for has ended, unless its socket may be about to be connected once more."""

@@ -293,5 +293,4 @@ class Delivery:
                 short.setdefault(transfer.stream, []).append(transfer)
         for stream, some in short.items():
             cut(self.books, some, self.books.streams.offset(stream, self.connections.positions.sent_by))
-        for at in {x.stream.closed_at for x in nowhere}:
-            self.endings.end([x for x in nowhere if x.stream.closed_at == at], now, delivered_at=at or now)
+        self.endings.deliver([((x,), x.stream.closed_at or now) for x in nowhere], now)

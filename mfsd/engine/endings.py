@@ -36,6 +36,8 @@ ROOM: Final = 2048
 """Of those that have arrived so many are struck out in one tick."""
 ROOM_BESIDE: Final = 512
 """The same while several users have something in the books: ticks are what others wait for."""
+CONCLUDED: Final = 32
+"""Streams of closed connections that are given up in one tick."""
 NOTHING: Final[Mapping[Stream, float]] = MappingProxyType({})
 
 
@@ -54,8 +56,9 @@ class Endings:
     _arrived: dict[Transfer, float] = field(default_factory=dict)
     """What has arrived and is still in the books, and when."""
     _closing: dict[Stream, tuple[float, str]] = field(default_factory=dict)
-    """Whose connection was closed before all was written: until when a word of it may come, and what to say
-    then."""
+    """Whose connection was closed before all was written: until when a word of it may come, and what to say then."""
+    _finishing: deque[Request] = field(default_factory=deque)
+    """Requests of sessions that are over, beyond AT_ONCE."""
     _room: int = ROOM
     """Of what has arrived: so many may be struck out until the next tick."""
 
@@ -96,8 +99,10 @@ class Endings:
         """A tick begins: end some more of what was too much at a time."""
         room = ROOM_BESIDE if self.books.shared else ROOM
         self._room = room - self._strike(room, now)
-        for stream in [s for s, (until, _) in self._closing.items() if until <= now or not s.queue]:
+        due = (s for s, (until, _) in self._closing.items() if until <= now or not s.queue)
+        for stream in list(islice(due, CONCLUDED)):
             self.conclude(stream, now)
+        self._finish_some(now)
         if self._more:
             transfers, delivered_at, lost, told = self._more[0]
             some = [transfers.popleft() for _ in range(min(AT_ONCE, len(transfers)))]
@@ -244,11 +249,18 @@ class Endings:
         for request in list(session.requests.values()):
             request.completed = True
             if not request.transfers:
-                self.finish(request, now)
+                self._finishing.append(request)
+        self._finish_some(now)
         for stream in list(session.streams.values()):
             if not stream.queue:
                 self._close(stream)
         return list(session.transfers.values())
+
+    def _finish_some(self, now: float) -> None:
+        for _ in range(min(AT_ONCE, len(self._finishing))):
+            request = self._finishing.popleft()
+            if request.row != GONE:
+                self.finish(request, now)
 
     def unmark(self, mark: Mark, now: float) -> None:
         """Take a mark back."""

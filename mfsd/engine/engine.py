@@ -49,7 +49,10 @@ HOUSEKEEPING_S: Final = 0.1
 """How often expiry is looked at."""
 SWEEP_S: Final = 1.0
 """How often idle connections are checked for sockets that are gone."""
-SWEEP_BATCH: Final = 256
+SWEEP_MAX: Final = 256
+"""Of them so many in that time."""
+SWEEP_BATCH: Final = 32
+"""And so many in one tick."""
 CAUGHT_UP: Final = 128
 """Transfers that have arrived and are struck out beside a turn of single hints."""
 DROPPED_AT_ONCE: Final = 64
@@ -189,7 +192,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to schedule: the daemon may tick slowly."""
-        return not self.books.transfers.n and not self.watches.looking
+        return not self.books.transfers.n and not self.watches.looking and not self.hearing.more
 
     @property
     def rescue_due(self) -> bool:
@@ -197,7 +200,7 @@ class Engine:
         return self.rescuer.waiting
 
     def hear(self, now: float) -> None:
-        """Take in what the kernel tells of connections."""
+        """Take in some of what the kernel tells of connections."""
         self.hearing.run(now)
 
     def tick(self, now: float) -> None:
@@ -222,8 +225,7 @@ class Engine:
         # What nothing waits for.
         self.probes.run(now)
         if now >= self._next_sweep:
-            self._next_sweep = now + SWEEP_S
-            self._sweep(now)
+            self._next_sweep = now + SWEEP_S * self._sweep(now)
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""
@@ -276,23 +278,27 @@ class Engine:
         objects = store.objects
         return [objects[row] for row in np.flatnonzero(store.live("expires") < now)[:most].tolist()]
 
-    def _sweep(self, now: float) -> None:
-        """Look whether idle connections still exist; busy ones are asked anyway when they near their end."""
+    def _sweep(self, now: float) -> float:
+        """Look whether idle connections still exist; busy ones are asked anyway when they near their end.
+
+        Returns which part of what SWEEP_S is for that was.
+        """
         slots = sorted(self.connections.by_slot)
         if not slots:
-            return
+            return 1.0
         window = [s for s in slots if s >= self._sweep_from][:SWEEP_BATCH] or slots[:SWEEP_BATCH]
-        self._sweep_from = window[-1] + 1
+        self._sweep_from, part = window[-1] + 1, len(window) / min(len(slots), SWEEP_MAX)
         conns = [self.connections.by_slot[s] for s in window]
         try:
             positions = self.connections.positions.ask([c for c in conns if c.here])
         except UnknownError:
-            return
+            return part
         for conn, position in positions.items():
             if position is None:
                 self.endings.lost(conn, now)
             elif position.over:
                 self.endings.closed(conn, position.acked, now, clean=True)
+        return part
 
     # --- operators ----------------------------------------------------------------------------------------------------
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
 
-from mfsd.engine.sockets import Closed, Established, Socket
+from mfsd.engine.sockets import Closed, Established, Event, Found, Socket
 from mfsd.ground.model import HintError
 
 if TYPE_CHECKING:
@@ -20,40 +21,65 @@ if TYPE_CHECKING:
     from mfsd.engine.sockets import End
     from mfsd.engine.watches import Watches
 
+STEPS: Final = 64
+"""So much is taken in at a time: sockets that were made or found. Less than 10 ms."""
+CLOSED: Final = 4
+"""Steps that the end of a connection takes, for each stream on it."""
+TRIED: Final = 64
+"""Selectors that are tried in one step."""
+
 
 @dataclass(slots=True)
 class Hearing:
-    """Hears the kernel."""
+    """Hears the kernel, a little at a time: thousands of connections end at once when a process is killed."""
 
     books: Books
     connections: Connections
     watches: Watches
     endings: Endings
     carriage: Carriage
+    _unheard: deque[Event] = field(default_factory=deque)
+    """What there was more than STEPS of."""
+    more: bool = False
+    """The last call of ``run`` may have left something for the next one."""
 
     def run(self, now: float) -> None:
-        """Take in what the kernel tells of connections."""
-        for event in self.connections.sockets.events():
-            if isinstance(event, Established):
-                self._established(event, now)
-            elif isinstance(event, Closed):
-                conn = self.connections.by_cookie.get(event.cookie)
-                if conn is not None and event.active and not event.acked and not event.clean:
-                    # Nobody has answered: it was never established, and its process may connect it again.
-                    self.connections.unlocate(conn)
-                elif conn is not None:
-                    self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean, at=event.at)
-            elif event.sockets is None:
-                self.watches.failed(event.selector, now)
-            else:
-                for watch in self.watches.found(event.selector):
-                    self._found(watch, event.sockets, now)
-                    if not watch.looked_back:
-                        over = [e for e in event.ended if self.watches.means(watch, e.socket)]
-                        self.carriage.look_back(watch, over, now)
+        """Take in what the kernel tells of connections; beyond STEPS it waits for the next call."""
+        room = STEPS
+        while room > 0:
+            if not self._unheard:
+                self._unheard.extend(self.connections.sockets.events())
+            if not self._unheard:
+                break
+            room -= self._take_in(self._unheard.popleft(), room, now)
+        self.more = room <= 0
         for conn, position in self.connections.positions.placed():
             self._place(conn, position)
         self.connections.lend()
+
+    def _take_in(self, event: Event, room: int, now: float) -> int:
+        """Returns how many steps it has taken. What ``room`` is too little for comes once more."""
+        if isinstance(event, Established):
+            self._established(event, now)
+            return 1 + self.watches.to_try(event.socket) // TRIED
+        if isinstance(event, Closed):
+            return self._closed(event, now)
+        if event.sockets is None:
+            self.watches.failed(event.selector, now)
+            return 1
+        return self._found(event, event.sockets, room, now)
+
+    def _closed(self, event: Closed, now: float) -> int:
+        conn = self.connections.by_cookie.get(event.cookie)
+        if conn is None:
+            return 1
+        steps = 1 + CLOSED * len(conn.streams)
+        if event.active and not event.acked and not event.clean:
+            # Nobody has answered: it was never established, and its process may connect it again.
+            self.connections.unlocate(conn)
+        else:
+            self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean, at=event.at)
+        return steps
 
     def look_at(self, conns: Iterable[Connection], now: float) -> None:
         """Take in what the kernel has told meanwhile, and look whether these connections are over."""
@@ -93,7 +119,23 @@ class Hearing:
             self.carriage.joined(watch, conn, begin, now)
         self.connections.note_rest(conn, now, linger=True)
 
-    def _found(self, watch: Watch, sockets: Sequence[Socket], now: float) -> None:
+    def _found(self, event: Found, sockets: Sequence[Socket], room: int, now: float) -> int:
+        watches = self.watches.named(event.selector)
+        some = sockets[: max(room // max(len(watches), 1), 1)] if watches else sockets
+        last, steps = len(some) == len(sockets), 1 + len(some) * len(watches)
+        if last:
+            self.watches.answered(event.selector)
+        else:
+            self._unheard.appendleft(replace(event, sockets=sockets[len(some) :]))
+        for watch in watches:
+            self._join(watch, some, now)
+            if last and not watch.looked_back:
+                over = [e for e in event.ended if self.watches.means(watch, e.socket)]
+                self.carriage.look_back(watch, over, now)
+                steps += len(event.ended) // TRIED
+        return steps
+
+    def _join(self, watch: Watch, sockets: Sequence[Socket], now: float) -> None:
         for socket in sockets:
             if not self.watches.may(watch, socket):
                 continue

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from mfsd.engine.slots import NS
@@ -25,6 +26,8 @@ SILENT_S: Final = 3.0
 """So is one that has sent nothing but acknowledgements since it was hinted, and those so long ago: its socket was being
 closed. One that has sent more lives where nobody can look, such as an unconnected UDP socket, or one in a network
 namespace other than the daemon's that is older than the daemon."""
+AT_ONCE: Final = 64
+"""Connections that are searched for in one tick, and that are given up: some may have been over, and end."""
 SYN: Final = 1
 """Bytes, as TCP counts."""
 
@@ -60,11 +63,12 @@ class Unlocated:
         self._searches.pop(conn, None)
 
     def due(self, now: float) -> Iterator[Connection]:
-        """Those to look for now; who is found is to be discarded before the next one is asked for."""
-        for conn, search in list(self._searches.items()):
-            if now >= search.next_try:
-                search.next_try = now + RETRY_S
-                yield conn
+        """Those to look for now, at most AT_ONCE; who is found is to be discarded before the next one is asked for."""
+        due = (conn for conn, search in self._searches.items() if now >= search.next_try)
+        for conn in list(islice(due, AT_ONCE)):
+            search = self._searches[conn] = self._searches.pop(conn)  # the others are first next time
+            search.next_try = now + RETRY_S
+            yield conn
 
     def given_up(self, conn: Connection, now: float) -> bool:
         """A connection has not been found again; for long enough to say that it is gone."""

@@ -22,7 +22,7 @@ from mfsd.ground.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from mfsd.engine.books import Books
     from mfsd.engine.records import Session
@@ -44,10 +44,10 @@ class Watches:
         self.limits = limits
         self._sockets = sockets
         self._lanes = lanes
-        self._by_peer: dict[Address | None, list[Watch]] = {}
+        self._by_peer: dict[Address | None, dict[Watch, None]] = {}
         """By exact remote address; None: those that name none."""
-        self._same: dict[tuple[Selector, int], list[Watch]] = {}
-        """Those that the kernel can't tell apart: several sessions of a user may name the same."""
+        self._same: dict[Selector, list[Watch]] = {}
+        """Several sessions may name the same; those of one user the kernel can't tell apart."""
         self._to_look: dict[Selector, None] = {}
         """Selectors whose open connections are to be searched for."""
         self._looking: set[Selector] = set()
@@ -75,8 +75,8 @@ class Watches:
             session.user.selectors += 1
             self._books.everybody.selectors += 1
             watch = session.watches[selector] = Watch(session, selector, since=now, band=-1)
-            self._by_peer.setdefault(_peer(selector), []).append(watch)
-            self._same.setdefault((selector, session.only), []).append(watch)
+            self._by_peer.setdefault(_peer(selector), {})[watch] = None
+            self._same.setdefault(selector, []).append(watch)
             self._to_look[selector] = None
         if watch.band != band or watch.expires < expires:
             # Told well ahead of time, so that a watch in constant use is not told again and again.
@@ -86,7 +86,7 @@ class Watches:
 
     def _tell(self, selector: Selector, only: int) -> None:
         """The kernel does what is best for those who share a selector, for as long as any of them wants it."""
-        same = self._same[selector, only]
+        same = [w for w in self._same[selector] if w.session.only == only]
         band, expires = min(w.band for w in same), max(w.expires for w in same)
         self._sockets.watch(selector, only, band, self._lanes, int(expires * NS))
 
@@ -110,17 +110,19 @@ class Watches:
         watch.session.user.selectors -= 1
         self._books.everybody.selectors -= 1
         peer = _peer(watch.selector)
-        self._by_peer[peer].remove(watch)
+        del self._by_peer[peer][watch]
         if not self._by_peer[peer]:
             del self._by_peer[peer]
         self._to_look.pop(watch.selector, None)
-        key = watch.selector, watch.session.only
-        self._same[key].remove(watch)
-        if self._same[key]:
-            self._tell(*key)
+        selector, only = watch.selector, watch.session.only
+        same = self._same[selector]
+        same.remove(watch)
+        if any(w.session.only == only for w in same):
+            self._tell(selector, only)
         else:
-            del self._same[key]
-            self._sockets.unwatch(*key)
+            self._sockets.unwatch(selector, only)
+        if not same:
+            del self._same[selector]
 
     def expired(self, now: float) -> list[Watch]:
         """Those that nothing has used for their time to live, and that no mark holds."""
@@ -148,22 +150,28 @@ class Watches:
         """A search has failed: try again a little later, if anybody still wants to know."""
         self._looking.discard(selector)
         self._not_before = now + FALLBACK_S
-        if any(w.selector == selector for w in self._by_peer.get(_peer(selector), ())):
+        if selector in self._same:
             self._to_look[selector] = None
 
-    def found(self, selector: Selector) -> list[Watch]:
-        """The watches that wanted this answer."""
+    def named(self, selector: Selector) -> Sequence[Watch]:
+        """The watches that want an answer to a search."""
+        return tuple(self._same.get(selector, ()))
+
+    def answered(self, selector: Selector) -> None:
+        """They have it."""
         self._looking.discard(selector)
-        out = [w for w in self._by_peer.get(_peer(selector), ()) if w.selector == selector]
         if selector not in self._to_look:  # else one of them was opened after the search had begun
-            for watch in out:
+            for watch in self._same.get(selector, ()):
                 watch.looked = True
-        return out
 
     @staticmethod
     def may(watch: Watch, socket: Socket) -> bool:
         """A session's selectors mean its user's sockets only, unless it may speak for all."""
         return watch.session.only in (-1, socket.uid)
+
+    def to_try(self, socket: Socket) -> int:
+        """How many selectors ``matching`` tries."""
+        return sum(len(self._by_peer.get(peer, ())) for peer in (socket.endpoints.dst, None))
 
     def matching(self, socket: Socket) -> Iterable[Watch]:
         """The watches that mean a connection."""

@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import struct
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
 CREATE: Final = "mfsd_socket"
 CONNECT: Final = "mfsd_connection"
 _OWN_MAPS: Final = ("mfsd_socks", "mfsd_ends", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost")
-EVENTS_AT_ONCE: Final = 1024
+EVENTS_AT_ONCE: Final = 64
+KEPT_MAX: Final = 16_384
+"""Events that are kept for later, so that there is room in the ring."""
 HOOKS: Final = (SOCK_CREATE, SOCK_OPS)
 
 
@@ -84,6 +87,8 @@ class Teller:
         """``classifier``: whose slots and keys are used."""
         self._fds: list[int] = []
         self._links: list[int] = []
+        self._kept: deque[bytes] = deque()
+        """Events out of the ring that nobody has asked for yet."""
         self.taken_off = 0
         """How often somebody had taken the programs off: nothing is known of what was connected or closed meanwhile."""
         with contextlib.ExitStack() as undo:
@@ -127,7 +132,7 @@ class Teller:
     @property
     def waiting(self) -> bool:
         """There are events."""
-        return self._ring.waiting
+        return bool(self._kept) or self._ring.waiting
 
     @property
     def lost(self) -> int:
@@ -136,7 +141,9 @@ class Teller:
 
     def events(self) -> list[Event]:
         """What has happened since the last call, at most EVENTS_AT_ONCE."""
-        return [_event(record) for record in self._ring.read(EVENTS_AT_ONCE)]
+        kept = self._kept
+        kept.extend(self._ring.read(KEPT_MAX - len(kept)))
+        return [_event(kept.popleft()) for _ in range(min(EVENTS_AT_ONCE, len(kept)))]
 
     def find(self, cookie: int) -> Told | None:
         """A connection by its cookie; None if the directory has none (yet)."""

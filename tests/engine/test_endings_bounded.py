@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever ends at once, by thousands, is struck out some at a time: counted, not timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.harness import FakeSocket, Host
+
+from mfsd.engine.carriage import Carriage
+from mfsd.engine.endings import AT_ONCE, CONCLUDED, Endings
+from mfsd.engine.engine import SWEEP_BATCH
+from mfsd.engine.hearing import CLOSED, STEPS
+from mfsd.engine.locating import AT_ONCE as SEARCHED
+from mfsd.engine.locating import LOCATE_S
+from mfsd.engine.settings import LimitsConfig
+from mfsd.engine.sockets import ON_THE_WAY_S
+from mfsd.ground.model import CookieSelector, MarkHint, PortRange, RequestHint, Stage, TupleSelector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+N = 700
+"""More than is done at a time of anything but what has arrived."""
+
+
+@dataclass
+class Counted:
+    """How often a method was called, and how often at most in one call of the host's."""
+
+    most: int = 0
+    now: int = 0
+    seen: list[Any] = field(default_factory=list)
+
+    def during(self, call: Callable[[], object]) -> None:
+        self.now = 0
+        call()
+        self.most = max(self.most, self.now)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, where: type, name: str) -> Counted:
+    """Count calls of a method, which does what it does."""
+    count, method = Counted(), getattr(where, name)
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count.now += 1
+        count.seen.append(args)
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(where, name, counting)
+    return count
+
+
+def until(h: Host, count: Counted, over: Callable[[], bool], every: float = 0.01) -> None:
+    """Tick until it is over."""
+    for _ in range(N):
+        if over():
+            return
+        count.during(lambda: h.tick(every))
+    raise AssertionError("it never ends")
+
+
+def crowded(n: int = N) -> Host:
+    """A worker with a transfer under way on each of ``n`` connections."""
+    h = Host(slots=4 * N)
+    h.request("r", 60.0)
+    for i in range(n):
+        sock = h.socket(i + 1)
+        h.transfer(f"t{i}", sock, 1 << 20)
+        sock.unsent_plus_unacked = 1000
+    h.tick(0.01)
+    return h
+
+
+def close_all(h: Host, *, clean: bool) -> None:
+    for sock in list(h.kernel.sockets):
+        h.now += 1e-6
+        h.kernel.close(sock, clean=clean)
+
+
+def test_connections_that_are_closed_together_end_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = crowded()
+    closed = counted(monkeypatch, Endings, "closed")
+    close_all(h, clean=False)
+    closed.during(lambda: h.engine.hear(h.now))
+    assert h.engine.hearing.more
+    assert not h.engine.idle
+    until(h, closed, lambda: not h.connections.by_slot)
+    assert len(closed.seen) == N
+    assert closed.most <= STEPS // (1 + CLOSED) + 1 + SWEEP_BATCH
+    assert not h.engine.books.transfers.n
+    h.tick(0.01)
+    assert not h.engine.hearing.more
+
+
+def test_what_no_word_is_waited_for_any_more_is_given_up_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = crowded()
+    concluded = counted(monkeypatch, Endings, "conclude")
+    close_all(h, clean=True)
+    until(h, concluded, lambda: not h.connections.by_slot)
+    h.now += ON_THE_WAY_S
+    until(h, concluded, lambda: not h.engine.books.transfers.n)
+    assert concluded.most == CONCLUDED
+    assert len(concluded.seen) == N
+
+
+def test_nor_does_the_end_of_their_session_look_at_each_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = crowded()
+    close_all(h, clean=True)
+    while h.connections.by_slot:
+        h.engine.hear(h.now)
+    passes = counted(monkeypatch, Endings, "_end")
+    passes.during(lambda: h.engine.end_session(h.session, h.now))
+    assert passes.most < 5  # those that were short, and the others
+    until(h, passes, lambda: not h.engine.books.transfers.n)
+
+
+def test_requests_of_a_session_that_ends_are_finished_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = Host()
+    for i in range(3 * AT_ONCE):
+        h.engine.apply(h.session, RequestHint(f"r{i}", h.now + 60), h.now)
+    finished = counted(monkeypatch, Endings, "finish")
+    finished.during(lambda: h.engine.end_session(h.session, h.now))
+    until(h, finished, lambda: not h.engine.books.requests.n)
+    assert finished.most == AT_ONCE
+    assert len(finished.seen) == 3 * AT_ONCE
+    assert h.engine.books.everybody.bytes == 0
+
+
+def test_cookies_that_no_socket_has_are_given_up_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = Host(slots=4 * N)
+    h.request("r", 60.0)
+    for i in range(N):
+        h.transfer(f"t{i}", CookieSelector(i + 1), 1000)
+    h.tick(0.01)
+    dropped = counted(monkeypatch, Endings, "drop")
+    until(h, dropped, lambda: not h.connections.by_slot, every=0.1 * LOCATE_S)
+    assert len(dropped.seen) == N
+    assert dropped.most <= SEARCHED
+
+
+def test_all_cookies_are_searched_for_in_turn() -> None:
+    h = Host(slots=4 * N)
+    h.request("r", 60.0)
+    for i in range(N):
+        h.transfer(f"t{i}", CookieSelector(i + 1), 1000)
+    last = next(reversed(h.connections.by_cookie))
+    e = Host().socket(1).endpoints
+    h.kernel.sockets.append(FakeSocket(last, e))  # the kernel does not tell of it
+    for _ in range(N // SEARCHED + 1):
+        h.tick(0.0)
+    assert h.connections.by_cookie[last].endpoints is not None
+
+
+def test_a_selector_takes_what_is_open_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = Host(slots=4 * N)
+    socks = [h.socket(i + 1) for i in range(N)]
+    e = socks[0].endpoints
+    h.engine.apply(
+        h.session, MarkHint(TupleSelector(None, e.dst, PortRange(), PortRange(), 6), Stage.COLLECTIVE), h.now
+    )
+    (watch,) = h.session.watches.values()
+    asked = counted(monkeypatch, Carriage, "joined")
+    until(h, asked, lambda: watch.looked)
+    assert len(watch.conns) == N
+    assert asked.most <= STEPS
+
+
+def test_answers_for_very_many_selectors_of_one_peer_compare_none_with_another() -> None:
+    h = Host(limits=LimitsConfig(max_marks_per_session=4 * N))
+    e = h.socket(1).endpoints
+    for port in range(1, N + 1):
+        selector = TupleSelector(None, e.dst, PortRange(), PortRange(port, port), 6)
+        h.engine.apply(h.session, MarkHint(selector, Stage.COLLECTIVE), h.now)
+    compared = 0
+    plain = TupleSelector.__eq__
+
+    def comparing(self: TupleSelector, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return plain(self, other)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TupleSelector, "__eq__", comparing)
+        while not all(w.looked for w in h.session.watches.values()):
+            h.tick(0.01)
+    assert compared < 10 * N
