@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import array
 import fcntl
 import os
 import socket
@@ -109,6 +110,44 @@ def test_two_workers_use_the_same_names_at_once(daemon: Daemon) -> None:
         t.sendall(bytes(MB))
         two.done(request="r")
         settled(daemon, (2, 2, 0))
+
+
+PASSED = """
+import array
+with socket.socket(socket.AF_UNIX) as u, Client(target=target) as client:
+    u.connect(arguments[0])
+    data, ancillary, _, _ = u.recvmsg(1, socket.CMSG_SPACE(4))
+    fd = array.array("i", ancillary[0][2])[0]
+    with socket.socket(fileno=fd) as s:
+        for i in range(3):
+            client.request(f"q{i}", ttft_left_s=600)
+            client.transfer(f"t{i}", s, 500_000, stage=Stage.P2D, request=f"q{i}")
+            flushed = client.flush(20)
+            s.sendall(bytes(500_000))
+            client.done(request=f"q{i}")
+        say(flushed, client.flush(5))
+"""
+
+
+def test_a_connection_that_is_passed_to_another_process(daemon: Daemon, client: Client) -> None:
+    """SCM_RIGHTS: who made it closes it, having sent something itself."""
+    path = daemon.folder / "pass"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        grown = Grown(daemon)
+        with worker(daemon, PASSED, str(path)) as w:
+            there, _ = listener.accept()
+            with there, dial(daemon.pair) as s:
+                s.settimeout(None)
+                client.transfer("first", s, 500 * KB, stage=Stage.P2D, request="r")
+                assert client.flush(5)
+                s.sendall(bytes(500 * KB))
+                there.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [s.fileno()]))])
+            assert w.hear() == ["True", "True"]
+            w.result()
+        settled(daemon, (4, 3, 0))
+        assert grown.wrong(2 * MB) <= WRONG
 
 
 BY_COOKIE = """
