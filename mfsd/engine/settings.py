@@ -44,7 +44,7 @@ class LimitsConfig(Section):
     max_ttl_s: float = setting(600.0, "Longer lives are cut to this one.", ge=0.001, le=86_400)
     max_transfer_bytes: int = setting(1 << 40, "Size of one transfer.", ge=1, le=1 << 50)
     max_layers: int = setting(4096, "Layers of a model.", ge=1, le=1 << 20)
-    max_id_bytes: int = setting(256, "Length of an identifier in UTF-8.", ge=1, le=4096)
+    max_id_bytes: int = setting(256, "Length of an identifier in UTF-8.", ge=64, le=4096)
     max_sessions: int = setting(1024, "Client processes at a time, of all users.", ge=1, le=65_536)
     max_sessions_per_user: int = setting(256, "Client processes of one user at a time.", ge=1, le=65_536)
     max_connections_per_user: int = setting(

@@ -66,6 +66,10 @@ def test_rates_that_no_link_has(rate: str) -> None:
         assert text.endswith(': must be a rate from 64kbit to 10tbit, e.g. "10gbit"')
 
 
+def test_identifiers_have_room_for_those_that_engines_make() -> None:
+    assert only({"limits": {"max_id_bytes": 44}}).startswith("limits.max_id_bytes = 44: ")  # vLLM's are 45
+
+
 @pytest.mark.parametrize(
     "rate",
     [
