@@ -303,11 +303,14 @@ def test_sockets_that_are_none(daemon: Daemon, events: list[Event]) -> None:
         client.request("r", ttft_left_s=60)
         with pytest.raises((OSError, ValueError, TypeError)):
             client.transfer("closed", closed, 100, stage=Stage.P2D, request="r")
-        for name, s in (("unix", left), ("listener", pair.call(pair.a, lambda: socket.create_server(("", 7100))))):
-            with contextlib.suppress(OSError, ValueError, TypeError), s:
-                client.transfer(name, s, 100, stage=Stage.P2D, request="r")
-                assert client.flush(5)
-                wait_for(lambda name=name: [e for e in events if e.transfer_id == name], f"word about the {name}")  # type: ignore[misc]
+        with pair.call(pair.a, lambda: socket.create_server(("", 7100))) as listener:
+            announced = set()
+            for name, s in (("unix", left), ("listener", listener)):
+                with contextlib.suppress(OSError, ValueError, TypeError):
+                    client.transfer(name, s, 100, stage=Stage.P2D, request="r")
+                    announced.add(name)
+            assert client.flush(5)
+            wait_for(lambda: announced <= {e.transfer_id for e in events}, f"word about {announced}")
         with dial(pair) as s:
             client.transfer("t", s, MB, stage=Stage.P2D, request="r")
             assert client.flush(5)
