@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SIZE = 40 * MSS
+PART = SIZE // 8
+"""What is written of some. Of four that is not nearly a whole one, which would be completed before they are taken back."""
 
 
 class Play:
@@ -59,7 +61,7 @@ class Play:
 
     def run(self) -> int:
         """How many transfers were written as a whole."""
-        sent = [self.random.choice([SIZE, SIZE, 0, SIZE // 4]) for _ in range(self.random.randint(1, 4))]
+        sent = [self.random.choice([SIZE, SIZE, 0, PART]) for _ in range(self.random.randint(1, 4))]
         begins = list(accumulate(sent, initial=1))
         ahead, announced = self.random.choice([1, 2, 4]), 0
         for i, size in enumerate(sent):
