@@ -59,7 +59,7 @@ class Carriage:
         position: int,
     ) -> Stream:
         """What carries a transfer; opened, and its connections made known, if it is the first one."""
-        stream = session.streams.get(selector) or self.delivery.endings.waiting(session, selector, now)
+        stream = session.streams.get(selector) or self._waiting(session, selector, now)
         if session.watches and isinstance(selector, CookieSelector):
             stream = self._by_addresses(session, selector) or stream
         if stream is not None:
@@ -81,7 +81,7 @@ class Carriage:
                 watch.stream = stream
                 for known in watch.conns:
                     self._join(stream, known, None)
-            if conn is not None and not self.books.streams.resume(stream, conn):
+            if conn is not None and not self.books.streams.resume(stream, conn, over=conn.endpoints is None):
                 self._join(stream, conn, position or None)
         self.connections.renew(stream.members, expires)
         return stream
@@ -91,6 +91,14 @@ class Carriage:
         watch = session.watches.get(selector)
         band, mark = self.band_of(stage), None if watch is None else watch.mark
         return band if mark is None else min(band, self.band_of(mark.stage, mark.due_in))
+
+    def _waiting(self, session: Session, selector: Selector, now: float) -> Stream | None:
+        """What a connection carried that is over, unless its socket is connected once more by now."""
+        endings = self.delivery.endings
+        if (session, selector) not in endings.gaps.closing or not isinstance(selector, CookieSelector):
+            return None
+        again = self.connections.sockets.by_cookie(selector.cookie) is not None
+        return None if again else endings.waiting(session, selector, now)
 
     def _by_addresses(self, session: Session, selector: CookieSelector) -> Stream | None:
         """The stream of this connection alone that the session has named by addresses, and that carries transfers."""

@@ -114,10 +114,13 @@ class Streams:
         ended = self._ended.get((session, selector))
         return None if ended is None else ended.stream
 
-    def resume(self, stream: Stream, conn: Connection) -> bool:
-        """A connection that is over is named again: what it has moved has been counted. False: that is not known."""
+    def resume(self, stream: Stream, conn: Connection, *, over: bool) -> bool:
+        """A connection that is ``over`` is named again: what it has moved has been counted. False: that is not known.
+
+        Else its socket is connected once more, and what is known is of another connection.
+        """
         ended = self._ended.pop((stream.session, stream.selector), None)
-        if ended is None:
+        if ended is None or not over:
             return False
         before, offset, parted = ended
         self._gone[stream.index], self._parted[stream.index] = offset, parted

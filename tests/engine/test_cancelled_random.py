@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SIZE = 40 * MSS
 PART = SIZE // 8
-"""What is written of some. Of four that is not nearly a whole one, which would be completed before they are taken back."""
+"""Written of some: four of them are not nearly a whole one, which would be completed before one is taken back."""
 
 
 class Play:
