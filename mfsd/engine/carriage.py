@@ -59,7 +59,9 @@ class Carriage:
         position: int,
     ) -> Stream:
         """What carries a transfer; opened, and its connections made known, if it is the first one."""
-        stream = session.streams.get(selector) or self._waiting(session, selector, now)
+        stream = session.streams.get(selector)
+        if stream is None and position:  # without one it may be about to be connected once more
+            stream = self._waiting(session, selector, now)
         if session.watches and isinstance(selector, CookieSelector):
             stream = self._by_addresses(session, selector) or stream
         if stream is not None:
@@ -81,7 +83,8 @@ class Carriage:
                 watch.stream = stream
                 for known in watch.conns:
                     self._join(stream, known, None)
-            if conn is not None and not self.books.streams.resume(stream, conn, over=conn.endpoints is None):
+            over = bool(position) and conn is not None and conn.endpoints is None
+            if conn is not None and not self.books.streams.resume(stream, conn, over=over):
                 self._join(stream, conn, position or None)
         self.connections.renew(stream.members, expires)
         return stream

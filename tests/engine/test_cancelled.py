@@ -214,8 +214,9 @@ def test_bytes_count_once_when_more_is_announced_on_a_connection_that_is_over() 
     assert h.counted[0] == 1
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["hinted before", "hinted then"])
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_socket_that_is_connected_once_more_begins_anew(*, whole: bool) -> None:
+def test_a_socket_that_is_connected_once_more_begins_anew(*, whole: bool, before: bool) -> None:
     """By the same cookie another connection; of the first one all was written, or less than announced."""
     h, s = announced("a")
     h.tick(0.001)
@@ -223,9 +224,14 @@ def test_a_socket_that_is_connected_once_more_begins_anew(*, whole: bool) -> Non
     h.tick(0.001)
     h.kernel.close(s)
     h.tick(0.001)
-    once_more = h.socket(1, port=50_000)
     h.request("b", 60.0)
-    h.transfer("b", once_more, SIZE, request="b", position=1)
+    if before:
+        h.transfer("b", s, SIZE, request="b", position=0)  # of an unconnected socket nothing is known
+        h.tick(0.001)
+    once_more = h.socket(1, port=50_000)
+    if not before:
+        h.transfer("b", once_more, SIZE, request="b", position=1)
+    h.tick(0.001)
     h.send(once_more, SIZE)
     h.tick(0.001)
     assert "b" not in h.session.transfers
