@@ -43,6 +43,38 @@ HELD_S: Final = 0.25
 soon, and each promotion costs some of the margin."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    """What of stage 3 is lost, by device; shapes (devices,)."""
+
+    count: Counts
+    there: Counts
+    """Transfers of all stages."""
+    left: F8
+    of: F8
+    """What is left of the lost, and of all of stage 3, bytes; nothing where none is lost."""
+
+    @classmethod
+    def among(cls, view: Views, lost: B1, there: Counts) -> Self:
+        """``lost``: of all stages."""
+        t, devices = view.transfers, len(there)
+        late = t.stage == P2D
+        gone = late & lost
+        if not gone.any():
+            return cls(np.zeros(devices, dtype=np.intp), there, np.zeros(devices), np.zeros(devices))
+        left, of = (
+            np.bincount(t.device[some], weights=t.left[some], minlength=devices).astype(np.float64, copy=False)
+            for some in (gone, late)
+        )
+        return cls(np.bincount(t.device[gone], minlength=devices), there, left, of)
+
+    def lacking(self, least: tuple[int, float]) -> B1:
+        """Devices on which so many are lost, and such a share of them and of the work, shape (devices,)."""
+        count, share = least
+        lacking: B1 = (self.count >= count) & (self.count >= share * self.there) & (self.left >= share * self.of)
+        return lacking
+
+
 @dataclass(slots=True)
 class Verdict:
     """Arrays per transfer have the shape (n,), those per device (devices,)."""
@@ -85,7 +117,8 @@ class Verdict:
         was_urgent, was_first = t.level == layout.urgent, t.level == layout.first
         lost = asked.lost.rows(view) & (t.stage != BACKGROUND)
         there = np.bincount(t.device, minlength=len(rate))
-        greedy = _greedy(view, asked, _lacking(view, lost, there, CROWDED), there)
+        gone = _Gone.among(view, lost, there)
+        greedy = _greedy(view, asked, gone.lacking(CROWDED), there)
         promised, some = here, bool(greedy.any())
         if some:
             due = np.where(greedy, np.inf, asked.due)
@@ -103,7 +136,7 @@ class Verdict:
         out = cls(
             asked=asked,
             lost=lost,
-            short=_lacking(view, lost, there, SHORT),
+            short=gone.lacking(SHORT),
             need=here.shares(),
             greedy=greedy,
             late=late & ~greedy if some else late,
@@ -151,19 +184,6 @@ class Verdict:
         self.total = np.maximum(self.total, on_devices(np.maximum(promised.steady(), promised.rush())))
         self.average = np.maximum(self.average, on_devices(promised.average()))
         self.rush = np.maximum(self.rush, on_devices(promised.rush()))
-
-
-def _lacking(view: Views, lost: B1, there: Counts, least: tuple[int, float]) -> B1:
-    """Devices on which so much of stage 3 is lost, shape (devices,); ``there``: how many transfers each has."""
-    t, devices = view.transfers, len(there)
-    late = t.stage == P2D
-    gone = late & lost
-    count = np.bincount(t.device[gone], minlength=devices)
-    lacking: B1 = (count >= least[0]) & (count >= least[1] * there)
-    if lacking.any():
-        work, of = (np.bincount(t.device[some], weights=t.left[some], minlength=devices) for some in (late, gone))
-        lacking &= of >= least[1] * work
-    return lacking
 
 
 def _greedy(view: Views, asked: Asked, crowded: B1, there: Counts) -> B1:
