@@ -34,8 +34,10 @@ SO_COOKIE: Final = 57
 SO_PROTOCOL: Final = 38
 """include/uapi/asm-generic/socket.h; the same on all architectures but sparc and parisc."""
 IPPROTO_MPTCP: Final = 262
-TCP_INFO: Final = struct.Struct("=24xI92xQ16xI")
-"""tcpi_unacked, tcpi_bytes_acked, tcpi_notsent_bytes in ``struct tcp_info``, include/uapi/linux/tcp.h."""
+TCP_INFO: Final = struct.Struct("=B23xI92xQ16xI")
+"""tcpi_state, tcpi_unacked, tcpi_bytes_acked, tcpi_notsent_bytes in ``struct tcp_info``, include/uapi/linux/tcp.h."""
+CLOSED: Final = 7
+"""TCP_CLOSE, include/net/tcp_states.h."""
 TRIES: Final = 3
 
 Cookie = CookieSelector
@@ -236,5 +238,8 @@ def _info(number: int) -> tuple[int, int, int]:
     if _libc.getsockopt(number, socket.IPPROTO_TCP, socket.TCP_INFO, asked.info, asked.to_length):
         with borrowed(number) as sock:
             sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO)  # says what is wrong
-    unacked, acked, unsent = TCP_INFO.unpack(asked.info)
-    return (unacked, acked, unsent) if asked.length.value == TCP_INFO.size else (0, 0, 0)
+    state, unacked, acked, unsent = TCP_INFO.unpack(asked.info)
+    if asked.length.value != TCP_INFO.size:
+        return 0, 0, 0
+    # What the kernel says is queued in a closed one is nothing: a gap that connect(2) with AF_UNSPEC leaves.
+    return (unacked, acked, unsent) if state != CLOSED else (0, acked, 0)

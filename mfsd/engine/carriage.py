@@ -59,9 +59,7 @@ class Carriage:
         position: int,
     ) -> Stream:
         """What carries a transfer; opened, and its connections made known, if it is the first one."""
-        stream = session.streams.get(selector)
-        if stream is None and position:  # without one it may be about to be connected once more
-            stream = self._waiting(session, selector, now)
+        stream = session.streams.get(selector) or self._waiting(session, selector, position, now)
         if session.watches and isinstance(selector, CookieSelector):
             stream = self._by_addresses(session, selector) or stream
         if stream is not None:
@@ -83,8 +81,7 @@ class Carriage:
                 watch.stream = stream
                 for known in watch.conns:
                     self._join(stream, known, None)
-            over = bool(position) and conn is not None and conn.endpoints is None
-            if conn is not None and not self.books.streams.resume(stream, conn, over=over):
+            if conn is not None and not self._resumed(stream, conn, position):
                 self._join(stream, conn, position or None)
         self.connections.renew(stream.members, expires)
         return stream
@@ -95,13 +92,29 @@ class Carriage:
         band, mark = self.band_of(stage), None if watch is None else watch.mark
         return band if mark is None else min(band, self.band_of(mark.stage, mark.due_in))
 
-    def _waiting(self, session: Session, selector: Selector, now: float) -> Stream | None:
-        """What a connection carried that is over, unless its socket is connected once more by now."""
+    def _waiting(self, session: Session, selector: Selector, position: int, now: float) -> Stream | None:
+        """What a connection carried that is over, and waits for its worker's last words, of which this is one."""
         endings = self.delivery.endings
-        if (session, selector) not in endings.gaps.closing or not isinstance(selector, CookieSelector):
+        if (session, selector) not in endings.gaps.closing or not self._over(selector, position):
             return None
-        again = self.connections.sockets.by_cookie(selector.cookie) is not None
-        return None if again else endings.waiting(session, selector, now)
+        return endings.waiting(session, selector, now)
+
+    def _resumed(self, stream: Stream, conn: Connection, position: int) -> bool:
+        """This is said of a connection that is over, and whose bytes have been counted."""
+        streams = self.books.streams
+        if streams.ended(stream.session, stream.selector) is None:
+            return False
+        return streams.resume(stream, conn, over=self._over(stream.selector, position))
+
+    def _over(self, selector: Selector, position: int) -> bool:
+        """A socket's connection is over, and is what a hint means; not one that is made by now, or that is to come.
+
+        Before it is made nothing is known of a ``position``, and who has accepted one doesn't make another.
+        """
+        if not isinstance(selector, CookieSelector) or self.connections.sockets.by_cookie(selector.cookie) is not None:
+            return False
+        end = self.connections.sockets.end_of(selector.cookie)
+        return position > 0 or (end is not None and not end.active)
 
     def _by_addresses(self, session: Session, selector: CookieSelector) -> Stream | None:
         """The stream of this connection alone that the session has named by addresses, and that carries transfers."""

@@ -165,20 +165,22 @@ def test_without_a_word_what_was_not_written_is_lost_soon() -> None:
 
 @pytest.mark.parametrize("heard", range(7))
 @pytest.mark.parametrize("ticks", [0, 1, 3])
-def test_a_connection_that_is_over_before_all_is_heard_of_it(heard: int, ticks: int) -> None:
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_connection_that_is_over_before_all_is_heard_of_it(heard: int, ticks: int, *, accepted: bool) -> None:
     """One is taken back before its bytes went, and the two behind it are written; so many words come in time."""
     h = Host()
-    s = h.socket(1)
+    at = 0 if accepted else 1
+    s = h.socket(1, bytes_acked=at, active=not accepted)
 
     def hear(words: Iterable[str]) -> None:
         for word in words:
             if word == "cancel":
-                h.cancel("a", s, 1, What.REQUEST)
+                h.cancel("a", s, at, What.REQUEST)
             elif word in {"b is done", "c is done"}:
                 h.done(word[0], What.REQUEST)
             else:
                 h.request(word, 60.0)
-                h.transfer(word, s, SIZE, request=word, position=1)
+                h.transfer(word, s, SIZE, request=word, position=at)
             for _ in range(ticks):
                 h.tick(0.001)
 

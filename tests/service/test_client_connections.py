@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvloop
-from support.daemons import Running, connected
+from support.daemons import Running, connected, disconnect
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Cookie, Fd, Rejected, Stage, Transfer, cookie_of, process_peer, tuple_of
@@ -178,6 +178,10 @@ def test_the_position_is_what_tcp_counts(connection: tuple[socket.socket, socket
         assert (name(udp).position, name(udp).fault) == (0, "")
     with socket.socket() as unconnected:
         assert name(unconnected).position == 0
+    with connected() as (sock, _):
+        sock.sendall(bytes(1000))
+        disconnect(sock)
+        assert name(sock).position == 0
 
 
 def test_a_socket_in_the_place_of_one_that_is_gone_is_not_taken_for_it() -> None:
