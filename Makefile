@@ -9,6 +9,7 @@ NAME ?=
 KERNEL ?= 6.1
 VLLM_VENV ?= build/venv-vllm
 ARGS ?=
+AGAIN ?=
 NCCL_CC ?= $(firstword $(foreach c,clang cc gcc,$(shell command -v $(c))))
 STAMP := $(VENV)/.mfsd-setup
 ROOTLESS := not (root or netns or bpf)
@@ -64,12 +65,13 @@ e2e-mooncake: build ## Mooncake's transfer engine and Store by mfsd's wrappers, 
 	PYTHON=$(PYTHON) sh scripts/vllm_env.sh $(VLLM_VENV)
 	$(PY) scripts/mooncake_check.py --python $(VLLM_VENV)/bin/python
 
-test: build ## all tests of this machine's kernel, as root; fails if a tier did not run
+test: build ## all tests of this machine's kernel, as root; fails if a tier did not run (AGAIN=1: what failed, once more)
 	@mkdir -p build
 	@# what needs privileges has the kernel to itself, one test after the other
 	@status=0; \
-	$(PY) -m pytest -n logical -m "$(ROOTLESS)" --junitxml=build/rootless.xml || status=1; \
-	$(PY) -m pytest -m "not ($(ROOTLESS))" --junitxml=build/privileged.xml || status=1; \
+	run() { scripts/pytest_again.sh "$(AGAIN)" $(PY) "$$@" || status=1; }; \
+	run -n logical -m "$(ROOTLESS)" --junitxml=build/rootless.xml; \
+	run -m "not ($(ROOTLESS))" --junitxml=build/privileged.xml; \
 	$(PY) scripts/check_tiers.py build/rootless.xml build/privileged.xml && exit $$status
 
 nccl-plugin: ## NCCL's profiler plugin, which tells mfsd of collectives: build/libnccl-profiler-mfsd.so

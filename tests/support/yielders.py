@@ -152,7 +152,7 @@ def acked(*socks: socket.socket, seconds: float = 1.5) -> npt.NDArray[np.int64]:
 
 
 def settles(measure: Callable[[], float], holds: Callable[[float], bool]) -> None:
-    """It comes to hold, in one of a few windows: a busy machine's first ones may show more of the machine than of the link."""
+    """It holds in one of a few windows: a busy machine's first may show more of the machine than of its link."""
     seen: list[float] = []
     while len(seen) < WINDOWS and not (seen and holds(seen[-1])):
         seen.append(measure())
