@@ -218,3 +218,15 @@ def test_needs_are_those_of_the_demand_bound_and_scale_with_time(rows: list[tupl
     scaled = load.Need(load.Load.of(link, seconds * k, octets * k, rate), margin, one).shares()
     if (seconds * min(k, 1.0) > 0.001).all() and (seconds * max(k, 1.0) < 4096).all():
         assert scaled.tolist() == pytest.approx(need.tolist())
+
+
+@given(st.lists(st.tuples(durations, durations, st.integers(0, 1)), min_size=1, max_size=8))
+def test_a_link_at_that_share_has_those_in_time_that_share_it_evenly(rows: list[tuple[float, float, int]]) -> None:
+    due, work, link = (np.array([r[k] for r in rows]) for k in (0, 1, 2))
+    share = load.evenly(link, due, work * RATE, np.full(2, RATE))
+    for on in set(link.tolist()):
+        late = []
+        for own, at in zip(work[link == on], due[link == on], strict=True):
+            got = sum(min(own, other) for other in work[link == on])  # by all, until it has its own
+            late.append(got / share[on] / at)
+        assert max(late) == pytest.approx(1.0)

@@ -27,6 +27,8 @@ KNOWN_S = 1.0
 """When the link's load, an average over 0.1 s, shows all that a crowd takes."""
 SURPRISED = [Job(1.0, math.exp(-2.75)), Job(1.0, math.exp(-3.28125))]
 """At a load of 4 the second alone is just in time on an empty link, and not beside a crowd."""
+SHARING = [Job(1.0, 1.0), Job(1.0, math.exp(-2.75)), Job(1.0, math.exp(-2.5625)), Job(math.exp(2.0), math.exp(-1.0))]
+"""At a load of 0.9 the second and the third are urgent together, and the second has half of what they get."""
 EDGE = [*[Job(1.0, 1.0)] * 4, Job(1.0, math.exp(0.0078125)), Job(math.exp(2.0), 1.0)]
 """At a load of 4 the fifth comes right behind 10 ms of work: at each tick among what is next, or not."""
 crowds = st.sampled_from(list(CROWDS))
@@ -45,6 +47,7 @@ def _sets(most: int) -> st.SearchStrategy[list[Job]]:
 
 @settings(max_examples=60)
 @given(_sets(16), st.sampled_from([0.999, 0.9, 0.6]), crowds)
+@example(SHARING, 0.9, "a bulk transfer")
 def test_what_edf_alone_on_the_link_meets_is_met_beside_anybody(jobs: list[Job], load: float, crowd: str) -> None:
     """With the margins of the policy, and what the floors leave."""
     factor = edf_could(jobs, 1 - FLOORS) * load

@@ -324,7 +324,7 @@ class Plain:
             left -= share
 
         if lay.urgent in asks:
-            give(lay.urgent, p.headroom * rush)
+            give(lay.urgent, p.headroom * max(rush, self._evenly(device, levels)) if rush > 0.0 else 0.0)
         short = self.lacking(device, 2, 1 / 4)
         most = min(p.most, p.most_short) if short else p.most
         if rush > 0.0 and lay.urgent not in asks:
@@ -341,6 +341,14 @@ class Plain:
                 some = [i for i in mine if levels[i] == wait and self._waits(i) and DOUBT * self.need(i) <= most]
                 give(wait, min(max((self._doubt(i) for i in some), default=0.0), p.defer_until))
         return out
+
+    def _evenly(self, device: int, levels: list[int]) -> float:
+        """Who is urgent has as much as everybody else who is, until it has all."""
+        t, lay, rate = self.s.t, self.p.layout, self.here[device].link.rate
+        urgent = [i for i in self.s.rows() if levels[i] == lay.urgent and t.device[i] == device and self._waits(i)]
+        work = {i: float(t.left[i]) / rate for i in urgent}
+        until = {i: sum(min(work[i], w) for w in work.values()) for i in urgent}
+        return max((until[i] / max(self.due[i], SHORTEST) for i in urgent), default=0.0)
 
     def _doubt(self, i: int) -> float:
         """If ten times as much was meant as was said."""

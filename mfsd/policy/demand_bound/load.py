@@ -199,3 +199,20 @@ class Need:
     def _suffix(self, ufunc: np.ufunc, matrix: npt.NDArray[Any]) -> Any:
         """``ufunc`` over the bucket of each entry and all later ones."""
         return ufunc.accumulate(matrix[:, ::-1], axis=1)[:, ::-1].ravel().take(self._load.cell)
+
+
+def evenly(link: npt.NDArray[np.signedinteger], seconds: F8, octets: F8, rate: F8) -> F8:
+    """Share of its rate at which each link meets entries that share it evenly, shape (links,).
+
+    Until the i-th is done, others get as much as it does, or all that they want. Arguments: see Load.of.
+    """
+    order = np.lexsort((octets, link))
+    link, octets, seconds = link.take(order), octets.take(order), seconds.take(order)
+    count = np.bincount(link, minlength=len(rate))
+    upto = count.cumsum()
+    sums = np.concatenate([[0.0], octets.cumsum()])
+    done = sums[1:] - sums.take((upto - count).take(link))
+    done += octets * (upto.take(link) - 1 - np.arange(len(link)))  # the larger ones
+    shares = np.zeros(len(rate))
+    np.maximum.at(shares, link, done / (np.maximum(seconds, _SHORTEST) * rate.take(link)))
+    return shares

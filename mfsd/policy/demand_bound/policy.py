@@ -13,7 +13,7 @@ from mfsd.ground.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
 from mfsd.policy.demand_bound.crowd import REST, few
 from mfsd.policy.demand_bound.layout import Layout
-from mfsd.policy.demand_bound.load import Margin
+from mfsd.policy.demand_bound.load import Margin, evenly
 from mfsd.policy.demand_bound.verdict import HELD_S, NEAR_S, Verdict
 from mfsd.policy.demand_bound.words import Case, explain
 from mfsd.policy.parts import buckets, pick
@@ -238,8 +238,7 @@ class DemandBound(Policy):
             out[:, level] += share
             left = left - share
 
-        rush = np.where(there[:, lay.urgent], self.headroom * verdict.rush, 0.0)
-        give(lay.urgent, rush)
+        give(lay.urgent, np.where(there[:, lay.urgent], self.headroom * self._rush(view, verdict, level), 0.0))
         most = np.where(verdict.short, min(self.most_short, self.most), self.most)
         most = np.where((verdict.rush > 0.0) & ~there[:, lay.urgent], 1.0, most)  # a crowd that is about to be too late
         rest = np.minimum(np.minimum(self.headroom * verdict.total, most), self.beside(view, verdict))
@@ -257,6 +256,18 @@ class DemandBound(Policy):
             for wait in range(lay.deferred, self.levels):
                 give(wait, np.minimum(doubt.reshape(devices, self.levels)[:, wait], self.defer_until))
         return out * link.rate[:, None]
+
+    def _rush(self, view: Views, verdict: Verdict, level: I2) -> F8:
+        """Share of each device that has those in time who are urgent, shape (devices,); 0 where nobody is late.
+
+        They share what they get, which would be too little for the first of them, were it only what that needs.
+        """
+        rows = np.flatnonzero((level == self.layout.urgent) & verdict.asked.given.kv & (verdict.asked.due < np.inf))
+        if not len(rows):
+            return verdict.rush
+        t, asked = view.transfers, verdict.asked
+        shares = evenly(t.device.take(rows), asked.due.take(rows), t.left.take(rows), asked.given.rate)
+        return np.where(verdict.rush > 0.0, np.maximum(verdict.rush, shares), 0.0)
 
     def _doubt(self, view: Views, verdict: Verdict, rows: npt.NDArray[np.intp]) -> F8:
         """Share of their devices that these rows would need if sizes were announced DOUBT times too small, shape (m,).
