@@ -22,6 +22,8 @@ Location = tuple[int | str, ...]
 _SHOWN: Final = 200
 """Characters of a wrong value, and elements of a list or table, that an error shows."""
 _DEPTH: Final = 3
+_TOLD: Final = 50
+"""Problems that are named; who has more mends these first."""
 _WIDTH: Final = 118
 """Of the lines of systemd/mfsd.toml."""
 
@@ -32,7 +34,8 @@ _WIDTH: Final = 118
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """One line per problem: ``section.key = value: what is allowed``."""
     problems: list[str] = []
-    for e in error.errors():
+    errors = error.errors()
+    for e in errors[:_TOLD]:
         loc = e["loc"]
         cause = e.get("ctx", {}).get("error")
         if cause is not None and hasattr(cause, "problems"):  # our own check across keys: already in words
@@ -48,7 +51,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
             problems.append(
                 f"{_where(loc)} = {shown(e['input'])}: must be {getattr(cause, 'allowed', '') or _allowed(root, loc)}"
             )
-    return list(dict.fromkeys(problems))
+    problems = list(dict.fromkeys(problems))
+    more = max(len(errors) - _TOLD, 0) + max(len(problems) - _TOLD, 0)
+    return problems[:_TOLD] + ([f"and {more} more"] if more else [])
 
 
 def _where(loc: Location) -> str:

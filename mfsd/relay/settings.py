@@ -5,18 +5,25 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, InstanceOf
 
 from mfsd.engine.settings import Section, as_tuple, setting
-from mfsd.ground.units import host_port
+from mfsd.ground.units import Unfit, host_port
+
+NAME_MAX: Final = 255
+"""Of a name in a certificate; a host's has no more (RFC 1035 2.3.4)."""
+SHOWN: Final = 60
+"""Characters of a wrong value."""
 
 
 def _path(value: Any) -> Any:
     path = Path(value) if isinstance(value, str) else value
     if isinstance(path, Path) and not path.is_absolute():
         raise ValueError("relative")
+    if isinstance(path, Path) and (not path.name or str(value).endswith("/") or not str(path).isprintable()):
+        raise Unfit("the path of a file, printable")
     return path
 
 
@@ -58,14 +65,23 @@ class RelayConfig(Section):
         ]
         if self.listen is not None:
             if not _is_place(self.listen):
-                out.append(f'relay.listen = "{self.listen}": must be "host:port"')
+                out.append(f'relay.listen = {_shown(self.listen)}: must be "host:port"')
             if not self.allow:
                 out.append("relay.allow = []: nobody could bring hints; name those who may, or leave out relay.listen")
         for i, peer in enumerate(self.peers):
             place, *networks = peer.split() or [""]
             if not _is_place(place) or not all(map(_is_network, networks)):
-                out.append(f'relay.peers[{i}] = "{peer}": must be "host:port" or "host:port network ..."')
+                out.append(f'relay.peers[{i}] = {_shown(peer)}: must be "host:port" or "host:port network ..."')
+        for i, name in enumerate(self.allow):
+            if not name or not name.isprintable() or len(name) > NAME_MAX:
+                out.append(f"relay.allow[{i}] = {_shown(name)}: must be a name as certificates have it")
         return out
+
+
+def _shown(text: str) -> str:
+    """Whatever it is: on one line, up to where nobody reads on."""
+    cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return f'"{cut}"' if cut.isprintable() else ascii(cut)
 
 
 def _is_place(text: str) -> bool:
