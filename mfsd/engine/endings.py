@@ -38,6 +38,8 @@ ROOM_BESIDE: Final = 512
 """The same while several users have something in the books: ticks are what others wait for."""
 CONCLUDED: Final = 32
 """Streams of closed connections that are given up in one tick."""
+LOST: Final = 16
+"""Connections of which nobody has told how they ended that are given up in one tick."""
 NOTHING: Final[Mapping[Stream, float]] = MappingProxyType({})
 
 
@@ -59,6 +61,8 @@ class Endings:
     """Whose connection was closed before all was written: until when a word of it may come, and what to say then."""
     _finishing: deque[Request] = field(default_factory=deque)
     """Requests of sessions that are over, beyond AT_ONCE."""
+    _lost: int = LOST
+    """So many more may be, until the next tick."""
     _room: int = ROOM
     """Of what has arrived: so many may be struck out until the next tick."""
 
@@ -80,12 +84,11 @@ class Endings:
         """
         waiting = iter(transfers)
         ended = list(dict.fromkeys(t for t in islice(waiting, AT_ONCE) if t.row != GONE))
-        more = deque(waiting)
-        if more:
+        if more := deque(waiting):
             self._more.append((more, delivered_at, lost, told))
-        if delivered_at is None:
+        if delivered_at is None and ended:
             self._end(ended, now, None, lost=lost, told=told)
-        else:
+        elif delivered_at is not None and ended:
             self._deliver(ended, [delivered_at] * len(ended), now)
 
     def deliver(self, groups: Iterable[tuple[Iterable[Transfer], float]], now: float) -> None:
@@ -97,7 +100,7 @@ class Endings:
 
     def go_on(self, now: float) -> None:
         """A tick begins: end some more of what was too much at a time."""
-        room = ROOM_BESIDE if self.books.shared else ROOM
+        self._lost, room = LOST, ROOM_BESIDE if self.books.shared else ROOM
         self._room = room - self._strike(room, now)
         due = (s for s, (until, _) in self._closing.items() if until <= now or not s.queue)
         for stream in list(islice(due, CONCLUDED)):
@@ -119,11 +122,8 @@ class Endings:
         if not self._arrived or count <= 0:
             return 0
         some = list(islice(self._arrived.items(), count))
-        if len(some) == len(self._arrived):
-            self._arrived.clear()
-        else:
-            for transfer, _ in some:
-                del self._arrived[transfer]
+        for transfer, _ in some:
+            del self._arrived[transfer]
         ended = [(t, at) for t, at in some if t.row != GONE]
         self._deliver([t for t, _ in ended], [at for _, at in ended], now)
         return len(some)
@@ -258,8 +258,7 @@ class Endings:
 
     def _finish_some(self, now: float) -> None:
         for _ in range(min(AT_ONCE, len(self._finishing))):
-            request = self._finishing.popleft()
-            if request.row != GONE:
+            if (request := self._finishing.popleft()).row != GONE:
                 self.finish(request, now)
 
     def unmark(self, mark: Mark, now: float) -> None:
@@ -311,19 +310,21 @@ class Endings:
     def lost(self, conn: Connection, now: float) -> bool:
         """A connection is gone, and nobody has told how: what the kernel remembers, or was known last, is all there is.
 
-        False: not yet, because how it ended may have been told meanwhile, but not heard.
+        False: not yet, because how it ended may have been told meanwhile, but not heard, or because of LOST.
         """
-        end = self.connections.sockets.end_of(conn.cookie)
-        if end is not None:  # it had no slot yet, or there was no room for the event
-            self.closed(conn, float(end.acked - end.clean), now, clean=end.clean, at=end.at)
-            return True
-        if self.connections.sockets.tells and not conn.missing:
+        if not self._lost:
+            return False
+        end = self.connections.sockets.end_of(conn.cookie)  # it had no slot yet, or there was no room for the event
+        if end is None and self.connections.sockets.tells and not conn.missing:
             conn.missing = True
             return False
-        table = self.connections.table
-        acked = self.connections.positions.acked_by(conn)
-        clean = acked > 0 and acked + 1 >= float(table.sent[conn.slot])  # 1: a FIN
-        self.closed(conn, acked, now, clean=clean)
+        self._lost -= 1
+        if end is not None:
+            acked, clean, at = float(end.acked - end.clean), end.clean, end.at
+        else:
+            acked, at = self.connections.positions.acked_by(conn), INF
+            clean = acked > 0 and acked + 1 >= float(self.connections.table.sent[conn.slot])  # 1: a FIN
+        self.closed(conn, acked, now, clean=clean, at=at)
         return True
 
     def _after(self, stream: Stream, now: float, reason: str, *, clean: bool, at: float = INF) -> None:
@@ -385,10 +386,9 @@ class Endings:
         """Forget a connection. Who has announced transfers on it is told the ``reason``. No error when it is gone."""
         if self.connections.by_slot.get(conn.slot) is not conn:
             return
+        positions = self.connections.positions
         for stream in list(conn.streams):
-            self.books.streams.part(
-                stream, conn, self.connections.positions.acked_by(conn), self.connections.positions.moved_at(conn)
-            )
+            self.books.streams.part(stream, conn, positions.acked_by(conn), positions.moved_at(conn))
             self._after(stream, now, reason, clean=False)
         for watch in conn.watches:
             watch.conns.discard(conn)

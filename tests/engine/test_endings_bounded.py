@@ -10,8 +10,7 @@ import pytest
 from support.harness import FakeSocket, Host
 
 from mfsd.engine.carriage import Carriage
-from mfsd.engine.endings import AT_ONCE, CONCLUDED, Endings
-from mfsd.engine.engine import SWEEP_BATCH
+from mfsd.engine.endings import AT_ONCE, CONCLUDED, LOST, Endings
 from mfsd.engine.hearing import CLOSED, STEPS
 from mfsd.engine.locating import AT_ONCE as SEARCHED
 from mfsd.engine.locating import LOCATE_S
@@ -89,10 +88,23 @@ def test_connections_that_are_closed_together_end_some_at_a_time(monkeypatch: py
     assert not h.engine.idle
     until(h, closed, lambda: not h.connections.by_slot)
     assert len(closed.seen) == N
-    assert closed.most <= STEPS // (1 + CLOSED) + 1 + SWEEP_BATCH
+    assert closed.most <= STEPS // (1 + CLOSED) + 1 + LOST
     assert not h.engine.books.transfers.n
     h.tick(0.01)
     assert not h.engine.hearing.more
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_nor_more_when_their_process_was_killed(monkeypatch: pytest.MonkeyPatch, *, told: bool) -> None:
+    """Then TCP is asked about all of them, which says that they are gone, before what the kernel tells is heard."""
+    h = crowded()
+    closed = counted(monkeypatch, Endings, "closed")
+    for sock in list(h.kernel.sockets):
+        h.kernel.close(sock, clean=False) if told else h.kernel.vanish(sock)
+    closed.during(lambda: h.engine.end_session(h.session, h.now))
+    until(h, closed, lambda: not h.connections.by_slot)
+    assert len(closed.seen) == N
+    assert closed.most <= (STEPS // (1 + CLOSED) + 1 if told else 0) + LOST
 
 
 def test_what_no_word_is_waited_for_any_more_is_given_up_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
