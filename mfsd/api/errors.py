@@ -6,7 +6,7 @@ https://cloud.google.com/apis/design/errors describes the model; ``grpc-status-d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from mfsd.ground.model import HintError
 
 
+SHOWN: Final = 300
+"""Characters of a field, of what is wrong with it, and of what to do about it; gRPC makes up to 12 bytes of one."""
+
+
 class Refused(Exception):  # noqa: N818 - it is no error of ours
     """A call that this peer may not make; ``code`` is a google.rpc.Code."""
 
@@ -27,8 +31,14 @@ class Refused(Exception):  # noqa: N818 - it is no error of ours
         self.code = code
 
 
+def _cut(text: str) -> str:
+    """What a caller wrote may be in it, of any length; gRPC loses a status whose metadata have more than 16 KiB."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
+
+
 def _violation(code: int, field: str, problem: str, fix: str = "") -> Any:
     """A google.rpc.Status with one field violation. ``code`` is a google.rpc.Code."""
+    field, problem, fix = _cut(field), _cut(problem), _cut(fix)
     description = f"{problem}; {fix}" if fix else problem
     status = status_pb2.Status(code=code, message=f"{field}: {description}")
     details = error_details_pb2.BadRequest()
@@ -59,7 +69,7 @@ def _as_error(status: Any) -> pb.Error:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: HintError | Refused) -> NoReturn:
     """End a call that fails as a whole, with details. Raises what grpc.aio uses to end the handler."""
     if isinstance(error, Refused):
-        status: Any = status_pb2.Status(code=error.code, message=str(error))
+        status: Any = status_pb2.Status(code=error.code, message=_cut(str(error)))
     else:
         status = _of_hint(error, error.field)
     rich = rpc_status.to_status(status)

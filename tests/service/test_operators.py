@@ -238,6 +238,8 @@ def test_explain_errors(api: Api) -> None:
         (pb.ExplainRequest(slot=3), "no slot 3"),
         (pb.ExplainRequest(cookie=9), "no cookie 9"),
         (pb.ExplainRequest(transfer_id="x"), "no transfer_id 'x'"),
+        (pb.ExplainRequest(transfer_id="x" * 100_000), "no transfer_id 'xxx"),
+        (pb.ExplainRequest(transfer_id="\U0001f600" * 10_000), "no transfer_id '\U0001f600"),
     ):
         error = failing(api.control.Explain, request)
         assert error.code() is grpc.StatusCode.NOT_FOUND
