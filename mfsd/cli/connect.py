@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 
 from mfsd.cli.errors import CliError, HangingError, NotPermittedError, UnreachableError
-from mfsd.client.introduction import introduced, who_may
+from mfsd.client.introduction import Introduction, NotWelcomeError, introduced, who_may
 from mfsd.v1 import control_pb2_grpc
 
 if TYPE_CHECKING:
@@ -118,6 +118,20 @@ def translated(target: str) -> Iterator[None]:
         raise _explain(call.code(), str(call.details() or ""), target) from None
 
 
+def _turned_away(target: str) -> str:
+    """Why mfsd gives us no token, in its words; empty: it gives one, or there is nobody to ask."""
+    introduction = Introduction(f"unix:{path}" if (path := _unix_path(target)) is not None else target)
+    try:
+        introduction.token()
+    except NotWelcomeError as e:
+        return str(e.strerror)
+    except OSError:
+        return ""
+    finally:
+        introduction.close()
+    return ""
+
+
 def _explain(code: grpc.StatusCode, details: str, target: str) -> CliError:
     words: dict[grpc.StatusCode, Callable[[], CliError]] = {
         grpc.StatusCode.UNAVAILABLE: lambda: HangingError(f"no answer from mfsd at {target}: {details}"),
@@ -125,7 +139,9 @@ def _explain(code: grpc.StatusCode, details: str, target: str) -> CliError:
             f"mfsd at {target} has not answered in time; see its log (journalctl -u mfsd)"
         ),
         grpc.StatusCode.PERMISSION_DENIED: lambda: NotPermittedError(f"mfsd refuses: {details}"),
-        grpc.StatusCode.UNAUTHENTICATED: lambda: NotPermittedError(f"mfsd does not know you: {details}"),
+        grpc.StatusCode.UNAUTHENTICATED: lambda: NotPermittedError(
+            _turned_away(target) or f"mfsd does not know you: {details}"
+        ),
         grpc.StatusCode.UNIMPLEMENTED: lambda: CliError(
             f"mfsd at {target} does not know this call ({details}); it is older than this mfsctl: restart it"
         ),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typing import Final, NoReturn
 import grpc
 import pytest
 from support.ctl import Rig, run
+from support.daemons import Running
 from support.tap import Scripted, served
 
 EVERY_QUESTION: Final = [
@@ -108,6 +110,21 @@ def test_errors_of_the_daemon(tmp_path: Path, code: grpc.StatusCode, expected: i
             assert ran.code == expected
             assert words in ran.err
             assert len(ran.err.splitlines()) == 1
+
+
+def test_who_is_given_no_token_is_told_why(tmp_path: Path) -> None:
+    running = Running(tmp_path, limits={"max_sessions_per_user": 5})
+    with contextlib.ExitStack() as held:
+        said = b""
+        while not said.startswith(b"!"):
+            one = held.enter_context(socket.socket(socket.AF_UNIX))
+            one.connect(f"{running.socket}.id")
+            said = one.recv(100)
+        ran = run("--socket", str(running.socket), "status")
+    assert ran.code == 4
+    assert ran.err == f"mfsctl: mfsd refuses this process: {said.decode().strip()[1:]}\n"
+    assert run("--socket", str(running.socket), "explain", "t").code == 1
+    running.stop()
 
 
 def test_an_answer_that_cannot_be_written(rig: Rig) -> None:
