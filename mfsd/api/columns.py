@@ -71,6 +71,7 @@ def transfers(decoder: Decoder, m: pb.TransferColumns, now: float) -> tuple[Tran
             bad.append((i, of_transfer_row(e, i, int(selector[i]))))
         else:
             suspect[i] = False
+    least = limits.min_deadline_ms / 1e3  # what is late stays so
     columns = TransferColumns(
         row=np.arange(n, dtype=np.int32),
         ids=names,
@@ -82,7 +83,7 @@ def transfers(decoder: Decoder, m: pb.TransferColumns, now: float) -> tuple[Tran
         size=size.astype(np.float64),
         selectors=selectors,
         selector=selector.astype(np.int32),
-        deadline=np.where(own == 0, INF, now + np.maximum(own * US, limits.min_deadline_ms / 1e3)),
+        deadline=np.where(own == 0, INF, now + np.where(own > 0, np.maximum(own * US, least), own * US)),
         ordered=(flags & INTERLEAVED) == 0,
         position=position,
         hold_until=np.where(held == 0, INF, now + np.maximum(held * US, limits.min_defer_ms / 1e3)),

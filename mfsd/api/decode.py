@@ -224,7 +224,8 @@ class Decoder:
                 f"{left_us} us is {abs(left_us) / 1e6:.0f} s {'from now' if left_us > 0 else 'ago'}",
                 f"deadlines are durations from now, within +-{self._max_us} us (limits.max_deadline_s)",
             )
-        return now + max(left_us * US, self._min_s)
+        # What is late stays so: in time is what arrived before that.
+        return now + (max(left_us * US, self._min_s) if left_us > 0 else left_us * US)
 
     def _duration(self, field: str, us: int) -> float:
         if us > self._max_us:

@@ -8,7 +8,7 @@ are looked up once, offsets are read once, and the books get whole columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from itertools import groupby, pairwise
+from itertools import compress, groupby, pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -131,6 +131,8 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
         c, deadline, expires = c.keep(wanted), deadline[wanted], expires[wanted]
     if len(c):
         transfers, start, of = _queue(ledger, session, c, owners, streams, now)
+        for transfer in compress(transfers, (deadline < now).tolist()):
+            transfer.stream.recast = True
         request, batch = owners.rows(ledger, c)  # not before: a transfer that turns out to be over may move them
         ledger.books.transfers.extend(
             transfers,

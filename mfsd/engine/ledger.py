@@ -212,6 +212,7 @@ class Ledger:
         start, late = self.carriage.begin(stream, hint.size, hint.position, offset, now)
         transfer = Transfer(hint.id, session, hint.stage, request, batch, stream, maybe_late=late)
         stream.queue.append(transfer)
+        stream.recast |= deadline < now  # heard late: it may have arrived in time long since
         self.carriage.note(stream, hint.stage)
         self.books.transfers.append(
             transfer,

@@ -37,7 +37,9 @@ class LimitsConfig(Section):
     max_deadline_s: float = setting(
         600.0, "Deadlines further away (or longer past) than this are refused.", ge=0.001, le=86_400
     )
-    min_deadline_ms: float = setting(1.0, "Nearer deadlines are moved to this one.", ge=0, le=60_000)
+    min_deadline_ms: float = setting(
+        1.0, "Nearer deadlines, but for those that are over, are moved to this one.", ge=0, le=60_000
+    )
     max_defer_s: float = setting(300.0, "Transfers that may be held back for longer are refused.", ge=0.001, le=86_400)
     min_defer_ms: float = setting(100.0, "Shorter times to be held back for are raised to this one.", ge=0, le=60_000)
     default_ttl_s: float = setting(30.0, "Life of a hint that names none.", ge=0.001, le=86_400)

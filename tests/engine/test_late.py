@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from support.harness import MSS, FakeSocket, Host, peer
 
-from mfsd.ground.model import What
+from mfsd.ground.model import RequestHint, What
 
 
 def begun() -> tuple[Host, FakeSocket]:
@@ -152,3 +152,27 @@ def test_a_late_hint_of_a_connection_that_is_closed_already_is_done_when_its_wor
     h.tick(0.01)
     assert h.counted == (2, 1, 0)
     assert not h.session.events
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["done", "nothing said"])
+@pytest.mark.parametrize("position", [1 + MSS, 0])
+@pytest.mark.parametrize("met", [True, False])
+def test_what_was_due_before_its_hint_was_heard(*, met: bool, position: int, said: bool) -> None:
+    """Its client had lost the daemon for a while, which went on: what counts is when the last byte was acknowledged."""
+    h, s = begun()
+    h.tick(0.4)
+    begin = h.now
+    h.tick(0.1)
+    h.send(s, 10 * MSS)
+    for _ in range(10):
+        h.tick(0.1)
+    s.last_ack_ms = 1000
+    h.engine.apply(h.session, RequestHint("q", begin + (0.5 if met else 0.05)), h.now)
+    h.transfer("late", s, 10 * MSS, request="q", position=position)
+    if said:
+        h.done("q", What.REQUEST)
+    for _ in range(10):
+        h.tick(0.1)
+        s.last_ack_ms += 100
+    h.done("q", What.REQUEST)
+    assert h.counted == (2, met, not met)

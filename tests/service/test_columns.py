@@ -56,7 +56,7 @@ def test_they_do_what_single_hints_do(
         target_layer=[1, 2, 3, 4],
         selectors=[pb.Selector(cookie=cookie), pb.Selector(tuple=pb.Tuple(dst_addr="10.1.2.3"))],
         selector=[0, 0, 0, 1],
-        deadline_us=[0, 5_000_000, 0, 0],
+        deadline_us=[0, 5_000_000, -3_000_000, 0],
         position=[7],
         ttl_us=[1_000_000, 0, 0, 10**15],
         max_defer_us=[0, 1, 9_000_000, 0],

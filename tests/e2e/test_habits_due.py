@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that are late when they are heard of, or when their clients could not reach the daemon."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.habits import KB, counted, dial, settled
+from support.waiting import wait_for
+
+from mfsd.client import Client, Stage
+
+if TYPE_CHECKING:
+    from support.habits import Sink
+    from support.rig import Daemon
+
+pytestmark = pytest.mark.netns
+
+
+def test_requests_that_turn_out_to_be_late(daemon: Daemon, client: Client, sink: Sink) -> None:
+    """Their bytes may have arrived by when that is heard."""
+    with dial(daemon.pair) as s:
+        for i in range(20):
+            client.request(f"q{i}", ttft_left_s=600)
+            client.transfer(f"t{i}", s, 20 * KB, stage=Stage.P2D, request=f"q{i}")
+            assert client.flush(5)
+            client.request(f"q{i}", ttft_left_s=-0.5)
+            s.sendall(bytes(20 * KB))
+            client.done(request=f"q{i}")
+        settled(daemon, (20, 0, 20))
+    assert sink.received == 20 * 20 * KB
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_what_was_due_before_the_daemon_could_be_reached(daemon: Daemon, sink: Sink, *, met: bool) -> None:
+    """It hears of it when all has arrived, and goes by when that was."""
+    elsewhere = daemon.folder / "later.sock"
+    with Client(target=elsewhere) as client, dial(daemon.pair) as s:
+        client.request("q", ttft_left_s=1.0 if met else -0.2)
+        client.transfer("t", s, 100 * KB, stage=Stage.P2D, request="q")
+        s.sendall(bytes(100 * KB))
+        wait_for(lambda: sink.received == 100 * KB, "arrival")
+        time.sleep(1.5)  # no hint is heard before it is due
+        assert counted(daemon) == (0, 0, 0)
+        for ending in (".id", ""):
+            Path(f"{elsewhere}{ending}").symlink_to(f"{daemon.socket}{ending}")
+        assert client.flush(20)
+        client.done(request="q")
+        settled(daemon, (1, met, not met))
