@@ -6,11 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mfsd.engine.locating import SYN
 from mfsd.engine.records import ENTRY
 from mfsd.ground.model import HintError
 
 if TYPE_CHECKING:
     from mfsd.engine.books import Books
+    from mfsd.engine.positions import Positions
     from mfsd.engine.records import Session, Transfer
     from mfsd.engine.settings import LimitsConfig
     from mfsd.ground.model import Selector
@@ -21,6 +23,7 @@ class Admission:
     """See the module."""
 
     books: Books
+    positions: Positions
     limits: LimitsConfig
 
     def bound(
@@ -65,7 +68,7 @@ class Admission:
         ``at``: on which connection, and how much had been written to it.
         """
         old = session.transfers.get(transfer_id)
-        if known or (old is not None and not self._written(old, *at)):
+        if known or (old is not None and not self._written(old, *at) and not self.nowhere(old, at[0])):
             raise HintError("transfer.id", f"{transfer_id!r} is announced already", "ids are unique within a session")
         self.bound("transfer.id", "unfinished transfers", len(session.transfers) + more, "max_transfers_per_session")
         self.room_for("transfer.id", session, transfer_id, more, transfer=True)
@@ -76,6 +79,16 @@ class Admission:
         placed = position and stream.ordered and stream.selector == selector and len(stream.members) == 1
         end = float(self.books.transfers.get(transfer, "end"))
         return transfer.handed_over or bool(placed and self.books.streams.offset_at(stream, position) >= end)
+
+    def nowhere(self, transfer: Transfer, selector: Selector) -> bool:
+        """Its socket is not connected, and ``selector`` is another one: its worker has come by another connection."""
+        members = transfer.stream.members
+        sent = self.positions.sent_by
+        return (
+            transfer.stream.selector != selector
+            and len(members) > 0
+            and all(c.endpoints is None and sent(c) <= SYN for c in members)
+        )
 
     def has_room(self, session: Session, transfer_id: str) -> bool:
         """A transfer may be added: what ``check_new`` finds out, in one go, because nearly all may."""

@@ -121,7 +121,7 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
         ledger.look_again(session, columns.ids, now)
     names = columns.owners
     owners = _Owners([None, *map(session.requests.get, names)], [None, *map(session.batches.get, names)])
-    c = _taken(ledger, session, columns, owners, bad)
+    c = _taken(ledger, session, columns, owners, now, bad)
     deadline = np.minimum(c.deadline, owners.deadlines(ledger)[c.request])
     expires = np.where((now < deadline) & (deadline < INF), deadline, now) + c.ttl
     streams = _streams(ledger, session, c, expires, now, bad)
@@ -162,7 +162,9 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
     return bad
 
 
-def _taken(ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners, bad: Bad) -> TransferColumns:
+def _taken(
+    ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners, now: float, bad: Bad
+) -> TransferColumns:
     """The rows that may be announced: new, owned, and not too many."""
     wanted = owners.known(c) | _OWNERLESS[c.stage]
     names = session.transfers.keys()
@@ -177,6 +179,7 @@ def _taken(ledger: Ledger, session: Session, c: TransferColumns, owners: _Owners
             ledger.admission.check_new(session, name, at, len(seen), known=name in seen)
             if not wanted[i]:
                 raise ledger.no_owner(request, batch)
+            ledger.move(session, name, at[0], now)
             seen.add(name)
         except HintError as e:
             wanted[i] = False

@@ -65,7 +65,7 @@ class Ledger:
         self.delivery = delivery
         self.endings = endings
         self.carriage = carriage
-        self.admission = Admission(books, limits)
+        self.admission = Admission(books, connections.positions, limits)
         self.gathering = False
         """Cancellations that follow each other take effect together, at ``settle`` at the latest."""
         self._cancelled: dict[Transfer, None] = {}
@@ -193,6 +193,12 @@ class Ledger:
             for stream in {t.stream for t in before}:
                 self.endings.conclude(stream, now)
 
+    def move(self, session: Session, name: str, selector: Selector, now: float) -> None:
+        """A transfer of this name is announced there: one on a socket that was never connected will not come."""
+        old = session.transfers.get(name)
+        if old is not None and not old.handed_over and self.admission.nowhere(old, selector):
+            self.endings.end((old,), now)
+
     def _transfer(self, session: Session, hint: TransferHint, now: float) -> None:
         if not self.admission.has_room(session, hint.id):
             self.look_again(session, (hint.id,), now)
@@ -201,6 +207,7 @@ class Ledger:
         batch = session.batches.get(hint.batch_id) if hint.batch_id else None
         if request is None and batch is None and not hint.stage.ownerless:
             raise self.no_owner(hint.request_id, hint.batch_id)
+        self.move(session, hint.id, hint.selector, now)
         deadline = hint.deadline
         if request is not None:
             deadline = min(deadline, self.books.requests.get(request, "deadline"))

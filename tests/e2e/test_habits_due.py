@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that are late when they are heard of, or when their clients could not reach the daemon."""
+"""Requests that are late when they are heard of, or not yet, and sockets that were never connected."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.habits import KB, counted, dial, settled
+from support.habits import KB, WRONG, Grown, counted, dial, settled, transfers
 from support.waiting import wait_for
 
-from mfsd.client import Client, Stage
+from mfsd.client import Client, Event, Rejected, Stage
 
 if TYPE_CHECKING:
     from support.habits import Sink
@@ -50,3 +52,34 @@ def test_what_was_due_before_the_daemon_could_be_reached(daemon: Daemon, sink: S
         assert client.flush(20)
         client.done(request="q")
         settled(daemon, (1, met, not met))
+
+
+@pytest.mark.parametrize("why", ["refused", "no answer"])
+def test_another_socket_for_one_that_could_not_be_connected(
+    daemon: Daemon, client: Client, sink: Sink, why: str, events: list[Event], rejected: list[Rejected]
+) -> None:
+    """For the same transfer; nobody has said that it won't come on the first one."""
+    pair = daemon.pair
+    nobody = (pair.addr_b, 6999) if why == "refused" else ("10.77.0.77", 6999)
+    pair.run(pair.a, f"ip neigh replace 10.77.0.77 lladdr 02:00:00:00:00:77 dev {pair.dev_a}")
+
+    def in_vain() -> None:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            client.transfer("t", s, 200 * KB, stage=Stage.P2D, request="r")
+            s.settimeout(0.3)
+            s.connect(nobody)
+
+    pair.call(pair.a, in_vain)
+    with dial(pair) as s:
+        client.transfer("t", s, 200 * KB, stage=Stage.P2D, request="r")
+        assert client.flush(5)
+        assert transfers(daemon) == {"t": 200 * KB}
+        grown = Grown(daemon)
+        s.sendall(bytes(200 * KB))
+        client.done(request="r")
+        settled(daemon, (1, 1, 0))
+    assert grown.wrong(200 * KB) <= WRONG
+    assert sink.received == 200 * KB
+    assert not events
+    assert not rejected
+    wait_for(lambda: daemon.status().connections == 0, "the slots to be free")

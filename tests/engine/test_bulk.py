@@ -271,3 +271,36 @@ def test_names_again(*, lost: bool) -> None:
     h.tick(0.3)
     assert h.counted == ((3, 1, 0) if lost else (6, 2, 0))
     assert not h.session.transfers
+
+
+@pytest.mark.parametrize("by", ["single hints", "columns"])
+def test_what_a_socket_that_was_never_connected_was_to_carry_goes_on_another(by: str) -> None:
+    """By the same name; nobody has said that it won't come on the first one."""
+    h = Host()
+    first = h.socket(1)
+    first.bytes_acked = 0
+    h.request("r", 60.0)
+    h.transfer("t", first, 10 * MSS)
+    h.kernel.close(first, clean=False)  # refused
+    h.tick(0.01)
+    s = h.socket(2)
+    if by == "columns":
+        hint = TransferHint("t", "r", "", Stage.P2D, 0, 10 * MSS, CookieSelector(s.cookie), position=1)
+        assert not h.engine.transfers(h.session, columns([hint]), h.now)
+    else:
+        h.transfer("t", s, 10 * MSS, position=1)
+    h.tick(0.01)
+    h.send(s, 9 * MSS)
+    h.tick(0.01)
+    assert h.counted == (0, 0, 0)
+    h.send(s, MSS)
+    h.tick(0.01)
+    h.done("r", What.REQUEST)
+    for _ in range(30):
+        h.tick(0.1)
+    assert h.counted == (1, 1, 0)
+    assert not h.session.events
+    h.request("q", 60.0)
+    h.transfer("u", s, MSS, request="q")
+    with pytest.raises(HintError, match="announced already"):
+        h.transfer("u", first, MSS, request="q")
