@@ -113,10 +113,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         session = self._session(batch.session, peer, now, lasting=lasting)
         self._heard(session.name)
         engine.hear(now)
-        answer = Answer(
-            session, pb.HintReply(seq=batch.seq, epoch=engine.epoch, takes_columns=True), now, self._ticks.count
-        )
-        reply, rejected = answer.reply, 0
+        reply = pb.HintReply(seq=batch.seq, epoch=engine.epoch, takes_columns=True, heard=session.heard)
+        answer, rejected = Answer(session, reply, now, self._ticks.count), 0
         if batch.hints:
             rejected += await self._singly(batch, answer, turn, now)
         if steps:
@@ -124,6 +122,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         if rows:
             rejected += await self._transfers(batch.transfers, answer, turn, now)
         answer.here |= bool(steps or rows)
+        if size and not alone:
+            session.heard = batch.seq
         reply.accepted = size - rejected
         counters = engine.books.counters
         counters.hints_accepted += size - rejected

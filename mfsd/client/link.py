@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
+from mfsd.client.again import Again
 from mfsd.client.complaints import Complaints
 from mfsd.client.encode import Batch, encode_batch, split, writable
 from mfsd.client.introduction import Introduction, NotWelcomeError
@@ -55,7 +56,6 @@ class _Stream:
     call: Any = None
     epoch: int = 0
     """From the first reply; 0: not yet."""
-    seq: int = 0
     columns: bool = False
     """The daemon takes them."""
     unanswered: dict[int, Batch] = field(default_factory=dict)
@@ -95,8 +95,10 @@ class Link:
         self._ledger = Ledger(queue)
         self._epoch = 0
         """Of the daemon that has heard what the ledger holds."""
-        self._again: deque[Hint] = deque()
+        self._again = Again()
         """Sent but not answered when the stream broke."""
+        self._seq = 0
+        """Of the last message, of whatever stream."""
         self._stream: _Stream | None = None
         self._took: deque[float] = deque(maxlen=TRIPS)
         self._transit = 0.0
@@ -224,7 +226,7 @@ class Link:
             with self._changed:
                 stream.over = True
                 self._stats.connected = False
-                self._again.extendleft(h for b in reversed(stream.unanswered.values()) for h in reversed(b.hints))
+                self._again.put_back(stream.unanswered)
                 stream.unanswered = {}
                 self._stream = None
                 self._changed.notify_all()
@@ -271,6 +273,8 @@ class Link:
                 self._took.append(time.monotonic() - sent)
                 self._transit = min(self._took) / 2
             if not stream.epoch:
+                if reply.epoch == self._epoch:
+                    self._again.drop(reply.heard)
                 stream.epoch, stream.columns = reply.epoch, reply.takes_columns
                 self._complaints.forget()
                 self._stats.connected = True
@@ -340,7 +344,7 @@ class Link:
         if stream.epoch == self._epoch:
             return  # what it has not answered is in _again
         alive = self._ledger.alive(time.monotonic())  # which changes only when the stream is over, and by us
-        found: deque[Hint] = deque()
+        found = Again()
         while True:
             with self._changed:
                 if stream.over:
@@ -373,12 +377,12 @@ class Link:
 
     def _message(self, stream: _Stream, batch: Batch) -> hints_pb2.HintBatch:
         """What the batch is to be written into, on the books as sent. The lock is held, but for the first one."""
-        stream.seq += 1
+        self._seq += 1
         if batch.hints:
-            stream.unanswered[stream.seq] = batch
+            stream.unanswered[self._seq] = batch
             self._stats.sent += len(batch.hints)
-        out = hints_pb2.HintBatch(session=self._session, seq=stream.seq)
-        stream.sent[stream.seq] = time.monotonic()
+        out = hints_pb2.HintBatch(session=self._session, seq=self._seq)
+        stream.sent[self._seq] = time.monotonic()
         return out
 
     def _message_again(self, stream: _Stream, batch: Batch, seq: int, now: float) -> hints_pb2.HintBatch:

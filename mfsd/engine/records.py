@@ -123,6 +123,8 @@ class Session:
     """Called when an event was added; the stream that serves the session sets it."""
     seen: float = 0.0
     """Time of the last hint."""
+    heard: int = 0
+    """Number of the last message of a stream that took effect."""
     over: bool = False
     """Its process has ended; what TCP still delivers of it is waited for."""
 

@@ -189,7 +189,7 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         """Raises HintError for a batch that is too large."""
         self._decoder.check(len(batch.hints))
         now = self._clock()
-        reply = pb.HintReply(seq=batch.seq, epoch=self._engine.epoch)
+        reply = pb.HintReply(seq=batch.seq, epoch=self._engine.epoch, heard=session.heard)
         for index, message in enumerate(batch.hints):
             try:
                 hint = self._decoder.decode(message, now)
@@ -204,6 +204,8 @@ class Incoming(hints_pb2_grpc.HintsServicer):
             else:
                 reply.accepted += 1
         session.seen = now
+        if batch.hints:
+            session.heard = batch.seq
         counters = self._engine.books.counters
         counters.hints_accepted += reply.accepted
         counters.hints_rejected += len(reply.rejected)
