@@ -156,7 +156,9 @@ def restore(g: Globals, device: str, config: str | None, state_dir: Path | None,
     else:
         for name in answer.restored:
             output.echo(f"{name}: as it was found")
-        if not answer.restored and not answer.problems:
+        for name in answer.gone:
+            output.echo(f"{name}: gone, and what mfsd had put on it with it")
+        if not answer.restored and not answer.gone and not answer.problems:
             output.echo("nothing to restore")
         for problem in answer.problems:
             output.echo(f"mfsctl: {problem}", err=True)

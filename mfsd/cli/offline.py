@@ -94,12 +94,16 @@ def _take_off_classifier(name: str) -> list[str]:
 
 def restore(state_dir: Path, device: str, *, delete: bool = False) -> pb.RestoreReply:
     """Put back what a killed daemon has left. ``delete``: also where nobody knows what was there. Raises CliError."""
+    gone: list[str] = []
     try:
         results = without_note(state_dir, device or None, delete=delete)
         if not (device and results):
             lives = locked(state_dir / LOCK, state_dir)
             for name, found in restore_all(state_dir, device or None, delete=delete, lives=lives).items():
-                results[name] = results.get(name, []) + found
+                if found is None:
+                    gone.append(name)
+                else:
+                    results[name] = results.get(name, []) + found
     except PermissionError as e:
         raise NotPermittedError(f"can't read {e.filename or state_dir}; run mfsctl as root") from None
     except OSError as e:
@@ -110,4 +114,6 @@ def restore(state_dir: Path, device: str, *, delete: bool = False) -> pb.Restore
     problems = [p for found in results.values() for p in found]
     if any("Operation not permitted" in p and NOTE_STAYS not in p for p in problems):
         raise NotPermittedError("putting qdiscs back needs CAP_NET_ADMIN; run mfsctl as root")
-    return pb.RestoreReply(restored=[name for name, found in results.items() if not found], problems=problems)
+    return pb.RestoreReply(
+        restored=[name for name, found in results.items() if not found], problems=problems, gone=gone
+    )

@@ -6,7 +6,7 @@ Notes say it: a device may have been renamed, or be no longer configured, or its
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -15,6 +15,7 @@ from mfsd.datapath.bpf.attach import Attachment
 from mfsd.datapath.errors import DatapathError, EnforceError, NoDeviceError
 from mfsd.datapath.handles import is_ours
 from mfsd.datapath.undo import notes, restore
+from mfsd.datapath.undo.elsewhere import keeps, left
 from mfsd.datapath.undo.notes import Namespace, State, Unreadable
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mfsd.daemon.device import Device
+
+NAMED: Final = 20
+"""Notes that are named; a status of thousands would be more than gRPC carries."""
 
 log = structlog.get_logger(__name__)
 
@@ -53,20 +57,23 @@ def put_back(sock: tc.TcSocket, state_dir: Path, held: Container[int], names: Co
                 problems += _put_back(sock, note)
         except (OSError, DatapathError) as e:
             problems.append(f"{note.ifname}: {e}")
-    return problems
+    more = len(problems) - NAMED
+    return problems if more <= 0 else [*problems[:NAMED], f"notes in {state_dir}: {more} more can't be put back"]
 
 
 def _put_back(sock: tc.TcSocket, note: State) -> list[str]:
+    if restore.device_of(sock, note) is None and keeps(note):
+        return [left(note)]
     problems = restore.put_back(sock, note)
     log.warning("put back what mfsd had left", device=note.ifname, index=note.ifindex, problems=problems)
     return problems
 
 
-def forget(sock: tc.TcSocket, state_dir: Path, ifindex: int) -> None:
-    """Remove the note of a device that is gone. Raises OSError."""
+def forget(sock: tc.TcSocket, state_dir: Path, ifindex: int, *, moved: bool) -> None:
+    """Remove the note of a device that is gone, unless it has ``moved`` with something of ours. Raises OSError."""
     here = Namespace.of(sock)
     for note in notes.every(state_dir):
-        if isinstance(note, State) and note.of(ifindex, here) and not note.taken:
+        if isinstance(note, State) and note.of(ifindex, here) and not note.taken and not (moved and keeps(note)):
             notes.forget(note)
 
 
@@ -90,10 +97,19 @@ def undo(sock: tc.TcSocket, state_dir: Path, ifindex: int, name: str) -> list[st
 
     Raises EnforceError for a note that can't be read, and OSError.
     """
-    note = notes.find(state_dir, ifindex, name, Namespace.of(sock)) if ifindex else None
+    here = Namespace.of(sock)
+    if not ifindex:
+        return [left(note) for note in _left(sock, state_dir, here) if note.ifname == name] or None
+    note = notes.find(state_dir, ifindex, name, here)
     if note is not None:
         return [restore.taken(note)] if note.taken else restore.put_back(sock, note)
-    return [restore.unnoted(name, state_dir)] if ifindex and _has_tree(sock, ifindex) else None
+    return [restore.unnoted(name, state_dir)] if _has_tree(sock, ifindex) else None
+
+
+def _left(sock: tc.TcSocket, state_dir: Path, here: Namespace) -> list[State]:
+    """Notes of devices that have left with something of ours."""
+    found = (note for note in notes.every(state_dir) if isinstance(note, State) and note.namespace.same(here))
+    return [note for note in found if keeps(note) and not note.taken and restore.device_of(sock, note) is None]
 
 
 def absent(sock: tc.TcSocket, device: Device) -> str:

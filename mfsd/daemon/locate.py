@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-def locate(sock: TcSocket, state_dir: Path, gone: set[int] | None, device: Device) -> None:
+def locate(sock: TcSocket, state_dir: Path, gone: dict[int, bool] | None, device: Device) -> None:
     """Find out which index the name means now, and let go of another one that it meant before.
 
-    ``gone``: indices that have been away since the last time; None: nobody knows. Raises OSError.
+    ``gone``: who has been away since the last time (links.Departures); None: nobody knows. Raises OSError.
     """
     try:
         ifindex = links.by_name(sock, device.name).ifindex
@@ -31,12 +31,12 @@ def locate(sock: TcSocket, state_dir: Path, gone: set[int] | None, device: Devic
         ifindex = 0
     old = device.ifindex
     if old and gone is not None and old in gone:
-        _lost(sock, device, state_dir)
+        _lost(sock, device, state_dir, moved=gone[old])
     elif old and old != ifindex:
         try:
             links.by_index(sock, old)
         except NoDeviceError:
-            _lost(sock, device, state_dir)
+            _lost(sock, device, state_dir, moved=gone is None)
         else:
             _release(device)
     if ifindex:
@@ -44,7 +44,7 @@ def locate(sock: TcSocket, state_dir: Path, gone: set[int] | None, device: Devic
     device.ifindex = ifindex
 
 
-def _lost(sock: TcSocket, device: Device, state_dir: Path) -> None:
+def _lost(sock: TcSocket, device: Device, state_dir: Path, *, moved: bool) -> None:
     """The device is gone, on the kernel's word, and everything on it.
 
     Also when it only moved to another namespace (dev_shutdown, net/core/dev.c).
@@ -54,7 +54,7 @@ def _lost(sock: TcSocket, device: Device, state_dir: Path) -> None:
     if shape is not None:
         shape.enforcer.close()
     try:
-        leftovers.forget(sock, state_dir, old)
+        leftovers.forget(sock, state_dir, old, moved=moved)
     except OSError as e:  # leftovers.put_back tries again, and the next device of the name needs its turn
         log.warning("the note of a device that is gone stays", device=device.name, index=old, problem=str(e))
 

@@ -52,6 +52,8 @@ class DeviceFacts:
     tx_queues: int
     gso: int
     speed: Rate | None
+    address: str = ""
+    """As Link.address."""
 
     @property
     def virtual(self) -> bool:
@@ -89,6 +91,7 @@ def _facts(link: Link) -> DeviceFacts:
         tx_queues=queues or link.tx_queues,
         gso=max(link.gso, GSO_MAX),
         speed=speed,
+        address=link.address,
     )
 
 

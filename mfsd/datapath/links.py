@@ -28,13 +28,16 @@ _SETLINK: Final = 19
 _GROUP_LINK: Final = 1
 """RTMGRP_LINK."""
 # include/uapi/linux/if_link.h
+_ADDRESS: Final = 1
 _IFNAME: Final = 3
 _TXQLEN: Final = 13
 _LINKINFO: Final = 18
 _INFO_KIND: Final = 1
 _NUM_TX_QUEUES: Final = 31
 _GSO_MAX_SIZE: Final = 41
+_NEW_NETNSID: Final = 45
 _ALT_IFNAME: Final = 53
+_PERM_ADDRESS: Final = 54
 _GSO_IPV4_MAX_SIZE: Final = 63
 
 _INFO: Final = struct.Struct("=BBHiII")
@@ -66,6 +69,8 @@ class Link:
     txqlen: int
     tx_queues: int
     gso: int
+    address: str
+    """Of its hardware, in hex, the burnt-in one where there is one; empty: it has none."""
 
 
 def by_index(sock: NetlinkSocket, ifindex: int) -> Link:
@@ -132,6 +137,7 @@ def _link(m: nl.Message) -> Link:
         return int(nl.fields(_U32, found[kind], 0, len(found[kind]))[0]) if kind in found else 0
 
     kind = nl.attrs(found.get(_LINKINFO, b"")).get(_INFO_KIND, b"")
+    address = found.get(_PERM_ADDRESS) or found.get(_ADDRESS, b"")
     return Link(
         ifindex=ifindex,
         name=_text(found.get(_IFNAME, b"")),
@@ -142,6 +148,7 @@ def _link(m: nl.Message) -> Link:
         txqlen=number(_TXQLEN),
         tx_queues=number(_NUM_TX_QUEUES) or 1,
         gso=max(number(_GSO_MAX_SIZE), number(_GSO_IPV4_MAX_SIZE)),
+        address=address.hex() if any(address) else "",
     )
 
 
@@ -159,9 +166,12 @@ class Departures:
         """Raises OSError."""
         self._sock = nl.opened(socket.NETLINK_ROUTE, groups=_GROUP_LINK, room=_ROOM)
 
-    def since(self) -> set[int] | None:
-        """Indices of devices that have left since the last call; None when there were too many messages to tell."""
-        gone: set[int] = set()
+    def since(self) -> dict[int, bool] | None:
+        """Devices that have left since the last call, by index; None when there were too many messages to tell.
+
+        True: to another namespace, the last time.
+        """
+        gone: dict[int, bool] = {}
         lost = False
         while True:
             try:
@@ -177,7 +187,8 @@ class Departures:
                 if m.kind == _DELLINK:
                     family, _, _, ifindex, _, _ = nl.fields(_INFO, m.data, m.body, m.end)
                     if family == socket.AF_UNSPEC:  # else it has only left a bridge
-                        gone.add(ifindex)
+                        moved = _NEW_NETNSID in nl.attrs(m.data, m.body + _INFO.size, m.end)
+                        gone[ifindex] = moved
 
     def close(self) -> None:
         """Idempotent."""

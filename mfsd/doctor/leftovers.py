@@ -8,11 +8,12 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from mfsd.daemon.config import LOCK
-from mfsd.datapath import links, tc
+from mfsd.datapath import tc
 from mfsd.datapath.owner import locked
 from mfsd.datapath.undo import notes
+from mfsd.datapath.undo.elsewhere import keeps, left
 from mfsd.datapath.undo.notes import Namespace, State, Unreadable
-from mfsd.datapath.undo.restore import without_note
+from mfsd.datapath.undo.restore import device_of, without_note
 from mfsd.doctor.finding import Finding, Severity
 from mfsd.ground.wire import beside
 from mfsd.host import clock
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from mfsd.datapath.links import Link
     from mfsd.doctor.finding import Check, Context
 
 
@@ -28,8 +30,11 @@ def notes_left(context: Context) -> Iterator[Finding]:
     """A note without its daemon means that the daemon was killed."""
     folder = context.config.daemon.state_dir
     with tc.TcSocket() as sock:
-        here, names = Namespace.of(sock), {link.ifindex: link.name for link in links.every(sock)}
-    found = notes.every(folder)
+        here = Namespace.of(sock)
+        found = notes.every(folder)
+        now = {
+            note.path: device_of(sock, note) for note in found if isinstance(note, State) and note.namespace.same(here)
+        }
     if not found:
         yield Finding("state.notes", Severity.OK, "No daemon has left its qdiscs behind", f"no notes in {folder}")
     for note in found:
@@ -43,10 +48,10 @@ def notes_left(context: Context) -> Iterator[Finding]:
                 note.error.fix,
             )
         else:
-            yield _noted(note, here, names)
+            yield _noted(note, here, now.get(note.path))
 
 
-def _noted(note: State, here: Namespace, names: dict[int, str]) -> Finding:
+def _noted(note: State, here: Namespace, now: Link | None) -> Finding:
     name, number, seen = note.ifname, f"state.notes:{note.ifname}", f"{note.path}, by pid {note.owner.pid}"
     if note.owner.alive:
         return Finding(number, Severity.OK, f"A running daemon has {name}", seen)
@@ -57,11 +62,14 @@ def _noted(note: State, here: Namespace, names: dict[int, str]) -> Finding:
         meaning = "whether its qdiscs are as they should be can only be seen there"
         return Finding(number, Severity.WARN, f"A note about {name} is of another network namespace", seen, meaning,
                        f"mfsctl restore in there, or remove {note.path} if that namespace is gone")  # fmt: skip
-    if note.ifindex not in names:
+    if now is None and keeps(note):
+        title = f"{name} has left its network namespace with a queue length of mfsd's"
+        fix = "mfsctl restore" if note.path is None else f"mfsctl restore {name} --state-dir {note.path.parent}"
+        return Finding(number, Severity.WARN, title, seen, left(note), fix)
+    if now is None:
         return Finding(number, Severity.INFO, f"A note about {name} is of a device that is gone", seen,
                        "nothing is left to put back", "mfsctl restore removes it")  # fmt: skip
-    now = names[note.ifindex]
-    called = f"{name}, which is called {now} now" if now != name else name
+    called = f"{name}, which is called {now.name} now" if now.name != name else name
     return Finding(
         number,
         Severity.WARN,

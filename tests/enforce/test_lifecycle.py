@@ -296,7 +296,7 @@ def test_a_killed_owner_is_cleaned_up_after_and_a_living_one_is_not(bench: Bench
         assert owner.stdout.readline() == "applied\n"
         during = bench.shown()
         assert during != before
-        (problem,) = restore_all(bench.state)[bench.dev]
+        (problem,) = restore_all(bench.state)[bench.dev] or []
         assert f"pid {owner.pid}" in problem
         e = bench.enforcer()
         with pytest.raises(EnforceError, match="belongs to a running mfsd"):
@@ -320,14 +320,14 @@ def test_a_note_of_another_namespace_or_device_is_not_acted_upon(bench: Bench) -
     e.apply()
     during = bench.shown()
     with bench.pair.inside(bench.pair.b):
-        (problem,) = restore_all(bench.state)[bench.dev]
+        (problem,) = restore_all(bench.state)[bench.dev] or []
     assert "another network namespace" in problem
     assert bench.shown() == during
 
     file = next(bench.state.iterdir())
     note = json.loads(file.read_text())
     file.write_text(json.dumps(note | {"ifindex": note["ifindex"] + 1000}))
-    assert restore_all(bench.state) == {bench.dev: []}, "the device is gone"
+    assert restore_all(bench.state) == {bench.dev: None}, "the device is gone"
     assert bench.shown() == during
 
 
@@ -335,7 +335,7 @@ def test_a_broken_note_is_reported(bench: Bench) -> None:
     bench.enforcer().apply()
     file = next(bench.state.iterdir())
     file.write_text(file.read_text()[:-30])
-    (problem,) = restore_all(bench.state)[bench.dev]
+    (problem,) = restore_all(bench.state)[bench.dev] or []
     assert str(file) in problem
     with pytest.raises(EnforceError, match="remove the file"):
         bench.enforcer().plan()

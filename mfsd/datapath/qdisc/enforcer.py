@@ -127,7 +127,9 @@ class DeviceEnforcer:
         before = state.before if state else capture(qdiscs, classes, device.txqlen)
         off = self._off(tree) if is_ours(root) else None
         note = State(self.ifname, self._ifindex, self._namespace, Owner.me(), plan.backend, before)
-        note = notes.save(self.state_dir, replace(note, path=state.path if state else None))
+        note = replace(note, address=device.address, kind=device.kind, path=state.path if state else None)
+        note = notes.save(self.state_dir, note)
+        notes.forget_others(self.state_dir, note)
         gone = self._purger.gone if self._purger is not None else {}
         self.adopted = off is not None and all(d.how is not How.REBUILD for d in off)
         try:
@@ -314,7 +316,9 @@ class DeviceEnforcer:
             refusals.append(f"{self.ifname} is down, so it has no qdisc yet: bring it up first (ip link set up)")
         ours = root is not None and is_ours(root)
         if not ours:
-            state = None  # of a tree that somebody replaced
+            if state is not None and state.gave(device.address) and device.txqlen == QUEUE_LENGTH:
+                device = replace(device, txqlen=0)  # it has been away since, or somebody has replaced the tree
+            state = None
         if ours and state is None:
             refusals.append(unnoted(self.ifname, self.state_dir))
         elif state is None and device.up:

@@ -25,7 +25,7 @@ from mfsd.datapath.undo.snapshot import Snapshot, whole
 if TYPE_CHECKING:
     from mfsd.datapath.tc import TcSocket
 
-__all__ = ["Namespace", "Owner", "State", "Unreadable", "every", "find", "forget", "kept", "save"]
+__all__ = ["Namespace", "Owner", "State", "Unreadable", "every", "find", "forget", "forget_others", "kept", "save"]
 
 _VERSION: Final = 2
 _VERSIONS: Final = (1, 2)
@@ -80,6 +80,10 @@ class State:
     before: Snapshot
     restoring: bool = False
     """What was there is being put back: what looks like half of it is not somebody else's."""
+    address: str = ""
+    """Of the device's hardware (links.Link.address), which goes with it wherever it goes; empty: not known."""
+    kind: str = ""
+    """As links.Link.kind."""
     path: Path | None = field(default=None, compare=False)
     """The file; None: not written yet."""
     written: tuple[int, int, int] | None = field(default=None, compare=False)
@@ -89,6 +93,14 @@ class State:
     def taken(self) -> bool:
         """Another live process owns the device's tree. Raises OSError when that can't be found out."""
         return self.owner.alive and not self.owner.mine
+
+    def fits(self, address: str) -> bool:
+        """It may be about a device of this address: an index is used again when its device is gone."""
+        return not (self.address and address) or self.address == address
+
+    def gave(self, address: str) -> bool:
+        """The device of this address had no queue length, and was given one."""
+        return self.before.txqlen == 0 and self.fits(address)
 
     def of(self, ifindex: int, namespace: Namespace) -> bool:
         """It is about this device."""
@@ -152,6 +164,8 @@ def save(state_dir: Path, state: State) -> State:
         "owner": {"pid": state.owner.pid, "started": state.owner.started},
         "backend": state.backend,
         "restoring": state.restoring,
+        "address": state.address,
+        "kind": state.kind,
         "before": state.before.to_json(),
     }
     new = _new(target)
@@ -185,6 +199,14 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return now.st_ino, now.st_size, now.st_mtime_ns
+
+
+def forget_others(state_dir: Path, state: State) -> None:
+    """Remove what other notes say of this index, as far as can be: of devices that had it before."""
+    with contextlib.suppress(OSError):
+        for other in every(state_dir):
+            if isinstance(other, State) and other.path != state.path and other.of(state.ifindex, state.namespace):
+                forget(other)
 
 
 def forget(state: State) -> None:
@@ -240,5 +262,7 @@ def _decode(data: dict[str, Any], path: Path) -> State:
         backend=data["backend"],
         before=before,
         restoring=data.get("restoring") is True,
+        address=str(data.get("address", "")),
+        kind=str(data.get("kind", "")),
         path=path,
     )

@@ -15,9 +15,10 @@ from mfsd.datapath import links, tc
 from mfsd.datapath.errors import DatapathError, EnforceError, NoDeviceError
 from mfsd.datapath.facts import QUEUE_LENGTH
 from mfsd.datapath.handles import is_ours
-from mfsd.datapath.undo import notes
+from mfsd.datapath.undo import elsewhere, notes
 from mfsd.datapath.undo.notes import Namespace, State, Unreadable
 from mfsd.datapath.undo.snapshot import MQ, Snapshot, capture
+from mfsd.host import namespaces
 from mfsd.host import netlink as nl
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from mfsd.datapath.links import Link
     from mfsd.datapath.tc import TcSocket
+    from mfsd.datapath.undo.elsewhere import Seen
 
 NOTE_STAYS: Final = "nothing is left to put back, but the note can't be removed"
 """Of a problem that concerns the note only."""
@@ -32,28 +34,32 @@ NOTE_STAYS: Final = "nothing is left to put back, but the note can't be removed"
 
 def restore_all(
     state_dir: Path, ifname: str | None = None, *, delete: bool = False, lives: bool = False
-) -> dict[str, list[str]]:
+) -> dict[str, list[str] | None]:
     """Put devices back without a daemon: those with a note in ``state_dir``, or only ``ifname``.
 
-    Returns problems by what the devices are called now, an empty list where all went well. A device whose owner lives
-    is left alone, as is one of another network namespace than the calling thread's; both are reported. ``lives``: the
-    owner does, whatever its pid means here. A device that is gone needs nothing. With ``delete`` a note that can't be
-    read is removed, with what mfsd has put on the device.
+    Returns problems by what the devices are called now, an empty list where all went well, and None for one that is
+    gone, which needs nothing. A device whose owner lives is left alone, as is one of another network namespace than
+    the calling thread's; both are reported. One that has moved since is looked for. ``lives``: the owner does, whatever
+    its pid means here. With ``delete`` a note that can't be read is removed, with what mfsd has put on the device.
     Raises OSError when the directory can't be read.
     """
-    out: dict[str, list[str]] = {}
+    out: dict[str, list[str] | None] = {}
     with tc.TcSocket() as sock:
-        here, names = Namespace.of(sock), {link.ifindex: link.name for link in links.every(sock)}
-        called = [(_called(note, here, names), note) for note in notes.every(state_dir)]
+        here = Namespace.of(sock)
+        called = [(_called(sock, note, here), note) for note in notes.every(state_dir)]
         exact = any(name == ifname for name, _ in called)
         for name, note in called:
             if ifname is not None and ifname != (name if exact else note.ifname):
                 continue
+            problems: list[str] | None
             try:
-                problems = _restore_noted(sock, note, here, delete=delete, lives=lives)
+                now, problems = name, _restore_noted(sock, note, here, delete=delete, lives=lives)
+                if problems is None:
+                    now, problems = _elsewhere(note)
             except (DatapathError, OSError) as e:
-                problems = [str(e)]
-            out[name] = out.get(name, []) + problems
+                now, problems = name, [str(e)]
+            before = out.get(now)
+            out[now] = problems if before is None else before + (problems or [])
     if ifname is not None and not out:
         out[ifname] = [f"{ifname}: no note in {state_dir}, so nothing to put back"]
     return out
@@ -84,9 +90,24 @@ def without_note(state_dir: Path, ifname: str | None = None, *, delete: bool = F
     return out
 
 
-def _called(note: State | Unreadable, here: Namespace, names: dict[int, str]) -> str:
+def _called(sock: TcSocket, note: State | Unreadable, here: Namespace) -> str:
     """What the note's device is called now; if it is not here, what it was called."""
-    return names.get(note.ifindex, note.ifname) if _local(note, here) else note.ifname
+    link = None
+    if _local(note, here):
+        with contextlib.suppress(NoDeviceError):
+            link = device_of(sock, note) if isinstance(note, State) else links.by_index(sock, note.ifindex)
+    return note.ifname if link is None else link.name
+
+
+def device_of(sock: TcSocket, state: State) -> Link | None:
+    """The note's device, if it is in the socket's namespace: another one may have its index now. Raises OSError."""
+    try:
+        link = links.by_index(sock, state.ifindex)
+        root = None if state.fits(link.address) else tc.root_of(sock.tree(state.ifindex)[0])
+    except NoDeviceError:
+        return None
+    # Somebody may have given the device another address. What carries our tree has not lost it by a move.
+    return link if state.fits(link.address) or (root is not None and is_ours(root)) else None
 
 
 def _local(note: State | Unreadable, here: Namespace) -> bool:
@@ -95,7 +116,8 @@ def _local(note: State | Unreadable, here: Namespace) -> bool:
 
 def _restore_noted(
     sock: TcSocket, note: State | Unreadable, here: Namespace, *, delete: bool, lives: bool
-) -> list[str]:
+) -> list[str] | None:
+    """Problems; None when the device has left."""
     if isinstance(note, Unreadable):
         if not delete:
             return [str(note.error)]
@@ -106,12 +128,36 @@ def _restore_noted(
     if note.namespace.past(here):
         notes.forget(note)
         return []
-    if lives or note.taken:
+    left = note.namespace.same(here) and device_of(sock, note) is None
+    if note.taken or (lives and not left):
         return [taken(note)]
     if not note.namespace.same(here):
         text = f"{note.ifname}: the note is of another network namespace (inode {note.namespace.inode}); run this "
         return [f"{text}inside it, or remove {note.path} if that namespace is gone"]
-    return put_back(sock, note)
+    return None if left else put_back(sock, note)
+
+
+def _elsewhere(note: State | Unreadable) -> tuple[str, list[str] | None]:
+    """Put back a device that has left its namespace: what it is called now, and as _restore_noted."""
+    assert isinstance(note, State)  # noqa: S101 - for the type checker
+    seen, whole = elsewhere.find(note)
+    if len(seen) == 1:
+        return seen[0].name, namespaces.inside(seen[0].place, lambda: _moved(seen[0]))
+    if seen:
+        which = ", ".join(s.name for s in seen)
+        return note.ifname, [f"{elsewhere.left(note)}. It may be any of these: {which}"]
+    if elsewhere.keeps(note) and not whole:
+        return note.ifname, [f"{elsewhere.left(note)}. Not all network namespaces could be looked into"]
+    notes.forget(note)
+    return note.ifname, None
+
+
+def _moved(seen: Seen) -> list[str]:
+    with tc.TcSocket() as sock:
+        root = tc.root_of(sock.tree(seen.state.ifindex)[0])
+        if root is not None and is_ours(root):  # it had none when it came, so that is another daemon's
+            return [f"{elsewhere.left(seen.state)}. {seen.name} may be it, and carries a tree of mfsd"]
+        return [f"{seen.name}: {p}" for p in put_back(sock, seen.state)]
 
 
 def unnoted(name: str, state_dir: Path) -> str:
@@ -151,11 +197,14 @@ def put_back(sock: TcSocket, state: State) -> list[str]:
 
 def _put_back(sock: TcSocket, state: State) -> tuple[list[str], bool]:
     """(problems, the note has served its purpose)."""
-    link = links.by_index(sock, state.ifindex)
+    link = device_of(sock, state)
+    if link is None:
+        raise NoDeviceError(f"device of index {state.ifindex}", f"it is not {state.ifname} any more")
     qdiscs, classes = sock.tree(state.ifindex)
     root = tc.root_of(qdiscs)
     if root is None:
         links.by_index(sock, state.ifindex)  # is it still there?
+        _queue_length(sock, state)
         return _without_root(state, link)
     ours = is_ours(root)
     if not ours and state.before.like(capture(qdiscs, classes, 0)):
