@@ -113,6 +113,8 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         session = self._session(batch.session, peer, now, lasting=lasting)
         self._heard(session.name)
         engine.hear(now)
+        if batch.seq == 1 and not alone:
+            session.heard = 0  # what is counted is another client's, or another stream's of one that begins anew
         reply = pb.HintReply(seq=batch.seq, epoch=engine.epoch, takes_columns=True, heard=session.heard)
         answer, rejected = Answer(session, reply, now, self._ticks.count), 0
         if batch.hints:

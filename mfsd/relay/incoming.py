@@ -189,6 +189,8 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         """Raises HintError for a batch that is too large."""
         self._decoder.check(len(batch.hints))
         now = self._clock()
+        if batch.seq == 1:
+            session.heard = 0  # another link's
         reply = pb.HintReply(seq=batch.seq, epoch=self._engine.epoch, heard=session.heard)
         for index, message in enumerate(batch.hints):
             try:

@@ -328,6 +328,20 @@ def test_a_stream_answers_every_batch_in_order(api: Api, running: Running) -> No
     assert running.ask(lambda e: e.books.requests.n) == 200
 
 
+def test_a_new_stream_is_told_how_far_the_one_before_was_heard(api: Api) -> None:
+    """Not by calls of their own, nor by who begins to count."""
+
+    def heard(*seqs: int, empty: bool = False) -> list[int]:
+        batches = [api.batch(*([] if empty else [request()]), seq=seq) for seq in seqs]
+        return [r.heard for r in api.hints.Stream(iter(batches), timeout=20)]
+
+    assert heard(1, 2, 3) == [0, 1, 2]
+    api.send(request())
+    assert heard(4, 5, empty=True) == [3, 3]
+    assert heard(6, 7) == [3, 6]
+    assert heard(1, 2) == [0, 1]
+
+
 def test_a_stream_is_of_one_session(api: Api) -> None:
     with pytest.raises(grpc.RpcError) as e:
         list(api.hints.Stream(iter([api.batch(request()), api.batch(request(), session="other")]), timeout=20))
