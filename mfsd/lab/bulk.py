@@ -63,7 +63,7 @@ class Bulk:
                     s = stack.enter_context(prepare(socket.socket(socket.AF_INET, socket.SOCK_STREAM)))
                     s.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
                     s.connect((self._sink.address, self._port))
-                    s.sendall(HEAD.pack(i))  # its index
+                    s.sendall(HEAD.pack(i, 0))  # its index
                     self.sockets.append(s)
             fds = [s.fileno() for s in self.sockets]
             # It ends before the receiver, whose end would reset its connections.

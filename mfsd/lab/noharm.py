@@ -85,6 +85,8 @@ class Wanted:
     due: float
     said: float = 1.0
     """What its hint says of its size, over the size."""
+    read: float = 0.0
+    """Share of the link that its receiver reads at most; 0: all that comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +97,9 @@ class Case:
     transfers: tuple[Wanted, ...]
 
     @classmethod
-    def one(cls, beside: Beside, alone: float, factor: float, said: float = 1.0) -> Self:
-        """One transfer, due after ``factor`` times what it takes alone; two of them beside an equal."""
-        return cls(beside, (Wanted(alone, alone * factor, said),) * (1 + (beside is Beside.EQUAL)))
+    def one(cls, beside: Beside, alone: float, factor: float, said: float = 1.0, read: float = 0.0) -> Self:
+        """One transfer, due after ``factor`` times what it takes of a link; two of them beside an equal."""
+        return cls(beside, (Wanted(alone, alone * factor, said, read),) * (1 + (beside is Beside.EQUAL)))
 
     @property
     def last(self) -> float:
@@ -177,13 +179,13 @@ class _Play:
         self.player, self.client, self.case, self.name = player, client, case, name
         self.payload = rate.bytes_per_s * EFFICIENCY
         """Bytes/s that a TCP stream gets of the link when it has it to itself."""
-        self.flows = [(self._flow(w.alone), w) for w in case.transfers]
+        self.flows = [(self._flow(w.alone, w.read), w) for w in case.transfers]
         self.begun: list[float] = []
         self.exchanges: list[tuple[float, float]] = []
         """When each collective began and how long it took."""
 
-    def _flow(self, seconds: float) -> Flow:
-        return self.player.connect(max(int(seconds * self.payload), 1))
+    def _flow(self, seconds: float, read: float = 0.0) -> Flow:
+        return self.player.connect(max(int(seconds * self.payload), 1), pace=read * self.payload)
 
     def run(self, *, whole: bool) -> Outcome:
         begin = time.monotonic() + SETTLE_S

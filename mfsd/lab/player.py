@@ -95,8 +95,8 @@ class Player:
         self._receiver.close()
         self.poll.close()
 
-    def connect(self, unit: int, port: int = 0) -> Flow:
-        """A new connection. ``port``: our own; 0: any."""
+    def connect(self, unit: int, port: int = 0, pace: float = 0.0) -> Flow:
+        """A new connection. ``port``: our own; 0: any. ``pace``: bytes/s that its receiver reads at most; 0: all."""
         with inside(self._source.namespace):
             sock = prepare(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         flow = Flow(self, sock, unit)
@@ -104,7 +104,7 @@ class Player:
         if port:
             sock.bind((self._source.address, port))
         sock.connect((self._sink.address, PORT))
-        sock.sendall(HEAD.pack(unit))
+        sock.sendall(HEAD.pack(unit, int(pace)))
         sock.setblocking(False)
         self.poll.register(sock, select.EPOLLIN)
         return flow
