@@ -14,7 +14,7 @@ import pytest
 
 from mfsd.ground.units import Rate
 from mfsd.lab.hosts.net import Fabric
-from mfsd.lab.noharm import HOSTS, RATE, Arm, Beside, Case, Link
+from mfsd.lab.noharm import HOSTS, RATE, Arm, Beside, Case, Link, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +62,11 @@ WRONG: Final = [
     ]
 ]
 """Sizes are announced ten times too small, and too large."""
+SLOW_READERS: Final = [
+    Case.one(Beside.MARK, alone, 1.25 / read, read=read) for alone, read in [(0.2, 0.4), (0.2, 0.25), (0.5, 0.3)]
+]
+"""They take less than half of the link, and four fifths of the time at that."""
+CROWDS: Final = [Case(Beside.MARK, (Wanted(0.004, 0.5),) * 40)] * 2
 MOST: Final = 3
 """Times that a case is played."""
 
@@ -79,8 +84,8 @@ def play(fabric: Fabric, arm: Arm, cases: list[Case], rate: Rate) -> list[list[b
 
 @pytest.mark.parametrize(
     ("cases", "rate"),
-    [(WORST, RATE), (ON_SLOW_LINKS, SLOW), (WRONG, RATE)],
-    ids=["worst", "slow link", "wrong sizes"],
+    [(WORST, RATE), (ON_SLOW_LINKS, SLOW), (WRONG, RATE), (SLOW_READERS, RATE), (CROWDS, RATE)],
+    ids=["worst", "slow link", "wrong sizes", "slow readers", "crowds"],
 )
 def test_whatever_plain_tcp_has_in_time_is_in_time(fabric: Fabric, cases: list[Case], rate: Rate) -> None:
     plain = play(fabric, Arm.PLAIN, cases, rate)

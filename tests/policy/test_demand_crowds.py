@@ -68,6 +68,14 @@ def test_beside_collectives_there_is_no_crowd() -> None:
     assert set(decide(many(CROWD, 0.4, 9.0), collectives=0.3).level.tolist()) == {DEFERRED}
 
 
+def test_beside_collectives_that_never_pause_it_has_half_where_it_waits() -> None:
+    for count, share in ((CROWD - 1, 1.1 * 0.2 / 0.89), (CROWD, 0.5)):
+        decision = decide(many(count, 0.2, 1.0), collectives=1.0)
+        assert set(decision.level.tolist()) == {DEFERRED}
+        assert shares(decision)[DEFERRED] == pytest.approx(share, abs=1e-3)
+    assert shares(decide(many(CROWD, 0.2, 1.0), collectives=0.5)) == [0.0] * 5
+
+
 def test_connections_count_not_transfers() -> None:
     shared = decide(many(4 * CROWD, 0.4, 9.0, conn=np.arange(4 * CROWD) % (CROWD - 1)))
     assert set(shared.level.tolist()) == {DEFERRED}

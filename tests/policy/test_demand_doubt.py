@@ -61,7 +61,43 @@ def test_what_is_sent_counts_once() -> None:
 def test_so_has_who_is_small_beside_collectives_that_never_pause() -> None:
     assert shares(decide(alone(0.01, 1.0), collectives=1.0))[DEFERRED] == pytest.approx(0.1 / 0.945, abs=1e-4)
     assert shares(decide(alone(0.09, 1.0), collectives=1.0))[DEFERRED] == 0.5
-    assert shares(decide(alone(0.1, 1.0), collectives=1.0)) == [0.0] * 5  # ten times that would not fit
+
+
+def test_who_is_larger_has_what_it_needs_with_twice_the_margin_beside_collectives_that_never_pause() -> None:
+    """Ten times that would not fit."""
+    for work, need in ((0.1, 0.1 / 0.89), (0.3, 0.3 / 0.89), (0.46, 0.5)):
+        decision = decide(alone(work, 1.0), collectives=1.0)
+        assert decision.level == [DEFERRED]
+        assert shares(decision) == [0.0] * 4 + [pytest.approx(1.1 * need, abs=1e-4)]
+    assert shares(decide(alone(0.3, 1.0), collectives=0.79)) == [0.0] * 5  # they leave some
+
+
+def test_what_others_are_guaranteed_is_part_of_that() -> None:
+    """Of 0.4 s due in 1.2 s half, first: 0.6 s are due in 2 s, which takes less."""
+    t = pv.transfers(2, left=np.array([0.4, 0.2]) * RATE, deadline=[0.7, 2.0], stage=3, level=[FIRST, DEFERRED])
+    decision = decide(t, collectives=1.0)
+    assert decision.level.tolist() == [FIRST, DEFERRED]
+    assert shares(decision) == [0.0, 0.0, pytest.approx(1.1 * 0.4 / (0.7 * 0.97 - 0.025), abs=1e-3), 0.0, 0.0]
+
+
+@given(due=st.floats(0.2, 5.0), pace=st.floats(0.11, 0.45), beside=st.floats(0.8, 1.0))
+def test_whose_receiver_reads_slowly_is_in_time_beside_collectives_that_never_pause(
+    due: float, pace: float, beside: float
+) -> None:
+    """It is just in time at the pace of its receiver, with the margin and nothing but what it is guaranteed."""
+    left, now, tick = pace * (due * 0.97 - 0.025), 0.0, due / 200
+    level = DEFERRED
+    while left > 1e-9:
+        assert now < due
+        decision = decide(alone(pace * due, due - now, left=left * RATE, level=level), collectives=beside)
+        (level,) = decision.level.tolist()
+        left, now = left - tick * min(pace, sum(shares(decision))), now + tick
+
+
+def test_who_has_had_what_it_needs_is_not_promoted_for_having_little_to_spare() -> None:
+    for level, collectives, want in ((DEFERRED, 1.0, DEFERRED), (-1, 1.0, FIRST), (DEFERRED, 0.5, FIRST)):
+        assert decide(alone(0.02, 0.11, level=level), collectives=collectives).level == [want]
+    assert decide(alone(0.05, 0.11, level=DEFERRED), collectives=1.0).level == [FIRST]  # it needs it all the same
 
 
 def test_what_goes_beyond_what_was_announced_has_half_beside_collectives_that_never_pause() -> None:

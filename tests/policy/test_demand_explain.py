@@ -56,6 +56,11 @@ def test_explain_who_can_wait_and_for_how_long() -> None:
     assert figures["held_back_until_s"] == pytest.approx(14.0)
 
 
+def test_explain_what_who_can_wait_has_meanwhile() -> None:
+    text, _ = _why(pv.transfers(1, left=5e6, deadline=1.0), collectives=1.0)
+    assert "level 4, below unhinted traffic, with 49.4 Mbit/s meanwhile. It is promoted in" in text
+
+
 def test_explain_who_is_lost_and_who_was_kept() -> None:
     t = pv.transfers(3, left=[30e6, 20e6, 25e6], deadline=2.0, request=[0, 1, 2])
     text, figures = _why(t)

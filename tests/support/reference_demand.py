@@ -72,19 +72,19 @@ class Demand:
     def late(self, g: Group, times: float = 1.0) -> bool:
         return g.total / self.link.room > self.left(g, times)
 
-    def share(self, g: Group) -> float:
+    def share(self, g: Group, times: float = 1.0) -> float:
         """Of the rate."""
-        if self.late(g):
+        if self.late(g, times):
             return max(g.total / max(g.due, SHORTEST), 1.0)
-        return g.total / self.left(g) if g.total else 0.0
+        return g.total / self.left(g, times) if g.total else 0.0
 
     def behind(self, row: int) -> list[Group]:
         """The row's group and all that are due later."""
         mine = bucket(self.link.rows[row][0])
         return [g for b, g in self.groups.items() if b >= mine]
 
-    def need(self, row: int) -> float:
-        return max(self.share(g) for g in self.behind(row))
+    def need(self, row: int, times: float = 1.0) -> float:
+        return max(self.share(g, times) for g in self.behind(row))
 
     def is_late(self, row: int, times: float = 1.0) -> bool:
         return any(self.late(g, times) for g in self.behind(row))
@@ -279,8 +279,14 @@ class Plain:
         s, p = self.s, self.p
         if math.isinf(self.due[i]):
             return False
-        needs = self.needs(i) or self.laxity(i) < NEAR_S or self.layer_need(i) >= p.defer_until
+        needs = self.needs(i) or self._near(i) or self.layer_need(i) >= p.defer_until
         return needs or math.isinf(s.rate(i)) or self._in_crowd(i)
+
+    def _near(self, i: int) -> bool:
+        """Unless it has had what it needs where it waits, beside collectives that never pause."""
+        t, lay = self.s.t, self.p.layout
+        had = lay.deferred <= int(t.level[i]) < self.p.levels and not self.greedy(i) and t.stage[i] in (KV, P2D)
+        return self.laxity(i) < NEAR_S and not (had and self.s.link.collectives[t.device[i]] >= MOSTLY)
 
     def _first(self, i: int) -> bool:
         among = math.isfinite(self.due[i]) and self.among(i, FIRST_S, STAYS_FIRST * FIRST_S, "urgent", "first")
@@ -335,11 +341,17 @@ class Plain:
         if overdue:
             give(lay.others, p.overdue_share)
         collectives = s.link.collectives[device]
-        most = 1.0 if collectives >= MOSTLY else math.inf
-        if collectives >= MOSTLY or (s.link.unhinted[device] >= LEAST and collectives <= 0):
-            for wait in range(lay.deferred, p.levels):
-                some = [i for i in mine if levels[i] == wait and self._waits(i) and DOUBT * self.need(i) <= most]
-                give(wait, min(max((self._doubt(i) for i in some), default=0.0), p.defer_until))
+        plain = s.link.unhinted[device] >= LEAST and collectives <= 0
+        waiting = [i for i in mine if lay.deferred <= levels[i] < p.levels and self._waits(i) and not plain]
+        sure = {i for i in waiting if DOUBT * self.need(i) > 1.0 and not self.greedy(i)}
+        for wait in range(lay.deferred, p.levels) if plain or collectives >= MOSTLY else ():
+            some = [i for i in mine if levels[i] == wait and self._waits(i)]
+            fit = [i for i in some if plain or DOUBT * self.need(i) <= 1.0]
+            steady = max((self._calm(i, device) for i in some if i in sure), default=0.0) * p.headroom
+            if len({int(s.t.conn[i]) for i in sure if s.t.conn[i] >= 0}) >= CROWD and any(i in sure for i in some):
+                steady = max(steady, p.defer_until)
+            doubt = min(max((self._doubt(i) for i in fit), default=0.0), p.defer_until)
+            give(wait, max(doubt, min(steady, most) - sum(out)))
         return out
 
     def _evenly(self, device: int, levels: list[int]) -> float:
@@ -349,6 +361,10 @@ class Plain:
         work = {i: float(t.left[i]) / rate for i in urgent}
         until = {i: sum(min(work[i], w) for w in work.values()) for i in urgent}
         return max((until[i] / max(self.due[i], SHORTEST) for i in urgent), default=0.0)
+
+    def _calm(self, i: int, device: int) -> float:
+        """With twice the margin."""
+        return max(self.need(i), min(self.here[device].need(i, 2.0), float(self.p.defer_until)))
 
     def _doubt(self, i: int) -> float:
         """If ten times as much was meant as was said."""

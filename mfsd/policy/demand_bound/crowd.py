@@ -4,7 +4,7 @@
 A deferred connection stands still, and its retransmission timer goes off, and doubles, while its packets wait in the
 host's own queue. A promotion out of that costs it some time; those of very many at once cost each other that. And
 whoever is beside a crowd gains little by its deferral: of plain sharing among so many there is less for one than the
-floor of unhinted traffic. Beside collectives there are no crowds: what these must lose is guaranteed by deadline.
+floor of unhinted traffic. Beside collectives crowds are deferred: what these must lose is guaranteed by deadline.
 """
 
 from __future__ import annotations
@@ -33,6 +33,16 @@ def few(view: Views, rows: B1, was: B1) -> B1:
     if not rest.any():
         return rows
     out: B1 = rows & ~((there >= CROWD).take(device) | (rest.take(device) & was))
+    return out
+
+
+def crowded(view: Views, rows: npt.NDArray[np.intp]) -> B1:
+    """Whether these rows belong to a crowd of them, whatever collectives there are, shape (m,)."""
+    if len(rows) < CROWD:
+        return np.zeros(len(rows), dtype=np.bool_)
+    some = np.zeros(len(view.transfers), dtype=np.bool_)
+    some[rows] = True
+    out: B1 = (_connections(view, some) >= CROWD).take(view.transfers.device.take(rows))
     return out
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from mfsd.ground.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
-from mfsd.policy.demand_bound.crowd import REST, few
+from mfsd.policy.demand_bound.crowd import REST, crowded, few
 from mfsd.policy.demand_bound.layout import Layout
-from mfsd.policy.demand_bound.load import Margin, evenly
+from mfsd.policy.demand_bound.load import Margin, Need, evenly
 from mfsd.policy.demand_bound.verdict import HELD_S, NEAR_S, Verdict
 from mfsd.policy.demand_bound.words import Case, explain
 from mfsd.policy.parts import buckets, pick
@@ -58,8 +58,10 @@ class DemandBound(Policy):
     ``defer_until`` on it is guaranteed: the policy asks for ``headroom`` times the bound for all who are together, and
     for the level of those due first, so that they are served by deadline. Half of the link is enough until then, so
     deferring costs nobody a deadline that sharing the link with one competitor would meet, and the collectives lose
-    only what somebody needs. More than ``most`` is taken from them only when there is nothing but the margin to spare,
-    and until then no more than is enough together with what they leave by themselves, in their pauses.
+    only what somebody needs. Beside collectives that never pause it has what it needs from the beginning, where it
+    waits, as a receiver may read no faster: they lose as much, only sooner. More than ``most`` is taken from them only
+    when there is nothing but the margin to spare, and until then no more than is enough together with what they leave
+    by themselves, in their pauses.
 
     Where a crowd (crowd.py) waits on a device, nobody there is deferred, and those of it who are due together are
     guaranteed together what they need, on the level of the others.
@@ -165,7 +167,7 @@ class DemandBound(Policy):
 
     def _levels(self, view: Views, verdict: Verdict, needs: B1) -> I2:
         t, lay = view.transfers, self.layout
-        above = needs | (verdict.laxity < NEAR_S) | (verdict.layer_need >= self.defer_until)
+        above = needs | self._near(view, verdict) | (verdict.layer_need >= self.defer_until)
         if (view.link.rate <= 0).any():
             above |= view.link.rate.take(t.device) <= 0  # nobody knows what it needs
         above |= self.crowd(view, verdict)
@@ -177,6 +179,17 @@ class DemandBound(Policy):
         level = pick.levels(urgent, np.int16(lay.urgent), level)
         level = pick.levels(verdict.lost & (t.stage == P2D), np.int16(LEVEL_SCAVENGER), level)
         return pick.levels(t.stage == COLLECTIVE, np.int16(lay.collective), level)
+
+    def _near(self, view: Views, verdict: Verdict) -> B1:
+        """Transfers that have little to spare, shape (n,).
+
+        But for the deferred that have had what they need all the time: a promotion would cost some of what is left.
+        """
+        t, near = view.transfers, verdict.laxity < NEAR_S
+        if near.any():
+            had = (t.level >= self.layout.deferred) & (t.level < self.levels) & ~verdict.greedy
+            near &= ~(had & verdict.asked.given.kv & (view.link.collectives >= MOSTLY).take(t.device))
+        return near
 
     def crowd(self, view: Views, verdict: Verdict) -> B1:
         """Transfers that are part of a crowd, or of what is left of one, shape (n,): they are not deferred."""
@@ -220,7 +233,7 @@ class DemandBound(Policy):
         """
         lay, link, devices = self.layout, view.link, len(view.link.rate)
         asks = np.flatnonzero(needs & (level < lay.deferred))
-        waits = self._doubted(view, verdict, level)
+        waits, fits = self._meanwhile(view, verdict, level)
         beyond = (link.beyond > 0) & (link.collectives >= MOSTLY)
         if not len(asks) and not overdue.any() and not len(waits) and not beyond.any():
             return np.zeros((devices, self.levels))
@@ -251,10 +264,13 @@ class DemandBound(Policy):
         # More than was announced: nobody knows how much it needs, but half of the link has been enough until now.
         give(lay.others, np.where(beyond, self.defer_until, 0.0))
         if len(waits):
-            doubt = np.zeros(devices * self.levels)
-            np.maximum.at(doubt, cell.take(waits), self._doubt(view, verdict, waits))
+            fit, sure = waits[fits], waits[~fits]
+            doubt, steady = np.zeros((2, devices * self.levels))
+            np.maximum.at(doubt, cell.take(fit), self._doubt(view, verdict, fit))
+            np.maximum.at(steady, cell.take(sure), self._steady(view, verdict, sure))
             for wait in range(lay.deferred, self.levels):
-                give(wait, np.minimum(doubt.reshape(devices, self.levels)[:, wait], self.defer_until))
+                own, together = (of.reshape(devices, self.levels)[:, wait] for of in (doubt, steady))
+                give(wait, np.maximum(np.minimum(own, self.defer_until), np.minimum(together, most) - out.sum(axis=1)))
         return out * link.rate[:, None]
 
     def _rush(self, view: Views, verdict: Verdict, level: I2) -> F8:
@@ -282,21 +298,36 @@ class DemandBound(Policy):
         own = np.where(seconds > 0.0, work / np.where(seconds > 0.0, seconds, 1.0), 0.0)
         return np.maximum(DOUBT * verdict.need.take(rows), own)
 
-    def _doubted(self, view: Views, verdict: Verdict, level: I2) -> npt.NDArray[np.intp]:
-        """Rows of the deferred that have a part of their device meanwhile, as by plain sharing.
+    def _steady(self, view: Views, verdict: Verdict, rows: npt.NDArray[np.intp]) -> F8:
+        """Share of their devices with which these rows need not be promoted, shape (m,).
 
-        As much as is enough if sizes were announced DOUBT times too small, and no more than is guaranteed them later:
-        beside unhinted traffic; beside collectives that never pause only if so much would fit, since the others would
-        only make them wait sooner. Collectives that pause leave some.
+        It is what they need with twice the margin, and for a crowd half of the link, as long as that is enough: each of
+        its connections has to open its window.
+        """
+        if not len(rows):
+            return np.zeros(0)
+        twice = Need(verdict.asked.load, self.margin_on(view.link).twice, 1.0 - view.link.taken).shares().take(rows)
+        share = self.headroom * np.maximum(verdict.need.take(rows), np.minimum(twice, self.defer_until))
+        return np.where(crowded(view, rows), np.maximum(share, self.defer_until), share)
+
+    def _meanwhile(self, view: Views, verdict: Verdict, level: I2) -> tuple[npt.NDArray[np.intp], B1]:
+        """Rows of the deferred that have a part of their device meanwhile, shape (m,), and who have enough for DOUBT.
+
+        As by plain sharing: as much as is enough if sizes were announced DOUBT times too small, and no more than is
+        guaranteed them later. Beside collectives that never pause so much may not fit: there the others have what they
+        need, together with all that is guaranteed: a receiver may take no more than that at a time, and collectives
+        would only wait later. Collectives that pause leave some.
         """
         link = view.link
         plain, busy = (link.unhinted >= LEAST) & (link.collectives <= 0.0), link.collectives >= MOSTLY
         if not (plain | busy).any():
-            return np.zeros(0, dtype=np.intp)
+            return np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.bool_)
         waits = (level >= self.layout.deferred) & (level < self.levels) & (verdict.asked.due < np.inf)
         waits &= verdict.asked.given.kv
-        device, fits = view.transfers.device, DOUBT * verdict.need <= 1.0
-        return np.flatnonzero(waits & (plain.take(device) | (busy.take(device) & fits)))
+        device = view.transfers.device
+        fits = plain.take(device) | (DOUBT * verdict.need <= 1.0)
+        rows = np.flatnonzero(waits & (fits | ~verdict.greedy) & (plain | busy).take(device))
+        return rows, fits.take(rows)
 
     def _given_up(self, view: Views, verdict: Verdict, level: I2, guarantee: F8) -> F8 | None:
         """Bytes/s for the lost, shape (devices,): what is guaranteed to nobody, up to ``defer_until``; None: nothing.
@@ -346,6 +377,7 @@ class DemandBound(Policy):
             verdict=verdict,
             needs=bool(needs[row]),
             granted=float(guarantee[view.transfers.device[row], : self.layout.deferred].sum()),
+            meanwhile=float(guarantee[view.transfers.device[row], level]) if level < self.levels else 0.0,
             beside=float(self.beside(view, verdict)[view.transfers.device[row]]),
             longest=float(self.longest(view)[row]),
             crowd=bool(self.crowd(view, verdict)[row]),

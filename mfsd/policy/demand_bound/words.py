@@ -33,6 +33,8 @@ class Case:
     """It needs a guarantee."""
     granted: float
     """Bytes/s that its device guarantees to KV."""
+    meanwhile: float
+    """The same of its level: what those who wait there have."""
     beside: float
     """Share of its device that is enough beside the collectives there; inf: they count for nothing."""
     longest: float
@@ -132,9 +134,10 @@ def _place(case: Case, out: Explanation, view: Views) -> None:
     elif case.deferred:
         wait = _until_promoted(case, view)
         out.figures["next_promotion_s"] = wait
+        have = f", with {units.rate(case.meanwhile)} meanwhile" if case.meanwhile else ""
         out.reasons.append(
-            f"That is less than {case.defer_until:.0%} of it, so it can wait: {where}, below unhinted traffic. It is "
-            f"promoted in {units.duration(wait)} if nothing of it is sent until then."
+            f"That is less than {case.defer_until:.0%} of it, so it can wait: {where}, below unhinted traffic{have}. "
+            f"It is promoted in {units.duration(wait)} if nothing of it is sent until then."
         )
 
 
