@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import policy_views as pv
 from support.demand import DEFERRED, RATE, alone, decide, demand_bound, shares
-from support.reference_demand import bucket
+from support.reference_links import bucket
 
 from mfsd.ground.bands import LEVEL_SCAVENGER
 from mfsd.policy.demand_bound import drop, fifo, load
