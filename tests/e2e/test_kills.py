@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -71,13 +72,21 @@ def test_killed_at_any_moment(netns_pair: NetnsPair, tmp_path: Path) -> None:
         assert "Traceback" not in daemon.log.read_text(), said
 
 
+def begun(pid: int) -> bool:
+    """The daemon blocks SIGHUP before all else, and then handles it."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigBlk:", "SigCgt:"))]
+    return any(mask >> (signal.SIGHUP - 1) & 1 for mask in masks)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_at_any_moment(netns_pair: NetnsPair, tmp_path: Path, number: signal.Signals) -> None:
     before, loaded = tc_state(netns_pair), programs()
     daemon = Daemon(netns_pair, tmp_path)
     for step in range(5):
         process = start(daemon)
-        time.sleep(0.1 + 0.35 * step)
+        wait_for(partial(begun, process.pid), "its first lines: an interrupt before them is the interpreter's")
+        time.sleep(0.05 + 0.35 * step)
         process.send_signal(number)
         process.send_signal(number)
         assert process.wait(timeout=30) in (0, -number, 130 if number is signal.SIGINT else 143, 1), step
