@@ -107,7 +107,7 @@ def test_reloads_in_the_middle(daemon: Daemon, client: Client, sink: Sink) -> No
         other.join()
     assert grown.wrong(30 * MB) <= WRONG
     assert not transfers(daemon)
-    assert sink.received == 30 * MB
+    sink.gets(30 * MB)
 
 
 RESTARTED = """
@@ -132,7 +132,7 @@ def test_a_worker_that_is_killed_and_comes_again_by_the_same_names(daemon: Daemo
             w.kill()
     settled(daemon, (3, 3, 3))
     wait_for(lambda: not daemon.connections(), "the connections to be forgotten")
-    assert sink.received == 4_500_000
+    sink.gets(4_500_000)
 
 
 EXECS = """
@@ -164,7 +164,7 @@ def test_a_process_that_executes_another_program_with_its_socket(daemon: Daemon,
         assert [w.hear() for _ in range(3)] == [["True"]] * 3
         settled(daemon, (2, 2, 0))
     assert grown.wrong(MB) <= WRONG
-    assert sink.received == MB
+    sink.gets(MB)
     wait_for(lambda: not daemon.connections(), "the connection to be forgotten")
 
 
@@ -177,7 +177,7 @@ def test_a_worker_that_ends_while_there_is_no_daemon(netns_pair: NetnsPair, sink
             with worker(daemon, RESTARTED, "whole") as again:
                 assert again.hear() == ["True"]
             settled(daemon, (1, 1, 0))
-    assert sink.received == 1_500_000
+    sink.gets(1_500_000)
 
 
 def test_a_request_that_expires_with_half_of_it_sent(
@@ -198,7 +198,7 @@ def test_a_request_that_expires_with_half_of_it_sent(
         settled(daemon, (1, 0, 1))
         client.done(request="r")
         settled(daemon, (1, 1, 1))
-    assert sink.received == 2 * MB
+    sink.gets(2 * MB)
 
 
 def test_pipelined_requests_of_which_some_are_taken_back(daemon: Daemon, client: Client, sink: Sink) -> None:
@@ -219,7 +219,7 @@ def test_pipelined_requests_of_which_some_are_taken_back(daemon: Daemon, client:
         for i in range(5):
             client.done(request=f"q{i}")
         settled(daemon, (3, 3, 0))
-    assert sink.received == 900 * KB
+    sink.gets(900 * KB)
 
 
 @pytest.mark.parametrize("what", ["request", "transfer"])

@@ -51,7 +51,7 @@ def test_a_session_lives_as_long_as_the_process_that_the_kernel_names(
         one.end()
         wait_for(lambda: daemon.status().sessions == 0, "the session to end with its process")
         wait_for(lambda: daemon.status().connections == 0, "its slots to be free")
-    assert sink.received == 0
+    sink.gets(0)
 
 
 def test_clients_that_come_and_go(daemon: Daemon) -> None:
@@ -117,7 +117,7 @@ with Client(target=target) as client, asyncio.Runner(
         assert "write" in one.hear()
         settled(daemon, (2, 1, 0))
         assert grown.now()["default"] < 0.005 * 2 * MB
-    assert sink.received == 2 * MB
+    sink.gets(2 * MB)
 
 
 HIDDEN = (
@@ -162,7 +162,7 @@ with Client(target=target) as client:
         wait_for(lambda: [c.band for c in daemon.connections() if c.cookie == cookie] == ["level 0"], "the mark")
         one.kill()
         wait_for(lambda: daemon.status().sessions == 0, "the end of its session")
-    assert sink.received == MB
+    sink.gets(MB)
 
 
 def test_a_client_outside_the_group_is_warned_once(daemon: Daemon) -> None:
@@ -220,7 +220,7 @@ def test_mfsctl_marks_a_parent_whose_child_owns_the_sockets(daemon: Daemon, sink
             )
             idle.kill()
         assert "no connection" in none.stdout + none.stderr, none.stdout + none.stderr
-    assert sink.received == 0
+    sink.gets(0)
 
 
 def test_a_fork_after_a_mark_by_process(daemon: Daemon, sink: Sink) -> None:
@@ -242,7 +242,7 @@ hear()
         one.say()
         (cookie,) = one.hear()
         wait_for(lambda: [c.band for c in daemon.connections() if c.cookie == int(cookie)] == ["level 0"], "the mark")
-    assert sink.received == 0
+    sink.gets(0)
 
 
 def test_the_sockets_of_another_user_are_not_meant(daemon: Daemon, sink: Sink) -> None:
@@ -263,7 +263,7 @@ hear()
             shown = {c.cookie: c.band for c in daemon.connections()}
             assert shown.get(int(own)) == "level 0"
             assert {cookie_of(before), cookie_of(after)}.isdisjoint(k for k, b in shown.items() if b == "level 0")
-    assert sink.received == 0
+    sink.gets(0)
 
 
 def test_hints_by_a_session_without_an_owner_end_with_its_stream(netns_pair: NetnsPair, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Sink:
         self.received = 0
         self.paused = False
         """Nothing is read meanwhile, so that windows close."""
+        self._reading = threading.Lock()
         self._stop = threading.Event()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.listener, selectors.EVENT_READ)
@@ -79,24 +80,33 @@ class Sink:
             self._selector.register(new, selectors.EVENT_READ)
 
     def _read(self, sock: socket.socket) -> None:
-        try:
-            part = sock.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except OSError:
-            part = b""
-        self.received += len(part)
-        if not part:
-            self._selector.unregister(sock)
-            sock.close()
+        with self._reading:
+            if sock.fileno() < 0:
+                return  # reset since it was found to have something
+            try:
+                part = sock.recv(1 << 18)
+            except BlockingIOError:
+                return
+            except OSError:
+                part = b""
+            self.received += len(part)
+            if not part:
+                self._selector.unregister(sock)
+                sock.close()
+
+    def gets(self, octets: int) -> None:
+        """So much arrives, and no more: what was acknowledged may be still to be read."""
+        wait_for(lambda: self.received >= octets, "arrival")
+        assert self.received == octets
 
     def reset(self) -> None:
         """End all connections at once, whatever is on its way."""
-        for sock in self.accepted:
-            if sock.fileno() >= 0:
-                with contextlib.suppress(KeyError):
-                    self._selector.unregister(sock)
-                close_hard(sock)
+        with self._reading:
+            for sock in self.accepted:
+                if sock.fileno() >= 0:
+                    with contextlib.suppress(KeyError):
+                        self._selector.unregister(sock)
+                    close_hard(sock)
 
     def close(self) -> None:
         self._stop.set()
