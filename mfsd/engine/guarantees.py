@@ -19,7 +19,7 @@ from mfsd.ground.bands import HINTED
 from mfsd.policy.usage import PACKET, WIRE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from mfsd.engine.device import Device
     from mfsd.ground.bands import Bands, Ladder
@@ -66,11 +66,15 @@ class Guarantees:
         draining: Mapping[tuple[int, int], float] = EMPTY,
         given_up: F8 | None = None,
         rising: Iterable[int] = (),
+        left: Collection[tuple[int, int]] = (),
     ) -> None:
         """Put ``guarantee`` in force: bytes/s on top of the floors, shape (devices, levels); None: floors only.
 
         ``given_up``: the same of what is given up, shape (devices,). ``rising``: bands below unhinted traffic from
         which somebody is to be promoted: a debt of theirs would last when they are let out.
+
+        ``left``: rows of devices and bands that connections have just left, or leave now: they keep what they have
+        until nothing of these is known to be there any more. With less, a last packet would be a long debt.
 
         ``draining``: rows of devices and bands that are let out, with the share of all that is guaranteed which their
         connections take there with them; 0: they share DRAIN of the device, whatever the others are guaranteed
@@ -90,6 +94,9 @@ class Guarantees:
             drained = {band: part for (at, band), part in draining.items() if at == row}
             self.extra[row] = sum(share - self.bands.bands[band].floor for band, share in asked.items())
             out = last | self._let_out(row, drained, asked, standing)
+            kept = {band for at, band in left if at == row and band not in drained}
+            if kept:
+                out = self._kept(out, {band: share for band, share in self.shares(row).items() if band in kept})
             self._tell(row, out, now, frozenset(out.keys() - asked.keys() - last.keys()))
 
     def drain(self, now: float) -> None:
@@ -163,6 +170,14 @@ class Guarantees:
             return out
         out = {band: max(share * (1.0 - DRAIN), floors[band]) for band, share in out.items()}
         return out | {band: max(out.get(band, 0.0), floors[band], DRAIN / len(others)) for band in others}
+
+    def _kept(self, shares: Mapping[int, float], before: Mapping[int, float]) -> dict[int, float]:
+        """``shares`` of bands, where some keep what they had ``before``; all have less where that is too much."""
+        floors = self.bands.floors.tolist()
+        out = dict(shares) | {band: max(share, shares.get(band, 0.0)) for band, share in before.items()}
+        above = sum(max(share - floors[band], 0.0) for band, share in out.items())
+        part = min((1.0 - sum(floors)) / above, 1.0) if above > 0.0 else 1.0
+        return {band: floors[band] + (share - floors[band]) * part for band, share in out.items()}
 
     def _stand(self, asked: Mapping[int, float], rate: float, rising: Iterable[int]) -> dict[int, float]:
         above = (b for b in self.bands.level_bands if b.index < self.bands.default.index or b.index in rising)

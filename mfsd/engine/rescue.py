@@ -143,6 +143,13 @@ class Rescuer:
             out[where] = min(len(bands) / max(self._standing_on(where[0], set(bands)), 1), 1.0)
         return out
 
+    def left(self, now: float) -> set[tuple[int, int]]:
+        """Rows of devices and bands that were left lately, of which nobody knows yet what is still there."""
+        since = now - PATIENT_S
+        late = [key for key, late in self._stuck.items() if late.until is None and late.since > since]
+        rows = self.connections.device_of(np.array([conn.slot for conn, _ in late], dtype=np.int32)).tolist()
+        return set(zip(rows, (band for _, band in late), strict=True))
+
     def _standing_on(self, row: int, bands: set[int]) -> int:
         """Connections of a device on these bands."""
         table = self.connections.table

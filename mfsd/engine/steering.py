@@ -73,6 +73,8 @@ class Steering:
     """By set of marks (Connections.mark_sets): the most urgent level of those that count always, and of all."""
     _stage_band: npt.NDArray[np.uint8] = field(init=False)
     _sizes: F8 = field(default_factory=lambda: np.zeros(0))
+    _guarantees: bool = False
+    """The policy does."""
     _untold: dict[Transfer, tuple[float, float]] = field(default_factory=dict)
     """Those of whom workers are still to be told that they can't be in time, or can again; what was left, how late."""
     _shown: Shown = field(default_factory=Shown)
@@ -96,6 +98,8 @@ class Steering:
         self.policy = policy
         self.ladder = Ladder(self.bands, policy.levels)
         self.stage_level = policy.unannounced()
+        one = Views.of(TransferView.of(1), LinkView.of(AMPLE, policy.levels))
+        self._guarantees = policy.evaluate(one).guarantee is not None
         self._marked = []
         self._stage_band = self.ladder.bands(self.stage_level)
         self.guarantees.collectives = self.band_of(Stage.COLLECTIVE)
@@ -140,15 +144,17 @@ class Steering:
             decided = self._decide(moved, now)
         else:
             self._untold.clear()
+        self.urgency.count(now, steers=steers)
+        band = self.urgency.demote(self.ladder.bands(self.levels()))
         # Before the levels, so that whoever is promoted finds its guarantee.
         if steers:
-            given, last = (None, None) if decided is None else (decided.guarantee, decided.given_up)
+            given, last = (self._nothing(), None) if decided is None else (decided.guarantee, decided.given_up)
             draining, rising = self.rescuer.draining(now), () if given is None else self._rising()
-            self.guarantees.give(given, self.ladder, now, draining, last, rising)
+            left = self._leave(band) | self.rescuer.left(now)
+            self.guarantees.give(given, self.ladder, now, draining, last, rising, left)
         else:
             self.guarantees.drain(now)
-        self.urgency.count(now, steers=steers)
-        self._write(now, rescue=steers)
+        self._write(band, now, rescue=steers)
         self.rescuer.run(now, self.guarantees.extra)
         promoted = self.rescuer.rescued()
         self.books.counters.rescues += len(promoted)
@@ -236,15 +242,24 @@ class Steering:
 
     # --- the table ----------------------------------------------------------------------------------------------------
 
-    def _write(self, now: float, *, rescue: bool) -> None:
-        """Levels of connections -> bands in the table; promotions -> rescue."""
-        table = self.connections.table
-        high = table.high
-        if not high:
-            return
-        level = self.levels()
-        band, old = self.urgency.demote(self.ladder.bands(level)), table.band[:high]
-        changed = np.flatnonzero((band != old) & table.used[:high])
+    def _nothing(self) -> F8 | None:
+        """What is guaranteed while nobody is there, so that the first bytes of who comes are no long debt.
+
+        None: the policy guarantees nothing.
+        """
+        return np.zeros((len(self.devices), self.policy.levels)) if self._guarantees else None
+
+    def _leave(self, band: npt.NDArray[np.uint8]) -> set[tuple[int, int]]:
+        """Rows of devices and bands that connections are about to leave for more urgent ones, ``band`` by slot."""
+        table, high = self.connections.table, len(band)
+        up = np.flatnonzero((band < table.band[:high]) & table.used[:high])
+        rows = self.connections.device_of(up.astype(np.int32)).tolist()
+        return set(zip(rows, table.band[up].tolist(), strict=True))
+
+    def _write(self, band: npt.NDArray[np.uint8], now: float, *, rescue: bool) -> None:
+        """Bands of connections, by slot, to the table; promotions to the rescuer."""
+        table, old = self.connections.table, self.connections.table.band[: len(band)]
+        changed = np.flatnonzero((band != old) & table.used[: len(band)])
         if not len(changed):
             return
         before = old[changed].tolist()
