@@ -66,14 +66,14 @@ class Guarantees:
         draining: Mapping[tuple[int, int], float] = EMPTY,
         given_up: F8 | None = None,
         rising: Iterable[int] = (),
-        left: Collection[tuple[int, int]] = (),
+        leaving: Collection[tuple[int, int]] = (),
     ) -> None:
         """Put ``guarantee`` in force: bytes/s on top of the floors, shape (devices, levels); None: floors only.
 
         ``given_up``: the same of what is given up, shape (devices,). ``rising``: bands below unhinted traffic from
         which somebody is to be promoted: a debt of theirs would last when they are let out.
 
-        ``left``: rows of devices and bands that connections have just left, or leave now: they keep what they have
+        ``leaving``: rows of devices and bands that connections have just left, or leave now: they keep what they have
         until nothing of these is known to be there any more. With less, a last packet would be a long debt.
 
         ``draining``: rows of devices and bands that are let out, with the share of all that is guaranteed which their
@@ -94,9 +94,10 @@ class Guarantees:
             drained = {band: part for (at, band), part in draining.items() if at == row}
             self.extra[row] = sum(share - self.bands.bands[band].floor for band, share in asked.items())
             out = last | self._let_out(row, drained, asked, standing)
-            kept = {band for at, band in left if at == row and band not in drained}
-            if kept:
-                out = self._kept(out, {band: share for band, share in self.shares(row).items() if band in kept})
+            had = self.shares(row).items() if leaving else ()
+            before = {band: share for band, share in had if (row, band) in leaving and band not in drained}
+            if before:
+                out = self._kept(out, before)
             self._tell(row, out, now, frozenset(out.keys() - asked.keys() - last.keys()))
 
     def drain(self, now: float) -> None:

@@ -143,7 +143,7 @@ class Rescuer:
             out[where] = min(len(bands) / max(self._standing_on(where[0], set(bands)), 1), 1.0)
         return out
 
-    def left(self, now: float) -> set[tuple[int, int]]:
+    def leaving(self, now: float) -> set[tuple[int, int]]:
         """Rows of devices and bands that were left lately, of which nobody knows yet what is still there."""
         since = now - PATIENT_S
         late = [key for key, late in self._stuck.items() if late.until is None and late.since > since]

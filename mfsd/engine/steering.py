@@ -73,8 +73,8 @@ class Steering:
     """By set of marks (Connections.mark_sets): the most urgent level of those that count always, and of all."""
     _stage_band: npt.NDArray[np.uint8] = field(init=False)
     _sizes: F8 = field(default_factory=lambda: np.zeros(0))
-    _guarantees: bool = False
-    """The policy does."""
+    _assures: bool = field(init=False)
+    """The policy guarantees levels something."""
     _untold: dict[Transfer, tuple[float, float]] = field(default_factory=dict)
     """Those of whom workers are still to be told that they can't be in time, or can again; what was left, how late."""
     _shown: Shown = field(default_factory=Shown)
@@ -99,7 +99,7 @@ class Steering:
         self.ladder = Ladder(self.bands, policy.levels)
         self.stage_level = policy.unannounced()
         one = Views.of(TransferView.of(1), LinkView.of(AMPLE, policy.levels))
-        self._guarantees = policy.evaluate(one).guarantee is not None
+        self._assures = policy.evaluate(one).guarantee is not None
         self._marked = []
         self._stage_band = self.ladder.bands(self.stage_level)
         self.guarantees.collectives = self.band_of(Stage.COLLECTIVE)
@@ -150,8 +150,8 @@ class Steering:
         if steers:
             given, last = (self._nothing(), None) if decided is None else (decided.guarantee, decided.given_up)
             draining, rising = self.rescuer.draining(now), () if given is None else self._rising()
-            left = self._leave(band) | self.rescuer.left(now)
-            self.guarantees.give(given, self.ladder, now, draining, last, rising, left)
+            leaving = self._leaving(band) | self.rescuer.leaving(now)
+            self.guarantees.give(given, self.ladder, now, draining, last, rising, leaving)
         else:
             self.guarantees.drain(now)
         self._write(band, now, rescue=steers)
@@ -247,9 +247,9 @@ class Steering:
 
         None: the policy guarantees nothing.
         """
-        return np.zeros((len(self.devices), self.policy.levels)) if self._guarantees else None
+        return np.zeros((len(self.devices), self.policy.levels)) if self._assures else None
 
-    def _leave(self, band: npt.NDArray[np.uint8]) -> set[tuple[int, int]]:
+    def _leaving(self, band: npt.NDArray[np.uint8]) -> set[tuple[int, int]]:
         """Rows of devices and bands that connections are about to leave for more urgent ones, ``band`` by slot."""
         table, high = self.connections.table, len(band)
         up = np.flatnonzero((band < table.band[:high]) & table.used[:high])

@@ -70,7 +70,7 @@ def test_all_have_less_where_together_they_would_have_too_much(kept: float) -> N
     give.give(asked, h.engine.steering.ladder, h.now)
     before = h.device.guaranteed[first]
     asked[0] = 0.7 * RATE, 0, 0, 0, 0
-    give.give(asked, h.engine.steering.ladder, h.now + 1, left={(0, first)})
+    give.give(asked, h.engine.steering.ladder, h.now + 1, leaving={(0, first)})
     out = h.device.guaranteed
     assert sum(out.get(band, floor) for band, floor in enumerate(floors.tolist())) <= 1.0 + 1e-9
     assert out[first] / out[urgent] == pytest.approx(before / 0.76, rel=0.1)
