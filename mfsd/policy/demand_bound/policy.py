@@ -11,6 +11,7 @@ import numpy as np
 
 from mfsd.ground.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
+from mfsd.policy.demand_bound.beside import LEAST, MOSTLY, beside
 from mfsd.policy.demand_bound.crowd import REST, crowded, few
 from mfsd.policy.demand_bound.layout import Layout
 from mfsd.policy.demand_bound.load import Margin, Need, evenly
@@ -18,7 +19,6 @@ from mfsd.policy.demand_bound.verdict import HELD_S, NEAR_S, Verdict
 from mfsd.policy.demand_bound.words import Case, explain
 from mfsd.policy.parts import buckets, pick
 from mfsd.policy.parts.params import option
-from mfsd.policy.usage import WIRE
 from mfsd.policy.views import COLLECTIVE, KV_REUSE, P2D, Decision
 
 if TYPE_CHECKING:
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
     from mfsd.policy.views import B1, F8, I2, Explanation, LinkView, Views
 
-LEAST: Final = 0.02
-"""Share of a device that is as good as none."""
-MOSTLY: Final = 0.8
-"""Collectives that take so much of the time count as never pausing."""
 DOUBT: Final = 10.0
 """So many times too small or too large a size may be announced for a transfer to be no later than by plain sharing."""
 PACKETS: Final = 4
@@ -254,7 +250,7 @@ class DemandBound(Policy):
         give(lay.urgent, np.where(there[:, lay.urgent], self.headroom * self._rush(view, verdict, level), 0.0))
         most = np.where(verdict.short, min(self.most_short, self.most), self.most)
         most = np.where((verdict.rush > 0.0) & ~there[:, lay.urgent], 1.0, most)  # a crowd that is about to be too late
-        rest = np.minimum(np.minimum(self.headroom * verdict.total, most), self.beside(view, verdict))
+        rest = np.minimum(np.minimum(self.headroom * verdict.total, most), beside(view.link, verdict, self.headroom))
         rest -= out[:, lay.urgent]
         give(lay.first, np.where(there[:, lay.first] & leads, rest, 0.0))
         give(lay.others, np.where(there[:, lay.others] & ~leads, rest, 0.0))
@@ -346,24 +342,6 @@ class DemandBound(Policy):
         left = np.maximum(1.0 - link.floor, 0.0) * link.rate - guarantee.sum(axis=1)
         return np.where(some, np.clip(left, 0.0, self.defer_until * link.rate), 0.0)
 
-    def beside(self, view: Views, verdict: Verdict) -> F8:
-        """Share of each device that is enough beside its collectives, since they pause, shape (devices,).
-
-        A collective waits for its end before the next one begins, so with S seconds of the link for each and P between
-        two of them, KV that is guaranteed g of the ``room`` that others leave slows it down to X = S / (room - g), has
-        all of the room in the pause, and so gets room - S / (X + P) on average. That is to be ``average``, so they are
-        slowed down evenly, and no more than somebody needs. There is less ``headroom`` the more they pause, since KV
-        goes on by itself then. Where they hardly do, or there are none, or where somebody is late already, all that is
-        asked for is given: inf.
-        """
-        link = view.link
-        work, room = link.collectives, np.maximum(1.0 - link.taken, LEAST)  # S as a share of S + P
-        spare = room - WIRE * verdict.average * (1.0 + (self.headroom - 1.0) * work**2)
-        slowed = work / np.maximum(spare, LEAST) - (1.0 - work)
-        enough = np.maximum(room - work / np.maximum(slowed, LEAST), 0.0) / WIRE
-        given = (work <= 0.0) | (work >= MOSTLY) | (spare <= LEAST) | (verdict.rush > 0.0)
-        return np.where(given, np.inf, enough)
-
     # --- words --------------------------------------------------------------------------------------------------------
 
     def _reasons(self, out: Explanation, row: int, level: int, view: Views) -> None:
@@ -378,7 +356,7 @@ class DemandBound(Policy):
             needs=bool(needs[row]),
             granted=float(guarantee[view.transfers.device[row], : self.layout.deferred].sum()),
             meanwhile=float(guarantee[view.transfers.device[row], level]) if level < self.levels else 0.0,
-            beside=float(self.beside(view, verdict)[view.transfers.device[row]]),
+            beside=float(beside(view.link, verdict, self.headroom)[view.transfers.device[row]]),
             longest=float(self.longest(view)[row]),
             crowd=bool(self.crowd(view, verdict)[row]),
             let_through=bool(self.overdue(view, self._levels(view, verdict, needs))[row]),

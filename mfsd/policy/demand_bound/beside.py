@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is enough beside collectives that pause."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mfsd.policy.usage import WIRE
+
+if TYPE_CHECKING:
+    from mfsd.policy.demand_bound.verdict import Verdict
+    from mfsd.policy.views import F8, LinkView
+
+LEAST: Final = 0.02
+"""Share of a device that is as good as none."""
+MOSTLY: Final = 0.8
+"""Collectives that take so much of the time count as never pausing."""
+
+
+def beside(link: LinkView, verdict: Verdict, headroom: float) -> F8:
+    """Share of each device that is enough beside its collectives, since they pause, shape (devices,).
+
+    A collective waits for its end before the next one begins, so with S seconds of the link for each and P between
+    two of them, KV that is guaranteed g of the ``room`` that others leave slows it down to X = S / (room - g), has
+    all of the room in the pause, and so gets room - S / (X + P) on average. That is to be ``average``, so they are
+    slowed down evenly, and no more than somebody needs. There is less ``headroom`` the more they pause, since KV
+    goes on by itself then. Where they hardly do, or there are none, or where somebody is late already, all that is
+    asked for is given: inf.
+    """
+    work, room = link.collectives, np.maximum(1.0 - link.taken, LEAST)  # S as a share of S + P
+    spare = room - WIRE * verdict.average * (1.0 + (headroom - 1.0) * work**2)
+    slowed = work / np.maximum(spare, LEAST) - (1.0 - work)
+    enough = np.maximum(room - work / np.maximum(slowed, LEAST), 0.0) / WIRE
+    given = (work <= 0.0) | (work >= MOSTLY) | (spare <= LEAST) | (verdict.rush > 0.0)
+    return np.where(given, np.inf, enough)
