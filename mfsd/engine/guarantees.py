@@ -35,6 +35,8 @@ MOST_STANDING: Final = 0.08
 """Of the link, on slow ones."""
 HALF: Final = 0.5
 """Of what a band is guaranteed so much stays there at least, as far as a packet's debt would last too long without."""
+UNUSED: Final = 0.02
+"""Share of a device that is as good as none, where more is guaranteed."""
 EMPTY: Final[Mapping[tuple[int, int], float]] = MappingProxyType({})
 REPEAT_S: Final = 1.0
 """After so long a device is told again: its qdiscs may have been repaired meanwhile."""
@@ -122,8 +124,8 @@ class Guarantees:
     def left(self, row: int) -> float:
         """Share of a device's rate that collectives get while they send.
 
-        What the policy has guaranteed is gone, and what others have of their floors and standing rates, as far as these
-        are used.
+        What the policy has guaranteed is gone, if it is used at all, and what others have of their floors and standing
+        rates, as far as these are used.
         """
         device = self.devices[row]
         rate = device.estimator.rate
@@ -133,7 +135,7 @@ class Guarantees:
         for band, share in self.shares(row).items():
             kept[band] = share
         used = np.minimum(device.estimator.band_load, kept)
-        used[list(given)] = [of / rate for of in given.values()]
+        used[list(given)] = [of / rate if used[band] >= UNUSED else used[band] for band, of in given.items()]
         if self.collectives >= 0:
             used[self.collectives] = 0.0
         return 1.0 - float(used.sum())

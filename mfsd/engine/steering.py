@@ -19,6 +19,7 @@ import numpy.typing as npt
 from mfsd.engine import fair
 from mfsd.engine.columns import GONE
 from mfsd.engine.guarantees import Guarantees
+from mfsd.engine.slots import NS
 from mfsd.engine.urgency import Urgency
 from mfsd.engine.views import Rows, Shown, views_of
 from mfsd.ground.bands import LEVEL_NEW, LEVEL_SCAVENGER, Bands, Ladder, Role
@@ -48,7 +49,8 @@ PATH_MAX: Final = 16
 """Decisions remembered of each transfer."""
 SIZES_KEPT: Final = 512
 """Sizes of the latest transfers, for policies that order by size."""
-
+LATELY_S: Final = 10.0
+"""So long after its last packet a connection counts as moving: the next bytes that nobody announces find a guarantee."""
 TELL_MAX: Final = 1024
 """Transfers of which workers are told at one tick that they have become infeasible, or are no more."""
 
@@ -130,9 +132,36 @@ class Steering:
     def views(self, now: float, moved: Moved | None = None, rows: Rows | None = None) -> Views:
         """What the policy sees now of all transfers, or of ``rows``, given how far streams have come (None: look)."""
         moved = self.connections.positions.moved(self.books.streams) if moved is None else moved
-        views = views_of(self.books, self.connections, moved, self.devices, self.bands, self.ladder, now, rows)
+        views = views_of(
+            self.books, self.connections, moved, self.devices, self.bands, self.ladder, self._unannounced(now), now, rows
+        )
         views.sizes = self._sizes
         return views
+
+    def _unannounced(self, now: float) -> B1:
+        """Devices and levels on which something moves of which nothing but the stage is known, shape (devices, levels).
+
+        Connections on which transfers are announced move for these.
+        """
+        out = np.zeros((max(len(self.devices), 1), self.policy.levels), dtype=np.bool_)
+        table = self.connections.table
+        marks = self.connections.mark_set[: table.high]
+        if marks.any():
+            lately = table.last_ns[: table.high] > int((now - LATELY_S) * NS)
+            slots = np.flatnonzero((marks > 0) & lately & ~self._busy(table.high)).astype(np.int32)
+            level = self._marks()[1].take(marks.take(slots))
+            some = (level >= 0) & (level < self.policy.levels)
+            out[self.connections.device_of(slots[some]), level[some]] = True
+        return out
+
+    def _busy(self, high: int) -> B1:
+        """Connections on which transfers are announced, shape (high,)."""
+        streams, used = self.books.streams, np.zeros(self.books.streams.high, dtype=np.bool_)
+        used[self.books.transfers.live("stream")] = True
+        busy = np.zeros(high, dtype=np.bool_)
+        if streams.members.n:
+            busy[streams.members.live("slot")[used.take(streams.members.live("stream"))]] = True
+        return busy
 
     def run(self, moved: Moved, now: float, *, steers: bool) -> None:
         """Decide all levels and write them, and what bands are guaranteed.
@@ -140,7 +169,8 @@ class Steering:
         ``steers``: packets follow the levels. Then promotions may need help; else what is queued is let out.
         """
         decided = None
-        if self.books.transfers.n or self.books.arrange_wanted or len(self.connections.positions.goes_on(now)):
+        there = self.books.transfers.n or self.books.arrange_wanted or len(self.connections.positions.goes_on(now))
+        if there or self._unannounced(now).any():
             decided = self._decide(moved, now)
         else:
             self._untold.clear()
@@ -181,7 +211,7 @@ class Steering:
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
             self._arrange(views)
-        if not len(views.transfers) and not views.link.beyond.any():
+        if not len(views.transfers) and not views.link.beyond.any() and not views.link.unannounced.any():
             return None
         new = views.transfers.size[views.transfers.level == LEVEL_NEW]
         if len(new):

@@ -107,10 +107,11 @@ def views_of(
     devices: Sequence[Device],
     bands: Bands,
     ladder: Ladder,
+    unannounced: B1,
     now: float,
     rows: Rows | None = None,
 ) -> Views:
-    """Everything that a policy may look at, or of transfers these ``rows`` only.
+    """Everything that a policy may look at, or of transfers these ``rows`` only. ``unannounced``: as of LinkView.
 
     Arrays are copies or live columns, to be read only.
     """
@@ -159,7 +160,7 @@ def views_of(
     ordered = column("ordered")
     if not ordered.all():
         _interleaved(transfers, ~ordered, stream, start, sent)
-    return Views(transfers, requests, batches, _link(connections, devices, bands, ladder, now), now)
+    return Views(transfers, requests, batches, _link(connections, devices, bands, ladder, unannounced, now), now)
 
 
 def _interleaved(view: TransferView, interleaved: B1, of: npt.NDArray[np.int32], starts: F8, sent: F8) -> None:
@@ -235,7 +236,9 @@ def _batches(books: Books) -> BatchView:
     )
 
 
-def _link(connections: Connections, devices: Sequence[Device], bands: Bands, ladder: Ladder, now: float) -> LinkView:
+def _link(
+    connections: Connections, devices: Sequence[Device], bands: Bands, ladder: Ladder, unannounced: B1, now: float
+) -> LinkView:
     estimators = [d.estimator for d in devices]
     load = np.array([e.band_load for e in estimators]) if estimators else np.zeros((1, len(bands)))
     above = np.zeros((len(load), len(bands) + 1))
@@ -253,6 +256,7 @@ def _link(connections: Connections, devices: Sequence[Device], bands: Bands, lad
         collectives=np.array([e.pauses.collectives for e in estimators] or [0.0]),
         unhinted=load[:, bands.default.index],
         beyond=np.bincount(beyond, minlength=len(rate)).astype(np.int32),
+        unannounced=unannounced,
         packet=np.where(rate > 0.0, PACKET / np.where(rate > 0.0, rate, 1.0), 0.0),
         peer_rate=connections.peers.rate,
     )

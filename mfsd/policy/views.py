@@ -174,6 +174,9 @@ class LinkView:
     """Share of the rate that unhinted traffic offered lately, 0..1."""
     beyond: I4
     """Connections that go on sending when all that was announced has arrived and is not due yet, shape (devices,)."""
+    unannounced: B1
+    """Levels on which connections moved lately of which nothing but the stage is known (rules, marks), shape (devices,
+    levels)."""
     packet: F8
     """Seconds that the largest packet takes on the device, shape (devices,): whoever is on the wire is not stopped, and
     what can't be sent in parts comes late by that much. 0 if the rate is unknown."""
@@ -193,6 +196,7 @@ class LinkView:
         collectives: npt.ArrayLike = 0.0,
         unhinted: npt.ArrayLike = 0.0,
         beyond: npt.ArrayLike = 0,
+        unannounced: npt.ArrayLike = False,
         packet: npt.ArrayLike = 0.0,
         peer_rate: npt.ArrayLike = (),
     ) -> Self:
@@ -208,6 +212,7 @@ class LinkView:
             collectives=np.full(n, collectives, dtype=np.float64),
             unhinted=np.full(n, unhinted, dtype=np.float64),
             beyond=np.full(n, beyond, dtype=np.int32),
+            unannounced=np.full((n, levels), unannounced, dtype=np.bool_),
             packet=np.full(n, packet, dtype=np.float64),
             peer_rate=np.array(peer_rate, dtype=np.float64),
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.netns
 
 LINK = RATE_MBIT * 125_000
-EXCHANGE, STORE = 7001, 7002
+EXCHANGE, KV, STORE = 7001, 7000, 7002
 BUSY = 6
 """As many saturating connections of the lower class keep its queue filled."""
 RULES = f"""
@@ -29,6 +29,10 @@ library = ["nccl"]
 name = "exchange"
 stage = "collective"
 remote_ports = {EXCHANGE}
+[[rule]]
+name = "reads"
+stage = "p2d"
+remote_ports = {KV}
 [[rule]]
 name = "stores"
 stage = "background"
@@ -62,6 +66,20 @@ def test_two_classes_with_floors_without_a_hint(ruled: Daemon) -> None:
             grown = {name: after[name].bytes - before[name].bytes for name in after}
             assert grown["level 0"] > 1_000_000
             assert grown["background"] > 100_000
+    finally:
+        for flow in opened:
+            flow.close()
+
+
+def test_kv_has_as_much_beside_an_exchange_that_never_pauses_as_by_plain_sharing(ruled: Daemon) -> None:
+    opened = [Flow.open(ruled.pair, port) for port in (EXCHANGE, KV)]
+    exchange, kv = opened
+    try:
+        exchange.saturate()
+        wait_for(lambda: exchange.rate(0.3) > 0.6 * LINK, "the exchange to get the link")
+        kv.saturate()
+        wait_for(lambda: kv.rate(0.5) > 0.4 * LINK, "half of the link for what somebody waits for")
+        assert exchange.rate(0.5) > 0.35 * LINK
     finally:
         for flow in opened:
             flow.close()

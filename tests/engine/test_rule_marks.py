@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from ipaddress import ip_network
 
+import numpy as np
 import pytest
 from support.harness import Host
 
 from mfsd.api import messages
 from mfsd.engine.sockets import Established
+from mfsd.engine.steering import LATELY_S
 from mfsd.ground.model import INF, CookieSelector, Maker, MarkHint, PortRange, RuleSelector, Stage
 from mfsd.policy.registry import make_policy
 
@@ -168,3 +170,26 @@ def test_what_is_written_in_turns_moves_with_its_stage_and_what_is_written_in_or
     h.transfer("store", stores, 1000, Stage.BACKGROUND, ordered=False)
     h.tick()
     assert h.band(stores) == "background"
+
+
+def test_what_rules_alone_know_counts_while_it_moves_and_nothing_is_announced_there() -> None:
+    h = Host()
+    rule(h, TO_6000, Stage.P2D)
+    sock = h.socket(1)
+    h.tick()
+
+    def unannounced() -> list[int]:
+        return np.flatnonzero(h.engine.steering.views(h.now).link.unannounced[0]).tolist()
+
+    assert unannounced() == []
+    h.send(sock, 10_000)
+    assert unannounced() == [3]
+    h.request("r", 60.0)
+    h.transfer("t", sock, 1000)
+    assert unannounced() == []
+    h.done("t")
+    h.send(sock, 1000)
+    h.tick()
+    assert unannounced() == [3]
+    h.tick(LATELY_S + 0.1)
+    assert unannounced() == []

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import policy_views as pv
-from support.demand import DEFERRED, FIRST, OTHERS, RATE, URGENT, alone, decide, demand_bound, shares
+from support.demand import COLLECTIVE, DEFERRED, FIRST, OTHERS, RATE, URGENT, alone, decide, demand_bound, shares
 
 from mfsd.ground.bands import LEVEL_SCAVENGER
 
@@ -106,6 +106,20 @@ def test_what_goes_beyond_what_was_announced_has_half_beside_collectives_that_ne
     assert shares(decide(nothing, collectives=1.0, beyond=0, floor=0.2)) == [0.0] * 5
     assert shares(decide(nothing, collectives=0.5, beyond=1, floor=0.2)) == [0.0] * 5  # they leave some
     beside = shares(decide(alone(0.5, 0.8), collectives=1.0, beyond=1, floor=0.2))
+    assert beside[FIRST] == pytest.approx(0.7)
+    assert beside[OTHERS] == pytest.approx(0.1)  # those who said what they need come first
+
+
+@pytest.mark.parametrize("collectives", [0.0, 0.3, 1.0])
+def test_kv_of_which_only_the_stage_is_known_has_half_as_by_plain_sharing(collectives: float) -> None:
+    nothing = alone(0.1, 1.0).take(np.zeros(0, dtype=np.intp))
+    where = np.zeros((1, 5), dtype=np.bool_)
+    assert shares(decide(nothing, collectives=collectives, unannounced=where, floor=0.2)) == [0.0] * 5
+    where[:, [COLLECTIVE, DEFERRED]] = True
+    assert shares(decide(nothing, collectives=collectives, unannounced=where, floor=0.2)) == [0.0] * 5
+    where[:, OTHERS] = True
+    assert shares(decide(nothing, collectives=collectives, unannounced=where, floor=0.2))[OTHERS] == 0.5
+    beside = shares(decide(alone(0.5, 0.8), collectives=1.0, unannounced=where, floor=0.2))
     assert beside[FIRST] == pytest.approx(0.7)
     assert beside[OTHERS] == pytest.approx(0.1)  # those who said what they need come first
 

@@ -231,7 +231,8 @@ class DemandBound(Policy):
         asks = np.flatnonzero(needs & (level < lay.deferred))
         waits, fits = self._meanwhile(view, verdict, level)
         beyond = (link.beyond > 0) & (link.collectives >= MOSTLY)
-        if not len(asks) and not overdue.any() and not len(waits) and not beyond.any():
+        unknown = beyond.any() or link.unannounced[:, [lay.first, lay.others]].any()
+        if not len(asks) and not overdue.any() and not len(waits) and not unknown:
             return np.zeros((devices, self.levels))
         cell = view.transfers.device * np.int32(self.levels) + level
         earliest = np.full(devices * self.levels, np.inf)
@@ -267,6 +268,8 @@ class DemandBound(Policy):
             for wait in range(lay.deferred, self.levels):
                 own, together = (of.reshape(devices, self.levels)[:, wait] for of in (doubt, steady))
                 give(wait, np.maximum(np.minimum(own, self.defer_until), np.minimum(together, most) - out.sum(axis=1)))
+        for known in {lay.first, lay.others}:  # nor of these, but plain sharing with the collectives would give as much
+            give(known, np.where(link.unannounced[:, known], self.defer_until, 0.0))
         return out * link.rate[:, None]
 
     def _rush(self, view: Views, verdict: Verdict, level: I2) -> F8:
