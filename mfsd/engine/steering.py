@@ -50,7 +50,7 @@ PATH_MAX: Final = 16
 SIZES_KEPT: Final = 512
 """Sizes of the latest transfers, for policies that order by size."""
 LATELY_S: Final = 10.0
-"""So long after its last packet a connection counts as moving: the next bytes that nobody announces find a guarantee."""
+"""So long after its last packet a connection counts as moving, so that its next bytes find a guarantee."""
 TELL_MAX: Final = 1024
 """Transfers of which workers are told at one tick that they have become infeasible, or are no more."""
 
@@ -133,7 +133,15 @@ class Steering:
         """What the policy sees now of all transfers, or of ``rows``, given how far streams have come (None: look)."""
         moved = self.connections.positions.moved(self.books.streams) if moved is None else moved
         views = views_of(
-            self.books, self.connections, moved, self.devices, self.bands, self.ladder, self._unannounced(now), now, rows
+            self.books,
+            self.connections,
+            moved,
+            self.devices,
+            self.bands,
+            self.ladder,
+            self._unannounced(now),
+            now,
+            rows,
         )
         views.sizes = self._sizes
         return views
@@ -141,27 +149,27 @@ class Steering:
     def _unannounced(self, now: float) -> B1:
         """Devices and levels on which something moves of which nothing but the stage is known, shape (devices, levels).
 
-        Connections on which transfers are announced move for these.
+        Connections with marks, while no transfers are announced there; and those written in turns that move at the
+        level of their stage, whatever the policy says of them.
         """
         out = np.zeros((max(len(self.devices), 1), self.policy.levels), dtype=np.bool_)
-        table = self.connections.table
-        marks = self.connections.mark_set[: table.high]
-        if marks.any():
-            lately = table.last_ns[: table.high] > int((now - LATELY_S) * NS)
-            slots = np.flatnonzero((marks > 0) & lately & ~self._busy(table.high)).astype(np.int32)
-            level = self._marks()[1].take(marks.take(slots))
+
+        def note(slots: npt.NDArray[np.int32], level: I2) -> None:
             some = (level >= 0) & (level < self.policy.levels)
             out[self.connections.device_of(slots[some]), level[some]] = True
-        return out
 
-    def _busy(self, high: int) -> B1:
-        """Connections on which transfers are announced, shape (high,)."""
-        streams, used = self.books.streams, np.zeros(self.books.streams.high, dtype=np.bool_)
-        used[self.books.transfers.live("stream")] = True
-        busy = np.zeros(high, dtype=np.bool_)
-        if streams.members.n:
-            busy[streams.members.live("slot")[used.take(streams.members.live("stream"))]] = True
-        return busy
+        table, transfers, streams = self.connections.table, self.books.transfers, self.books.streams
+        marks, stream = self.connections.mark_set[: table.high], transfers.live("stream")
+        if marks.any():
+            lately = table.last_ns[: table.high] > int((now - LATELY_S) * NS)
+            slots = np.flatnonzero((marks > 0) & lately & ~streams.carried(stream, table.high)).astype(np.int32)
+            note(slots, self._marks()[1].take(marks.take(slots)))
+        level = transfers.live("level")
+        moves = self.moving(level)
+        held = np.flatnonzero(moves < level) if moves is not level else ()
+        if len(held):
+            note(streams.slot.take(stream.take(held)), moves.take(held))
+        return out
 
     def run(self, moved: Moved, now: float, *, steers: bool) -> None:
         """Decide all levels and write them, and what bands are guaranteed.

@@ -214,6 +214,14 @@ class Streams:
         gone = self._gone.take([s.index for s in streams])
         return [gone + np.bincount(of, np.maximum(p - joined, 0.0), minlength=len(streams)) for p in positions]
 
+    def carried(self, streams: Ints, high: int) -> npt.NDArray[np.bool_]:
+        """Slots of which a connection is a member of one of these streams (by index), shape (high,)."""
+        wanted, out = np.zeros(self.high, dtype=np.bool_), np.zeros(high, dtype=np.bool_)
+        wanted[streams] = True
+        if self.members.n:
+            out[self.members.live("slot")[wanted.take(self.members.live("stream"))]] = True
+        return out
+
     def at(self, index: int) -> Stream | None:
         """The one with an index, if it is open."""
         return self._open[index]

@@ -87,6 +87,8 @@ class Wanted:
     """What its hint says of its size, over the size."""
     read: float = 0.0
     """Share of the link that its receiver reads at most; 0: all that comes."""
+    announced: bool = True
+    """False: nothing but the stage of its connection is known, as by a rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,8 @@ class _Play:
         self.payload = rate.bytes_per_s * EFFICIENCY
         """Bytes/s that a TCP stream gets of the link when it has it to itself."""
         self.flows = [(self._flow(w.alone, w.read), w) for w in case.transfers]
+        for flow, _ in (one for one in self.flows if not one[1].announced):
+            client.mark(flow.sock, Stage.P2D)
         self.begun: list[float] = []
         self.exchanges: list[tuple[float, float]] = []
         """When each collective began and how long it took."""
@@ -193,7 +197,9 @@ class _Play:
         self.player.play(begin)
         for i, (flow, wanted) in enumerate(self.flows):
             self.begun.append(time.monotonic())
-            self._begin(f"{self.name}-{i}", flow, wanted.due, flow.unit, wanted.said)
+            if wanted.announced:
+                self._announce(f"{self.name}-{i}", flow, wanted.due, flow.unit * wanted.said)
+            flow.send(flow.unit)
         begin, until = self.begun[0], self.begun[-1] + self.case.last
         self.player.play(until + LATE_S, lambda: not whole and all(f.arrivals for f, _ in self.flows))
         self.client.cancel(request=f"{self.name}-other")
@@ -207,10 +213,9 @@ class _Play:
         met = [t is not None and t <= d for t, d in zip(took, due, strict=True)]
         return Outcome(took, met, [took for at, took in self.exchanges if begin <= at <= until])
 
-    def _begin(self, name: str, flow: Flow, due: float, size: float, said: float = 1.0) -> None:
+    def _announce(self, name: str, flow: Flow, due: float, size: float) -> None:
         self.client.request(name, ttft_left_s=due)
-        self.client.transfer(name, flow.sock, max(int(size * said), 1), stage=Stage.P2D, request=name)
-        flow.send(size)
+        self.client.transfer(name, flow.sock, max(int(size), 1), stage=Stage.P2D, request=name)
 
     # --- competitors --------------------------------------------------------------------------------------------------
 
@@ -227,7 +232,9 @@ class _Play:
             flow.send(flood)
         elif beside in (Beside.LOOSER, Beside.DOOMED):
             due = LOOSE_S if beside is Beside.LOOSER else SETTLE_S + self.case.last
-            self._begin(f"{self.name}-other", self._flow(EXCHANGE_S), due, int(flood))
+            flow = self._flow(EXCHANGE_S)
+            self._announce(f"{self.name}-other", flow, due, flood)
+            flow.send(int(flood))
 
     def _collective(self, duty: float) -> None:
         flow = self._flow(EXCHANGE_S)

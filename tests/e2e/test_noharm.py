@@ -67,6 +67,17 @@ SLOW_READERS: Final = [
 ]
 """They take less than half of the link, and four fifths of the time at that."""
 CROWDS: Final = [Case(Beside.MARK, (Wanted(0.004, 0.5),) * 40)] * 2
+RULED: Final = [
+    Case(beside, (Wanted(alone, due, announced=False),))
+    for beside, alone, due in [
+        (Beside.MARK, 0.2, 0.6),
+        (Beside.MARK, 0.84, 2.5),
+        (Beside.BURSTS_75, 0.2, 0.6),
+        (Beside.BULK_1, 0.2, 0.6),
+        (Beside.BULK_4, 0.2, 1.4),
+    ]
+]
+"""Nothing but their stage is known."""
 MOST: Final = 3
 """Times that a case is played."""
 
@@ -84,8 +95,8 @@ def play(fabric: Fabric, arm: Arm, cases: list[Case], rate: Rate) -> list[list[b
 
 @pytest.mark.parametrize(
     ("cases", "rate"),
-    [(WORST, RATE), (ON_SLOW_LINKS, SLOW), (WRONG, RATE), (SLOW_READERS, RATE), (CROWDS, RATE)],
-    ids=["worst", "slow link", "wrong sizes", "slow readers", "crowds"],
+    [(WORST, RATE), (ON_SLOW_LINKS, SLOW), (WRONG, RATE), (SLOW_READERS, RATE), (CROWDS, RATE), (RULED, RATE)],
+    ids=["worst", "slow link", "wrong sizes", "slow readers", "crowds", "by stage only"],
 )
 def test_whatever_plain_tcp_has_in_time_is_in_time(fabric: Fabric, cases: list[Case], rate: Rate) -> None:
     plain = play(fabric, Arm.PLAIN, cases, rate)

@@ -71,18 +71,23 @@ def test_two_classes_with_floors_without_a_hint(ruled: Daemon) -> None:
             flow.close()
 
 
-def test_kv_has_as_much_beside_an_exchange_that_never_pauses_as_by_plain_sharing(ruled: Daemon) -> None:
-    opened = [Flow.open(ruled.pair, port) for port in (EXCHANGE, KV)]
-    exchange, kv = opened
-    try:
-        exchange.saturate()
-        wait_for(lambda: exchange.rate(0.3) > 0.6 * LINK, "the exchange to get the link")
-        kv.saturate()
-        wait_for(lambda: kv.rate(0.5) > 0.4 * LINK, "half of the link for what somebody waits for")
-        assert exchange.rate(0.5) > 0.35 * LINK
-    finally:
-        for flow in opened:
-            flow.close()
+def test_kv_has_as_much_beside_an_exchange_that_never_pauses_as_by_plain_sharing(
+    netns_pair: NetnsPair, tmp_path: Path
+) -> None:
+    daemon = Daemon(netns_pair, tmp_path)
+    daemon.write_config(RULES, policy='name = "demand-bound"')
+    with running(daemon):
+        opened = [Flow.open(netns_pair, port) for port in (EXCHANGE, KV)]
+        exchange, kv = opened
+        try:
+            exchange.saturate()
+            wait_for(lambda: exchange.rate(0.3) > 0.6 * LINK, "the exchange to get the link")
+            kv.saturate()
+            wait_for(lambda: kv.rate(0.5) > 0.4 * LINK, "half of the link for what somebody waits for")
+            assert exchange.rate(0.5) > 0.35 * LINK
+        finally:
+            for flow in opened:
+                flow.close()
 
 
 def test_a_connection_that_is_older_than_the_daemon_is_found(netns_pair: NetnsPair, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.harness import FakeDevice
 
 from mfsd.engine.estimator import LinkEstimator
-from mfsd.engine.guarantees import MOST_STANDING, REPEAT_S, STEP, Guarantees, draining
+from mfsd.engine.guarantees import MOST_STANDING, REPEAT_S, STEP, UNUSED, Guarantees, draining
 from mfsd.engine.rescue import DRAIN
 from mfsd.ground.bands import HINTED, Bands, Ladder
 from mfsd.policy.usage import WIRE
@@ -160,6 +160,8 @@ def test_what_is_given_is_in_bytes_and_leaves_out_what_nobody_asked_for() -> Non
     ((band, rate),) = guarantees.given(0).items()
     assert band == ladder.band_of[2]
     assert guarantees.standing(0)
+    assert guarantees.left(0) == 1.0  # nobody sends anything
+    device.estimator.band_load[band] = UNUSED
     assert guarantees.left(0) == pytest.approx(1.0 - rate / SLOW)  # others send nothing
     load, others = device.estimator.band_load, ladder.band_of[3]
     load[bands.default.index], load[bands.background.index], load[band], load[others] = 0.5, 0.001, 0.5, 0.6

@@ -173,7 +173,7 @@ def test_what_is_written_in_turns_moves_with_its_stage_and_what_is_written_in_or
 
 
 def test_what_rules_alone_know_counts_while_it_moves_and_nothing_is_announced_there() -> None:
-    h = Host()
+    h = Host("demand-bound", rate=125e6)
     rule(h, TO_6000, Stage.P2D)
     sock = h.socket(1)
     h.tick()
@@ -193,3 +193,16 @@ def test_what_rules_alone_know_counts_while_it_moves_and_nothing_is_announced_th
     assert unannounced() == [3]
     h.tick(LATELY_S + 0.1)
     assert unannounced() == []
+
+
+def test_what_is_written_in_turns_counts_while_it_moves_at_its_stages_level() -> None:
+    h = Host("demand-bound", rate=125e6)
+    s = h.socket(1)
+    h.request("r", 600.0)
+    h.transfer("t", s, 10**6, Stage.P2D, request="r", ordered=False)
+    h.tick()
+    assert np.flatnonzero(h.engine.steering.views(h.now).link.unannounced[0]).tolist() == [3]
+    h.transfer("u", h.socket(2), 10**6, Stage.P2D, request="r")
+    h.send(s, 10**6)
+    h.tick()
+    assert not h.engine.steering.views(h.now).link.unannounced.any()

@@ -69,6 +69,7 @@ def test_guarantees_take_no_more_than_floors_leave_and_go_to_who_needs_them(seed
     nobody = (view.link.unhinted == 0) & (view.link.collectives < 0.8)
     assert (guarantee[nobody, DEFERRED] == 0).all()
     on = {(int(d), int(level)) for d, level in zip(view.transfers.device, decision.level, strict=True)}
+    on |= {(d, level) for d, level in np.argwhere(view.link.unannounced).tolist()}
     assert all((d, level) in on for d, level in np.argwhere(guarantee > 0).tolist())
 
 
@@ -230,7 +231,7 @@ def test_more_levels_order_those_who_wait_by_what_they_need() -> None:
 
 def test_collectives_and_what_has_no_deadline() -> None:
     t = pv.transfers(5, stage=[2, 3, 1, 0, 4], deadline=[0.001, math.inf, math.inf, 0.1, 0.1])
-    assert decide(t).level.tolist() == [COLLECTIVE, DEFERRED, DEFERRED, -1, 0x7FFD]
+    assert decide(t).level.tolist() == [COLLECTIVE, OTHERS, OTHERS, -1, 0x7FFD]
 
 
 def test_with_little_to_spare_it_stands_above_unhinted_traffic_but_is_guaranteed_nothing() -> None:
@@ -243,7 +244,7 @@ def test_with_little_to_spare_it_stands_above_unhinted_traffic_but_is_guaranteed
 def test_without_a_known_rate_nothing_waits_below_unhinted_traffic() -> None:
     t = pv.transfers(3, left=RATE, deadline=[0.01, 5.0, math.inf])
     decision = demand_bound().evaluate(pv.view(t, net=pv.link(0.0, 5)))
-    assert decision.level.tolist() == [URGENT, FIRST, DEFERRED]
+    assert decision.level.tolist() == [URGENT, FIRST, OTHERS]
     assert shares(decision) == [0.0] * 5
     assert decision.infeasible is not None
     assert not decision.infeasible.any()
@@ -272,7 +273,7 @@ def test_what_others_take_of_their_floors_leaves_less_room() -> None:
     ("stage", "columns", "held", "through"),
     [
         (3, {"deadline": 900.0}, DEFERRED, OTHERS),
-        (1, {"deadline": math.inf}, DEFERRED, OTHERS),
+        (1, {"deadline": 900.0}, DEFERRED, OTHERS),
         (3, {"deadline": -1.0}, LEVEL_SCAVENGER, OTHERS),
         (3, {"deadline": 900.0, "max_defer": 2.0}, DEFERRED, OTHERS),
         (3, {"deadline": 900.0, "max_defer": 100.0}, DEFERRED, OTHERS),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,8 +121,16 @@ def test_kv_of_which_only_the_stage_is_known_has_half_as_by_plain_sharing(collec
     where[:, OTHERS] = True
     assert shares(decide(nothing, collectives=collectives, unannounced=where, floor=0.2))[OTHERS] == 0.5
     beside = shares(decide(alone(0.5, 0.8), collectives=1.0, unannounced=where, floor=0.2))
-    assert beside[FIRST] == pytest.approx(0.7)
-    assert beside[OTHERS] == pytest.approx(0.1)  # those who said what they need come first
+    assert beside[FIRST] == pytest.approx(0.7)  # those who said what they need come first
+    assert beside[OTHERS] == 0.0  # and collectives keep something
+    beside = shares(decide(alone(0.4, 0.8), collectives=1.0, unannounced=where, floor=0.2))
+    assert beside[FIRST] + beside[OTHERS] == pytest.approx(0.7)
+
+
+def test_kv_without_a_deadline_is_no_worse_off() -> None:
+    for stage, want in ((1, 0.5), (3, 0.5), (4, 0.0)):
+        decision = decide(alone(0.1, math.inf, stage=stage), collectives=1.0)
+        assert shares(decision)[OTHERS] == want
 
 
 def test_who_waits_for_nobody_or_for_collectives_that_pause_is_guaranteed_nothing_meanwhile() -> None:

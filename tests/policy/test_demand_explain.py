@@ -81,7 +81,11 @@ def test_explain_who_is_lost_and_who_was_kept() -> None:
     ("columns", "link", "sentence"),
     [
         ({"stage": 2}, {}, "It is a collective: level 1, only KV that is about to be too late stands above it."),
-        ({"deadline": math.inf}, {}, "It has no deadline that can be met: level 4, below unhinted traffic."),
+        (
+            {"deadline": math.inf},
+            {},
+            "Nobody knows when it is due: level 3, above unhinted traffic, with half of its device beside",
+        ),
         ({"deadline": 0.3, "left": 6.8e6}, {}, "Only 28 ms are to spare for it or what is due after it, less than"),
         ({"deadline": 0.1, "left": 1e5}, {}, "It has only 96 ms to spare: level 2, above unhinted traffic."),
         (

@@ -108,5 +108,6 @@ def random_view(rng: np.random.Generator, n: int, *, requests_n: int = 12, devic
     if rng.random() < 0.5:
         net.unhinted[:] = rng.choice([0.0, 0.5], devices)
         net.packet[:] = rng.choice([0.0, 0.001, 0.02], devices)
+        net.unannounced[:] = rng.random((devices, levels)) < 0.1
     sizes = rng.lognormal(13, 2, int(rng.integers(0, 30))) if rng.random() < 0.5 else np.zeros(0)
     return Views(t, r, b, net, 0.0, sizes, int(rng.choice([0, 3 * requests_n])))

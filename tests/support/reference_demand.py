@@ -176,12 +176,17 @@ class Plain:
         s, lay = self.s, self.p.layout
         if self.lost(i) and s.t.stage[i] == P2D:
             return SCAVENGER
+        if self._open(i):
+            return int(lay.others)
         if math.isfinite(self.due[i]):
             if self._urgent(i) and not self.crowd(i, self._urgent, "others"):
                 return int(lay.urgent)
             if self._above(i):
                 return int(lay.first if self._first(i) and not self.crowd(i, self._first, "others") else lay.others)
         return self._deferred(i)
+
+    def _open(self, i: int) -> bool:
+        return self.s.t.stage[i] in (KV, P2D) and math.isinf(self.due[i]) and not self.lost(i)
 
     def _urgent(self, i: int) -> bool:
         return self.needs(i) and self.late(i) and self.among(i, NEXT_S, NEXT_S, "urgent")
@@ -263,6 +268,10 @@ class Plain:
                 steady = max(steady, p.defer_until)
             doubt = min(max((self._doubt(i) for i in fit), default=0.0), p.defer_until)
             give(wait, max(doubt, min(steady, most) - sum(out)))
+        opened = any(self._open(i) for i in mine)
+        for known in range(lay.first, lay.others + 1):
+            if s.link.unannounced[device][known] or (opened and known == lay.others):
+                give(known, min(most - sum(out), p.defer_until))
         return out
 
     def _evenly(self, device: int, levels: list[int]) -> float:

@@ -173,6 +173,7 @@ class DemandBound(Policy):
         level = pick.levels(above, lay.place(first), self._deferred(verdict.need, t.level))
         urgent = few(view, needs & verdict.late & verdict.next, was)
         level = pick.levels(urgent, np.int16(lay.urgent), level)
+        level = pick.levels(verdict.open, np.int16(lay.others), level)
         level = pick.levels(verdict.lost & (t.stage == P2D), np.int16(LEVEL_SCAVENGER), level)
         return pick.levels(t.stage == COLLECTIVE, np.int16(lay.collective), level)
 
@@ -231,8 +232,10 @@ class DemandBound(Policy):
         asks = np.flatnonzero(needs & (level < lay.deferred))
         waits, fits = self._meanwhile(view, verdict, level)
         beyond = (link.beyond > 0) & (link.collectives >= MOSTLY)
-        unknown = beyond.any() or link.unannounced[:, [lay.first, lay.others]].any()
-        if not len(asks) and not overdue.any() and not len(waits) and not unknown:
+        unknown = link.unannounced.copy()
+        unknown[:, lay.others] |= np.bincount(view.transfers.device[verdict.open], minlength=devices) > 0
+        more = beyond | unknown[:, lay.first : lay.deferred].any(axis=1)
+        if not len(asks) and not overdue.any() and not len(waits) and not more.any():
             return np.zeros((devices, self.levels))
         cell = view.transfers.device * np.int32(self.levels) + level
         earliest = np.full(devices * self.levels, np.inf)
@@ -268,8 +271,10 @@ class DemandBound(Policy):
             for wait in range(lay.deferred, self.levels):
                 own, together = (of.reshape(devices, self.levels)[:, wait] for of in (doubt, steady))
                 give(wait, np.maximum(np.minimum(own, self.defer_until), np.minimum(together, most) - out.sum(axis=1)))
-        for known in {lay.first, lay.others}:  # nor of these, but plain sharing with the collectives would give as much
-            give(known, np.where(link.unannounced[:, known], self.defer_until, 0.0))
+        # Nor when these are due, and how much they are, but plain sharing with a collective would give them half.
+        for level_of in range(lay.first, lay.others + 1):
+            half = np.clip(most - out.sum(axis=1), 0.0, self.defer_until)
+            give(level_of, np.where(unknown[:, level_of], half, 0.0))
         return out * link.rate[:, None]
 
     def _rush(self, view: Views, verdict: Verdict, level: I2) -> F8:

@@ -107,6 +107,12 @@ class Verdict:
     rush: F8
     """Share of the device that must go to what is late."""
 
+    @property
+    def open(self) -> B1:
+        """KV of which nobody knows when it is due, shape (n,)."""
+        never: B1 = self.asked.due == np.inf
+        return self.asked.given.kv & never & ~self.lost
+
     @classmethod
     def of(cls, view: Views, layout: Layout, margin: Margin, *, give_up: float, calm: float) -> Self:
         """``give_up``, ``calm``: as in judge.py."""

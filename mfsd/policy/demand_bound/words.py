@@ -69,8 +69,9 @@ def explain(case: Case, out: Explanation, view: Views) -> None:
     if verdict.lost[row]:
         _lost(case, out, view)
     elif math.isinf(verdict.asked.due[row]):
-        below = "" if case.let_through else f": {where}, below unhinted traffic"
-        out.reasons.append(f"It has no deadline that can be met{below}.")
+        out.reasons.append(
+            f"Nobody knows when it is due: {where}, above unhinted traffic, with half of its device beside collectives."
+        )
     else:
         _needed(case, out, view)
         _place(case, out, view)
