@@ -7,6 +7,7 @@ command's module is imported when it is used.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import io
@@ -39,7 +40,8 @@ def main() -> None:
             sys.stdout.flush()
     except OSError as e:  # the answer can't be written, or not all of it
         if e.errno != errno.EPIPE:
-            sys.stderr.write(f"mfsctl: {e}\n")
+            with contextlib.suppress(OSError):  # both may be a terminal that is gone
+                sys.stderr.write(f"mfsctl: {e}\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more
         sys.exit(1)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Final
@@ -14,11 +13,14 @@ from mfsd.cli import output
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import control
 from mfsd.cli.errors import CliError
+from mfsd.cli.heard import answers, told_to_end
 from mfsd.cli.values import SIZE, SPAN
 from mfsd.ground import recording, units
 from mfsd.v1 import control_pb2 as pb
 
 LIMIT: Final = "64MB"
+EVERY_S: Final = 0.1
+"""The daemon sends what has happened so often."""
 
 
 @command("record")
@@ -26,7 +28,7 @@ LIMIT: Final = "64MB"
 @click.option("--for", "seconds", type=SPAN, default="0s", help="Stop after so long, e.g. 10min; 0s: at Ctrl-C.")
 @click.option("--max-size", type=SIZE, default=LIMIT, show_default=True, help="Stop when the file has come to so much.")
 def record(g: Globals, file: Path, seconds: float, max_size: int) -> None:
-    """Write hints and decisions to FILE until Ctrl-C.
+    """Write hints and decisions to FILE until Ctrl-C, or until it is told to end (SIGTERM, a closed terminal).
 
     `mfsd-lab replay FILE --policy NAME` says what another policy would have made of them. The file has the names that
     workers gave to requests and transfers, their sizes and times, and nothing of what was sent.
@@ -41,17 +43,17 @@ def record(g: Globals, file: Path, seconds: float, max_size: int) -> None:
     why, begin = "the daemon ended the stream", time.monotonic()
     with writer:
         try:
-            with control(g.socket) as daemon, contextlib.suppress(KeyboardInterrupt):
-                why = "Ctrl-C"
-                for reply in daemon.Record(pb.RecordRequest()):
+            with control(g.socket) as daemon, told_to_end():
+                call = daemon.Record(pb.RecordRequest())
+                for reply in answers(call, g.socket, every=EVERY_S, shown=False):
                     if not writer.write(reply.lines):
                         why = f"the file has come to {units.size(max_size)}"
                         break
                     if time.monotonic() >= end:
                         why = f"{units.duration(seconds)} are over"
                         break
-                else:
-                    why = "the daemon ended the stream"
+        except KeyboardInterrupt as e:
+            why = str(e) or "Ctrl-C"
         except CliError:
             if not writer.lines:  # nothing is in it
                 file.unlink()

@@ -268,15 +268,17 @@ def watch(g: Globals, interval: float, *, with_connections: bool, count: int) ->
     from rich.console import Group  # noqa: PLC0415 - needed here only
     from rich.live import Live  # noqa: PLC0415 - the same
 
+    from mfsd.cli.heard import answers  # noqa: PLC0415 - the same
+
     request = pb.WatchRequest(interval_us=round(interval * 1e6), connections=with_connections)
     with control(g.socket) as daemon, contextlib.suppress(KeyboardInterrupt):
         # No timeout: it would be one for the whole stream.
-        answers = daemon.Watch(request)
+        call = daemon.Watch(request)
         gc.enable()
         console = tables.console()
         in_place = console.is_terminal and not g.json
         with Live(console=console, auto_refresh=False) if in_place else contextlib.nullcontext() as live:
-            for n, answer in enumerate(answers, 1):
+            for n, answer in enumerate(answers(call, g.socket, every=interval, shown=True), 1):
                 if g.json:
                     output.print_json(answer, lines=True)
                     sys.stdout.flush()

@@ -23,6 +23,7 @@ from rich.live import Live
 from mfsd.cli.app import Globals, command
 from mfsd.cli.connect import control, paged
 from mfsd.cli.errors import CliError
+from mfsd.cli.heard import told_to_end
 from mfsd.cli.top_view import Choice, Look, at_risk, chosen_rows, screen
 from mfsd.cli.values import Interval
 from mfsd.ground import tables
@@ -118,13 +119,17 @@ class _Screen:
         self._over = False
 
     def run(self) -> None:
-        """Until q or Ctrl-C."""
+        """Until q or Ctrl-C, or until it is told to end."""
         console = Console(highlight=False, emoji=False)
         stdin = sys.stdin.fileno()
         saved = termios.tcgetattr(stdin)
         try:
             tty.setcbreak(stdin)
-            with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
+            with (
+                contextlib.suppress(KeyboardInterrupt),
+                told_to_end(),
+                Live(console=console, screen=True, auto_refresh=False) as live,
+            ):
                 while not self._over:
                     # A change of size comes as a signal, which ends no wait: so no wait is long.
                     ready, _, _ = select.select([stdin, self._looks.ready], [], [], 1.0)
@@ -135,7 +140,8 @@ class _Screen:
                             self._press(key)
                     self._draw(live)
         finally:
-            termios.tcsetattr(stdin, termios.TCSADRAIN, saved)
+            with contextlib.suppress(termios.error):  # it may be gone
+                termios.tcsetattr(stdin, termios.TCSADRAIN, saved)
 
     def _draw(self, live: Live) -> None:
         latest = self._looks.latest
@@ -219,6 +225,8 @@ def _explained(answer: pb.Explanation, width: int) -> Iterator[str]:
 def _keys(stdin: int) -> Iterator[str]:
     """Keys that have been pressed, by name or as the character that they are."""
     data = os.read(stdin, 1024)
+    if not data:
+        raise CliError("the terminal is gone")
     if data.endswith(b"\x1b") and select.select([stdin], [], [], ESCAPE_S)[0]:
         data += os.read(stdin, 1024)
     text = data.decode(errors="replace")
