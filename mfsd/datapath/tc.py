@@ -133,6 +133,11 @@ def parse_object(m: nl.Message) -> tuple[int, TcObject]:
     return ifindex, TcObject(kind, handle, parent, info, found.get(TCA_OPTIONS), found)
 
 
+def _device_of(m: nl.Message) -> int:
+    """Index of the device that an RTM_NEW* message is about."""
+    return int(nl.fields(TCMSG, m.data, m.body, m.end)[3])
+
+
 class Stats(NamedTuple):
     """Counters of a qdisc or class: sent since it was made, queued now."""
 
@@ -215,8 +220,7 @@ class TcSocket(nl.NetlinkSocket):
 
     def objects(self, kind: int, ifindex: int, parent: int = 0) -> list[TcObject]:
         """The qdiscs, classes or filters of one device, decoded. Raises NetlinkError."""
-        decoded = (parse_object(m) for m in self.parts(kind, ifindex, parent))
-        return [thing for device, thing in decoded if device == ifindex]
+        return [parse_object(m)[1] for m in self.parts(kind, ifindex, parent) if _device_of(m) == ifindex]
 
     def tree(self, ifindex: int) -> tuple[list[TcObject], list[TcObject]]:
         """(qdiscs, classes) of a device's egress. Raises NetlinkError."""

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device on a host with very many others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mfsd.datapath import tc
+
+if TYPE_CHECKING:
+    from support.benches import Bench
+
+pytestmark = pytest.mark.netns
+
+OTHERS = 100
+
+
+def test_looking_at_one_does_not_take_the_others_apart(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of the qdiscs of all of them, each time."""
+    enforcer = bench.enforcer("1gbit", "htb")
+    enforcer.apply()
+    parsed: list[int] = []
+    parse = tc.parse_object
+
+    def counted(m: Any) -> tuple[int, tc.TcObject]:
+        found = parse(m)
+        parsed.append(found[0])
+        return found
+
+    monkeypatch.setattr(tc, "parse_object", counted)
+    names = [f"d{i}" for i in range(OTHERS)]
+    lines = "".join(f"link add {n} type ifb\nlink set {n} up\n" for n in names)
+    bench.pair.run(bench.pair.a, f"printf '%s' '{lines}' | ip -batch -")
+    bench.pair.run(bench.pair.a, f"for d in {' '.join(names)}; do echo qdisc add dev $d root pfifo; done | tc -batch -")
+    assert enforcer.verify() == []
+    assert set(parsed) == {enforcer.ifindex}
+    enforcer.restore()
