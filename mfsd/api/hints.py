@@ -139,13 +139,18 @@ class HintsService(hints_pb2_grpc.HintsServicer):
     async def Advise(self, request: pb.AdviseRequest, context: Context) -> pb.AdviseReply:
         """What paths can bear."""
         try:
-            self._peer(context)
-            ways = advice.ways(request)
+            peer = self._peer(context)
+            async with self._lines.turn(-1 if peer is None else peer.uid) as turn:
+                ways, here = advice.ways(request), {}
+                for i, (dst, src) in enumerate(ways):
+                    if time.perf_counter() > turn.until:
+                        await turn.give(contended=self._contended(""))
+                    if src is None or advice.ours(src):
+                        here[i] = dst
+                said = dict(zip(here, advice.answers(self.engine, here.values(), self.clock()), strict=True))
         except (HintError, errors.Refused) as e:
             await errors.abort(context, e)
-        here = {i: dst for i, (dst, src) in enumerate(ways) if src is None or advice.ours(src)}
         far = [i for i in range(len(ways)) if i not in here]
-        said = dict(zip(here, advice.answers(self.engine, here.values(), self.clock()), strict=True))
         said |= zip(far, await asyncio.gather(*(self._elsewhere(*ways[i]) for i in far)), strict=True)
         return pb.AdviseReply(advice=[said[i] for i in range(len(ways))])
 

@@ -13,21 +13,24 @@ import pytest
 from support.daemons import Api, Running, call_violation
 from support.waiting import WAIT_S, wait_for
 
-from mfsd.api import messages
+from mfsd.api import messages, turns
 from mfsd.api.access import STREAMS
 from mfsd.api.control import WATCHERS
 from mfsd.api.hints import HintsService
 from mfsd.api.server import CALLS
 from mfsd.api.turns import Turn
 from mfsd.client.introduction import introduced
+from mfsd.ground.wire import PATHS_MAX
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1.hints_pb2 import (
     STAGE_COLLECTIVE,
     STAGE_P2D,
+    AdviseRequest,
     Batch,
     ConnectionMark,
     Hint,
     HintBatch,
+    Path,
     Request,
     Selector,
     TransferColumns,
@@ -236,3 +239,18 @@ def test_very_many_rows_that_are_refused_give_way(api: Api, monkeypatch: pytest.
     reply = api.hints.Send(HintBatch(session="s", seq=1, transfers=columns), timeout=WAIT_S)
     assert len(reply.rejected) == rows
     assert turns[0] > 1
+
+
+def test_questions_for_advice_give_way(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a path begins here is looked for with a socket each."""
+    given, give = [0], Turn.give
+
+    async def counted(turn: Turn, *, contended: bool) -> None:
+        given[0] += 1
+        await give(turn, contended=contended)
+
+    monkeypatch.setattr(Turn, "give", counted)
+    monkeypatch.setattr(turns, "TURN_S", 0.0)  # so that each is a turn of its own
+    paths = [Path(dst="10.0.0.1", src=f"127.0.0.{i}") for i in range(PATHS_MAX)]
+    assert len(api.hints.Advise(AdviseRequest(paths=paths), timeout=WAIT_S).advice) == PATHS_MAX
+    assert given[0] >= PATHS_MAX
