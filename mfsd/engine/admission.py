@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mfsd.engine.locating import SYN
 from mfsd.engine.records import ENTRY
 from mfsd.ground.model import HintError
 
@@ -82,13 +81,10 @@ class Admission:
 
     def nowhere(self, transfer: Transfer, selector: Selector) -> bool:
         """Its socket is not connected, and ``selector`` is another one: its worker has come by another connection."""
-        members = transfer.stream.members
-        sent = self.positions.sent_by
-        return (
-            transfer.stream.selector != selector
-            and len(members) > 0
-            and all(c.endpoints is None and sent(c) <= SYN for c in members)
-        )
+        stream = transfer.stream
+        if stream.selector == selector or not stream.members:
+            return False
+        return len(self.positions.unconnected(stream)) == len(stream.members)
 
     def has_room(self, session: Session, transfer_id: str) -> bool:
         """A transfer may be added: what ``check_new`` finds out, in one go, because nearly all may."""

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from mfsd.engine.columns import GONE
 from mfsd.engine.endings import ROOM
 from mfsd.engine.looked import STALLED_S, Looked
-from mfsd.engine.positions import UnknownError
+from mfsd.engine.positions import UNCONNECTED, UnknownError
+from mfsd.engine.records import by_stream
 from mfsd.engine.shortfall import REST, SLACK, cut
 from mfsd.engine.slots import NS
 
@@ -29,14 +31,15 @@ if TYPE_CHECKING:
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.endings import Endings
-    from mfsd.engine.records import Connection, Position, Stream, Transfer
+    from mfsd.engine.positions import Position
+    from mfsd.engine.records import Connection, Stream, Transfer
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.streams import Moved
 
 JUDGE_S: Final = 20e-6
 """Looking through one transfer of a stream takes a twentieth of that."""
 HELD_UP_S: Final = 0.02
-"""After so long without a run what has arrived is dated by the packets that told of it."""
+"""After so long without a run what has arrived is dated by the packets that told of it; before, what was due then."""
 LOOK_MAX: Final = 16_384
 """Transfers looked through per tick, or those of one stream if it has more."""
 ASK_MAX: Final = 64
@@ -115,23 +118,31 @@ class Delivery:
             del self._confirm[stream]
         asked |= dict.fromkeys(due) | self._overdue(now)
         if done:
-            self.endings.deliver([(done, now)] if now - self._last_run < HELD_UP_S else self._dated(done, now), now)
+            self.endings.deliver(self._dated(done, now), now)
         if asked:
             self._ask(asked, now)
 
     def _dated(self, done: list[Transfer], now: float) -> list[tuple[list[Transfer], float]]:
         """What has arrived, by stream, and when: by the last packet, if what it knew of acknowledgements was enough."""
-        by_stream: dict[Stream, list[Transfer]] = {}
-        for transfer in done:
-            by_stream.setdefault(transfer.stream, []).append(transfer)
+        matters = done if now - self._last_run >= HELD_UP_S else self._just_due(done, now)
         acked, t = self.connections.table.acked, self.books.transfers
         out: list[tuple[list[Transfer], float]] = []
-        for stream, some in by_stream.items():
+        for stream, some in by_stream(matters).items():
             told = self.books.streams.offset(stream, lambda conn: float(acked[conn.slot])) + SLACK
             last = max((self.connections.positions.moved_at(c) for c in stream.members), default=now)
             out.append(([x for x in some if t.get(x, "end") <= told], min(max(last, self._last_run), now)))
             out.append(([x for x in some if t.get(x, "end") > told], now))
+        out.append((done, now))  # of which nothing has been said yet
         return out
+
+    def _just_due(self, done: list[Transfer], now: float) -> list[Transfer]:
+        """Those whose deadline, or their request's, was since the last run."""
+        t, r = self.books.transfers, self.books.requests
+        rows = t.rows(done)
+        due, request = t.live("deadline")[rows], t.live("request")[rows]
+        theirs = np.append(r.live("deadline"), np.inf).take(np.where(request < 0, r.n, request))
+        just = [(self._last_run <= d) & (d < now) for d in (due, theirs)]
+        return [x for x, matters in zip(done, (just[0] | just[1]).tolist(), strict=True) if matters]
 
     def _begin(self, moving: npt.NDArray[np.intp]) -> None:
         """Note of which transfers (rows) the first byte has left. It left since the last run."""
@@ -196,10 +207,8 @@ class Delivery:
             return
         again: dict[Stream, float] = {}
         for conn, position in positions.items():
-            if position is None and not self.endings.lost(conn, now):
+            if (position is None or position.over) and not self.endings.found_over(conn, position, now):
                 again |= dict.fromkeys(conn.streams, 0.0)
-            elif position is not None and position.over:
-                self.endings.closed(conn, position.acked, now, clean=True)
         self._confirm |= again
         asked = [s for s in asked if s not in again]
         self.endings.deliver(self._judge(asked, positions, now), now)
@@ -228,6 +237,9 @@ class Delivery:
         told = {conn: position for conn, position in positions.items() if position is not None}
         known: list[Stream] = []
         for stream in asked:
+            silent = stream.members.keys() - told.keys() if stream.queue else set()
+            if 0 < len(silent) < len(stream.members) and silent <= {*self.connections.positions.unconnected(stream)}:
+                told |= dict.fromkeys(silent, UNCONNECTED)  # the others know
             if stream.queue and stream.members.keys() <= told.keys():
                 known.append(stream)
                 continue
@@ -244,17 +256,19 @@ class Delivery:
         arrived = looked.arrived(self.books.transfers.live("created")[looked.rows], now)
         out: list[tuple[list[Transfer], float]] = []
         quiet, moved_at = looked.quiet.tolist(), (now - looked.moved_ago).tolist()
+        empty = looked.empty(arrived)
         for i, (stream, some) in enumerate(zip(looked.streams, looked.chosen(arrived), strict=True)):
             done = some
             if stream.debt and quiet[i] and looked.missing(i) <= stream.debt + SLACK and self._rested(stream, now):
                 # What is missing is no more than had gone before the first of them was announced.
-                done, stream.debt, since = list(stream.queue), 0.0, 0.0
+                done, stream.debt = list(stream.queue), 0.0
                 for transfer in done:
                     transfer.left = False
-            else:
-                # Before that it would have been seen, but for what was another one's then.
-                since = 0.0 if stream.recast else self._last_run
-                stream.recast = False
+            elif empty and not stream.recast:
+                # Nothing has arrived: their worker's word is all there is.
+                out.append(([x for x in some if x in empty], max(moved_at[i], self._last_run)))
+            since = 0.0 if stream.members else self._last_run
+            stream.recast = False
             out.append((done, max(moved_at[i], since) if quiet[i] else now))
         return out
 
@@ -263,6 +277,8 @@ class Delivery:
         t = self.books.transfers
         sent = self.books.streams.offset(stream, self.connections.positions.sent_by)
         past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
+        if past and stream.members and len(self.connections.positions.unconnected(stream)) == len(stream.members):
+            past = [x for x in past if x.left]  # no word of a worker's makes up for a connection
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
             cut(self.books, past, sent)
             return past
@@ -287,10 +303,16 @@ class Delivery:
                 nowhere.append(transfer)  # nobody has seen its bytes, but for the worker, who says that they went
         if not nowhere:
             return
-        short: dict[Stream, list[Transfer]] = {}
-        for transfer in nowhere:
-            if transfer.left:
-                short.setdefault(transfer.stream, []).append(transfer)
-        for stream, some in short.items():
+        refused = [x for x in nowhere if x.stream.refused and not x.left and not self._moved(x)]
+        self.endings.give_up(refused, now, "its connection could not be made")
+        nowhere = [x for x in nowhere if x.row != GONE]
+        for stream, some in by_stream(x for x in nowhere if x.left).items():
             cut(self.books, some, self.books.streams.offset(stream, self.connections.positions.sent_by))
         self.endings.deliver([((x,), x.stream.closed_at or now) for x in nowhere], now)
+
+    def _moved(self, transfer: Transfer) -> bool:
+        """Some of what its stream has moved may be its."""
+        stream = transfer.stream
+        start = float(self.books.transfers.get(transfer, "start"))
+        offset = self.books.streams.offset(stream, self.connections.positions.sent_by)
+        return transfer.maybe_late or stream.debt > 0.0 or offset > start + SLACK

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from mfsd.engine.columns import GONE
-from mfsd.engine.records import EVENTS_KEPT
+from mfsd.engine.records import EVENTS_KEPT, by_stream
 from mfsd.engine.shortfall import REST, SLACK, cut, lacks, shared_out, short
 from mfsd.engine.sockets import ON_THE_WAY_S
 from mfsd.engine.watches import exact_endpoints
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
     from mfsd.engine.gaps import Gaps
+    from mfsd.engine.positions import Position
     from mfsd.engine.records import Connection, Mark, Request, Session, Stream, Transfer, Watch
     from mfsd.engine.rescue import Rescuer
     from mfsd.engine.watches import Watches
@@ -38,8 +39,8 @@ ROOM_BESIDE: Final = 512
 """The same while several users have something in the books: ticks are what others wait for."""
 CONCLUDED: Final = 32
 """Streams of closed connections that are given up in one tick."""
-LOST: Final = 16
-"""Connections of which nobody has told how they ended that are given up in one tick."""
+FOUND: Final = 16
+"""Connections that end in one tick because TCP, when asked, knew of no more: half a millisecond each."""
 NOTHING: Final[Mapping[Stream, float]] = MappingProxyType({})
 
 
@@ -61,7 +62,7 @@ class Endings:
     """Whose connection was closed before all was written: until when a word of it may come, and what to say then."""
     _finishing: deque[Request] = field(default_factory=deque)
     """Requests of sessions that are over, beyond AT_ONCE."""
-    _lost: int = LOST
+    _found: int = FOUND
     """So many more may be, until the next tick."""
     _room: int = ROOM
     """Of what has arrived: so many may be struck out until the next tick."""
@@ -100,7 +101,7 @@ class Endings:
 
     def go_on(self, now: float) -> None:
         """A tick begins: end some more of what was too much at a time."""
-        self._lost, room = LOST, ROOM_BESIDE if self.books.shared else ROOM
+        self._found, room = FOUND, ROOM_BESIDE if self.books.shared else ROOM
         self._room = room - self._strike(room, now)
         due = (s for s, (until, _) in self._closing.items() if until <= now or not s.queue)
         for stream in list(islice(due, CONCLUDED)):
@@ -148,13 +149,11 @@ class Endings:
     ) -> None:
         """Take them, which are in the books, out of everything. ``delivered_at``: of each; None: they were not."""
         books, delivered = self.books, delivered_at is not None
-        by_stream: dict[Stream, list[Transfer]] = {}
-        for transfer in ended:
-            by_stream.setdefault(transfer.stream, []).append(transfer)
+        streams = by_stream(ended)
         if delivered:
-            self.connections.positions.beyond.note(books, by_stream)
-        written = {} if delivered else self.gaps.written(by_stream, told)
-        for stream, some in by_stream.items():
+            self.connections.positions.beyond.note(books, streams)
+        written = {} if delivered else self.gaps.written(streams, told)
+        for stream, some in streams.items():
             self._unqueue(stream, some, now, written.get(stream), told=stream in told)
         at = np.array(delivered_at) if delivered_at is not None else now
         books.tally.ended(ended, books.transfers, at, delivered=delivered)
@@ -230,8 +229,7 @@ class Endings:
     def _orphan(self, request: Request, now: float, told: Mapping[Stream, float]) -> None:
         """Too many to strike out at once: they are nobody's from now on, and end some at a time."""
         t, rows = self.books.transfers, self.books.rows_of(request)
-        t.live("request")[rows] = -1
-        t.live("expires")[rows] = INF
+        t.live("request")[rows], t.live("expires")[rows] = -1, INF
         request.completed, orphans, request.transfers = False, request.transfers, set()
         self.end(orphans, now, told=told)
 
@@ -307,19 +305,20 @@ class Endings:
                 self.unwatch(watch, now)
         self.drop(conn, now)
 
-    def lost(self, conn: Connection, now: float) -> bool:
-        """A connection is gone, and nobody has told how: what the kernel remembers, or was known last, is all there is.
+    def found_over(self, conn: Connection, position: Position | None, now: float) -> bool:
+        """A connection was found to be over; ``position`` None: nobody knows how, but for what the kernel remembers.
 
-        False: not yet, because how it ended may have been told meanwhile, but not heard, or because of LOST.
+        False: not yet, because how it ended may have been told meanwhile, but not heard, or because of FOUND.
         """
-        if not self._lost:
+        end = None if position else self.connections.sockets.end_of(conn.cookie)  # it had no slot, or its event no room
+        unheard = position is None and end is None and self.connections.sockets.tells and not conn.missing
+        if unheard or not self._found:
+            conn.missing |= unheard
             return False
-        end = self.connections.sockets.end_of(conn.cookie)  # it had no slot yet, or there was no room for the event
-        if end is None and self.connections.sockets.tells and not conn.missing:
-            conn.missing = True
-            return False
-        self._lost -= 1
-        if end is not None:
+        self._found -= 1
+        if position is not None:
+            acked, clean, at = position.acked, True, position.ended
+        elif end is not None:
             acked, clean, at = float(end.acked - end.clean), end.clean, end.at
         else:
             acked, at = self.connections.positions.acked_by(conn), INF
@@ -355,7 +354,7 @@ class Endings:
             self.gaps.closing[stream.session, stream.selector] = stream
             self._closing[stream] = now + ON_THE_WAY_S, reason
         else:
-            self._give_up(over, now, reason)
+            self.give_up(over, now, reason)
         if not alive and stream.watch is None and not stream.queue:
             self._close(stream)
         elif not alive and stream.watch is None and stream.session.streams.get(stream.selector) is stream:
@@ -369,7 +368,8 @@ class Endings:
         self._closing[stream] = now + ON_THE_WAY_S, self._closing[stream][1]
         return stream
 
-    def _give_up(self, over: list[Transfer], now: float, reason: str) -> None:
+    def give_up(self, over: list[Transfer], now: float, reason: str) -> None:
+        """These will not be delivered, and their workers are told so."""
         for transfer in over[-EVENTS_KEPT:]:
             owner = transfer.request.id if transfer.request else ""
             transfer.session.tell(Event(EventKind.CONNECTION_GONE, owner, transfer.id, reason))
@@ -380,7 +380,7 @@ class Endings:
         _, reason = self._closing.pop(stream, (0.0, ""))
         if self.gaps.closing.get((stream.session, stream.selector)) is stream:
             del self.gaps.closing[stream.session, stream.selector]
-            self._give_up([x for x in stream.queue if not x.handed_over], now, reason)
+            self.give_up([x for x in stream.queue if not x.handed_over], now, reason)
 
     def drop(self, conn: Connection, now: float, reason: str = "") -> None:
         """Forget a connection. Who has announced transfers on it is told the ``reason``. No error when it is gone."""

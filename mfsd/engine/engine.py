@@ -294,10 +294,8 @@ class Engine:
         except UnknownError:
             return part
         for conn, position in positions.items():
-            if position is None:
-                self.endings.lost(conn, now)
-            elif position.over:
-                self.endings.closed(conn, position.acked, now, clean=True)
+            if position is None or position.over:
+                self.endings.found_over(conn, position, now)
         return part
 
     # --- operators ----------------------------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class Hearing:
         if event.active and not event.acked and not event.clean:
             # Nobody has answered: it was never established, and its process may connect it again.
             self.connections.unlocate(conn)
+            for stream in conn.streams:
+                stream.refused = True
         else:
             self.endings.closed(conn, float(event.acked - event.clean), now, clean=event.clean, at=event.at)
         return steps
@@ -113,6 +115,8 @@ class Hearing:
             self.endings.drop(conn, now)
             return
         begin = float(event.active)  # nothing but its SYN, which TCP counts as a byte, has gone before
+        for stream in conn.streams:
+            stream.refused = False
         if self.connections.positions.place(conn):
             self._place(conn, begin)
         for watch in watches:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from mfsd.engine.admission import Admission
+from mfsd.engine.locating import LOCATE_S, MARKED_S
 from mfsd.engine.records import Batch, Connection, Mark, Request, Session, Transfer
 from mfsd.engine.watches import exact_endpoints
 from mfsd.ground.bands import LEVEL_NEW
@@ -347,18 +348,21 @@ class Ledger:
                 "max_marks_per_session",
                 "take back those that are not needed",
             )
-        mark = Mark(session, hint.selector, hint.stage, hint.ordered, hint.due_in, hint.gives_way)
+        mark = Mark(session, hint.selector, hint.stage, hint.ordered, hint.due_in, hint.gives_way, now)
         self._put_mark(session, mark, now)
         if old is not None:
             # Not before: the kernel knows the selector all the time, so that no new connection is missed.
             self.endings.lift(old, now)
 
     def _forget_a_mark(self, session: Session, now: float) -> None:
-        """Take back the oldest mark that names one connection, by its addresses, which is over or never came."""
+        """Take back the oldest mark that names one connection which is over or never came."""
         idle: Mark | None = None
         for mark in session.marks.values():
             watch = session.watches.get(mark.selector)
-            if watch is not None and not watch.conns and exact_endpoints(mark.selector) is not None:
+            if watch is None:
+                nothing = all(c.endpoints is None and not self.connections.table.last_ns[c.slot] for c in mark.conns)
+                idle = idle or (mark if nothing and mark.since < now - LOCATE_S else None)
+            elif not watch.conns and exact_endpoints(mark.selector) is not None:
                 idle = idle or mark
                 if watch.seen:
                     idle = mark
@@ -371,7 +375,8 @@ class Ledger:
         selector: Selector = mark.selector
         conn: Connection | None = None
         if isinstance(selector, CookieSelector):
-            conn = self.connections.of_cookie(selector.cookie, expires, session)
+            wait_s = MARKED_S if self.connections.sockets.tells else LOCATE_S
+            conn = self.connections.of_cookie(selector.cookie, expires, session, wait_s)
         else:
             watch = self.watches.get(session, selector, self.carriage.band_of(mark.stage, mark.due_in), expires, now)
             watch.mark = mark

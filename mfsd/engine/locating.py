@@ -21,6 +21,8 @@ LOCATE_S: Final = 1.0
 UNCONNECTED_S: Final = 10.0
 """So long where the kernel tells of sockets, if nothing was known to have been written to it when a transfer was
 announced: it may be about to be connected."""
+MARKED_S: Final = 60.0
+"""So long there if it was marked, as pools and groups do when they make their sockets."""
 RETRY_S: Final = 0.1
 SILENT_S: Final = 3.0
 """So is one that has sent nothing but acknowledgements since it was hinted, and those so long ago: its socket was being
@@ -41,7 +43,8 @@ class _Search:
     over: bool
     """It had one, which could not be connected."""
     next_try: float = 0.0
-    give_up: float = INF
+    since: float = INF
+    """When it was found for the first time that there is none."""
 
 
 @dataclass(slots=True)
@@ -73,10 +76,16 @@ class Unlocated:
     def given_up(self, conn: Connection, now: float) -> bool:
         """A connection has not been found again; for long enough to say that it is gone."""
         search = self._searches[conn]
-        search.give_up = min(search.give_up, now + search.wait_s)
-        if now > search.give_up - search.wait_s + LOCATE_S:
+        search.since = min(search.since, now)
+        if now > search.since + LOCATE_S:
             search.next_try = now + LOCATE_S
-        return now >= search.give_up and (search.over or self._silent(conn.slot, now))
+        wait_s = LOCATE_S if self._was_connected(conn) else search.wait_s
+        return now >= search.since + wait_s and (search.over or self._silent(conn.slot, now))
+
+    def _was_connected(self, conn: Connection) -> bool:
+        """So it will not be any more: it has sent something, or its worker says that all is written."""
+        said = (x.handed_over for stream in conn.streams for x in stream.queue)
+        return bool(self.table.last_ns[conn.slot]) or any(said)
 
     def _silent(self, slot: int, now: float) -> bool:
         last, moved = int(self.table.last_ns[slot]), int(self.table.sent[slot])

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from mfsd.engine.books import Books
     from mfsd.engine.connections import Connections
-    from mfsd.engine.records import Connection, Position, Stream, Transfer
+    from mfsd.engine.positions import Position
+    from mfsd.engine.records import Connection, Stream, Transfer
     from mfsd.policy.views import B1, F8
 
 STALLED_S: Final = 1.0
@@ -40,6 +41,8 @@ class Looked:
     acked: F8
     written: F8
     """How far the processes have written."""
+    unanswered: B1
+    """Something was sent, and nothing at all acknowledged; the SYN, as a rule."""
     quiet: B1
     """All that was written has been acknowledged."""
     stalled: B1
@@ -86,7 +89,10 @@ class Looked:
         np.minimum.at(ago, whose, there[:, 2])
         for i in np.flatnonzero(np.isinf(ago)).tolist():
             ago[i] = now - books.streams.parted(streams[i])  # none of its connections is left
-        quiet = acked + SLACK >= written
+        unanswered = (np.bincount(whose, there[:, 0], minlength=k) == 0) & (
+            np.bincount(whose, there[:, 1], minlength=k) > 0
+        )
+        quiet = (acked + SLACK >= written) & ~unanswered
         of = np.repeat(np.arange(k), [len(s.queue) for s in streams])
         transfers = [x for s in streams for x in s.queue]
         handed = _flags([x.handed_over for x in transfers])
@@ -104,6 +110,7 @@ class Looked:
             streams=streams,
             acked=acked,
             written=written,
+            unanswered=unanswered,
             quiet=quiet,
             stalled=quiet & (last < int((now - STALLED_S) * NS)),
             moved_ago=ago,
@@ -131,11 +138,11 @@ class Looked:
 
     def correct(self, books: Books) -> None:
         """What is handed over, and stands first, was written before anything else, and no further than ``written``."""
-        told = np.logical_or.reduceat(self.handed, self.first)
+        told = np.logical_or.reduceat(self.handed, self.first) & ~self.unanswered
         if not told.any():
             return
         if not self.ordered.all():
-            said = self.handed & ~self.ordered & ~self.unsaid
+            said = self.handed & ~self.ordered & ~self.unsaid & ~self.unanswered.take(self.of)
             self.end[said] = np.minimum(self.end[said], self.written.take(self.of[said]))
             for i in np.flatnonzero(self.quiet & np.logical_or.reduceat(self.unsaid, self.first)).tolist():
                 part = self._part(i)
@@ -190,13 +197,18 @@ class Looked:
     def arrived(self, created: F8, now: float) -> B1:
         """Which transfers have arrived; ``created``: when each was announced."""
         acked = self.acked.take(self.of)
-        through = (self.end <= acked + SLACK) & ~self.unsaid
+        through = (self.end <= acked + SLACK) & ~self.unsaid & ~self.unanswered.take(self.of)
         nearly = self.stalled.take(self.of) & (self.start < acked) & (self.end - acked <= REST * self.size)
         # Not if the daemon has been started meanwhile, and knows for a moment only.
         nearly &= created < now - STALLED_S
         whole = self.acked - self.start.take(self.first) + SLACK >= np.add.reduceat(self.size, self.first)
         out: B1 = np.where(self.handed, self.quiet.take(self.of) | through, self.ordered & (through | nearly))
         return out | (~self.ordered & whole.take(self.of))  # all that was announced has moved, in whatever order
+
+    def empty(self, which: B1) -> set[Transfer]:
+        """Of ``which``, shape (n,), those of which nothing was written, neither before they were announced nor then."""
+        nothing = np.flatnonzero(which & (self.end - self.start <= SLACK))
+        return {x for i in nothing.tolist() if not (x := self.transfers[i]).maybe_late}
 
     def chosen(self, which: B1) -> Iterator[list[Transfer]]:
         """Of each stream's transfers those that ``which``, shape (n,), names."""

@@ -9,13 +9,13 @@ connection. Both are on TCP's own scale, on which a connection begins at 0 and i
 from __future__ import annotations
 
 from socket import IPPROTO_TCP
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine.beyond import Beyond
-from mfsd.engine.records import Position
+from mfsd.engine.locating import SYN
 from mfsd.engine.slots import NS, FlowTable
 from mfsd.engine.streams import Moved, Streams
 from mfsd.ground.model import INF
@@ -23,13 +23,34 @@ from mfsd.ground.model import INF
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mfsd.engine.records import Connection
+    from mfsd.engine.records import Connection, Stream
     from mfsd.engine.sockets import Progress, Sockets
     from mfsd.policy.views import F8
 
 
 class UnknownError(Exception):
     """The kernel can't be asked now: nothing follows from that."""
+
+
+class Position(NamedTuple):
+    """Where a connection stands, from TCP."""
+
+    acked: float
+    """What the peer has acknowledged."""
+    written: float
+    """What the process has written."""
+    over: bool = False
+    """Closed, and all acknowledged."""
+    quiet_s: float = 0.0
+    """Since the last acknowledgement came."""
+    sent_ago_s: float = INF
+    """Since data were sent last."""
+    ended: float = INF
+    """When it was closed, if that is known."""
+
+
+UNCONNECTED: Final = Position(0.0, 0.0, quiet_s=INF)
+"""Of one that has carried nothing."""
 
 
 class Positions:
@@ -104,6 +125,18 @@ class Positions:
         self._unplaced[conn] = None
         return INF
 
+    def unconnected(self, stream: Stream) -> list[Connection]:
+        """Members whose sockets are not connected, as far as anybody can tell: none has carried anything.
+
+        Not those of which a worker has said where they stand: they are where nobody can look, or over.
+        """
+        refused = stream.refused or stream.watch is not None
+        return [
+            conn
+            for conn, member in stream.members.items()
+            if conn.endpoints is None and self.sent_by(conn) <= SYN and (refused or member.joined == INF)
+        ]
+
     def unplaced(self, conn: Connection) -> bool:
         """Streams wait for where it stands."""
         return conn in self._unplaced
@@ -162,7 +195,7 @@ class Positions:
             if p is None:
                 end = self.sockets.end_of(conn.cookie)  # it may have had no slot yet
                 at = self.sent_by(conn) if end is None else float(end.acked - end.clean)
-                out[conn] = Position(at, at, over=True)
+                out[conn] = Position(at, at, over=True, ended=INF if end is None else end.at)
                 continue
             out[conn] = Position(
                 float(p.bytes_acked),

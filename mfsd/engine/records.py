@@ -241,6 +241,7 @@ class Mark:
     ordered: bool = True
     due_in: float = INF
     gives_way: bool = False
+    since: float = 0.0
     conns: set[Connection] = field(default_factory=set)
     renew_at: float = 0.0
     """When its connections, and its watch, are renewed next."""
@@ -383,18 +384,13 @@ class Stream:
     """When its connection was closed by its worker; 0: it was not."""
     recast: bool = False
     """What is known by now to have arrived may have done so before the last run."""
+    refused: bool = False
+    """The last one that was to be a member could not be connected."""
 
 
-class Position(NamedTuple):
-    """Where a connection stands, from TCP."""
-
-    acked: float
-    """What the peer has acknowledged."""
-    written: float
-    """What the process has written."""
-    over: bool = False
-    """Closed, and all acknowledged."""
-    quiet_s: float = 0.0
-    """Since the last acknowledgement came."""
-    sent_ago_s: float = INF
-    """Since data were sent last."""
+def by_stream(transfers: Iterable[Transfer]) -> dict[Stream, list[Transfer]]:
+    """Each stream's own."""
+    out: dict[Stream, list[Transfer]] = {}
+    for transfer in transfers:
+        out.setdefault(transfer.stream, []).append(transfer)
+    return out

@@ -136,6 +136,7 @@ class Streams:
         if conn in stream.members:
             return
         member = stream.members[conn] = Member(stream, conn, position)
+        stream.refused = False
         self.members.add(member, slot=conn.slot, stream=stream.index, joined=position)
         conn.streams.add(stream)
         self.slot[stream.index] = conn.slot

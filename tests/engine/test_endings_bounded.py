@@ -10,13 +10,13 @@ import pytest
 from support.harness import FakeSocket, Host
 
 from mfsd.engine.carriage import Carriage
-from mfsd.engine.endings import AT_ONCE, CONCLUDED, LOST, Endings
+from mfsd.engine.endings import AT_ONCE, CONCLUDED, FOUND, Endings
 from mfsd.engine.hearing import CLOSED, STEPS
 from mfsd.engine.locating import AT_ONCE as SEARCHED
 from mfsd.engine.locating import LOCATE_S
 from mfsd.engine.settings import LimitsConfig
 from mfsd.engine.sockets import ON_THE_WAY_S
-from mfsd.ground.model import CookieSelector, MarkHint, PortRange, RequestHint, Stage, TupleSelector
+from mfsd.ground.model import CookieSelector, MarkHint, PortRange, RequestHint, Stage, TupleSelector, What
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +88,7 @@ def test_connections_that_are_closed_together_end_some_at_a_time(monkeypatch: py
     assert not h.engine.idle
     until(h, closed, lambda: not h.connections.by_slot)
     assert len(closed.seen) == N
-    assert closed.most <= STEPS // (1 + CLOSED) + 1 + LOST
+    assert closed.most <= STEPS // (1 + CLOSED) + 1 + FOUND
     assert not h.engine.books.transfers.n
     h.tick(0.01)
     assert not h.engine.hearing.more
@@ -104,7 +104,21 @@ def test_nor_more_when_their_process_was_killed(monkeypatch: pytest.MonkeyPatch,
     closed.during(lambda: h.engine.end_session(h.session, h.now))
     until(h, closed, lambda: not h.connections.by_slot)
     assert len(closed.seen) == N
-    assert closed.most <= (STEPS // (1 + CLOSED) + 1 if told else 0) + LOST
+    assert closed.most <= (STEPS // (1 + CLOSED) + 1 if told else 0) + FOUND
+
+
+def test_nor_more_when_all_have_delivered_and_tcp_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in TIME_WAIT, and what the kernel has told of that had no room."""
+    h = crowded()
+    closed = counted(monkeypatch, Endings, "closed")
+    h.done("r", What.REQUEST)
+    close_all(h, clean=True)
+    h.kernel.time_wait.update(range(1, N + 1))
+    h.kernel.events()
+    until(h, closed, lambda: not h.connections.by_slot)
+    assert len(closed.seen) == N
+    assert closed.most <= FOUND
+    assert h.counted == (N, 1, 0)
 
 
 def test_what_no_word_is_waited_for_any_more_is_given_up_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

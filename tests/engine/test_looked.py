@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hypothesis import given
@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from support.harness import Host
 
 from mfsd.engine.looked import STALLED_S, Looked
-from mfsd.engine.records import Connection, Position, Stream, Transfer
+from mfsd.engine.positions import Position
+
+if TYPE_CHECKING:
+    from mfsd.engine.records import Connection, Stream, Transfer
 
 
 @dataclass

@@ -93,6 +93,10 @@ class FakeKernel:
         self.descendants: dict[int, set[int]] = {}
         self.makers: dict[Maker, set[int]] = {}
         """Cookies of the sockets that somebody of a description has made."""
+        self.time_wait: set[int] = set()
+        """Cookies of what has ended and can be asked about."""
+        self.acked_at: dict[int, float] = {}
+        """When the last acknowledgement came, by cookie, where the test has said so."""
         self.asked = 0
         """Sockets asked for TCP's word."""
         self._table, self._keys, self._clock = table, keys, clock
@@ -135,7 +139,11 @@ class FakeKernel:
         known = {s.cookie: s for s in self.sockets}
         wanted = [cookie for cookie, _ in sockets]
         self.asked += len(wanted)
-        return {cookie: copy.copy(known[cookie]) for cookie in wanted if cookie in known}
+        out: dict[int, FakeSocket | None] = {c: copy.copy(known[c]) for c in wanted if c in known}
+        for cookie, answer in out.items():
+            if answer is not None and cookie in self.acked_at:
+                answer.last_ack_ms = int((self._clock() - self.acked_at[cookie]) * 1000)
+        return out | dict.fromkeys(self.time_wait.intersection(wanted))
 
     def watch(self, selector: Selector, uid: int, band: int, lanes: int, expires_ns: int) -> None:
         self.rules[selector, uid] = (band, lanes, expires_ns)
