@@ -23,6 +23,7 @@ from mfsd.engine.endings import AT_ONCE, Endings
 from mfsd.engine.gaps import Gaps
 from mfsd.engine.hearing import Hearing
 from mfsd.engine.ledger import Ledger
+from mfsd.engine.overtime import Overtime
 from mfsd.engine.positions import UnknownError
 from mfsd.engine.probes import Probes
 from mfsd.engine.records import Session
@@ -89,6 +90,7 @@ class Engine:
         self.delivery = Delivery(books, connections, self.rescuer, self.endings)
         self.carriage = Carriage(books, connections, self.watches, self.delivery, self.steering.band_of, limits)
         self.ledger = Ledger(books, connections, self.watches, self.delivery, self.endings, self.carriage, limits)
+        self.overtime = Overtime(books, connections, self.watches)
         self.hearing = Hearing(books, connections, self.watches, self.endings, self.carriage)
         self.ledger.hear = self.hearing.look_at
         self.mode = mode
@@ -229,6 +231,7 @@ class Engine:
 
     def _expire(self, now: float) -> None:
         """Forget what nobody completed, cancelled or renewed in time."""
+        self.overtime.run(now)
         transfers = self._expired(self.books.transfers, now, AT_ONCE)
         for transfer in transfers:
             owner = transfer.request.id if transfer.request else ""

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfers whose bytes are still on their way when their time to live is over: they go on for as long as that is so.
+
+Hints expire so that nothing stays of workers that have forgotten them. Weights of terabytes are no such thing, nor are
+those that are announced behind them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mfsd.engine.beyond import LEAST
+from mfsd.engine.shortfall import SLACK
+from mfsd.engine.slots import NS
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from mfsd.engine.books import Books
+    from mfsd.engine.connections import Connections
+    from mfsd.engine.records import Stream
+    from mfsd.engine.watches import Watches
+    from mfsd.policy.views import B1, F8
+
+LATELY_S: Final = 1.0
+"""Something has left since then; and so much longer a transfer lives."""
+KEPT_S: Final = 5.0
+"""So long its connections are kept in the kernel."""
+
+
+@dataclass(slots=True)
+class Overtime:
+    """See the module."""
+
+    books: Books
+    connections: Connections
+    watches: Watches
+    _extended: dict[Stream, tuple[float, float]] = field(default_factory=dict)
+    """Until when, and how far each had come when that was decided."""
+
+    def run(self, now: float) -> None:
+        """Have those live on that are about to expire, their requests too, while their streams move."""
+        t, r = self.books.transfers, self.books.requests
+        request, expires = t.live("request"), t.live("expires")
+        over = expires < now
+        if r.n:
+            over |= (r.live("expires") < now).take(request, mode="clip") & (request >= 0)
+        if not over.any():
+            return
+        sent = self.connections.positions.moved(self.books.streams).sent
+        goes_on = self._moving(sent, now)
+        stream = t.live("stream")
+        rows = np.flatnonzero(over & goes_on.take(stream) & (t.live("end") > sent.take(stream) + SLACK))
+        if not len(rows):
+            return
+        until = now + LATELY_S
+        expires[rows] = np.maximum(expires[rows], until)
+        owners = request[rows]
+        owners = owners[owners >= 0]
+        r.live("expires")[owners] = np.maximum(r.live("expires")[owners], until)
+        for index in np.unique(stream[rows]).tolist():
+            one = self.books.streams.at(index)
+            assert one is not None  # noqa: S101 - it has transfers
+            self._extended.setdefault(one, (until, float(sent[index])))
+            self.connections.renew(one.members, now + KEPT_S)
+            if one.watch is not None:
+                self.watches.get(one.session, one.selector, one.watch.band, now + KEPT_S, now)
+
+    def _moving(self, sent: F8, now: float) -> B1:
+        """Streams, by index, in a transfer, that have moved lately, and enough since the last time."""
+        t, members = self.books.transfers, self.books.streams.members
+        stream = t.live("stream")
+        begun = (t.live("start") <= sent.take(stream) + SLACK) & (sent.take(stream) < t.live("end"))
+        out: npt.NDArray[np.bool_] = np.zeros(len(sent), dtype=np.bool_)
+        out[stream[begun]] = True
+        last = np.zeros(len(sent), dtype=np.uint64)
+        np.maximum.at(last, members.live("stream"), self.connections.table.last_ns.take(members.live("slot")))
+        out &= last >= int((now - LATELY_S) * NS)
+        for one, (until, at) in list(self._extended.items()):
+            if until <= now:
+                del self._extended[one]
+                if one.queue and sent[one.index] < at + LEAST:
+                    out[one.index] = False  # a word now and then is no transfer
+        return out
