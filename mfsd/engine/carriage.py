@@ -127,10 +127,56 @@ class Carriage:
     def _skip_others(self, stream: Stream) -> None:
         """What the session has announced by socket on connections of a stream goes before what it announces now."""
         for conn, member in stream.members.items():
-            for other in conn.streams:
-                if other.session is stream.session and other.watch is None and other.queue and other.ordered:
+            for other in self._others(stream, conn):
+                if other.watch is None and other.queue:
                     until = self.books.streams.position_at(other, other.announced)
                     self.books.streams.skip(member, self.connections.positions.sent_by(conn), until)
+
+    @staticmethod
+    def _others(stream: Stream, conn: Connection) -> list[Stream]:
+        """What else its session has on a connection, where bytes have an order."""
+        if len(conn.streams) < 2 or not stream.ordered:
+            return []
+        return [s for s in conn.streams if s is not stream and s.session is stream.session and s.ordered]
+
+    def _same(self, stream: Stream) -> list[tuple[Stream, float]]:
+        """Other selectors of the session that name the same connections, and how much is still to come on each."""
+        if stream.watch is None or not stream.members:
+            return []
+        others = self._others(stream, next(iter(stream.members)))
+        sent = self.connections.positions.sent_by
+        return [
+            (other, max(other.announced - self.books.streams.offset(other, sent), 0.0))
+            for other in others
+            if other.watch is not None and other.queue and other.members.keys() == stream.members.keys()
+        ]
+
+    def _arrange(self, stream: Stream) -> None:
+        """A connection has joined a stream that has transfers: with others of the same ones, first announced, first."""
+        if stream.arranged or not (others := self._same(stream)):
+            return
+        stream.arranged, sent, t = True, self.connections.positions.sent_by, self.books.transfers
+        base = {s: self.books.streams.offset(s, sent) for s in (stream, *(other for other, _ in others))}
+        behind = 0.0
+        for transfer in stream.session.transfers.values():
+            if (at := base.get(transfer.stream)) is None:
+                continue
+            start, end = t.get(transfer, "start"), t.get(transfer, "end")
+            if start < at:  # under way
+                behind = max(behind, end - at)
+                continue
+            t.put(transfer, "start", at + behind)
+            behind += end - start
+            t.put(transfer, "end", at + behind)
+            transfer.stream.announced = at + behind
+
+    def _alone(self, stream: Stream, start: float, gap: float) -> None:
+        """What is announced on one connection is none of what the session has announced for that one and others."""
+        ((conn, _),) = stream.members.items()
+        for other in self._others(stream, conn):
+            if other.queue and len(other.members) > 1:
+                begin = self.books.streams.position_at(stream, start)
+                self.books.streams.leave_out(other.members[conn], stream, begin, gap)
 
     def _connection(self, session: Session, selector: Selector, expires: float, position: int) -> Connection | None:
         """The one connection that a selector names; None: it may name several, or one still to come."""
@@ -157,6 +203,7 @@ class Carriage:
         And whether as many bytes as it has went without a hint just before it.
         """
         if stream.watch is not None and not stream.queue:
+            stream.arranged = False
             self._skip_others(stream)
         if stream.debt and stream.queue:
             offset = self.late.settle(stream, offset, now)
@@ -172,7 +219,11 @@ class Carriage:
                 if transfer.passed:
                     break
                 transfer.passed = True
-        stream.announced = start + size
+        for _, octets in self._same(stream):
+            start = max(start, offset + octets)
+        gap, stream.announced = max(start - stream.announced, 0.0), start + size
+        if len(stream.members) == 1:
+            self._alone(stream, start, gap)
         return start, late
 
     def behind(self, stream: Stream, position: float, offset: float = 0.0) -> float:
@@ -235,6 +286,8 @@ class Carriage:
                 # The hint of what it is opened for may still be on its way. Until then it is what came before.
                 self.note(watch.stream, watch.stream.stage)
             self._skip_others(watch.stream)
+            if watch.stream.queue:
+                self._arrange(watch.stream)
             if watch.stream.queue and position is None:
                 self.late.found(watch.stream, conn, at)
         self.connections.note_rest(conn, now, linger=True)

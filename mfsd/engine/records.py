@@ -384,6 +384,8 @@ class Stream:
     """When its connection was closed by its worker; 0: it was not."""
     recast: bool = False
     """What is known by now to have arrived may have done so before the last run."""
+    arranged: bool = False
+    """Its transfers stand between those of other selectors of the same connections."""
     refused: bool = False
     """The last one that was to be a member could not be connected."""
 

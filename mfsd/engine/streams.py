@@ -44,6 +44,17 @@ class Moved:
     """What the peers are known to have acknowledged."""
 
 
+@dataclass(slots=True)
+class Theirs:
+    """Bytes of a member that are those of what its session has announced on that connection alone."""
+
+    other: Stream | None
+    """Which has announced them; None: it is closed."""
+    begin: float
+    """On TCP's scale."""
+    end: float
+
+
 class Streams:
     """All open streams, their columns, and how far each of them has come."""
 
@@ -60,6 +71,7 @@ class Streams:
         self.owner: npt.NDArray[np.intp] = np.zeros(64, dtype=np.intp)
         """Number of the user whose session has opened it, by stream."""
         self._owners: dict[int, int] = {}
+        self._theirs: dict[Member, list[Theirs]] = {}
         self.unasked: set[Stream] = set()
         """Opened where their worker says that they stood then: nobody has asked yet how far they have come since."""
         self._ended: OrderedDict[tuple[Session, Selector], Ended] = OrderedDict()
@@ -94,6 +106,7 @@ class Streams:
         """Give up a stream whose transfers have been ended. No error the second time."""
         if self._open[stream.index] is not stream:
             return
+        self._settle(stream)
         for conn in list(stream.members):
             self._leave(stream, conn)
         self.unasked.discard(stream)
@@ -144,7 +157,8 @@ class Streams:
     def part(self, stream: Stream, conn: Connection, position: float, moved_at: float) -> None:
         """A member is gone; it has come as far as ``position``, and has sent something last at ``moved_at``."""
         self.note_parted(stream, moved_at)
-        self._gone[stream.index] += max(position - stream.members[conn].joined, 0.0)
+        self._settle(stream)
+        self._gone[stream.index] += self._counts(stream.members[conn], position)
         stream.shift = float(self._gone[stream.index]) - position
         self._leave(stream, conn)
 
@@ -153,20 +167,64 @@ class Streams:
         self._parted[stream.index] = max(self._parted[stream.index], moved_at)
 
     def _leave(self, stream: Stream, conn: Connection) -> None:
-        self.members.remove(stream.members.pop(conn))
+        member = stream.members.pop(conn)
+        self.members.remove(member)
+        self._theirs.pop(member, None)
         conn.streams.discard(stream)
         self.slot[stream.index] = next(reversed(stream.members)).slot if stream.members else -1
 
     def skip(self, member: Member, position: float, until: float) -> None:
         """What a member moves from ``position``, where it is, to ``until`` does not count."""
         if until > max(position, member.joined):
-            self._gone[member.stream.index] += max(position - member.joined, 0.0)
+            self._gone[member.stream.index] += self._counts(member, position)
             self.rejoin(member, until)
+
+    def leave_out(self, member: Member, other: Stream, begin: float, gap: float) -> None:
+        """From ``begin`` on a member moves what is announced on another stream, of this connection alone.
+
+        ``gap``: bytes between that and what the other one had announced before.
+        """
+        known = self._theirs.setdefault(member, [])
+        for theirs in known:
+            if theirs.other is other:
+                theirs.begin += gap
+                return
+        known.append(theirs := Theirs(other, begin, begin))
+        self._ends(theirs)
+
+    def _settle(self, other: Stream) -> None:
+        """Nothing more is announced on a stream, or not on the connection that it was."""
+        for theirs in [t for known in self._theirs.values() for t in known if t.other is other]:
+            self._ends(theirs)
+            theirs.other = None
+
+    def _ends(self, theirs: Theirs) -> None:
+        """Bring its end up to date."""
+        if theirs.other is not None and len(theirs.other.members) == 1:
+            theirs.end = self.position_at(theirs.other, theirs.other.announced)
+
+    def _left_out(self, member: Member, position: float) -> float:
+        """What it has moved up to a position and doesn't count."""
+        out = 0.0
+        for theirs in self._theirs.get(member, ()):
+            self._ends(theirs)
+            out += max(min(position, theirs.end) - max(theirs.begin, member.joined), 0.0)
+        return out
+
+    def _counts(self, member: Member, position: float) -> float:
+        """What it has moved, and counts."""
+        moved = max(position - member.joined, 0.0)
+        return moved - self._left_out(member, position) if self._theirs else moved
 
     def position_at(self, stream: Stream, offset: float) -> float:
         """Where the one member of a stream stands when the stream is at ``offset``."""
         (member,) = stream.members.values()
-        return offset - float(self._gone[stream.index]) + member.joined
+        position = offset - float(self._gone[stream.index]) + member.joined
+        for theirs in self._theirs.get(member, ()):
+            self._ends(theirs)
+            if position > theirs.begin:
+                position += max(theirs.end - max(theirs.begin, member.joined), 0.0)
+        return position
 
     def rejoin(self, member: Member, position: float) -> None:
         """Correct where a member joined."""
@@ -187,6 +245,8 @@ class Streams:
             slots, streams = self.members.live("slot"), self.members.live("stream")
             moved = positions.take(slots) - self.members.live("joined")
             out[:n] = np.bincount(streams, weights=np.maximum(moved, 0.0), minlength=n)
+            for member in self._theirs:
+                out[member.stream.index] -= self._left_out(member, float(positions[member.conn.slot]))
         out[:n] += self._gone[:n]
         return out
 
@@ -194,9 +254,12 @@ class Streams:
         """How far one stream has come, given the position of a connection."""
         out: float = self._gone.item(stream.index)
         for conn, member in stream.members.items():
-            moved = position(conn) - member.joined
+            at = position(conn)
+            moved = at - member.joined
             if moved > 0.0:
                 out += moved
+                if self._theirs:
+                    out -= self._left_out(member, at)
         return out
 
     def offset_at(self, stream: Stream, position: float) -> float:
@@ -204,7 +267,8 @@ class Streams:
         if not stream.members:
             return position + stream.shift
         (member,) = stream.members.values()
-        return float(self._gone[stream.index]) + position - member.joined
+        at = float(self._gone[stream.index]) + position - member.joined
+        return at - self._left_out(member, position) if self._theirs else at
 
     def totals(self, streams: Sequence[Stream], positions: Sequence[F8], of: Ints, rows: Ints) -> list[F8]:
         """How far streams have come, shape (len(streams),), for each of several kinds of ``positions`` of members.
@@ -212,8 +276,14 @@ class Streams:
         Members are given by the index of their stream (``of``) and their ``rows``, as positions are.
         """
         joined = self.members.live("joined")[rows]
+        moved = [np.maximum(p - joined, 0.0) for p in positions]
+        if self._theirs:
+            for i in np.flatnonzero(np.isin(rows, self.members.rows(self._theirs))).tolist():
+                member = self.members.objects[rows[i]]
+                for some, p in zip(moved, positions, strict=True):
+                    some[i] -= self._left_out(member, float(p[i]))
         gone = self._gone.take([s.index for s in streams])
-        return [gone + np.bincount(of, np.maximum(p - joined, 0.0), minlength=len(streams)) for p in positions]
+        return [gone + np.bincount(of, some, minlength=len(streams)) for some in moved]
 
     def carried(self, streams: Ints, high: int) -> npt.NDArray[np.bool_]:
         """Slots of which a connection is a member of one of these streams (by index), shape (high,)."""
