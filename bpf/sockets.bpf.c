@@ -348,6 +348,15 @@ static __always_inline struct draft *take_draft(void)
 	return 0;
 }
 
+/* Has the kernel tell of what becomes of a connection. */
+static __always_inline void hear_of_end(struct bpf_sock_ops *ctx)
+{
+	__u32 flags = ctx->bpf_sock_ops_cb_flags;
+
+	if (!(flags & BPF_SOCK_OPS_STATE_CB_FLAG))
+		bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
 SEC("sockops")
 int mfsd_connection(struct bpf_sock_ops *ctx)
 {
@@ -355,8 +364,11 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 	struct mfsd_event *e;
 	struct draft *d;
 
-	if (op == BPF_SOCK_OPS_STATE_CB ? ctx->args[1] != TCP_CLOSE :
-	    op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+	if (op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB || (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] != TCP_CLOSE)) {
+		hear_of_end(ctx); /* programs of cgroups below run before, and may have set their own flags instead */
+		return ALLOW;
+	}
+	if (op != BPF_SOCK_OPS_STATE_CB && op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
 		return ALLOW;
 	d = take_draft();
 	if (!d)
@@ -368,7 +380,7 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 	if (op == BPF_SOCK_OPS_STATE_CB) {
 		closed(ctx, e);
 	} else {
-		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+		hear_of_end(ctx);
 		established(ctx, d);
 	}
 	MFSD_REREAD();
