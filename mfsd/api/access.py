@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2
 
 from mfsd.api import errors
+from mfsd.api.whole import SMALL, Large
 from mfsd.ground.wire import TOKEN
 from mfsd.v1 import hints_pb2
 
@@ -32,6 +33,8 @@ STREAMS: Final = 4
 """Streams at a time, of a user or of all without a token, for each session that a user may have. One that says nothing
 takes memory, too."""
 HINTS: Final = hints_pb2.DESCRIPTOR.services_by_name["Hints"].full_name
+BATCHES: Final = (f"/{HINTS}/Send", f"/{HINTS}/Stream")
+"""Methods that take batches of hints, the only messages that may be large."""
 FOR_ALL: Final = (f"/{HINTS}/", "/grpc.health.v1.Health/")
 """Beginnings of methods that workers may call, too."""
 
@@ -53,8 +56,9 @@ class Access(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        check = self._anybody if handler_call_details.method.startswith(FOR_ALL) else self._check
-        serializers = _tolerant(handler.request_deserializer), handler.response_serializer
+        method = handler_call_details.method
+        check = self._anybody if method.startswith(FOR_ALL) else self._check
+        serializers = _tolerant(handler.request_deserializer, batches=method in BATCHES), handler.response_serializer
         if not handler.response_streaming:
             inner = handler.unary_unary
 
@@ -132,12 +136,18 @@ class Access(grpc.aio.ServerInterceptor):
 
 
 _MALFORMED: Final = object()
+_TOO_LARGE: Final = object()
 
 
-def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Have what is no message of ours answered, instead of logged with a traceback each time."""
+def _tolerant(parse: Callable[[bytes], Any] | None, *, batches: bool) -> Callable[[bytes], Any]:
+    """Have what is no message of ours answered, instead of logged with a traceback each time.
+
+    What is large is not parsed here, before anybody is asked: ``batches`` of hints are when it is their turn.
+    """
 
     def parsed(raw: bytes) -> Any:
+        if len(raw) > SMALL:
+            return Large(raw) if batches else _TOO_LARGE
         try:
             return raw if parse is None else parse(raw)
         except DecodeError:
@@ -149,6 +159,9 @@ def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
 async def _formed(request: Any, context: Context) -> Any:
     if request is _MALFORMED:
         refused = errors.Refused(code_pb2.INVALID_ARGUMENT, "the message is malformed")
+        await errors.abort(context, refused)
+    if request is _TOO_LARGE:
+        refused = errors.Refused(code_pb2.RESOURCE_EXHAUSTED, f"the message has more than {SMALL} bytes")
         await errors.abort(context, refused)
     return request
 

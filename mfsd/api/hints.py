@@ -21,6 +21,7 @@ from mfsd.api import advice, columns, errors
 from mfsd.api.access import by_certificate, peer_of
 from mfsd.api.answers import SETTLE_S, Answer, Answers, drain
 from mfsd.api.turns import LATELY_S, Lines, Turn
+from mfsd.api.whole import Large
 from mfsd.ground.logs import Seldom
 from mfsd.ground.model import HintError, MarkHint, ProgressHint, TransferHint
 from mfsd.ground.wire import LASTING
@@ -140,11 +141,12 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         """What paths can bear."""
         try:
             peer = self._peer(context)
-            async with self._lines.turn(-1 if peer is None else peer.uid) as turn:
+            uid = -1 if peer is None else peer.uid
+            async with self._lines.turn(uid) as turn:
                 ways, here = advice.ways(request), {}
                 for i, (dst, src) in enumerate(ways):
                     if time.perf_counter() > turn.until:
-                        await turn.give(contended=self._contended(""))
+                        await turn.give(contended=self._lines.contended(uid))
                     if src is None or advice.ours(src):
                         here[i] = dst
                 said = dict(zip(here, advice.answers(self.engine, here.values(), self.clock()), strict=True))
@@ -324,24 +326,34 @@ class HintsService(hints_pb2_grpc.HintsServicer):
             )
         return found
 
-    async def Send(self, request: pb.HintBatch, context: Context) -> pb.HintReply:
+    async def _whole(self, request: pb.HintBatch | Large, peer: Peer | None) -> pb.HintBatch:
+        """A batch that has been parsed; a large one is when it is the turn of the peer's user."""
+        if not isinstance(request, Large):
+            return request
+        uid = -1 if peer is None else peer.uid
+        async with self._lines.turn(uid) as turn:
+            return await request.parsed(self.decoder.limits, turn, lambda: self._lines.contended(uid))
+
+    async def Send(self, request: pb.HintBatch | Large, context: Context) -> pb.HintReply:
         """Unary call; see proto/mfsd/v1/hints.proto."""
         try:
             peer = self._peer(context)
             asked = any(key == LASTING for key, _ in context.invocation_metadata() or ())
             lasting = asked and peer is not None and peer.operator
-            return await self.settle(await self.apply(request, peer, alone=True, lasting=lasting))
+            batch = await self._whole(request, peer)
+            return await self.settle(await self.apply(batch, peer, alone=True, lasting=lasting))
         except (HintError, errors.Refused) as e:
             await errors.abort(context, e)
 
     async def Stream(  # type: ignore[override]  # grpc.aio takes writers, too
-        self, request_iterator: AsyncIterable[pb.HintBatch], context: Context
+        self, request_iterator: AsyncIterable[pb.HintBatch | Large], context: Context
     ) -> None:
         """Streaming call: one reply per batch, in order, and events in between."""
         answers = Answers(context, self.settle, self.engine.epoch, self.clock)
         try:
             peer = self._peer(context)
-            async for batch in request_iterator:
+            async for request in request_iterator:
+                batch = await self._whole(request, peer)
                 answers.check(batch.session)
                 await answers.put(await self.apply(batch, peer))
             await answers.finish()

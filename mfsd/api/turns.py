@@ -13,6 +13,8 @@ from mfsd.ground.bucket import Bucket
 
 TURN_S: Final = 0.001
 """A batch is applied for so long before others have their turn."""
+CALL_S: Final = 0.001
+"""Of the loop that a call takes beside what is applied, about: it is charged to who has several of them at a time."""
 REST: Final = 3.0
 """So many times as long it waits then, if there are others: their calls take several rounds of the loop."""
 LATELY_S: Final = 0.1
@@ -86,6 +88,10 @@ class Lines:
         """Somebody else has something to say."""
         return any(other is not line and now - other.heard < LATELY_S for other in self._lines.values())
 
+    def contended(self, uid: int) -> bool:
+        """Somebody else than this user has something to say."""
+        return self.others(self.of(uid), time.perf_counter())
+
     async def earned(self, line: _Line) -> None:
         """Wait until there is something to spend, or nobody else is there."""
         line.earn()
@@ -119,7 +125,7 @@ class _Place:
 
     async def __aexit__(self, *exc: object) -> None:
         self._line.earn()
-        self._line.credit.left -= self._turn.took
+        self._line.credit.left -= self._turn.took + (CALL_S if self._line.waiting > 1 else 0.0)
         self._leave()
 
     def _leave(self) -> None:

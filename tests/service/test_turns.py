@@ -136,3 +136,15 @@ def test_old_garbage_is_collected_sooner_while_nobody_waits(
         assert not asyncio.run(left(most + 1))
     finally:
         gc.set_threshold(*before)
+
+
+def test_who_has_several_calls_at_a_time_is_charged_for_more_than_what_is_applied() -> None:
+    """What gRPC and the loop do for a call is most of what it costs; whoever has one after the other waits for that."""
+    lines = Lines()
+
+    async def two() -> None:
+        async with lines.turn(HOSTILE):
+            await together(batches(lines, HOSTILE, 1, 0.0, []))
+
+    asyncio.run(two())
+    assert lines.of(HOSTILE).credit.left <= 0
