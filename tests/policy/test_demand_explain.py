@@ -84,7 +84,7 @@ def test_explain_who_is_lost_and_who_was_kept() -> None:
         (
             {"deadline": math.inf},
             {},
-            "Nobody knows when it is due: level 3, above unhinted traffic, with half of its device beside",
+            "Nobody knows when it is due: level 3, above unhinted traffic, with as much as by plain",
         ),
         ({"deadline": 0.3, "left": 6.8e6}, {}, "Only 28 ms are to spare for it or what is due after it, less than"),
         ({"deadline": 0.1, "left": 1e5}, {}, "It has only 96 ms to spare: level 2, above unhinted traffic."),

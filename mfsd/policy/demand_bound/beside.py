@@ -17,6 +17,23 @@ LEAST: Final = 0.02
 """Share of a device that is as good as none."""
 MOSTLY: Final = 0.8
 """Collectives that take so much of the time count as never pausing."""
+NEARLY: Final = 0.97
+"""Of what plain sharing gives, where less would slow collectives down for next to nothing."""
+
+
+def fair(link: LinkView, half: float) -> F8:
+    """Share of each device that gives KV NEARLY what plain sharing with one of its collectives would, shape (devices,).
+
+    By plain sharing both have half while a collective lasts, so that S seconds of it (see ``beside``; S + P = 1) take
+    2 S, and KV has all of the rest: 1 / (1 + S) on average. With g of the link a collective takes S / (1 - g), and KV
+    has 1 - S / (S / (1 - g) + P) on average. Where the pauses are enough, nothing; ``half`` where there are none, or
+    no collectives yet.
+    """
+    work = link.collectives
+    taken = 1.0 - NEARLY / (1.0 + work)
+    slowed = work / np.maximum(taken, LEAST) - (1.0 - work)
+    share = 1.0 - work / np.maximum(slowed, np.maximum(work, LEAST))
+    return np.where((work > 0.0) & (work < MOSTLY), np.minimum(share, half), half)
 
 
 def beside(link: LinkView, verdict: Verdict, headroom: float) -> F8:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mfsd.ground.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
-from mfsd.policy.demand_bound.beside import LEAST, MOSTLY, beside
+from mfsd.policy.demand_bound.beside import LEAST, MOSTLY, beside, fair
 from mfsd.policy.demand_bound.crowd import REST, crowded, few
 from mfsd.policy.demand_bound.layout import Layout
 from mfsd.policy.demand_bound.load import Margin, Need, evenly
@@ -271,10 +271,10 @@ class DemandBound(Policy):
             for wait in range(lay.deferred, self.levels):
                 own, together = (of.reshape(devices, self.levels)[:, wait] for of in (doubt, steady))
                 give(wait, np.maximum(np.minimum(own, self.defer_until), np.minimum(together, most) - out.sum(axis=1)))
-        # Nor when these are due, and how much they are, but plain sharing with a collective would give them half.
+        # Nor when these are due, and how much they are, but plain sharing with collectives would give them something.
         for level_of in range(lay.first, lay.others + 1):
-            half = np.clip(most - out.sum(axis=1), 0.0, self.defer_until)
-            give(level_of, np.where(unknown[:, level_of], half, 0.0))
+            part = np.clip(most - out.sum(axis=1), 0.0, fair(link, self.defer_until))
+            give(level_of, np.where(unknown[:, level_of], part, 0.0))
         return out * link.rate[:, None]
 
     def _rush(self, view: Views, verdict: Verdict, level: I2) -> F8:

@@ -70,7 +70,8 @@ def explain(case: Case, out: Explanation, view: Views) -> None:
         _lost(case, out, view)
     elif math.isinf(verdict.asked.due[row]):
         out.reasons.append(
-            f"Nobody knows when it is due: {where}, above unhinted traffic, with half of its device beside collectives."
+            f"Nobody knows when it is due: {where}, above unhinted traffic, with as much as by plain sharing "
+            "beside collectives."
         )
     else:
         _needed(case, out, view)
