@@ -10,6 +10,7 @@ cases it is checked that decode goes on from prefill's token, and that no hint i
     handoff     each transfer is seen to arrive by its bytes
     kill, hang  the daemon goes after the first request, and the others do not notice
     cancel      a request is aborted while its KV comes; nothing of it is left at the daemon, the next one is served
+    express     a tight read that is asked for later comes before a loose one that has begun (mfsd_express)
     hold        a loose read waits until a tight one is over (mfsd_hold)
     held        a request is aborted while its read waits; its blocks are free again
     give-up     reads are given up before they start, and decode computes what it does not load (mfsd_recompute)
@@ -37,10 +38,11 @@ from mfsd.v1 import control_pb2_grpc as rpc
 ROOT: Final = Path(__file__).resolve().parent.parent
 TOKENS: Final = 1000
 MANY: Final = 3000
+SHORT: Final = 200
 SLO_MS: Final = 5000
 SIDE_CHANNEL: Final = {"kv_producer": "5600", "kv_consumer": "5700"}
 PORTS: Final = {"kv_producer": "20000-20099", "kv_consumer": "21000-21099"}
-CASES: Final = ("handoff", "kill", "hang", "cancel", "hold", "held", "give-up")
+CASES: Final = ("handoff", "kill", "hang", "cancel", "express", "hold", "held", "give-up")
 
 
 def __getattr__(name: str) -> Any:
@@ -152,6 +154,13 @@ def play(case: str, pair: Pair, daemon: subprocess.Popen[bytes], requests: int) 
         time.sleep(0.1)
         pair.decode.ask(cancel="aborted")
         time.sleep(2.0)
+    elif case == "express":
+        loose, tight = pair.prefilled("loose", MANY, 60_000), pair.prefilled("tight", SHORT)
+        pair.decode.ask(**loose)
+        time.sleep(0.05)
+        pair.decode.ask(**tight)
+        order = [pair.decoded() for _ in range(2)]
+        pair.check(order == ["tight", "loose"], f"the tokens came in this order: {', '.join(order)}")
     elif case in ("hold", "held"):
         tight, loose = pair.prefilled("tight", MANY), pair.prefilled("loose", TOKENS, 60_000)
         pair.decode.ask(**tight)
@@ -163,7 +172,8 @@ def play(case: str, pair: Pair, daemon: subprocess.Popen[bytes], requests: int) 
         pair.check(order == ["tight", "loose"][: len(order)], f"the tokens came in this order: {', '.join(order)}")
     for n in range(requests):
         pair.hand_over(f"request {n}", MANY if n % 2 else TOKENS)
-    return {"handoff": 1 + requests, "hold": 3 + requests, "held": 2 + requests, "give-up": 0}.get(case, -1)
+    known = {"handoff": 1, "express": 3, "hold": 3, "held": 2}
+    return known[case] + requests if case in known else 0 if case == "give-up" else -1
 
 
 def status(target: str) -> pb.Status:
@@ -183,6 +193,7 @@ def run(options: argparse.Namespace, folder: Path, daemon: subprocess.Popen[byte
     """Play a case; what went wrong."""
     target = f"unix:{folder}/mfsd.sock"
     extra = {"mfsd_target": target, "mfsd_hold": options.case in ("hold", "held", "give-up")}
+    extra["mfsd_express"] = options.case == "express"
     extra["mfsd_recompute"] = options.case == "give-up"
     pair = Pair(options.python, "GivesUp" if options.case == "give-up" else options.connector, extra, folder)
     try:

@@ -13,6 +13,7 @@ import time
 from typing import Any, ClassVar
 
 from mfsd.integrations import guard
+from mfsd.integrations.vllm.express import DUE, Express, second
 from mfsd.integrations.vllm.hold import GivenUp, Hold
 from mfsd.integrations.vllm.state import Hints, bytes_per_token, extra_config, listeners
 
@@ -20,7 +21,7 @@ from mfsd.integrations.vllm.state import Hints, bytes_per_token, extra_config, l
 class MfsdConnector:
     """See the module. Only the scheduler's side sends hints: it alone knows deadlines, sizes and peers together.
 
-    The workers' side has a part only where reads are held back and given up (hold.py).
+    The workers' side has a part only where reads are given up (hold.py) or have a second way (express.py).
     """
 
     mfsd_push: ClassVar[bool] = False
@@ -30,6 +31,7 @@ class MfsdConnector:
     _mfsd_guard: ClassVar[guard.Guard] = guard.Guard()
     _mfsd_hints: Hints | None = None
     _mfsd_given_up: GivenUp | None = None
+    _mfsd_express: Express | None = None
 
     def _mfsd(self) -> Hints:
         hints = self._mfsd_hints
@@ -84,8 +86,14 @@ class MfsdConnector:
         hold = self._mfsd_hints.hold if self._mfsd_hints is not None else None
         if hold is not None:
             self._mfsd_guard("holding reads back", lambda: hold.sift(out, time.monotonic()))
+        self._mfsd_guard("when reads are due", lambda: self._mfsd_due(out))
         self._mfsd_guard("a batch's hint", lambda: self._mfsd().step(scheduler_output))
         return out
+
+    def _mfsd_due(self, meta: Any) -> None:
+        reads, hints = getattr(meta, "reqs_to_recv", None), self._mfsd()
+        if reads and hints.extra.get("mfsd_express") and not self.mfsd_push:
+            setattr(meta, DUE, hints.due(reads))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Workers have finished transfers, or failed to."""
@@ -116,9 +124,26 @@ class MfsdConnector:
 
     # --- the workers' side --------------------------------------------------------------------------------------------
 
+    def register_kv_caches(self, kv_caches: Any, **more: Any) -> Any:
+        """Memory that reads go to: from now on an agent knows it."""
+        self._mfsd_guard("a second way for reads", self._mfsd_second_way)
+        return super().register_kv_caches(kv_caches, **more)  # type: ignore[misc]
+
+    def _mfsd_second_way(self) -> None:
+        config = getattr(self, "_vllm_config", None)
+        worker = getattr(self, "connector_worker", None)
+        agent = getattr(worker, "nixl_wrapper", None)
+        role = getattr(getattr(config, "kv_transfer_config", None), "kv_role", None)
+        if agent is None or self.mfsd_push or role == "kv_producer" or not extra_config(config).get("mfsd_express"):
+            return
+        self._mfsd_express = worker.nixl_wrapper = Express(agent, second(agent))  # type: ignore[union-attr]
+
     def start_load_kv(self, forward_context: Any, **more: Any) -> Any:
         """Reads begin."""
         self._mfsd_guard("what is given up", self._mfsd_hear_given_up)
+        if self._mfsd_express is not None:
+            express, meta = self._mfsd_express, getattr(self, "_connector_metadata", None)
+            self._mfsd_guard("when reads are due", lambda: express.hear(meta, time.monotonic()))
         return super().start_load_kv(forward_context, **more)  # type: ignore[misc]
 
     def _mfsd_hear_given_up(self) -> None:

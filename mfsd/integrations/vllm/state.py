@@ -176,6 +176,11 @@ class Hints:
         advice = self.client.advice(self.resolver.ours_towards(there), source=there) if there else None
         return math.inf if advice is None else advice.least_s(size)
 
+    def due(self, request_ids: Iterable[str]) -> dict[str, float]:
+        """Seconds until KV of these must be here, of those that are known."""
+        now, some = time.monotonic(), [(rid, self._known.get(rid)) for rid in request_ids]
+        return {rid: self.computing.before(known.deadline - now) for rid, known in some if known is not None}
+
     def _where(self, params: Mapping[str, Any]) -> tuple[Stage, TupleSelector | None]:
         """What the bytes are, and the connections that they come by; None: nobody knows."""
         host = self.prefill_host(params)

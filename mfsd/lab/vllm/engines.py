@@ -131,7 +131,7 @@ class Pair:
                 # One connection instead of five: each has a thread, and there are two processors.
                 extra: dict[str, Any] = {"num_threads": 0}
                 if self._hinted:
-                    extra["mfsd_target"] = self._governors[name].target
+                    extra |= {"mfsd_target": self._governors[name].target, "mfsd_express": True}
                 config = Config(
                     str(model), role, "MfsdNixlConnector" if self._hinted else "NixlConnector",
                     "mfsd.integrations.vllm" if self._hinted else None, extra,
