@@ -66,7 +66,8 @@ def told(target: str) -> list[checks.Finding]:
 def _print(findings: list[checks.Finding], *, everything: bool) -> None:
     console = tables.console()
     for f in findings:
-        head = Text.assemble((f"{f.severity:<5}", STYLES[f.severity]), f"{tables.printable(f.title)}  ", (f.id, "dim"))
+        title, name = tables.printable(f.title), tables.printable(f.id)  # with a device's, as it was typed
+        head = Text.assemble((f"{f.severity:<5}", STYLES[f.severity]), f"{title}  ", (name, "dim"))
         console.print(head)
         if f.severity is checks.Severity.OK and not everything:
             continue

@@ -9,7 +9,7 @@ import subprocess
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from support.ctl import MFSCTL, ROOT
+from support.ctl import MFSCTL, ROOT, run
 from support.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -93,3 +93,9 @@ def test_a_terminal_that_has_not_all_characters(rig: Rig, words: tuple[str, ...]
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert shown in done.stdout
+
+
+def test_a_device_that_nobody_has_moves_no_cursor() -> None:
+    shown = run("doctor", "--device", ODD).out
+    assert "There is no device" in shown
+    assert [c for c in shown if not c.isprintable() and c != "\n"] == []
