@@ -64,7 +64,7 @@ class Daemon:
         self.ready = asyncio.Event()
         """The endpoints are open."""
         self._stopping = asyncio.Event()
-        self._hand_over = False
+        self._hand_over = self._put_back = False
         self._verbose = False
         self._reloads = 0
         """Asked for since the last one began; that one counts, too."""
@@ -177,7 +177,8 @@ class Daemon:
         log.info("stopped", qdiscs="kept" if keep else "restored" if not problems else "see above")
 
     def stop(self) -> None:
-        """End, and put the qdiscs back (unless daemon.on_exit says to keep them)."""
+        """End, and put the qdiscs back (unless daemon.on_exit says to keep them), also if asked to hand over, too."""
+        self._hand_over, self._put_back = False, True
         self._stopping.set()
 
     def hand_over(self) -> None:
@@ -185,7 +186,7 @@ class Daemon:
 
         With a service manager the classifiers stay at work, too, until the next daemon's take their place.
         """
-        self._hand_over = True
+        self._hand_over = not self._put_back
         self._stopping.set()
 
     # --- regular work -------------------------------------------------------------------------------------------------

@@ -182,6 +182,18 @@ def test_other_ends(spawn: Callable[[], Process], number: signal.Signals) -> Non
     assert ("qdiscs=kept" in log) == (number is signal.SIGUSR1)
 
 
+@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGTERM])
+def test_who_is_told_to_end_and_to_hand_over_puts_things_back(
+    spawn: Callable[[], Process], first: signal.Signals
+) -> None:
+    """Whichever comes first: nobody may come to whom they could be handed."""
+    process = spawn()
+    process.popen.send_signal(first)
+    code, log = process.end(signal.SIGTERM if first is signal.SIGUSR1 else signal.SIGUSR1)
+    assert code == 0, log
+    assert "qdiscs=restored" in log
+
+
 def test_a_second_instance_is_refused(spawn: Callable[[], Process], config: Path) -> None:
     first = spawn()
     done = mfsd("--config", config)
