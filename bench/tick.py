@@ -83,6 +83,9 @@ class SimulatedSockets:
     def end_of(self, cookie: int) -> None:
         del cookie
 
+    def datagram(self, cookie: int) -> bool:
+        raise NotImplementedError(cookie)
+
     def user(self, socket: Socket) -> int:
         return socket.uid
 

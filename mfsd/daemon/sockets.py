@@ -145,9 +145,11 @@ class HostSockets:
     def end_of(self, cookie: int) -> End | None:
         """See Sockets."""
         event = None if self._teller is None else self._teller.end_of(cookie)
-        if event is None:
-            return None
-        return self._end(event)
+        return None if event is None else self._end(event)
+
+    def datagram(self, cookie: int) -> bool:
+        """See Sockets."""
+        return self._asked.datagram(cookie)
 
     def exact(self, selector: TupleSelector) -> Socket | None:
         """See Sockets."""

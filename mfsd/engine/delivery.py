@@ -65,6 +65,8 @@ class Delivery:
     """Streams to ask although their slots give no reason, and when."""
     _doubtful: dict[Stream, None] = field(default_factory=dict)
     """Streams with a debt."""
+    _listed: bool = True
+    """One socket may yet be looked for among those of other protocols, in this run."""
     _ask_from: int = 0
     _last_run: float = 0.0
     _next_rest: float = 0.0
@@ -89,7 +91,7 @@ class Delivery:
         return self.connections.positions.moved(self.books.streams) if learnt else moved
 
     def _run(self, moved: Moved, now: float) -> None:
-        t = self.books.transfers
+        t, self._listed = self.books.transfers, True
         # Only those of which something has left: of very many on one connection most stand behind that.
         front = np.maximum(moved.sent, moved.acked) + SLACK
         under_way = np.flatnonzero(front.take(t.live("stream")) >= t.live("start"))
@@ -277,7 +279,7 @@ class Delivery:
         t = self.books.transfers
         sent = self.books.streams.offset(stream, self.connections.positions.sent_by)
         past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
-        if past and stream.members and len(self.connections.positions.unconnected(stream)) == len(stream.members):
+        if past and self._nowhere(stream):
             past = [x for x in past if x.left]  # no word of a worker's makes up for a connection
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
             cut(self.books, past, sent)
@@ -285,6 +287,20 @@ class Delivery:
         if past:
             self.confirm(stream)
         return []
+
+    def _nowhere(self, stream: Stream) -> bool:
+        """Its bytes can't have gone, since no socket that carries it is connected; where the kernel would have told."""
+        connections = self.connections
+        if not connections.sockets.tells or not stream.members:
+            return False
+        unconnected = connections.positions.unconnected(stream)
+        if len(unconnected) < len(stream.members):
+            return False
+        for conn in unconnected:
+            if self._listed and not conn.missing:
+                self._listed, conn.missing = False, True
+                conn.datagrams = connections.sockets.datagram(conn.cookie)
+        return not any(conn.datagrams for conn in unconnected)
 
     # --- what hints say about writing ---------------------------------------------------------------------------------
 

@@ -302,6 +302,8 @@ class Connection:
     rescues: int = 0
     missing: bool = False
     """TCP knew nothing of its socket when it was asked last."""
+    datagrams: bool = False
+    """It is none of TCP's, as far as anybody has looked."""
 
 
 MEMBER_COLUMNS: Final = {

@@ -186,6 +186,10 @@ class Sockets(Protocol):
         """How a connection has ended lately; None: it has not, or nobody knows."""
         ...
 
+    def datagram(self, cookie: int) -> bool:
+        """A socket that is none of TCP's has this cookie. Takes the longer the more of those there are: ask seldom."""
+        ...
+
     def exact(self, selector: TupleSelector) -> Socket | None:
         """The connection that an exact selector names; None if it isn't in the daemon's network namespace."""
         ...

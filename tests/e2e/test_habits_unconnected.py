@@ -65,6 +65,22 @@ def test_done_of_a_socket_that_was_never_connected(daemon: Daemon, client: Clien
         settled(daemon, (0, 0, 1))
 
 
+def test_datagrams_that_had_gone_before_their_hint_was_heard(daemon: Daemon, client: Client) -> None:
+    """Nobody acknowledges them, so their worker's word counts, whether anybody has seen them or not."""
+    pair = daemon.pair
+    with daemon.held_up():
+        socks = [pair.call(pair.a, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(5)]
+        for i, s in enumerate(socks):
+            client.request(f"q{i}", ttft_left_s=60)
+            client.transfer(f"t{i}", s, 10 * KB, stage=Stage.P2D, request=f"q{i}")
+            for _ in range(10):
+                s.sendto(bytes(KB), (pair.addr_b, 7000))
+            client.done(request=f"q{i}")
+    settled(daemon, (5, 5, 0))
+    for s in socks:
+        s.close()
+
+
 def test_marked_long_before_they_are_connected(daemon: Daemon, client: Client, sink: Sink) -> None:
     """As by groups that make their sockets, and wait for each other."""
 

@@ -72,6 +72,23 @@ def test_but_one_that_was_connected_where_nobody_can_look(position: int) -> None
     assert h.counted == (1, 1, 0)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["datagrams", "nobody tells of connections"])
+def test_nor_one_of_which_tcp_has_no_word(*, known: bool) -> None:
+    """All of it had gone before its hint was heard."""
+    h = Host(slots=256)
+    if known:
+        h.kernel.datagrams.update(range(1, 21))
+    else:
+        h.kernel.tells = False
+    for i in range(1, 21):
+        h.request(f"q{i}", 5.0)
+        h.transfer(f"t{i}", CookieSelector(i), 10 * MSS, request=f"q{i}")
+        h.done(f"q{i}", What.REQUEST)
+    for _ in range(30):
+        h.tick(0.01)
+    assert h.counted == (20, 20, 0)
+
+
 @pytest.mark.parametrize("after", [0.1, 3.0])
 def test_done_by_addresses_where_the_last_one_was_refused(after: float) -> None:
     h = Host()

@@ -88,6 +88,8 @@ class FakeKernel:
         self.ends: dict[int, End] = {}
         self.lately: list[End] = []
         """Of those without a slot, the ones that the next search may tell of."""
+        self.datagrams: set[int] = set()
+        """Cookies of UDP sockets."""
         self.senders: list[FakeSocket] = []
         """Unconnected ones."""
         self.descendants: dict[int, set[int]] = {}
@@ -113,6 +115,9 @@ class FakeKernel:
 
     def end_of(self, cookie: int) -> End | None:
         return self.ends.get(cookie)
+
+    def datagram(self, cookie: int) -> bool:
+        return cookie in self.datagrams
 
     def user(self, socket: Socket) -> int:
         return next((s.accepted_by for s in self.sockets if s.cookie == socket.cookie), -1)
