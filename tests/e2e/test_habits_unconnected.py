@@ -104,6 +104,7 @@ def test_marked_and_closed_before_they_are_connected(daemon: Daemon, client: Cli
         with pair.call(pair.a, socket.socket) as s:
             client.mark(s, Stage.COLLECTIVE)
     assert client.flush(10)
+    time.sleep(1.5)  # until then they may be a pool whose sockets are connected next
     with dial(pair) as s:
         client.mark(s, Stage.COLLECTIVE)
         assert client.flush(5)
