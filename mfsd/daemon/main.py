@@ -45,6 +45,7 @@ NO_THREAD: Final = "can't start new thread"
 LEAST: Final = (
     (resource.RLIMIT_NOFILE, 64, "open files", "LimitNOFILE= in the unit, ulimit -Hn"),
     (resource.RLIMIT_AS, 1 << 30, "bytes of address space", "LimitAS= in the unit, ulimit -v"),
+    (resource.RLIMIT_DATA, 400 << 20, "bytes of data", "LimitDATA= in the unit, ulimit -d"),
 )
 """What a daemon needs: with less, gRPC ends the process without a word that means anything."""
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device on a host with very many others."""
+"""A device on a host with very many others, and one of an odd name."""
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mfsd.datapath import tc
+from mfsd.datapath.qdisc.enforcer import DeviceEnforcer
+from mfsd.ground.units import Rate
 
 if TYPE_CHECKING:
     from support.benches import Bench
@@ -37,3 +40,16 @@ def test_looking_at_one_does_not_take_the_others_apart(bench: Bench, monkeypatch
     assert enforcer.verify() == []
     assert set(parsed) == {enforcer.ifindex}
     enforcer.restore()
+
+
+def test_the_name_of_a_device_is_one_word_in_all_commands(bench: Bench) -> None:
+    """A shell must not run what is in it."""
+    name = "v;id$(x)&"
+    bench.pair.run(bench.pair.a, f"ip link add {shlex.quote(name)} type ifb; ip link set {shlex.quote(name)} up")
+    with DeviceEnforcer(name, bench.bands, "htb", Rate.parse("1gbit"), bench.state) as enforcer:
+        plan = enforcer.plan()
+    commands = [
+        line for s in [*plan.steps, *plan.undo] for line in s.command.splitlines() if line.startswith(("tc ", "ip "))
+    ]
+    assert len(commands) > 2
+    assert [c for c in commands if shlex.quote(name) not in c] == []

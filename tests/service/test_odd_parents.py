@@ -132,6 +132,7 @@ def test_as_many_descriptors_as_may_be(start: Callable[..., subprocess.Popen[byt
         ("nofile", 12, "12 open files, and needs 64"),
         ("nofile", 20, "20 open files, and needs 64"),
         ("nofile", 63, "63 open files, and needs 64"),
+        ("data", 200_000_000, "200000000 bytes of data, and needs 419430400"),
         ("as", 600_000_000, "600000000 bytes of address space, and needs 1073741824"),
     ],
 )

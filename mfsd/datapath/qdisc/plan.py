@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -167,18 +168,19 @@ def _prio(sock: TcSocket, device: DeviceFacts, bands: Bands, choice: Choice) -> 
 
 def steps_of(device: DeviceFacts, tree: Tree, off: list[Difference] | None) -> list[Step]:
     """What makes the tree; ``off``: how a tree of ours on the device differs, None if there is none."""
-    every = [Step(g.text, g.command.replace("DEV", device.ifname)) for g in tree.groups]
+    name = shlex.quote(device.ifname)  # which may have all but blanks, slashes and colons
+    every = [Step(g.text, g.command.replace("DEV", name)) for g in tree.groups]
     if off is None:
         if not device.txqlen:
             text = f"Let queues have {QUEUE_LENGTH} packets: with a queue length of 0 they would take none"
-            every.insert(0, Step(text, f"ip link set dev {device.ifname} txqueuelen {QUEUE_LENGTH}"))
+            every.insert(0, Step(text, f"ip link set dev {name} txqueuelen {QUEUE_LENGTH}"))
         return every
     if not off:
         return []
     if any(d.how is How.REBUILD for d in off):
-        return [Step(f"Remove an older tree of mfsd ({off[0].text})", f"tc qdisc del dev {device.ifname} root"), *every]
+        return [Step(f"Remove an older tree of mfsd ({off[0].text})", f"tc qdisc del dev {name} root"), *every]
     changed = {d.node for d in off if d.node is not None}
-    gone = [Step(f"Remove: {d.text}", d.command.replace("DEV", device.ifname)) for d in off if d.how is How.REMOVE]
+    gone = [Step(f"Remove: {d.text}", d.command.replace("DEV", name)) for d in off if d.how is How.REMOVE]
     return gone + [
         Step(f"Repair: {step.text}", step.command.replace(" add ", " replace "))
         for g, step in zip(tree.groups, every, strict=True)
@@ -189,13 +191,14 @@ def steps_of(device: DeviceFacts, tree: Tree, off: list[Difference] | None) -> l
 def undo_of(device: DeviceFacts, before: Snapshot) -> list[Step]:
     """What puts back what was there before."""
     if before.by_kernel:
+        name = shlex.quote(device.ifname)
         now, kinds = default_qdisc(), before.defaults - {"noqueue"}
-        root = f"tc qdisc del dev {device.ifname} root"
+        root = f"tc qdisc del dev {name} root"
         if now is None or kinds <= {now}:
             return [Step(f"Delete the root; the kernel's default ({before.root.kind}) returns", root)]
         (kind,) = kinds
         text = f"net.core.default_qdisc is {now} by now, so {kind} is put back by name"
-        root = f"tc qdisc replace dev {device.ifname} root {before.root.kind}"
-        queues = Step(f"Put {kind} on each of its queues", f"# tc qdisc replace dev {device.ifname} parent ... {kind}")
+        root = f"tc qdisc replace dev {name} root {before.root.kind}"
+        queues = Step(f"Put {kind} on each of its queues", f"# tc qdisc replace dev {name} parent ... {kind}")
         return [Step(text, root), queues] if before.root.kind == MQ else [Step(text, root)]
     return [Step(f"Put back {item.text}", "# replayed from the recorded netlink message") for item in before.ordered()]
