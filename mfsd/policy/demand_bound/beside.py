@@ -32,7 +32,7 @@ def fair(link: LinkView, half: float) -> F8:
     work = link.collectives
     taken = 1.0 - NEARLY / (1.0 + work)
     slowed = work / np.maximum(taken, LEAST) - (1.0 - work)
-    share = 1.0 - work / np.maximum(slowed, np.maximum(work, LEAST))
+    share = 1.0 - work / np.maximum(slowed, np.where(work > 0.0, work, 1.0))
     return np.where((work > 0.0) & (work < MOSTLY), np.minimum(share, half), half)
 
 
