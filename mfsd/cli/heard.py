@@ -107,6 +107,8 @@ class _Witness:
 def told_to_end() -> Iterator[None]:
     """Signals that would end the process at once are as Ctrl-C: what it holds open is put in order. In words, which."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if threading.current_thread() is not threading.main_thread():
+        before.clear()  # a library's user takes signals its own way; no other thread may
     heeded = {number: was for number, was in before.items() if was is not signal.SIG_IGN}  # as nohup(1) wants it
     for number in heeded:
         signal.signal(number, _interrupt)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 SELDOM = ("watch", "--interval", "24h")
 
 
-def started(rig: Rig, *args: str, **how: Any) -> subprocess.Popen[bytes]:
-    """A command that goes on, and complains into a pipe."""
-    argv = [*MFSCTL, "--socket", str(rig.socket), *args]
+def started(rig: Rig, *args: str, words: str = '"$@"', **how: Any) -> subprocess.Popen[bytes]:
+    """A command that goes on, and complains into a pipe; as a shell understands ``words``."""
+    argv = ["sh", "-c", f"exec {words}", "sh", *MFSCTL, "--socket", str(rig.socket), *args]
     return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, **how)
 
 
@@ -58,7 +58,7 @@ def test_watching_ends_with_its_reader(rig: Rig, args: tuple[str, ...]) -> None:
 
 
 def test_nobody_watches_when_standard_output_is_closed(rig: Rig) -> None:
-    code, err = ended(started(rig, "watch", preexec_fn=lambda: os.close(1)))
+    code, err = ended(started(rig, "watch", words='"$@" >&-'))
     assert (code, err) == (1, b"mfsctl: standard output is closed: nobody would see what comes\n")
 
 

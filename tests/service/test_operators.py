@@ -238,12 +238,15 @@ def test_explain_errors(api: Api) -> None:
         (pb.ExplainRequest(slot=3), "no slot 3"),
         (pb.ExplainRequest(cookie=9), "no cookie 9"),
         (pb.ExplainRequest(transfer_id="x"), "no transfer_id 'x'"),
-        (pb.ExplainRequest(transfer_id="x" * 100_000), "no transfer_id 'xxx"),
-        (pb.ExplainRequest(transfer_id="\U0001f600" * 10_000), "no transfer_id '\U0001f600"),
+        (pb.ExplainRequest(transfer_id="x" * 30_000), "no transfer_id 'xxx"),
+        (pb.ExplainRequest(transfer_id="\U0001f600" * 8_000), "no transfer_id '\U0001f600"),
     ):
         error = failing(api.control.Explain, request)
         assert error.code() is grpc.StatusCode.NOT_FOUND
         assert words in error.details()
+    error = failing(api.control.Explain, pb.ExplainRequest(transfer_id="x" * 100_000))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.details() == "the message has more than 32768 bytes"
 
 
 def test_pause_and_mode(api: Api, running: Running) -> None:
