@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.vllm import Connector, Request
+from support.vllm import PullConnector
 
 from mfsd.integrations.vllm import MfsdConnector
 from mfsd.integrations.vllm.express import DUE, Express, second
@@ -227,23 +227,43 @@ def test_if_the_second_one_fails_all_goes_the_usual_way(when: str, caplog: pytes
     rig.express.release_dlist_handle(theirs)
 
 
-class Pulls(Connector):
+def test_a_read_that_the_second_one_can_t_begin_goes_the_usual_way(rig: Rig) -> None:
+    rig.due(loose=7.0, tight=0.5, next=0.4)
+    rig.read("loose")
+    tight = rig.express.make_prepped_xfer("READ", rig.mine, [1, 2], rig.theirs, [3, 4], notif_msg=b"p-tight:1")
+    assert rig.ways(tight) == ["express"]
+    failed = tight.handle
+    rig.other.broken = True
+    assert rig.express.transfer(tight) == "PROC"
+    assert rig.ways(tight) == ["usual"]
+    assert rig.usual.asked[-1].what == ("READ", [1, 2], [3, 4], b"p-tight:1")
+    assert failed.released
+    assert rig.ways(rig.read("next")) == ["usual"]
+    rig.express.release_xfer_handle(tight)
+    assert tight not in rig.express._going[rig.theirs]
+
+
+def test_if_one_fails_on_its_second_way_the_next_ones_go_the_usual_way(rig: Rig) -> None:
+    rig.due(loose=7.0, tight=0.5, next=0.4)
+    rig.read("loose")
+    tight = rig.read("tight")
+    tight.handle.state = "ERR"
+    assert (
+        rig.express.check_xfer_state(tight) == "ERR"
+    )  # what has begun may still write: its blocks are vLLM's to see to
+    assert rig.ways(tight, rig.read("next")) == ["express", "usual"]
+
+
+class Pulls(PullConnector):
     """Both sides in one, as NIXL's pull connector has them."""
 
     def __init__(self, extra: dict[str, Any], role: str = "kv_consumer") -> None:
         super().__init__(extra)
         self._vllm_config.kv_transfer_config.kv_role = role
         self.connector_worker = SimpleNamespace(nixl_wrapper=Agent())
-        self.to_recv: dict[str, Any] = {}
-        self._connector_metadata: Any = None
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         self.connector_worker.nixl_wrapper.register_memory(kv_caches)
-
-    def build_connector_meta(self, scheduler_output: Any) -> Any:
-        del scheduler_output
-        out, self.to_recv = SimpleNamespace(reqs_to_recv=self.to_recv), {}
-        return out
 
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         del forward_context
@@ -251,10 +271,7 @@ class Pulls(Connector):
 
 class Pull(MfsdConnector, Pulls):
     def expect(self, name: str, left_s: float) -> None:
-        request = Request(name, {"remote_host": "127.0.0.1", "mfsd_ttft_slo_ms": left_s * 1000})
-        self.on_new_request(request)
-        self.update_state_after_alloc(request, None, 100)
-        self.to_recv[name] = SimpleNamespace(remote=SimpleNamespace(request_id=f"p-{name}"))
+        self.loads(name, left_s, SimpleNamespace(remote=SimpleNamespace(request_id=f"p-{name}")))
 
     def step(self) -> None:
         self._connector_metadata = self.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[]))

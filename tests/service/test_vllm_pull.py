@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.vllm import Connector, Request, transfers
+from support.vllm import PullConnector, Request, transfers
 from support.waiting import WAIT_S
 
 from mfsd.integrations.vllm import MfsdConnector
@@ -30,13 +30,12 @@ class Entry:
     awaiting_kvs: bool = True
 
 
-class Pulls(MfsdConnector, Connector):
+class Pulls(MfsdConnector, PullConnector):
     """Both sides in one, as NIXL's pull connector has them."""
 
     def __init__(self, extra: dict[str, Any], policy: str = "recompute") -> None:
         super().__init__(extra)
         self._vllm_config.kv_transfer_config.kv_load_failure_policy = policy
-        self.to_recv: dict[str, Entry] = {}
         self.started: list[str] = []
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -50,24 +49,13 @@ class Pulls(MfsdConnector, Connector):
         return self.started
 
     def expect(self, name: str, left_s: float, block: int) -> Request:
-        request = Request(name, {"remote_host": "127.0.0.1", "mfsd_ttft_slo_ms": left_s * 1000})
-        self.on_new_request(request)
-        self.update_state_after_alloc(request, None, 100)
-        self.to_recv[name] = Entry(([block, block + 1],))
-        return request
+        return self.loads(name, left_s, Entry(([block, block + 1],)))
 
 
-class _Pull(Connector):
+class _Pull(PullConnector):
     """What stands below the mixin."""
 
-    to_recv: dict[str, Entry]
     started: list[str]
-    _connector_metadata: Any
-
-    def build_connector_meta(self, scheduler_output: Any) -> Any:
-        del scheduler_output
-        out, self.to_recv = SimpleNamespace(reqs_to_recv=self.to_recv), {}
-        return out
 
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         del forward_context

@@ -80,6 +80,28 @@ class Connector:
         self.calls.append("shutdown")
 
 
+class PullConnector(Connector):
+    """As NIXL's pull connector: what is to be read is in the metadata of a step, once."""
+
+    def __init__(self, extra: dict[str, Any]) -> None:
+        super().__init__(extra)
+        self.to_recv: dict[str, Any] = {}
+        self._connector_metadata: Any = None
+
+    def loads(self, name: str, left_s: float, entry: Any) -> Request:
+        """A request has come whose KV is to be read; ``entry``: of the metadata."""
+        request = Request(name, {"remote_host": "127.0.0.1", "mfsd_ttft_slo_ms": left_s * 1000})
+        self.on_new_request(request)
+        self.update_state_after_alloc(request, None, 100)
+        self.to_recv[name] = entry
+        return request
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        del scheduler_output
+        out, self.to_recv = SimpleNamespace(reqs_to_recv=self.to_recv), {}
+        return out
+
+
 class Mine(MfsdConnector, Connector):
     pass
 

@@ -12,6 +12,7 @@ is registered with both, and descriptors are prepared for both. If the second on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -57,6 +58,8 @@ class Read:
     """The remote side of one that goes the usual way."""
     due: float
     """Monotonic seconds."""
+    usually: Callable[[], Read] | None = None
+    """Makes one that goes the usual way, of one that does not."""
 
 
 class Express:
@@ -139,26 +142,29 @@ class Express:
         longest = time.monotonic() + LONGEST_S
         due = min(self._due.get(word.rpartition(":")[0], longest), longest)
         behind = any(read.due > due for read in self._going.get(theirs, ()))
-        if behind and self._other is not None and None not in (mine.express, theirs.express):
-            read = self._too(
-                lambda other: Read(
-                    other,
-                    other.make_prepped_xfer(
-                        operation, mine.express, mine_ids, theirs.express, theirs_ids, notif_msg=notif_msg, **more
-                    ),
-                    None,
-                    due,
-                )
-            )
+
+        def made(agent: Any, ours: Any, others: Any) -> Any:
+            return agent.make_prepped_xfer(operation, ours, mine_ids, others, theirs_ids, notif_msg=notif_msg, **more)
+
+        def usually() -> Read:
+            return Read(self._agent, made(self._agent, mine.usual, theirs.usual), theirs, due)
+
+        if behind and None not in (mine.express, theirs.express):
+            read = self._too(lambda other: Read(other, made(other, mine.express, theirs.express), None, due, usually))
             if read is not None:
                 return read
-        handle = self._agent.make_prepped_xfer(
-            operation, mine.usual, mine_ids, theirs.usual, theirs_ids, notif_msg=notif_msg, **more
-        )
-        return Read(self._agent, handle, theirs, due)
+        return usually()
 
     def transfer(self, read: Read, *rest: Any, **more: Any) -> Any:
-        """Begin."""
+        """Begin; the usual way if the second agent can't."""
+        if read.usually is not None:
+            out = self._too(lambda other: other.transfer(read.handle, *rest, **more))
+            if self._other is not None:
+                return out
+            other, handle, instead = read.agent, read.handle, read.usually()
+            read.agent, read.handle, read.peer, read.usually = instead.agent, instead.handle, instead.peer, None
+            with contextlib.suppress(Exception):  # it has failed already
+                other.release_xfer_handle(handle)
         out = read.agent.transfer(read.handle, *rest, **more)
         if read.peer is not None:
             self._going.setdefault(read.peer, set()).add(read)
@@ -169,6 +175,9 @@ class Express:
         state = read.agent.check_xfer_state(read.handle)
         if state != "PROC":
             self._over(read)
+            if state != "DONE" and read.usually is not None and self._other is not None:
+                log.warning("mfsd: a read by the second way has failed (%s): there is none any more", state)
+                self._other = None  # this one's blocks are vLLM's to see to: what has begun may still write
         return state
 
     def get_xfer_telemetry(self, read: Read) -> Any:
