@@ -129,8 +129,13 @@ class Steering:
         columns = np.array(self._marked, dtype=np.int16)
         return columns[:, 0], columns[:, 1]
 
-    def views(self, now: float, moved: Moved | None = None, rows: Rows | None = None) -> Views:
-        """What the policy sees now of all transfers, or of ``rows``, given how far streams have come (None: look)."""
+    def views(
+        self, now: float, moved: Moved | None = None, rows: Rows | None = None, unannounced: B1 | None = None
+    ) -> Views:
+        """What the policy sees now of all transfers, or of ``rows``.
+
+        Given how far streams have come, and on which levels something goes unannounced (None: look).
+        """
         moved = self.connections.positions.moved(self.books.streams) if moved is None else moved
         views = views_of(
             self.books,
@@ -139,7 +144,7 @@ class Steering:
             self.devices,
             self.bands,
             self.ladder,
-            self._unannounced(now),
+            self._unannounced(now) if unannounced is None else unannounced,
             now,
             rows,
         )
@@ -178,8 +183,9 @@ class Steering:
         """
         decided = None
         there = self.books.transfers.n or self.books.arrange_wanted or len(self.connections.positions.goes_on(now))
-        if there or self._unannounced(now).any():
-            decided = self._decide(moved, now)
+        unannounced = self._unannounced(now)
+        if there or unannounced.any():
+            decided = self._decide(moved, now, unannounced)
         else:
             self._untold.clear()
         self.urgency.count(now, steers=steers)
@@ -212,10 +218,10 @@ class Steering:
         bands = np.unique(self.ladder.bands(t.live("level")[due])).tolist()
         return {b for b in bands if b > default and self.bands.bands[b].role is Role.LEVEL}
 
-    def _decide(self, moved: Moved, now: float) -> Decision | None:
+    def _decide(self, moved: Moved, now: float, unannounced: B1) -> Decision | None:
         """Decide the levels of all transfers; returns what was decided, for what is guaranteed."""
         rows = self._asked(self._shown.rows(self.books, now))
-        views = self.views(now, moved, rows)
+        views = self.views(now, moved, rows, unannounced)
         if self.books.arrange_wanted:
             self.books.arrange_wanted = False
             self._arrange(views)

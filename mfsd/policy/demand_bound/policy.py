@@ -234,8 +234,8 @@ class DemandBound(Policy):
         beyond = (link.beyond > 0) & (link.collectives >= MOSTLY)
         unknown = link.unannounced.copy()
         unknown[:, lay.others] |= np.bincount(view.transfers.device[verdict.open], minlength=devices) > 0
-        more = beyond | unknown[:, lay.first : lay.deferred].any(axis=1)
-        if not len(asks) and not overdue.any() and not len(waits) and not more.any():
+        more = bool(unknown[:, lay.first : lay.deferred].any())
+        if not len(asks) and not overdue.any() and not len(waits) and not beyond.any() and not more:
             return np.zeros((devices, self.levels))
         cell = view.transfers.device * np.int32(self.levels) + level
         earliest = np.full(devices * self.levels, np.inf)
@@ -272,9 +272,9 @@ class DemandBound(Policy):
                 own, together = (of.reshape(devices, self.levels)[:, wait] for of in (doubt, steady))
                 give(wait, np.maximum(np.minimum(own, self.defer_until), np.minimum(together, most) - out.sum(axis=1)))
         # Nor when these are due, and how much they are, but plain sharing with collectives would give them something.
-        for level_of in range(lay.first, lay.others + 1):
+        for known in range(lay.first, lay.deferred) if more else ():
             part = np.clip(most - out.sum(axis=1), 0.0, fair(link, self.defer_until))
-            give(level_of, np.where(unknown[:, level_of], part, 0.0))
+            give(known, np.where(unknown[:, known], part, 0.0))
         return out * link.rate[:, None]
 
     def _rush(self, view: Views, verdict: Verdict, level: I2) -> F8:

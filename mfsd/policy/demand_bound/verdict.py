@@ -82,6 +82,8 @@ class Verdict:
     asked: Asked
     lost: B1
     """Its request can't be in time."""
+    open: B1
+    """It is KV of which nobody knows when it is due."""
     short: B1
     """Much of what the device has can't be in time."""
     need: F8
@@ -106,12 +108,6 @@ class Verdict:
     """Share of the device that must go to KV but for the greedy on average, if all goes well."""
     rush: F8
     """Share of the device that must go to what is late."""
-
-    @property
-    def open(self) -> B1:
-        """KV of which nobody knows when it is due, shape (n,)."""
-        never: B1 = self.asked.due == np.inf
-        return self.asked.given.kv & never & ~self.lost
 
     @classmethod
     def of(cls, view: Views, layout: Layout, margin: Margin, *, give_up: float, calm: float) -> Self:
@@ -142,6 +138,7 @@ class Verdict:
         out = cls(
             asked=asked,
             lost=lost,
+            open=asked.given.kv & (asked.due == np.inf) & ~lost,
             short=gone.lacking(SHORT),
             need=here.shares(),
             greedy=greedy,
