@@ -132,7 +132,9 @@ class DaemonConfig(Section):
         "auto", "Hook of the classifier; auto: tcx where the kernel has it."
     )
     slots: int = setting(_abi.DEFAULT_SLOTS, "Rows of the flow table: hinted connections at a time.", ge=16, le=1 << 20)
-    tick_ms: float = setting(10.0, "Period of the engine while transfers are under way.", ge=1.0, le=1000.0)
+    tick_ms: float = setting(
+        10.0, "Period of the engine while transfers are under way, or 20 ms if all can wait.", ge=1.0, le=1000.0
+    )
     idle_tick_ms: float = setting(100.0, "Period of the engine while there are none.", ge=1.0, le=10_000.0)
     heartbeat_ms: float = setting(
         100.0, "Longest time between two signs of life for the classifier.", ge=1.0, le=10_000.0

@@ -41,6 +41,8 @@ WAIT_S: Final = 0.02
 """How long replies wait for a tick at most; a little more than the budget ever makes hints wait."""
 SOON_S: Final = 0.001
 """Period while a rescue may be due."""
+CALM_S: Final = 0.02
+"""Longest period while there are transfers and nothing is to be decided: devices' counters are read so often."""
 NOBODY: Final = -2
 """Who asks for a tick where no user does: the kernel, or who is gone."""
 LATELY_S: Final = 0.1
@@ -220,7 +222,9 @@ class Ticker:
     def _period(self) -> float:
         if self._engine.rescue_due:
             return min(SOON_S, self.periods.busy)
-        period = self.periods.idle if self._engine.idle else self.periods.busy
+        period = self.periods.idle
+        if not self._engine.idle:
+            period = max(self.periods.busy, min(self._engine.calm_until - self._clock(), CALM_S))
         return min(period, self.periods.heartbeat)
 
     def durations(self) -> tuple[float, float]:

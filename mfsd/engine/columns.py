@@ -61,6 +61,11 @@ class Dense(Generic[T]):
         self._settle()
         return self._columns[name][: self._n]
 
+    def image(self) -> bytes:
+        """All live values: the same while none has changed."""
+        self._settle()
+        return b"".join([column[: self._n].tobytes() for column in self._columns.values()])
+
     def row(self, obj: T) -> int:
         """Row of an object now; GONE after its removal."""
         self._settle()

@@ -201,6 +201,11 @@ class Engine:
         """A promotion may need help within the stall time: tick soon."""
         return self.rescuer.waiting
 
+    @property
+    def calm_until(self) -> float:
+        """What was decided stands until then if nothing comes in: ticks may be rarer."""
+        return self.steering.calm.until
+
     def hear(self, now: float) -> None:
         """Take in some of what the kernel tells of connections."""
         self.hearing.run(now)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfsd.engine import fair
+from mfsd.engine.calm import Calm
 from mfsd.engine.columns import GONE
 from mfsd.engine.guarantees import Guarantees
 from mfsd.engine.slots import NS
@@ -70,6 +71,7 @@ class Steering:
     ladder: Ladder = field(init=False)
     urgency: Urgency = field(init=False)
     guarantees: Guarantees = field(init=False)
+    calm: Calm = field(init=False)
     stage_level: I2 = field(init=False)
     _marked: list[tuple[int, int]] = field(init=False)
     """By set of marks (Connections.mark_sets): the most urgent level of those that count always, and of all."""
@@ -85,6 +87,7 @@ class Steering:
 
     def __post_init__(self) -> None:
         self.guarantees = Guarantees(self.devices, self.bands)
+        self.calm = Calm(self.books, self.connections, self.devices, self.bands, self.rescuer)
         self.urgency = Urgency(self.connections, self.devices, self.bands, self.books, self.tenants)
         self._set_policy(self.policy)
 
@@ -102,7 +105,7 @@ class Steering:
         self.stage_level = policy.unannounced()
         one = Views.of(TransferView.of(1), LinkView.of(AMPLE, policy.levels))
         self._assures = policy.evaluate(one).guarantee is not None
-        self._marked = []
+        self._marked, self.calm.until = [], 0.0
         self._stage_band = self.ladder.bands(self.stage_level)
         self.guarantees.collectives = self.band_of(Stage.COLLECTIVE)
 
@@ -154,8 +157,7 @@ class Steering:
     def _unannounced(self, now: float) -> B1:
         """Devices and levels on which something moves of which nothing but the stage is known, shape (devices, levels).
 
-        Connections with marks, while no transfers are announced there; and those written in turns that move at the
-        level of their stage, whatever the policy says of them.
+        Connections with marks, while nothing is announced there; and those written in turns, at their stage's level.
         """
         out = np.zeros((max(len(self.devices), 1), self.policy.levels), dtype=np.bool_)
 
@@ -181,24 +183,10 @@ class Steering:
 
         ``steers``: packets follow the levels. Then promotions may need help; else what is queued is let out.
         """
-        decided = None
-        there = self.books.transfers.n or self.books.arrange_wanted or len(self.connections.positions.goes_on(now))
         unannounced = self._unannounced(now)
-        if there or unannounced.any():
-            decided = self._decide(moved, now, unannounced)
-        else:
-            self._untold.clear()
         self.urgency.count(now, steers=steers)
-        band = self.urgency.demote(self.ladder.bands(self.levels()))
-        # Before the levels, so that whoever is promoted finds its guarantee.
-        if steers:
-            given, last = (self._nothing(), None) if decided is None else (decided.guarantee, decided.given_up)
-            draining, rising = self.rescuer.draining(now), () if given is None else self._rising()
-            leaving = self._leaving(band) | self.rescuer.leaving(now)
-            self.guarantees.give(given, self.ladder, now, draining, last, rising, leaving)
-        else:
-            self.guarantees.drain(now)
-        self._write(band, now, rescue=steers)
+        if self.urgency.any or self._untold or not self.calm.stands(now, unannounced, steers=steers):
+            self._steer(moved, now, unannounced, steers=steers)
         self.rescuer.run(now, self.guarantees.extra)
         promoted = self.rescuer.rescued()
         self.books.counters.rescues += len(promoted)
@@ -210,6 +198,26 @@ class Steering:
                 reading = device.read()
                 if reading is not None:
                     device.estimator.observe(reading, self.guarantees.collectives, self.guarantees.left(row))
+
+    def _steer(self, moved: Moved, now: float, unannounced: B1, *, steers: bool) -> None:
+        """See ``run``."""
+        decided = None
+        there = self.books.transfers.n or self.books.arrange_wanted or len(self.connections.positions.goes_on(now))
+        if there or unannounced.any():
+            decided = self._decide(moved, now, unannounced)
+        else:
+            self._untold.clear()
+        band = self.urgency.demote(self.ladder.bands(self.levels()))
+        # Before the levels, so that whoever is promoted finds its guarantee.
+        if steers:
+            given, last = (self._nothing(), None) if decided is None else (decided.guarantee, decided.given_up)
+            draining, rising = self.rescuer.draining(now), () if given is None else self._rising()
+            leaving = self._leaving(band) | self.rescuer.leaving(now)
+            self.guarantees.give(given, self.ladder, now, draining, last, rising, leaving)
+        else:
+            self.guarantees.drain(now)
+        self._write(band, now, rescue=steers)
+        self.calm.note(0.0 if decided is None else decided.lasts, now, unannounced, steers=steers)
 
     def _rising(self) -> set[int]:
         """Bands below unhinted traffic with transfers that are due some time."""

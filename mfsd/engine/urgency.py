@@ -105,6 +105,11 @@ class Urgency:
         lowest = self.bands.level_bands[-1].index
         return lowest if lowest > self.bands.default.index else self.bands.background.index
 
+    @property
+    def any(self) -> bool:
+        """Somebody is beyond its budget."""
+        return bool(self._over.any())
+
     def demote(self, band: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """``band`` by slot, shape (high,), with the connections of those beyond their budget where they belong."""
         if not self._over.any():

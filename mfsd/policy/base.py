@@ -90,6 +90,8 @@ class Policy(abc.ABC):
         decision, stage = self._decide(view), view.transfers.stage
         level = pick.levels(stage == UNSTAGED, np.int16(LEVEL_NONE), decision.level)
         decision.level = pick.levels(stage == BACKGROUND, np.int16(self.background), level)
+        if decision.lasts > 0.0 and (decision.level != view.transfers.level).any():
+            decision.lasts = 0.0  # what is decided next starts from other levels
         return decision
 
     def _decide(self, view: Views) -> Decision:

@@ -264,6 +264,9 @@ class Decision:
     infeasible: B1 | None = None
     """Transfers of requests that can't be in time, shape (n,), where the policy finds that out on its way to levels;
     None: ask ``Policy.infeasible``."""
+    lasts: float = 0.0
+    """Seconds for which it may stand while nothing comes in, nothing ends and the link stays about as it is; 0: until
+    the next tick."""
 
 
 @dataclass(slots=True)

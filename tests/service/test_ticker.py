@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mfsd.daemon.config import Config
-from mfsd.daemon.ticker import BURST_S, KNOWN, QUIET_S, QUIET_SHARE, SHARE, WAIT_S, Periods, Ticker
+from mfsd.daemon.ticker import BURST_S, CALM_S, KNOWN, QUIET_S, QUIET_SHARE, SHARE, WAIT_S, Periods, Ticker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ class Engine:
     busy_s: float = 0.0
     ticks: int = 0
     rescue_due: bool = False
+    calm_until: float = 0.0
     fail: bool = False
 
     def tick(self, _now: float) -> None:
@@ -225,6 +226,10 @@ def test_periods_follow_the_engine() -> None:
     async def body(ticker: Ticker, _beats: list[float]) -> None:
         assert ticker._period() == periods.idle
         engine.idle = False
+        assert ticker._period() == periods.busy
+        engine.calm_until = time.monotonic() + 100.0
+        assert ticker._period() == max(CALM_S, periods.busy)
+        engine.calm_until = time.monotonic()
         assert ticker._period() == periods.busy
         ticker.periods = Periods(busy=1.0, idle=1.0, heartbeat=0.5)
         assert ticker._period() == 0.5

@@ -12,6 +12,7 @@ import numpy as np
 from mfsd.ground.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
 from mfsd.policy.demand_bound.beside import LEAST, MOSTLY, beside, fair
+from mfsd.policy.demand_bound.calm import lasts
 from mfsd.policy.demand_bound.crowd import REST, crowded, few
 from mfsd.policy.demand_bound.layout import Layout
 from mfsd.policy.demand_bound.load import Margin, Need, evenly
@@ -150,7 +151,8 @@ class DemandBound(Policy):
         overdue = self.overdue(view, level)
         level = pick.levels(overdue, np.int16(self.layout.others), level)
         guarantee = self._guarantee(view, verdict, needs & ~overdue, level, overdue)
-        return Decision(level, guarantee, self._given_up(view, verdict, level, guarantee), verdict.lost)
+        given_up = self._given_up(view, verdict, level, guarantee)
+        return Decision(level, guarantee, given_up, verdict.lost, lasts(view, verdict, self.longest(view)))
 
     def needs(self, view: Views, verdict: Verdict) -> B1:
         """Transfers that need a guarantee, shape (n,)."""
