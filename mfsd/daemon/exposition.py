@@ -31,6 +31,8 @@ PATIENCE_S: Final = 10.0
 """For a client to say what it wants, and to take the answer."""
 SCRAPES: Final = 16
 """At a time; each takes a thread."""
+IDLE_S: Final = 60.0
+"""Between two looks whether to end; who closes it wakes it up."""
 
 log = structlog.get_logger(__name__)
 
@@ -126,7 +128,7 @@ class Exposition:
         server = self._server
         assert server is not None  # noqa: S101 - opened just now
         server.set_app(make_wsgi_app(self._registry))
-        thread = threading.Thread(target=server.serve_forever, name="mfsd-metrics", daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(IDLE_S,), name="mfsd-metrics", daemon=True)
         thread.start()
         self._thread = thread
 
@@ -163,6 +165,8 @@ class Exposition:
         if server is None:
             return
         if self._thread is not None:  # else it would be waited for without end
+            with contextlib.suppress(OSError):
+                server.socket.shutdown(socket.SHUT_RDWR)  # to listen no more wakes it up
             server.shutdown()
         server.hurry()
         server.server_close()
