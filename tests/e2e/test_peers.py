@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from support.namespaces import joined_namespaces
 from support.rig import RATE_MBIT, Daemon, Flow, running
 from support.waiting import wait_for
 
@@ -141,12 +142,18 @@ def test_the_rate_of_a_single_peer_is_used_when_many_windows_agree(netns_pair: N
         assert known(daemon)[SLOW].sightings >= MANY
 
 
-@pytest.mark.parametrize("rivals", [1, 3])
-def test_the_share_of_a_single_peers_port_is_not_used(netns_pair: NetnsPair, tmp_path: Path, rivals: int) -> None:
-    with learning(netns_pair, tmp_path, rivals=rivals) as (daemon, flow):
+def test_the_share_of_a_single_peers_port_is_not_used(netns_pair: NetnsPair, tmp_path: Path) -> None:
+    """Beside one connection of another host, and beside three: each with hosts of its own, at the same time."""
+    with contextlib.ExitStack() as stack:
+        tried = []
+        for rivals, pair in ((1, netns_pair), (3, stack.enter_context(joined_namespaces()))):
+            folder = tmp_path / str(rivals)
+            folder.mkdir()
+            tried.append(stack.enter_context(learning(pair, folder, rivals=rivals)))
         end = time.monotonic() + LONG * AGE_S + SEEN_S / 2
         while time.monotonic() < end:
-            assert not used(daemon)
+            assert not any(used(daemon) for daemon, _ in tried)
             time.sleep(0.5)
-        assert known(daemon)[SLOW].sightings >= MANY  # enough of them, but they don't agree
-        assert flow.received
+        for daemon, flow in tried:
+            assert known(daemon)[SLOW].sightings >= MANY  # enough of them, but they don't agree
+            assert flow.received
