@@ -46,6 +46,7 @@ from mfsd.client.introduction import introduced
 from mfsd.daemon import devices
 from mfsd.daemon.config import parse
 from mfsd.daemon.daemon import Daemon
+from mfsd.daemon.memory import keep_freed
 from mfsd.daemon.turns import keep_turns_short
 from mfsd.datapath import _abi
 from mfsd.v1 import control_pb2, control_pb2_grpc, hints_pb2_grpc
@@ -120,7 +121,8 @@ async def serve(directory: Path) -> None:
             }
         }
     )
-    keep_turns_short()  # as the daemon does
+    keep_freed()  # as the daemon does
+    keep_turns_short()
     await Daemon(config, None).run()
 
 
@@ -332,9 +334,7 @@ def measure(rounds: int) -> list[Figure]:
                         ours = asyncio.run(stream(mfsd, messages, hints))
                         theirs = asyncio.run(stream(other, messages, hints))
                         streams[size].append((ours, theirs))
-                        print(
-                            f"round {i + 1}, {size} hints per message: {ours:,.0f}/s, the empty service {theirs:,.0f}/s"
-                        )
+                        print(f"round {i + 1}, {size} per message: {ours:,.0f}/s, the empty service {theirs:,.0f}/s")
                     columns.append((by_columns(mfsd, worker), by_columns(other, worker)))
                     ours, theirs = columns[-1]
                     print(f"round {i + 1}, columns: {ours:,.0f} transfers/s, the empty service {theirs:,.0f}/s")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.api.decode import STAGES, US, decode_selector
+from mfsd.api.decode import STAGES, US
 from mfsd.engine.bulk import Bad, TransferColumns
 from mfsd.ground.model import INF, HintError, ProgressHint
 from mfsd.ground.wire import INTERLEAVED
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 _TO_COLUMN: Final = {"id": "ids", "request_id": "request", "batch_id": "batch"}
 """Fields of a single transfer that are columns of another name."""
-_OWNERLESS: Final = [number for number, stage in STAGES.items() if stage.ownerless]
+_STAGES: Final = range(max(STAGES) + 2)
+"""Numbers of stages, from none (0) to one that nobody knows, to look the others up by."""
+_KNOWN: Final = np.array([number in STAGES for number in _STAGES])
+_OWNERLESS: Final = np.array([number in STAGES and STAGES[number].ownerless for number in _STAGES])
 
 Ints = npt.NDArray[Any]
 
@@ -49,14 +52,14 @@ def transfers(decoder: Decoder, m: pb.TransferColumns, now: float) -> tuple[Tran
     held = _column("transfers.max_defer_us", m.max_defer_us, n, np.float64)
     ttl = _column("transfers.ttl_us", m.ttl_us, n, np.float64)
     names, owners = list(m.ids), list(m.owners)
-    selectors = [_selector(one) for one in m.selectors]
+    selectors = [_selector(decoder, one) for one in m.selectors]
 
     reach = int(limits.max_deadline_s * 1e6)
-    known_stage = np.isin(stage, list(STAGES))
-    suspect = ~known_stage | (size <= 0) | (size > limits.max_transfer_bytes) | (layer > limits.max_layers)
+    suspect = (size <= 0) | (size > limits.max_transfer_bytes) | (layer > limits.max_layers)
+    suspect |= ~_KNOWN.take(stage, mode="clip")
     suspect |= (own < -reach) | (own > reach) | (held > limits.max_defer_s * 1e6)
     suspect |= (request > len(owners)) | (batch > len(owners)) | (selector >= len(selectors))
-    suspect |= (request == 0) & (batch == 0) & ~np.isin(stage, _OWNERLESS)
+    suspect |= (request == 0) & (batch == 0) & ~_OWNERLESS.take(stage, mode="clip")
     suspect |= _named_wrongly(names, limits.max_id_bytes)
     wrong_owners = np.concatenate([[False], _named_wrongly(owners, limits.max_id_bytes)])
     suspect |= wrong_owners.take(request, mode="clip") | wrong_owners.take(batch, mode="clip")
@@ -144,10 +147,10 @@ def _named_wrongly(names: list[str], limit: int) -> npt.NDArray[np.bool_]:
     return np.asarray((length == 0) | (4 * length > limit))
 
 
-def _selector(m: pb.Selector) -> Selector | None:
+def _selector(decoder: Decoder, m: pb.Selector) -> Selector | None:
     """None: decoding it as part of a row says what is wrong."""
     try:
-        return decode_selector("selector", m)
+        return decoder.selector("selector", m)
     except HintError:
         return None
 

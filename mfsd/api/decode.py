@@ -249,6 +249,10 @@ class Decoder:
             raise HintError(field, f"layer {layer}", f"at most {self._max_layers} (limits.max_layers)")
         return layer
 
+    def selector(self, field: str, m: hints_pb2.Selector) -> Selector:
+        """Decode a selector found at ``field`` of its hint. Raises HintError."""
+        return self._cookies.get(m.cookie) or self._selector(field, m)
+
     def _selector(self, field: str, m: hints_pb2.Selector) -> Selector:
         raw = m.SerializeToString()
         found = self._selectors.get(raw)

@@ -7,6 +7,7 @@ books are passive. The ledger writes into them what hints say, delivery strikes 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -157,16 +158,18 @@ class Books:
 
     def strike_transfers(self, transfers: Collection[Transfer]) -> None:
         """Remove transfers from the columns and from all that names them, but for their streams."""
-        whose: dict[Session, list[str]] = {}
+        owned: defaultdict[tuple[Session, Request | None, Batch | None], list[Transfer]] = defaultdict(list)
         for transfer in transfers:
-            session = transfer.session
-            if session.transfers.get(transfer.id) is transfer:  # else its name is another one's by now
-                del session.transfers[transfer.id]
-            whose.setdefault(session, []).append(transfer.id)
-            if transfer.batch is not None:
-                transfer.batch.transfers.discard(transfer)
-            if transfer.request is not None:
-                transfer.request.transfers.discard(transfer)
-        for session, names in whose.items():
-            self.charge(session, -len(names), -sum(map(len, names)), transfer=True)
+            owned[transfer.session, transfer.request, transfer.batch].append(transfer)
+        for (session, request, batch), some in owned.items():
+            known, length = session.transfers, 0
+            for transfer in some:
+                name = transfer.id
+                length += len(name)
+                if known.get(name) is transfer:  # else its name is another one's by now
+                    del known[name]
+            self.charge(session, -len(some), -length, transfer=True)
+            for owner in (request, batch):
+                if owner is not None:
+                    owner.transfers.difference_update(some)
         self.transfers.remove_all(transfers)

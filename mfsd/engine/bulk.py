@@ -19,6 +19,8 @@ from mfsd.ground.bands import LEVEL_NEW
 from mfsd.ground.model import INF, HintError, Selector, Stage, TransferHint
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mfsd.engine.ledger import Ledger
     from mfsd.engine.records import Batch, Request, Session, Stream
     from mfsd.policy.views import F8, I4
@@ -227,15 +229,24 @@ def _queue(
     starts = _place(ledger, c, transfers, streams, now)
     session.transfers.update(zip(c.ids, transfers, strict=True))
     ledger.books.charge(session, len(c), sum(map(len, c.ids)), transfer=True)
-    for transfer in transfers:
-        if transfer.request is not None:
-            transfer.request.transfers.add(transfer)
-        if transfer.batch is not None:
-            transfer.batch.transfers.add(transfer)
-        if session.lost:
-            session.make_good(transfer.id, transfer.request)
+    _link(c.request, requests, transfers)
+    _link(c.batch, batches, transfers)
+    for transfer in transfers if session.lost else ():
+        session.make_good(transfer.id, transfer.request)
     index = np.array([-1 if s is None else s.index for s in streams], dtype=np.int32)
     return transfers, starts, index.take(c.selector)
+
+
+def _link(index: I4, owners: Sequence[Request | None] | Sequence[Batch | None], transfers: list[Transfer]) -> None:
+    """Have owners know their transfers; ``index`` of each one's owner, shape (len(transfers),)."""
+    one = owners[index[0]]
+    if (index == index[0]).all():  # the rule
+        if one is not None:
+            one.transfers.update(transfers)
+        return
+    for i, transfer in zip(index.tolist(), transfers, strict=True):
+        if (owner := owners[i]) is not None:
+            owner.transfers.add(transfer)
 
 
 def _place(

@@ -95,8 +95,8 @@ class Endings:
     def deliver(self, groups: Iterable[tuple[Iterable[Transfer], float]], now: float) -> None:
         """These have arrived, and when. So many are struck out as a tick has room for, the others afterwards."""
         for transfers, at in groups:
-            for transfer in transfers:
-                self._arrived.setdefault(transfer, at)
+            new, known = dict.fromkeys(transfers, at), self._arrived
+            known |= new if known.keys().isdisjoint(new) else {t: at for t in new if t not in known}
         self._room -= self._strike(self._room, now)
 
     def go_on(self, now: float) -> None:
@@ -122,11 +122,11 @@ class Endings:
         """Strike out at most so many of those that have arrived; returns how many were looked at."""
         if not self._arrived or count <= 0:
             return 0
-        some = list(islice(self._arrived.items(), count))
-        for transfer, _ in some:
+        some = dict(islice(self._arrived.items(), count))
+        for transfer in some:
             del self._arrived[transfer]
-        ended = [(t, at) for t, at in some if t.row != GONE]
-        self._deliver([t for t, _ in ended], [at for _, at in ended], now)
+        ended = [t for t in some if t.row != GONE]
+        self._deliver(ended, [some[t] for t in ended], now)
         return len(some)
 
     def _deliver(self, ended: list[Transfer], at: list[float], now: float) -> None:

@@ -8,7 +8,7 @@ transfers are intervals of: the bytes of one connection, or of several together.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -394,7 +394,7 @@ class Stream:
 
 def by_stream(transfers: Iterable[Transfer]) -> dict[Stream, list[Transfer]]:
     """Each stream's own."""
-    out: dict[Stream, list[Transfer]] = {}
+    out: defaultdict[Stream, list[Transfer]] = defaultdict(list)
     for transfer in transfers:
-        out.setdefault(transfer.stream, []).append(transfer)
+        out[transfer.stream].append(transfer)
     return out

@@ -111,6 +111,7 @@ BAD = [
     ({"owners": ["r", ""], "request": [1, 2, 1]}, 1, "transfers.request[1]", "is empty, and so is batch_id"),
     ({"stage": [3, 3, 9]}, 2, "transfers.stage[2]", "unknown stage 9"),
     ({"stage": [3, 0, 3]}, 1, "transfers.stage[1]", "unknown stage 0"),
+    ({"stage": [5, 3, 3]}, 0, "transfers.stage[0]", "unknown stage 5"),
     ({"bytes": [1, 0, 1]}, 1, "transfers.bytes[1]", "0 bytes"),
     ({"bytes": [-5, 1, 1]}, 0, "transfers.bytes[0]", "-5 bytes"),
     ({"bytes": [1, 1, LIMITS.max_transfer_bytes + 1]}, 2, "transfers.bytes[2]", "limits.max_transfer_bytes"),
