@@ -145,6 +145,7 @@ def main(predecessor: Predecessor | None, path: Path | None, check_config: bool)
             sys.exit(f"mfsd: {e}")
         return
     _take_enough()
+    _see_processes()
     faulthandler.enable(logs.STDERR)  # on an abort, which is what a watchdog does, the log shows where every thread was
     keep_freed()
     keep_turns_short()
@@ -177,3 +178,14 @@ def _take_enough() -> None:
         if have != resource.RLIM_INFINITY and have < needs:
             much = f"it may have {have} {name}, and needs {needs} at least"
             sys.exit(f"mfsd: can't start: {much}: allow it more ({where})")
+
+
+def _see_processes() -> None:
+    """Exits where /proc has nobody, or those of another pid namespace: workers would be taken for somebody else."""
+    try:
+        mine = str(Path("/proc/self").readlink()) == str(os.getpid())
+    except OSError:
+        mine = False
+    if not mine:
+        there = "/proc is not there, or that of another pid namespace, and tells no worker from another"
+        sys.exit(f"mfsd: can't start: {there}: mount this one's (mount -t proc proc /proc)")

@@ -150,6 +150,28 @@ def test_too_low_limits_are_named(tmp_path: Path, limit: str, count: int, words:
     assert done.stderr.startswith(f"mfsd: can't start: it may have {words} at least: allow it more (Limit")
 
 
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "parent",
+    [
+        ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"],
+        ["unshare", "--pid", "--fork"],
+    ],
+    ids=["no /proc", "that of another pid namespace"],
+)
+def test_proc_that_does_not_know_it_is_named(tmp_path: Path, parent: list[str]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to hide processes")
+    config = tmp_path / "mfsd.toml"
+    config.write_text(f'[daemon]\nsocket = "{tmp_path}/s"\nstate_dir = "{tmp_path}"\n')
+    command = [*parent, sys.executable, "-m", "mfsd.daemon", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("mfsd: can't start: /proc is not there, or that of another pid namespace")
+    assert len(done.stderr.splitlines()) == 1
+    assert subprocess.run([*command, "--check-config"], capture_output=True, check=False).returncode == 0
+
+
 NO_THREADS = """
 import os, resource, signal, sys
 from pathlib import Path
