@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 from mfsd.client.advice import Advice, Advisor
 from mfsd.client.encode import fault
 from mfsd.client.events import Events
+from mfsd.client.ledger import Ledger
 from mfsd.client.link import Link
 from mfsd.client.outcome import Rejected, Stats
 from mfsd.client.selectors import Connection, Named, name, whole
@@ -120,7 +121,8 @@ class Client:
         if target:
             _need_threads()
             self._advisor = Advisor(target)
-            self._link = Link(self.session, target, queue, batch, self._events.tell, on_rejected)
+            ledger = Ledger(queue, self._whereabouts.reached)
+            self._link = Link(self.session, target, queue, batch, self._events.tell, on_rejected, ledger=ledger)
         _clients.add(self)
 
     # --- hints --------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from mfsd.ground.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 DEFAULT_TTL_S: Final = 30.0
 """For hints that leave their life to the daemon; its own default."""
@@ -44,7 +44,7 @@ _of_transfer: Final = attrgetter(
     "id", "request_id", "batch_id", "target_layer", "size", "deadline", "ttl", "ordered", "position",
     "hold_until",
 )  # fmt: skip
-REQUEST, SIZE, POSITION = 4, 7, 11
+REQUEST, SIZE, POSITION, END = 4, 7, 11, 13
 """Where they are in the entry of a transfer."""
 _STAGES: Final = {stage.value: stage for stage in Stage}
 
@@ -80,6 +80,16 @@ class _Carried:
     count: int = 0
     reached: int = 0
     """Position up to which those that have ended were written; 0: unknown."""
+    end: int = 0
+    """Position at which the last one is over, if none is taken back; 0: unknown."""
+    seen: int = 0
+    """How far it had been written at the last look; 0: nobody has looked."""
+    until: float = 0.0
+    """It was moving then, and none of them expires before."""
+
+
+def _nobody_knows(_name: str, _cookie: int) -> int | None:
+    return None
 
 
 @dataclass(slots=True)
@@ -87,6 +97,8 @@ class Ledger:
     """Announced and alive, at most ``limit`` entries of each kind."""
 
     limit: int
+    written: Callable[[str, int], int | None] = _nobody_knows
+    """How far the socket of a transfer, with this cookie, has been written; None: it is not known, or gone."""
     forgotten: int = 0
     """Entries given up because of the limit."""
     _requests: Entries = field(default_factory=Entries)
@@ -143,7 +155,9 @@ class Ledger:
         carried.count += 1
         expires = (due if due != INF else now) + (hint.ttl or DEFAULT_TTL_S)
         stage = hint.stage.value if isinstance(hint.stage, Stage) else hint.stage  # whatever somebody takes for one
-        says = carried.number, stage, *_of_transfer(hint)
+        if hint.ordered and hint.position:
+            carried.end = max(hint.position, carried.end) + hint.size
+        says = carried.number, stage, *_of_transfer(hint), carried.end if hint.ordered and hint.position else 0
         if hint.request_id:
             self._owned.setdefault(hint.request_id, {})[hint.id] = None
         self._put(self._transfers, hint.id, expires, says, now)
@@ -154,10 +168,35 @@ class Ledger:
         kept.pop(name, None)
         kept[name] = (expires, *says)
         for one in part.expired(now):
-            self._forget(part, one)
+            self._expire(part, one, now)
         if len(kept) > self.limit:
             self._forget(part, next(iter(kept)))
             self.forgotten += 1
+
+    def _expire(self, part: Entries, name: str, now: float) -> None:
+        """Its time is over: forget it, unless what it announces is still on its way, as the daemon does."""
+        owns = (name,) if part is self._transfers else self._owned.get(name, ()) if part is self._requests else ()
+        until = max((self._moves(one, now) for one in owns), default=0.0)
+        if until < now:
+            self._forget(part, name)
+        else:
+            part.kept[name] = (until, *part.kept[name][1:])
+
+    def _moves(self, name: str, now: float) -> float:
+        """Until when a transfer lives on, whose socket has moved and which is not written to its end; 0: it does not."""
+        entry = self._transfers.kept[name]
+        carried = self._numbered[entry[1]]
+        if not isinstance(carried.selector, CookieSelector) or not entry[END]:
+            return 0.0
+        at = self.written(name, carried.selector.cookie)
+        if at is None:
+            return 0.0
+        if at >= entry[END]:
+            carried.reached = max(carried.reached, entry[END])
+            return 0.0
+        if carried.until < now and at > (carried.seen or entry[POSITION]):
+            carried.seen, carried.until = at, now + DEFAULT_TTL_S
+        return carried.until
 
     def _forget(self, part: Entries, name: str) -> None:
         if part is self._transfers:
@@ -203,7 +242,7 @@ class Ledger:
         """
         for part in self._parts():
             for name in [n for n, entry in part.kept.items() if entry[0] < now]:
-                self._forget(part, name)
+                self._expire(part, name, now)
         yield from self._marks.values()
         requests, batches = self._requests.kept, self._batches.kept
         for _, *request in requests.values():
@@ -223,7 +262,7 @@ class Ledger:
 
     def _again(self, entry: tuple[Any, ...], reached: dict[int, int]) -> TransferHint:
         """A transfer begins where its socket stood when it was announced, or behind those before it."""
-        _, number, stage, name, request, batch, layer, size, deadline, ttl, ordered, position, hold = entry
+        _, number, stage, name, request, batch, layer, size, deadline, ttl, ordered, position, hold, _ = entry
         carried = self._numbered[number]
         if position and ordered:
             position = max(position, reached[number])

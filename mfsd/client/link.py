@@ -77,8 +77,9 @@ class Link:
         on_event: Callable[[Event], None] | None,
         on_rejected: Callable[[Rejected], None] | None,
         way: Way | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
-        """``way``: how to get there; None: over a plain channel, at once."""
+        """``way``: how to get there; None: over a plain channel, at once. ``ledger``: None: one for ``queue``."""
         if queue < 1 or batch < 1:
             raise ValueError(f"queue = {queue}, batch = {batch}: both must be at least 1")
         self._session, self._target = session, target
@@ -92,7 +93,7 @@ class Link:
         self._stats = Stats()
         self._changed = threading.Condition()  # may be taken again: by a signal's handler, or what a collector deletes
         self._closing = False
-        self._ledger = Ledger(queue)
+        self._ledger = Ledger(queue) if ledger is None else ledger
         self._epoch = 0
         """Of the daemon that has heard what the ledger holds."""
         self._again = Again()

@@ -36,6 +36,9 @@ class _Lately:
             self._new[name] = found = self._old.pop(name, {})
         found[cookie] = fd
 
+    def get(self, name: str) -> dict[int, int]:
+        return self._new.get(name) or self._old.get(name) or {}
+
     def pop(self, name: str) -> dict[int, int]:
         old, new = self._old.pop(name, None), self._new.pop(name, None)
         return new or old or {}
@@ -57,6 +60,11 @@ class Whereabouts:
             self._of[What.REQUEST].put(hint.request_id, selector.cookie, fd)
         elif hint.batch_id:
             self._of[What.BATCH].put(hint.batch_id, selector.cookie, fd)
+
+    def reached(self, name: str, cookie: int) -> int | None:
+        """How far the socket of a transfer has been written; None: it is not known, or gone."""
+        fd = self._of[What.TRANSFER].get(name).get(cookie)
+        return None if fd is None else written(fd, cookie)
 
     def end(self, what: What, name: str, *, cancelled: bool) -> tuple[tuple[int, int], ...]:
         """Something is over; of what is ``cancelled``: how far its sockets have been written, by their cookies."""

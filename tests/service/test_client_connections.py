@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -193,6 +194,23 @@ def test_a_socket_in_the_place_of_one_that_is_gone_is_not_taken_for_it() -> None
         del sock
     assert len(places) < 50  # or nothing was tried
     assert all(len(set(cookies)) == len(cookies) for cookies in places.values())
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_after_a_restart_what_is_still_being_written_is_announced_however_old(
+    start: Callable[..., Running], *, writes: bool
+) -> None:
+    first = start()
+    with connected() as (sock, _), Client("worker", first.target) as client:
+        client.transfer("weights", sock, 1_000_000, stage=Stage.BACKGROUND, ttl_s=0.05)
+        assert client.flush(WAIT_S)
+        if writes:
+            sock.sendall(bytes(100_000))
+        first.stop()
+        time.sleep(0.1)  # its time to live is over
+        start()
+        wait_for(lambda: client.stats.connects == 2 and client.flush(1))
+        assert client.stats.announced_again == int(writes)
 
 
 def test_after_a_restart_what_is_left_is_announced(start: Callable[..., Running]) -> None:

@@ -115,6 +115,23 @@ def test_the_ledger_forgets_what_has_expired() -> None:
     assert len(ledger) == 0
 
 
+def test_what_is_still_being_written_outlives_its_time() -> None:
+    at = 1000
+    ledger = Ledger(limit=10, written=lambda name, cookie: None if (name, cookie) == ("closed", 2) else at)
+    ledger.enter(RequestHint("r", 10.0, ttl=5.0), 0.0)
+    for name, size, cookie in (("before", 10, 1), ("w", 1000, 1), ("behind", 10, 1), ("closed", 1000, 2)):
+        ledger.enter(
+            TransferHint(name, "r", "", Stage.P2D, 0, size, CookieSelector(cookie), ttl=5.0, position=1000), 0.0
+        )
+    at = 1500
+    assert ids(ledger, 16.0) == ["r", "w", "behind"]
+    at = 1600
+    assert ids(ledger, 50.0) == ["r", "w", "behind"]
+    assert positions(ledger) == {"w": 1010, "behind": 2010}
+    assert ids(ledger, 90.0) == []  # it stands still
+    assert (len(ledger), ledger._carried, ledger._owned) == (0, {}, {})
+
+
 def positions(ledger: Ledger) -> dict[str, int]:
     return {h.id: h.position for h in ledger.alive(0.0) if isinstance(h, TransferHint)}
 
