@@ -119,8 +119,10 @@ class ControlService(control_pb2_grpc.ControlServicer):
         else:
             found = messages.explanation(engine, now, ways, transfer_id=request.transfer_id)
         if found is None:
-            value = getattr(request, str(target))
-            await _not_found(context, f"no {target} {value!r}; it may be finished: list connections or transfers")
+            value, what = getattr(request, str(target)), str(target).removesuffix("_id")
+            if any(value in s.requests for s in engine.books.sessions.values()):
+                await _not_found(context, f"{value!r} is a request; name one of its transfers, or a connection")
+            await _not_found(context, f"no {what} {value!r}; it may be finished: list connections or transfers")
         return found
 
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.Metrics:

@@ -183,7 +183,7 @@ class Ledger:
             part.kept[name] = (until, *part.kept[name][1:])
 
     def _moves(self, name: str, now: float) -> float:
-        """Until when a transfer lives on, whose socket has moved and which is not written to its end; 0: it does not."""
+        """Until when a transfer lives on, whose socket has moved, and not to its end; 0: it does not."""
         entry = self._transfers.kept[name]
         carried = self._numbered[entry[1]]
         if not isinstance(carried.selector, CookieSelector) or not entry[END]:

@@ -182,6 +182,11 @@ def test_explain(busy: Rig) -> None:
     assert busy.last == pb.ExplainRequest(cookie=COOKIE)
     assert (missing.code, missing.out) == (1, "")
     assert missing.err == f"mfsctl: no cookie {COOKIE}; it may be finished: list connections or transfers\n"
+    gone = busy.run("explain", "t9")
+    assert gone.err == "mfsctl: no transfer 't9'; it may be finished: list connections or transfers\n"
+    assert busy.run("hint", "request", "r9", "--ttft-left", "60s").code == 0
+    request = busy.run("explain", "r9")
+    assert request.err == "mfsctl: 'r9' is a request; name one of its transfers, or a connection\n"
     asked = len(busy.tap.asked)
     for wrong in ((), ("t1", "--slot", "1")):
         assert busy.run("explain", *wrong).code == 2

@@ -237,9 +237,9 @@ def test_explain_errors(api: Api) -> None:
     for request, words in (
         (pb.ExplainRequest(slot=3), "no slot 3"),
         (pb.ExplainRequest(cookie=9), "no cookie 9"),
-        (pb.ExplainRequest(transfer_id="x"), "no transfer_id 'x'"),
-        (pb.ExplainRequest(transfer_id="x" * 30_000), "no transfer_id 'xxx"),
-        (pb.ExplainRequest(transfer_id="\U0001f600" * 8_000), "no transfer_id '\U0001f600"),
+        (pb.ExplainRequest(transfer_id="x"), "no transfer 'x'"),
+        (pb.ExplainRequest(transfer_id="x" * 30_000), "no transfer 'xxx"),
+        (pb.ExplainRequest(transfer_id="\U0001f600" * 8_000), "no transfer '\U0001f600"),
     ):
         error = failing(api.control.Explain, request)
         assert error.code() is grpc.StatusCode.NOT_FOUND
