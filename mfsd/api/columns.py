@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from mfsd.api.decode import STAGES, US
+from mfsd.api.decode import STAGES, STAGES_TEXT, US
 from mfsd.engine.bulk import Bad, TransferColumns
 from mfsd.ground.model import INF, HintError, ProgressHint
 from mfsd.ground.wire import INTERLEAVED
@@ -30,6 +30,11 @@ _STAGES: Final = range(max(STAGES) + 2)
 """Numbers of stages, from none (0) to one that nobody knows, to look the others up by."""
 _KNOWN: Final = np.array([number in STAGES for number in _STAGES])
 _OWNERLESS: Final = np.array([number in STAGES and STAGES[number].ownerless for number in _STAGES])
+
+STAGE_MAX: Final = (1 << 31) - 1
+"""Of a single transfer's field; that of columns takes more."""
+DEFER_MAX: Final = (1 << 64) - 1
+"""The same of a duration, which is a floating-point number here, and may have been rounded up."""
 
 Ints = npt.NDArray[Any]
 
@@ -176,11 +181,14 @@ def _single(
     ):
         if index > last:
             raise HintError(f"transfer.{name}", f"{index} is beyond the last of the {table}", f"at most {last}")
+    if stage[i] > STAGE_MAX:
+        raise HintError("transfer.stage", f"unknown stage {stage[i]}", STAGES_TEXT)
     out = pb.Hint()
     t = out.transfer
     t.id, t.request_id, t.batch_id = m.ids[i], owners[int(request[i])], owners[int(batch[i])]
-    t.stage, t.bytes, t.target_layer, t.deadline_us, t.max_defer_us = (  # type: ignore[assignment]  # an open enum
-        int(c[i]) for c in (stage, size, layer, own, held)
+    t.stage, t.bytes, t.target_layer, t.deadline_us = (  # type: ignore[assignment]  # an open enum
+        int(c[i]) for c in (stage, size, layer, own)
     )
+    t.max_defer_us = min(int(held[i]), DEFER_MAX)
     t.selector.CopyFrom(m.selectors[int(selector[i])])
     return out

@@ -112,6 +112,7 @@ BAD = [
     ({"stage": [3, 3, 9]}, 2, "transfers.stage[2]", "unknown stage 9"),
     ({"stage": [3, 0, 3]}, 1, "transfers.stage[1]", "unknown stage 0"),
     ({"stage": [5, 3, 3]}, 0, "transfers.stage[0]", "unknown stage 5"),
+    ({"stage": [3, 3, 2**32 - 1]}, 2, "transfers.stage[2]", "unknown stage 4294967295"),
     ({"bytes": [1, 0, 1]}, 1, "transfers.bytes[1]", "0 bytes"),
     ({"bytes": [-5, 1, 1]}, 0, "transfers.bytes[0]", "-5 bytes"),
     ({"bytes": [1, 1, LIMITS.max_transfer_bytes + 1]}, 2, "transfers.bytes[2]", "limits.max_transfer_bytes"),
@@ -119,6 +120,7 @@ BAD = [
     ({"deadline_us": [0, 0, 10**15]}, 2, "transfers.deadline_us[2]", "limits.max_deadline_s"),
     ({"deadline_us": [0, 0, -(10**15)]}, 2, "transfers.deadline_us[2]", "limits.max_deadline_s"),
     ({"max_defer_us": [0, 0, 300_000_001]}, 2, "transfers.max_defer_us[2]", "limits.max_defer_s"),
+    ({"max_defer_us": [0, 2**64 - 1, 0]}, 1, "transfers.max_defer_us[1]", "limits.max_defer_s"),
     ({"selector": [0, 0, 1]}, 2, "transfers.selector[2]", "1 is beyond the last of the selectors"),
     (
         {"selectors": [pb.Selector(cookie=1), MULTICAST], "selector": [0, 1, 0]},
