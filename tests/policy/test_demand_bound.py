@@ -128,7 +128,7 @@ def test_beside_collectives_as_much_is_guaranteed_as_is_enough_with_their_pauses
 ) -> None:
     """0.84 s of work. Collectives of ``work`` seconds with pauses of 1 - work between them."""
     average, room = 1.05 * 0.84 / (due - 0.025) * (1 + 0.1 * work**2), 1.0 - others  # on the wire, with headroom
-    asked = min(1.1 * 0.84 / (due * 0.97 - 0.025), 0.7)
+    asked = min(1.1 * 0.84 / (due * 0.97 - 0.025), 0.7 if work < 0.8 else 1.0)
     decision = decide(alone(0.84, due), collectives=work, taken=others)
     if decision.level == [URGENT]:
         return  # no time for that
@@ -141,6 +141,23 @@ def test_beside_collectives_as_much_is_guaranteed_as_is_enough_with_their_pauses
         slowed = work / (room - 1.05 * got)
         gets = room - work / (slowed + 1.0 - work)
         assert gets == pytest.approx(average, rel=1e-3) if got else gets >= average - 1e-9
+
+
+def test_those_whose_turn_has_not_come_keep_moving_beside_collectives_that_never_pause() -> None:
+    """0.2 s of work due first, and 0.7 s due in 1.6: as far as the first can do without, with twice the margin."""
+
+    def granted(due: float, collectives: float = 0.0) -> tuple[float, float]:
+        t = pv.transfers(2, left=np.array([0.2, 0.7]) * RATE, deadline=[due, 1.6], stage=3, level=[FIRST, OTHERS])
+        decision = decide(t, collectives=collectives)
+        assert decision.level.tolist() == [FIRST, OTHERS]
+        return shares(decision)[FIRST], shares(decision)[OTHERS]
+
+    together = 1.1 * 0.9 / (1.6 * 0.97 - 0.025)
+    assert granted(1.0, collectives=1.0) == pytest.approx((together - 0.2, 0.2), abs=0.02)
+    kept = 1.25 * 0.2 / (0.5 * 0.94 - 0.05)
+    assert granted(0.5, collectives=1.0) == pytest.approx((kept, together - kept), abs=0.02)
+    assert granted(0.36, collectives=1.0)[1] == 0.0
+    assert granted(1.0)[1] == granted(1.0, collectives=0.79)[1] == 0.0  # these leave them something
 
 
 def test_what_collectives_leave_is_not_guaranteed() -> None:

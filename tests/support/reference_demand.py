@@ -251,9 +251,12 @@ class Plain:
         most = min(p.most, p.most_short) if short else p.most
         if rush > 0.0 and lay.urgent not in asks:
             most = 1.0
-        rest = min(p.headroom * total, most, self._beside(device, average, rush)) - out[lay.urgent]
+        rest = min(p.headroom * total, self._most(device, most), self._beside(device, average, rush)) - out[lay.urgent]
         if min(first, others) < math.inf:
-            give(lay.first if first <= others else lay.others, rest)
+            leads = lay.first if first <= others else lay.others
+            moving = self._moving(mine, levels, rest) if leads == lay.first else 0.0
+            give(leads, rest - moving)
+            give(lay.others, moving)
         if overdue:
             give(lay.others, p.overdue_share)
         collectives = s.link.collectives[device]
@@ -273,6 +276,21 @@ class Plain:
             if s.link.unannounced[device][known] or (opened and known == lay.others):
                 give(known, min(most - sum(out), self._fair(device)))
         return out
+
+    def _most(self, device: int, most: float) -> float:
+        busy = self.s.link.collectives[device] >= MOSTLY and not self.lacking(device, 2, 1 / 4)
+        return 1.0 if busy else most
+
+    def _moving(self, mine: list[int], levels: list[int], rest: float) -> float:
+        """Of the rest, for those who wait for those due first, beside collectives that never pause."""
+        device, lay = self.s.t.device[mine[0]], self.p.layout
+        waiting = any(self._waits(i) and levels[i] == lay.others for i in mine)
+        if self.s.link.collectives[device] < MOSTLY or not waiting:
+            return 0.0
+        here = self.here[device].link
+        first = {i: here.rows[i] for i in mine if self._waits(i) and levels[i] == lay.first}
+        alone = Demand(Link(here.rate, here.room, here.packet, first), self.p)
+        return min(max(rest - 1.25 * max((alone.need(i, 2.0) for i in first), default=0.0), 0.0), 0.2)
 
     def _evenly(self, device: int, levels: list[int]) -> float:
         """Who is urgent has as much as everybody else who is, until it has all."""

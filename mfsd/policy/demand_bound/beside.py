@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mfsd.policy.demand_bound.load import Load, Need
 from mfsd.policy.usage import WIRE
 
 if TYPE_CHECKING:
+    from mfsd.policy.demand_bound.layout import Layout
+    from mfsd.policy.demand_bound.load import Margin
     from mfsd.policy.demand_bound.verdict import Verdict
-    from mfsd.policy.views import F8, LinkView
+    from mfsd.policy.views import F8, I2, LinkView, Views
 
 LEAST: Final = 0.02
 """Share of a device that is as good as none."""
@@ -19,6 +22,12 @@ MOSTLY: Final = 0.8
 """Collectives that take so much of the time count as never pausing."""
 NEARLY: Final = 0.97
 """Of what plain sharing gives, where less would slow collectives down for next to nothing."""
+
+MOVING: Final = 0.2
+"""Share of a device that keeps those moving whose turn has not come. Whoever stands still until then must be rescued,
+which costs it a retransmission timer where all of its window is stuck; meanwhile the link is the collectives'."""
+AMPLY: Final = 1.25
+"""So many times what those who are due first need themselves is kept for them."""
 
 
 def fair(link: LinkView, half: float) -> F8:
@@ -52,3 +61,22 @@ def beside(link: LinkView, verdict: Verdict, headroom: float) -> F8:
     enough = np.maximum(room - work / np.maximum(slowed, LEAST), 0.0) / WIRE
     given = (work <= 0.0) | (work >= MOSTLY) | (spare <= LEAST) | (verdict.rush > 0.0)
     return np.where(given, np.inf, enough)
+
+
+def moved_on(view: Views, verdict: Verdict, level: I2, layout: Layout, margin: Margin, rest: F8) -> F8:
+    """Share of each device, of the ``rest`` that is guaranteed, that the others have beside those due first.
+
+    Shape (devices,). Only beside collectives that never pause: any other leave the others something. And only as far as
+    those due first, by themselves, can do without, with twice the ``margin``.
+    """
+    t, asked, devices = view.transfers, verdict.asked, len(rest)
+    kv = asked.given.kv & (asked.due < np.inf)
+    busy = view.link.collectives >= MOSTLY
+    waiting = busy & (np.bincount(t.device[kv & (level == layout.others)], minlength=devices) > 0)
+    if not waiting.any():
+        return np.zeros(devices)
+    rows = np.flatnonzero(kv & (level == layout.first))
+    load = Load.of(t.device.take(rows), asked.due.take(rows), t.left.take(rows), asked.given.rate)
+    need = np.zeros(devices)
+    np.maximum.at(need, t.device.take(rows), Need(load, margin.twice, 1.0 - view.link.taken).shares())
+    return np.where(waiting, np.clip(rest - AMPLY * need, 0.0, MOVING), 0.0)

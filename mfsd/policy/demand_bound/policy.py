@@ -11,7 +11,7 @@ import numpy as np
 
 from mfsd.ground.bands import LEVEL_SCAVENGER, Classes, Urgency
 from mfsd.policy.base import Policy
-from mfsd.policy.demand_bound.beside import LEAST, MOSTLY, beside, fair
+from mfsd.policy.demand_bound.beside import LEAST, MOSTLY, beside, fair, moved_on
 from mfsd.policy.demand_bound.calm import lasts
 from mfsd.policy.demand_bound.crowd import REST, crowded, few
 from mfsd.policy.demand_bound.layout import Layout
@@ -72,7 +72,10 @@ class DemandBound(Policy):
     levels: int = 5
     defer_until: float = option(0.5, "share of its link from which on a transfer is guaranteed it", low=0.05, high=1.0)
     most: float = option(
-        0.7, "share of the link that is guaranteed at most before somebody is about to be too late", low=0.0, high=1.0
+        0.7,
+        "share of the link that is guaranteed at most until somebody is about to be too late, if collectives pause",
+        low=0.0,
+        high=1.0,
     )
     most_short: float = option(
         0.4, "the same where a quarter can't be in time, so that the passes all wait for go on", low=0.0, high=1.0
@@ -256,10 +259,14 @@ class DemandBound(Policy):
         give(lay.urgent, np.where(there[:, lay.urgent], self.headroom * self._rush(view, verdict, level), 0.0))
         most = np.where(verdict.short, min(self.most_short, self.most), self.most)
         most = np.where((verdict.rush > 0.0) & ~there[:, lay.urgent], 1.0, most)  # a crowd that is about to be too late
-        rest = np.minimum(np.minimum(self.headroom * verdict.total, most), beside(view.link, verdict, self.headroom))
+        # Collectives that never pause lose as much in any case, and what is asked of them late may be too late.
+        asked = np.where((link.collectives >= MOSTLY) & ~verdict.short, 1.0, most)
+        rest = np.minimum(np.minimum(self.headroom * verdict.total, asked), beside(view.link, verdict, self.headroom))
         rest -= out[:, lay.urgent]
-        give(lay.first, np.where(there[:, lay.first] & leads, rest, 0.0))
-        give(lay.others, np.where(there[:, lay.others] & ~leads, rest, 0.0))
+        ahead = there[:, lay.first] & leads
+        moving = np.where(ahead, moved_on(view, verdict, level, lay, self.margin_on(link), rest), 0.0)
+        give(lay.first, np.where(ahead, rest - moving, 0.0))
+        give(lay.others, np.where(there[:, lay.others] & ~leads, rest, moving))
         if overdue.any():
             waiting = np.bincount(view.transfers.device[overdue], minlength=devices) > 0
             give(lay.others, np.where(waiting, self.overdue_share, 0.0))
