@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from typing import TYPE_CHECKING, Final
 
 import hypothesis
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 # No test asserts on time, which a busy machine has less of.
 hypothesis.settings.register_profile("mfsd", deadline=None)
 hypothesis.settings.load_profile("mfsd")
+
+# A shell's background jobs ignore SIGINT, and so would all that tests start and interrupt.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MARKED_BY_FIXTURE: Final = {
     "netns_pair": "netns",
