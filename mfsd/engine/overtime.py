@@ -29,6 +29,8 @@ LATELY_S: Final = 1.0
 """Something has left since then; and so much longer a transfer lives."""
 KEPT_S: Final = 5.0
 """So long its connections are kept in the kernel."""
+AHEAD_S: Final = 0.3
+"""And from so long before it is over, since the kernel obeys no longer than that, and who looks comes every 0.1 s."""
 
 
 @dataclass(slots=True)
@@ -45,26 +47,28 @@ class Overtime:
         """Have those live on that are about to expire, their requests too, while their streams move."""
         t, r = self.books.transfers, self.books.requests
         request, expires = t.live("request"), t.live("expires")
-        over = expires < now
+        soon, over = expires < now + AHEAD_S, expires < now
         if r.n:
             over |= (r.live("expires") < now).take(request, mode="clip") & (request >= 0)
-        if not over.any():
+        looked = soon | over
+        if not looked.any():
             return
         sent = self.connections.positions.moved(self.books.streams).sent
         goes_on = self._moving(sent, now)
         stream = t.live("stream")
-        rows = np.flatnonzero(over & goes_on.take(stream) & (t.live("end") > sent.take(stream) + SLACK))
-        if not len(rows):
-            return
+        moves = goes_on.take(stream) & (t.live("end") > sent.take(stream) + SLACK)
+        rows, kept = np.flatnonzero(over & moves), np.unique(stream[looked & moves]).tolist()
         until = now + LATELY_S
         expires[rows] = np.maximum(expires[rows], until)
         owners = request[rows]
         owners = owners[owners >= 0]
         r.live("expires")[owners] = np.maximum(r.live("expires")[owners], until)
-        for index in np.unique(stream[rows]).tolist():
+        extended = set(stream[rows].tolist())
+        for index in kept:
             one = self.books.streams.at(index)
             assert one is not None  # noqa: S101 - it has transfers
-            self._extended.setdefault(one, (until, float(sent[index])))
+            if index in extended:
+                self._extended.setdefault(one, (until, float(sent[index])))
             self.connections.renew(one.members, now + KEPT_S)
             if one.watch is not None:
                 self.watches.get(one.session, one.selector, one.watch.band, now + KEPT_S, now)
@@ -80,7 +84,7 @@ class Overtime:
         np.maximum.at(last, members.live("stream"), self.connections.table.last_ns.take(members.live("slot")))
         out &= last >= int((now - LATELY_S) * NS)
         for one, (until, at) in list(self._extended.items()):
-            if until <= now:
+            if until < now:
                 del self._extended[one]
                 if one.queue and sent[one.index] < at + LEAST:
                     out[one.index] = False  # a word now and then is no transfer

@@ -149,8 +149,7 @@ def test_weights_that_take_longer_than_hints_live(netns_pair: NetnsPair, sink: S
             s.sendall(bytes(MB))
         sink.gets(140 * MB)
         settled(daemon, (2, 0, 0))
-        # Some 20 to 60 ms of it are unhinted (CHANGELOG, "Known to fail").
-        assert grown.wrong(140 * MB, right="background") <= 4 * WRONG
+        assert grown.wrong(140 * MB, right="background") <= WRONG
 
 
 @pytest.mark.usefixtures("sink")

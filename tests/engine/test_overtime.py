@@ -74,3 +74,15 @@ def test_nor_does_one_live_by_the_bytes_of_others() -> None:
         h.send(other, MB)
         h.tick(0.5)
     assert list(h.session.transfers) == ["u"]
+
+
+def test_the_kernel_obeys_all_the_while() -> None:
+    """Who looks comes every 0.1 s only, and past its slot's expiry a connection would be unhinted until then."""
+    h = Host()
+    s = h.socket(1)
+    h.transfer("weights", s, 100 * MB, Stage.BACKGROUND, request="")
+    h.tick(0.01)
+    for _ in range(500):
+        h.send(s, MB // 10)
+        h.tick(0.1)
+        assert h.table.expires_ns[h.keys.cookies[1]] > (h.now + 0.1) * 1e9
