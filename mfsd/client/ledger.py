@@ -155,9 +155,10 @@ class Ledger:
         carried.count += 1
         expires = (due if due != INF else now) + (hint.ttl or DEFAULT_TTL_S)
         stage = hint.stage.value if isinstance(hint.stage, Stage) else hint.stage  # whatever somebody takes for one
+        end = 0
         if hint.ordered and hint.position:
-            carried.end = max(hint.position, carried.end) + hint.size
-        says = carried.number, stage, *_of_transfer(hint), carried.end if hint.ordered and hint.position else 0
+            end = carried.end = max(hint.position, carried.end) + hint.size
+        says = carried.number, stage, *_of_transfer(hint), end
         if hint.request_id:
             self._owned.setdefault(hint.request_id, {})[hint.id] = None
         self._put(self._transfers, hint.id, expires, says, now)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import structlog
 
+from mfsd.engine.steering import OBSERVE_S
 from mfsd.ground.bucket import Bucket
 from mfsd.ground.logs import Seldom
 
@@ -41,8 +42,8 @@ WAIT_S: Final = 0.02
 """How long replies wait for a tick at most; a little more than the budget ever makes hints wait."""
 SOON_S: Final = 0.001
 """Period while a rescue may be due."""
-CALM_S: Final = 0.02
-"""Longest period while there are transfers and nothing is to be decided: devices' counters are read so often."""
+CALM_S: Final = OBSERVE_S
+"""Longest period while there are transfers and nothing is to be decided."""
 NOBODY: Final = -2
 """Who asks for a tick where no user does: the kernel, or who is gone."""
 LATELY_S: Final = 0.1

@@ -70,8 +70,10 @@ def moved_on(view: Views, verdict: Verdict, level: I2, layout: Layout, margin: M
     those due first, by themselves, can do without, with twice the ``margin``.
     """
     t, asked, devices = view.transfers, verdict.asked, len(rest)
-    kv = asked.given.kv & (asked.due < np.inf)
     busy = view.link.collectives >= MOSTLY
+    if not busy.any():
+        return np.zeros(devices)
+    kv = asked.given.kv & (asked.due < np.inf)
     waiting = busy & (np.bincount(t.device[kv & (level == layout.others)], minlength=devices) > 0)
     if not waiting.any():
         return np.zeros(devices)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mfsd.policy.demand_bound.verdict import Verdict
     from mfsd.policy.views import F8, Views
 
@@ -24,7 +26,7 @@ FEW: Final = 64
 """Among more transfers something happens at nearly each tick."""
 
 
-def lasts(view: Views, verdict: Verdict, longest: F8) -> float:
+def lasts(view: Views, verdict: Verdict, longest: Callable[[Views], F8]) -> float:
     """Seconds, from LEAST_S to MOST_S; 0: decide at the next tick. ``longest``: of being held back, shape (n,)."""
     t, r = view.transfers, view.requests
     if len(t) > FEW or verdict.lost.any() or verdict.late.any():
@@ -35,6 +37,6 @@ def lasts(view: Views, verdict: Verdict, longest: F8) -> float:
     if r.compute_left.any():
         left = r.deadline - view.now - r.compute_left
         spare = min(spare, float(left[left > 0.0].min(initial=np.inf)))
-    held = t.created + longest - view.now
+    held = t.created + longest(view) - view.now
     out = min(MOST_S, SHARE * spare, float(held[held > 0.0].min(initial=np.inf)))
     return out if out > LEAST_S else 0.0

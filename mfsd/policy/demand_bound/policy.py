@@ -155,7 +155,7 @@ class DemandBound(Policy):
         level = pick.levels(overdue, np.int16(self.layout.others), level)
         guarantee = self._guarantee(view, verdict, needs & ~overdue, level, overdue)
         given_up = self._given_up(view, verdict, level, guarantee)
-        return Decision(level, guarantee, given_up, verdict.lost, lasts(view, verdict, self.longest(view)))
+        return Decision(level, guarantee, given_up, verdict.lost, lasts(view, verdict, self.longest))
 
     def needs(self, view: Views, verdict: Verdict) -> B1:
         """Transfers that need a guarantee, shape (n,)."""
