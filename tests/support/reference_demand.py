@@ -101,7 +101,7 @@ class Plain:
                 link = links.setdefault(int(s.t.peer[i]), Link(s.far(i), 1.0))
                 link.rows[i] = self.due[i], float(s.t.left[i])
         for link in links.values():
-            link.packet = float(s.link.packet[s.t.device[max(link.rows)]])
+            link.packet = float(s.link.packet[max(s.t.device[i] for i in link.rows)])
         calm = HOLD * self.p.defer_until
         return {
             peer: Demand(link, self.p)
@@ -355,5 +355,5 @@ class Plain:
         return total, average, max(here.rush(), together(lambda d: d.rush()))
 
     def _leads(self, far: Demand) -> int:
-        """Device that leads to a peer: one connection's, where they differ."""
-        return int(self.s.t.device[max(far.link.rows)])
+        """Device that leads to a peer: the last one, where several do."""
+        return int(max(self.s.t.device[i] for i in far.link.rows))

@@ -164,7 +164,7 @@ class Verdict:
         """Add what the links into peers ask: to be served at their pace, not when the device would be in time."""
         rows, before = far.rows, far.load.before()
         device = np.zeros(len(far.rate), dtype=np.int32)
-        device[far.link] = view.transfers.device.take(rows)
+        np.maximum.at(device, far.link, view.transfers.device.take(rows))  # the last one, where several lead there
         margin = margin.on(device)
         there, greedy = Need(far.load, margin, np.ones(len(far.rate))), self.greedy.take(rows)
         promised = there
