@@ -166,7 +166,10 @@ def _returned(view: Views, asked: Asked, jobs: npt.NDArray[np.intp], room: F8, c
 
 
 def _could_fit(view: Views, asked: Asked, waiting: Lost, room: F8) -> npt.NDArray[np.intp]:
-    """Jobs of ``waiting`` that would fit the devices if nobody else came back, least work first."""
+    """Jobs of ``waiting`` that would fit the devices if nobody else came back, least work first.
+
+    Of equal ones that with fewest bytes: on a device whose rate is not known nothing is work.
+    """
     t, r, devices = view.transfers, len(view.requests), len(view.link.rate)
     seconds = asked.given.seconds_left(view, asked.lost.without(waiting))
     theirs: B1 = waiting.rows(view)
@@ -180,4 +183,5 @@ def _could_fit(view: Views, asked: Asked, waiting: Lost, room: F8) -> npt.NDArra
     np.minimum.at(spare, cell, np.minimum(free, seconds * room.take(device)))
     there = (spare < np.inf).reshape(-1, devices).any(axis=1)
     fits = np.flatnonzero(there & (needed <= spare).reshape(-1, devices).all(axis=1))
-    return fits[np.argsort(needed.reshape(-1, devices)[fits].sum(axis=1), kind="stable")]
+    left = np.bincount(cell // devices, weights=t.left.take(rows), minlength=r + len(t))
+    return fits[np.lexsort((left.take(fits), needed.reshape(-1, devices)[fits].sum(axis=1)))]
