@@ -26,6 +26,8 @@ class Rescue:
     lane: int
     promoted: float = 0.0
     """When the connection was."""
+    let_out: bool = False
+    """The band has been let out for it meanwhile: what is left is freed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,8 @@ class _Stuck:
     since: float
     until: float | None = None
     """When its lane must have been let out; None: nobody has looked whether it can be."""
+    let_out: bool = False
+    """It has been, or is."""
     crowd: bool = False
     """By what it and others who were promoted with it are guaranteed."""
     again: float = 0.0
@@ -255,7 +257,7 @@ class Rescuer:
             del self._stuck[conn, late.band]
             if late.retransmitted is not None:
                 self._after[conn] = now + AFTER_S, late.retransmitted
-            orders.append(Rescue(conn, late.band, conn.lane, late.since))
+            orders.append(Rescue(conn, late.band, conn.lane, late.since, late.let_out))
         if orders:
             self.devices[index].rescue(orders)
 
@@ -295,14 +297,14 @@ class Rescuer:
         if crowd and given >= DRAIN:
             takes_s = octets / (given * rate)
             if takes_s <= timer_s:
-                late.until, late.crowd = now + TOLD_S + SLOW * max(takes_s, TIMER_S), True
+                late.until, late.let_out, late.crowd = now + TOLD_S + SLOW * max(takes_s, TIMER_S), True, True
             return
         takes_s = octets / (DRAIN * rate)
         if takes_s > (TIMER_S if crowd else DRAIN_S):
             return
         begins, until = self._windows.ask(index, conn.tenant, self._tenants(index), now, takes_s)
         if begins <= now:
-            late.until = until
+            late.until, late.let_out = until, True
         elif begins < late.since + PATIENT_S:
             late.until, late.again = None, begins
 
@@ -344,7 +346,7 @@ class Rescuer:
         helped, self._let_out = self._let_out, []
         for index, device in enumerate(self.devices):
             for done in device.rescued():
-                if done.freed:
+                if done.freed or done.order.let_out:  # with nothing there any more it was let out just in time
                     helped.append((done.order.conn, done.order.promoted))
                 else:
                     self._budgets[index].left += 1

@@ -181,6 +181,19 @@ def test_what_is_left_after_it_was_let_out_is_purged() -> None:
     assert place in h.device.purged
 
 
+def test_who_was_let_out_before_anybody_looked_again_is_counted() -> None:
+    """As on a busy machine: the next look comes after the time for it."""
+    h = Host()
+    _, place = deferred(h, more=0)
+    while h.device.guaranteed.get(place[0], 0.0) < DRAIN:
+        h.tick(0.005)
+    h.device.queued[place] = 0
+    h.tick(0.2)
+    h.tick(0.005)
+    assert h.device.purged == []
+    assert h.engine.books.counters.rescues == 1
+
+
 def test_who_is_back_where_it_was_is_not_purged() -> None:
     h = Host()
     s, place = deferred(h, more=0)
