@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from support import policy_views as pv
 from support.demand import DEFERRED, RATE, alone, decide, demand_bound, shares
@@ -60,6 +60,21 @@ def test_a_request_is_one_job_however_many_transfers_it_has(
     work = np.array([rows[i][1] / parts[i] for i in of])
     gone, _ = drop.most_work_first(_jobs(of), np.arange(len(of)), seconds, work, 100)
     assert len(gone) == _fewest(rows)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1.0, 2.0, 3.0]), durations), min_size=1, max_size=8))
+@example([(0, 1.0, 1.0), (0, 2.0, 1.0), (1, 2.0, 1.5)])
+def test_who_is_dropped_does_not_hang_on_the_order_of_those_due_together(parts: list[tuple[int, float, float]]) -> None:
+    of, seconds, work = zip(*parts, strict=True)
+    for until in set(seconds):
+        sizes = [sum(w for job, due, w in parts if job == one and due <= until) for one in set(of)]
+        assume(len(set(sizes) - {0}) == len(sizes) - sizes.count(0))  # of equal ones any may go
+    dropped = []
+    for number in itertools.permutations(range(3)):
+        jobs, rows = _jobs([number[job] for job in of]), np.arange(len(of))
+        gone, _ = drop.most_work_first(jobs, rows, np.array(seconds), np.array(work), 100)
+        dropped.append({number.index(job) for job in gone})
+    assert all(gone == dropped[0] for gone in dropped)
 
 
 def test_the_view_decides_as_brute_force_does() -> None:

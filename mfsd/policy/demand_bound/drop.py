@@ -113,9 +113,10 @@ class _Schedule:
         self._total, self._due = float(work.sum()), float(seconds.max(initial=0.0))
 
     def run(self, pending: list[_Part], most: int) -> None:
-        """Take the rest by seconds, and drop what doesn't fit; ``most`` steps."""
+        """Take the rest by seconds, those that are due together at once, and drop what doesn't fit; ``most`` steps."""
         for _ in range(most):
-            if self._total > self._due * ROUNDING and self._largest:
+            together = bool(pending) and pending[0][0] <= self._due
+            if self._total > self._due * ROUNDING and self._largest and not together:
                 for part in self._drop_largest(self._due):
                     heapq.heappush(pending, part)
             elif pending:  # sorted, so a heap
