@@ -12,6 +12,7 @@ import pytest
 from support.daemons import Api, Running, connected
 from support.waiting import WAIT_S, wait_for
 
+from mfsd.api import hints
 from mfsd.client import cookie_of
 from mfsd.v1 import hints_pb2 as pb
 
@@ -42,6 +43,13 @@ def band_of(daemon: Running, sock: socket.socket) -> str:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies wait for as long as it takes, on a busy machine, too; that they do not is another test's matter."""
+    for name in ("SETTLE_S", "LOOK_S"):
+        monkeypatch.setattr(hints, name, WAIT_S)
+
+
+@pytest.fixture
 def slow(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """A daemon that does not tick any more."""
     ticker = running.daemon.ticker
@@ -51,6 +59,7 @@ def slow(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for(lambda: ticker.count > ticks)
 
 
+@pytest.mark.usefixtures("patient")
 def test_what_a_hint_says_is_in_the_table_when_it_is_answered(
     api: Api, running: Running, connection: tuple[socket.socket, socket.socket]
 ) -> None:
@@ -62,6 +71,7 @@ def test_what_a_hint_says_is_in_the_table_when_it_is_answered(
         assert (band_of(running, sock) == "level 1") == bool(n % 2)
 
 
+@pytest.mark.usefixtures("patient")
 def test_what_a_new_selector_means_is_found_when_it_is_answered(
     api: Api, running: Running, connection: tuple[socket.socket, socket.socket]
 ) -> None:
