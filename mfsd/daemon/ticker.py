@@ -85,13 +85,16 @@ class Ticker:
         beat: Callable[[float], None],
         *,
         clock: Callable[[], float] = time.monotonic,
+        worked: Callable[[], float] = time.thread_time,
     ) -> None:
+        """``worked``: seconds for which this thread has had the processor."""
         self.periods = periods
         self.failure = ""
         """Why the last tick failed; empty when it did not."""
         self._engine = engine
         self._beat = beat
         self._clock = clock
+        self._worked = worked
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.TimerHandle | None = None
         self._due = self._latest = 0.0
@@ -191,7 +194,7 @@ class Ticker:
             if now < min(quiet, self._latest):
                 self._schedule_at(min(quiet, self._latest))  # more hints have come
                 return
-        now, worked, asked = self._clock(), time.thread_time(), self._asked
+        now, worked, asked = self._clock(), self._worked(), self._asked
         self._asked = {}
         try:
             self._engine.tick(now)
@@ -210,7 +213,7 @@ class Ticker:
         self.busy_s += took
         self._again = self._loop.time() + took
         if asked:  # what comes anyway, every millisecond while a rescue may be due, is no hint's to pay for
-            worked = time.thread_time() - worked  # nor are others that take the processor away
+            worked = self._worked() - worked  # nor are others that take the processor away
             self._budget.fill(now + took, SHARE, BURST_S)
             self._budget.left -= worked
             for who in asked:
