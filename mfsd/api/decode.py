@@ -99,16 +99,19 @@ class Decoder:
 
     def _request(self, hint: hints_pb2.Hint, now: float) -> RequestHint:
         m = hint.request
-        left = m.ttft_left_us
-        if not left:
+        left, none = m.ttft_left_us, m.no_deadline
+        if not left and not none:
             raise HintError(
                 "request.ttft_left_us",
                 "is missing or 0",
-                "give the microseconds left until the first token is due; negative when it is late already",
+                "give the microseconds left until the first token is due, negative when it is late already; or set "
+                "no_deadline where nobody has said when it is due",
             )
+        if left and none:
+            raise HintError("request.no_deadline", "is set together with ttft_left_us", "set one of them")
         return RequestHint(
             self._required("request.id", m.id),
-            self._deadline("request.ttft_left_us", left, now),
+            INF if none else self._deadline("request.ttft_left_us", left, now),
             self._id("request.batch_id", m.batch_id),
             self._duration("request.compute_left_us", m.compute_left_us),
             self._ttl(m.ttl_us),

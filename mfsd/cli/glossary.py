@@ -17,7 +17,8 @@ STATUS: Final = {
     "paused": "true after `mfsctl pause`: everything goes to the default band",
     "policy": "name of the scheduling policy in force",
     "sessions": "client processes with hints that are not forgotten",
-    "requests": "requests with a TTFT deadline",
+    "requests": "requests that are not over",
+    "requests_no_deadline": "of these, those of which nobody has said when their first token is due",
     "batches": "batches of requests that compute together",
     "transfers": "announced transfers that are not finished",
     "connections": "connections that carry announced transfers, or are marked",
@@ -38,6 +39,7 @@ COUNTERS: Final = {
     "rescues": "promotions whose packets sat in a starved queue and were let out, or purged and sent anew",
     "deadlines_met": "requests that were complete before their deadline",
     "deadlines_missed": "requests that were not",
+    "ended_no_deadline": "requests that are over and had no deadline",
     "demotions": "times a user's urgent traffic was demoted because it went beyond its budget",
 }
 

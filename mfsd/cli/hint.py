@@ -100,16 +100,22 @@ TTL: Final = click.option("--ttl", type=SPAN, default=0.0, help="Forgotten after
 
 @_hint("request")
 @click.argument("id_", metavar="ID")
-@click.option("--ttft-left", type=DURATION, required=True, help="Time left until the first token is due, e.g. 180ms.")
+@click.option("--ttft-left", type=DURATION, help="Time left until the first token is due, e.g. 180ms.")
+@click.option("--no-deadline", is_flag=True, help="Instead of it: nobody has said when it is due.")
 @click.option("--batch", "batch_id", default="", help="The batch it runs in.")
 @click.option("--compute-left", type=SPAN, default=0.0, help="Compute still to be done for the first token.")
 @TTL
-def request(id_: str, ttft_left: float, batch_id: str, compute_left: float, ttl: float) -> pb.Hint:
+def request(
+    id_: str, ttft_left: float | None, batch_id: str, compute_left: float, ttl: float, *, no_deadline: bool
+) -> pb.Hint:
     """Announce a request and its TTFT deadline."""
+    if (ttft_left is None) is not no_deadline:
+        raise click.UsageError("give --ttft-left, or --no-deadline, and not both")
     return pb.Hint(
         request=pb.Request(
             id=id_,
-            ttft_left_us=_us(ttft_left),
+            ttft_left_us=0 if ttft_left is None else _us(ttft_left),
+            no_deadline=no_deadline,
             batch_id=batch_id,
             compute_left_us=_us(compute_left),
             ttl_us=_us(ttl),

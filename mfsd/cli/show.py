@@ -37,13 +37,17 @@ def mode_text(status: pb.Status) -> str:
 
 def _summary(s: pb.Status) -> Iterator[str]:
     c = s.counters
+    requests = f"requests {s.requests}"
+    if s.requests_no_deadline:
+        requests += f" ({s.requests_no_deadline} without a deadline)"
+    without = f", none {units.count(c.ended_no_deadline)}" if c.ended_no_deadline else ""
     yield tables.phrases([f"mfsd {s.version}", mode_text(s), f"policy {s.policy}", f"up {units.duration(s.uptime_s)}"])
     yield tables.phrases([
-        f"sessions {s.sessions}", f"requests {s.requests}", f"batches {s.batches}", f"transfers {s.transfers}",
+        f"sessions {s.sessions}", requests, f"batches {s.batches}", f"transfers {s.transfers}",
         f"connections {s.connections} of {s.slots}", f"waiting selectors {s.pending_selectors}",
     ])  # fmt: skip
     yield tables.phrases([
-        f"deadlines met {units.count(c.deadlines_met)}, missed {units.count(c.deadlines_missed)}",
+        f"deadlines met {units.count(c.deadlines_met)}, missed {units.count(c.deadlines_missed)}{without}",
         f"transfers completed {units.count(c.transfers_completed)}, expired {units.count(c.transfers_expired)}",
     ])  # fmt: skip
     yield tables.phrases([

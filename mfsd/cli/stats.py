@@ -95,7 +95,7 @@ def trace(g: Globals, request_id: str, session: str) -> None:
         output.print_json(answer)
         return
     state = "over" if answer.over else "not over"
-    slack = ""
+    slack = ", no deadline"
     if answer.HasField("slack_s"):
         slack = f", {units.duration(abs(answer.slack_s))} {'to spare' if answer.slack_s >= 0 else 'late'}"
     whose = tables.printable(f"request {answer.request_id} of session {answer.session}")

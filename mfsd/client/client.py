@@ -128,14 +128,29 @@ class Client:
     # --- hints --------------------------------------------------------------------------------------------------------
 
     def request(
-        self, request_id: str, *, ttft_left_s: float, batch: str = "", compute_left_s: float = 0.0, ttl_s: float = 0.0
+        self,
+        request_id: str,
+        *,
+        ttft_left_s: float | None = None,
+        no_deadline: bool = False,
+        batch: str = "",
+        compute_left_s: float = 0.0,
+        ttl_s: float = 0.0,
     ) -> None:
         """Announce a request whose first token is due in ``ttft_left_s`` seconds (negative: late). Call again to renew.
 
-        ``compute_left_s`` is the compute still ahead of the first token, 0 if unknown. ``ttl_s`` is how long after the
-        deadline the daemon may forget the request, 0 for its default.
+        ``no_deadline``, instead: nobody has said when it is due, so it is neither met nor missed. ``compute_left_s`` is
+        the compute still ahead of the first token, 0 if unknown. ``ttl_s`` is how long after the deadline, or from now,
+        the daemon may forget the request, 0 for its default.
         """
-        self._say(RequestHint(request_id, _at(time.monotonic(), ttft_left_s), batch, compute_left_s, ttl_s))
+        why, deadline = "", INF
+        if not no_deadline:
+            deadline = _at(time.monotonic(), ttft_left_s)  # type: ignore[arg-type]  # what is no number is refused
+            if deadline == INF:
+                why = f"ttft_left_s: {ttft_left_s} is no number of seconds; say no_deadline=True where there is none"
+        elif ttft_left_s is not None:
+            why = "no_deadline: is said together with ttft_left_s; give one of them"
+        self._say(RequestHint(request_id, deadline, batch, compute_left_s, ttl_s), why)
 
     def batch(
         self,

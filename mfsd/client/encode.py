@@ -168,7 +168,10 @@ def encode(hint: Hint, now: float, out: pb.Hint) -> None:
     elif isinstance(hint, RequestHint):
         r = out.request
         r.id, r.batch_id = hint.id, hint.batch_id
-        r.ttft_left_us = _left_us(hint.deadline, now)
+        if hint.deadline == INF:
+            r.no_deadline = True
+        else:
+            r.ttft_left_us = _left_us(hint.deadline, now)
         r.compute_left_us, r.ttl_us = int(hint.compute_left * 1e6), int(hint.ttl * 1e6)
     elif isinstance(hint, BatchHint):
         b = out.batch

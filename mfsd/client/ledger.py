@@ -126,7 +126,7 @@ class Ledger:
         if isinstance(hint, TransferHint):
             self._transfer(hint, now)
         elif isinstance(hint, RequestHint):
-            expires = max(hint.deadline, now) + (hint.ttl or DEFAULT_TTL_S)
+            expires = (now if hint.deadline == INF else max(hint.deadline, now)) + (hint.ttl or DEFAULT_TTL_S)
             self._put(self._requests, hint.id, expires, _of_request(hint), now)
         elif isinstance(hint, BatchHint):
             says = hint.id, tuple(hint.request_ids), hint.layers, hint.current_layer, hint.layer_compute

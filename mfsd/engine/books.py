@@ -27,6 +27,7 @@ from mfsd.engine.records import (
 )
 from mfsd.engine.streams import Streams
 from mfsd.engine.tally import Tally
+from mfsd.ground.model import INF
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -52,6 +53,16 @@ class Counters:
     deadlines_met: int = 0
     deadlines_missed: int = 0
     demotions: int = 0
+    ended_no_deadline: int = 0
+
+    def finished(self, deadline: float, at: float) -> None:
+        """A request is over, ``at`` inf: it is lost."""
+        if deadline == INF:
+            self.ended_no_deadline += 1
+        elif at <= deadline:
+            self.deadlines_met += 1
+        else:
+            self.deadlines_missed += 1
 
 
 @dataclass(slots=True)
@@ -85,6 +96,11 @@ class Books:
     def shared(self) -> bool:
         """Several users have something here."""
         return sum(not user.idle for user in self.users.values()) > 1
+
+    @property
+    def without_deadline(self) -> int:
+        """How many requests have none."""
+        return int(np.isinf(self.requests.live("deadline")).sum())
 
     def charge(self, session: Session, count: int, length: int, *, transfer: bool = False) -> None:
         """Put so many entries, with names of that length together, on the account of a session's user.

@@ -209,10 +209,8 @@ class Endings:
         """A request is over: count it and forget it. Of one without bytes, the worker's word is all there is."""
         at = INF if request.lost else request.delivered_at or (INF if request.session.over else now)
         deadline = float(self.books.requests.get(request, "deadline"))
-        met = at <= deadline
         self.books.tally.finished(request, float(self.books.requests.get(request, "arrival")), deadline, at)
-        self.books.counters.deadlines_met += met
-        self.books.counters.deadlines_missed += not met
+        self.books.counters.finished(deadline, at)
         self.forget(request, now)
 
     def forget(self, request: Request, now: float, told: Mapping[Stream, float] = NOTHING) -> None:

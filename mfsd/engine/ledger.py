@@ -104,7 +104,7 @@ class Ledger:
 
     def _request(self, session: Session, hint: RequestHint, now: float) -> None:
         request = session.requests.get(hint.id)
-        expires = max(hint.deadline, now) + hint.ttl
+        expires = (hint.deadline if now < hint.deadline < INF else now) + hint.ttl
         requests, transfers = self.books.requests, self.books.transfers
         if request is None or request.completed:
             # What is said to be done ends when its bytes have arrived; its name is free for another one.

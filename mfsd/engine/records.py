@@ -48,7 +48,7 @@ TRANSFER_COLUMNS: Final = {
     "first_level": "i2",  # what the policy decided first
 }
 REQUEST_COLUMNS: Final = {
-    "deadline": "f8",
+    "deadline": "f8",  # inf: none
     "arrival": "f8",
     "batch": "i4",
     "compute_until": "f8",  # when its compute ends, as far as known

@@ -72,6 +72,7 @@ class EndedRequest(NamedTuple):
     session: str
     arrival: float
     deadline: float
+    """inf: none."""
     ended: float
     """When its last byte was delivered; inf: its process ended before."""
 
@@ -140,7 +141,7 @@ class Tally:
         self._slack = {stage: Histogram(SLACK) for stage in Stage}
         self._request_slack = Histogram(SLACK)
         self.users: dict[int | None, list[int]] = {}
-        """Requests late and in time by user; None: all users beyond the first ones."""
+        """Requests late and in time by user, of those with a deadline; None: all users beyond the first ones."""
         self._due: dict[tuple[int | None, Stage], list[int]] = {}
         """The same of transfers, by stage, too."""
         self._listed: set[int] = set()
@@ -194,7 +195,8 @@ class Tally:
         """A request is about to be struck out."""
         one = EndedRequest(request.id, request.session.name, arrival, deadline, at)
         self.requests.append(one)
-        self.users.setdefault(self._user(request.session.uid), [0, 0])[at <= deadline] += 1
+        if deadline < INF:
+            self.users.setdefault(self._user(request.session.uid), [0, 0])[at <= deadline] += 1
         self._finished.append(one)
         if len(self._finished) >= UNSORTED_MAX:
             self._sort()

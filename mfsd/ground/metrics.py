@@ -48,8 +48,9 @@ METRICS: Final = (
     Metric("enforcing", "gauge", "1: packets follow the levels. 0: observe mode, or paused."),
     # What is known.
     Metric("sessions", "gauge", "Client processes with hints that are not forgotten."),
-    Metric("requests", "gauge", "Requests with a deadline that are not over."),
+    Metric("requests", "gauge", "Requests that are not over."),
     Metric("requests_pruned", "gauge", "Of these: demoted so that others meet their deadlines."),
+    Metric("requests_no_deadline", "gauge", "Of the requests: nobody has said when they are due."),
     Metric("batches", "gauge", "Batches of requests that compute together."),
     Metric("transfers", "gauge", "Announced transfers that are not finished.", STAGE),
     Metric("transfers_at_risk", "gauge", "Of these: even alone on the link they would be late.", STAGE),
@@ -67,7 +68,8 @@ METRICS: Final = (
     Metric("hints", "counter", "Hints; result: accepted or rejected.", ("result",)),
     Metric("transfers_ended", "counter", "Transfers; result: completed or expired.", ("result",)),
     Metric(
-        "requests_ended", "counter", "Requests; result: met or missed (the deadline that was hinted).", ("result",)
+        "requests_ended", "counter", "Requests; result: met or missed (the deadline that was hinted), or no_deadline.",
+        ("result",),
     ),
     Metric("promotions", "counter", "Times that a connection was lifted to a more urgent band."),
     Metric("rescues", "counter", "Promotions whose packets sat in a starved queue and were let out, or sent anew."),
@@ -76,7 +78,8 @@ METRICS: Final = (
         "connection that was rescued; where bands have floors.",
     ),
     Metric("rescue_latency_seconds", "histogram", "From a promotion to what made it take effect."),
-    Metric("request_slack_seconds", "histogram", "Deadline less delivery of the last byte; below zero: late."),
+    Metric("request_slack_seconds", "histogram", "Deadline less delivery of the last byte; below zero: late. Of those "
+           "that had a deadline."),
     Metric("transfer_slack_seconds", "histogram", "The same of transfers that have a deadline.", STAGE),
     Metric("transfer_queue_seconds", "histogram", "From the hint to the first byte, to within a tick.", STAGE),
     Metric("transfer_wire_seconds", "histogram", "From the first byte to the delivery of the last one.", STAGE),
@@ -86,7 +89,8 @@ METRICS: Final = (
     Metric("yielding_ratio", "gauge", "Share of their time in which they get out of somebody's way.", ("band",)),
     # Users (tenants), by number; "other": those beyond the first hundred. -1: nobody knows.
     Metric(
-        "user_requests_ended", "counter", "Requests of a user's sessions; result: met or missed.", ("user", "result")
+        "user_requests_ended", "counter", "Requests of a user's sessions that had a deadline; result: met or missed.",
+        ("user", "result"),
     ),
     Metric(
         "user_transfers_ended", "counter", "Transfers of a user's sessions that had a deadline and were not cancelled "

@@ -292,6 +292,7 @@ class RequestHint:
 
     id: str
     deadline: float
+    """INF: none."""
     batch_id: str = ""
     compute_left: float = 0.0
     """Seconds of compute still to be done for the first token, at the time of the hint; 0: unknown."""

@@ -37,6 +37,7 @@ def test_hints(rig: Rig) -> None:
     assert request.request == hints_pb2.Request(
         id="r", ttft_left_us=60_000_000, batch_id="b", compute_left_us=20_000, ttl_us=60_000_000
     )
+    assert sent(rig, "request", "q", "--no-deadline").request == hints_pb2.Request(id="q", no_deadline=True)
     batch = sent(rig, "batch", "b", "--request", "r", "--request", "s", "--layers", "80", "--layer-compute", "1500us")
     assert batch.batch == hints_pb2.Batch(id="b", request_ids=["r", "s"], layers=80, layer_compute_us=1500)
     progress = sent(rig, "progress", "b", "7", "--compute-done")
@@ -116,6 +117,12 @@ def test_a_process_is_marked_with_its_children_and_says_how_many_match(rig: Rig)
 
 
 P2D = ("hint", "transfer", "t", "--stage", "p2d", "--bytes", "5", "--request", "r", "--from", "10.0.0.1:5", *TO)
+
+
+@pytest.mark.parametrize("words", [(), ("--ttft-left", "1s", "--no-deadline")])
+def test_a_request_has_a_deadline_or_none(rig: Rig, words: tuple[str, ...]) -> None:
+    ran = rig.run("hint", "request", "r", *words)
+    assert (ran.code, "give --ttft-left, or --no-deadline, and not both" in ran.err) == (2, True)
 
 
 def test_how_long_a_transfer_may_be_held_back(rig: Rig) -> None:

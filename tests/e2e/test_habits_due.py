@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.habits import KB, WRONG, Grown, counted, dial, settled, transfers
-from support.waiting import wait_for
+from support.habits import KB, MB, WRONG, Grown, band, counted, dial, settled, transfers
+from support.rig import Daemon, flows, running
+from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Event, Rejected, Stage
 
 if TYPE_CHECKING:
     from support.habits import Sink
-    from support.rig import Daemon
+    from support.namespaces import NetnsPair
 
 pytestmark = pytest.mark.netns
 
@@ -52,6 +54,38 @@ def test_what_was_due_before_the_daemon_could_be_reached(daemon: Daemon, sink: S
         assert client.flush(20)
         client.done(request="q")
         settled(daemon, (1, met, not met))
+
+
+def test_kv_without_a_deadline_beside_bulk_and_beside_what_is_due(
+    netns_pair: NetnsPair, sink: Sink, tmp_path: Path
+) -> None:
+    """It goes before unhinted bytes, costs nobody a deadline, and has none to meet or to miss."""
+    pair, daemon = netns_pair, Daemon(netns_pair, tmp_path)
+    daemon.write_config(policy='name = "demand-bound"')
+    with (
+        running(daemon),
+        daemon.client() as client,
+        flows(pair, 1) as (bulk,),
+        dial(pair) as never,
+        dial(pair) as soon,
+    ):
+        bulk.saturate()
+        client.request("never", no_deadline=True)
+        client.request("soon", ttft_left_s=2.0)
+        client.transfer("kv", never, 8 * MB, stage=Stage.P2D, request="never", interleaved=True)
+        client.transfer("due", soon, 2 * MB, stage=Stage.P2D, request="soon")
+        assert client.flush(5)
+        assert band(daemon, never) == "level 3"
+        sends = [threading.Thread(target=s.sendall, args=(bytes(n * MB),)) for s, n in ((never, 8), (soon, 2))]
+        for one in sends:
+            one.start()
+        for one in sends:
+            one.join(WAIT_S)
+        wait_for(lambda: sink.received == 10 * MB, "arrival")
+        client.done(request="never")
+        client.done(request="soon")
+        settled(daemon, (2, 1, 0))
+        assert daemon.status().counters.ended_no_deadline == 1
 
 
 @pytest.mark.parametrize("why", ["refused", "no answer"])

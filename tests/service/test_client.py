@@ -123,7 +123,9 @@ NONSENSE: list[tuple[str, Callable[[Client], None]]] = [
     ("stage: 'p2d'", lambda c: c.transfer("h", Cookie(1), 1, stage="p2d", request="r")),  # type: ignore[arg-type]
     ("stage: 'p2d'", lambda c: c.mark(Cookie(1), "p2d")),  # type: ignore[arg-type]
     ("ttft_left_s: '1'", lambda c: c.request("x", ttft_left_s="1")),  # type: ignore[arg-type]
-    ("ttft_left_s: None", lambda c: c.request("x", ttft_left_s=None)),  # type: ignore[arg-type]
+    ("ttft_left_s: None", lambda c: c.request("x", ttft_left_s=None)),
+    ("ttft_left_s: None", lambda c: c.request("x")),
+    ("no_deadline: is said together", lambda c: c.request("x", ttft_left_s=1.0, no_deadline=True)),
     ("max_defer_s: '1'", lambda c: c.transfers([Transfer("i", Cookie(1), 1, Stage.P2D, "r", max_defer_s="1")])),  # type: ignore[arg-type]
     ("size: True", lambda c: c.transfer("l", Cookie(1), True, stage=Stage.BACKGROUND)),
     ("size: False", lambda c: c.transfers([Transfer("m", Cookie(1), False, Stage.BACKGROUND)])),

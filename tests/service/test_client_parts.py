@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ NOW = 500.0
 HINTS: list[Hint] = [
     RequestHint("r", NOW + 0.25, "b", 0.125, 2.0),
     RequestHint("late", NOW - 0.5, "", 0.0, 2.0),
+    RequestHint("never", math.inf, "b", 0.125, 2.0),
     BatchHint("b", ["r"], 8, 2, 0.25),
     ProgressHint("b", 3, compute_done=True),
     TransferHint("t", "r", "b", Stage.P2D, 4, 4096, CookieSelector(77), NOW + 0.25, 2.0),
@@ -113,6 +115,17 @@ def test_the_ledger_forgets_what_has_expired() -> None:
     assert ids(ledger, 6.0) == ["r", "t"]
     assert ids(ledger, 16.0) == []
     assert len(ledger) == 0
+
+
+def test_the_ledger_forgets_requests_without_a_deadline_too() -> None:
+    ledger = Ledger(limit=10)
+    ledger.enter(RequestHint("q", math.inf, ttl=5.0), 0.0)
+    ledger.enter(TransferHint("t", "q", "", Stage.P2D, 0, 1, CookieSelector(1), ttl=5.0), 0.0)
+    (request, transfer) = ledger.alive(4.0)
+    assert isinstance(request, RequestHint)
+    assert isinstance(transfer, TransferHint)
+    assert (request.deadline, transfer.deadline) == (math.inf, math.inf)
+    assert ids(ledger, 6.0) == []
 
 
 def test_what_is_still_being_written_outlives_its_time() -> None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from support.relays import SENDER, WAITER, Hosts
+from support.relays import SENDER, WAITER, Hosts, connection, from_sender, transfers
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage, cookie_of, tuple_of
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from support.daemons import Running
 
 pytestmark = pytest.mark.daemon
 
@@ -56,31 +53,6 @@ def hosts(tmp_path: Path, papers: Papers, own: Papers) -> Iterator[Hosts]:
     made = Hosts(tmp_path, papers, own)
     yield made
     made.stop()
-
-
-@contextlib.contextmanager
-def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """(the end that sends, the one that waits)."""
-    with socket.create_server((SENDER, 0)) as listener:
-        waits = socket.create_connection(listener.getsockname())
-        sends, _ = listener.accept()
-        with sends, waits:
-            yield sends, waits
-
-
-def from_sender(sends: socket.socket) -> Any:
-    return tuple_of(WAITER, 0, SENDER, sends.getsockname()[1])
-
-
-def transfers(daemon: Running) -> dict[str, float]:
-    """Time left by name, of the transfers that a daemon knows."""
-    return daemon.ask(
-        lambda e: {
-            t.id: float(e.books.transfers.get(t, "deadline")) - time.monotonic()
-            for s in e.books.sessions.values()
-            for t in s.transfers.values()
-        }
-    )
 
 
 def test_a_hint_of_who_waits_reaches_the_daemon_of_who_sends(hosts: Hosts) -> None:

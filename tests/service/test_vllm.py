@@ -7,6 +7,7 @@ hand: docs/integrations/vllm.md.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import SimpleNamespace
@@ -85,6 +86,29 @@ def test_prefill_passes_the_deadline_on_and_decode_announces_its_kv(
     assert "output" in mine.calls
     handed = running.ask(lambda e: [t.handed_over for s in e.books.sessions.values() for t in s.transfers.values()])
     assert handed in ([], [True])
+
+
+def test_where_nobody_has_set_an_slo_kv_has_no_deadline(mine: Mine, running: Running) -> None:
+    """Nor is one made up for the next host. Its end counts as neither met nor missed."""
+    for how in ("arrives", "fails", "abort"):
+        request = Request(how, {"remote_host": "127.0.0.1"})
+        mine.on_new_request(request)
+        assert mine.get_num_new_matched_tokens(request, 0) == (1000, True)
+        mine.update_state_after_alloc(request, None, 1000)
+    flush(mine)
+    assert mine._mfsd().client.stats.rejected == 0
+    assert deadlines(running) == dict.fromkeys(("arrives", "fails", "abort"), math.inf)
+    due = running.ask(lambda e: {t.id: float(e.books.transfers.get(t, "deadline")) for t in e.books.transfers.objects})
+    assert due == dict.fromkeys(("arrives/kv", "fails/kv", "abort/kv"), math.inf)
+    mine.update_connector_output(SimpleNamespace(finished_recving={"arrives"}, failed_recving={"fails"}))
+    for how in ("arrives", "fails", "abort"):
+        again = Request(how, {"do_remote_decode": True})
+        _, params = mine.request_finished(again, [])
+        assert params is not None
+        assert not {"mfsd_deadline_unix_ms", "mfsd_ttft_left_ms"} & params.keys()
+    flush(mine)
+    counters = running.ask(lambda e: e.books.counters)
+    assert (counters.deadlines_met, counters.deadlines_missed) == (0, 0)
 
 
 def test_what_is_aborted_or_fails_is_cancelled(mine: Mine, running: Running) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from support.vllm import PullConnector, Request, transfers
 from support.waiting import WAIT_S
 
 from mfsd.integrations.vllm import MfsdConnector
+from mfsd.integrations.vllm.hold import LONGEST_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,6 +131,24 @@ def test_a_read_that_waits_is_started_when_it_can_wait_no_longer(make: Callable[
     assert pull.step() == []
     pull.held.waiting["looser"].since -= 10.0
     assert pull.step() == ["looser"]
+
+
+def test_a_read_without_a_deadline_waits_for_tight_ones_for_a_while_and_is_never_given_up(
+    make: Callable[..., Pull],
+) -> None:
+    pull = make(mfsd_recompute=True)
+    pull.expect("tight", 1.0, 10)
+    for n, name in enumerate(("one", "two")):
+        pull.expect(name, math.inf, 20 + n)
+    assert pull.step() == ["tight"]
+    for read in pull.held.waiting.values():
+        read.alone_s = 1e6
+    assert pull.step() == []
+    pull.held.waiting["one"].since -= LONGEST_S
+    assert pull.step() == ["one"]
+    pull.update_connector_output(SimpleNamespace(finished_recving={"tight"}))
+    assert pull.step() == ["two"]  # which is due no later than the other one
+    assert results(pull) == (set(), set(), set())
 
 
 def test_what_is_aborted_while_it_waits_or_can_t_be_in_time_is_reported_as_failed(make: Callable[..., Pull]) -> None:

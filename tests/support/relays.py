@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
+from mfsd.client import tuple_of
 from support.daemons import Running
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from mfsd.lab.hosts.certificates import Papers
@@ -41,3 +45,28 @@ class Hosts:
     def stop(self) -> None:
         self.waiter.stop()
         self.sender.stop()
+
+
+@contextlib.contextmanager
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """(the end that sends, the one that waits)."""
+    with socket.create_server((SENDER, 0)) as listener:
+        waits = socket.create_connection(listener.getsockname())
+        sends, _ = listener.accept()
+        with sends, waits:
+            yield sends, waits
+
+
+def from_sender(sends: socket.socket) -> Any:
+    return tuple_of(WAITER, 0, SENDER, sends.getsockname()[1])
+
+
+def transfers(daemon: Running) -> dict[str, float]:
+    """Time left by name, of the transfers that a daemon knows."""
+    return daemon.ask(
+        lambda e: {
+            t.id: float(e.books.transfers.get(t, "deadline")) - time.monotonic()
+            for s in e.books.sessions.values()
+            for t in s.transfers.values()
+        }
+    )

@@ -28,8 +28,6 @@ HOST: Final = "mfsd_host"
 """In kv_transfer_params: the prefill host's address for KV."""
 KNOWN_MAX: Final = 65_536
 """Requests that are remembered; the oldest go first."""
-NO_DEADLINE_S: Final = 30.0
-"""Where nobody has said when a token is due, KV must not be late for ever: it counts as due in so long."""
 
 
 def extra_config(config: Any) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def bytes_per_token(config: Any, cache: Any, extra: Mapping[str, Any]) -> float:
 @dataclass(slots=True)
 class _Known:
     deadline: float
-    """Monotonic seconds."""
+    """Monotonic seconds; inf: nobody has said any."""
     loading: bool = False
     """A transfer of it is announced."""
 
@@ -86,13 +84,13 @@ class Hints:
     def arrived(self, request: Any) -> None:
         """A request is new here."""
         left = self._left(request)
-        if left is None:
+        if left == math.inf:
             return
         self._remember(request.request_id, left)
         self.client.request(request.request_id, ttft_left_s=left)
 
-    def _left(self, request: Any) -> float | None:
-        """Seconds until its token is due; None: nobody said."""
+    def _left(self, request: Any) -> float:
+        """Seconds until its token is due; inf: nobody said."""
         known = self._known.get(request.request_id)
         if known is not None:
             return known.deadline - time.monotonic()
@@ -106,7 +104,7 @@ class Hints:
             getattr(request, "num_prompt_tokens", 0),
         )
         if deadline is None:
-            return None
+            return math.inf
         return deadline - now + self.clocks.ahead(params, self.prefill_host(params or {}), now)
 
     def _remember(self, request_id: str, left: float) -> _Known:
@@ -123,7 +121,7 @@ class Hints:
             self.hold.over(request.request_id)
         if params is not None and params.get("do_remote_prefill", True):
             left = self._left(request) if known is None else known.deadline - time.monotonic()
-            if left is not None:
+            if left < math.inf:
                 params[DEADLINE], params[LEFT] = round((time.time() + left) * 1000, 3), round(left * 1000, 3)
             if self.ports[0]:
                 params[PORTS] = list(self.ports)
@@ -147,8 +145,7 @@ class Hints:
         if where is None:
             return
         rid = request.request_id
-        left = self._left(request)
-        known = self._remember(rid, NO_DEADLINE_S if left is None else left)
+        known = self._remember(rid, self._left(request))
         if known.loading:
             return
         known.loading = True
@@ -165,9 +162,12 @@ class Hints:
         if known is None:
             return
         # Again, because a daemon elsewhere may not have heard of the request; a renewal costs the same.
-        left = known.deadline - time.monotonic()
-        self.client.request(rid, ttft_left_s=left)
-        due = self.computing.before(left)
+        left, due = known.deadline - time.monotonic(), None
+        if left < math.inf:
+            due = self.computing.before(left)
+            self.client.request(rid, ttft_left_s=left)
+        else:
+            self.client.request(rid, no_deadline=True)
         self.client.transfer(f"{rid}/kv", where, size, stage=stage, request=rid, deadline_s=due, interleaved=True)
 
     def _alone_s(self, host: str, size: int) -> float:
@@ -249,7 +249,7 @@ class Hints:
     def worth_loading(self, request: Any, params: Mapping[str, Any], tokens: int) -> bool:
         """False: the network can't bring the KV in time, as far as the daemons know, even if nothing goes before."""
         left = self._left(request)
-        if left is None:
+        if left == math.inf:
             return True
         needed = self._alone_s(self.prefill_host(params), int(tokens * self.per_token))
         return not math.isfinite(needed) or needed <= left
