@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -169,6 +170,17 @@ def test_what_stands_before_a_transfer_is_due_when_that_is(rows: list[tuple[int,
         if by is not None and by[i] != i:
             assert by[i] in behind
             assert due[by[i]] < due[i]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_those_of_a_batch_who_are_due_together_the_one_with_most_to_send_is_given_up(first: int) -> None:
+    """0.5 s of stage 1, which both wait for, 0.1 s and 0.4 s of stage 3, all due in 0.8 s: the small one fits."""
+    sizes = [0.1, 0.4] if first == 0 else [0.4, 0.1]
+    t = pv.transfers(3, stage=[1, 3, 3], batch=0, request=[-1, 0, 1], deadline=[math.inf, 0.8, 0.8])
+    t.size[:] = t.left[:] = np.array([0.5, *sizes]) * RATE
+    r = pv.requests(2, batch=0, deadline=0.8)
+    lost = demand_bound().judge(Views.of(t, pv.link(RATE, 5), requests=r, batches=pv.batches(1))).asked.lost
+    assert lost.requests.tolist() == [size > 0.1 for size in sizes]
 
 
 def test_bytes_before_a_tight_transfer_are_hurried_whatever_they_are() -> None:

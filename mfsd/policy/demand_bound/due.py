@@ -128,9 +128,11 @@ def jobs(view: Views, lost: Lost, owner: I4) -> Jobs:
     t, r = view.transfers, view.requests
     of = np.where(t.request >= 0, t.request, len(r) + np.arange(len(t), dtype=np.int32))
     lent = np.zeros(len(t), dtype=np.bool_)
-    # Requests of each batch by deadline; those that are lost, or belong to none, are nobody's first or next.
+    # Requests of each batch by deadline; those that are lost, or belong to none, are nobody's first or next. Of those
+    # due together the first is who has most to send: whoever stage 1 is due for is dropped the sooner.
     live = np.flatnonzero((r.batch >= 0) & ~lost.requests & np.isfinite(r.deadline))
-    order = live[np.lexsort((r.deadline[live], r.batch[live]))]
+    own = np.bincount(t.request + 1, weights=t.left * (t.stage == P2D), minlength=len(r) + 1)[1:]
+    order = live[np.lexsort((-own[live], r.deadline[live], r.batch[live]))]
     batch, due = r.batch[order], r.deadline[order]
     same = batch[1:] == batch[:-1]
     following, delay = np.full(len(r), -1, dtype=np.int32), np.zeros(len(r))
