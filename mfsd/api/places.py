@@ -50,18 +50,22 @@ class Places:
         """Sockets of ours and their inodes: somebody may put another one in the place of one."""
         self._rights: dict[Path, str] = {}
         """Who may use them, as they were made."""
+        self._silent: dict[Path, int] = {}
+        """Inodes of sockets in the places of ours at which nobody listened when it was last looked."""
 
     def make(self, path: Path, bind: Callable[[Path], object], key: Key = "socket_group") -> None:
         """Make a socket with ``bind``, which is told where. Raises ServerError.
 
         One that was ours is made aside and takes the place then: gRPC removes what it finds by the name that it has
-        bound, when that server ends.
+        bound, when that server ends. It takes nobody else's place, who may have come at any moment.
         """
-        where = aside(path) if path in self._made else path
+        again = path in self._made
+        where = aside(path) if again else path
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            for stale in {path, where}:
-                _remove_stale(stale)
+            if again:
+                self._make_way(path)
+            _remove_stale(where)
             # Nobody else may connect before the group is set.
             before = os.umask(0o177)
             try:
@@ -72,10 +76,23 @@ class Places:
             group: str | None = getattr(self._groups, key)
             _set_group(where, key, group)
             where.chmod(0o660 if group is not None or key == "socket_group" else 0o600)
-            where.replace(path)
+            if again:
+                try:
+                    os.link(where, path)  # unlike a rename it fails if there is something by now
+                finally:
+                    where.unlink()
             self._made[path], self._rights[path] = inode, _rights(path)
         except (OSError, RuntimeError) as e:
             raise ServerError(f'daemon.socket = "{path}": {e}') from e
+
+    def _make_way(self, path: Path) -> None:
+        """Remove a stale socket from the place of ours; not at first sight, as its owner may be about to listen."""
+        silent = _silent(path)
+        if silent is not None and self._silent.get(path) != silent:
+            self._silent[path] = silent
+            raise FileExistsError("somebody has put a socket there at which nobody listens yet")
+        self._silent.pop(path, None)
+        _remove_stale(path)
 
     def lost(self) -> list[Path]:
         """Those in whose place there is nothing of ours any more."""
@@ -148,19 +165,24 @@ def _remove_stale(path: Path) -> None:
 
     Raises FileExistsError where somebody listens, or there is no socket.
     """
+    if _silent(path) is not None:
+        path.unlink()
+
+
+def _silent(path: Path) -> int | None:
+    """Inode of a socket at which nobody listens; None: there is nothing. Raises FileExistsError as above."""
     try:
-        mode = path.lstat().st_mode
+        found = path.lstat()
     except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
+        return None
+    if not stat.S_ISSOCK(found.st_mode):
         raise FileExistsError("there is a file of this name that is no socket; remove it or choose another name")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink()
-            return
+            return found.st_ino
         except BlockingIOError:  # it listens, and has much to do
             pass
     raise FileExistsError("somebody listens there: another mfsd? Stop it, or choose another name")

@@ -15,7 +15,9 @@ from support.daemons import Api, Running
 from support.waiting import wait_for
 
 from mfsd.api import server
+from mfsd.api.places import Places, ServerError
 from mfsd.client.introduction import introduced
+from mfsd.daemon.config import DaemonConfig
 from mfsd.v1 import control_pb2 as pb
 from mfsd.v1 import control_pb2_grpc
 from mfsd.v1.hints_pb2 import Hint, Request
@@ -117,6 +119,56 @@ def test_somebody_else_who_listens_there_stays_when_the_daemon_ends(running: Run
         running.stop()
         assert answers(running.socket)
     running.socket.unlink()
+
+
+def bound(path: Path, *, listens: bool = True) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    if listens:
+        sock.listen()
+    return sock
+
+
+def test_who_comes_while_a_socket_is_made_again_keeps_the_place(tmp_path: Path) -> None:
+    path, places, opened = tmp_path / "mfsd.sock", Places(DaemonConfig()), contextlib.ExitStack()
+
+    def slowly(where: Path) -> None:
+        for here in (where, path):
+            opened.enter_context(bound(here))
+
+    with opened:
+        places.make(path, lambda where: opened.enter_context(bound(where)))
+        path.unlink()
+        with pytest.raises(ServerError, match="exists"):
+            places.make(path, slowly)
+        theirs = path.stat().st_ino
+        with pytest.raises(ServerError, match="somebody listens there"):
+            places.make(path, slowly)
+        assert path.stat().st_ino == theirs
+        assert places.lost() == [path]
+    path.unlink()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_who_is_about_to_listen_there_has_time_for_it(tmp_path: Path, *, listens: bool) -> None:
+    path, places = tmp_path / "mfsd.sock", Places(DaemonConfig())
+    with contextlib.ExitStack() as opened:
+        places.make(path, lambda where: opened.enter_context(bound(where)))
+        path.unlink()
+        other = opened.enter_context(bound(path, listens=False))
+        theirs = path.stat().st_ino
+        with pytest.raises(ServerError, match="nobody listens yet"):
+            places.make(path, bound)
+        if listens:
+            other.listen()
+            with pytest.raises(ServerError, match="somebody listens there"):
+                places.make(path, bound)
+            assert path.stat().st_ino == theirs
+        else:  # what a daemon has left that was killed
+            places.make(path, lambda where: opened.enter_context(bound(where)))
+            assert answers(path)
+            assert places.lost() == []
 
 
 def test_what_the_daemon_has_noticed_is_a_finding(running: Running, tmp_path: Path) -> None:
