@@ -79,7 +79,7 @@ def few_files(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
         process = subprocess.Popen([*command, "--config", str(config)], stdout=log, stderr=log)
     try:
         wait_for(path.exists)
-        for one in (tmp_path, *tmp_path.parents[:2], path, path.with_name("mfsd.sock.id")):
+        for one in (tmp_path, *tmp_path.parents[:3], path, path.with_name("mfsd.sock.id")):
             one.chmod(one.stat().st_mode | 0o777)
         yield path
     finally:
@@ -155,7 +155,7 @@ def test_a_process_of_the_daemons_own_user_keeps_nobody_out_either(few_files: Pa
 @pytest.mark.root
 def test_the_newest_connections_beyond_a_users_part_are_hung_up_on(tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    for folder in path.parents[:3]:
+    for folder in path.parents[:4]:
         folder.chmod(folder.stat().st_mode | 0o755)
 
     def opened(uid: int, count: int) -> list[tuple[socket.socket, socket.socket]]:
@@ -195,7 +195,7 @@ def test_who_connects_again_and_again_is_told_to_wait_and_others_are_not(start: 
     running = start(limits={"max_sessions_per_user": 8})
     path = running.socket.with_name("mfsd.sock.id")
     path.chmod(0o777)
-    for folder in path.parents[:3]:
+    for folder in path.parents[:4]:
         folder.chmod(folder.stat().st_mode | 0o755)
 
     def answers(uid: int) -> list[bytes]:
