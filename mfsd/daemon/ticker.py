@@ -215,9 +215,9 @@ class Ticker:
         if asked:  # what comes anyway, every millisecond while a rescue may be due, is no hint's to pay for
             worked = self._worked() - worked  # nor are others that take the processor away
             self._budget.fill(now + took, SHARE, BURST_S)
-            self._budget.left -= worked
+            _pay(self._budget, worked)
             for who in asked:
-                self._spare(who, now + took).left -= worked / len(asked)
+                _pay(self._spare(who, now + took), worked / len(asked))
         self._took.append((now, took))
         if not self._stopped:
             # Never more than half of the time, however long one takes: others have their turn in between.
@@ -240,3 +240,8 @@ class Ticker:
             return 0.0, 0.0
         p50, p99 = np.percentile([took for _, took in self._took], [50, 99])
         return float(p50), float(p99)
+
+
+def _pay(budget: Bucket, worked: float) -> None:
+    """For a tick. Who has nothing buys none, and owes no more than the last one of those that came anyway."""
+    budget.left = max(budget.left, 0.0) - worked

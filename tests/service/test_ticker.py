@@ -149,7 +149,7 @@ def test_users_pay_for_their_own_ticks() -> None:
         ticker._budget.left = -1000.0
         ticker.poke(waiting=True, who=1)
         await until(lambda: engine.ticks == 2)
-        ticker._spares[1].left = -1000.0
+        ticker._budget.left = ticker._spares[1].left = -1000.0
         ticker.poke(waiting=True, who=1)
         far = ticker._due
         ticker.poke(waiting=True, who=2)
@@ -235,6 +235,20 @@ def test_hints_do_not_pay_for_ticks_that_nobody_asked_for() -> None:
         await until(lambda: engine.ticks == 12)
 
     run(engine, NEVER, body)
+
+
+def test_nobody_owes_more_than_one_tick() -> None:
+    """Ticks come while there is something to schedule, whoever asks: seconds of debt took a minute to earn."""
+    engine = Engine(idle=False, busy_s=0.004)
+
+    async def body(ticker: Ticker, _beats: list[float]) -> None:
+        while engine.ticks < 50:
+            ticker.poke(who=1)
+            await asyncio.sleep(0)
+        assert ticker._budget.left >= -2 * engine.busy_s
+        assert ticker._spares[1].left >= -2 * engine.busy_s
+
+    run(engine, Periods(busy=0.005, idle=0.005, heartbeat=1.0), body)
 
 
 def test_whoever_waits_for_a_tick_waits_for_the_next_one_and_not_for_long() -> None:
