@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from mfsd.daemon.datagrams import Datagrams
 from mfsd.daemon.meant import listed_of, made, maker_of, matches, rows_of
 from mfsd.daemon.pace import Pace
 from mfsd.datapath import _abi
@@ -67,6 +68,7 @@ class HostSockets:
         """For the thread, whose listings take their time."""
         self._asked = SocketResolver(self._diag)
         """For the event loop, which never waits for a listing."""
+        self._datagrams = Datagrams(self._diag.datagrams, lambda work: self._search("listing UDP sockets", work))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mfsd-sockets")
         self._thread.submit(bool)  # it starts now: when it is needed there may be none to be had
         self._answers: deque[Found] = deque()
@@ -89,8 +91,7 @@ class HostSockets:
         """How often the programs that tell had been taken off, as far as we know."""
         self._seldom = Seldom()
         self.entered: Future[None] | None = None
-        """Over once the connections that are older than we are are known, as far as they are here; None: they may be
-        listed at any time."""
+        """Over once connections older than us are known, as far as they are here; None: they may be listed any time."""
         if teller is not None:
             self.entered = self._search("listing sockets", self._enter_older)
 
@@ -147,9 +148,9 @@ class HostSockets:
         event = None if self._teller is None else self._teller.end_of(cookie)
         return None if event is None else self._end(event)
 
-    def datagram(self, cookie: int) -> bool:
+    def datagram(self, cookie: int) -> bool | None:
         """See Sockets."""
-        return self._asked.datagram(cookie)
+        return self._datagrams.has(cookie)
 
     def exact(self, selector: TupleSelector) -> Socket | None:
         """See Sockets."""

@@ -65,8 +65,6 @@ class Delivery:
     """Streams to ask although their slots give no reason, and when."""
     _doubtful: dict[Stream, None] = field(default_factory=dict)
     """Streams with a debt."""
-    _listed: bool = True
-    """One socket may yet be looked for among those of other protocols, in this run."""
     _ask_from: int = 0
     _last_run: float = 0.0
     _next_rest: float = 0.0
@@ -91,7 +89,7 @@ class Delivery:
         return self.connections.positions.moved(self.books.streams) if learnt else moved
 
     def _run(self, moved: Moved, now: float) -> None:
-        t, self._listed = self.books.transfers, True
+        t = self.books.transfers
         # Only those of which something has left: of very many on one connection most stand behind that.
         front = np.maximum(moved.sent, moved.acked) + SLACK
         under_way = np.flatnonzero(front.take(t.live("stream")) >= t.live("start"))
@@ -279,7 +277,11 @@ class Delivery:
         t = self.books.transfers
         sent = self.books.streams.offset(stream, self.connections.positions.sent_by)
         past = [x for x in stream.queue if x.handed_over or t.get(x, "end") <= sent + SLACK]
-        if past and self._nowhere(stream):
+        nowhere = past and self._nowhere(stream)
+        if nowhere is None:
+            self.confirm(stream)
+            return []
+        if nowhere:
             past = [x for x in past if x.left]  # no word of a worker's makes up for a connection
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
             cut(self.books, past, sent)
@@ -288,8 +290,11 @@ class Delivery:
             self.confirm(stream)
         return []
 
-    def _nowhere(self, stream: Stream) -> bool:
-        """Its bytes can't have gone, since no socket that carries it is connected; where the kernel would have told."""
+    def _nowhere(self, stream: Stream) -> bool | None:
+        """Its bytes can't have gone, since no socket that carries it is connected; where the kernel would have told.
+
+        None: that is being found out.
+        """
         connections = self.connections
         if not connections.sockets.tells or not stream.members:
             return False
@@ -297,9 +302,10 @@ class Delivery:
         if len(unconnected) < len(stream.members):
             return False
         for conn in unconnected:
-            if self._listed and not conn.missing:
-                self._listed, conn.missing = False, True
-                conn.datagrams = connections.sockets.datagram(conn.cookie)
+            if not conn.missing and (known := connections.sockets.datagram(conn.cookie)) is not None:
+                conn.missing, conn.datagrams = True, known
+        if not all(conn.missing for conn in unconnected):
+            return None
         return not any(conn.datagrams for conn in unconnected)
 
     # --- what hints say about writing ---------------------------------------------------------------------------------

@@ -186,8 +186,8 @@ class Sockets(Protocol):
         """How a connection has ended lately; None: it has not, or nobody knows."""
         ...
 
-    def datagram(self, cookie: int) -> bool:
-        """A socket that is none of TCP's has this cookie. Takes the longer the more of those there are: ask seldom."""
+    def datagram(self, cookie: int) -> bool | None:
+        """A socket that is none of TCP's has this cookie. None: that is being found out, ask again."""
         ...
 
     def exact(self, selector: TupleSelector) -> Socket | None:

@@ -8,7 +8,6 @@ CAP_SYS_PTRACE.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 import socket
@@ -139,14 +138,10 @@ class SocketResolver:
         (answer,) = self._diag.lookup([request])
         return -1 if answer is None else answer.row.uid
 
-    def datagram(self, cookie: int) -> bool:
-        """A UDP socket, connected or not, has this cookie. Lists them all; False if that can't be done."""
-        states = 1 << inet_diag.ESTABLISHED | 1 << inet_diag.CLOSE
-        with contextlib.suppress(OSError):
-            for family in (socket.AF_INET, socket.AF_INET6):
-                if any(row.cookie == cookie for row in self._diag.dump(family, socket.IPPROTO_UDP, states, b"")):
-                    return True
-        return False
+    def datagrams(self) -> set[int]:
+        """Cookies of all UDP sockets, connected or not. Raises DiagError."""
+        states, families = 1 << inet_diag.ESTABLISHED | 1 << inet_diag.CLOSE, (socket.AF_INET, socket.AF_INET6)
+        return {row.cookie for f in families for row in self._diag.dump(f, socket.IPPROTO_UDP, states)}
 
     def resolve_many(self, selectors: Sequence[HintSelector]) -> list[list[Socket]]:
         """As `resolve` for each, aligned with ``selectors``, sharing one listing per address family.

@@ -89,6 +89,22 @@ def test_nor_one_of_which_tcp_has_no_word(*, known: bool) -> None:
     assert h.counted == (20, 20, 0)
 
 
+@pytest.mark.parametrize("datagrams", [True, False])
+def test_nothing_follows_until_it_is_known_whether_it_is_tcps(*, datagrams: bool) -> None:
+    h = Host()
+    h.kernel.lists_datagrams = True
+    if datagrams:
+        h.kernel.datagrams.add(1)
+    h.request("q", 5.0)
+    h.transfer("t", CookieSelector(1), 10 * MSS, request="q")
+    h.done("q", What.REQUEST)
+    pass_by(h, 0.3)
+    assert h.counted == (0, 0, 0)
+    h.kernel.lists_datagrams = False
+    pass_by(h, 1.5)
+    assert h.counted == ((1, 1, 0) if datagrams else (0, 0, 1))
+
+
 @pytest.mark.parametrize("after", [0.1, 3.0])
 def test_done_by_addresses_where_the_last_one_was_refused(after: float) -> None:
     h = Host()

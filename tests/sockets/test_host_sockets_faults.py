@@ -110,6 +110,38 @@ def test_progress_does_not_wait_for_a_listing(host: HostSockets, pair: tuple[soc
         go_on.set()
 
 
+def test_nobody_waits_for_a_listing_of_udp_sockets(host: HostSockets, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any user may have very many of them, and hint cookies that nobody has."""
+    listings: list[int] = []
+    go_on = threading.Event()
+    listed = host._diag.datagrams
+
+    def slowly() -> set[int]:
+        listings.append(threading.get_ident())
+        go_on.wait(WAIT_S)
+        return listed()
+
+    monkeypatch.setattr(host._datagrams, "_listed", slowly)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        theirs, nobodys = cookie_of(sock), 2**62
+        for _ in range(100):
+            assert host.datagram(theirs) is None
+            assert host.datagram(nobodys) is None
+        go_on.set()
+        said: dict[int, bool] = {}
+
+        def all_said() -> bool:
+            wanted = {theirs, nobodys} - said.keys()
+            said.update({c: d for c in wanted if (d := host.datagram(c)) is not None})
+            return len(said) == 2
+
+        wait_for(all_said)
+        assert said == {theirs: True, nobodys: False}
+    assert len(listings) <= 2
+    assert threading.get_ident() not in listings
+
+
 def test_a_socket_bound_to_a_device_is_known_to_both(host: HostSockets) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as sock:
         try:

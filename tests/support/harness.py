@@ -90,6 +90,8 @@ class FakeKernel:
         """Of those without a slot, the ones that the next search may tell of."""
         self.datagrams: set[int] = set()
         """Cookies of UDP sockets."""
+        self.lists_datagrams = False
+        """It is being found out which there are."""
         self.senders: list[FakeSocket] = []
         """Unconnected ones."""
         self.descendants: dict[int, set[int]] = {}
@@ -116,8 +118,8 @@ class FakeKernel:
     def end_of(self, cookie: int) -> End | None:
         return self.ends.get(cookie)
 
-    def datagram(self, cookie: int) -> bool:
-        return cookie in self.datagrams
+    def datagram(self, cookie: int) -> bool | None:
+        return None if self.lists_datagrams else cookie in self.datagrams
 
     def user(self, socket: Socket) -> int:
         return next((s.accepted_by for s in self.sockets if s.cookie == socket.cookie), -1)
