@@ -60,8 +60,6 @@ class Endings:
     """What has arrived and is still in the books, and when."""
     _closing: dict[Stream, tuple[float, str]] = field(default_factory=dict)
     """Whose connection was closed before all was written: until when a word of it may come, and what to say then."""
-    _finishing: deque[Request] = field(default_factory=deque)
-    """Requests of sessions that are over, beyond AT_ONCE."""
     _found: int = FOUND
     """So many more may be, until the next tick."""
     _room: int = ROOM
@@ -106,7 +104,6 @@ class Endings:
         due = (s for s, (until, _) in self._closing.items() if until <= now or not s.queue)
         for stream in list(islice(due, CONCLUDED)):
             self.conclude(stream, now)
-        self._finish_some(now)
         if self._more:
             transfers, delivered_at, lost, told = self._more[0]
             some = [transfers.popleft() for _ in range(min(AT_ONCE, len(transfers)))]
@@ -193,9 +190,10 @@ class Endings:
         for conn in list(stream.members):
             self.connections.note_rest(conn, now, linger=written is None)
         if not stream.queue and (stream.session.over or (stream.watch is None and not stream.members)):
-            self._close(stream)
+            self.close(stream)
 
-    def _close(self, stream: Stream) -> None:
+    def close(self, stream: Stream) -> None:
+        """Nothing is to come on a stream any more."""
         conns = list(stream.members)
         if stream.session.streams.get(stream.selector) is stream:
             del stream.session.streams[stream.selector]
@@ -231,31 +229,7 @@ class Endings:
         request.completed, orphans, request.transfers = False, request.transfers, set()
         self.end(orphans, now, told=told)
 
-    # --- sessions, watches, marks -------------------------------------------------------------------------------------
-
-    def end_session(self, session: Session, now: float) -> list[Transfer]:
-        """Free everything that a session said, but for what its sockets may still deliver, which is returned."""
-        session.over = True
-        for mark in list(session.marks.values()):
-            self.unmark(mark, now)
-        for watch in list(session.watches.values()):
-            self.unwatch(watch, now)
-        for batch in list(session.batches.values()):
-            self.books.strike_batch(batch)
-        for request in list(session.requests.values()):
-            request.completed = True
-            if not request.transfers:
-                self._finishing.append(request)
-        self._finish_some(now)
-        for stream in list(session.streams.values()):
-            if not stream.queue:
-                self._close(stream)
-        return list(session.transfers.values())
-
-    def _finish_some(self, now: float) -> None:
-        for _ in range(min(AT_ONCE, len(self._finishing))):
-            if (request := self._finishing.popleft()).row != GONE:
-                self.finish(request, now)
+    # --- watches, marks -----------------------------------------------------------------------------------------------
 
     def unmark(self, mark: Mark, now: float) -> None:
         """Take a mark back."""
@@ -285,7 +259,7 @@ class Endings:
         if stream is not None:
             stream.watch = None
             if not stream.queue:
-                self._close(stream)
+                self.close(stream)
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -354,7 +328,7 @@ class Endings:
         else:
             self.give_up(over, now, reason)
         if not alive and stream.watch is None and not stream.queue:
-            self._close(stream)
+            self.close(stream)
         elif not alive and stream.watch is None and stream.session.streams.get(stream.selector) is stream:
             del stream.session.streams[stream.selector]  # it ends with the last of its transfers
 

@@ -9,6 +9,7 @@ fake clock.
 from __future__ import annotations
 
 import secrets
+from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from mfsd.engine.delivery import Delivery
 from mfsd.engine.endings import AT_ONCE, Endings
 from mfsd.engine.gaps import Gaps
 from mfsd.engine.hearing import Hearing
+from mfsd.engine.leaving import Leaving
 from mfsd.engine.ledger import Ledger
 from mfsd.engine.overtime import Overtime
 from mfsd.engine.positions import UnknownError
@@ -87,6 +89,7 @@ class Engine:
         self.probes = Probes(connections)
         gaps = Gaps(books, connections.positions)
         self.endings = Endings(books, connections, gaps, self.watches, self.rescuer, self.audit)
+        self.leaving = Leaving(books, self.endings)
         self.delivery = Delivery(books, connections, self.rescuer, self.endings)
         self.carriage = Carriage(books, connections, self.watches, self.delivery, self.steering.band_of, limits)
         self.ledger = Ledger(books, connections, self.watches, self.delivery, self.endings, self.carriage, limits)
@@ -153,7 +156,7 @@ class Engine:
         session.user.sessions -= 1
         if self.elsewhere is not None:
             self.elsewhere.ended(session)
-        self.delivery.hand_over(self.endings.end_session(session, now), now, left=True)
+        self.delivery.hand_over(self.leaving.begin(session, now), now, left=True)
 
     def apply(self, session: Session, hint: Hint, now: float) -> bool:
         """Apply one hint. Raises HintError and changes nothing if it can't be applied.
@@ -194,7 +197,8 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to schedule: the daemon may tick slowly."""
-        return not self.books.transfers.n and not self.watches.looking and not self.hearing.more
+        under_way = self.watches.looking or self.hearing.more or self.leaving.under_way
+        return not self.books.transfers.n and not under_way
 
     @property
     def rescue_due(self) -> bool:
@@ -220,6 +224,7 @@ class Engine:
         for conn, end in over:
             self.hearing.over(conn, end, now)
         self.endings.go_on(now)
+        self.leaving.go_on(now)
         moved = self.connections.positions.moved(self.books.streams)
         moved = self.delivery.run(moved, now)
         if now >= self._next_house:
@@ -245,9 +250,9 @@ class Engine:
         self.endings.end(transfers, now, lost=True)
         for request in self._expired(self.books.requests, now, AT_ONCE):
             self.endings.finish(request, now)
-        for batch in self._expired(self.books.batches, now):
-            if not batch.requests and not batch.transfers:
-                self.books.strike_batch(batch)
+        empty = (b for b in self._expired(self.books.batches, now) if not b.requests and not b.transfers)
+        for batch in list(islice(empty, AT_ONCE)):
+            self.books.strike_batch(batch)
         self._expire_sessions(now)
         for watch in self.watches.expired(now):
             self.endings.unwatch(watch, now)

@@ -86,7 +86,7 @@ class User:
     @property
     def idle(self) -> bool:
         """It takes nothing."""
-        return not (self.sessions or self.connections or self.selectors or self.transfers)
+        return not (self.sessions or self.connections or self.selectors or self.bytes)
 
 
 @dataclass(slots=True, eq=False)

@@ -166,8 +166,8 @@ class Watches:
 
     @staticmethod
     def may(watch: Watch, socket: Socket) -> bool:
-        """A session's selectors mean its user's sockets only, unless it may speak for all."""
-        return watch.session.only in (-1, socket.uid)
+        """A session's selectors mean its user's sockets only, unless it may speak for all; nobody's once it is over."""
+        return watch.session.only in (-1, socket.uid) and not watch.session.over
 
     def to_try(self, socket: Socket) -> int:
         """How many selectors ``matching`` tries."""

@@ -4,22 +4,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.harness import FakeSocket, Host
 
+from mfsd.engine.books import Books
 from mfsd.engine.carriage import Carriage
 from mfsd.engine.endings import AT_ONCE, CONCLUDED, FOUND, Endings
+from mfsd.engine.engine import HOUSEKEEPING_S
 from mfsd.engine.hearing import CLOSED, STEPS
 from mfsd.engine.locating import AT_ONCE as SEARCHED
 from mfsd.engine.locating import LOCATE_S
 from mfsd.engine.settings import LimitsConfig
 from mfsd.engine.sockets import ON_THE_WAY_S
-from mfsd.ground.model import CookieSelector, MarkHint, PortRange, RequestHint, Stage, TupleSelector, What
+from mfsd.ground.model import (
+    BatchHint,
+    CookieSelector,
+    MarkHint,
+    PortRange,
+    RequestHint,
+    Stage,
+    TupleSelector,
+    What,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mfsd.engine.records import Session
 
 N = 700
 """More than is done at a time of anything but what has arrived."""
@@ -153,6 +167,91 @@ def test_requests_of_a_session_that_ends_are_finished_some_at_a_time(monkeypatch
     assert finished.most == AT_ONCE
     assert len(finished.seen) == 3 * AT_ONCE
     assert h.engine.books.everybody.bytes == 0
+
+
+def _marks_by_socket(h: Host, session: Session, n: int) -> None:
+    for _ in range(n):
+        sock = h.socket(1 + len(h.kernel.sockets))
+        h.engine.apply(session, MarkHint(CookieSelector(sock.cookie), Stage.COLLECTIVE), h.now)
+
+
+def _marks_by_address(h: Host, session: Session, n: int) -> None:
+    peer = ip_address(f"10.1.0.{len(session.name)}")
+    for port in range(1, n + 1):
+        selector = TupleSelector(None, peer, PortRange(), PortRange(port, port), 6)
+        h.engine.apply(session, MarkHint(selector, Stage.COLLECTIVE), h.now)
+
+
+def _batches(h: Host, session: Session, n: int) -> None:
+    for i in range(n):
+        h.engine.apply(session, BatchHint(f"b{i}", [], 0, 0, 0.0), h.now)
+
+
+def _requests(h: Host, session: Session, n: int) -> None:
+    for i in range(n):
+        h.engine.apply(session, RequestHint(f"r{i}", h.now + 60), h.now)
+
+
+@pytest.mark.parametrize(
+    ("fill", "where", "name"),
+    [
+        (_marks_by_socket, Endings, "unmark"),
+        (_marks_by_address, Endings, "unmark"),
+        (_batches, Books, "strike_batch"),
+        (_requests, Endings, "finish"),
+    ],
+)
+def test_sessions_of_a_process_that_dies_end_some_at_a_time_together(
+    monkeypatch: pytest.MonkeyPatch, fill: Callable[[Host, Session, int], None], where: type, name: str
+) -> None:
+    h = Host(slots=4 * N)
+    sessions = [h.engine.session("s" * i, h.now, uid=1000) for i in range(1, 11)]
+    for session in sessions:
+        fill(h, session, 2 * AT_ONCE // 10)
+    h.tick(0.01)
+    struck = counted(monkeypatch, where, name)
+
+    def die() -> None:
+        for session in sessions:
+            h.engine.end_session(session, h.now)
+
+    struck.during(die)
+    assert not h.engine.idle
+    until(h, struck, lambda: h.engine.idle)
+    assert len(struck.seen) >= 10 * (2 * AT_ONCE // 10)
+    assert struck.most <= AT_ONCE
+    assert not h.engine.books.everybody.bytes
+    assert not any(s.marks or s.watches or s.batches or s.requests for s in sessions)
+
+
+def test_nobody_is_named_any_more_by_a_session_that_is_over() -> None:
+    h = Host(slots=4 * N)
+    first, second = (h.engine.session(name, h.now) for name in ("first", "second"))
+    _batches(h, first, 2 * AT_ONCE)
+    e = h.socket(1).endpoints
+    selector = TupleSelector(None, e.dst, PortRange(), PortRange(), 6)
+    h.engine.apply(second, MarkHint(selector, Stage.COLLECTIVE), h.now)
+    h.tick(0.01)
+    for session in (first, second):
+        h.engine.end_session(session, h.now)
+    assert second.marks  # its turn has not come
+    late = h.socket(2)
+    h.engine.hear(h.now)
+    assert not second.marks[selector].conns - {h.connections.by_cookie[1]}
+    until(h, Counted(), lambda: h.engine.idle)
+    assert not second.marks
+    assert late.cookie not in h.connections.by_cookie or not h.connections.by_cookie[late.cookie].marks
+
+
+def test_batches_that_expire_together_are_struck_out_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = Host()
+    _batches(h, h.session, 2 * AT_ONCE)
+    h.engine.apply(h.session, RequestHint("r", h.now + 600, "b0"), h.now)
+    struck = counted(monkeypatch, Books, "strike_batch")
+    h.now += LimitsConfig().default_ttl_s + 1
+    until(h, struck, lambda: h.engine.books.batches.n == 1, every=HOUSEKEEPING_S)
+    assert struck.most <= AT_ONCE
+    assert len(struck.seen) == 2 * AT_ONCE - 1
 
 
 def test_cookies_that_no_socket_has_are_given_up_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
