@@ -7,6 +7,7 @@ import contextlib
 import socket
 import ssl
 import threading
+import time
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from mfsd.daemon.metrics_section import MetricsConfig
 
 PATIENCE_S: Final = 10.0
-"""For a client to say what it wants, and to take the answer."""
+"""For a client to say what it wants, and to take the answer: from one byte to the next."""
+IN_ALL_S: Final = 10.0
+"""The same in all, while others have no room."""
 SCRAPES: Final = 16
 """At a time; each takes a thread."""
 IDLE_S: Final = 60.0
@@ -55,27 +58,32 @@ class _Server(ThreadingMixIn, WSGIServer):
     context: ssl.SSLContext | None = None
 
     def __init__(self, address: Any, handler: type[WSGIRequestHandler]) -> None:
-        self._open: set[Any] = set()
+        self._open: dict[Any, float] = {}
+        """And since when, monotonic."""
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hang up on those who are too many."""
+        """Hang up on those who are too many, and before that on who has said a byte now and then for too long."""
+        if len(self._open) >= SCRAPES:
+            since = time.monotonic() - IN_ALL_S
+            for slow in [one for one, began in list(self._open.items()) if began < since]:
+                self._open.pop(slow, None)
+                _cut(slow, socket.SHUT_RDWR)
         if len(self._open) >= SCRAPES:
             self.shutdown_request(request)
             return
-        self._open.add(request)
+        self._open[request] = time.monotonic()
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         """It is over."""
-        self._open.discard(request)
+        self._open.pop(request, None)
         super().shutdown_request(request)
 
     def hurry(self) -> None:
         """Wait for nobody's question any more: who has asked still gets the answer."""
         for request in list(self._open):
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(request, socket.SHUT_RD)  # a TLS socket's own would unwrap it
+            _cut(request, socket.SHUT_RD)
 
     def get_request(self) -> tuple[Any, Any]:
         """TLS begins in the thread, where a client that says nothing keeps nobody waiting."""
@@ -88,6 +96,11 @@ class _Server(ThreadingMixIn, WSGIServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up, or fails to shake hands, is its own affair."""
         log.debug("scrape failed", client=str(client_address), request=str(request))
+
+
+def _cut(request: Any, how: int) -> None:
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(request, how)  # a TLS socket's own would unwrap it
 
 
 class _UnixServer(_Server):

@@ -216,6 +216,22 @@ def test_who_never_asks_is_not_waited_for_and_takes_no_more_threads(
         assert scrapers() == 0
 
 
+def test_who_asks_a_byte_at_a_time_keeps_nobody_out(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        some = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(exposition.SCRAPES)]
+        for one in some:
+            one.connect(f"{running.socket}.metrics")
+            one.send(b"G")
+        wait_for(lambda: scrapers() == exposition.SCRAPES)
+        with pytest.raises((http.client.HTTPException, OSError)):
+            scrape(running)
+        monkeypatch.setattr(exposition, "IN_ALL_S", 0.0)  # the next byte has its ten seconds all the same
+        for one in some:
+            one.send(b"E")
+        assert "mfsd_build" in scrape(running)
+        wait_for(lambda: scrapers() <= 1)
+
+
 def scrapers() -> int:
     return sum("process_request_thread" in thread.name for thread in threading.enumerate())
 
