@@ -20,6 +20,7 @@ from google.rpc import code_pb2
 from mfsd.api import advice, columns, errors
 from mfsd.api.access import by_certificate, peer_of
 from mfsd.api.answers import SETTLE_S, Answer, Answers, drain
+from mfsd.api.messages import OWN
 from mfsd.api.turns import LATELY_S, Lines, Turn
 from mfsd.api.whole import Large
 from mfsd.ground.logs import Seldom
@@ -166,6 +167,11 @@ class HintsService(hints_pb2_grpc.HintsServicer):
         """The session of that name, if it is the peer's. Raises HintError or errors.Refused."""
         if peer is not None and peer.gone:
             raise errors.Refused(code_pb2.UNAUTHENTICATED, "the connection that its token was given on is closed")
+        if name.startswith(OWN):
+            raise errors.Refused(
+                code_pb2.PERMISSION_DENIED,
+                f"session {name!r} would be mfsd's own, as all that begin with {' or '.join(OWN)}; choose another name",
+            )
         known = self.engine.books.sessions.get(name)
         if known is not None and known.lasting and lasting:
             known.maker = peer  # one operator after the other

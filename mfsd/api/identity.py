@@ -50,7 +50,7 @@ ACCEPT_AGAIN_S: Final = 0.5
 PER_S: Final = 32
 """New connections of a user, once as many as it may have have come at once."""
 PACES: Final = 256
-"""Users whose pace is remembered."""
+"""Users whose pace is remembered in any case."""
 RESERVED: Final = 16
 """Connections that operators may have when all others are taken."""
 USERS: Final = 4
@@ -112,6 +112,7 @@ class Identities:
         self._coming: set[asyncio.Task[Any]] = set()
         self._paces: dict[int, Bucket] = {}
         """How often users may connect now."""
+        self._pace_room = PACES
         self.open: set[asyncio.Transport] = set()
 
     def __len__(self) -> int:
@@ -184,8 +185,9 @@ class Identities:
             return False
         pace = self._paces.get(uid)
         if pace is None:
-            if len(self._paces) > PACES:
+            if len(self._paces) > self._pace_room:
                 self._paces = {u: p for u, p in self._paces.items() if now - p.at < self.limit / PER_S}
+                self._pace_room = max(PACES, 2 * len(self._paces))  # who has 65,536 users costs no more by each
             pace = self._paces[uid] = Bucket(self.limit, now)
         if pace.fill(now, PER_S, self.limit) < 1:
             return True

@@ -20,7 +20,7 @@ from support.others import within_reach
 from support.peers import Introduced, worker
 from support.waiting import WAIT_S, wait_for
 
-from mfsd.api.identity import RESERVED
+from mfsd.api.identity import RESERVED, Identities
 from mfsd.client import Client
 from mfsd.v1.hints_pb2 import Hint, Request
 
@@ -283,6 +283,29 @@ def test_connections_are_bounded_by_user_and_the_reason_is_said(
     assert sum(isinstance(o, str) for o in others) == 20 - 4 * 3
     assert others[-1] == "12 connections are open already (4 times limits.max_sessions_per_user)"
     assert not isinstance(everybody.admit(1, 0), str)
+
+
+@pytest.mark.parametrize("name", ["mfsd:rules", "relay:other-host:mfsd:relay"])
+def test_nobody_opens_a_session_that_would_be_the_daemons_own(
+    api: Api, running: Running, me: Introduced, name: str
+) -> None:
+    """Rules that a reload brings, or hints of another host, would be said in it, and end with who took it first."""
+    for metadata in ((), me.metadata):
+        code, why = refused(api, metadata, name)
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+        assert why.endswith("as all that begin with mfsd: or relay:; choose another name")
+    assert not sessions(running)
+
+
+def test_whoever_connects_as_very_many_users_has_nobody_wait() -> None:
+    """In a user namespace anybody has 65,536: what is remembered of them is not gone through for each."""
+    identities = Identities(256)
+    paces, through = identities._paces, 0
+    for uid in range(1, 20_001):
+        assert not identities._too_fast(uid, 1.0)
+        if identities._paces is not paces:
+            paces, through = identities._paces, through + 1
+    assert through < 20
 
 
 def test_a_peer_that_speaks_is_hung_up_on_and_a_silent_one_costs_nothing(
