@@ -3,7 +3,7 @@
 
 The service is mfsd.v1.Hints on an endpoint of its own. Nobody is heard there whose certificate is not signed by our CA
 (TLS sees to that), or does not name somebody on the list. A peer may speak only of bytes that go to itself. It can
-not use up more than one session may (limits), and what it says ends by expiry, or when it has been gone for GRACE_S.
+not use up more than SESSIONS may (limits), and what it says ends by expiry, or when it has been gone for GRACE_S.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from google.rpc import code_pb2
 
 from mfsd.api import advice, errors
 from mfsd.api.answers import drain
+from mfsd.api.messages import RELAYED
 from mfsd.ground.logs import Seldom
 from mfsd.ground.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector, on_the_wire
 from mfsd.v1 import hints_pb2 as pb
@@ -49,6 +50,8 @@ FULL: Final = 64
 """Hints in a message that is full: others wait behind it. After any other one its daemon has nothing more to say."""
 GRACE_S: Final = 10.0
 """What a peer has said is kept for so long after its stream has ended: it says only what is new when it comes back."""
+SESSIONS: Final = 4
+"""Of one peer at a time, those that it has left lately included: a daemon has one, and another one when it restarts."""
 STOP_S: Final = 0.2
 
 log = structlog.get_logger(__name__)
@@ -161,16 +164,29 @@ class Incoming(hints_pb2_grpc.HintsServicer):
         return name, host
 
     async def _session(self, name: str, said: str, context: Context) -> Session:
-        full = f"relay:{name}:{said}"
+        theirs = f"{RELAYED}{name}:"
+        full = f"{theirs}{said}"
         timer = self._gone.pop(full, None)
         if timer is not None:
             timer.cancel()
+        elif full not in self._open and not self._make_room(theirs):
+            have = HintError("session", f"{name} has {SESSIONS} open already", "end one of them", exhausted=True)
+            await errors.abort(context, have)
         try:
             session = self._engine.session(full, self._clock(), maker=self)
         except HintError as e:
             await errors.abort(context, e)
         self._open[full] = self._open.get(full, 0) + 1
         return session
+
+    def _make_room(self, theirs: str) -> bool:
+        """For one more of a peer's sessions: of those that have been left the oldest go. False: there is none."""
+        gone, open_now = ([one for one in some if one.startswith(theirs)] for some in (self._gone, self._open))
+        for one in gone[: max(len(gone) + len(open_now) - SESSIONS + 1, 0)]:
+            self._gone.pop(one).cancel()
+            if (session := self._engine.books.sessions.get(one)) is not None:
+                self._end(session)
+        return len(open_now) < SESSIONS
 
     def _left(self, session: Session) -> None:
         self._open[session.name] -= 1
