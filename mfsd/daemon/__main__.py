@@ -13,6 +13,10 @@ import signal
 # not be told to end.
 signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+if os.getpid() == 1:
+    # Of a container, say. To the first process of a pid namespace come those signals only that it handles.
+    for _number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(_number, lambda number, _frame: os._exit(128 + number))
 
 # Where it has closed the standard descriptors, no map or socket may be what somebody writes his complaints to.
 while (_fd := os.open(os.devnull, os.O_RDWR)) <= 2:

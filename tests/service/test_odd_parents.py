@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,6 @@ from mfsd.v1 import control_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.daemon
 
@@ -170,6 +170,36 @@ def test_proc_that_does_not_know_it_is_named(tmp_path: Path, parent: list[str]) 
     assert done.stderr.startswith("mfsd: can't start: /proc is not there, or that of another pid namespace")
     assert len(done.stderr.splitlines()) == 1
     assert subprocess.run([*command, "--check-config"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_process_of_a_container_is_told_to_end_while_it_starts(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """It never sees a signal for which it has no handler; here it waits for its configuration."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for a pid namespace")
+    config = tmp_path / "mfsd.toml"
+    os.mkfifo(config)
+    first = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    with subprocess.Popen([*first, sys.executable, "-m", "mfsd.daemon", "--config", str(config)]) as process:
+        try:
+            end = wait_for(lambda: _opened(config), "its configuration to be read")
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            os.kill(int(children.read_text()), number)
+            assert process.wait(WAIT_S) == 128 + number
+            os.close(end)
+        finally:
+            process.kill()
+
+
+def _opened(pipe: Path) -> int | None:
+    """Where to write to it; None: nobody reads yet."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
 
 
 NO_THREADS = """
