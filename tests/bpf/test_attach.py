@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -20,7 +21,7 @@ from support.waiting import wait_for
 from bench.parts.testrun import FOREVER
 from mfsd.client import cookie_of
 from mfsd.datapath import _abi
-from mfsd.datapath.bpf import syscall
+from mfsd.datapath.bpf import clsact, syscall
 from mfsd.datapath.bpf.attach import _F_BEFORE, TCX_EGRESS, attach, hook_users, inherit, remove_leftover
 from mfsd.datapath.bpf.keys import cookie_key
 from mfsd.datapath.bpf.libbpf import BpfObject, LibbpfLoader, object_path
@@ -306,6 +307,30 @@ def test_leftover_of_a_crash_leaves_a_clsact_that_was_there_before(ns: Namespace
         a = ns.run(lambda: attach(successor, i, "clsact"))
         assert not a.handle & 1
     assert ns.run(lambda: remove_leftover(i))
+    assert traces(ns) == before
+
+
+def test_names_of_handles_that_somebody_has_taken_keep_no_classifier_off(
+    ns: Namespace, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are abstract addresses of unix sockets: any user of the network namespace may bind them."""
+    monkeypatch.setattr(clsact, "_HANDLES", range(0x6D660000, 0x6D660008))
+    before, i = traces(ns), index(ns)
+    with contextlib.ExitStack() as stack:
+
+        def squat() -> None:
+            for handle in clsact._HANDLES:
+                taken = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+                taken.bind(f"\0mfsd/device/{i}/{handle:x}")
+
+        ns.run(squat)
+        with ns.run(lambda: attach(classifier, i, "clsact")) as a:
+            assert ns.run(a.standing).attached
+            with LibbpfLoader().open_classifier(64, classifier) as other:
+                b = ns.run(lambda: attach(other, i, "clsact"))
+                assert ns.run(a.standing).attached
+                ns.run(b.detach)
+            ns.run(a.detach)
     assert traces(ns) == before
 
 

@@ -167,12 +167,16 @@ def remove(ifindex: int, which: Callable[[HookUser], bool]) -> bool:
 
 
 def claim(ifindex: int, *, made: bool, taken: set[int]) -> tuple[int, socket.socket]:
-    """A handle that no filter has and no daemon is about to use, and the socket that says whose it is."""
+    """A handle that no filter has and no daemon is about to use, and the socket that says whose it is.
+
+    Any user may have taken the names of all of them: then it is one that no filter has, whoever says that he owns it.
+    """
     token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     try:
-        for handle in _HANDLES[int(made) :: 2]:
-            if handle not in taken and _bind(token, ifindex, handle):
-                return handle, token
+        free = [handle for handle in _HANDLES[int(made) :: 2] if handle not in taken]
+        handle = next((h for h in free if _bind(token, ifindex, h)), free[0] if free else 0)
+        if handle:
+            return handle, token
     except BaseException:
         token.close()
         raise
