@@ -40,7 +40,9 @@ ROOM_BESIDE: Final = 512
 CONCLUDED: Final = 32
 """Streams of closed connections that are given up in one tick."""
 FOUND: Final = 16
-"""Connections that end in one tick because TCP, when asked, knew of no more: half a millisecond each."""
+"""Connections that end in one tick because TCP, when asked, knew of no more: half a millisecond each. Fewer, down to
+FOUND_LEAST, where the kernel has told of others since the last tick."""
+FOUND_LEAST: Final = 2
 NOTHING: Final[Mapping[Stream, float]] = MappingProxyType({})
 
 
@@ -62,6 +64,8 @@ class Endings:
     """Whose connection was closed before all was written: until when a word of it may come, and what to say then."""
     _found: int = FOUND
     """So many more may be, until the next tick."""
+    _closed: int = 0
+    """Connections that have ended since the last one."""
     _room: int = ROOM
     """Of what has arrived: so many may be struck out until the next tick."""
 
@@ -99,7 +103,8 @@ class Endings:
 
     def go_on(self, now: float) -> None:
         """A tick begins: end some more of what was too much at a time."""
-        self._found, room = FOUND, ROOM_BESIDE if self.books.shared else ROOM
+        self._found, self._closed = max(FOUND - self._closed, FOUND_LEAST), 0
+        room = ROOM_BESIDE if self.books.shared else ROOM
         self._room = room - self._strike(room, now)
         due = (s for s, (until, _) in self._closing.items() if until <= now or not s.queue)
         for stream in list(islice(due, CONCLUDED)):
@@ -265,6 +270,7 @@ class Endings:
 
     def closed(self, conn: Connection, acked: float, now: float, *, clean: bool, at: float = INF) -> None:
         """End a connection; the peer had acknowledged payload up to ``acked`` ``at`` its end, all if ``clean``."""
+        self._closed += 1
         reason = "its connection was closed before all had arrived" if clean else "its connection was reset"
         moved_at = self.connections.positions.moved_at(conn) or now  # no shaped device has seen a packet of it
         for stream in list(conn.streams):
