@@ -126,9 +126,15 @@ rate = "{RATE_MBIT}mbit"
         return {b.name: b for b in self.status().devices[0].bands}
 
     def connections(self) -> list[pb.Connection]:
-        """ListConnections."""
-        reply = self.control(lambda c: c.ListConnections(pb.ListConnectionsRequest(), timeout=WAIT_S / 4))
-        return list(reply.connections)
+        """ListConnections, all pages: it is a thousand at a time."""
+        out: list[pb.Connection] = []
+        request = pb.ListConnectionsRequest()
+        while True:
+            reply = self.control(lambda c: c.ListConnections(request, timeout=WAIT_S / 4))
+            out += reply.connections
+            if not reply.next_page_token:
+                return out
+            request.page_token = reply.next_page_token
 
     def band_of(self, flow: Flow) -> str:
         """Band of a flow as the daemon tells it; empty if it is not known."""
