@@ -20,12 +20,11 @@ from google.rpc import code_pb2
 from mfsd.api import advice, columns, errors
 from mfsd.api.access import by_certificate, peer_of
 from mfsd.api.answers import SETTLE_S, Answer, Answers, drain
-from mfsd.api.messages import OWN
 from mfsd.api.turns import LATELY_S, Lines, Turn
 from mfsd.api.whole import Large
 from mfsd.ground.logs import Seldom
 from mfsd.ground.model import HintError, MarkHint, ProgressHint, TransferHint
-from mfsd.ground.wire import LASTING
+from mfsd.ground.wire import LASTING, OWN
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 

@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
 RULES: Final = "mfsd:rules"
 """The session whose marks are the configuration's rules."""
-RELAYED: Final = "relay:"
-"""Names of sessions begin so that say what daemons of other hosts bring."""
-OWN: Final = ("mfsd:", RELAYED)
-"""How names of sessions begin that are the daemon's own: whoever took one first would have what it is for."""
 NAMED: Final = 8
 """Selectors without a connection that the notices name."""
 PEERS: Final = 100

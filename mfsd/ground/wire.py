@@ -14,6 +14,10 @@ LASTING: Final = "mfsd-lasting"
 """Metadata of an operator's single call: what it says outlives the connection that the token was given on."""
 BESIDE: Final = ".id"
 """Appended to the path of the daemon's socket by the one that gives tokens."""
+RELAYED: Final = "relay:"
+"""Names of sessions begin so that say what daemons of other hosts bring."""
+OWN: Final = ("mfsd:", RELAYED)
+"""How names of sessions begin that are the daemon's own: whoever took one first would have what it is for."""
 INTERLEAVED: Final = 1
 """Bit of TransferColumns.flags."""
 SOCKETS_MAX: Final = 256

@@ -21,9 +21,9 @@ from google.rpc import code_pb2
 
 from mfsd.api import advice, errors
 from mfsd.api.answers import drain
-from mfsd.api.messages import RELAYED
 from mfsd.ground.logs import Seldom
 from mfsd.ground.model import EndHint, HintError, MarkHint, RequestHint, TransferHint, TupleSelector, on_the_wire
+from mfsd.ground.wire import RELAYED
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
