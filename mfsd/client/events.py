@@ -10,14 +10,24 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from mfsd.ground.model import Event, EventKind
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Self
 
-    from mfsd.ground.model import Event
+    from mfsd.v1 import hints_pb2
 
 KEPT: Final = 1024
 """Events that wait for a slow listener; the oldest go first, since a late warning is worth least."""
+_KINDS: Final = {int(k) for k in EventKind}
+
+
+def told(reply: hints_pb2.HintReply) -> Iterator[Event]:
+    """What a daemon tells with a reply. A newer one may know kinds that we don't."""
+    for e in reply.events:
+        if e.kind in _KINDS:
+            yield Event(EventKind(e.kind), e.request_id, e.transfer_id, e.reason)
 
 
 class Events:
@@ -31,6 +41,8 @@ class Events:
 
     def tell(self, event: Event) -> None:
         """Something has happened."""
+        if event.kind is EventKind.OVERTIME:
+            return  # the ledger has heard it, and nobody else has to do anything about it
         with self._lock:
             listeners = list(self._listeners)
         for listener in listeners:

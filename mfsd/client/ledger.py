@@ -21,6 +21,8 @@ from mfsd.ground.model import (
     BatchHint,
     CookieSelector,
     EndHint,
+    Event,
+    EventKind,
     Hint,
     MarkHint,
     ProgressHint,
@@ -30,6 +32,7 @@ from mfsd.ground.model import (
     TransferHint,
     What,
 )
+from mfsd.ground.wire import OVERTIME_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +47,7 @@ _of_transfer: Final = attrgetter(
     "id", "request_id", "batch_id", "target_layer", "size", "deadline", "ttl", "ordered", "position",
     "hold_until",
 )  # fmt: skip
-REQUEST, SIZE, POSITION, END = 4, 7, 11, 13
+REQUEST, BATCH, SIZE, POSITION, END = 4, 5, 7, 11, 13
 """Where they are in the entry of a transfer."""
 _STAGES: Final = {stage.value: stage for stage in Stage}
 
@@ -69,6 +72,18 @@ class Entries:
             if entry is not None and entry[0] < now:
                 found.append(name)
         return found
+
+
+def _until(due: float, ttl: float, now: float) -> float:
+    """When a daemon forgets what is announced now."""
+    return (due if now < due < INF else now) + (ttl or DEFAULT_TTL_S)
+
+
+def _renew(part: Entries, name: str, until: float) -> None:
+    """It lives until then at least. No error if it is not there."""
+    entry = part.kept.get(name)
+    if entry is not None and entry[0] < until:
+        part.kept[name] = (until, *entry[1:])
 
 
 @dataclass(slots=True)
@@ -112,6 +127,8 @@ class Ledger:
     """The same by number, which is what a transfer's entry has of its connection."""
     _owned: dict[str, dict[str, None]] = field(default_factory=dict)
     """Names of transfers by that of their request."""
+    _overtime: dict[str, None] = field(default_factory=dict)
+    """Names of transfers that live on, as the daemon says, though their time to live is over."""
     _next: int = 0
 
     def __len__(self) -> int:
@@ -126,8 +143,7 @@ class Ledger:
         if isinstance(hint, TransferHint):
             self._transfer(hint, now)
         elif isinstance(hint, RequestHint):
-            expires = (now if hint.deadline == INF else max(hint.deadline, now)) + (hint.ttl or DEFAULT_TTL_S)
-            self._put(self._requests, hint.id, expires, _of_request(hint), now)
+            self._put(self._requests, hint.id, _until(hint.deadline, hint.ttl, now), _of_request(hint), now)
         elif isinstance(hint, BatchHint):
             says = hint.id, tuple(hint.request_ids), hint.layers, hint.current_layer, hint.layer_compute
             self._put(self._batches, hint.id, now + DEFAULT_TTL_S, says, now)
@@ -153,7 +169,6 @@ class Ledger:
             self._next += 1
             carried = self._carried[hint.selector] = self._numbered[self._next] = _Carried(hint.selector, self._next)
         carried.count += 1
-        expires = (due if due != INF else now) + (hint.ttl or DEFAULT_TTL_S)
         stage = hint.stage.value if isinstance(hint.stage, Stage) else hint.stage  # whatever somebody takes for one
         end = 0
         if hint.ordered and hint.position:
@@ -161,7 +176,7 @@ class Ledger:
         says = carried.number, stage, *_of_transfer(hint), end
         if hint.request_id:
             self._owned.setdefault(hint.request_id, {})[hint.id] = None
-        self._put(self._transfers, hint.id, expires, says, now)
+        self._put(self._transfers, hint.id, _until(due, hint.ttl, now), says, now)
 
     def _put(self, part: Entries, name: str, expires: float, says: tuple[Any, ...], now: float) -> None:
         # A renewed entry moves to the end, so that the oldest are first.
@@ -210,6 +225,7 @@ class Ledger:
         entry = self._transfers.kept.pop(name, None)
         if entry is None:
             return
+        self._overtime.pop(name, None)
         request, carried = entry[REQUEST], self._numbered[entry[1]]
         names = self._owned.get(request, {})
         names.pop(name, None)
@@ -235,6 +251,36 @@ class Ledger:
         # Those of a batch stay until they are ended or expire.
         (self._requests if hint.what is What.REQUEST else self._batches).kept.pop(hint.id, None)
         self._progress.kept.pop(hint.id, None)
+
+    def hear(self, event: Event, now: float) -> None:
+        """What the daemon tells of a transfer: that it outlives its time to live, or does so no longer."""
+        name = event.transfer_id
+        entry = self._transfers.kept.get(name)
+        if entry is None:
+            return
+        if event.kind is EventKind.OVERTIME:
+            self._overtime[name] = None
+            until = now + OVERTIME_S
+            _renew(self._transfers, name, until)
+            _renew(self._requests, entry[REQUEST], until)
+            _renew(self._batches, entry[BATCH], until)
+        elif event.kind in (EventKind.EXPIRED, EventKind.CONNECTION_GONE) and name in self._overtime:
+            self._drop(name)  # else it may be another one of that name by now
+
+    def again(self, now: float) -> Iterator[Hint]:
+        """As ``alive``, for a daemon that gives all of it its time to live anew."""
+        for hint in self.alive(now):
+            if isinstance(hint, TransferHint):
+                owner = self._requests.kept.get(hint.request_id)
+                due = min(hint.deadline, INF if owner is None else owner[2])
+                _renew(self._transfers, hint.id, _until(due, hint.ttl, now))
+            elif isinstance(hint, RequestHint):
+                _renew(self._requests, hint.id, _until(hint.deadline, hint.ttl, now))
+            elif isinstance(hint, BatchHint):
+                _renew(self._batches, hint.id, now + DEFAULT_TTL_S)
+            elif isinstance(hint, ProgressHint):
+                _renew(self._progress, hint.batch_id, now + DEFAULT_TTL_S)
+            yield hint
 
     def alive(self, now: float) -> Iterator[Hint]:
         """What a daemon that knows nothing needs to hear, owners first; what has expired is dropped on the way.

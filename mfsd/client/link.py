@@ -22,16 +22,18 @@ import grpc
 from mfsd.client.again import Again
 from mfsd.client.complaints import Complaints
 from mfsd.client.encode import Batch, encode_batch, split, writable
+from mfsd.client.events import told
 from mfsd.client.introduction import Introduction, NotWelcomeError
 from mfsd.client.ledger import Ledger
 from mfsd.client.outcome import Rejected, Stats, call_back
 from mfsd.client.way import Held, Way, pause
-from mfsd.ground.model import Event, EventKind, Hint
 from mfsd.ground.wire import TOKEN
 from mfsd.v1 import hints_pb2, hints_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from mfsd.ground.model import Event, Hint
 
 WINDOW: Final = 32
 """Batches on the way at most; a daemon that answers slowly makes hints wait here, where deadlines are still exact."""
@@ -284,14 +286,15 @@ class Link:
             if batch is not None:
                 rejected = [Rejected(hint, r.status.message) for r in reply.rejected for hint in batch.meant(r)]
             self._stats.rejected += len(rejected)
+            events, now = list(told(reply)), time.monotonic()
+            for event in events if stream.epoch == self._epoch else ():  # else the ledger is being read
+                self._ledger.hear(event, now)
             self._changed.notify_all()
         for r in rejected:
             self._complaints.seldom("mfsd rejects a hint: %s", r.message)
             call_back(self._on_rejected, r, BaseException)
-        for e in reply.events:
-            kind = EventKind(e.kind) if e.kind in _KINDS else None
-            if kind is not None:  # a newer daemon may know kinds that we don't
-                call_back(self._on_event, Event(kind, e.request_id, e.transfer_id, e.reason), BaseException)
+        for event in events:
+            call_back(self._on_event, event, BaseException)
 
     def _broken(self, stream: _Stream, error: grpc.RpcError) -> None:
         # What a call raises is an RpcError and a Call at the same time, which the stubs can't express.
@@ -344,7 +347,7 @@ class Link:
         """Find out what this daemon has not heard yet."""
         if stream.epoch == self._epoch:
             return  # what it has not answered is in _again
-        alive = self._ledger.alive(time.monotonic())  # which changes only when the stream is over, and by us
+        alive = self._ledger.again(time.monotonic())  # which changes only when the stream is over, and by us
         found = Again()
         while True:
             with self._changed:
@@ -395,6 +398,3 @@ class Link:
         out = hints_pb2.HintBatch(session=self._session, seq=seq)
         encode_batch(kept, now, out)
         return out
-
-
-_KINDS: Final = {int(k) for k in EventKind}

@@ -159,6 +159,7 @@ def announce(ledger: Ledger, session: Session, columns: TransferColumns, now: fl
                 np.array([s is None or s.ordered for s in streams]).take(c.selector),
                 0.0,  # begun
                 LEVEL_NEW,
+                0.0,  # told
             ),
         )
     return bad

@@ -245,6 +245,7 @@ class Ledger:
                 stream.ordered,
                 0.0,  # begun
                 LEVEL_NEW,
+                0.0,  # told
             ),
         )
         session.transfers[hint.id] = transfer

@@ -46,6 +46,7 @@ TRANSFER_COLUMNS: Final = {
     "ordered": "?",  # its bytes follow those before it in its stream
     "begun": "f8",  # when its first byte left, to within a tick; 0: not yet
     "first_level": "i2",  # what the policy decided first
+    "told": "f8",  # when its worker was last told that it outlives its time to live; 0: it was not
 }
 REQUEST_COLUMNS: Final = {
     "deadline": "f8",  # inf: none
@@ -65,7 +66,6 @@ BATCH_COLUMNS: Final = {
     "rank": "i4",
     "expires": "f8",
 }
-
 
 ENTRY: Final = 640
 """Bytes that a request, a batch or a transfer takes besides its name, about."""

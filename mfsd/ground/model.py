@@ -385,6 +385,7 @@ class EventKind(enum.IntEnum):
     EXPIRED = 4
     CONNECTION_GONE = 5
     DEMOTED = 6
+    OVERTIME = 7
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ SOCKETS_MAX: Final = 256
 """Of one cancellation, how far they had been written."""
 PATHS_MAX: Final = 256
 """Of one question for advice."""
+OVERTIME_S: Final = 30.0
+"""What lives on when its time to live is over (Event.OVERTIME) does so for so long, unless more is said of it."""
 
 
 def beside(socket_path: Path) -> Path:

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import struct
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.habits import KB, KIB, MB, PORT, WRONG, Grown, band, counted, dial, settled, transfers, worker
 from support.rig import Daemon, running
-from support.waiting import wait_for
+from support.waiting import WAIT_S, wait_for
 
-from mfsd.client import Client, EventKind, Stage, tuple_of
+from mfsd.client import Client, EventKind, Stage, process_peer, tuple_of
 from mfsd.datapath.bpf import cgroup, syscall
 
 if TYPE_CHECKING:
@@ -150,6 +151,61 @@ def test_weights_that_take_longer_than_hints_live(netns_pair: NetnsPair, sink: S
         sink.gets(140 * MB)
         settled(daemon, (2, 0, 0))
         assert grown.wrong(140 * MB, right="background") <= WRONG
+
+
+@pytest.mark.parametrize("by", ["addresses", "process", "turns"])
+def test_weights_that_take_longer_than_hints_live_over_restarts(
+    netns_pair: NetnsPair, sink: Sink, tmp_path: Path, by: str
+) -> None:
+    """By what the daemon has said of them: the client can't see how much of them has been written."""
+    with (
+        running(Daemon(netns_pair, tmp_path, extra="[limits]\ndefault_ttl_s = 1.5\n")) as daemon,
+        daemon.client() as client,
+        dial(netns_pair) as s,
+    ):
+        assert client.flush(20)
+        there: Any = {
+            "addresses": tuple_of(netns_pair.addr_b, PORT), "process": process_peer(os.getpid(), netns_pair.addr_b),
+            "turns": s,
+        }[by]  # fmt: skip
+        for name in ("weights", "more"):
+            client.transfer(name, there, 400 * MB, stage=Stage.BACKGROUND, interleaved=by == "turns", ttl_s=1.5)
+        client.transfer("never", tuple_of("10.77.0.99", PORT), MB, stage=Stage.BACKGROUND, ttl_s=1.5)
+        assert client.flush(5)
+        over = threading.Event()
+
+        def send() -> None:
+            while not over.is_set():
+                s.sendall(bytes(100 * KB))
+                time.sleep(0.02)
+
+        sends = threading.Thread(target=send)
+        sends.start()
+        try:
+            for _ in range(2):
+                time.sleep(4.0)
+                assert sorted(transfers(daemon)) == ["more", "weights"]
+                daemon.end(signal.SIGKILL)
+                time.sleep(2.0)
+                daemon.start()
+                assert client.flush(20)
+                wait_for(lambda: sorted(transfers(daemon)) == ["more", "weights"], "it to be announced again")
+                wait_for(lambda: band(daemon, s) == "background", "its band")
+                grown = Grown(daemon)
+                time.sleep(4.0)
+                assert sorted(transfers(daemon)) == ["more", "weights"]
+                assert grown.wrong(10 * MB, right="background") <= WRONG
+        finally:
+            over.set()
+            sends.join(WAIT_S)
+        for name in ("weights", "more"):
+            client.cancel(transfer=name)
+        assert client.flush(5)
+        daemon.end(signal.SIGKILL)
+        daemon.start()
+        assert client.flush(20)
+        assert transfers(daemon) == {}
+    assert sink.received > 40 * MB
 
 
 @pytest.mark.usefixtures("sink")

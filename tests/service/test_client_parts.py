@@ -21,6 +21,8 @@ from mfsd.ground.model import (
     BatchHint,
     CookieSelector,
     EndHint,
+    Event,
+    EventKind,
     Hint,
     MarkHint,
     ProgressHint,
@@ -28,6 +30,7 @@ from mfsd.ground.model import (
     TransferHint,
     What,
 )
+from mfsd.ground.wire import OVERTIME_S
 from mfsd.v1 import hints_pb2
 
 NOW = 500.0
@@ -143,6 +146,54 @@ def test_what_is_still_being_written_outlives_its_time() -> None:
     assert positions(ledger) == {"w": 1010, "behind": 2010}
     assert ids(ledger, 90.0) == []  # it stands still
     assert (len(ledger), ledger._carried, ledger._owned) == (0, {}, {})
+
+
+def test_what_the_daemon_says_outlives_its_time_is_kept_until_it_says_otherwise() -> None:
+    """By addresses, or in turns with others: what of it has been written only the daemon can tell."""
+    ledger, there = Ledger(limit=10), tuple_of("10.0.0.1", 5)
+    ledger.enter(RequestHint("q", 1.0, ttl=5.0), 0.0)
+    ledger.enter(BatchHint("b"), 0.0)
+    for name, request, batch in (("kv", "q", ""), ("gone", "q", ""), ("weights", "", "b"), ("quiet", "", "b")):
+        ledger.enter(TransferHint(name, request, batch, Stage.P2D, 0, 1, there, ttl=5.0), 0.0)
+
+    def hear(kind: EventKind, at: float, *names: str) -> None:
+        for name in names:
+            ledger.hear(Event(kind, "q" if name in ("kv", "gone") else "", name, ""), at)
+
+    hear(EventKind.OVERTIME, 4.0, "kv", "gone", "weights", "never heard of")
+    assert ids(ledger, 4.0 + OVERTIME_S - 0.1) == ["q", "b", "kv", "gone", "weights"]
+    hear(EventKind.OVERTIME, 30.0, "kv", "gone", "weights")
+    hear(EventKind.CONNECTION_GONE, 55.0, "gone", "never heard of")
+    assert ids(ledger, 30.0 + OVERTIME_S - 0.1) == ["q", "b", "kv", "weights"]
+    hear(EventKind.EXPIRED, 60.0, "kv")
+    ledger.enter(EndHint(What.TRANSFER, "weights"), 60.0)
+    assert ids(ledger, 60.0) == ["q", "b"]
+    assert ids(ledger, 100.0) == []
+    assert (len(ledger), ledger._overtime, ledger._carried, ledger._owned) == (0, {}, {}, {})
+
+
+def test_what_has_expired_says_nothing_of_another_one_of_its_name() -> None:
+    ledger = Ledger(limit=10)
+    for at in (0.0, 100.0):
+        ledger.enter(TransferHint("w", "", "", Stage.BACKGROUND, 0, 1, tuple_of("10.0.0.1", 5), ttl=5.0), at)
+        if not at:
+            ledger.hear(Event(EventKind.OVERTIME, "", "w", ""), 4.0)
+    ledger.hear(Event(EventKind.EXPIRED, "", "w", ""), 100.0)  # the one before
+    assert ids(ledger, 101.0) == ["w"]
+
+
+def test_what_is_said_again_lives_as_long_as_the_daemon_has_it_from_then_on() -> None:
+    ledger = Ledger(limit=10)
+    ledger.enter(RequestHint("q", math.inf, ttl=5.0), 0.0)
+    ledger.enter(RequestHint("due", 20.0, ttl=5.0), 0.0)
+    ledger.enter(BatchHint("b", ["q"]), 0.0)
+    ledger.enter(ProgressHint("b", 1), 0.0)
+    for name, request in (("t", "q"), ("kv", "due")):
+        ledger.enter(TransferHint(name, request, "", Stage.P2D, 0, 1, tuple_of("10.0.0.1", 5), ttl=5.0), 0.0)
+    assert len(list(ledger.again(4.0))) == 6
+    assert ids(ledger, 8.0) == ["q", "due", "b", "b", "t", "kv"]
+    assert ids(ledger, 10.0) == ["due", "b", "b", "kv"]
+    assert ids(ledger, 26.0) == ["b", "b"]
 
 
 def positions(ledger: Ledger) -> dict[str, int]:
