@@ -25,6 +25,7 @@ struct mfsd_adopted abi_adopted;
 enum mfsd_consts abi_consts;
 enum mfsd_host_flags abi_host_flags;
 enum mfsd_dev_flags abi_dev_flags;
+enum mfsd_slot_flags abi_slot_flags;
 enum mfsd_stat abi_stat;
 enum mfsd_event_kind abi_event_kind;
 enum mfsd_event_flags abi_event_flags;

@@ -217,6 +217,10 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 		if (!slot->last_ns)
 			slot->origin = (__u32)s->position + flight;
 		slot->acked = s->position;
+		if (flight || !before || (__s32)ahead > 0)
+			slot->flags = 0; /* what is sent again is not acknowledged either */
+		else if (ahead == (__u32)-1)
+			slot->flags |= MFSD_SLOT_WAITS;
 		slot->sent = s->position + (before && (__s32)(ahead - flight) > 0 ? ahead : flight);
 	} else if (before && !s->hit) { /* what a socket in TIME_WAIT says, or one half made, is no payload */
 		syn = s->raw[9] >> 1 & 1; /* a SYN has a number of its own, but is no payload */
@@ -226,7 +230,10 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 		ahead = end - slot->origin;
 		if ((__s32)ahead > 0) {
 			slot->origin = end;
+			slot->flags = 0;
 			__sync_fetch_and_add(&slot->sent, (__u64)ahead);
+		} else if (ahead == (__u32)-1) {
+			slot->flags |= MFSD_SLOT_WAITS; /* tcp_xmit_probe_skb(): the number before the first that is open */
 		}
 	}
 }

@@ -49,6 +49,12 @@ enum mfsd_dev_flags {
 	MFSD_DEV_CONTROL_UNHINTED = 4,	/* pure ACKs of unhinted TCP go to the control band, too */
 };
 
+/* mfsd_slot.flags [kernel]: what is known of TCP where the daemon can't ask it, in other network namespaces. */
+enum mfsd_slot_flags {
+	MFSD_SLOT_QUIET = 1, /* all that has left is acknowledged */
+	MFSD_SLOT_WAITS = 2, /* and there is more, for which the peer has no room; or it was asked whether it still lives */
+};
+
 /*
  * One row per hinted connection. A slot is free when expires_ns is 0. The daemon takes a slot by writing the user
  * half first and inserting the key (cookie or tuple) last; it frees one by deleting the keys first. Free slots that it
@@ -62,7 +68,7 @@ struct mfsd_slot {
 	__u32 generation;  /* [user] counts the reuses of this row */
 	__u16 lane;	   /* [user] leaf within the band, modulo the lanes that the device has there */
 	__u8 band;	   /* [user] index into mfsd_dev.bands, or MFSD_BAND_KEEP */
-	__u8 flags;	   /* [user] reserved, 0 */
+	__u8 flags;	   /* [kernel] enum mfsd_slot_flags */
 	__u64 bytes;	   /* [kernel] wire bytes: every segment's headers counted, retransmissions included */
 	__u64 packets;	   /* [kernel] packets as the qdisc sees them (a GSO packet counts once) */
 	__u64 last_ns;	   /* [kernel] when the last of them passed (coarse clock, a few ms of grain) */

@@ -18,6 +18,9 @@
  * the daemon (mfsd_events). This is before the SYN of a connection that is opened here, and before accept(2) returns on
  * the other side: so the first data packet is in the right band, and nobody has been asked.
  *
+ * While it lasts, and is of another network namespace than the daemon's, which can't ask TCP there: it is noted in its
+ * slot when all that has left is acknowledged.
+ *
  * When it is over: a connection with a slot is reported with how far the peer has acknowledged, and whether that was
  * all. Then it leaves the directory. Nothing is said of connections that no hint and no rule names, but how they ended is
  * remembered for a while (mfsd_ends): the hint may be on its way.
@@ -62,6 +65,7 @@ struct {
 	__uint(max_entries, MFSD_EVENT_BYTES);
 } mfsd_events SEC(".maps");
 MFSD_MMAP_ARRAY(mfsd_lost, __u64, 1); /* events that the ring had no room for */
+MFSD_MMAP_ARRAY(mfsd_here, __u64, 1); /* cookie of the daemon's network namespace */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
@@ -87,6 +91,8 @@ struct draft {
 #define DRAFTS 8
 static const __u32 draft_keys[DRAFTS] = { 0, 1, 2, 3, 4, 5, 6, 7 };
 MFSD_PERCPU_ARRAY(mfsd_draft, struct draft, DRAFTS);
+
+#include "hear.h" /* which needs the maps */
 
 SEC("cgroup/sock_create")
 int mfsd_socket(struct bpf_sock *sk)
@@ -348,15 +354,6 @@ static __always_inline struct draft *take_draft(void)
 	return 0;
 }
 
-/* Has the kernel tell of what becomes of a connection. */
-static __always_inline void hear_of_end(struct bpf_sock_ops *ctx)
-{
-	__u32 flags = ctx->bpf_sock_ops_cb_flags;
-
-	if (!(flags & BPF_SOCK_OPS_STATE_CB_FLAG))
-		bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_STATE_CB_FLAG);
-}
-
 SEC("sockops")
 int mfsd_connection(struct bpf_sock_ops *ctx)
 {
@@ -365,7 +362,11 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 	struct draft *d;
 
 	if (op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB || (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] != TCP_CLOSE)) {
-		hear_of_end(ctx); /* programs of cgroups below run before, and may have set their own flags instead */
+		hear(ctx); /* programs of cgroups below run before, and may have set their own flags instead */
+		return ALLOW;
+	}
+	if (op == BPF_SOCK_OPS_RTT_CB) {
+		acknowledged(ctx);
 		return ALLOW;
 	}
 	if (op != BPF_SOCK_OPS_STATE_CB && op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
@@ -380,7 +381,7 @@ int mfsd_connection(struct bpf_sock_ops *ctx)
 	if (op == BPF_SOCK_OPS_STATE_CB) {
 		closed(ctx, e);
 	} else {
-		hear_of_end(ctx);
+		hear(ctx);
 		established(ctx, d);
 	}
 	MFSD_REREAD();

@@ -32,8 +32,8 @@ ABI_STRUCTS = [
     "mfsd_yield", "mfsd_path_key", "mfsd_peer_clock", "mfsd_path", "mfsd_far", "mfsd_adopted",
 ]  # fmt: skip
 ABI_ENUMS = [
-    "mfsd_consts", "mfsd_host_flags", "mfsd_dev_flags", "mfsd_stat", "mfsd_event_kind", "mfsd_event_flags",
-    "mfsd_yield_class", "mfsd_yield_flags",
+    "mfsd_consts", "mfsd_host_flags", "mfsd_dev_flags", "mfsd_slot_flags", "mfsd_stat", "mfsd_event_kind",
+    "mfsd_event_flags", "mfsd_yield_class", "mfsd_yield_flags",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from mfsd.engine.looked import STALLED_S, Looked
 from mfsd.engine.positions import UNCONNECTED, UnknownError
 from mfsd.engine.records import by_stream
 from mfsd.engine.shortfall import REST, SLACK, cut
-from mfsd.engine.slots import NS
+from mfsd.engine.slots import NS, QUIET, WAITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -49,6 +49,9 @@ REST_S: Final = 0.25
 slots are as of the last packet, so what is left of transfers there counts bytes that may have arrived since."""
 DEBT_S: Final = 1.0
 """So is one on which a transfer may have been announced after its bytes had gone; what is missing then was its."""
+UNHEARD_S: Final = 10.0
+"""What has left so long ago is taken for acknowledged where TCP can't be asked: of what it has sent again without
+timestamps an acknowledgement says nothing."""
 DOUBTS: Final = 128
 """Streams with a debt that are looked at in one tick."""
 
@@ -284,11 +287,27 @@ class Delivery:
         if nowhere:
             past = [x for x in past if x.left]  # no word of a worker's makes up for a connection
         if past and all(self.rescuer.lane_empty(c, now) for c in stream.members):
-            cut(self.books, past, sent)
-            return past
+            arrived = self._heard(stream, past, sent, now)
+            if arrived:
+                cut(self.books, arrived, sent)
+                return arrived
         if past:
             self.confirm(stream)
         return []
+
+    def _heard(self, stream: Stream, past: list[Transfer], sent: float, now: float) -> list[Transfer]:
+        """Of what has left, what has been acknowledged, where the kernel notes when all is."""
+        heard = [c for c in stream.members if self.connections.positions.hears(c)]
+        ago = now - max((self.connections.positions.moved_at(c) for c in heard), default=0.0)
+        if not heard or ago > UNHEARD_S:
+            return past
+        flags, t = self.connections.table.flags[[c.slot for c in heard]], self.books.transfers
+        if not (flags & QUIET).all():
+            return []
+        if ago > STALLED_S and not (flags & WAITS).any():
+            return past
+        # Where much is missing, the peer may have no room for it now.
+        return [x for x in past if t.get(x, "end") - sent <= REST * t.get(x, "size")]
 
     def _nowhere(self, stream: Stream) -> bool | None:
         """Its bytes can't have gone, since no socket that carries it is connected; where the kernel would have told.

@@ -176,6 +176,15 @@ class Positions:
         own = conn.cookie != 0 and not conn.passing
         return own and (conn.endpoints is None or conn.endpoints.protocol == IPPROTO_TCP)
 
+    def hears(self, conn: Connection) -> bool:
+        """TCP can't be asked about a connection, but the kernel notes when all that has left is acknowledged.
+
+        It does of those whose beginning it has told.
+        """
+        e = conn.endpoints
+        told = self.sockets.tells and conn.cookie != 0 and not conn.here
+        return told and e is not None and e.protocol == IPPROTO_TCP
+
     # --- TCP's word ---------------------------------------------------------------------------------------------------
 
     def ask(self, conns: Sequence[Connection]) -> dict[Connection, Position | None]:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mfsd.ground.model import Endpoints
 
 NS = 1_000_000_000
+QUIET = _abi.SLOT_QUIET
+WAITS = _abi.SLOT_WAITS
+"""Flags of a slot."""
 
 SlotRows = np.ndarray[Any, np.dtype[Any]]
 """Shape (slots,), dtype _abi.SLOT_DTYPE."""
@@ -98,6 +101,7 @@ class FlowTable:
         self.expires_ns: npt.NDArray[np.uint64] = rows["expires_ns"]
         self.lane: npt.NDArray[np.uint16] = rows["lane"]
         self.band: npt.NDArray[np.uint8] = rows["band"]
+        self.flags: npt.NDArray[np.uint8] = rows["flags"]
         self.bytes: npt.NDArray[np.uint64] = rows["bytes"]
         self.sent: npt.NDArray[np.uint64] = rows["sent"]
         self.acked: npt.NDArray[np.uint64] = rows["acked"]

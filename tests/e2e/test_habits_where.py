@@ -11,7 +11,6 @@ import socket
 import subprocess
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import psutil
@@ -32,6 +31,7 @@ from support.habits import (
     three_in_turn,
     transfers,
 )
+from support.pods import bridged, routed
 from support.rig import RATE_MBIT, Daemon, Flow, running
 from support.waiting import WAIT_FACTOR, wait_for
 
@@ -40,6 +40,7 @@ from mfsd.client.selectors import IPPROTO_MPTCP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from support.namespaces import NetnsPair
 
@@ -281,26 +282,11 @@ def test_a_hint_costs_the_same_however_many_sockets_there_are(daemon: Daemon, cl
     assert sink.accepted
 
 
-ROUTED = """
-ip addr add 10.79.0.1/24 dev p0; ip link set p0 up; sysctl -qw net.ipv4.ip_forward=1
-"""
-
-
 @pytest.mark.parametrize("named", ["exactly", "by port"])
 def test_a_routed_pod_is_matched_by_addresses(daemon: Daemon, client: Client, sink: Sink, named: str) -> None:
     """Routing costs packets their socket: that the kernel tells of the pod's connection is not enough."""
-    pair, pod = daemon.pair, f"{daemon.pair.a}-pod"
-    with contextlib.ExitStack() as stack:
-        subprocess.run(["ip", "netns", "add", pod], check=True)
-        stack.callback(subprocess.run, ["ip", "netns", "del", pod], check=True)
-        subprocess.run(
-            ["ip", "-n", pair.a, "link", "add", "p0", "type", "veth", "peer", "name", "eth0", "netns", pod], check=True
-        )
-        pair.run(pair.a, ROUTED)
-        pair.run(pod, "ip link set lo up; ip addr add 10.79.0.9/24 dev eth0; ip link set eth0 up")
-        pair.run(pod, "ip route add default via 10.79.0.1")
-        pair.run(pair.b, f"ip route add 10.79.0.0/24 via {pair.addr_a}")
-        inside = replace(pair, a=pod, addr_a="10.79.0.9")
+    pair = daemon.pair
+    with routed(pair) as inside:
         exact = tuple_of(pair.addr_b, PORT, "10.79.0.9", 41_001)
         selector = exact if named == "exactly" else tuple_of(pair.addr_b, PORT)
         with dial(inside, source_port=41_001) as s:
@@ -326,28 +312,12 @@ def test_a_routed_pod_is_matched_by_addresses(daemon: Daemon, client: Client, si
 @pytest.mark.parametrize("seen", [0, 1], ids=["bridge alone", "netfilter sees it"])
 def test_a_bridged_pod(daemon: Daemon, client: Client, sink: Sink, seen: int) -> None:
     """By its socket, which a bridge leaves to packets; by addresses where netfilter takes it away."""
-    pair, pod = daemon.pair, f"{daemon.pair.a}-pod"
-    with contextlib.ExitStack() as stack:
-        subprocess.run(["ip", "netns", "add", pod], check=True)
-        stack.callback(subprocess.run, ["ip", "netns", "del", pod], check=True)
-        made = subprocess.run(["ip", "-n", pair.a, "link", "add", "br0", "type", "bridge"], check=False)
-        if made.returncode:
-            pytest.skip("this kernel has no bridge")
-        subprocess.run(
-            ["ip", "-n", pair.a, "link", "add", "p0", "type", "veth", "peer", "name", "eth0", "netns", pod], check=True
-        )
-        if seen and not Path("/proc/sys/net/bridge").exists():
-            pytest.skip("this kernel has no br_netfilter loaded")
-        for table in ("iptables", "ip6tables"):
-            pair.run(pair.a, f"s=net.bridge.bridge-nf-call-{table}; ! sysctl -n $s || sysctl -qw $s={seen}")
-        pair.run(pair.a, f"ip addr del {pair.addr_a}/24 dev v0; ip link set v0 master br0; ip link set p0 master br0")
-        pair.run(pair.a, f"ip addr add {pair.addr_a}/24 dev br0; ip link set br0 up; ip link set p0 up")
-        pair.run(pod, "ip link set lo up; ip addr add 10.77.0.9/24 dev eth0; ip link set eth0 up")
+    with bridged(daemon.pair, seen=seen) as inside:
         client.request("r", ttft_left_s=60)
         assert any("netfilter sees what br0 brings" in n for n in daemon.status().notices) == seen
         found = json.loads(daemon.mfsctl("--json", "doctor", "--all", "--config", str(daemon.config)).stdout)
         assert ("device.bridged:v0" in {f["id"] for f in found["findings"]}) == seen
-        with dial(replace(pair, a=pod)) as s:
+        with dial(inside) as s:
             named = tuple_of(*s.getpeername(), *s.getsockname()) if seen else s
             grown = Grown(daemon)
             three_in_turn(daemon, client, named, s)

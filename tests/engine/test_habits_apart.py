@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 from support.harness import MSS, FakeSocket, Host, exact_tuple, peer
 
-from mfsd.ground.model import MarkHint, PortRange, Stage, TupleSelector
+from mfsd.engine.slots import QUIET, WAITS
+from mfsd.ground.model import MarkHint, PortRange, Stage, TupleSelector, What
 
 RANGE = PortRange(6000, 6000)
 SIZE = 40 * MSS
 
 
-def forwarded(h: Host, sock: FakeSocket, payload: int) -> None:
+def forwarded(h: Host, sock: FakeSocket, payload: int, *, acked: bool = True) -> None:
     """Let payload of a connection pass the classifier that has lost its socket: matched by addresses alone."""
     row = h.table.rows[h.keys.tuples[sock.endpoints]]
+    row["flags"] = QUIET if acked else 0
     row["sent"] += payload
     row["packets"] += 1
     row["last_ns"] = int(h.now * 1e9)
@@ -59,6 +61,47 @@ def test_a_transfer_of_a_routed_pod_by_addresses() -> None:
         h.tick(0.001)
         h.tick(0.2)
         assert h.engine.books.counters.transfers_completed == i + 1
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_what_has_left_a_pod_is_done_when_it_is_acknowledged(*, routed: bool) -> None:
+    """TCP can't be asked about it, and an empty queue says nothing of the path."""
+    h = Host()
+    sock = FakeSocket(7, replace(h.socket(1).endpoints, sport=41_001), here=False)
+    h.kernel.connect(sock)
+    h.request("r", 60.0)
+    h.transfer("t", exact_tuple(sock.endpoints) if routed else sock, 100 * MSS)
+    h.tick()
+    if routed:
+        forwarded(h, sock, 100 * MSS, acked=False)
+    else:
+        h.send(sock, 100 * MSS, acked=False)
+    for _ in range(20):
+        h.tick(0.1)
+    assert h.counted[0] == 0
+    h.table.flags[h.keys.cookies[7]] = QUIET
+    h.tick(0.01)
+    assert h.counted[0] == 1
+
+
+@pytest.mark.parametrize(("written", "waits", "done_s"), [(90, False, 0.1), (50, False, 2.0), (50, True, None)])
+def test_what_a_pod_has_written_of_a_transfer_that_is_done(written: int, done_s: float | None, *, waits: bool) -> None:
+    """Less than was announced; where that is much, it may wait in the socket for a peer that does not read."""
+    h = Host()
+    sock = FakeSocket(7, h.socket(1).endpoints, here=False)
+    h.kernel.connect(sock)
+    h.request("r", 60.0)
+    h.transfer("t", sock, 100 * MSS)
+    h.tick()
+    h.send(sock, written * MSS)
+    h.table.flags[h.keys.cookies[7]] = QUIET | (WAITS if waits else 0)
+    h.done("r", What.REQUEST)
+    took = 0.0
+    while took < 3.0 and not h.counted[0]:
+        h.tick(0.1)
+        took += 0.1
+    assert h.counted[0] == (done_s is not None)
+    assert done_s is None or took <= done_s
 
 
 def test_those_who_may_name_only_their_own_get_nothing_by_addresses() -> None:

@@ -14,7 +14,7 @@ from mfsd.engine.device import Rescued
 from mfsd.engine.engine import Engine
 from mfsd.engine.estimator import LinkEstimator
 from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
-from mfsd.engine.slots import NS, FlowTable, MemoryKeys, memory_rows
+from mfsd.engine.slots import NS, QUIET, FlowTable, MemoryKeys, memory_rows
 from mfsd.engine.sockets import Closed, End, Established, Event, Found, Socket
 from mfsd.ground.bands import Bands
 from mfsd.ground.model import (
@@ -95,6 +95,8 @@ class FakeKernel:
         self.senders: list[FakeSocket] = []
         """Unconnected ones."""
         self.descendants: dict[int, set[int]] = {}
+        self.calls: dict[tuple[int, int], int] = {}
+        """Processes by who calls them and by which number, where that is another one."""
         self.makers: dict[Maker, set[int]] = {}
         """Cookies of the sockets that somebody of a description has made."""
         self.time_wait: set[int] = set()
@@ -129,6 +131,9 @@ class FakeKernel:
 
     def sends(self, endpoints: Endpoints, uid: int) -> bool:
         return any(s.endpoints == endpoints and s.uid == uid for s in self.senders)
+
+    def process(self, number: int, teller: int) -> int:
+        return self.calls.get((teller, number), number)
 
     def descends(self, pid: int, ancestor: int) -> bool:
         return pid == ancestor or pid in self.descendants.get(ancestor, ())
@@ -321,6 +326,7 @@ class Host:
             row["packets"] += 1
             row["last_ns"] = int(self.now * NS)
             row["ifindex"] = min(sock.endpoints.dst.packed[2], len(self.devices) - 1) + 1
+            row["flags"] = QUIET if acked else 0
             if sock.endpoints.protocol == 6:
                 row["acked"], row["sent"] = sock.bytes_acked, before + payload
             else:
@@ -334,6 +340,8 @@ class Host:
         """The peer acknowledges what was stuck."""
         sock.unsent_plus_unacked -= payload
         sock.bytes_acked += payload
+        if (slot := self.keys.cookies.get(sock.cookie)) is not None and not sock.unsent_plus_unacked:
+            self.table.flags[slot] = QUIET
 
     def request(self, name: str, left: float, **more: Any) -> None:
         """Announce a request with this much TTFT budget (seconds)."""

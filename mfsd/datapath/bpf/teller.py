@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 CREATE: Final = "mfsd_socket"
 CONNECT: Final = "mfsd_connection"
-_OWN_MAPS: Final = ("mfsd_socks", "mfsd_ends", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost")
+_OWN_MAPS: Final = (
+    "mfsd_socks", "mfsd_ends", "mfsd_rules", "mfsd_rules_of", "mfsd_free", "mfsd_events", "mfsd_lost", "mfsd_here",
+)  # fmt: skip
 EVENTS_AT_ONCE: Final = 64
 KEPT_MAX: Final = 16_384
 """Events that are kept for later, so that there is room in the ring."""
@@ -94,8 +96,9 @@ class Teller:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
-            self._links = attach(zip(self._programs, HOOKS, strict=True))
             self.netns = _netns_cookie()
+            self._here.array[0] = self.netns
+            self._links = attach(zip(self._programs, HOOKS, strict=True))
             undo.pop_all()
 
     def _load(self, classifier: Classifier) -> None:
@@ -114,6 +117,7 @@ class Teller:
         self._free = maps["mfsd_free"]
         self._ring = Ring(maps["mfsd_events"], _abi.EVENT_BYTES)
         self._lost = Mapped.open(maps["mfsd_lost"], np.dtype(np.uint64), 1)
+        self._here = Mapped.open(maps["mfsd_here"], np.dtype(np.uint64), 1)
         self.fd = maps["mfsd_events"]
         """Readable when there are events."""
 
