@@ -26,6 +26,7 @@ from mfsd.ground.logs import Seldom
 from mfsd.ground.model import CookieSelector, Maker, ProcessSelector, RuleSelector, Selector, TupleSelector
 from mfsd.host import clock
 from mfsd.host.makers import Census, Makers
+from mfsd.host.processes import Numbers
 from mfsd.host.sockets import SocketResolver
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class HostSockets:
         self._wanted: dict[Match, list[_Rule]] = {}
         """Who share a match: it leads to the most urgent of their bands."""
         self._census = Census(cgroups)
+        self.process: Callable[[int, int], int] = Numbers().ours
         self._meant: Mapping[Maker, Makers] = {}
         self._latest: Mapping[Maker, Makers] = {}
         """The thread's last answer, which replaces the former."""
@@ -346,9 +348,7 @@ class HostSockets:
         every = list(self._diag.all()) if others else []
         for n, selector in others:
             found[n] += map(_listed, listed_of(selector, every, self._meaning))
-        for known in found:
-            for one in known:
-                self._known[one.cookie] = one
+        self._known.update((one.cookie, one) for known in found for one in known)
         while len(self._known) > KNOWN_MAX:
             self._known.popitem(last=False)
         return found

@@ -9,6 +9,7 @@ fake clock.
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -32,7 +33,7 @@ from mfsd.engine.records import Session
 from mfsd.engine.rescue import Rescuer
 from mfsd.engine.steering import Steering
 from mfsd.engine.watches import Watches
-from mfsd.ground.model import Event, EventKind, HintError, Mode
+from mfsd.ground.model import Event, EventKind, HintError, MarkHint, Mode, ProcessSelector, TransferHint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from mfsd.engine.elsewhere import Elsewhere
     from mfsd.engine.settings import LimitsConfig, RescueConfig, TenantsConfig
     from mfsd.ground.bands import Bands
-    from mfsd.ground.model import Hint
+    from mfsd.ground.model import Hint, Selector
     from mfsd.policy.base import Policy
 
 R = TypeVar("R", bound=HasRow)
@@ -163,10 +164,18 @@ class Engine:
 
         False: it was handed on to another host, and there is nothing to decide here.
         """
+        if isinstance(hint, TransferHint | MarkHint):
+            hint.selector = self._counted_here(session, hint.selector)
         if self.elsewhere is not None and self.elsewhere.take(session, hint, now):
             return False
         self.ledger.apply(session, hint, now)
         return True
+
+    def _counted_here(self, session: Session, selector: Selector) -> Selector:
+        """A process is the one that the session's owner calls so, in whatever pid namespace."""
+        if not isinstance(selector, ProcessSelector) or not session.pid:
+            return selector
+        return replace(selector, pid=self.connections.sockets.process(selector.pid, session.pid))
 
     def gather(self, now: float, *, on: bool) -> None:
         """Between on and off, and no longer than till others have their turn, cancellations are gathered."""
@@ -178,6 +187,7 @@ class Engine:
     def transfers(self, session: Session, columns: TransferColumns, now: float) -> Bad:
         """Apply transfers by columns; rows that can't be applied change nothing and are returned."""
         self.ledger.settle(now)
+        columns.selectors = [s and self._counted_here(session, s) for s in columns.selectors]
         bad: Bad = []
         if self.elsewhere is not None:
             away = np.array([s is not None and self.elsewhere.sends(s) for s in columns.selectors], dtype=np.bool_)

@@ -202,6 +202,10 @@ class Sockets(Protocol):
         """Whose a TCP socket in our network namespace is now; -1: nobody knows."""
         ...
 
+    def process(self, number: int, teller: int) -> int:
+        """The process that another one calls by this number: a pid namespace of its own counts otherwise."""
+        ...
+
     def descends(self, pid: int, ancestor: int) -> bool:
         """A process is another one, or was started by it or by one that descends from it, as far as is known."""
         ...

@@ -8,7 +8,9 @@ every client look like another process.
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _DEAD_STATES: Final = "ZXx"
+_LOOK_AGAIN_S: Final = 1.0
+"""How often all processes are asked what they are called in namespaces of their own: some 20 us each."""
 
 
 class ProcessGoneError(LookupError):
@@ -55,6 +59,49 @@ def alive(pid: int, started: float) -> bool:
         return start_time(pid) == started
     except ProcessGoneError:
         return False
+
+
+class Numbers:
+    """What processes are called in pid namespaces of their own, as in containers: 1, often, where we count on."""
+
+    def __init__(self) -> None:
+        self._looked = -math.inf
+        self._known: dict[int, tuple[int, ...]] = {}
+        """By pid: what those are called that have several numbers, from our namespace down to their own."""
+
+    def ours(self, number: int, teller: int) -> int:
+        """The process that another one calls by this number; the number itself where nobody there has it."""
+        own = _numbers(teller)
+        if len(own) < 2 or number == own[-1]:
+            return teller if own and number == own[-1] else number
+        if time.monotonic() > self._looked + _LOOK_AGAIN_S:
+            self._known = {pid: several for pid in psutil.pids() if len(several := _numbers(pid)) > 1}
+            self._looked = time.monotonic()
+        depth = len(own) - 1
+        called = [pid for pid, several in self._known.items() if several[depth : depth + 1] == (number,)]
+        first = self._first(teller, own, depth)
+        return next((pid for pid in called if first and self._first(pid, _numbers(pid), depth) == first), number)
+
+    @staticmethod
+    def _first(pid: int, numbers: tuple[int, ...], depth: int) -> int:
+        """The first process of its namespace, which all others descend from; 0: it has come in from outside."""
+        while len(numbers) > depth and numbers[depth] != 1:
+            try:
+                pid = _stat(pid)[0]
+            except ProcessGoneError:
+                return 0
+            numbers = _numbers(pid)
+        return pid if len(numbers) > depth else 0
+
+
+def _numbers(pid: int) -> tuple[int, ...]:
+    """What a process is called, from our pid namespace down to its own; empty: nobody can tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    found = (line for line in status.splitlines() if line.startswith("NSpid:"))
+    return tuple(map(int, next(found, "").split()[1:]))
 
 
 class Families:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.habits import MB, Grown, Sink, band, dial, settled, worker
+from support.habits import KB, MB, WRONG, Grown, Sink, band, dial, settled, worker
 from support.others import within_reach
 from support.rig import Daemon, running
 from support.waiting import wait_for
@@ -284,3 +284,43 @@ hear()
         one.kill()
         wait_for(lambda: band(daemon, sock) == "", "the end of its mark")
         wait_for(lambda: daemon.status().sessions == 0, "the end of its session")
+
+
+NAMES_A_PROCESS = """
+ready, go = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    os.read(go[0], 1)
+    s = dial()
+    s.sendall(bytes(100_000))
+    os.write(ready[1], b"x")
+    time.sleep(60)
+client = Client(target=target)
+client.mark(process_peer(os.getpid() if arguments[0] == "itself" else child, host), Stage.COLLECTIVE)
+say(client.flush(20), client.stats.rejected, os.getpid())
+hear()
+if arguments[0] == "itself":
+    s = dial()
+    s.sendall(bytes(100_000))
+else:
+    os.write(go[1], b"x")
+    os.read(ready[0], 1)
+say("sent")
+hear()
+"""
+
+
+@pytest.mark.parametrize("who", ["itself", "its child"])
+def test_a_container_names_a_process_as_it_calls_it(daemon: Daemon, sink: Sink, who: str) -> None:
+    """What its number 1 is elsewhere, and whoever descends from that, is not meant."""
+    with worker(daemon, NAMES_A_PROCESS, who, wrap=("unshare", "--pid", "--fork", "--mount-proc")) as one:
+        assert one.hear() == ["True", "0", "1"]
+        grown = Grown(daemon)
+        one.say()
+        assert one.hear() == ["sent"]
+        sink.gets(100 * KB)
+        assert grown.wrong(100 * KB, right="level 0") <= WRONG
+        with dial(daemon.pair) as stranger:
+            stranger.sendall(bytes(100 * KB))
+            sink.gets(200 * KB)
+            assert band(daemon, stranger) == ""

@@ -21,6 +21,7 @@ from mfsd.ground.model import (
     EndHint,
     HintError,
     PortRange,
+    ProcessSelector,
     RequestHint,
     Selector,
     Stage,
@@ -304,3 +305,16 @@ def test_what_a_socket_that_was_never_connected_was_to_carry_goes_on_another(by:
     h.transfer("u", s, MSS, request="q")
     with pytest.raises(HintError, match="announced already"):
         h.transfer("u", first, MSS, request="q")
+
+
+def test_a_process_is_the_one_that_the_session_calls_so() -> None:
+    h = Host()
+    h.kernel.calls[70, 1] = 70
+    session = h.engine.session("container", h.now, pid=70)
+    h.engine.apply(session, RequestHint("r", h.now + 60), h.now)
+    hints = [
+        TransferHint("t", "r", "", Stage.P2D, 0, MSS, ProcessSelector(1, None, PortRange()), ttl=9.0),
+        TransferHint("u", "r", "", Stage.P2D, 0, MSS, CookieSelector(9), ttl=9.0),
+    ]
+    assert not h.engine.transfers(session, columns(hints), h.now)
+    assert [*session.streams] == [ProcessSelector(70, None, PortRange()), CookieSelector(9)]

@@ -169,6 +169,21 @@ def test_a_process_is_meant_by_its_number() -> None:
     assert other in h.kernel.sockets
 
 
+def test_a_process_is_the_one_that_its_session_calls_so() -> None:
+    """In its pid namespace 1 is another than here."""
+    h = Host()
+    h.kernel.calls[70, 1] = 70
+    here, there = h.socket(1, pid=1), h.socket(2, pid=70)
+    session = h.engine.session("container", h.now, pid=70)
+    selector = ProcessSelector(1, None, PortRange())
+    h.engine.apply(session, MarkHint(selector, Stage.COLLECTIVE), h.now)
+    h.tick()
+    assert here.cookie not in h.keys.cookies
+    assert h.band(there) == "level 0"
+    h.engine.apply(session, MarkHint(selector, Stage.NONE), h.now)
+    assert not session.marks
+
+
 def test_what_matches_nothing_is_named_and_costs_nothing() -> None:
     h = Host()
     s = h.socket(1)

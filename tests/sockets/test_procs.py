@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.waiting import wait_for
 
-from mfsd.host.processes import Families, ProcessGoneError, alive, start_time
+from mfsd.host.processes import Families, Numbers, ProcessGoneError, alive, start_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,3 +114,38 @@ def test_a_descendant_whose_parents_have_gone_before_anybody_looked(depth: int) 
             popen.kill()
             with contextlib.suppress(UnboundLocalError, ProcessLookupError):
                 os.kill(last, signal.SIGKILL)
+
+
+NUMBERS = """
+import os, sys, time
+child = os.fork()
+if not child:
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.root
+def test_numbers_of_a_pid_namespace() -> None:
+    numbers, here = Numbers(), os.getpid()
+    assert numbers.ours(here, here) == here
+    assert numbers.ours(1, here) == 1
+    assert numbers.ours(1, 0) == 1, "who is in none of ours counts as we do, as far as anybody knows"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", NUMBERS]
+    with contextlib.ExitStack() as stack:
+        known = []
+        for _ in range(2):
+            popen = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.callback(popen.kill)
+            assert popen.stdout is not None
+            assert popen.stdout.readline() == "2\n"
+            ((first, (second,)),) = ((c, children(c)) for c in children(popen.pid))
+            known.append((first, second))
+        for first, second in known:
+            assert [numbers.ours(n, first) for n in (1, 2)] == [first, second]
+            assert [numbers.ours(n, second) for n in (1, 2)] == [first, second]
+            assert numbers.ours(here, first) == here, "nobody there is called so"
+
+
+def children(pid: int) -> list[int]:
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
