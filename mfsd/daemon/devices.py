@@ -60,7 +60,7 @@ class Devices:
         """What is wrong with no configured device in particular: notes, devices that have lost their name."""
         self.teller: Teller | None = None
         self.teller_problem = ""
-        """Why the kernel does not tell of connections; empty where it does."""
+        """Why the kernel does not tell of connections, or perhaps not of their ends; empty where it does."""
         self.network = Network(config.network, bands)
         self.host = HostMap()
         self._open = contextlib.ExitStack()
@@ -108,9 +108,8 @@ class Devices:
                 why = str(e)
                 log.warning("sockets", problem=why)
         if self.teller is None:
-            self.teller_problem = (
-                f"the kernel does not tell of connections, so inet_diag lists them again and again: {why}"
-            )
+            said = "the kernel does not tell of connections, so inet_diag lists them again and again"
+            self.teller_problem = f"{said}: {why}"
 
     # --- the maps of the devices (any thread) -------------------------------------------------------------------------
 
@@ -172,8 +171,10 @@ class Devices:
                 self._guarded(device, lambda d: self._care(d, mode, sure=gone is not None))
                 device.asked = False
             self.network.care(self._rate)
-            if self.teller is not None and self.teller.keep():
-                log.warning("somebody has taken off what tells of connections; it is there again")
+            if self.teller is not None:
+                if amiss := self.teller.keep():
+                    log.warning(amiss)
+                self.teller_problem = self.teller.problem
 
     @staticmethod
     def _guarded(device: Device, work: Callable[[Device], None]) -> bool:

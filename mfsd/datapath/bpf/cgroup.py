@@ -64,6 +64,18 @@ def attach(programs: Iterable[tuple[int, int]]) -> list[int]:
     return links
 
 
+def behind(program: int, hook: int) -> list[int]:
+    """Ids of the programs that run on the root after this one, in their order; empty where nobody can tell."""
+    root = open_root()
+    try:
+        ids, own = syscall.prog_query(root, hook), syscall.prog_id(program)
+    except OSError:
+        return []
+    finally:
+        os.close(root)
+    return ids[ids.index(own) + 1 :] if own in ids else []
+
+
 def mounted_at(mountinfo: str | None = None, *, host: bool | None = None) -> Path | None:
     """Where the root of the host's hierarchy is mounted in the caller's mount namespace; None: nowhere.
 

@@ -265,10 +265,13 @@ def prog_load(kind: int, name: str, code: bytes, licence: str) -> int:
         raise LoaderError(f"loading {name}", str(first), fix, said) from first
 
 
-def prog_query(ifindex: int, attach_type: int) -> list[int]:
-    """Ids of the programs on a hook, in the order in which they run (64 at most, the kernel's own limit)."""
+def prog_query(target: int, attach_type: int) -> list[int]:
+    """Ids of the programs on a hook of a device (or, by descriptor, of a cgroup), in the order in which they run.
+
+    64 at most: the kernel's own limit.
+    """
     ids = (ctypes.c_uint32 * _QUERY_MAX)()
-    _, raw = call(PROG_QUERY, QUERY_ATTR.pack(ifindex, attach_type, 0, 0, ctypes.addressof(ids), _QUERY_MAX, 0))
+    _, raw = call(PROG_QUERY, QUERY_ATTR.pack(target, attach_type, 0, 0, ctypes.addressof(ids), _QUERY_MAX, 0))
     return list(ids[: QUERY_ATTR.unpack(raw)[5]])
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from mfsd.datapath import _abi
 from mfsd.datapath.bpf import syscall
-from mfsd.datapath.bpf.cgroup import SOCK_CREATE, SOCK_OPS, attach
+from mfsd.datapath.bpf.cgroup import SOCK_CREATE, SOCK_OPS, attach, behind
 from mfsd.datapath.bpf.keys import address_of, tuple_key
 from mfsd.datapath.bpf.libbpf import BpfObject, object_path
 from mfsd.datapath.bpf.loader import SHARED_MAPS, Mapped
@@ -48,6 +48,12 @@ EVENTS_AT_ONCE: Final = 64
 KEPT_MAX: Final = 16_384
 """Events that are kept for later, so that there is room in the ring."""
 HOOKS: Final = (SOCK_CREATE, SOCK_OPS)
+CONNECTION: Final = 1
+"""Index of the program that runs when connections are made and over."""
+_OVERRULED: Final = (
+    "program {} hangs behind mfsd's on the root of cgroup v2 again: if it sets the flags of connections "
+    "(bpf_sock_ops_cb_flags_set), how they end is not told, and what was acknowledged last may count as lost"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,10 @@ class Teller:
         """Events out of the ring that nobody has asked for yet."""
         self.taken_off = 0
         """How often somebody had taken the programs off: nothing is known of what was connected or closed meanwhile."""
+        self.problem = ""
+        """What an operator should know."""
+        self._passed: set[int] = set()
+        """Programs behind which ours have gone."""
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._load(classifier)
@@ -121,15 +131,25 @@ class Teller:
         self.fd = maps["mfsd_events"]
         """Readable when there are events."""
 
-    def keep(self) -> bool:
-        """Hang what somebody has taken off up again; whether that was so. Raises LoaderError, OSError."""
+    def keep(self) -> str:
+        """Hang what somebody has taken off up again, and behind who has come since; what was amiss, empty if nothing.
+
+        Who runs last decides which events of a connection its programs hear of. Whoever comes behind ours again
+        insists, and is named in ``problem`` instead. Raises LoaderError, OSError.
+        """
         off = [n for n, link in enumerate(self._links) if not syscall.link_info(link)[1]]
-        for n in off:
+        later = [p for p in behind(self._programs[CONNECTION], SOCK_OPS) if not _ours(p)]
+        new = set(later) - self._passed
+        self._passed |= new
+        self.problem = _OVERRULED.format(", ".join(map(str, later))) if later and not new else ""
+        for n in sorted({*off, CONNECTION}) if new else off:
             (link,) = attach([(self._programs[n], HOOKS[n])])
             os.dup2(link, self._links[n], inheritable=False)
             os.close(link)
         self.taken_off += bool(off)
-        return bool(off)
+        if off:
+            return "somebody has taken off what tells of connections; it is there again"
+        return "somebody has come behind what tells of connections, which goes behind that" if new else ""
 
     # --- what it says -------------------------------------------------------------------------------------------------
 
@@ -216,6 +236,14 @@ class Teller:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _ours(program: int) -> bool:
+    """It is a daemon's, this one's or another's, and sets no flags but those that it needs besides."""
+    try:
+        return syscall.prog_info(program)[0].startswith("mfsd_")
+    except OSError:  # it takes CAP_SYS_ADMIN to know, or it is gone
+        return False
 
 
 def _event(record: bytes) -> Event:
