@@ -40,6 +40,7 @@
 
 #define CLASSID_MAJOR	   0xffff0000
 #define ECN_MASK	   0x3
+#define UDP_LEN		   8
 
 /* Shared by all devices. The slot table and the hashes are resized by the loader. The hashes are preallocated: 2 MB for
  * 16,384 slots buys insertions that can't fail for want of memory and lookups without an indirection. The price is
@@ -175,6 +176,27 @@ static __always_inline __u32 tcp_words(struct __sk_buff *skb, struct scratch *s)
 }
 
 /*
+ * Length of all headers up to a UDP packet's payload, if they lie where they do in nearly all packets, and its ports are
+ * its socket's (s->una), not a tunnel's; else 0. Nobody has parsed it.
+ */
+static __always_inline __u32 udp_headers(struct __sk_buff *skb, struct scratch *s)
+{
+	if (skb->protocol == MFSD_NET16(ETH_P_IP)) {
+		if (!read_linear(skb, ETH_HLEN, NOTE(s, raw), 12) || s->raw[0] != 0x45 || s->raw[9] != IPPROTO_UDP)
+			return 0;
+		if (s->raw[6] & 0x1f || s->raw[7]) /* a fragment, but not the first */
+			return ETH_HLEN + IP4_LEN;
+		if (!read_linear(skb, ETH_HLEN + IP4_LEN, NOTE(s, raw), 2))
+			return 0;
+		return MFSD_NET16(*(__u16 *)s->raw) == s->una ? ETH_HLEN + IP4_LEN + UDP_LEN : 0;
+	}
+	if (skb->protocol != MFSD_NET16(ETH_P_IPV6) || !read_linear(skb, ETH_HLEN + 4, NOTE(s, raw), 4) ||
+	    s->raw[2] != IPPROTO_UDP || !read_linear(skb, ETH_HLEN + IP6_LEN, NOTE(s, raw), 2))
+		return 0;
+	return MFSD_NET16(*(__u16 *)s->raw) == s->una ? ETH_HLEN + IP6_LEN + UDP_LEN : 0;
+}
+
+/*
  * Notes where the stream of a hinted connection stands with this packet. The socket's own counters are exact, and it is
  * locked while it sends, so plain stores do. It counts the packet as sent only afterwards, hence the look at the header.
  * Without a socket (forwarded packets) the header alone says it, and for UDP the lengths add up; several CPUs may be at
@@ -191,6 +213,7 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 	/* Kept as notes: older kernels lose what they know of the pointer when headers are read in between (R0 scalar). */
 	s->own = 0;
 	if (sk) {
+		s->una = sk->src_port;
 		tcp = bpf_tcp_sock(sk);
 		if (tcp) {
 			s->una = tcp->snd_una;
@@ -200,11 +223,14 @@ static __always_inline void note_progress(struct __sk_buff *skb, struct scratch 
 		}
 	}
 	MFSD_REREAD();
-	if (!s->own && s->parsed && s->h.proto == IPPROTO_UDP) {
-		__sync_fetch_and_add(&slot->sent, skb->len - s->h.l4 - 8);
+	if (!s->own && (!s->parsed || s->h.proto == IPPROTO_UDP)) {
+		before = s->parsed ? s->h.l4 + UDP_LEN : udp_headers(skb, s);
+		MFSD_REREAD();
+		if (before)
+			__sync_fetch_and_add(&slot->sent, skb->len - before);
 		return;
 	}
-	if (!s->own && (!s->parsed || s->h.proto != IPPROTO_TCP))
+	if (!s->own && s->h.proto != IPPROTO_TCP)
 		return;
 	before = tcp_words(skb, s);
 	MFSD_REREAD();

@@ -58,7 +58,7 @@ struct scratch {
 	__u64 now;		/* that reading: CLOCK_MONOTONIC, ns */
 	__u64 cookie;
 	__u64 position;		/* of the stream, before this packet: what the peer has acknowledged, */
-	__u32 una;		/* the sequence number of that, */
+	__u32 una;		/* the sequence number of that (of a UDP socket its port), */
 	__u32 flight;		/* and what is under way */
 	__u32 own;		/* the packet has a TCP socket, which told these */
 	__u8 raw[24];		/* what was read last */

@@ -81,6 +81,27 @@ def test_datagrams_that_had_gone_before_their_hint_was_heard(daemon: Daemon, cli
         s.close()
 
 
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize(("version", "size"), [(4, KB), (4, 4 * KB), (6, KB)])
+def test_datagrams_that_nobody_says_are_done(
+    daemon: Daemon, client: Client, version: int, size: int, *, closed: bool
+) -> None:
+    """What has left has, in however many fragments, also if the socket is closed at once."""
+    pair, grown = daemon.pair, Grown(daemon)
+    family, there = (socket.AF_INET, pair.addr_b) if version == 4 else (socket.AF_INET6, pair.addr6_b)
+    for i in range(5):
+        with pair.call(pair.a, lambda: socket.socket(family, socket.SOCK_DGRAM)) as s:
+            client.request(f"q{i}", ttft_left_s=60)
+            client.transfer(f"t{i}", s, 100 * KB, stage=Stage.P2D, request=f"q{i}")
+            assert client.flush(5)
+            for _ in range(100 * KB // size):
+                s.sendto(bytes(size), (there, 7000))
+            if not closed:
+                settled(daemon, (i + 1, 0, 0))
+    settled(daemon, (5, 0, 0))
+    assert grown.wrong(500 * KB) <= WRONG
+
+
 def test_marked_long_before_they_are_connected(daemon: Daemon, client: Client, sink: Sink) -> None:
     """As by groups that make their sockets, and wait for each other."""
 
