@@ -4,7 +4,10 @@
 A hint and the first bytes race, and the first bytes win by some milliseconds: so the first window of a new connection
 is in the default band. Where collectives leave that nothing but its floor, all hinted connections that are new wait for
 one another there, whatever they are guaranteed, since TCP sends no more until something is acknowledged. The band is
-everybody's and can't be purged, so it is given a share of the link until they send again.
+everybody's and can't be purged, so it is given a share of the link until they send again, and all that they had sent
+before is acknowledged: one packet that has stayed behind (a tail loss probe does) is a hole before all that has
+overtaken it, and TCP does not repeat what it still sees in a queue of this host (skb_still_in_host_queue,
+net/ipv4/tcp_output.c). So nothing new is sent until that is out, however much is guaranteed.
 """
 
 from __future__ import annotations
@@ -24,6 +27,22 @@ if TYPE_CHECKING:
 
 PATIENT_S: Final = 0.1
 """So long after its first hint a connection is looked at."""
+SERVED_S: Final = 0.02
+"""So long the band's load is believed, which says how it was served before the hint: who was hinted takes from that."""
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A connection that was hinted lately."""
+
+    last_ns: int
+    """When it had sent its last packet before the hint; 0: its slot has seen none."""
+    sent: int
+    """How far it had got then, on TCP's scale."""
+    since: float = np.inf
+    """Since when it is looked at; inf: not yet."""
+    served: bool = False
+    """The band seems to be served, so that it needs nothing."""
 
 
 @dataclass(slots=True)
@@ -33,13 +52,14 @@ class Beginnings:
     devices: Sequence[Device]
     connections: Connections
     bands: Bands
-    _begun: dict[Connection, tuple[float, int]] = field(default_factory=dict)
-    """Since when they are looked at (inf: not yet), and when they had sent their last packet before the hint, ns."""
+    _begun: dict[Connection, _Begun] = field(default_factory=dict)
     _until: dict[int, float] = field(default_factory=dict)
     """By row of the device: until when its default band is let out; 0: it is only looked at."""
 
-    def __contains__(self, conn: object) -> bool:
-        return conn in self._begun
+    def holds(self, conn: Connection) -> bool:
+        """All that it has sent is still to be let out, so nothing of it is anywhere else."""
+        begun = self._begun.get(conn)
+        return begun is not None and not begun.served and not self._moved(conn, begun)
 
     @property
     def waiting(self) -> bool:
@@ -52,7 +72,8 @@ class Beginnings:
 
     def add(self, conn: Connection) -> None:
         """It leaves the default band."""
-        self._begun.setdefault(conn, (np.inf, int(self.connections.table.last_ns[conn.slot])))
+        table, slot = self.connections.table, conn.slot
+        self._begun.setdefault(conn, _Begun(int(table.last_ns[slot]), int(table.sent[slot])))
 
     def forget(self, conn: Connection) -> None:
         """It is gone."""
@@ -76,22 +97,32 @@ class Beginnings:
         return over
 
     def _silent(self, now: float, stall_s: float, enough: float) -> dict[int, list[Connection]]:
-        """Those that have sent nothing since, by row of the device. First in, first out: of others all has gone."""
-        last_ns, default = self.connections.table.last_ns, self.bands.default.index
-        conns = list(self._begun)
+        """Those of which something from before may still be there, by row of the device."""
+        default, conns = self.bands.default.index, list(self._begun)
         rows = self.connections.device_of(np.array([c.slot for c in conns], dtype=np.int32)).tolist()
         out: dict[int, list[Connection]] = {}
         for conn, row in zip(conns, rows, strict=True):
-            since, last = self._begun[conn]
-            since = min(since, now)
-            self._begun[conn] = since, last
-            device, until = self.devices[row], self._until.get(row) or since + PATIENT_S
-            served = not (device.enforced and device.floors) or device.estimator.band_load[default] > enough
-            if served or now >= until or last_ns[conn.slot] != last:
+            begun, device = self._begun[conn], self.devices[row]
+            begun.since = min(begun.since, now)
+            over = now >= (self._until.get(row) or begun.since + PATIENT_S) or not (device.enforced and device.floors)
+            if over or self._out(conn, begun):
                 del self._begun[conn]
-            elif now >= since + stall_s:
+                continue
+            begun.served = device.estimator.band_load[default] > enough and now < begun.since + SERVED_S
+            if not begun.served and now >= begun.since + stall_s:
                 out.setdefault(row, []).append(conn)
         return out
+
+    def _moved(self, conn: Connection, begun: _Begun) -> bool:
+        return bool(self.connections.table.last_ns[conn.slot] != begun.last_ns)
+
+    def _out(self, conn: Connection, begun: _Begun) -> bool:
+        """It has sent since, and what was before that is acknowledged, as of its last packet."""
+        if not self._moved(conn, begun):
+            return False
+        positions = self.connections.positions
+        before = begun.sent if begun.last_ns else positions.origin(conn)
+        return before is None or not positions.on_tcps_scale(conn) or self.connections.table.acked[conn.slot] >= before
 
     def stuck(self) -> list[tuple[int, Connection]]:
         """Of each device whose default band is looked at but not let out yet, one that waits for that, and the row."""

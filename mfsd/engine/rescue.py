@@ -192,7 +192,7 @@ class Rescuer:
         self._let_beginnings_out(now, stall_s)
         due: dict[int, list[_Late]] = {}
         for (conn, band), stuck in list(self._stuck.items()):
-            if now < stuck.again or conn in self.beginnings:
+            if now < stuck.again or self.beginnings.holds(conn):
                 continue
             index = self._device(conn)
             if not self.devices[index].enforced or conn.band == band:  # it is back: what it sends now belongs there

@@ -39,6 +39,7 @@ def test_what_was_faster_than_the_hint_is_let_out_until_the_connection_sends_aga
     s = hinted(h)
     assert let_out(h, 0.02) == DRAIN
     assert sum(h.device.guaranteed.values()) <= 1.0
+    h.ack(s, 10 * MSS)
     h.send(s, MSS)
     h.tick(0.002)
     assert let_out(h, 0.02) < DRAIN
@@ -64,5 +65,27 @@ def test_not_where_there_is_no_need(why: str) -> None:
     h.device.floors = why != "no floors"
     s = hinted(h, 0 if why == "nothing was sent" else 10 * MSS)
     if why == "it sends":
+        h.ack(s, 10 * MSS)
         h.send(s, MSS)
+    if why == "it is served":
+        assert let_out(h, 0.01) < DRAIN
+        h.ack(s, 10 * MSS)
     assert let_out(h, 0.2) < DRAIN
+
+
+def test_one_packet_that_has_stayed_behind_holds_up_all_that_has_overtaken_it() -> None:
+    """A tail loss probe, ten milliseconds behind the first window: TCP sends nothing new before that is out."""
+    h = Host("demand-bound")
+    default = h.bands.default.index
+    h.device.queued[default, 0] = 150_000
+    h.device.estimator.band_load[default] = 0.9  # as it was before the hint
+    s = hinted(h, 11 * MSS)
+    assert let_out(h, 0.01) < DRAIN
+    h.ack(s, 10 * MSS)
+    h.send(s, 44 * MSS, acked=False)
+    assert let_out(h, 0.03) == DRAIN
+    h.ack(s, 45 * MSS)
+    h.send(s, MSS)
+    h.tick(0.002)
+    assert let_out(h, 0.02) < DRAIN
+    assert h.device.purged == []
