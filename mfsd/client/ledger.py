@@ -161,8 +161,7 @@ class Ledger:
                 self.forgotten += 1
 
     def _transfer(self, hint: TransferHint, now: float) -> None:
-        owner = self._requests.kept.get(hint.request_id)
-        due = min(hint.deadline, INF if owner is None else owner[2])
+        due = self._due(hint)
         self._drop(hint.id)
         carried = self._carried.get(hint.selector)
         if carried is None:
@@ -177,6 +176,11 @@ class Ledger:
         if hint.request_id:
             self._owned.setdefault(hint.request_id, {})[hint.id] = None
         self._put(self._transfers, hint.id, _until(due, hint.ttl, now), says, now)
+
+    def _due(self, hint: TransferHint) -> float:
+        """Its own deadline, or its request's, whichever comes first; inf: none."""
+        owner = self._requests.kept.get(hint.request_id)
+        return min(hint.deadline, INF if owner is None else owner[2])
 
     def _put(self, part: Entries, name: str, expires: float, says: tuple[Any, ...], now: float) -> None:
         # A renewed entry moves to the end, so that the oldest are first.
@@ -271,9 +275,7 @@ class Ledger:
         """As ``alive``, for a daemon that gives all of it its time to live anew."""
         for hint in self.alive(now):
             if isinstance(hint, TransferHint):
-                owner = self._requests.kept.get(hint.request_id)
-                due = min(hint.deadline, INF if owner is None else owner[2])
-                _renew(self._transfers, hint.id, _until(due, hint.ttl, now))
+                _renew(self._transfers, hint.id, _until(self._due(hint), hint.ttl, now))
             elif isinstance(hint, RequestHint):
                 _renew(self._requests, hint.id, _until(hint.deadline, hint.ttl, now))
             elif isinstance(hint, BatchHint):

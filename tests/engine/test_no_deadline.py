@@ -8,7 +8,7 @@ import math
 import pytest
 from support.harness import MSS, Host
 
-from mfsd.ground.model import EventKind, RequestHint, What
+from mfsd.ground.model import RequestHint, What
 
 MB = 1_000_000
 
@@ -72,20 +72,6 @@ def test_it_is_forgotten_its_time_to_live_after_it_was_announced(ttl: float) -> 
     assert list(h.session.requests) == ["q"]
     h.tick(0.5)
     assert not h.session.requests
-
-
-def test_as_long_as_it_moves_it_lives() -> None:
-    h = Host()
-    s = h.socket(1)
-    undated(h)
-    h.transfer("t", s, 100 * MB, request="q")
-    for _ in range(100):
-        h.send(s, MB)
-        h.tick(0.5)
-    h.done("q", What.REQUEST)
-    h.tick(0.1)
-    assert (h.counted, h.engine.books.counters.ended_no_deadline) == ((1, 0, 0), 1)
-    assert EventKind.EXPIRED not in {e.kind for e in h.session.events}
 
 
 def test_a_deadline_may_become_known_and_be_taken_back() -> None:

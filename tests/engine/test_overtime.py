@@ -10,7 +10,7 @@ from support.harness import MSS, FakeSocket, Host, peer
 
 from mfsd.engine.overtime import AGAIN_S, TELL_MAX
 from mfsd.engine.records import EVENTS_KEPT
-from mfsd.ground.model import Event, EventKind, Stage, What
+from mfsd.ground.model import INF, Event, EventKind, Stage, What
 from mfsd.ground.wire import OVERTIME_S
 
 MB = 1_000_000
@@ -135,17 +135,20 @@ def test_what_nobody_ends_does_not_live_by_others_that_are_written_in_its_turns(
     assert not h.session.transfers
 
 
-def test_a_request_that_is_late_lives_with_its_bytes() -> None:
+@pytest.mark.parametrize(("left", "counted", "none"), [(1.0, (1, 0, 1), 0), (INF, (1, 0, 0), 1)])
+def test_a_request_that_is_late_or_never_due_lives_with_its_bytes(
+    left: float, counted: tuple[int, int, int], none: int
+) -> None:
     h = Host()
     s = h.socket(1)
-    h.request("q", 1.0)
+    h.request("q", left)
     h.transfer("t", s, 100 * MB, request="q")
     for _ in range(100):
         h.send(s, MB)
         h.tick(0.5)
     h.done("q", What.REQUEST)
     h.tick(0.1)
-    assert h.counted == (1, 0, 1)
+    assert (h.counted, h.engine.books.counters.ended_no_deadline) == (counted, none)
     assert EventKind.EXPIRED not in {e.kind for e in h.session.events}
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemons import Api, Running, connected
+from support.relays import SENDER, WAITER, Hosts
 
 from mfsd.client.introduction import introduced
+from mfsd.lab.hosts.certificates import Authority
 
 if TYPE_CHECKING:
     import socket
@@ -37,6 +39,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 def running(start: Callable[..., Running]) -> Running:
     """A daemon with all defaults."""
     return start()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    """Two that exchange hints."""
+    authority = Authority(tmp_path / "ca")
+    made = Hosts(tmp_path, authority.papers("sender.test", SENDER), authority.papers("waiter.test", WAITER))
+    yield made
+    made.stop()
 
 
 @pytest.fixture

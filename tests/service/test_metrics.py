@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from support.daemons import Api, Running, connected
+from support.daemons import Api, Running, carry, connected
 from support.waiting import WAIT_S, wait_for
 
 import mfsd
@@ -108,10 +108,7 @@ def test_what_happens_is_counted(running: Running) -> None:
         assert value(found, "transfers", stage="collective") == 1
         assert value(found, "transfers_left_bytes", stage="p2d") == 100_000
         assert 0 < value(found, "least_laxity_seconds", stage="p2d") < 5
-        near.sendall(bytes(100_000))
-        left = 100_000
-        while left:
-            left -= len(far.recv(left))
+        carry(near, far, 100_000)
         client.done(transfer="t")
         client.cancel(transfer="late")
         client.done(request="r-1")

@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from support.ctl import run
-from support.daemons import Running, connected
+from support.daemons import Running, carry, connected
 from support.waiting import wait_for
 
 from mfsd.api.decode import Decoder
@@ -55,10 +55,7 @@ def test_operators_see_that_there_is_none(running: Running, tmp_path: Path) -> N
         assert "Nobody knows when it is due: level 3, above unhinted traffic" in why
         assert ", no deadline" in mfsctl(running, "trace", "never")
         assert "requests_no_deadline 1 " in mfsctl(running, "stats")
-        near.sendall(bytes(100_000))
-        left = 100_000
-        while left:
-            left -= len(far.recv(left))
+        carry(near, far, 100_000)
         client.done(request="never")
         client.done(request="soon")
         assert client.flush(20)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.ctl import run
-from support.daemons import Running, connected
+from support.daemons import Running, carry, connected
 from support.waiting import wait_for
 
 from mfsd.client import Client, Cookie, Stage, cookie_of
@@ -57,10 +57,7 @@ def test_what_was_hinted_and_decided_is_in_it(running: Running, tmp_path: Path) 
         it = Recording(running, file, "--for", "2s")
         hinted(client, near, "during", 200_000, deadline_s=20.0)
         hinted(client, far, "given-up", 300_000)
-        near.sendall(bytes(100_000))
-        left = 100_000
-        while left:
-            left -= len(far.recv(left))
+        carry(near, far, 100_000)
         client.done(transfer="before")
         client.cancel(transfer="given-up")
         assert client.flush(10)

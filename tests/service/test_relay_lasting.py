@@ -6,31 +6,18 @@ from __future__ import annotations
 import math
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from support.relays import SENDER, WAITER, Hosts, connection, from_sender, transfers
+from support.relays import Hosts, connection, from_sender, transfers
 from support.waiting import WAIT_S, wait_for
 
 from mfsd.client import Client, Event, EventKind, Stage
 from mfsd.ground.wire import OVERTIME_S
-from mfsd.lab.hosts.certificates import Authority
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.daemon
 
 KB, MB = 1000, 1_000_000
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    authority = Authority(tmp_path / "ca")
-    made = Hosts(tmp_path, authority.papers("sender.test", SENDER), authority.papers("waiter.test", WAITER))
-    yield made
-    made.stop()
 
 
 def test_a_request_without_a_deadline_has_none_on_the_other_host_either(hosts: Hosts) -> None:

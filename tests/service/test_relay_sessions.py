@@ -8,27 +8,17 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from support.relays import SENDER, WAITER, Hosts
+from support.relays import SENDER, Hosts
 from support.waiting import WAIT_S
 
-from mfsd.lab.hosts.certificates import Authority
 from mfsd.relay.incoming import SESSIONS
 from mfsd.v1 import hints_pb2 as pb
 from mfsd.v1 import hints_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.daemon
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    authority = Authority(tmp_path / "ca")
-    made = Hosts(tmp_path, authority.papers("sender.test", SENDER), authority.papers("waiter.test", WAITER))
-    yield made
-    made.stop()
 
 
 def test_a_peer_has_a_few_sessions_and_no_more(hosts: Hosts) -> None:

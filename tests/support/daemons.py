@@ -140,6 +140,13 @@ def connected(port: int = 0) -> Iterator[tuple[socket.socket, socket.socket]]:
             yield client, server
 
 
+def carry(near: socket.socket, far: socket.socket, size: int) -> None:
+    """So many bytes, at most what the socket takes without a reader, from one end to the other, which reads them."""
+    near.sendall(bytes(size))
+    while size:
+        size -= len(far.recv(size))
+
+
 def disconnect(sock: socket.socket) -> None:
     """connect(2) with AF_UNSPEC, which Python's has not: what is connected next is the same socket, by its cookie."""
     assert ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16) == 0
